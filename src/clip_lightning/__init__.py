@@ -1,0 +1,38 @@
+"""clip-lightning: a simple, lightweight CLIP in PyTorch Lightning with Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from clip_lightning.data.datamodule import CaptionDataModule as CaptionDataModule
+    from clip_lightning.evaluation.retrieval import retrieval_metrics as retrieval_metrics
+    from clip_lightning.losses import info_nce as info_nce
+    from clip_lightning.losses import siglip_loss as siglip_loss
+    from clip_lightning.model import CLIP as CLIP
+    from clip_lightning.module import CLIPModule as CLIPModule
+
+# Public names, imported when first used: importing torch alone takes two seconds.
+_HOME = {
+    "CLIP": "clip_lightning.model",
+    "CLIPModule": "clip_lightning.module",
+    "CaptionDataModule": "clip_lightning.data.datamodule",
+    "info_nce": "clip_lightning.losses",
+    "retrieval_metrics": "clip_lightning.evaluation.retrieval",
+    "siglip_loss": "clip_lightning.losses",
+}
+
+__all__ = ["CLIP", "CLIPModule", "CaptionDataModule", "__version__", "info_nce", "retrieval_metrics", "siglip_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,78 @@
+"""The command table; a command's module is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "fit": ("clip_lightning.cli", "train a model, or go on with a run (--ckpt_path last)"),
+    "validate": ("clip_lightning.cli", "score a checkpoint on the validation split"),
+    "test": ("clip_lightning.cli", "score a checkpoint on the test split"),
+}
+_USAGE = """usage: clip-lightning COMMAND [options]
+
+Any timm image tower and any Hugging Face text tower as a contrastive image-text model.
+
+commands:
+{commands}
+
+clip-lightning COMMAND --help lists the options of a command.
+First steps: clip-lightning fit --config quickstart
+"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: the words after `clip-lightning`; those of the process by default.
+
+    Returns:
+        Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
+    """
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        from clip_lightning import __version__
+
+        print(__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        return _fail(f"unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}")
+    from clip_lightning.errors import UserError
+
+    try:
+        importlib.import_module(COMMANDS[args[0]][0]).run(args)
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return _status(stop)
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    return _USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+
+
+def _fail(message: str) -> int:
+    print(f"clip-lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _status(stop: SystemExit) -> int:
+    """Lightning leaves with 1 after Ctrl-C and 0 after SIGTERM; say which it was."""
+    if isinstance(stop.__context__, KeyboardInterrupt):
+        return 130
+    if type(stop).__name__ == "SIGTERMException":
+        return 143
+    return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Captioned pictures as plain records: no torch, no decoding, nothing but names and words."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clip_lightning.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedImage:
+    """One picture and everything people said of it."""
+
+    path: Path
+    captions: tuple[str, ...]
+    split: str | None = None
+    """`train`, `val` or `test` where the source names official splits."""
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """The pictures of one source, in the source's order.
+
+    Attributes:
+        root: the folder that the pictures' names are relative to.
+        images: one record a picture; no two share a path.
+        has_official_splits: true when the source itself names splits; pictures it puts
+            in none of them then belong to no split.
+        left_out: name → reason, for pictures and rows that could not be used.
+    """
+
+    root: Path
+    images: tuple[CaptionedImage, ...]
+    has_official_splits: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over names, captions, splits and file sizes, the same on every machine."""
+        sha = hashlib.sha256()
+        for image in sorted(self.images, key=lambda image: _name(image.path, self.root)):
+            row = (
+                _name(image.path, self.root),
+                str(image.path.stat().st_size),
+                image.split or "",
+                *image.captions,
+            )
+            sha.update("\0".join(row).encode() + b"\n")
+        return sha.hexdigest()
+
+
+def _name(path: Path, root: Path) -> str:
+    """The picture's name below `root`; an annotation file may also name pictures outside of it."""
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
+    """For each picture the position of the first picture with the same bytes.
+
+    Files are grouped by size first, so only pictures that share their size are read.
+    """
+    by_size: dict[int, list[int]] = {}
+    for index, image in enumerate(images):
+        by_size.setdefault(image.path.stat().st_size, []).append(index)
+    groups = list(range(len(images)))
+    for candidates in by_size.values():
+        if len(candidates) == 1:
+            continue
+        first: dict[bytes, int] = {}
+        for index in candidates:
+            key = hashlib.sha256(images[index].path.read_bytes()).digest()
+            groups[index] = first.setdefault(key, index)
+    return groups
+
+
+def split_by_image(
+    captions: CaptionSet, *, seed: int, val_share: float, test_share: float
+) -> dict[str, list[CaptionedImage]]:
+    """Divide the pictures into `train`, `val` and `test`, each with all its captions.
+
+    Official splits are kept. Without them, pictures are drawn by a seeded hash of their name, so that
+    a picture added later moves few others; byte-identical pictures fall on the same side. Where the
+    official splits lack `val`, it is drawn in the same way from `train`.
+
+    Raises:
+        UserError: when there are too few pictures for the shares asked for.
+    """
+    parts: dict[str, list[CaptionedImage]] = {name: [] for name in SPLITS}
+    if captions.has_official_splits:
+        for image in captions.images:
+            if image.split is not None:
+                parts[image.split].append(image)
+        if parts["train"] and not parts["val"]:
+            drawn = _draw(captions.root, parts["train"], seed, {"val": val_share})
+            parts["train"], parts["val"] = drawn["train"], drawn["val"]
+    else:
+        parts |= _draw(captions.root, captions.images, seed, {"val": val_share, "test": test_share})
+    return parts
+
+
+def _draw(
+    root: Path, images: Sequence[CaptionedImage], seed: int, shares: dict[str, float]
+) -> dict[str, list[CaptionedImage]]:
+    """Assign whole groups of identical pictures, in the order of a seeded hash, to each share in turn."""
+    groups: dict[int, list[CaptionedImage]] = {}
+    for image, group in zip(images, content_groups(images), strict=True):
+        groups.setdefault(group, []).append(image)
+
+    def rank(members: Iterable[CaptionedImage]) -> bytes:
+        name = min(_name(image.path, root) for image in members)
+        return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+
+    queue = deque(sorted(groups.values(), key=rank))
+    parts: dict[str, list[CaptionedImage]] = {}
+    for name, share in shares.items():
+        wanted = round(share * len(images)) or (1 if share > 0 else 0)
+        parts[name] = []
+        while queue and len(parts[name]) < wanted:
+            parts[name] += queue.popleft()
+    if not queue:
+        raise UserError(
+            f"{root} holds {len(images)} different pictures, too few to hold out "
+            + " and ".join(f"{share:.0%} for {name}" for name, share in shares.items())
+            + "; give more pictures, or lower --data.val_share and --data.test_share"
+        )
+    parts["train"] = [image for members in queue for image in members]
+    order = {image.path: position for position, image in enumerate(images)}
+    return {name: sorted(part, key=lambda image: order[image.path]) for name, part in parts.items()}

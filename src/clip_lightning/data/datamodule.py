@@ -1,0 +1,230 @@
+"""Captioned pictures as batches: where they come from, how they are divided, what was broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from clip_lightning.data.captions import CaptionedImage, content_groups, split_by_image
+from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
+from clip_lightning.data.formats import read_captions
+from clip_lightning.data.sampler import EvalSampler, TrainSampler
+from clip_lightning.data.scenes import write_scenes
+from clip_lightning.data.transforms import Augmentation, ImageTransform
+from clip_lightning.errors import UserError
+
+DatasetName = Literal["auto", "flickr8k", "flickr30k", "captions", "folder", "scenes"]
+SCENES, SCENE_SIZE = 2500, 224
+EVAL_BATCH_SIZE = 64
+
+
+class CaptionDataModule(LightningDataModule):
+    """Reads captioned pictures, divides them by picture, and makes batches.
+
+    A training batch has, on each rank, `batch_size` pictures with `captions_per_image` captions each; an
+    evaluation batch has pictures with all their captions.
+
+    Attributes:
+        digest: SHA-256 of the data (names, captions, splits, file sizes); known after `setup`.
+        broken: path → reason, of pictures and rows that were left out so far.
+    """
+
+    def __init__(
+        self,
+        transform: ImageTransform,
+        tokenize: Callable[[list[str]], dict[str, Tensor]],
+        root: Path | None = None,
+        dataset: DatasetName = "auto",
+        batch_size: int = 256,
+        num_workers: int | None = None,
+        image_size: int | None = None,
+        captions_per_image: int = 1,
+        augmentation: Augmentation | None = None,
+        max_broken: float = 0.01,
+        val_share: float = 0.1,
+        test_share: float = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Take note of the settings; nothing is read before `prepare_data` and `setup`.
+
+        Args:
+            transform: the image tower's.
+            tokenize: the text tower's.
+            root: folder or annotation file of the pictures and captions.
+            dataset: how to read `root`; `auto` looks. `scenes` are drawn, into `root` or the cache folder.
+            batch_size: pictures per rank and step.
+            num_workers: loader processes per rank; by default the number of usable cores, at most 8.
+            image_size: side of the square input in pixels; the image tower's own by default.
+            captions_per_image: different captions of each picture in a training batch.
+            augmentation: flips, crops and colour; by default flips, and none for `scenes`, whose captions
+                say left and right.
+            max_broken: largest share of unreadable pictures with which the run goes on, 0 to 1.
+            val_share: share of the pictures held out for validation, where there is no official split.
+            test_share: share of the pictures held out for testing, where there is no official split.
+            split_seed: of the drawing of these shares; keep it fixed to compare runs.
+            seed: of the order, the captions and the augmentation.
+        """
+        super().__init__()
+        _check(batch_size=batch_size, captions_per_image=captions_per_image)
+        _check_shares(max_broken=max_broken, val_share=val_share, test_share=test_share)
+        if root is None and dataset != "scenes":
+            raise UserError("no data: give --data.root FOLDER, or --data.dataset scenes for drawn ones")
+        size = (image_size, image_size) if image_size else transform.size
+        self.transform = dataclasses.replace(transform, size=size)
+        self.tokenize = tokenize
+        self.root = root or _cache_folder() / f"scenes-{SCENES}-{SCENE_SIZE}"
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.num_workers = usable_cores() if num_workers is None else num_workers
+        self.captions_per_image = captions_per_image
+        self.augmentation = augmentation or Augmentation(flip=dataset != "scenes")
+        self.max_broken = max_broken
+        self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
+        self.seed = seed
+        self.digest = ""
+        self.broken: dict[str, str] = {}
+        self._images: dict[str, list[CaptionedImage]] = {}
+        self._content: dict[str, list[int]] = {}
+
+    def prepare_data(self) -> None:
+        """Draw the scenes, once a machine."""
+        if self.dataset == "scenes" and not self.root.exists():
+            write_scenes(self.root, SCENES, SCENE_SIZE, seed=0)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and divide the captions; a second call changes nothing."""
+        if self._images:
+            return
+        captions = read_captions(self.root, "captions" if self.dataset == "scenes" else self.dataset)
+        self._images = split_by_image(
+            captions, seed=self.split_seed, val_share=self.val_share, test_share=self.test_share
+        )
+        self.digest = captions.digest()
+        self._note_broken(captions.left_out)
+
+    def images(self, split: str) -> list[CaptionedImage]:
+        """The pictures of `train`, `val` or `test`, in order; `image_id` of evaluation batches counts them."""
+        return self._images[split]
+
+    def content_ids(self, split: str) -> list[int]:
+        """For each picture of the split the position of the first with the same bytes."""
+        if split not in self._content:
+            self._content[split] = content_groups(self._images[split])
+        return self._content[split]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of an epoch in seeded order; after a resume, those that are still to come."""
+        images = self._images["train"]
+        dataset = TrainDataset(
+            images,
+            self.content_ids("train"),
+            self.transform,
+            self.augmentation,
+            captions_per_image=self.captions_per_image,
+            seed=self.seed,
+        )
+        sampler = TrainSampler(len(images), self.batch_size, seed=self.seed, rank=self._rank, world_size=self._world)
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        sampler.start_batch = self._batches_done(len(sampler) // self.batch_size)
+        return self._loader(dataset, sampler, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every picture of `val` with all its captions."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every picture of `test` with all its captions."""
+        return self._eval_loader("test")
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Note what was broken in the batch, and keep it off the device."""
+        self._note_broken(batch.pop("broken"))
+        return batch
+
+    def _eval_loader(self, split: str) -> DataLoader[Any]:
+        images = self._images[split]
+        if not images:
+            raise UserError(f"{self.root} has no {split} split; give data that has one, or raise --data.{split}_share")
+        sampler = EvalSampler(len(images), rank=self._rank, world_size=self._world)
+        return self._loader(EvalDataset(images, self.transform), sampler, min(self.batch_size, EVAL_BATCH_SIZE))
+
+    def _loader(self, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=Collate(self.tokenize),
+            worker_init_fn=_start_worker,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _note_broken(self, broken: dict[str, str]) -> None:
+        new = {path: reason for path, reason in broken.items() if path not in self.broken}
+        if not new:
+            return
+        self.broken |= new
+        usable = sum(len(images) for images in self._images.values())
+        path, reason = next(iter(new.items()))
+        if len(self.broken) > self.max_broken * max(usable, 1):
+            raise UserError(
+                f"{len(self.broken)} of {usable} pictures or rows in {self.root} are unusable (the last: {path}: "
+                f"{reason}), more than --data.max_broken {self.max_broken:g}; mend them, or raise the share"
+            )
+        rank_zero_warn(f"left out {len(self.broken)} pictures or rows so far; the last: {path}: {reason}")
+
+    def _batches_done(self, batches: int) -> int:
+        """How many batches of the present epoch a restored checkpoint has already trained on."""
+        if self.trainer is None or not self.trainer.fit_loop.restarting:
+            return 0
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return done if done < batches else 0
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
+def _start_worker(worker_id: int) -> None:
+    """Leave Ctrl-C to the main process, which finishes its step first, and one core to each worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "clip-lightning"
+
+
+def _check(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"--data.{name} {value}: expected 1 or more")
+
+
+def _check_shares(**shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"--data.{name} {value}: expected a share from 0 to 1")

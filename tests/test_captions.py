@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_lightning.data.captions import SPLITS, CaptionedImage, CaptionSet, content_groups, split_by_image
+from clip_lightning.errors import UserError
+
+
+def caption_set(root: Path, contents: list[bytes], splits: Sequence[str | None] | None = None) -> CaptionSet:
+    """Pictures whose bytes are `contents`; nothing here decodes them."""
+    images = []
+    for index, content in enumerate(contents):
+        path = root / f"{index}.jpg"
+        path.write_bytes(content)
+        images.append(CaptionedImage(path, (f"caption {index}",), splits[index] if splits else None))
+    return CaptionSet(root, tuple(images), has_official_splits=splits is not None)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    contents=st.lists(
+        st.sampled_from([b"a", b"b", b"c", b"dd", b"ee", b"f", b"g"]), min_size=12, max_size=40
+    ),
+    seed=st.integers(0, 5),
+    val_share=st.floats(0, 0.3),
+    test_share=st.floats(0, 0.3),
+)
+def test_no_picture_and_no_copy_of_it_lies_in_two_splits(
+    contents: list[bytes], seed: int, val_share: float, test_share: float
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        captions = caption_set(Path(folder), contents)
+        try:
+            parts = split_by_image(captions, seed=seed, val_share=val_share, test_share=test_share)
+        except UserError:  # few different pictures, all of them held out
+            return
+        assert set(parts) == set(SPLITS)
+        assert sorted(image.path for part in parts.values() for image in part) == sorted(
+            image.path for image in captions.images
+        )
+        for one, other in combinations(parts.values(), 2):
+            assert not {image.path.read_bytes() for image in one} & {
+                image.path.read_bytes() for image in other
+            }
+        assert parts["train"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(splits=st.lists(st.sampled_from(["train", "val", "test", None]), min_size=1, max_size=20))
+def test_official_splits_are_kept(splits: list[str | None]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        captions = caption_set(Path(folder), [bytes([index]) for index in range(len(splits))], splits)
+        parts = split_by_image(captions, seed=0, val_share=0.0, test_share=0.0)
+    for name in SPLITS:
+        assert [image.split for image in parts[name]] == [name] * splits.count(name)
+
+
+def test_a_missing_official_val_is_drawn_from_train(tmp_path: Path) -> None:
+    captions = caption_set(tmp_path, [bytes([i]) for i in range(20)], ["train"] * 15 + ["test"] * 5)
+    parts = split_by_image(captions, seed=0, val_share=0.2, test_share=0.5)
+    assert [len(parts[name]) for name in SPLITS] == [12, 3, 5]
+
+
+def test_data_for_testing_only_needs_no_train(tmp_path: Path) -> None:
+    captions = caption_set(tmp_path, [b"a", b"b"], ["test", "test"])
+    parts = split_by_image(captions, seed=0, val_share=0.2, test_share=0.5)
+    assert [len(parts[name]) for name in SPLITS] == [0, 0, 2]
+
+
+def test_a_split_depends_on_names_only_not_on_order_or_folder(tmp_path: Path) -> None:
+    contents = [bytes([index]) for index in range(30)]
+    (tmp_path / "one").mkdir()
+    one = caption_set(tmp_path / "one", contents)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    moved = [CaptionedImage(tmp_path / "two" / i.path.name, i.captions) for i in reversed(one.images)]
+    two = CaptionSet(tmp_path / "two", tuple(moved))
+    assert one.digest() == two.digest()
+    first, second = (split_by_image(c, seed=1, val_share=0.2, test_share=0.2) for c in (one, two))
+    for name in SPLITS:
+        assert {image.path.name for image in first[name]} == {image.path.name for image in second[name]}
+
+
+def test_the_digest_sees_every_change(tmp_path: Path) -> None:
+    captions = caption_set(tmp_path, [b"a", b"b"])
+    image = captions.images[0]
+    digests = {captions.digest()}
+    for changed in (
+        CaptionedImage(image.path, ("another",)),
+        CaptionedImage(image.path, (*image.captions, "another")),
+        CaptionedImage(image.path, image.captions, "val"),
+    ):
+        digests.add(CaptionSet(tmp_path, (changed, captions.images[1])).digest())
+    image.path.write_bytes(b"longer")
+    digests.add(captions.digest())
+    assert len(digests) == 5
+
+
+def test_pictures_outside_the_root_have_a_digest_that_is_the_same_elsewhere(tmp_path: Path) -> None:
+    digests = set()
+    for place in ("here", "there"):
+        (tmp_path / place / "tables").mkdir(parents=True)
+        picture = tmp_path / place / "a.jpg"
+        picture.write_bytes(b"a")
+        digests.add(CaptionSet(tmp_path / place / "tables", (CaptionedImage(picture, ("a",)),)).digest())
+    assert len(digests) == 1
+
+
+def test_content_groups_point_to_the_first_copy(tmp_path: Path) -> None:
+    images = caption_set(tmp_path, [b"x", b"y", b"x", b"zz", b"y", b"x"]).images
+    assert content_groups(images) == [0, 1, 0, 3, 1, 0]
+
+
+def test_too_few_pictures(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"too few.*--data\.val_share"):
+        split_by_image(caption_set(tmp_path, [b"a", b"b"]), seed=0, val_share=0.5, test_share=0.5)

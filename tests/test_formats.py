@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_lightning.data.captions import CaptionSet, content_groups
+from clip_lightning.data.formats import read_captions
+from clip_lightning.errors import UserError
+
+Files = dict[str, str]
+
+
+def write(root: Path, files: Files) -> Path:
+    """Text files; pictures are never opened here, so any content does."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode())
+    return root
+
+
+def content(captions: CaptionSet) -> dict[str, tuple[tuple[str, ...], str | None]]:
+    return {
+        image.path.relative_to(captions.root).as_posix(): (image.captions, image.split)
+        for image in captions.images
+    }
+
+
+def karpathy(*images: tuple[str, str, list[str]], **extra: str) -> str:
+    records = [
+        {"filename": name, "split": split, "sentences": [{"raw": text} for text in texts], **extra}
+        for name, split, texts in images
+    ]
+    return json.dumps({"images": records, "dataset": "any"})
+
+
+PAIR = {"a.jpg": (("one", "two"), None), "b.jpg": (("three",), None)}
+LAYOUTS: dict[str, tuple[Files, str]] = {
+    "csv": ({"any.csv": "image,caption\na.jpg,one\nb.jpg,three\na.jpg,two\n"}, ""),
+    "columns of open_clip": ({"x.csv": "filepath\ttitle\na.jpg\tone\na.jpg\ttwo\nb.jpg\tthree\n"}, ""),
+    "tsv": ({"x.tsv": "id\tcaption\timage\n1\tone\ta.jpg\n2\ttwo\t./a.jpg\n3\tthree\tb.jpg\n"}, ""),
+    "byte order mark, CRLF": ({"x.csv": "\ufeffImage,Text\r\na.jpg,one\r\na.jpg,two\r\nb.jpg,three\r\n"}, ""),
+    "unquoted": ({"x.csv": 'image,caption\na.jpg,"one"\na.jpg,two\n\nb.jpg,  three \n'}, ""),
+    "jsonl": (
+        {"x.jsonl": '{"image": "a.jpg", "captions": ["one", "two"]}\n\n{"text": "three", "path": "b.jpg"}\n'},
+        "",
+    ),
+    "pairs": ({"a.txt": "one\n\ntwo\n", "b.txt": "three"}, ""),
+    "Kaggle": ({"captions.txt": "image,caption\na.jpg,one\na.jpg,two\nb.jpg,three\n"}, "Images/"),
+    "Illinois": (
+        {
+            "Flickr8k_text/Flickr8k.token.txt": "a.jpg#0\tone\na.jpg#1\ttwo\nb.jpg#0\tthree\n",
+            "Flickr8k_text/Flickr8k.lemma.token.txt": "a.jpg#0\tno\n",
+        },
+        "Flicker8k_Dataset/",
+    ),
+    "Illinois 30k": ({"results_20130124.token": "a.jpg#0\tone\na.jpg#1\ttwo\nb.jpg#0\tthree\n"}, "images/"),
+    "Kaggle 30k": (
+        {
+            "flickr30k_images/results.csv": "image_name| comment_number| comment\n"
+            "a.jpg| 0| one\na.jpg| 4   two\nb.jpg| 0| three\n"
+        },
+        "flickr30k_images/flickr30k_images/",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_recognised(layout: str, tmp_path: Path) -> None:
+    files, folder = LAYOUTS[layout]
+    write(tmp_path, files | {f"{folder}a.jpg": "", f"{folder}b.jpg": ""})
+    captions = read_captions(tmp_path)
+    assert content(captions) == {folder + name: value for name, value in PAIR.items()}
+    assert not captions.has_official_splits
+    assert captions.left_out == {}
+
+
+def test_the_annotation_file_itself_can_be_given(tmp_path: Path) -> None:
+    write(tmp_path, {"x.csv": "image,caption\na.jpg,x", "y.csv": "image,caption\na.jpg,y", "a.jpg": ""})
+    assert content(read_captions(tmp_path / "y.csv")) == {"a.jpg": (("y",), None)}
+    with pytest.raises(UserError, match=r"several annotation files \(x\.csv, y\.csv\)"):
+        read_captions(tmp_path)
+
+
+def test_an_annotation_file_given_finds_the_pictures_in_the_folder_beside_its_own(tmp_path: Path) -> None:
+    write(tmp_path, {"Flickr8k_text/Flickr8k.token.txt": "a.jpg#0\tone\n", "Flickr8k_Dataset/a.jpg": ""})
+    captions = read_captions(tmp_path / "Flickr8k_text" / "Flickr8k.token.txt")
+    assert [image.path for image in captions.images] == [tmp_path.resolve() / "Flickr8k_Dataset" / "a.jpg"]
+    assert len(captions.digest()) == 64
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    write(tmp_path, {"a.jpg": "", "b.jpg": ""})
+    table = {"id": [1, 2], "captions": [["one", "two"], ["three"]], "image": ["a.jpg", "b.jpg"]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "x.parquet")
+    assert content(read_captions(tmp_path)) == PAIR
+    parquet.write_table(pyarrow.table({"image": [b"bytes"], "caption": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"holds a bytes as image"):
+        read_captions(tmp_path)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match=r"not a readable Parquet"):
+        read_captions(tmp_path)
+
+
+def test_karpathy(tmp_path: Path) -> None:
+    images = [("a.jpg", "restval", ["one", "two"]), ("b.jpg", "val", ["three"]), ("c.jpg", "test", ["four"])]
+    write(tmp_path, {f"Images/{name}.jpg": "" for name in "abc"})
+    write(tmp_path, {"dataset_flickr8k.json": karpathy(*images), "unrelated.json": "{}"})
+    captions = read_captions(tmp_path)
+    assert [image.split for image in captions.images] == ["train", "val", "test"]
+    assert captions.has_official_splits
+
+
+def test_karpathy_coco_has_a_folder_a_picture(tmp_path: Path) -> None:
+    write(tmp_path, {"dataset_coco.json": karpathy(("a.jpg", "test", ["one"]), filepath="val2014")})
+    write(tmp_path, {"val2014/a.jpg": ""})
+    assert content(read_captions(tmp_path)) == {"val2014/a.jpg": (("one",), "test")}
+
+
+def test_official_lists_of_which_some_are_missing(tmp_path: Path) -> None:
+    rows = "".join(f"{name}.jpg,caption\n" for name in "abc")
+    write(tmp_path, {f"Images/{name}.jpg": "" for name in "abc"} | {"captions.txt": f"image,caption\n{rows}"})
+    write(tmp_path, {"Flickr_8k.devImages.txt": "b.jpg\nnot-here.jpg\n"})
+    assert [image.split for image in read_captions(tmp_path).images] == ["train", "val", "train"]
+    write(tmp_path, {"Flickr_8k.trainImages.txt": "a.jpg\r\n"})
+    captions = read_captions(tmp_path)
+    assert [image.split for image in captions.images] == ["train", "val", None]
+    assert captions.has_official_splits
+    write(tmp_path, {"Flickr_8k.testImages.txt": "a.jpg\n"})
+    with pytest.raises(UserError, match=r"a\.jpg is put in two splits, train and test"):
+        read_captions(tmp_path)
+
+
+def test_the_names_of_splits_in_a_table(tmp_path: Path) -> None:
+    names = ["train", "val", "valid", "Validation", "dev", "test", ""]
+    write(tmp_path, {f"{index}.jpg": "" for index in range(len(names))})
+    rows = [f"{index}.jpg,{name},text\n" for index, name in enumerate(names)]
+    write(tmp_path, {"x.csv": "image,split,caption\n" + "".join(rows)})
+    splits = [image.split for image in read_captions(tmp_path).images]
+    assert splits == ["train", "val", "val", "val", "val", "test", None]
+
+
+@pytest.mark.parametrize("second", ["a.jpg", "./a.jpg", "sub/../a.jpg"])
+def test_a_picture_in_two_splits(second: str, tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {"a.jpg": "", "sub/b.jpg": "", "x.csv": f"image,caption,split\na.jpg,x,train\n{second},y,val\n"},
+    )
+    with pytest.raises(UserError, match=r"a\.jpg is put in two splits, train and val"):
+        read_captions(tmp_path)
+
+
+def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+    token = "a.jpg#0\tone\na.jpg#1\t \n2258277193_586949ec62.jpg.1#0\tA man\nblank.jpg#0\t\nno tab\n"
+    write(
+        tmp_path,
+        {"Flickr8k.token.txt": token, "Images/a.jpg": "", "Images/blank.jpg": "", "Images/c.jpg": ""},
+    )
+    captions = read_captions(tmp_path)
+    assert content(captions) == {"Images/a.jpg": (("one",), None)}
+    assert captions.left_out == {
+        "a.jpg": "row 2 has no caption",
+        "2258277193_586949ec62.jpg.1": "there is no such picture",
+        "blank.jpg": "it has no caption",
+        "no tab": "there is no such picture",
+    }
+
+
+def test_pairs_without_a_text_are_named(tmp_path: Path) -> None:
+    write(tmp_path, {"deep/er/a.PNG": "", "deep/er/a.txt": "one", "b.jpg": "", "c.jpg": "", "c.txt": " \n"})
+    captions = read_captions(tmp_path, "folder")
+    assert content(captions) == {"deep/er/a.PNG": (("one",), None)}
+    assert captions.left_out == {"b.jpg": "there is no b.txt beside it", "c.jpg": "it has no caption"}
+
+
+def test_links_stay_readable_and_below_the_root(tmp_path: Path) -> None:
+    write(tmp_path, {"store/deep/a.jpg": "x", "store/b.jpg": "y", "b.jpg": "not this one"})
+    root = write(tmp_path / "root", {"x.csv": "image,caption\nImages/a.jpg,one\nImages/../b.jpg,two\n"})
+    (root / "Images").symlink_to(tmp_path / "store" / "deep")
+    captions = read_captions(root)
+    assert [image.path.read_text() for image in captions.images] == ["x", "y"]
+    assert captions.images[0].path == root.resolve() / "Images" / "a.jpg"
+
+
+def test_results_csv_keeps_bars_quotes_and_commas(tmp_path: Path) -> None:
+    lines = [
+        "image_name| comment_number| comment",
+        'a.jpg| 0| A "quoted", and | barred sentence .',
+        "2199200615.jpg| 4   A dog runs across the grass .",
+        '2199200615.jpg| 0|  "Open',
+    ]
+    write(tmp_path, {"results.csv": "\n".join(lines), "a.jpg": "", "2199200615.jpg": ""})
+    assert content(read_captions(tmp_path, "flickr30k")) == {
+        "a.jpg": (('A "quoted", and | barred sentence .',), None),
+        "2199200615.jpg": (("A dog runs across the grass .", '"Open'), None),
+    }
+
+
+def test_an_unquoted_comma_in_the_last_column(tmp_path: Path) -> None:
+    write(tmp_path, {"captions.txt": "image,caption\na.jpg,red, white and blue\n", "a.jpg": ""})
+    assert content(read_captions(tmp_path)) == {"a.jpg": (("red, white and blue",), None)}
+
+
+AWKWARD = ["", " ", 'a "b", c', "two\nlines", "tab\there", "👩‍🚒 🐕", "word " * 10_000, "'", '"', "a|b;c"]
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30) | st.sampled_from(AWKWARD)
+ROWS = st.lists(st.tuples(st.sampled_from("abcde"), TEXTS), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=ROWS, kind=st.sampled_from(["csv", "tsv", "jsonl"]))
+def test_any_captions_survive(rows: list[tuple[str, str]], kind: str) -> None:
+    expected: dict[str, tuple[str, ...]] = {}
+    for name, text in rows:
+        if text.split():
+            expected[f"{name}.jpg"] = (*expected.get(f"{name}.jpg", ()), " ".join(text.split()))
+    with tempfile.TemporaryDirectory() as folder:
+        root = write(Path(folder), {f"{name}.jpg": "" for name in "abcde"})
+        with (root / f"x.{kind}").open("w", encoding="utf-8", newline="") as file:
+            if kind == "jsonl":
+                file.writelines(json.dumps({"image": f"{n}.jpg", "caption": t}) + "\n" for n, t in rows)
+            else:
+                writer = csv.writer(file, delimiter="\t" if kind == "tsv" else ",")
+                writer.writerows([("image", "caption"), *((f"{name}.jpg", text) for name, text in rows)])
+        limit = csv.field_size_limit()
+        if not expected:
+            with pytest.raises(UserError, match="no picture with a caption"):
+                read_captions(root)
+            return
+        captions = read_captions(root)
+        assert {image.path.name: image.captions for image in captions.images} == expected
+        assert csv.field_size_limit() == limit
+
+
+WRONG: dict[str, tuple[Files, str, str]] = {
+    "empty": ({}, "auto", r"holds no picture with a caption.*--data\.root"),
+    "pictures only": ({"a.jpg": ""}, "auto", r"a\.jpg: there is no a\.txt beside it"),
+    "no caption column": (
+        {"x.csv": "image,word\n"},
+        "auto",
+        r"no caption column: found image, word, expected one of caption, captions, text, title, comment",
+    ),
+    "no image column": (
+        {"x.jsonl": '{"img": 1, "caption": "a"}'},
+        "auto",
+        r"no image column: found img, caption",
+    ),
+    "no header": ({"captions.txt": ""}, "auto", r"no image column: found nothing"),
+    "none of the pictures": (
+        {"x.csv": "image,caption\na.jpg,x"},
+        "auto",
+        r"a\.jpg: there is no such picture",
+    ),
+    "unknown JSON": ({"dataset_flickr8k.json": '{"images": [{"id": 1}]}'}, "auto", "not a Karpathy JSON"),
+    "list": ({"dataset_coco.json": "[]"}, "captions", "not a Karpathy JSON"),
+    "broken JSON": ({"dataset_coco.json": "{"}, "captions", "not a Karpathy JSON"),
+    "broken line": ({"x.jsonl": "{"}, "auto", "line 1 is not JSON"),
+    "no object": ({"x.jsonl": "\n3"}, "auto", "line 2 is not a JSON object"),
+    "open quote": ({"x.csv": 'image,caption\na.jpg,"x'}, "auto", "broken near line 2.*quotes"),
+    "too many fields": ({"x.csv": "caption,image\nx,y,a.jpg"}, "auto", "3 fields for 2 columns"),
+    "unknown split": ({"x.csv": "image,caption,split\na.jpg,x,holdout"}, "auto", "'holdout'; expected train"),
+    "not Flickr": ({"x.csv": "image,caption\na.jpg,x"}, "flickr30k", "none of captions.txt, results.csv"),
+    "no table": ({"a.jpg": "", "a.txt": "x"}, "captions", "no CSV, TSV"),
+    "unknown kind": ({}, "coco", r"'coco'; set --data\.dataset to auto"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_has_one_clear_line(case: str, tmp_path: Path) -> None:
+    files, dataset, message = WRONG[case]
+    with pytest.raises(UserError, match=message) as error:
+        read_captions(write(tmp_path, files), dataset)
+    assert "\n" not in str(error.value)
+    assert "--data." in str(error.value)
+
+
+def test_no_such_folder_and_no_such_encoding(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no folder or file .*nowhere; .*--data\.root"):
+        read_captions(tmp_path / "nowhere")
+    (tmp_path / "x.csv").write_bytes("image,caption\na.jpg,café".encode("latin1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_captions(tmp_path)
+    (tmp_path / "x.bin").write_bytes(b"\0\1")
+    with pytest.raises(UserError, match="none of the files that can be read"):
+        read_captions(tmp_path / "x.bin")
+
+
+@pytest.mark.real
+def test_flickr8k(shared_data: Path) -> None:
+    captions = read_captions(shared_data / "flickr8k")
+    assert Counter(image.split for image in captions.images) == {"train": 6000, "val": 1000}
+    assert {len(image.captions) for image in captions.images} == {5}
+    assert captions.left_out == {}
+    groups = content_groups(captions.images)
+    copies = [
+        (captions.images[index], captions.images[first])
+        for index, first in enumerate(groups)
+        if index != first
+    ]
+    assert [{one.path.name, other.path.name} for one, other in copies] == [
+        {"2851198725_37b6027625.jpg", "3050606344_af711c726c.jpg"}
+    ]
+    assert {image.split for image in copies[0]} == {"train"}

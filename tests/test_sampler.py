@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clip_lightning.data.sampler import EvalSampler, TrainSampler
+from clip_lightning.errors import UserError
+
+
+@given(
+    size=st.integers(1, 200),
+    batch_size=st.integers(1, 9),
+    world_size=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+)
+def test_global_batches_are_the_same_for_every_number_of_ranks(
+    size: int, batch_size: int, world_size: int, epoch: int
+) -> None:
+    global_size = batch_size * world_size
+    if size < global_size:
+        return
+    alone = TrainSampler(size, global_size, seed=5)
+    ranks = [TrainSampler(size, batch_size, seed=5, rank=r, world_size=world_size) for r in range(world_size)]
+    for sampler in (alone, *ranks):
+        sampler.set_epoch(epoch)
+    expected = list(alone)
+    assert len(expected) == len(alone) == size // global_size * global_size
+    assert {pair[0] for pair in expected} == {epoch}
+    assert len({pair[1] for pair in expected}) == len(expected)
+    shards = [list(sampler) for sampler in ranks]
+    assert {len(shard) for shard in shards} == {len(sampler) for sampler in ranks}
+    joined = [
+        pair
+        for batch in range(size // global_size)
+        for shard in shards
+        for pair in shard[batch * batch_size : (batch + 1) * batch_size]
+    ]
+    assert joined == expected
+
+
+def test_every_epoch_and_seed_has_its_own_order() -> None:
+    sampler = TrainSampler(50, 10, seed=0)
+    first, again = list(sampler), list(sampler)
+    sampler.set_epoch(1)
+    assert first == again
+    orders = [[index for _, index in pairs] for pairs in (first, sampler, TrainSampler(50, 10, seed=1))]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+@given(start=st.integers(0, 6))
+def test_going_on_in_the_middle_of_an_epoch(start: int) -> None:
+    sampler = TrainSampler(33, 3, seed=0, rank=1, world_size=2)
+    whole = list(sampler)
+    sampler.start_batch = start
+    assert len(sampler) == 15
+    assert list(sampler) == whole[start * 3 :]
+    assert sampler.start_batch == 0
+    assert list(sampler) == whole
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "remedy"),
+    [(7, 1, "at most 7"), (15, 2, "at most 7"), (1, 2, "lower --trainer.devices")],
+)
+def test_a_batch_larger_than_the_training_set(size: int, world_size: int, remedy: str) -> None:
+    with pytest.raises(UserError, match=rf"batch of 8.*training set of {size} images.*{remedy}"):
+        TrainSampler(size, 8, seed=0, world_size=world_size)
+
+
+@given(size=st.integers(0, 30), world_size=st.integers(1, 7))
+def test_evaluation_sees_everything_as_often_on_every_rank(size: int, world_size: int) -> None:
+    shards = [list(EvalSampler(size, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert {len(shard) for shard in shards} == {len(EvalSampler(size, world_size=world_size))}
+    assert {index for shard in shards for index in shard} == set(range(size))
+    assert sum(map(len, shards)) - size < world_size
+    for rank, shard in enumerate(shards):
+        own = list(range(rank, size, world_size))
+        assert shard[: len(own)] == own
