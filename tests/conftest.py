@@ -9,13 +9,20 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
 import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from clip_lightning.model import CLIP
+    from clip_lightning.module import CLIPModule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -70,3 +77,71 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real photographs: {folder} is not a folder; CLIP_LIGHTNING_DATA can name another")
     return folder
+
+
+def write_bert(folder: Path, **options: Any) -> Path:
+    """A folder as Hugging Face's hub has them, with a tiny BERT of random weights that knows the scenes' words.
+
+    Its dropout is on, as in the real ones; `options` go to BertConfig.
+    """
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    from clip_lightning.data.scenes import describe
+
+    words = sorted({word for i in range(200) for line in describe(0, i) for word in re.findall(r"\w+|,", line)})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, "##s"]
+    BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    settings = {"vocab_size": len(vocabulary), "max_position_embeddings": 64, **shape, **options}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        BertModel(BertConfig(**settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local text tower, 32 wide, with 64 positions."""
+    return write_bert(tmp_path_factory.mktemp("towers") / "bert")
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 drawn pictures of 32 pixels with five captions each: 32 for training, 4 for validation, 4 for testing."""
+    from clip_lightning.data.scenes import write_scenes
+
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, count=40, size=32, seed=0)
+    return folder
+
+
+@pytest.fixture
+def make_clip(bert: Path) -> Callable[..., CLIP]:
+    """Builds a tiny CLIP for pictures of 32 pixels, the same for the same arguments."""
+    import torch
+
+    from clip_lightning.model import CLIP
+    from clip_lightning.towers import ImageTower, TextTower
+
+    def make(image: str = "random:test_vit", text: str | None = None, **options: Any) -> CLIP:
+        torch.manual_seed(0)
+        towers = ImageTower.from_name(image, 32), TextTower.from_name(text or f"random:{bert}")
+        return CLIP(*towers, **{"embed_dim": 16, **options})
+
+    return make
+
+
+@pytest.fixture
+def make_module(bert: Path) -> Callable[..., CLIPModule]:
+    """Builds a tiny CLIPModule for pictures of 32 pixels, the same for the same arguments."""
+    import torch
+
+    from clip_lightning.module import CLIPModule
+
+    def make(**options: Any) -> CLIPModule:
+        torch.manual_seed(0)
+        tiny = {"image_tower": "random:test_vit", "text_tower": f"random:{bert}", "embed_dim": 16}
+        return CLIPModule(**{**tiny, "image_size": 32, **options})
+
+    return make

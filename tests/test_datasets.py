@@ -59,7 +59,7 @@ def same(one: Sample, other: Sample) -> bool:
         other.captions,
         other.caption_rows,
         other.image_id,
-    ) and torch.equal(one.pixels, other.pixels)  # type: ignore[arg-type]
+    ) and torch.equal(one.picture, other.picture)  # type: ignore[arg-type]
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_evaluation_has_every_picture_and_every_caption(tmp_path: Path) -> None:
     assert list(batch["broken"]) == [str(images[2].path)]
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, 3)
     assert "".join(map(chr, batch["input_ids"][2])) == "1.1"
-    assert batch["pixel_values"][1].tolist() == dataset[1].pixels.tolist()  # type: ignore[union-attr]
+    assert batch["pixel_values"][1].tolist() == dataset[1].picture.tolist()  # type: ignore[union-attr]
 
 
 def test_a_batch_without_a_whole_picture(tmp_path: Path) -> None:

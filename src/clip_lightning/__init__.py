@@ -25,7 +25,15 @@ _HOME = {
     "siglip_loss": "clip_lightning.losses",
 }
 
-__all__ = ["CLIP", "CLIPModule", "CaptionDataModule", "__version__", "info_nce", "retrieval_metrics", "siglip_loss"]
+__all__ = [
+    "CLIP",
+    "CLIPModule",
+    "CaptionDataModule",
+    "__version__",
+    "info_nce",
+    "retrieval_metrics",
+    "siglip_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ COMMANDS = {
     "fit": ("clip_lightning.cli", "train a model, or go on with a run (--ckpt_path last)"),
     "validate": ("clip_lightning.cli", "score a checkpoint on the validation split"),
     "test": ("clip_lightning.cli", "score a checkpoint on the test split"),
+    "cache": ("clip_lightning.cache", "list or prune the cached features of frozen towers"),
 }
 _USAGE = """usage: clip-lightning COMMAND [options]
 
@@ -57,7 +58,9 @@ def main(args: list[str] | None = None) -> int:
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    return _USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+    return _USAGE.format(
+        commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    )
 
 
 def _fail(message: str) -> int:

@@ -13,7 +13,12 @@ from clip_lightning.features import CacheEntry, FeatureCache, default_cache
 
 def run(args: list[str]) -> None:
     """Run `cache` with the words of the command line."""
-    auto_cli({"list": list_entries, "prune": prune}, args=args[1:], prog="clip-lightning cache", as_positional=False)
+    auto_cli(
+        {"list": list_entries, "prune": prune},
+        args=args[1:],
+        prog="clip-lightning cache",
+        as_positional=False,
+    )
 
 
 def list_entries(folder: Path | None = None, json: bool = False) -> None:
@@ -43,7 +48,7 @@ def _show(entries: list[CacheEntry], title: str, as_json: bool) -> None:
             "folder": str(entry.path),
             "kind": entry.key["kind"],
             "view": entry.key.get("view"),
-            "tower": entry.name,
+            "tower": entry.key["name"],
             "rows": entry.rows,
             "bytes": entry.bytes,
             "last_used": time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used)),

@@ -209,7 +209,9 @@ def run(args: list[str]) -> None:
     transformers.utils.logging.disable_progress_bar()  # of loading weights, over in a blink
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers tokenise, one core each
     logging.getLogger("lightning.pytorch").addFilter(lambda record: "litlogger" not in record.getMessage())
-    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")  # Lightning 2.6 with torch 2.15
+    warnings.filterwarnings(
+        "ignore", ".*isinstance\\(treespec, LeafSpec\\).*"
+    )  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode.*")  # frozen towers are meant to be
     RunCLI(
         CLIPModule,
@@ -246,7 +248,9 @@ def _config_path(name: str) -> str:
         for file in (folder / name, folder / f"{name}.yaml"):
             if file.is_file():
                 return str(file)
-    known = sorted(str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml"))
+    known = sorted(
+        str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")
+    )
     raise UserError(f"no configuration {name!r}: expected a file, or one of {', '.join(known)}")
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.transforms import Augmentation, BrokenImage, ImageTransform, augment, decode_image
 from clip_lightning.features import FeatureCache, Features
+from clip_lightning.model import CLIP
 from clip_lightning.towers import ImageTower, TextTower
 
 IMAGE_BATCH, TEXT_BATCH = 64, 128
@@ -41,7 +42,12 @@ class Extractor:
     precision: torch.dtype | None
 
     def image_features(
-        self, tower: ImageTower, images: Sequence[CaptionedImage], view: int, augmentation: Augmentation, title: str
+        self,
+        tower: ImageTower,
+        images: Sequence[CaptionedImage],
+        view: int,
+        augmentation: Augmentation,
+        title: str,
     ) -> Features:
         """Features (R, D) of one view of every picture; a row of NaN where it cannot be read.
 
@@ -50,6 +56,7 @@ class Extractor:
         """
         key = {
             "kind": "image",
+            "name": tower.spec["name"],
             "tower": tower.digest(),
             "architecture": [tower.spec["architecture"], tower.spec["arguments"]],
             "transform": tower.transform.as_dict(),
@@ -64,7 +71,8 @@ class Extractor:
 
         def compute(rows: range) -> np.ndarray:
             values = np.full((len(rows), tower.width), np.nan, np.float32)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # decoding hides warnings, which is not safe in threads: what is left over ends here
+            with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
                 pictures = pool.map(picture, rows)  # decoded ahead, while the tower works
                 for start in range(0, len(rows), IMAGE_BATCH):
                     batch = list(islice(pictures, IMAGE_BATCH))
@@ -80,6 +88,7 @@ class Extractor:
         """Features (R, D) of every caption."""
         key = {
             "kind": "text",
+            "name": tower.spec["name"],
             "tower": tower.digest(),
             "architecture": [tower.spec["config"], tower.spec["pooling"], tower.spec["max_length"]],
             "tokenizer": tower.tokenize.digest(),
@@ -101,12 +110,39 @@ class Extractor:
 
     @torch.inference_mode()
     def _run(self, tower: nn.Module, *inputs: Tensor) -> np.ndarray:
-        autocast: AbstractContextManager[Any] = nullcontext()
-        if self.precision is not None:
-            autocast = torch.autocast(self.device.type, self.precision)
         tower.to(self.device)
-        with autocast:
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
             return tower(*(tensor.to(self.device) for tensor in inputs)).float().cpu().numpy()
+
+
+def cache_frozen_towers(extractor: Extractor, clip: CLIP, data: Any, split: str) -> None:
+    """Give the data module the features of `split` from each frozen tower.
+
+    Args:
+        extractor: where features are kept and computed.
+        clip: the towers.
+        data: a `CaptionDataModule` after its setup.
+        split: `train` has all views, the others the plain one.
+    """
+    images = data.images(split)
+    if not images:
+        return
+    pictures, texts = None, None
+    if clip.image_tower.frozen:
+        views = data.views if split == "train" else 1
+        pictures = [
+            extractor.image_features(
+                clip.image_tower,
+                images,
+                view,
+                data.augmentation,
+                f"{split} pictures, view {view + 1} of {views}",
+            )
+            for view in range(views)
+        ]
+    if clip.text_tower.frozen:
+        texts = extractor.text_features(clip.text_tower, data.captions(split), f"{split} captions")
+    data.use_features(split, pictures=pictures, texts=texts)
 
 
 def _view(
@@ -119,7 +155,9 @@ def _view(
         return None
     if view == 0:
         return transform(pixels)
-    cropped = augment(pixels, transform, replace(augmentation, flip=False), np.random.default_rng((view, row)))
+    cropped = augment(
+        pixels, transform, replace(augmentation, flip=False), np.random.default_rng((view, row))
+    )
     return cropped.flip(-1) if augmentation.flip and view % 2 else cropped
 
 

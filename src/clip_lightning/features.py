@@ -55,12 +55,19 @@ class Features:
         return torch.from_numpy(np.stack(picked) if picked else np.empty((0, width), DTYPE)).float()
 
 
+def default_cache() -> Path:
+    """Where features lie unless `--data.cache` says otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "clip-lightning" / "features"
+
+
 @dataclass(frozen=True)
 class CacheEntry:
     """What `cache list` shows of one entry."""
 
     path: Path
     key: dict[str, Any]
+    rows: int
     bytes: int
     last_used: float
     """Seconds since the epoch."""
@@ -113,8 +120,10 @@ class FeatureCache:
         found = []
         for manifest in self.root.glob("*/manifest.json"):
             size = sum(file.stat().st_size for file in manifest.parent.glob("*.npy"))
-            key = json.loads(manifest.read_text())["key"]
-            found.append(CacheEntry(manifest.parent, key, size, manifest.stat().st_mtime))
+            content = json.loads(manifest.read_text())
+            found.append(
+                CacheEntry(manifest.parent, content["key"], content["rows"], size, manifest.stat().st_mtime)
+            )
         return sorted(found, key=lambda entry: -entry.last_used)
 
     def prune(self, budget_bytes: float, keep: set[Path] | None = None) -> list[CacheEntry]:
@@ -193,4 +202,8 @@ def _checksum(file: Path) -> str:
 
 
 def _is_other_rank() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_rank() > 0
+    )

@@ -28,20 +28,22 @@ def encode_in_micro_batches(
             for batch norm in training mode, whose statistics are then those of the micro-batch.
         inputs: tensors with B rows each.
         micro_batch_size: rows encoded at a time.
-        module: what `encode` runs; its batch-norm statistics are updated once, not again in the backward pass.
+        module: what `encode` runs; its batch-norm statistics are updated once, not again in the backward
+            pass.
 
     Returns:
         Embeddings (B, D), differentiable.
     """
     if not torch.is_grad_enabled() or len(inputs[0]) <= micro_batch_size:
         return encode(*inputs)
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _statistics_kept(norms)
 
     chunks = zip(*(tensor.split(micro_batch_size) for tensor in inputs), strict=True)
-    return torch.cat([checkpoint(encode, *chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks])
+    parts = [checkpoint(encode, *chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks]
+    return torch.cat(parts)
 
 
 @contextmanager

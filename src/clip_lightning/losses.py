@@ -75,15 +75,17 @@ def _similarities(image: Tensor, text: Tensor) -> Tensor:
 def _positives(image: Tensor, text: Tensor, image_id: Tensor | None, text_image_id: Tensor | None) -> Tensor:
     """Boolean (B, N): which text describes which image."""
     if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
-        raise ValueError(f"expected (B, D) and (N, D) embeddings, got {tuple(image.shape)} and {tuple(text.shape)}")
+        raise ValueError(
+            f"expected (B, D) and (N, D) embeddings, got {tuple(image.shape)} and {tuple(text.shape)}"
+        )
     if image_id is None:
         image_id = torch.arange(len(image), device=image.device)
     if text_image_id is None:
         text_image_id = image_id
     if len(image_id) != len(image) or len(text_image_id) != len(text):
         raise ValueError(
-            f"{len(image)} images with {len(image_id)} ids and {len(text)} texts with {len(text_image_id)} ids; "
-            "with other than one text an image, give text_image_id (N,)"
+            f"{len(image)} images with {len(image_id)} ids and {len(text)} texts with {len(text_image_id)} "
+            "ids; with other than one text an image, give text_image_id (N,)"
         )
     return image_id[:, None] == text_image_id[None, :]
 
@@ -131,7 +133,9 @@ class InfoNCE(ContrastiveLoss):
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
-            raise UserError(f"--model.loss.label_smoothing {label_smoothing}: expected 0 or more, and less than 1")
+            raise UserError(
+                f"--model.loss.label_smoothing {label_smoothing}: expected 0 or more, and less than 1"
+            )
         self.label_smoothing = label_smoothing
 
     def forward(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +30,8 @@ HeadKind = Literal["linear", "mlp"]
 Freeze = Literal["none", "image", "text", "both"]
 BUNDLE_FORMAT = 1
 MAX_SCALE = 100.0
+# What a tokenizer saves, and what a download of a bundle therefore needs beside the weights.
+TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
 class ResidualMLPHead(nn.Module):
@@ -51,7 +53,9 @@ class ResidualMLPHead(nn.Module):
 class Heads(nn.Module):
     """Both projections into the shared space."""
 
-    def __init__(self, image_width: int, text_width: int, embed_dim: int, kind: HeadKind, dropout: float) -> None:
+    def __init__(
+        self, image_width: int, text_width: int, embed_dim: int, kind: HeadKind, dropout: float
+    ) -> None:
         super().__init__()
         self.image = self._head(image_width, embed_dim, kind, dropout)
         self.text = self._head(text_width, embed_dim, kind, dropout)
@@ -106,7 +110,8 @@ class CLIP(nn.Module):
         self.logit_bias = None if init_bias is None else nn.Parameter(torch.tensor(init_bias))
         self.transform = image_tower.transform
         self.tokenize = text_tower.tokenize
-        self._head_config = {"embed_dim": embed_dim, "head": head, "dropout": dropout}
+        self._embed_dim = embed_dim
+        self._head_config: dict[str, Any] = {"embed_dim": embed_dim, "head": head, "dropout": dropout}
 
     @property
     def scale(self) -> Tensor:
@@ -152,7 +157,7 @@ class CLIP(nn.Module):
             BrokenImage: a file that is no readable picture.
         """
         self.eval()
-        parts = [torch.empty(0, self._head_config["embed_dim"])]
+        parts = [torch.empty(0, self._embed_dim)]
         for start in range(0, len(paths), batch_size):
             chunk = paths[start : start + batch_size]
             pixels = torch.stack([self.transform(decode_image(Path(path))) for path in chunk])
@@ -163,7 +168,7 @@ class CLIP(nn.Module):
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Unit-length embeddings (N, D) of texts, on the CPU."""
         self.eval()
-        parts = [torch.empty(0, self._head_config["embed_dim"])]
+        parts = [torch.empty(0, self._embed_dim)]
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenize(list(texts[start : start + batch_size]))
             device = self.logit_scale.device
@@ -206,14 +211,22 @@ class CLIP(nn.Module):
         """Write the bundle: weights, configuration, tokenizer and model card, all or nothing.
 
         Args:
-            folder: replaced if it exists, once the new one is complete.
-            weights: a state dict to write in place of the present weights (the best epoch's, say).
+            folder: a bundle that is there already is replaced, once the new one is complete.
+            weights: a complete state dict to write in place of the present weights (the best epoch's, say).
             metadata: `metrics`, `loss`, `training_data`, `license`, ...: kept in config.json and on the card.
 
         Returns:
             The folder.
+
+        Raises:
+            UserError: the folder holds something else than a bundle.
+            ValueError: `weights` are not those of this model.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()
+        _check_replaceable(folder)
+        state = self.state_dict() if weights is None else weights
+        if wrong := state.keys() ^ self.state_dict().keys():
+            raise ValueError(f"weights lack or add {len(wrong)} tensors, {min(wrong)} among them")
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -221,9 +234,9 @@ class CLIP(nn.Module):
             (draft / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
             self.tokenize.tokenizer.save_pretrained(draft)
             (draft / "README.md").write_text(model_card(config))
-            state = self.state_dict() if weights is None else weights
             tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-            save_file(tensors, draft / "model.safetensors", metadata={"format": "pt", **_companions(draft, config)})
+            about = {"format": "pt", **_companions(draft, config)}
+            save_file(tensors, draft / "model.safetensors", metadata=about)
             draft.chmod(0o755)  # mkdtemp makes it private
             _replace_folder(draft, folder)
         finally:
@@ -238,60 +251,87 @@ class CLIP(nn.Module):
             name: a folder (no network is touched), or a Hugging Face hub id.
 
         Raises:
-            UserError: no bundle there, or one whose tokenizer or transform does not belong to its weights.
+            UserError: no bundle there, a damaged one, or one whose tokenizer or transform does not belong to
+                its weights.
         """
         folder = Path(name)
         if not folder.is_dir():
             folder = _download(str(name))
         weights, config_file = folder / "model.safetensors", folder / "config.json"
         if not weights.is_file() or not config_file.is_file():
-            raise UserError(f"{name} is no clip-lightning bundle: expected config.json and model.safetensors in it")
-        config = json.loads(config_file.read_text())
+            raise UserError(
+                f"{name} is no clip-lightning bundle: expected config.json and model.safetensors in it"
+            )
+        try:
+            config = json.loads(config_file.read_text())
+            recorded, state = _read_weights(weights)
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            raise UserError(f"{name} is damaged ({error}); get it whole again") from error
         if config.get("format") != BUNDLE_FORMAT:
             raise UserError(
                 f"{name} has format {config.get('format')!r}, this version reads {BUNDLE_FORMAT}; "
                 "upgrade clip-lightning, or give a folder written by save_pretrained"
             )
-        with safe_open(weights, framework="pt") as file:
-            recorded = file.metadata() or {}
-            for part, digest in _companions(folder, config).items():
-                if recorded.get(part) != digest:
-                    raise UserError(f"{name}: its {part} is not the one its weights were trained with; get it whole again")
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        for part, digest in _companions(folder, config).items():
+            if recorded.get(part) != digest:
+                raise UserError(
+                    f"{name}: its {part} is not the one its weights were trained with; get it whole again"
+                )
         model = cls.from_config(config, folder)
         model.load_state_dict(state)
         return model.eval()
+
+
+def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
 
 
 def _companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of what must not be exchanged under the weights: tokenizer and transform."""
     tokenizer = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.name not in ("config.json", "README.md", "model.safetensors") and not file.name.startswith("."):
+        if file.suffix in TOKENIZER_SUFFIXES and file.name != "config.json" and file.is_file():
             tokenizer.update(file.name.encode() + b"\0" + file.read_bytes())
     tokenizer.update(str(config["text_tower"]["max_length"]).encode())
     transform = json.dumps(config["transform"], sort_keys=True).encode()
     return {"tokenizer": tokenizer.hexdigest(), "transform": hashlib.sha256(transform).hexdigest()}
 
 
+def _check_replaceable(folder: Path) -> None:
+    """Only a bundle or an empty folder may give way: everything in it will be gone."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} holds something else than a bundle; give a new or an empty folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a new or an empty folder")
+
+
 def _replace_folder(draft: Path, folder: Path) -> None:
     """Put `draft` in the place of `folder`; at no moment is there half a bundle."""
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent)) / folder.name
-        os.replace(folder, old)
+    if not folder.exists():
         os.replace(draft, folder)
-        shutil.rmtree(old.parent)
-    else:
-        os.replace(draft, folder)
+        return
+    attic = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    try:
+        os.replace(folder, attic / folder.name)
+        try:
+            os.replace(draft, folder)
+        except BaseException:
+            os.replace(attic / folder.name, folder)
+            raise
+    finally:
+        shutil.rmtree(attic)
 
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = [*(f"*{suffix}" for suffix in TOKENIZER_SUFFIXES), "model.safetensors", "README.md"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise UserError(
-            f"no bundle at {name!r}: no such folder, and the Hugging Face hub did not give it; check the path or the name"
+            f"no bundle at {name!r}: no such folder, and the Hugging Face hub did not give it; check the "
+            "path or the name"
         ) from error

@@ -16,6 +16,7 @@ from torch import Tensor
 from clip_lightning.data.transforms import ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
+from clip_lightning.extract import Extractor, cache_frozen_towers
 from clip_lightning.losses import ContrastiveLoss, InfoNCE
 from clip_lightning.model import CLIP, Freeze, HeadKind
 from clip_lightning.optim import OptimizerConfig, param_groups, warmup_cosine
@@ -86,6 +87,17 @@ class CLIPModule(LightningModule):
     def tokenize(self) -> Tokenize:
         """Texts → `input_ids` and `attention_mask`."""
         return self.clip.tokenize
+
+    def setup(self, stage: str) -> None:
+        """Run frozen towers once over the splits that this stage needs, where the data module keeps a cache."""
+        data = self.trainer.datamodule
+        if data is None or data.cache is None:
+            return
+        extractor = Extractor(
+            data.cache, self.trainer.strategy.root_device, _autocast_dtype(self.trainer.precision)
+        )
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
+            cache_frozen_towers(extractor, self.clip, data, split)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of this rank's pairs against the pairs of all ranks."""
@@ -168,7 +180,12 @@ class CLIPModule(LightningModule):
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings (B, D) and (N, D) of this rank's batch."""
-        image = self.clip.encode_image(batch["pixel_values"])
+        if "image_features" in batch:
+            image = self.clip.project_image(batch["image_features"])
+        else:
+            image = self.clip.encode_image(batch["pixel_values"])
+        if "text_features" in batch:
+            return image, self.clip.project_text(batch["text_features"])
         return image, self.clip.encode_text(batch["input_ids"], batch["attention_mask"])
 
     def _gather(self, tensor: Tensor) -> Tensor:
@@ -181,7 +198,9 @@ class CLIPModule(LightningModule):
         if len(batch["image_id"]) == 0:  # every picture of the batch was broken
             return
         image, text = self._encode(batch)
-        part = {"image": image, "text": text} | {k: batch[k] for k in ("image_id", "text_image_id", "text_id")}
+        part = {"image": image, "text": text} | {
+            k: batch[k] for k in ("image_id", "text_image_id", "text_id")
+        }
         self._parts.append({name: tensor.cpu() for name, tensor in part.items()})
 
     def _score(self, stage: str) -> None:
@@ -202,6 +221,11 @@ class CLIPModule(LightningModule):
         everyone: list[list[Batch]] = [[] for _ in range(self.trainer.world_size)]
         torch.distributed.all_gather_object(everyone, parts)
         return [part for rank in everyone for part in rank]
+
+
+def _autocast_dtype(precision: str) -> torch.dtype | None:
+    """What Lightning's `precision` makes of a frozen tower's forward pass."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
 
 def _join(parts: list[Batch]) -> Embeddings | None:

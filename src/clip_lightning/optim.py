@@ -65,7 +65,7 @@ def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
 
 
 def _no_weight_decay(model: nn.Module) -> set[str]:
-    """Full names of the parameters that a submodule itself exempts (timm's position embeddings and tokens)."""
+    """Full names of what a submodule itself exempts (timm: position embeddings and tokens)."""
     names: set[str] = set()
     for prefix, module in model.named_modules():
         exempt = getattr(module, "no_weight_decay", None)
@@ -75,7 +75,11 @@ def _no_weight_decay(model: nn.Module) -> set[str]:
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """Factor on the peak rate at `step` (from 0): linear rise, then half a cosine down to 0 at `total_steps`."""
+    """Factor on the peak rate at `step` (from 0): linear rise, then half a cosine down to 0 at the end.
+
+    The rise is counted so that no step has a rate of 0: step 0 has 1 / (warmup_steps + 1), and step
+    `warmup_steps` is the first with the whole rate.
+    """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

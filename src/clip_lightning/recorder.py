@@ -201,7 +201,9 @@ def _best_weights(trainer: Trainer, pl_module: LightningModule) -> dict[str, tor
             stored = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
             # frozen towers are not in the checkpoint and have not changed since
             weights |= {
-                name.removeprefix("clip."): tensor for name, tensor in stored.items() if name.startswith("clip.")
+                name.removeprefix("clip."): tensor
+                for name, tensor in stored.items()
+                if name.startswith("clip.")
             }
     return weights
 

@@ -9,6 +9,8 @@ import difflib
 import hashlib
 import importlib
 import json
+import pickle
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,9 +18,17 @@ from typing import Any, Literal, Self
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
+from timm.models import load_state_dict
+from timm.models._hub import load_model_config_from_path, load_state_dict_from_path
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+)
 from transformers.utils import cached_file
 
 from clip_lightning.data.transforms import ImageTransform
@@ -40,11 +50,13 @@ class Tower(nn.Module):
 
     width: int
     frozen = False
+    _frozen_digest: str | None = None
 
     def freeze(self) -> Self:
         """Fix the weights: no gradients, no dropout, no drifting batch-norm statistics."""
         self.requires_grad_(False)
         self.frozen = True
+        self._frozen_digest = None
         return self.eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -53,11 +65,14 @@ class Tower(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 (hex) over the names and values of all weights and buffers."""
+        if self.frozen and self._frozen_digest is not None:
+            return self._frozen_digest
         sha = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()
+        self._frozen_digest = sha.hexdigest()
+        return self._frozen_digest
 
 
 class ImageTower(Tower):
@@ -102,23 +117,29 @@ class ImageTower(Tower):
         Raises:
             UserError: unknown name, weights that cannot be had or do not fit, impossible size.
         """
+        if image_size is not None and image_size < 1:
+            raise UserError(f"--data.image_size {image_size}: expected a side of 1 pixel or more")
         source = _image_source(name)
-        spec: dict[str, Any] = {"name": name, "architecture": source.architecture, "arguments": source.arguments}
+        arguments = source.arguments
         if image_size is not None:
-            spec["arguments"] = _with_image_size(source.architecture, source.arguments, image_size)
+            arguments = _with_image_size(source.architecture, arguments, image_size)
+        spec = {"name": name, "architecture": source.architecture, "arguments": arguments}
         backbone = _create_backbone(spec, source)
         data = resolve_data_config(pretrained_cfg=backbone.pretrained_cfg, model=backbone)
-        size = (image_size, image_size) if image_size else tuple(data["input_size"][1:])
-        interpolation = data["interpolation"] if data["interpolation"] == "bilinear" else "bicubic"
         transform = ImageTransform(
-            size=size, interpolation=interpolation, mean=tuple(data["mean"]), std=tuple(data["std"])
+            size=(image_size, image_size) if image_size else tuple(data["input_size"][1:]),
+            interpolation="bilinear" if data["interpolation"] == "bilinear" else "bicubic",
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
         )
         return cls(backbone, spec, transform)
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], transform: ImageTransform) -> ImageTower:
         """Build the architecture a bundle names, with fresh weights and no network."""
-        backbone = timm.create_model(spec["architecture"], pretrained=False, num_classes=0, **spec["arguments"])
+        backbone = timm.create_model(
+            spec["architecture"], pretrained=False, num_classes=0, **spec["arguments"]
+        )
         return cls(backbone, spec, transform)
 
 
@@ -142,7 +163,8 @@ def _image_source(name: str) -> _ImageSource:
         arguments = {}
     if name.startswith("pypi:"):
         if name not in PYPI_IMAGE_TOWERS:
-            raise UserError(f"unknown image tower {name!r}; from PyPI there are {', '.join(PYPI_IMAGE_TOWERS)}")
+            known = ", ".join(PYPI_IMAGE_TOWERS)
+            raise UserError(f"unknown image tower {name!r}; from PyPI there are {known}")
         architecture, package = PYPI_IMAGE_TOWERS[name]
         return _ImageSource(architecture, arguments, pypi_package=package)
     if name.startswith("random:"):
@@ -162,7 +184,6 @@ def _image_source(name: str) -> _ImageSource:
 def _from_model_config(name: str, arguments: dict[str, Any]) -> _ImageSource:
     """Read architecture and weights' place from the config.json that timm saves beside weights."""
     from timm.models import load_model_config_from_hf
-    from timm.models._hub import load_model_config_from_path
 
     scheme, _, place = name.partition(":")
     try:
@@ -208,18 +229,41 @@ def _create_backbone(spec: dict[str, Any], source: _ImageSource) -> nn.Module:
         )
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"the weights of image tower {spec['name']!r} cannot be had ({_first_line(error)}); connect once to "
-            "the hub, or give a local folder, ARCHITECTURE=FILE, pypi:efficientnet-lite0 or "
+            f"the weights of image tower {spec['name']!r} cannot be had ({_first_line(error)}); connect once "
+            "to the hub, or give a local folder, ARCHITECTURE=FILE, pypi:efficientnet-lite0 or "
             f"random:{source.architecture}"
         ) from error
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+    except _NOT_BUILT as error:
         raise UserError(
             f"image tower {spec['name']!r} cannot be built with {spec['arguments'] or 'its defaults'} "
-            f"({_first_line(error)}); try another pooling, --data.image_size or weights"
+            f"({_first_line(error)}); try another pooling, --data.image_size or weights, or start from fresh "
+            f"ones with random:{source.architecture}"
         ) from error
     if source.pypi_package is not None:
         backbone.load_state_dict(_pypi_weights(source.pypi_package, source.architecture))
+    if source.overlay is not None:
+        _check_local_weights(backbone, source.overlay, spec["name"])
     return backbone
+
+
+_NOT_BUILT = (TypeError, AssertionError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError)
+
+
+def _check_local_weights(backbone: nn.Module, overlay: dict[str, Any], name: str) -> None:
+    """Refuse weights that leave a part of the tower at random: timm only logs what a file lacks."""
+    place = overlay.get("file")
+    if place is None or overlay.get("custom_load"):
+        return
+    saved = load_state_dict_from_path(place) if Path(place).is_dir() else load_state_dict(place)
+    rename = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if rename is not None:
+        saved = rename(saved, backbone)
+    missing = backbone.state_dict().keys() - saved.keys()
+    if missing:
+        raise UserError(
+            f"the weights of image tower {name!r} lack {len(missing)} of its tensors, {min(missing)} among "
+            "them; give the architecture that they were saved from"
+        )
 
 
 def _pypi_weights(package: str, architecture: str) -> dict[str, Tensor]:
@@ -253,7 +297,8 @@ def _pypi_folder(package: str) -> Path:
         module = importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"the tower needs the package {package.replace('_', '-')}; pip install 'clip-lightning[quickstart]'"
+            f"the tower needs the package {package.replace('_', '-')}; "
+            "pip install 'clip-lightning[quickstart]'"
         ) from error
     return Path(str(module.__file__)).parent
 
@@ -262,10 +307,18 @@ def _pypi_folder(package: str) -> Path:
 def _feature_width(backbone: nn.Module, size: tuple[int, int]) -> int:
     """Read the width from a forward pass: `num_features` differs from it with some poolings."""
     was_training = backbone.training
-    features = backbone.eval()(torch.zeros(1, 3, *size))
-    backbone.train(was_training)
+    try:
+        features = backbone.eval()(torch.zeros(1, 3, *size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"the image tower cannot take pictures of {size[0]}x{size[1]} pixels ({_first_line(error)}); "
+            "try another --data.image_size"
+        ) from error
+    finally:
+        backbone.train(was_training)
     if features.ndim != 2:
-        raise UserError(f"the image tower gives features of shape {tuple(features.shape)}; choose a pooling, as NAME@avg")
+        shape = tuple(features.shape)
+        raise UserError(f"the image tower gives features of shape {shape}; choose a pooling, as NAME@avg")
     return int(features.shape[1])
 
 
@@ -277,7 +330,7 @@ class TextTower(Tower):
         tokenize: texts → `input_ids` and `attention_mask`, with this tower's tokenizer.
     """
 
-    def __init__(self, backbone: nn.Module, tokenize: Tokenize, spec: dict[str, Any]) -> None:
+    def __init__(self, backbone: Any, tokenize: Tokenize, spec: dict[str, Any]) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenize = tokenize
@@ -321,33 +374,39 @@ class TextTower(Tower):
         place = place.removeprefix("random:")
         if place.startswith("pypi:"):
             if place not in PYPI_TEXT_TOWERS:
-                raise UserError(f"unknown text tower {place!r}; from PyPI there is {', '.join(PYPI_TEXT_TOWERS)}")
+                known = ", ".join(PYPI_TEXT_TOWERS)
+                raise UserError(f"unknown text tower {place!r}; from PyPI there is {known}")
             place = str(_pypi_folder(PYPI_TEXT_TOWERS[place]) / "model")
         try:
             config = AutoConfig.from_pretrained(place)
             tokenizer = AutoTokenizer.from_pretrained(place)
             if random:
-                backbone = _text_class(config).from_config(config)
+                backbone, missing = _fresh(config), set()
             else:
-                backbone = _text_class(config).from_pretrained(place, dtype=torch.float32)
-        except (OSError, ValueError, RepositoryNotFoundError) as error:
+                backbone, info = _text_class(config).from_pretrained(
+                    place, dtype=torch.float32, output_loading_info=True
+                )
+                missing = info["missing_keys"]
+        except (OSError, ValueError, RuntimeError, RepositoryNotFoundError, SafetensorError) as error:
             raise UserError(_no_text_tower(name, place, error)) from error
         spec = {
             "name": name,
             "config": json.loads(config.to_json_string(use_diff=False)),
             "pooling": pooling or _default_pooling(place, config),
-            "max_length": _checked_max_length(max_length, config, name),
+            "max_length": _checked_max_length(max_length, backbone, tokenizer, name),
         }
+        _check_tokenizer(tokenizer, name)
         _check_pooling(backbone, spec)
+        _check_loaded(missing, spec)
         return cls(backbone, Tokenize(tokenizer, spec["max_length"]), spec)
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], tokenizer_folder: Path) -> TextTower:
-        """Build the architecture a bundle names, with fresh weights and the bundle's tokenizer, no network."""
+        """Build the architecture a bundle names: fresh weights, the bundle's tokenizer, no network."""
         values = dict(spec["config"])
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        return cls(_text_class(config).from_config(config), Tokenize(tokenizer, spec["max_length"]), spec)
+        return cls(_fresh(config), Tokenize(tokenizer, spec["max_length"]), spec)
 
 
 class Tokenize:
@@ -371,10 +430,29 @@ class Tokenize:
             mask = torch.zeros_like(ids)
         return {"input_ids": ids, "attention_mask": mask}
 
+    def digest(self) -> str:
+        """SHA-256 (hex) over everything that decides which tokens a text becomes."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
+        settings = {
+            "class": type(self.tokenizer).__name__,
+            # the last call's padding and truncation are kept among the rules
+            "rules": {key: value for key, value in rules.items() if key not in ("padding", "truncation")},
+            "special": {key: str(token) for key, token in self.tokenizer.special_tokens_map.items()},
+            "max_length": self.max_length,
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
 
 def _text_class(config: Any) -> Any:
     """Of an encoder-decoder (T5) only the encoder is wanted."""
-    return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    encoder = config.is_encoder_decoder or config.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+    return AutoModelForTextEncoding if encoder else AutoModel
+
+
+def _fresh(config: Any) -> Any:
+    """Fresh weights in fp32, whatever precision the config's own weights were saved in."""
+    return _text_class(config).from_config(config, dtype=torch.float32)
 
 
 def _no_text_tower(name: str, place: str, error: Exception) -> str:
@@ -383,7 +461,8 @@ def _no_text_tower(name: str, place: str, error: Exception) -> str:
             f"text tower {name!r} cannot be read ({_first_line(error)}); expected a folder with config.json, "
             "a tokenizer and weights (random:FOLDER starts from fresh weights)"
         )
-    known = [*PYPI_TEXT_TOWERS, "bert-base-uncased", "distilroberta-base", "sentence-transformers/all-MiniLM-L6-v2"]
+    hub = ["bert-base-uncased", "distilroberta-base", "sentence-transformers/all-MiniLM-L6-v2"]
+    known = [*PYPI_TEXT_TOWERS, *hub]
     near = difflib.get_close_matches(place, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     return (
@@ -410,8 +489,9 @@ def _default_pooling(place: str, config: Any) -> TextPooling:
         return "mean"
     if config.model_type in ("clip_text_model", "siglip_text_model"):
         return "pooler"
-    architectures = config.architectures or []
-    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    # a model that only ever saw what came before has read the whole text at its last token
+    kind = config.model_type
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return "last" if causal and not config.is_encoder_decoder else "mean"
 
 
@@ -421,20 +501,55 @@ def _check_pooling(backbone: nn.Module, spec: dict[str, Any]) -> None:
             raise UserError(f"text tower {spec['name']!r} has no pooler; choose @mean, @cls or @last")
 
 
-def _checked_max_length(max_length: int | None, config: Any, name: str) -> int:
-    """Compare with the model's table of positions, where it has one."""
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit is not None and ("roberta" in config.model_type or config.model_type in ("camembert", "mpnet")):
-        limit -= config.pad_token_id + 1  # these models number their positions from the padding token on
+def _check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Refuse what transformers gives for a folder without a tokenizer: one that knows no word."""
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(
+            f"text tower {name!r} has no tokenizer; expected tokenizer.json or a vocabulary in its folder"
+        )
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of text tower {name!r} has neither a padding token nor an end token")
+
+
+def _check_loaded(missing: set[str], spec: dict[str, Any]) -> None:
+    """Refuse weights that leave a part of the tower that is used at random: transformers only warns."""
+    used = {key for key in missing if spec["pooling"] == "pooler" or not key.startswith("pooler.")}
+    if used:
+        raise UserError(
+            f"the weights of text tower {spec['name']!r} lack {len(used)} of its tensors, {min(used)} among "
+            "them; give weights that belong to its config.json, another pooling, or random: for fresh ones"
+        )
+
+
+def _checked_max_length(max_length: int | None, backbone: Any, tokenizer: Any, name: str) -> int:
+    """Compare with the model's table of positions, where it has one, and with the special tokens."""
+    shortest = tokenizer.num_special_tokens_to_add() + 1
+    limit = _positions(backbone)
     if max_length is None:
         return min(DEFAULT_MAX_LENGTH, limit) if limit else DEFAULT_MAX_LENGTH
-    if max_length < 1 or (limit is not None and max_length > limit):
+    if max_length < shortest or (limit is not None and max_length > limit):
+        have = f"it has {limit} positions, " if limit else ""
+        expected = f"{shortest} to {limit}" if limit else f"{shortest} or more"
         raise UserError(
-            f"--model.max_length {max_length} does not fit text tower {name!r}; "
-            + (f"it has {limit} positions, give 1 to {limit}" if limit else "give 1 or more")
+            f"--model.max_length {max_length} does not fit text tower {name!r}; {have}give {expected} "
+            "(special tokens count)"
         )
     return max_length
 
 
+def _positions(backbone: Any) -> int | None:
+    """How many tokens the model has positions for, None where it has no table of them."""
+    config = backbone.config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit is None or limit < 1:
+        return None
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    offset = getattr(table, "padding_idx", None)
+    # RoBERTa and its kin number their positions from the padding token on
+    return int(limit) if offset is None else int(limit) - offset - 1
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line that says something: torch's own of a state dict ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")

@@ -22,6 +22,7 @@ from clip_lightning.data.sampler import EvalSampler, TrainSampler
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.data.transforms import Augmentation, ImageTransform
 from clip_lightning.errors import UserError
+from clip_lightning.features import FeatureCache, Features, default_cache
 
 DatasetName = Literal["auto", "flickr8k", "flickr30k", "captions", "folder", "scenes"]
 SCENES, SCENE_SIZE = 2500, 224
@@ -54,6 +55,9 @@ class CaptionDataModule(LightningDataModule):
         val_share: float = 0.1,
         test_share: float = 0.1,
         split_seed: int = 0,
+        cache: str = "auto",
+        cache_gb: float = 50,
+        views: int = 2,
         seed: int = 0,
     ) -> None:
         """Take note of the settings; nothing is read before `prepare_data` and `setup`.
@@ -73,17 +77,21 @@ class CaptionDataModule(LightningDataModule):
             val_share: share of the pictures held out for validation, where there is no official split.
             test_share: share of the pictures held out for testing, where there is no official split.
             split_seed: of the drawing of these shares; keep it fixed to compare runs.
+            cache: where features of frozen towers are kept: `auto` for the cache folder, `off` to run
+                frozen towers at every step, or a folder.
+            cache_gb: size in gigabytes (10^9 bytes) that the cache is cut back to, oldest first.
+            views: cached versions of each training picture: plain, mirrored, then as the augmentation says.
             seed: of the order, the captions and the augmentation.
         """
         super().__init__()
-        _check(batch_size=batch_size, captions_per_image=captions_per_image)
+        _check(batch_size=batch_size, captions_per_image=captions_per_image, views=views)
         _check_shares(max_broken=max_broken, val_share=val_share, test_share=test_share)
         if root is None and dataset != "scenes":
             raise UserError("no data: give --data.root FOLDER, or --data.dataset scenes for drawn ones")
         size = (image_size, image_size) if image_size else transform.size
         self.transform = dataclasses.replace(transform, size=size)
         self.tokenize = tokenize
-        self.root = root or _cache_folder() / f"scenes-{SCENES}-{SCENE_SIZE}"
+        self.root = root or default_cache().with_name("scenes") / f"{SCENES}-{SCENE_SIZE}"
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = usable_cores() if num_workers is None else num_workers
@@ -91,11 +99,19 @@ class CaptionDataModule(LightningDataModule):
         self.augmentation = augmentation or Augmentation(flip=dataset != "scenes")
         self.max_broken = max_broken
         self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
+        self.cache = (
+            None
+            if cache == "off"
+            else FeatureCache(default_cache() if cache == "auto" else Path(cache), cache_gb * 1e9)
+        )
+        self.views = views if self.augmentation != Augmentation(flip=False) else 1
         self.seed = seed
         self.digest = ""
         self.broken: dict[str, str] = {}
         self._images: dict[str, list[CaptionedImage]] = {}
         self._content: dict[str, list[int]] = {}
+        self._picture_features: dict[str, list[Features]] = {}
+        self._text_features: dict[str, Features] = {}
 
     def prepare_data(self) -> None:
         """Draw the scenes, once a machine."""
@@ -117,6 +133,23 @@ class CaptionDataModule(LightningDataModule):
         """The pictures of `train`, `val` or `test`, in order; `image_id` of evaluation batches counts them."""
         return self._images[split]
 
+    def captions(self, split: str) -> list[str]:
+        """All captions of the split, picture after picture; `text_id` counts them."""
+        return [caption for image in self._images[split] for caption in image.captions]
+
+    def use_features(self, split: str, *, pictures: list[Features] | None, texts: Features | None) -> None:
+        """Let batches of `split` hold cached features instead of pixels or tokens.
+
+        Args:
+            split: `train`, `val` or `test`.
+            pictures: one entry a view, rows in the order of `images(split)`; None to go on decoding.
+            texts: rows in the order of `captions(split)`; None to go on tokenizing.
+        """
+        if pictures:
+            self._picture_features[split] = pictures
+        if texts is not None:
+            self._text_features[split] = texts
+
     def content_ids(self, split: str) -> list[int]:
         """For each picture of the split the position of the first with the same bytes."""
         if split not in self._content:
@@ -133,11 +166,14 @@ class CaptionDataModule(LightningDataModule):
             self.augmentation,
             captions_per_image=self.captions_per_image,
             seed=self.seed,
+            views=self._picture_features.get("train", ()),
         )
-        sampler = TrainSampler(len(images), self.batch_size, seed=self.seed, rank=self._rank, world_size=self._world)
+        sampler = TrainSampler(
+            len(images), self.batch_size, seed=self.seed, rank=self._rank, world_size=self._world
+        )
         sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
         sampler.start_batch = self._batches_done(len(sampler) // self.batch_size)
-        return self._loader(dataset, sampler, self.batch_size)
+        return self._loader("train", dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every picture of `val` with all its captions."""
@@ -155,19 +191,26 @@ class CaptionDataModule(LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader[Any]:
         images = self._images[split]
         if not images:
-            raise UserError(f"{self.root} has no {split} split; give data that has one, or raise --data.{split}_share")
+            raise UserError(
+                f"{self.root} has no {split} split; give data that has one, or raise --data.{split}_share"
+            )
         sampler = EvalSampler(len(images), rank=self._rank, world_size=self._world)
-        return self._loader(EvalDataset(images, self.transform), sampler, min(self.batch_size, EVAL_BATCH_SIZE))
+        (features,) = self._picture_features.get(split, [None])
+        dataset = EvalDataset(images, self.transform, features)
+        return self._loader(split, dataset, sampler, min(self.batch_size, EVAL_BATCH_SIZE))
 
-    def _loader(self, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[Any]:
+    def _loader(self, split: str, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[Any]:
+        texts = self._text_features.get(split)
+        # reading cached rows is no work for another process
+        workers = 0 if split in self._picture_features and texts is not None else self.num_workers
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=Collate(self.tokenize),
+            num_workers=workers,
+            collate_fn=Collate(self.tokenize, texts),
             worker_init_fn=_start_worker,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -189,6 +232,8 @@ class CaptionDataModule(LightningDataModule):
         """How many batches of the present epoch a restored checkpoint has already trained on."""
         if self.trainer is None or not self.trainer.fit_loop.restarting:
             return 0
+        limit = self.trainer.limit_train_batches
+        batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         return done if done < batches else 0
 
@@ -211,11 +256,6 @@ def _start_worker(worker_id: int) -> None:
     """Leave Ctrl-C to the main process, which finishes its step first, and one core to each worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "clip-lightning"
 
 
 def _check(**counts: int) -> None:

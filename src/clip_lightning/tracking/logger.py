@@ -81,7 +81,9 @@ def can_reach_server() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(settings.base_url).hostname or ""
-    candidates = [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path("~/.netrc"), Path("~/_netrc")]
+    candidates = (
+        [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path("~/.netrc"), Path("~/_netrc")]
+    )
     for file in candidates:
         try:
             if netrc.netrc(file.expanduser()).authenticators(host):

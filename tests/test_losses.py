@@ -1,0 +1,218 @@
+"""The losses against open_clip's, against loops written from the definitions, and at their limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor
+
+from clip_lightning.errors import UserError
+from clip_lightning.losses import ContrastiveLoss, InfoNCE, SigLIP, info_nce, siglip_loss
+
+SIZES = {"count": st.integers(1, 17), "width": st.integers(1, 20), "seed": st.integers(0, 2**32 - 1)}
+
+
+def unit(count: int, width: int, seed: int) -> Tensor:
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(rows, dim=-1)
+
+
+def value_and_gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def assert_equal_but_for_rounding(ours: list[Tensor], theirs: list[Tensor], size: float = 0.0) -> None:
+    """Relative to the tensor's own size, or to `size`, the terms of which a gradient near 0 is made."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert (one - other).norm() <= 1e-6 * max(other.norm().item(), size)
+
+
+@given(**SIZES, scale=st.floats(0.5, 100))
+@settings(max_examples=60, deadline=None)
+def test_info_nce_and_its_gradients_are_open_clips(count: int, width: int, seed: int, scale: float) -> None:
+    inputs = unit(count, width, seed), unit(count, width, seed + 1), torch.tensor(scale)
+    assert_equal_but_for_rounding(
+        value_and_gradients(info_nce, *inputs), value_and_gradients(ClipLoss(), *inputs), size=max(1, scale)
+    )
+
+
+@given(**SIZES, scale=st.floats(0.5, 100), bias=st.floats(-20, 20))
+@settings(max_examples=60, deadline=None)
+def test_siglip_and_its_gradients_are_open_clips(
+    count: int, width: int, seed: int, scale: float, bias: float
+) -> None:
+    inputs = unit(count, width, seed), unit(count, width, seed + 1), torch.tensor(scale), torch.tensor(bias)
+    assert_equal_but_for_rounding(
+        value_and_gradients(siglip_loss, *inputs), value_and_gradients(SigLipLoss(), *inputs), size=max(1, scale)
+    )
+
+
+def logits_by_hand(image: Tensor, text: Tensor, scale: float) -> list[list[float]]:
+    return [
+        [scale * sum(x * y for x, y in zip(a, b, strict=True)) for b in text.tolist()] for a in image.tolist()
+    ]
+
+
+def info_nce_by_hand(image: Tensor, text: Tensor, scale: float, ids: list[int], text_ids: list[int]) -> float:
+    """For each row with positives the mean of -log p over them; the mean of these rows; of both directions."""
+
+    def one_way(logits: list[list[float]], mine: list[int], others: list[int]) -> float:
+        rows = []
+        for row, own in zip(logits, mine, strict=True):
+            total = sum(math.exp(x - max(row)) for x in row)
+            minus_log_p = [math.log(total) + max(row) - x for x in row]
+            positives = [p for p, other in zip(minus_log_p, others, strict=True) if other == own]
+            if positives:
+                rows.append(sum(positives) / len(positives))
+        return sum(rows) / len(rows) if rows else 0.0
+
+    logits = logits_by_hand(image, text, scale)
+    transposed = [list(column) for column in zip(*logits, strict=True)]
+    return (one_way(logits, ids, text_ids) + one_way(transposed, text_ids, ids)) / 2
+
+
+def siglip_by_hand(
+    image: Tensor, text: Tensor, scale: float, bias: float, ids: list[int], text_ids: list[int]
+) -> float:
+    total = 0.0
+    for i, row in enumerate(logits_by_hand(image, text, scale)):
+        for j, logit in enumerate(row):
+            signed = (logit + bias) * (1 if ids[i] == text_ids[j] else -1)
+            total += max(-signed, 0) + math.log1p(math.exp(-abs(signed)))
+    return total / len(ids)
+
+
+@st.composite
+def multi_positive(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """Copies of pictures, several captions or none a picture, captions of pictures that are not there."""
+    ids = draw(st.lists(st.integers(0, 5), min_size=1, max_size=8))
+    text_ids = draw(st.lists(st.integers(0, 7), min_size=1, max_size=12))
+    seed = draw(st.integers(0, 2**32 - 1))
+    return unit(len(ids), 4, seed), unit(len(text_ids), 4, seed + 1), ids, text_ids
+
+
+@given(case=multi_positive(), scale=st.floats(0.5, 100))
+@settings(max_examples=60, deadline=None)
+def test_several_positives_against_loops(
+    case: tuple[Tensor, Tensor, list[int], list[int]], scale: float
+) -> None:
+    image, text, ids, text_ids = case
+    options = {"image_id": torch.tensor(ids), "text_image_id": torch.tensor(text_ids)}
+    ours = info_nce(image, text, scale, **options).item()
+    assert ours == pytest.approx(info_nce_by_hand(image, text, scale, ids, text_ids), rel=1e-5, abs=1e-5)
+    ours = siglip_loss(image, text, scale, -3.0, **options).item()
+    assert ours == pytest.approx(siglip_by_hand(image, text, scale, -3.0, ids, text_ids), rel=1e-5, abs=1e-5)
+
+
+@given(case=multi_positive(), seed=st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_a_batch_does_not_matter(
+    case: tuple[Tensor, Tensor, list[int], list[int]], seed: int
+) -> None:
+    image, text, ids, text_ids = case[0], case[1], torch.tensor(case[2]), torch.tensor(case[3])
+    torch.manual_seed(seed)
+    i, j = torch.randperm(len(image)), torch.randperm(len(text))
+    for loss in (InfoNCE(), InfoNCE(0.1), SigLIP()):
+        scale, bias = torch.tensor(20.0), torch.tensor(-5.0)
+        straight = loss(image, text, scale, bias, ids, text_ids)
+        shuffled = loss(image[i], text[j], scale, bias, ids[i], text_ids[j])
+        torch.testing.assert_close(shuffled, straight, rtol=1e-5, atol=1e-5)
+
+
+def test_no_positive_at_all_is_no_loss() -> None:
+    image, text = unit(3, 4, 0).requires_grad_(), unit(2, 4, 1)
+    loss = info_nce(image, text, 10.0, image_id=torch.arange(3), text_image_id=torch.tensor([7, 8]))
+    loss.backward()
+    assert loss == 0
+    assert image.grad is not None and not image.grad.any()
+
+
+@given(**SIZES, smoothing=st.floats(0, 0.9))
+@settings(max_examples=30, deadline=None)
+def test_label_smoothing_is_torchs(count: int, width: int, seed: int, smoothing: float) -> None:
+    image, text, target = unit(count, width, seed), unit(count, width, seed + 1), torch.arange(count)
+    logits = 30 * image @ text.T
+    expected = sum(F.cross_entropy(x, target, label_smoothing=smoothing) for x in (logits, logits.T)) / 2
+    ours = info_nce(image, text, 30.0, label_smoothing=smoothing)
+    torch.testing.assert_close(ours, torch.as_tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(), InfoNCE(0.1), SigLIP()])
+def test_bf16_rounds_the_embeddings_and_nothing_else(loss: ContrastiveLoss) -> None:
+    image, text, ids = unit(64, 32, 0), unit(64, 32, 1), torch.arange(64)
+    image = F.normalize(0.5 * image + 0.5 * text, dim=-1)
+    scale, bias = torch.tensor(100.0), torch.tensor(-10.0)
+    exact = loss(image, text, scale, bias, ids, ids)
+    rounded = loss(image.bfloat16().float(), text.bfloat16().float(), scale, bias, ids, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = loss(image.bfloat16(), text.bfloat16(), scale, bias, ids, ids)
+        inside = loss(image, text, scale, bias, ids, ids)
+    assert mixed.dtype == torch.float32
+    assert mixed == rounded
+    assert inside == exact
+    torch.testing.assert_close(mixed, exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(), InfoNCE(0.1), SigLIP()])
+@pytest.mark.parametrize("scale", [100.0, 1e4])
+def test_identical_and_opposite_embeddings_give_finite_numbers(loss: ContrastiveLoss, scale: float) -> None:
+    same = unit(1, 8, 0).expand(16, -1)
+    for text in (same, -same):
+        leaves = [same.clone().requires_grad_(), text.clone().requires_grad_()]
+        factor, bias = torch.tensor(scale, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+        value = loss(*leaves, factor, bias, torch.arange(16), torch.arange(16))
+        value.backward()
+        assert value.isfinite()
+        for leaf in (*leaves, factor, bias):
+            assert leaf.grad is None or leaf.grad.isfinite().all()
+    assert info_nce(same, same, 100.0).item() == pytest.approx(math.log(16), rel=1e-6)
+
+
+def test_modules_are_the_functions() -> None:
+    image, text = unit(3, 4, 0), unit(5, 4, 1)
+    ids, text_ids = torch.tensor([4, 2, 9]), torch.tensor([2, 2, 4, 9, 1])
+    scale, bias = torch.tensor(9.0), torch.tensor(-2.0)
+    options = {"image_id": ids, "text_image_id": text_ids}
+    nce = InfoNCE(label_smoothing=0.2)(image, text, scale, None, ids, text_ids)
+    assert nce == info_nce(image, text, scale, **options, label_smoothing=0.2)
+    sigmoid = SigLIP()(image, text, scale, bias, ids, text_ids)
+    assert sigmoid == siglip_loss(image, text, scale, bias, **options)
+    assert SigLIP()(image, text, scale, None, ids, text_ids) == siglip_loss(image, text, scale, 0.0, **options)
+    assert (InfoNCE().init_bias, SigLIP().init_scale, SigLIP().init_bias) == (None, 10.0, -10.0)
+    assert InfoNCE().init_scale == pytest.approx(14.2857, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "options"),
+    [
+        ((3, 4), (3, 5), {}),
+        ((3, 4), (2, 4), {}),
+        ((12,), (3, 4), {}),
+        ((3, 4), (3, 4, 1), {}),
+        ((3, 4), (3, 4), {"image_id": torch.arange(2)}),
+        ((3, 4), (5, 4), {"image_id": torch.arange(3)}),
+        ((3, 4), (5, 4), {"image_id": torch.arange(3), "text_image_id": torch.arange(3)}),
+    ],
+)
+def test_shapes_that_do_not_belong_together(
+    image: tuple[int, ...], text: tuple[int, ...], options: dict[str, Tensor]
+) -> None:
+    for loss, rest in ((info_nce, ()), (siglip_loss, (0.0,))):
+        with pytest.raises(ValueError, match="expected|images with"):
+            loss(torch.zeros(image), torch.zeros(text), 1.0, *rest, **options)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, 3.0])
+def test_label_smoothing_is_a_share(smoothing: float) -> None:
+    with pytest.raises(UserError, match="label_smoothing"):
+        InfoNCE(label_smoothing=smoothing)
