@@ -154,7 +154,10 @@ class RunCLI(LightningCLI):
             sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
             trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
             print(f"training {trained:,} of {total:,} parameters", file=sys.stderr)
+            checkpoint = self.config["fit"].ckpt_path
             print(f"run folder: {self.run_folder}", file=sys.stderr)
+            if checkpoint:
+                print(f"going on from {checkpoint}", file=sys.stderr)
 
     def after_fit(self) -> None:
         """Print the result."""
@@ -208,7 +211,11 @@ def run(args: list[str]) -> None:
     """
     transformers.utils.logging.disable_progress_bar()  # of loading weights, over in a blink
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers tokenise, one core each
-    logging.getLogger("lightning.pytorch").addFilter(lambda record: "litlogger" not in record.getMessage())
+    # Lightning's news of accelerators that are not there, and its advertisement; warnings stay
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", ".*Checkpoint directory .* exists and is not empty.*"
+    )  # of a resumed run
     warnings.filterwarnings(
         "ignore", ".*isinstance\\(treespec, LeafSpec\\).*"
     )  # Lightning 2.6 with torch 2.15

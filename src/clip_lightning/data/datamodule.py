@@ -130,7 +130,7 @@ class CaptionDataModule(LightningDataModule):
         self._note_broken(captions.left_out)
 
     def images(self, split: str) -> list[CaptionedImage]:
-        """The pictures of `train`, `val` or `test`, in order; `image_id` of evaluation batches counts them."""
+        """The pictures of `train`, `val` or `test`; `image_id` of evaluation batches counts them."""
         return self._images[split]
 
     def captions(self, split: str) -> list[str]:
@@ -223,8 +223,9 @@ class CaptionDataModule(LightningDataModule):
         path, reason = next(iter(new.items()))
         if len(self.broken) > self.max_broken * max(usable, 1):
             raise UserError(
-                f"{len(self.broken)} of {usable} pictures or rows in {self.root} are unusable (the last: {path}: "
-                f"{reason}), more than --data.max_broken {self.max_broken:g}; mend them, or raise the share"
+                f"{len(self.broken)} of {usable} pictures or rows in {self.root} are unusable "
+                f"(the last: {path}: {reason}), more than --data.max_broken {self.max_broken:g}; mend them, "
+                "or raise the share"
             )
         rank_zero_warn(f"left out {len(self.broken)} pictures or rows so far; the last: {path}: {reason}")
 

@@ -113,7 +113,7 @@ class TrainDataset(Dataset[Sample]):
 
     def _picture(self, index: int, rng: np.random.Generator) -> Tensor:
         if self.views:
-            return _cached(self.views[rng.integers(len(self.views))], index)
+            return _cached(self.views[int(rng.integers(len(self.views)))], index)
         return augment(decode_image(self.images[index].path), self.transform, self.augmentation, rng)
 
 

@@ -45,6 +45,10 @@ class RunLogger(WandbLogger):
     ) -> None:
         if offline is None:
             offline = not can_reach_server()
+        folder = save_dir or "."
+        if offline:
+            # the pictures of tables wait there for `wandb sync`; in the run's folder they travel with it
+            os.environ.setdefault("WANDB_DATA_DIR", folder)
         super().__init__(
             project=project,
             entity=entity,
@@ -53,7 +57,7 @@ class RunLogger(WandbLogger):
             job_type=job_type,
             tags=tags,
             notes=notes,
-            save_dir=save_dir or ".",
+            save_dir=folder,
             id=id,
             **({"mode": "offline"} if offline else {}),
         )
