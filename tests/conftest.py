@@ -80,7 +80,7 @@ def shared_data() -> Path:
 
 
 def write_bert(folder: Path, **options: Any) -> Path:
-    """A folder as Hugging Face's hub has them, with a tiny BERT of random weights that knows the scenes' words.
+    """A folder as the hub has them: a tiny BERT of random weights that knows the scenes' words.
 
     Its dropout is on, as in the real ones; `options` go to BertConfig.
     """
@@ -89,7 +89,9 @@ def write_bert(folder: Path, **options: Any) -> Path:
 
     from clip_lightning.data.scenes import describe
 
-    words = sorted({word for i in range(200) for line in describe(0, i) for word in re.findall(r"\w+|,", line)})
+    words = sorted(
+        {word for i in range(200) for line in describe(0, i) for word in re.findall(r"\w+|,", line)}
+    )
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, "##s"]
     BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -108,7 +110,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 drawn pictures of 32 pixels with five captions each: 32 for training, 4 for validation, 4 for testing."""
+    """40 drawn pictures of 32 pixels with five captions each: 32 to train, 4 to validate, 4 to test."""
     from clip_lightning.data.scenes import write_scenes
 
     folder = tmp_path_factory.mktemp("data") / "scenes"

@@ -34,7 +34,7 @@ PUBLIC_NAMES = {
 MAY_NOT_IMPORT: dict[str, str] = {
     # importer             may not import
     "errors":              "data towers model module losses optim features evaluation tracking cli",
-    # {captions, readers} ← formats ← datasets ← datamodule
+    # {captions, readers} ← formats ← datasets ← datamodule, and features ← datasets
     "data.captions":       "data.readers data.formats data.datasets data.datamodule",
     "data.readers":        "data.formats data.datasets data.datamodule",
     "data.formats":        "data.datasets data.datamodule",
@@ -43,7 +43,7 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "data.transforms":     "data.datamodule",
     "data.sampler":        "data.datamodule",
     # Data knows nothing of what is trained on it.
-    "data":                "towers model module losses optim features evaluation tracking recorder cli",
+    "data":                "towers model module losses optim extract evaluation tracking recorder cli",
     # towers ← model ← module ← cli ← tuning
     "towers":              "model module cli tuning",
     "model":               "module tracking recorder cli tuning",
@@ -53,7 +53,8 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "losses":              "model module tracking recorder cli tuning",
     "gradcache":           "module tracking recorder cli tuning",
     "optim":               "module tracking recorder cli tuning",
-    "features":            "module tracking recorder cli tuning",
+    "features":            "data towers model module extract tracking recorder cli tuning",
+    "extract":             "module tracking recorder cli tuning",
     "evaluation":          "module tracking recorder cli tuning",
     "tracking":            "cli tuning",
     "recorder":            "cli tuning",

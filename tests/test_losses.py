@@ -53,7 +53,9 @@ def test_siglip_and_its_gradients_are_open_clips(
 ) -> None:
     inputs = unit(count, width, seed), unit(count, width, seed + 1), torch.tensor(scale), torch.tensor(bias)
     assert_equal_but_for_rounding(
-        value_and_gradients(siglip_loss, *inputs), value_and_gradients(SigLipLoss(), *inputs), size=max(1, scale)
+        value_and_gradients(siglip_loss, *inputs),
+        value_and_gradients(SigLipLoss(), *inputs),
+        size=max(1, scale),
     )
 
 
@@ -64,7 +66,7 @@ def logits_by_hand(image: Tensor, text: Tensor, scale: float) -> list[list[float
 
 
 def info_nce_by_hand(image: Tensor, text: Tensor, scale: float, ids: list[int], text_ids: list[int]) -> float:
-    """For each row with positives the mean of -log p over them; the mean of these rows; of both directions."""
+    """For each row with positives the mean of -log p over them; of these rows the mean; both ways."""
 
     def one_way(logits: list[list[float]], mine: list[int], others: list[int]) -> float:
         rows = []
@@ -187,7 +189,9 @@ def test_modules_are_the_functions() -> None:
     assert nce == info_nce(image, text, scale, **options, label_smoothing=0.2)
     sigmoid = SigLIP()(image, text, scale, bias, ids, text_ids)
     assert sigmoid == siglip_loss(image, text, scale, bias, **options)
-    assert SigLIP()(image, text, scale, None, ids, text_ids) == siglip_loss(image, text, scale, 0.0, **options)
+    assert SigLIP()(image, text, scale, None, ids, text_ids) == siglip_loss(
+        image, text, scale, 0.0, **options
+    )
     assert (InfoNCE().init_bias, SigLIP().init_scale, SigLIP().init_bias) == (None, 10.0, -10.0)
     assert InfoNCE().init_scale == pytest.approx(14.2857, rel=1e-4)
 
@@ -208,7 +212,7 @@ def test_shapes_that_do_not_belong_together(
     image: tuple[int, ...], text: tuple[int, ...], options: dict[str, Tensor]
 ) -> None:
     for loss, rest in ((info_nce, ()), (siglip_loss, (0.0,))):
-        with pytest.raises(ValueError, match="expected|images with"):
+        with pytest.raises(ValueError, match=r"expected|images with"):
             loss(torch.zeros(image), torch.zeros(text), 1.0, *rest, **options)
 
 

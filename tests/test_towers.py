@@ -13,13 +13,19 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model, PreTrainedTokenizerFast
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from clip_lightning import towers
 from clip_lightning.errors import UserError
 from clip_lightning.towers import ImageTower, TextTower
-from conftest import write_bert
 
 TEXTS = ["a large red circle left of a small blue square", "a star", "", "🦆 unknown words"]
 
@@ -40,7 +46,8 @@ def save_timm(folder: Path, architecture: str, **options: Any) -> nn.Module:
 
 class TestImageTower:
     @pytest.mark.parametrize(
-        "name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "test_vit@cls", "test_vit@avg"]
+        "name",
+        ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "test_vit@cls", "test_vit@avg"],
     )
     def test_the_width_is_the_features(self, name: str) -> None:
         tower = ImageTower.from_name(f"random:{name}", 64)
@@ -77,7 +84,7 @@ class TestImageTower:
 
     @pytest.mark.parametrize(("name", "size"), [("test_vit", 8), ("test_maxvit", 100), ("test_vit", 0)])
     def test_an_impossible_size(self, name: str, size: int) -> None:
-        with pytest.raises(UserError, match="--data.image_size"):
+        with pytest.raises(UserError, match=r"--data\.image_size"):
             ImageTower.from_name(f"random:{name}", size)
 
     def test_a_weights_file(self, tmp_path: Path) -> None:
@@ -109,7 +116,7 @@ class TestImageTower:
     def test_weights_of_another_model(self, tmp_path: Path) -> None:
         other = timm.create_model("test_efficientnet").state_dict()
         save_file(other, tmp_path / "other.safetensors")
-        with pytest.raises(UserError, match="size mismatch|Missing"):
+        with pytest.raises(UserError, match=r"size mismatch|Missing"):
             ImageTower.from_name(f"test_resnet={tmp_path / 'other.safetensors'}")
         save_file({"encoder." + k: v for k, v in other.items()}, tmp_path / "renamed.safetensors")
         with pytest.raises(UserError, match="lack"):
@@ -156,7 +163,9 @@ class TestImageTower:
             ImageTower.from_name(name)
 
     def test_a_package_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(towers.PYPI_IMAGE_TOWERS, "pypi:efficientnet-lite0", ("resnet18", "no_such_package"))
+        monkeypatch.setitem(
+            towers.PYPI_IMAGE_TOWERS, "pypi:efficientnet-lite0", ("resnet18", "no_such_package")
+        )
         with pytest.raises(UserError, match=r"pip install 'clip-lightning\[quickstart\]'"):
             ImageTower.from_name("pypi:efficientnet-lite0")
 
@@ -240,9 +249,10 @@ class TestTextTower:
         assert one.digest() != other.digest() != TextTower.from_name(str(bert)).digest()
         assert TextTower.from_name(str(bert)).digest() == TextTower.from_name(str(bert)).digest()
 
-    def test_fp32_whatever_the_file_has(self, tmp_path: Path) -> None:
-        folder = write_bert(tmp_path / "bert")
-        AutoModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    def test_fp32_whatever_the_file_has(self, bert: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "bert"
+        shutil.copytree(bert, folder)
+        AutoModel.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(folder)
         for name in (str(folder), f"random:{folder}"):
             tower = TextTower.from_name(name)
             again = TextTower.from_spec(json.loads(json.dumps(tower.spec)), folder)
@@ -267,7 +277,10 @@ class TestTextTower:
         tokenizer = AutoTokenizer.from_pretrained(bert)
         shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
         config = RobertaConfig(
-            vocab_size=len(tokenizer), max_position_embeddings=20, pad_token_id=tokenizer.pad_token_id, **shape
+            vocab_size=len(tokenizer),
+            max_position_embeddings=20,
+            pad_token_id=tokenizer.pad_token_id,
+            **shape,
         )
         RobertaModel(config).save_pretrained(tmp_path / "roberta")
         tokenizer.save_pretrained(tmp_path / "roberta")
@@ -288,13 +301,17 @@ class TestTextTower:
         assert tokenizer.pad_token is None
         folder = tmp_path / "gpt2"
         tokenizer.save_pretrained(folder)
-        GPT2Model(GPT2Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder)
+        GPT2Model(GPT2Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+            folder
+        )
         tower = TextTower.from_name(str(folder)).eval()
         assert (tower.pooling, tower.width, tower.tokenize.max_length) == ("last", 16, 12)
         together = tower(**tower.tokenize(TEXTS))
         assert together.isfinite().all()
         for i in (0, 1, 3):
-            torch.testing.assert_close(tower(**tower.tokenize([TEXTS[i]]))[0], together[i], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                tower(**tower.tokenize([TEXTS[i]]))[0], together[i], rtol=1e-5, atol=1e-5
+            )
         assert tower(**tower.tokenize(["", ""])).isfinite().all()
         assert TextTower.from_name(str(folder), max_length=1).tokenize(TEXTS)["input_ids"].shape == (4, 1)
 
@@ -356,7 +373,9 @@ class TestTextTower:
         folder = tmp_path / "tower"
         shutil.copytree(bert, folder)
         weights = load_file(folder / "model.safetensors")
-        save_file({k: v for k, v in weights.items() if not k.startswith("pooler")}, folder / "model.safetensors")
+        save_file(
+            {k: v for k, v in weights.items() if not k.startswith("pooler")}, folder / "model.safetensors"
+        )
         TextTower.from_name(str(folder))
         with pytest.raises(UserError, match="lack 2 of its tensors, pooler"):
             TextTower.from_name(f"{folder}@pooler")
@@ -415,7 +434,7 @@ class TestPyPITowers:
             return dict(weights)
 
         monkeypatch.setattr(torch, "load", spoilt)
-        with pytest.raises(ValueError, match="does not fit|tensors"):
+        with pytest.raises(ValueError, match=r"does not fit|tensors"):
             ImageTower.from_name("pypi:efficientnet-lite0")
 
     def test_minilm_against_a_mean_by_hand(self) -> None:
@@ -427,5 +446,7 @@ class TestPyPITowers:
         for text, row in zip(TEXTS, features, strict=True):
             alone = model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0].mean(0)
             torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
-        unit = torch.nn.functional.normalize(tower(**tower.tokenize(["a dog runs", "a running dog", "a tax form"])))
+        unit = torch.nn.functional.normalize(
+            tower(**tower.tokenize(["a dog runs", "a running dog", "a tax form"]))
+        )
         assert unit[0] @ unit[1] > 0.8 > 0.3 > unit[0] @ unit[2]

@@ -5,10 +5,23 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, auto_cli
 
+from clip_lightning.arguments import complain
 from clip_lightning.features import CacheEntry, FeatureCache, default_cache
+
+
+class Parser(ArgumentParser):
+    """Takes whole option names only; its complaints are one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and leave with status 2."""
+        complain(getattr(ex, "subcommand_parser", None) or self, message)
 
 
 def run(args: list[str]) -> None:
@@ -18,6 +31,7 @@ def run(args: list[str]) -> None:
         args=args[1:],
         prog="clip-lightning cache",
         as_positional=False,
+        parser_class=Parser,
     )
 
 

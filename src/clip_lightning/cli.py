@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
+import pickle
 import secrets
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jsonargparse
+import torch
 import transformers
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
+from clip_lightning.arguments import complain
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.module import CLIPModule
@@ -41,14 +44,14 @@ TRAINER_DEFAULTS = {
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, whose complaints are one line with near names."""
+    """LightningCLI's parser; it takes whole option names only, and its complaints are one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong and leave with status 2."""
-        parser = getattr(ex, "subcommand_parser", None) or self
-        line = " ".join(message.split())
-        print(f"clip-lightning: error: {line}{_near_option(parser, line)}", file=sys.stderr)
-        sys.exit(2)
+        complain(getattr(ex, "subcommand_parser", None) or self, message)
 
 
 class ProgressBar(RichProgressBar):
@@ -107,6 +110,12 @@ class RunCLI(LightningCLI):
         if checkpoint is not None:
             config.ckpt_path = str(checkpoint)
             config.weights_only = True  # a checkpoint may come from a stranger
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--trainer.default_root_dir {root} cannot be written ({error.strerror}); give another folder"
+            ) from error
         resumed = checkpoint is not None and _is_run(checkpoint.parent.parent) and self.subcommand == "fit"
         self.run_folder = checkpoint.parent.parent if resumed and checkpoint else root / _new_run_id()
         if self.subcommand != "fit":
@@ -116,6 +125,21 @@ class RunCLI(LightningCLI):
             if isinstance(logger, Namespace):
                 _place_logger(logger, self.run_folder)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take hyperparameters from the checkpoint; ours are all in the configuration."""
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"--seed_everything: {error}") from error
+
+    def after_instantiate_classes(self) -> None:
+        """Compare the model with the checkpoint before frozen towers run for minutes."""
+        checkpoint = self.config[self.subcommand].ckpt_path
+        if checkpoint is not None:
+            _check_fits(Path(checkpoint), self.model)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the callbacks that every run has."""
         config = self._get(self.config_init, "trainer")
@@ -123,12 +147,14 @@ class RunCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _own_callbacks(self, trainer_config: Any) -> list[Callback]:
+        bar = [ProgressBar()] if trainer_config.get("enable_progress_bar") is not False else []
         if self.subcommand != "fit":
-            return [ProgressBar()]
+            return bar
         predictions = self._get(self.config_init, "predictions")
         predictions.folder = predictions.folder or self.run_folder
         checkpoints = self.run_folder / "checkpoints"
         callbacks: list[Callback] = [
+            *bar,
             GracefulStop(),
             SaveConfig(self.config_to_save, self.run_folder),
             RunRecorder(self.run_folder),
@@ -142,8 +168,6 @@ class RunCLI(LightningCLI):
                 enable_version_counter=False,
             ),
         ]
-        if trainer_config.get("enable_progress_bar") is not False:
-            callbacks.append(ProgressBar())
         if trainer_config.get("logger"):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         return callbacks
@@ -220,17 +244,20 @@ def run(args: list[str]) -> None:
         "ignore", ".*isinstance\\(treespec, LeafSpec\\).*"
     )  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode.*")  # frozen towers are meant to be
-    RunCLI(
-        CLIPModule,
-        CaptionDataModule,
-        save_config_callback=None,
-        trainer_defaults=TRAINER_DEFAULTS,
-        seed_everything_default=0,
-        parser_class=Parser,
-        args=_named_configs(args),
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
+    try:
+        RunCLI(
+            CLIPModule,
+            CaptionDataModule,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=Parser,
+            args=_named_configs(args),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except MisconfigurationException as error:  # Lightning's word for what its options cannot do
+        raise UserError(str(error)) from error
 
 
 def _named_configs(args: list[str]) -> list[str]:
@@ -247,7 +274,11 @@ def _named_configs(args: list[str]) -> list[str]:
 
 
 def _config_path(name: str) -> str:
-    if Path(name).exists():
+    if Path(name).is_file():
+        try:
+            yaml.safe_load(Path(name).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {name} is no YAML: {error}") from error
         return name
     here = Path(__file__).parent
     folders = [folder for folder in (here / "configs", here.parents[1] / "configs") if folder.is_dir()]
@@ -279,6 +310,8 @@ def _checkpoint(given: Any, root: Path) -> Path | None:
     if given is None:
         return None
     if str(given) not in ("last", "best"):
+        if Path(given).is_dir():
+            raise UserError(f"--ckpt_path {given} is a folder; expected a checkpoint file, `last` or `best`")
         if not Path(given).is_file():
             raise UserError(f"--ckpt_path {given}: no such file; expected a checkpoint, `last` or `best`")
         return Path(given)
@@ -292,6 +325,35 @@ def _checkpoint(given: Any, root: Path) -> Path | None:
     return max(found, key=lambda file: file.stat().st_mtime)
 
 
+def _check_fits(file: Path, model: LightningModule) -> None:
+    """Refuse what is no checkpoint, or one of another model.
+
+    Raises:
+        UserError: says what is different.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        stored, frozen = checkpoint["state_dict"], checkpoint["frozen_towers"]
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
+        raise UserError(f"--ckpt_path {file} is no checkpoint of `clip-lightning fit`") from error
+    same = "give the same --model options as in training (they are in config.yaml of the run)"
+    if frozen.keys() != model._frozen_towers().keys():
+        were = " and ".join(name.removeprefix("clip.") for name in frozen) or "no tower"
+        raise UserError(f"--ckpt_path {file} was trained with {were} frozen; {same}")
+    if differing := _differing(stored, model.state_dict()):
+        raise UserError(f"--ckpt_path {file} is of another model ({differing}); {same}")
+
+
+def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+    """The first tensor that `own` lacks or has in another shape; nothing if there is none."""
+    for name, tensor in stored.items():
+        if name not in own:
+            return f"it has {name}"
+        if tensor.shape != own[name].shape:
+            return f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+    return ""
+
+
 def _place_logger(logger: Namespace, folder: Path) -> None:
     """Let a logger write into the run's folder, under the run's id."""
     settings = logger.init_args
@@ -301,15 +363,3 @@ def _place_logger(logger: Namespace, folder: Path) -> None:
         settings.update(Namespace(save_dir=str(folder), id=settings.get("id") or folder.name))
     elif kind in ("CSVLogger", "TensorBoardLogger"):
         settings.update(Namespace(save_dir=str(folder), name="", version=""))
-
-
-def _near_option(parser: jsonargparse.ArgumentParser, message: str) -> str:
-    """Names of options that resemble one which the message calls unknown."""
-    words = [word.strip("\"'`,.;:").lstrip("-").partition("=")[0] for word in message.split()]
-    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-    for word in words:
-        if word not in known and ("." in word or "_" in word):
-            near = difflib.get_close_matches(word, known, n=2, cutoff=0.75)
-            if near:
-                return f"; did you mean {' or '.join('--' + name for name in near)}?"
-    return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -73,9 +74,13 @@ class Extractor:
             values = np.full((len(rows), tower.width), np.nan, np.float32)
             # decoding hides warnings, which is not safe in threads: what is left over ends here
             with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-                pictures = pool.map(picture, rows)  # decoded ahead, while the tower works
-                for start in range(0, len(rows), IMAGE_BATCH):
-                    batch = list(islice(pictures, IMAGE_BATCH))
+                starts = range(0, len(rows), IMAGE_BATCH)
+                # two batches at a time, so that one is decoded while the tower works on the other
+                batches = (pool.map(picture, rows[start : start + IMAGE_BATCH]) for start in starts)
+                ahead = deque(islice(batches, 2))
+                for start in starts:
+                    batch = list(ahead.popleft())
+                    ahead.extend(islice(batches, 1))
                     readable = [i for i, pixels in enumerate(batch) if pixels is not None]
                     if readable:
                         pixels = torch.stack([pixels for pixels in batch if pixels is not None])

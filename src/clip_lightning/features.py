@@ -11,11 +11,14 @@ R rows of an entry, D the tower's width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,7 @@ from tqdm import tqdm
 from clip_lightning.errors import UserError
 
 SHARD_ROWS = 512
+IN_USE_SECONDS = 3600
 DTYPE = np.float16
 Compute = Callable[[range], np.ndarray]
 """Rows of an entry → their features (len(range), D); a row of NaN is a picture that cannot be read."""
@@ -40,7 +44,8 @@ class Features:
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._paths = list(shards)
-        self._shards: list[np.ndarray] | None = None
+        # mapped at once, so that they stay readable should another run remove the entry
+        self._shards: list[np.ndarray] | None = [_map(path) for path in self._paths]
 
     def __getstate__(self) -> dict[str, Any]:
         """Loader workers map the files themselves instead of receiving their content."""
@@ -49,7 +54,7 @@ class Features:
     def rows(self, rows: Sequence[int]) -> Tensor:
         """The features (len(rows), D) in float32."""
         if self._shards is None:
-            self._shards = [np.load(path, mmap_mode="r") for path in self._paths]
+            self._shards = [_map(path) for path in self._paths]
         picked = [self._shards[row // SHARD_ROWS][row % SHARD_ROWS] for row in rows]
         width = self._shards[0].shape[1]
         return torch.from_numpy(np.stack(picked) if picked else np.empty((0, width), DTYPE)).float()
@@ -78,12 +83,14 @@ class FeatureCache:
 
     Args:
         root: the folder.
-        budget_bytes: what all entries together may take; only those not in use now are removed.
+        budget_bytes: what all entries together may take; those of this process, and what others used in the
+            last hour, stay even so.
     """
 
     def __init__(self, root: Path, budget_bytes: float = 50e9) -> None:
         self.root = root
         self.budget_bytes = budget_bytes
+        self._in_use: set[Path] = set()
 
     def get(self, key: dict[str, Any], count: int, compute: Compute, title: str) -> Features:
         """The entry for `key`, of which whatever is missing or damaged is computed first.
@@ -105,25 +112,28 @@ class FeatureCache:
             manifest = entry / "manifest.json"
             if not manifest.exists():
                 self._write(manifest, json.dumps({"key": key, "rows": count}, indent=2).encode())
-            os.utime(manifest)
-            shards = self._complete(entry, ranges, compute, title)
+            _touch(entry)
+            features = Features(self._complete(entry, ranges, compute, title))
         except OSError as error:
             raise UserError(
                 f"the feature cache at {self.root} cannot be written ({error.strerror or error}); "
                 "give another --data.cache FOLDER, free some space, or --data.cache off"
             ) from error
-        self.prune(self.budget_bytes, keep={entry})
-        return Features(shards)
+        self._in_use.add(entry)
+        just_now = time.time() - IN_USE_SECONDS
+        recent = {entry.path for entry in self.entries() if entry.last_used > just_now}
+        self.prune(self.budget_bytes, keep=self._in_use | recent)
+        return features
 
     def entries(self) -> list[CacheEntry]:
         """All entries, the most recently used first."""
         found = []
         for manifest in self.root.glob("*/manifest.json"):
-            size = sum(file.stat().st_size for file in manifest.parent.glob("*.npy"))
-            content = json.loads(manifest.read_text())
-            found.append(
-                CacheEntry(manifest.parent, content["key"], content["rows"], size, manifest.stat().st_mtime)
-            )
+            # another process may be removing it
+            with contextlib.suppress(FileNotFoundError):
+                size = sum(file.stat().st_size for file in manifest.parent.glob("*.npy"))
+                content, used = json.loads(manifest.read_text()), manifest.stat().st_mtime
+                found.append(CacheEntry(manifest.parent, content["key"], content["rows"], size, used))
         return sorted(found, key=lambda entry: -entry.last_used)
 
     def prune(self, budget_bytes: float, keep: set[Path] | None = None) -> list[CacheEntry]:
@@ -139,8 +149,10 @@ class FeatureCache:
 
     def _complete(self, entry: Path, ranges: list[range], compute: Compute, title: str) -> list[Path]:
         """Every shard's path; first computes what nobody else is computing, then waits for the others."""
+        files = _shard_files(entry)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            shards: list[Path | None] = list(pool.map(lambda i: _intact_shard(entry, i), range(len(ranges))))
+            found = pool.map(lambda i: _intact(files.get(i, [])), range(len(ranges)))
+            shards: list[Path | None] = list(found)
         missing = [i for i, shard in enumerate(shards) if shard is None]
         if not missing:
             return [shard for shard in shards if shard is not None]
@@ -157,14 +169,19 @@ class FeatureCache:
         """Compute shard `i`; None when somebody else holds it and we do not wait."""
         try:
             with FileLock(entry / f"{i:06d}.lock", timeout=-1 if wait else 0):
-                if (done := _intact_shard(entry, i)) is not None:
+                present = list(entry.glob(f"{i:06d}-*.npy"))
+                if (done := _intact(present)) is not None:
                     return done
+                for damaged in present:
+                    damaged.unlink()
                 values = compute(rows)
-                half = values.astype(DTYPE)
+                with np.errstate(over="ignore"):  # asked of the result
+                    half = values.astype(DTYPE)
                 if np.isinf(half).any():
                     raise UserError(
                         "the tower gives features beyond the range of half precision; use --data.cache off"
                     )
+                _touch(entry)
                 return _write_shard(entry, i, half)
         except Timeout:
             return None
@@ -187,13 +204,42 @@ def _write_shard(entry: Path, i: int, values: np.ndarray) -> Path:
     return shard
 
 
-def _intact_shard(entry: Path, i: int) -> Path | None:
-    """The file of shard `i` if its content is what its name promises; a damaged one is removed."""
-    for shard in entry.glob(f"{i:06d}-*.npy"):
-        if shard.stem.partition("-")[2] == _checksum(shard):
-            return shard
-        shard.unlink(missing_ok=True)
+def _shard_files(entry: Path) -> dict[int, list[Path]]:
+    """Number of a shard → the files that say they are it."""
+    files: dict[int, list[Path]] = {}
+    for file in entry.glob("*-*.npy"):
+        files.setdefault(int(file.name.partition("-")[0]), []).append(file)
+    return files
+
+
+def _intact(files: Iterable[Path]) -> Path | None:
+    """The first file whose content is what its name promises."""
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # another process found it damaged
+            if file.stem.partition("-")[2] == _checksum(file):
+                return file
     return None
+
+
+def _touch(entry: Path) -> None:
+    """Note that the entry is in use; a finished one may lie where nobody may write."""
+    with contextlib.suppress(OSError):
+        os.utime(entry / "manifest.json")
+
+
+def _map(shard: Path) -> np.ndarray:
+    """The rows of a shard, memory-mapped.
+
+    Unlike numpy's own, torch's map keeps no file open, of which large data has more than a process may have.
+    """
+    with shard.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        header = file.tell() // dtype.itemsize  # a multiple of 64 bytes
+    size = header + math.prod(shape)
+    rows = torch.from_file(str(shard), size=size, dtype=torch.float16)[header:]
+    mapped: np.ndarray = rows.view(shape).numpy()
+    return mapped
 
 
 def _checksum(file: Path) -> str:

@@ -142,8 +142,8 @@ class CLIPModule(LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clamp the scale after each optimiser step."""
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Clamp the scale, right after the optimiser's step."""
         self.clip.clamp_scale()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -232,7 +232,8 @@ class CLIPModule(LightningModule):
         metrics = retrieval_metrics(
             embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id
         )
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
+        # equal on all ranks already; sync_dist only spares Lightning's advice
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
     def _gather_parts(self, parts: list[Batch]) -> list[Batch]:
         """The collected parts of all ranks; they may differ in length, so each travels as an object."""

@@ -49,6 +49,7 @@ class Tower(nn.Module):
     """A backbone that can be frozen: then it runs without gradients and always in eval mode."""
 
     width: int
+    spec: dict[str, Any]
     frozen = False
     _frozen_digest: str | None = None
 
@@ -389,9 +390,9 @@ class TextTower(Tower):
                 missing = info["missing_keys"]
         except (OSError, ValueError, RuntimeError, RepositoryNotFoundError, SafetensorError) as error:
             raise UserError(_no_text_tower(name, place, error)) from error
-        spec = {
+        spec: dict[str, Any] = {
             "name": name,
-            "config": json.loads(config.to_json_string(use_diff=False)),
+            "config": _plain(config),
             "pooling": pooling or _default_pooling(place, config),
             "max_length": _checked_max_length(max_length, backbone, tokenizer, name),
         }
@@ -448,6 +449,13 @@ def _text_class(config: Any) -> Any:
     """Of an encoder-decoder (T5) only the encoder is wanted."""
     encoder = config.is_encoder_decoder or config.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
     return AutoModelForTextEncoding if encoder else AutoModel
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A config as JSON values, without the folder it happened to lie in."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)
+    return values
 
 
 def _fresh(config: Any) -> Any:

@@ -86,6 +86,10 @@ class CaptionDataModule(LightningDataModule):
         super().__init__()
         _check(batch_size=batch_size, captions_per_image=captions_per_image, views=views)
         _check_shares(max_broken=max_broken, val_share=val_share, test_share=test_share)
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"--data.num_workers {num_workers}: expected 0 or more")
+        if cache_gb < 0:
+            raise UserError(f"--data.cache_gb {cache_gb:g}: expected 0 or more gigabytes")
         if root is None and dataset != "scenes":
             raise UserError("no data: give --data.root FOLDER, or --data.dataset scenes for drawn ones")
         size = (image_size, image_size) if image_size else transform.size
@@ -122,6 +126,12 @@ class CaptionDataModule(LightningDataModule):
         """Read and divide the captions; a second call changes nothing."""
         if self._images:
             return
+        connector = getattr(self.trainer, "_accelerator_connector", None)
+        if self._world > 1 and connector is not None and connector.use_distributed_sampler:
+            raise UserError(
+                "the data module divides the batches among the ranks itself; "
+                "give Trainer(use_distributed_sampler=False)"
+            )
         captions = read_captions(self.root, "captions" if self.dataset == "scenes" else self.dataset)
         self._images = split_by_image(
             captions, seed=self.split_seed, val_share=self.val_share, test_share=self.test_share
