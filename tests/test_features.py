@@ -25,7 +25,6 @@ from clip_lightning import features as features_module
 from clip_lightning.__main__ import main
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.datamodule import CaptionDataModule
-from clip_lightning.data.formats import read_captions
 from clip_lightning.data.transforms import Augmentation, decode_image
 from clip_lightning.errors import UserError
 from clip_lightning.extract import Extractor, cache_frozen_towers
@@ -77,10 +76,6 @@ def image_features(
 def forward(clip: CLIP, pictures: list[CaptionedImage], *, mirrored: bool = False) -> Tensor:
     pixels = torch.stack([clip.transform(decode_image(image.path)) for image in pictures])
     return clip.image_tower(pixels.flip(-1) if mirrored else pixels)
-
-
-def entries(cache: FeatureCache) -> set[str]:
-    return {entry.path.name for entry in cache.entries()}
 
 
 # values
@@ -504,7 +499,7 @@ def test_list_and_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
 
     def printed(*words: str) -> dict[str, Any]:
-        assert main(["cache", *words, "--folder", folder, "--json", "true"]) == 0
+        assert main(["cache", *words, "--folder", folder, "--json"]) == 0
         captured = capsys.readouterr()
         assert captured.err == ""
         return json.loads(captured.out)
@@ -521,5 +516,5 @@ def test_list_and_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_an_empty_or_missing_cache_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cache", "list", "--folder", str(tmp_path / "none"), "--json", "true"]) == 0
+    assert main(["cache", "list", "--folder", str(tmp_path / "none"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"entries": [], "bytes": 0}

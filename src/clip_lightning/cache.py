@@ -28,7 +28,7 @@ def run(args: list[str]) -> None:
     """Run `cache` with the words of the command line."""
     auto_cli(
         {"list": list_entries, "prune": prune},
-        args=args[1:],
+        args=["--json=true" if word == "--json" else word for word in args[1:]],
         prog="clip-lightning cache",
         as_positional=False,
         parser_class=Parser,

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +42,18 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # our samplers know of ranks
     "logger": {"class_path": "clip_lightning.tracking.logger.RunLogger"},
 }
+
+
+# Warnings that say nothing to the user of a command.
+QUIET = (
+    ".*Checkpoint directory .* is not empty.*",  # a resumed run's
+    ".*module\\(s\\) in eval mode.*",  # frozen towers are meant to be
+    ".*smaller than the logging interval.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.15
+    ".*all_gather is deprecated.*",  # likewise
+    ".*callbacks used to create the checkpoint need to be provided.*",  # not for scoring
+    ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours skips what was done
+)
 
 
 class Parser(LightningArgumentParser):
@@ -104,7 +117,7 @@ class RunCLI(LightningCLI):
         config = self.config[self.subcommand]
         # re-runnable, so taken before the run's own folder and id are put in
         parser = self._parser(self.subcommand)
-        self.config_to_save = parser.dump(config, skip_none=False)
+        self.config_to_save = parser.dump(config, skip_unset=False)
         root = Path(config.trainer.default_root_dir)
         checkpoint = _checkpoint(config.ckpt_path, root)
         if checkpoint is not None:
@@ -119,7 +132,8 @@ class RunCLI(LightningCLI):
         resumed = checkpoint is not None and _is_run(checkpoint.parent.parent) and self.subcommand == "fit"
         self.run_folder = checkpoint.parent.parent if resumed and checkpoint else root / _new_run_id()
         if self.subcommand != "fit":
-            config.trainer.logger = False  # a score is printed; it is no run of its own
+            # a score is printed; it is no run of its own
+            config.trainer.logger = config.trainer.enable_checkpointing = False
         loggers = config.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace):
@@ -144,7 +158,10 @@ class RunCLI(LightningCLI):
         """The trainer with the callbacks that every run has."""
         config = self._get(self.config_init, "trainer")
         config["callbacks"] = [*(config.get("callbacks") or []), *self._own_callbacks(config)]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, ModuleNotFoundError) as error:  # an accelerator or strategy that is not there
+            raise UserError(f"--trainer: {error}") from error
 
     def _own_callbacks(self, trainer_config: Any) -> list[Callback]:
         bar = [ProgressBar()] if trainer_config.get("enable_progress_bar") is not False else []
@@ -237,13 +254,8 @@ def run(args: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers tokenise, one core each
     # Lightning's news of accelerators that are not there, and its advertisement; warnings stay
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", ".*Checkpoint directory .* exists and is not empty.*"
-    )  # of a resumed run
-    warnings.filterwarnings(
-        "ignore", ".*isinstance\\(treespec, LeafSpec\\).*"
-    )  # Lightning 2.6 with torch 2.15
-    warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode.*")  # frozen towers are meant to be
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message)
     try:
         RunCLI(
             CLIPModule,
@@ -252,7 +264,7 @@ def run(args: list[str]) -> None:
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
-            args=_named_configs(args),
+            args=_with_logger_folder(_named_configs(args)),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -270,6 +282,18 @@ def _named_configs(args: list[str]) -> list[str]:
         elif before in ("--config", "-c"):
             word = _config_path(word)
         found.append(word)
+    return found
+
+
+def _with_logger_folder(args: list[str]) -> list[str]:
+    """Let `--trainer.logger CSVLogger` do without the folder it asks for: that is the run's."""
+    found = []
+    for before, word in zip(["", *args], args, strict=False):
+        found.append(word)
+        name = word.removeprefix("--trainer.logger=") if before != "--trainer.logger" else word
+        chosen = before == "--trainer.logger" or word.startswith("--trainer.logger=")
+        if chosen and name.rpartition(".")[2] in ("CSVLogger", "TensorBoardLogger"):
+            found.append("--trainer.logger.save_dir=.")
     return found
 
 
@@ -359,7 +383,8 @@ def _place_logger(logger: Namespace, folder: Path) -> None:
     settings = logger.init_args
     kind = logger.class_path.rpartition(".")[2]
     if kind in ("RunLogger", "WandbLogger"):
-        folder.mkdir(parents=True, exist_ok=True)
+        if rank_zero_only.rank == 0:  # W&B wants it to be there; other ranks do not log
+            folder.mkdir(parents=True, exist_ok=True)
         settings.update(Namespace(save_dir=str(folder), id=settings.get("id") or folder.name))
     elif kind in ("CSVLogger", "TensorBoardLogger"):
         settings.update(Namespace(save_dir=str(folder), name="", version=""))

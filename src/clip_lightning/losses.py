@@ -66,6 +66,27 @@ def siglip_loss(
     return -F.logsigmoid(sign * logits).sum() / len(image)
 
 
+def max_violation_loss(
+    image: Tensor,
+    text: Tensor,
+    margin: float = 0.2,
+    *,
+    image_id: Tensor | None = None,
+    text_image_id: Tensor | None = None,
+) -> Tensor:
+    """Hinge of each pair against its hardest negative, both ways (VSE++, Faghri et al. 2018).
+
+    Arguments and errors as for `info_nce`, without a scale: cosines are compared with the `margin`. The mean
+    over all positive pairs.
+    """
+    positive = _positives(image, text, image_id, text_image_id)
+    cosine = _similarities(image, text)
+    negative = cosine.masked_fill(positive, -1.0)
+    hardest_text, hardest_image = negative.amax(dim=1, keepdim=True), negative.amax(dim=0, keepdim=True)
+    violation = (margin - cosine + hardest_text).relu() + (margin - cosine + hardest_image).relu()
+    return violation[positive].mean()
+
+
 def _similarities(image: Tensor, text: Tensor) -> Tensor:
     """Cosines (B, N) in fp32: bf16 has 3 digits, too few for the logits of close candidates."""
     with torch.autocast(image.device.type, enabled=False):
@@ -176,3 +197,30 @@ class SigLIP(ContrastiveLoss):
         """See `siglip_loss`."""
         offset = 0.0 if bias is None else bias
         return siglip_loss(image, text, scale, offset, image_id=image_id, text_image_id=text_image_id)
+
+
+class MaxViolation(ContrastiveLoss):
+    """The triplet loss of VSE++; see `max_violation_loss`.
+
+    Args:
+        margin: by how much a pair's cosine should exceed that of its hardest negative.
+    """
+
+    def __init__(self, margin: float = 0.2) -> None:
+        super().__init__()
+        if not 0 < margin <= 2:
+            raise UserError(f"--model.loss.margin {margin}: expected more than 0 and at most 2")
+        self.margin = margin
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        image_id: Tensor,
+        text_image_id: Tensor,
+    ) -> Tensor:
+        """See `max_violation_loss`; `scale` and `bias` are not used, but keep a zero gradient."""
+        loss = max_violation_loss(image, text, self.margin, image_id=image_id, text_image_id=text_image_id)
+        return loss + 0 * scale  # data-parallel training waits for every parameter's gradient

@@ -61,7 +61,7 @@ class CLIPModule(LightningModule):
             embed_dim: width of the shared embedding.
             head: `linear`, or `mlp` with one residual block.
             dropout: share of features (linear) or hidden units (mlp) dropped in training.
-            loss: `InfoNCE` (default), `SigLIP`, or the class path of your own ContrastiveLoss.
+            loss: `InfoNCE` (default), `SigLIP`, `MaxViolation`, or the class path of yours.
             optimizer: learning rates, weight decay and warm-up.
             image_size: side of the square input in pixels; the image tower's own by default.
             max_length: longest text in tokens; 77 by default, or the text tower's limit where that is less.

@@ -43,12 +43,12 @@ class RunLogger(WandbLogger):
         save_dir: str | None = None,
         id: str | None = None,
     ) -> None:
+        folder = save_dir or "."
+        # the pictures of tables wait there to be uploaded; in the run's folder they travel with it.
+        # W&B reads its environment only once, when it is first asked for anything
+        os.environ.setdefault("WANDB_DATA_DIR", str(Path(folder, "wandb")))
         if offline is None:
             offline = not can_reach_server()
-        folder = save_dir or "."
-        if offline:
-            # the pictures of tables wait there for `wandb sync`; in the run's folder they travel with it
-            os.environ.setdefault("WANDB_DATA_DIR", folder)
         super().__init__(
             project=project,
             entity=entity,
