@@ -42,7 +42,9 @@ class At(Callback):
     def __init__(self, step: int, note: str | None = None) -> None:
         self.step, self.note = step, note
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int
+    ) -> None:
         if self.note and trainer.global_step >= self.step:
             Path(self.note).touch()
             time.sleep(0.3)
@@ -190,7 +192,11 @@ def test_validate_and_test_print_and_leave_nothing(
     finished: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
-    for name, given in (("validate", "best"), ("test", "last"), ("validate", finished / "checkpoints/best.ckpt")):
+    for name, given in (
+        ("validate", "best"),
+        ("test", "last"),
+        ("validate", finished / "checkpoints/best.ckpt"),
+    ):
         capsys.readouterr()
         assert main(command(name, finished.parent, ckpt_path=given, trainer__logger=...)) == 0
         printed = capsys.readouterr().out
@@ -212,7 +218,11 @@ def test_a_csv_logger(command: Command, tmp_path: Path) -> None:
 def test_metrics_with_and_without_the_cache_are_nearly_equal(command: Command, tmp_path: Path) -> None:
     weights = []
     for cache in ("off", tmp_path / "cache"):
-        options = {"data__cache": cache, "data__augmentation.flip": "false", "model__image_tower": "random:test_vit"}
+        options = {
+            "data__cache": cache,
+            "data__augmentation.flip": "false",
+            "model__image_tower": "random:test_vit",
+        }
         assert main(command("fit", tmp_path / Path(cache).name / "runs", **options)) == 0
         weights.append(checkpoint(the_run(tmp_path / Path(cache).name / "runs"))["state_dict"])
     assert list((tmp_path / "cache").glob("*/manifest.json"))
@@ -272,7 +282,9 @@ def test_going_on_is_bit_identical(
     assert main([*words, "--ckpt_path", "last"]) == 0
     assert the_run(tmp_path) == folder
     assert_same_weights(folder, undisturbed(**options))
-    ours, theirs = (json.loads((run / "metrics.json").read_text()) for run in (folder, undisturbed(**options)))
+    ours, theirs = (
+        json.loads((run / "metrics.json").read_text()) for run in (folder, undisturbed(**options))
+    )
     assert {name: ours[name] for name in METRICS} == {name: theirs[name] for name in METRICS}
     assert config.replace("test_cli.At", "") != config
 
@@ -396,21 +408,31 @@ WRONG: dict[str, Wrong] = {
         r"'bert-base-uncasd' .*hub.*pypi:minilm-l6; did you mean bert-base-uncased\?",
         model__text_tower="bert-base-uncasd",
     ),
-    "image weights offline": wrong(r"weights of image tower 'resnet18' .*random:", model__image_tower="resnet18"),
-    "max_length too long": wrong(r"--model\.max_length 65 .* 64 positions, give 3 to 64", model__max_length=65),
+    "image weights offline": wrong(
+        r"weights of image tower 'resnet18' .*random:", model__image_tower="resnet18"
+    ),
+    "max_length too long": wrong(
+        r"--model\.max_length 65 .* 64 positions, give 3 to 64", model__max_length=65
+    ),
     "no image size": wrong(r"--data\.image_size 0: expected", data__image_size=0),
-    "unknown key in YAML": wrong(r"'model\.embd_dim'; did you mean --model\.embed_dim", "--config", "FILES/key.yaml"),
+    "unknown key in YAML": wrong(
+        r"'model\.embd_dim'; did you mean --model\.embed_dim", "--config", "FILES/key.yaml"
+    ),
     "no YAML": wrong(r"--config FILES/broken\.yaml is no YAML", "--config", "FILES/broken.yaml"),
     "unknown config": wrong(r"no configuration 'headz': .*heads", "--config", "headz"),
     "a folder as config": wrong(r"no configuration 'FILES'", "--config=FILES"),
     "misspelt option": wrong(r"--data\.batchsize .*did you mean --data\.batch_size", "--data.batchsize", "4"),
     "misspelt short option": wrong(r"--ckptpath last; did you mean --ckpt_path\?", "--ckptpath", "last"),
-    "abbreviated option": wrong(r"--trainer\.max_ep 3; did you mean --trainer\.max_epochs", "--trainer.max_ep", "3"),
+    "abbreviated option": wrong(
+        r"--trainer\.max_ep 3; did you mean --trainer\.max_epochs", "--trainer.max_ep", "3"
+    ),
     "abbreviated plain option": wrong(r"--ckpt last; did you mean --ckpt_path", "--ckpt", "last"),
     "stray word": wrong(r"unrecognized arguments: heads", "heads"),
     "batch too large": wrong(r"33 .* 32 images; lower --data\.batch_size to at most 32", data__batch_size=33),
     "batch of none": wrong(r"--data\.batch_size 0: expected 1 or more", data__batch_size=0),
-    "batch of words": wrong(r"--data\.batch_size: expected a whole number, got many", data__batch_size="many"),
+    "batch of words": wrong(
+        r"--data\.batch_size: expected a whole number, got many", data__batch_size="many"
+    ),
     "fewer than no workers": wrong(r"--data\.num_workers -1: expected 0", data__num_workers=-1),
     "share beyond one": wrong(r"--data\.val_share 2.0: expected a share", data__val_share=2),
     "cache below nothing": wrong(r"--data\.cache_gb -1: expected", data__cache_gb=-1),
@@ -424,13 +446,17 @@ WRONG: dict[str, Wrong] = {
         r"--model\.freeze: expected none or image or text or both, got all", model__freeze="all"
     ),
     "unknown loss": wrong(r"--model\.loss: expected the name of a class", model__loss="Nonsense"),
-    "unknown precision": wrong(r"--trainer\.precision: expected .*bf16-mixed.*got bf17", trainer__precision="bf17"),
+    "unknown precision": wrong(
+        r"--trainer\.precision: expected .*bf16-mixed.*got bf17", trainer__precision="bf17"
+    ),
     "unknown logger": wrong(r"--trainer\.logger: expected the name of a class", trainer__logger="Nonsense"),
     "no such device": wrong(r"--trainer: .*accelerator.*abacus", trainer__accelerator="abacus"),
     "no devices": wrong(r"devices", trainer__devices=0),
     "no end": wrong(r"--trainer\.max_epochs or --trainer\.max_steps", trainer__max_epochs=-1),
     "seed": wrong(r"--seed_everything: -5", seed_everything=-5),
-    "runs in a file": wrong(r"--trainer\.default_root_dir .* another folder", trainer__default_root_dir="FILES/key.yaml"),
+    "runs in a file": wrong(
+        r"--trainer\.default_root_dir .* another folder", trainer__default_root_dir="FILES/key.yaml"
+    ),
     "checkpoint is a folder": wrong(r"--ckpt_path FILES/empty is a folder", ckpt_path="FILES/empty"),
     "no such checkpoint": wrong(r"--ckpt_path FILES/none\.ckpt: no such file", ckpt_path="FILES/none.ckpt"),
     "no checkpoint at all": wrong(r"--ckpt_path .* is no checkpoint of", ckpt_path="FILES/key.yaml"),
@@ -442,8 +468,12 @@ WRONG: dict[str, Wrong] = {
         ckpt_path="LAST",
         model__freeze="image",
     ),
-    "another width": wrong(r"is of another model .*\(16, .*--model options", ckpt_path="LAST", model__embed_dim=8),
-    "another head": wrong(r"is of another model \(it has .*--model options", ckpt_path="LAST", model__head="mlp"),
+    "another width": wrong(
+        r"is of another model .*\(16, .*--model options", ckpt_path="LAST", model__embed_dim=8
+    ),
+    "another head": wrong(
+        r"is of another model \(it has .*--model options", ckpt_path="LAST", model__head="mlp"
+    ),
 }
 
 
@@ -471,7 +501,12 @@ def assert_one_line(errors: str, says: str) -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_mistake_is_one_line(
-    command: Command, files: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    command: Command,
+    files: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     case = WRONG[name]
 

@@ -174,7 +174,13 @@ def test_broken_pictures_are_left_out_and_counted(
     for file in scenes.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     data = CaptionDataModule(
-        clip.transform, clip.tokenize, folder, batch_size=8, num_workers=0, max_broken=0.1, cache=str(cache.root)
+        clip.transform,
+        clip.tokenize,
+        folder,
+        batch_size=8,
+        num_workers=0,
+        max_broken=0.1,
+        cache=str(cache.root),
     )
     data.setup()
     broken = [data.images("train")[3].path, data.images("val")[1].path]
@@ -473,7 +479,9 @@ def test_a_finished_entry_may_lie_where_nobody_may_write(
 def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"cannot be written \(Not a directory\); give another --data.cache"):
+        with pytest.raises(
+            UserError, match=r"cannot be written \(Not a directory\); give another --data.cache"
+        ):
             FeatureCache(root).get({}, 10, noise, "rows")
 
 

