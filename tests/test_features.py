@@ -150,7 +150,7 @@ def test_features_keep_no_file_open(cache: FeatureCache) -> None:
 
 
 def test_values_beyond_half_precision_are_refused(cache: FeatureCache) -> None:
-    with pytest.raises(UserError, match="half precision; use --data.cache off"):
+    with pytest.raises(UserError, match=r"half precision; use --data.cache off"):
         cache.get({}, 2, lambda rows: np.full((len(rows), 2), 1e6, np.float32), "rows")
 
 
@@ -379,9 +379,15 @@ PREAMBLE = """
 """
 KILLED = """
     random.seed(0)
+    log = ROOT / "log"
+    log.touch()
     for _ in range(20):
+        size = log.stat().st_size
         process = child()
-        time.sleep(random.uniform(0.0, 0.1))
+        deadline = time.monotonic() + 10
+        while log.stat().st_size == size and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0.0, 0.05))
         os.kill(process, signal.SIGKILL)
         assert os.waitpid(process, 0)[1] == signal.SIGKILL
 """
@@ -490,7 +496,7 @@ def test_a_full_disk_is_an_error_with_a_remedy(cache: FeatureCache, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(features_module, "_write_shard", full)
-    with pytest.raises(UserError, match="No space left on device.*free some space"):
+    with pytest.raises(UserError, match=r"No space left on device.*free some space"):
         cache.get({}, 10, noise, "rows")
 
 

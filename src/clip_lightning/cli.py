@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
-import secrets
 import sys
-import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import transformers
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from clip_lightning.arguments import complain
+from clip_lightning.arguments import complain, named_configs, with_logger_folder
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.module import CLIPModule
-from clip_lightning.recorder import MONITOR, GracefulStop, RunRecorder
+from clip_lightning.recorder import MONITOR, GracefulStop, RunRecorder, SaveConfig
+from clip_lightning.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
 from clip_lightning.tracking.tables import PredictionTable
 
 TRAINER_DEFAULTS = {
@@ -119,7 +113,7 @@ class RunCLI(LightningCLI):
         parser = self._parser(self.subcommand)
         self.config_to_save = parser.dump(config, skip_unset=False)
         root = Path(config.trainer.default_root_dir)
-        checkpoint = _checkpoint(config.ckpt_path, root)
+        checkpoint = find_checkpoint(config.ckpt_path, root)
         if checkpoint is not None:
             config.ckpt_path = str(checkpoint)
             config.weights_only = True  # a checkpoint may come from a stranger
@@ -129,15 +123,19 @@ class RunCLI(LightningCLI):
             raise UserError(
                 f"--trainer.default_root_dir {root} cannot be written ({error.strerror}); give another folder"
             ) from error
-        resumed = checkpoint is not None and _is_run(checkpoint.parent.parent) and self.subcommand == "fit"
-        self.run_folder = checkpoint.parent.parent if resumed and checkpoint else root / _new_run_id()
+        resumed = checkpoint is not None and is_run(checkpoint.parent.parent) and self.subcommand == "fit"
+        self.run_folder = checkpoint.parent.parent if resumed and checkpoint else root / new_run_id()
         if self.subcommand != "fit":
+            if checkpoint is None and config.model.init_from is None:
+                raise UserError(
+                    "nothing to score: give --ckpt_path FILE|last|best, or --model.init_from BUNDLE"
+                )
             # a score is printed; it is no run of its own
-            config.trainer.logger = config.trainer.enable_checkpointing = False
+            config.trainer.logger = config.trainer.enable_checkpointing = config.verbose = False
         loggers = config.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace):
-                _place_logger(logger, self.run_folder)
+                place_logger(logger, self.run_folder)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyperparameters from the checkpoint; ours are all in the configuration."""
@@ -152,7 +150,7 @@ class RunCLI(LightningCLI):
         """Compare the model with the checkpoint before frozen towers run for minutes."""
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint is not None:
-            _check_fits(Path(checkpoint), self.model)
+            check_fits(Path(checkpoint), self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the callbacks that every run has."""
@@ -206,44 +204,37 @@ class RunCLI(LightningCLI):
         """Print the result."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             recorder = next(c for c in self.trainer.callbacks if isinstance(c, RunRecorder))
-            print_metrics(recorder.metrics, self.run_folder)
+            if recorder.metrics:
+                print_metrics(recorder.metrics, f"best epoch: {recorder.metrics['epoch']:.0f}")
+            print("run folder:", self.run_folder)
+            parts = (f"{name.replace('_', ' ')} {spent:.0f} s" for name, spent in recorder.seconds.items())
+            print("time:", ", ".join(parts))
+
+    def after_validate(self) -> None:
+        """Print the scores; Lightning's own table goes where the progress bar goes."""
+        self._print_scores("val")
+
+    def after_test(self) -> None:
+        """Print the scores."""
+        self._print_scores("test")
+
+    def _print_scores(self, split: str) -> None:
+        if self.trainer.is_global_zero:
+            logged = self.trainer.callback_metrics.items()
+            print_metrics({name.removeprefix(f"{split}/"): float(value) for name, value in logged}, split)
 
 
-class SaveConfig(Callback):
-    """Writes the complete configuration into the run's folder and sends it to the logger.
-
-    Lightning's own callback would collide with W&B's `config.yaml`, and sends nothing.
-    """
-
-    def __init__(self, config: str, folder: Path) -> None:
-        self.config = config
-        self.folder = folder
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Runs after the data module's setup, so that the data's digest is known."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(self.config)
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
-        for logger in trainer.loggers:
-            logger.log_hyperparams(content)
-
-
-def print_metrics(metrics: dict[str, float], folder: Path) -> None:
-    """Show the best epoch's metrics and where everything lies, on stdout."""
+def print_metrics(metrics: dict[str, float], title: str) -> None:
+    """Show retrieval metrics as a table on stdout."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", "R@1", "R@5", "R@10", "median rank", "mean rank"):
+        table.add_column(column, justify="right" if column else "left")
+    for direction in ("text_to_image", "image_to_text"):
+        values = [metrics[f"{direction}_{m}"] for m in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")]
+        table.add_row(direction.replace("_to_", " → "), *(f"{value:.1f}" for value in values))
     console = Console()
-    if metrics:
-        table = Table(title=f"best epoch: {metrics['epoch']:.0f}", title_justify="left")
-        for column in ("", "R@1", "R@5", "R@10", "median rank", "mean rank"):
-            table.add_column(column, justify="right" if column else "left")
-        for direction in ("text_to_image", "image_to_text"):
-            values = [metrics[f"{direction}_{m}"] for m in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")]
-            table.add_row(direction.replace("_to_", " → "), *(f"{value:.1f}" for value in values))
-        console.print(table)
-        console.print(f"rsum {metrics['rsum']:.1f}")
-    console.print(f"run folder: {folder}", soft_wrap=True)
+    console.print(table)
+    console.print(f"rsum {metrics['rsum']:.1f}")
 
 
 def run(args: list[str]) -> None:
@@ -266,127 +257,9 @@ def run(args: list[str]) -> None:
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
-            args=_with_logger_folder(_named_configs(args)),
+            args=with_logger_folder(named_configs(args)),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
     except MisconfigurationException as error:  # Lightning's word for what its options cannot do
         raise UserError(str(error)) from error
-
-
-def _named_configs(args: list[str]) -> list[str]:
-    """Let `--config heads` mean the packaged `configs/heads.yaml`, unless a file has that name."""
-    found = []
-    for before, word in zip(["", *args], args, strict=False):
-        option, equals, value = word.partition("=")
-        if equals and option in ("--config", "-c"):
-            word = f"{option}={_config_path(value)}"
-        elif before in ("--config", "-c"):
-            word = _config_path(word)
-        found.append(word)
-    return found
-
-
-def _with_logger_folder(args: list[str]) -> list[str]:
-    """Let `--trainer.logger CSVLogger` do without the folder it asks for: that is the run's."""
-    found = []
-    for before, word in zip(["", *args], args, strict=False):
-        found.append(word)
-        name = word.removeprefix("--trainer.logger=") if before != "--trainer.logger" else word
-        chosen = before == "--trainer.logger" or word.startswith("--trainer.logger=")
-        if chosen and name.rpartition(".")[2] in ("CSVLogger", "TensorBoardLogger"):
-            found.append("--trainer.logger.save_dir=.")
-    return found
-
-
-def _config_path(name: str) -> str:
-    if Path(name).is_file():
-        try:
-            yaml.safe_load(Path(name).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {name} is no YAML: {error}") from error
-        return name
-    here = Path(__file__).parent
-    folders = [folder for folder in (here / "configs", here.parents[1] / "configs") if folder.is_dir()]
-    for folder in folders:
-        for file in (folder / name, folder / f"{name}.yaml"):
-            if file.is_file():
-                return str(file)
-    known = sorted(
-        str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")
-    )
-    raise UserError(f"no configuration {name!r}: expected a file, or one of {', '.join(known)}")
-
-
-def _new_run_id() -> str:
-    """Sorts by time, and is unlikely to meet another run's."""
-    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
-
-
-def _checkpoint(given: Any, root: Path) -> Path | None:
-    """The file that `--ckpt_path` means: a path, or `last` or `best` of the newest run under `root`.
-
-    Raises:
-        UserError: there is no such file; a run never starts over silently.
-    """
-    if given is None:
-        return None
-    if str(given) not in ("last", "best"):
-        if Path(given).is_dir():
-            raise UserError(f"--ckpt_path {given} is a folder; expected a checkpoint file, `last` or `best`")
-        if not Path(given).is_file():
-            raise UserError(f"--ckpt_path {given}: no such file; expected a checkpoint, `last` or `best`")
-        return Path(given)
-    found = [folder / "checkpoints" / f"{given}.ckpt" for folder in root.glob("*") if _is_run(folder)]
-    found = [file for file in found if file.is_file()]
-    if not found:
-        raise UserError(
-            f"--ckpt_path {given}: no run with {given}.ckpt under {root}; start one without --ckpt_path, "
-            "or give its --trainer.default_root_dir"
-        )
-    return max(found, key=lambda file: file.stat().st_mtime)
-
-
-def _check_fits(file: Path, model: LightningModule) -> None:
-    """Refuse what is no checkpoint, or one of another model.
-
-    Raises:
-        UserError: says what is different.
-    """
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        stored, frozen = checkpoint["state_dict"], checkpoint["frozen_towers"]
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
-        raise UserError(f"--ckpt_path {file} is no checkpoint of `clip-lightning fit`") from error
-    same = "give the same --model options as in training (they are in config.yaml of the run)"
-    if frozen.keys() != model._frozen_towers().keys():
-        were = " and ".join(name.removeprefix("clip.") for name in frozen) or "no tower"
-        raise UserError(f"--ckpt_path {file} was trained with {were} frozen; {same}")
-    if differing := _differing(stored, model.state_dict()):
-        raise UserError(f"--ckpt_path {file} is of another model ({differing}); {same}")
-
-
-def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
-    """The first tensor that `own` lacks or has in another shape; nothing if there is none."""
-    for name, tensor in stored.items():
-        if name not in own:
-            return f"it has {name}"
-        if tensor.shape != own[name].shape:
-            return f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
-    return ""
-
-
-def _place_logger(logger: Namespace, folder: Path) -> None:
-    """Let a logger write into the run's folder, under the run's id."""
-    settings = logger.init_args
-    kind = logger.class_path.rpartition(".")[2]
-    if kind in ("RunLogger", "WandbLogger"):
-        if rank_zero_only.rank == 0:  # W&B wants it to be there; other ranks do not log
-            folder.mkdir(parents=True, exist_ok=True)
-        settings.update(Namespace(save_dir=str(folder), id=settings.get("id") or folder.name))
-    elif kind in ("CSVLogger", "TensorBoardLogger"):
-        settings.update(Namespace(save_dir=str(folder), name="", version=""))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -153,6 +154,16 @@ class CLIPModule(LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make the chance in a step (dropout) a function of seed, epoch, batch and rank.
+
+        So a run that goes on in the middle of an epoch draws what it would have drawn undisturbed. Samples
+        have their own seeds; nothing else draws from torch.
+        """
+        seed = getattr(self.trainer.datamodule, "seed", 0)
+        key = (seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Clamp the scale, right after the optimiser's step."""
         self.clip.clamp_scale()
@@ -268,8 +279,8 @@ def _check_bundle(
             )
     if (loss.init_bias is None) != (clip.logit_bias is None):
         raise UserError(
-            f"--model.init_from {bundle} was trained {'without' if clip.logit_bias is None else 'with'} a bias "
-            f"and does not fit {type(loss).__name__}; choose another --model.loss"
+            f"--model.init_from {bundle} was trained {'with' if clip.logit_bias is not None else 'without'} "
+            f"a bias and does not fit {type(loss).__name__}; choose another --model.loss"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -25,7 +26,7 @@ VERSIONED = ("torch", "lightning", "timm", "transformers", "wandb")
 
 
 class GracefulStop(Callback):
-    """The first Ctrl-C lets the batch in hand finish, so that the checkpoint is whole; a second does not."""
+    """The first Ctrl-C lets the batch, or the validation, in hand finish; a second does not."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -36,10 +37,6 @@ class GracefulStop(Callback):
         self._before = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop here if asked."""
-        self._stop_if_asked()
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stop here if asked."""
         self._stop_if_asked()
 
@@ -58,11 +55,33 @@ class GracefulStop(Callback):
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
+        print("\nstopping after the next batch; Ctrl-C again stops at once", file=sys.stderr)
 
     def _stop_if_asked(self) -> None:
         if self._asked:
             raise KeyboardInterrupt
+
+
+class SaveConfig(Callback):
+    """Writes the complete configuration into the run's folder and sends it to the logger.
+
+    Lightning's own callback would collide with W&B's `config.yaml`, and sends nothing.
+    """
+
+    def __init__(self, config: str, folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Runs after the data module's setup, so that the data's digest is known."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(self.config)
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
+        for logger in trainer.loggers:
+            logger.log_hyperparams(content)
 
 
 class RunRecorder(Callback):
@@ -75,20 +94,19 @@ class RunRecorder(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics: dict[str, float] = {}
-        self._seconds_before = 0.0
-        self._train_seconds = 0.0
+        self.seconds = dict.fromkeys(
+            ("preparation", "waiting_for_data", "training", "evaluation", "other"), 0.0
+        )
         self._samples = 0
         self._peak_memory = 0
-        self._started: float | None = None
-        self._batch_ended: float | None = None
-        self._window = {"samples": 0, "waiting": 0.0, "seconds": 0.0}
+        self._lap_began = time.perf_counter()
+        self._last_log = {"samples": 0, "waiting_for_data": 0.0, "training": 0.0}
 
     def state_dict(self) -> dict[str, Any]:
         """Travels in the checkpoint, so that a resumed run goes on counting."""
         return {
             "metrics": self.metrics,
-            "seconds": self._seconds(),
-            "train_seconds": self._train_seconds,
+            "seconds": self.seconds,
             "samples": self._samples,
             "peak_memory": self._peak_memory,
         }
@@ -96,50 +114,48 @@ class RunRecorder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the counts of the run so far."""
         self.metrics = state_dict["metrics"]
-        self._seconds_before = state_dict["seconds"]
-        self._train_seconds = state_dict["train_seconds"]
+        for part, seconds in state_dict["seconds"].items():
+            self.seconds[part] += seconds
         self._samples = state_dict["samples"]
         self._peak_memory = state_dict["peak_memory"]
+        self._last_log = self._sums()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All before this was preparation: towers, features, loaders."""
+        self._end_lap("preparation")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the first batch's waiting from here."""
-        self._batch_ended = time.perf_counter()
+        """Between epochs lie checkpoints, pictures and logs."""
+        self._end_lap("other")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The time since the last batch ended was spent waiting for data."""
-        now = time.perf_counter()
-        self._batch_began = now
-        if self._batch_ended is not None:
-            self._window["waiting"] += now - self._batch_ended
+        """All since the last batch was waiting for this one."""
+        self._end_lap("waiting_for_data")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log throughput and the share of time spent waiting for data."""
-        now = time.perf_counter()
-        samples = len(batch["image_id"]) * trainer.world_size
-        since = self._batch_began if self._batch_ended is None else self._batch_ended
-        self._window["seconds"] += now - since
-        self._window["samples"] += samples
-        self._train_seconds += now - since
-        self._samples += samples
-        self._batch_ended = now
+        self._end_lap("training")
+        self._samples += len(batch["image_id"]) * trainer.world_size
         if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
-            seconds = max(self._window["seconds"], 1e-9)
-            pl_module.log("train/samples_per_second", self._window["samples"] / seconds)
-            pl_module.log("train/data_wait_share", self._window["waiting"] / seconds)
-            self._window = {"samples": 0, "waiting": 0.0, "seconds": 0.0}
+            now = self._sums()
+            since = {name: now[name] - self._last_log[name] for name in now}
+            seconds = max(since["waiting_for_data"] + since["training"], 1e-9)
+            pl_module.log("train/samples_per_second", since["samples"] / seconds)
+            pl_module.log("train/data_wait_share", since["waiting_for_data"] / seconds)
+            self._last_log = now
             self._peak_memory = max(self._peak_memory, _memory_of_processes())
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What comes now is evaluation."""
+        self._end_lap("other")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of the best epoch."""
-        self._batch_ended = time.perf_counter()  # validation is no waiting for data
+        self._end_lap("evaluation")
         if trainer.sanity_checking:
             return
         self._peak_memory = max(self._peak_memory, _memory_of_processes())
@@ -160,17 +176,25 @@ class RunRecorder(Callback):
         if trainer.global_step > 0:
             self._write(trainer, pl_module)
 
-    def _seconds(self) -> float:
-        return self._seconds_before + (time.perf_counter() - self._started if self._started else 0.0)
+    def _end_lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] += now - self._lap_began
+        self._lap_began = now
+
+    def _sums(self) -> dict[str, float]:
+        return {"samples": self._samples} | {n: self.seconds[n] for n in ("waiting_for_data", "training")}
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
+        self._end_lap("other")
         data: Any = getattr(trainer, "datamodule", None)
+        training = self.seconds["training"] + self.seconds["waiting_for_data"]
         record = {
             **self.metrics,
-            "seconds": round(self._seconds(), 1),
-            "samples_per_second": round(self._samples / max(self._train_seconds, 1e-9), 1),
+            "seconds": round(sum(self.seconds.values()), 1),
+            **{f"seconds_{part}": round(seconds, 1) for part, seconds in self.seconds.items()},
+            "samples_per_second": round(self._samples / max(training, 1e-9), 1),
             "peak_memory_bytes": self._peak_memory,
             "data_digest": data.digest if data else "",
             "version_clip_lightning": clip_lightning.__version__,

@@ -112,6 +112,7 @@ class CaptionDataModule(LightningDataModule):
         self.seed = seed
         self.digest = ""
         self.broken: dict[str, str] = {}
+        self._resume: dict[str, Any] = {}
         self._images: dict[str, list[CaptionedImage]] = {}
         self._content: dict[str, list[int]] = {}
         self._picture_features: dict[str, list[Features]] = {}
@@ -181,8 +182,9 @@ class CaptionDataModule(LightningDataModule):
         sampler = TrainSampler(
             len(images), self.batch_size, seed=self.seed, rank=self._rank, world_size=self._world
         )
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
-        sampler.start_batch = self._batches_done(len(sampler) // self.batch_size)
+        epoch, done = self._position(len(sampler) // self.batch_size)
+        sampler.set_epoch(epoch)
+        sampler.start_batch = done
         return self._loader("train", dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -239,14 +241,32 @@ class CaptionDataModule(LightningDataModule):
             )
         rank_zero_warn(f"left out {len(self.broken)} pictures or rows so far; the last: {path}: {reason}")
 
-    def _batches_done(self, batches: int) -> int:
-        """How many batches of the present epoch a restored checkpoint has already trained on."""
-        if self.trainer is None or not self.trainer.fit_loop.restarting:
-            return 0
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is, for the checkpoint.
+
+        Lightning has it there too, but asks for batches (to count them) before it has read its own.
+        """
+        loop: Any = self.trainer.fit_loop if self.trainer else None
+        if loop is None:
+            return {}
+        epoch = max(loop.epoch_progress.current.ready - 1, 0)
+        return {"epoch": epoch, "batches": loop.epoch_loop.batch_progress.current.processed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next batches of training be those that follow."""
+        self._resume = state_dict
+
+    def _position(self, batches: int) -> tuple[int, int]:
+        """The epoch that the next training batch is of, and how many of its batches have been trained on."""
+        if self.trainer is None:
+            return 0, 0
+        state, self._resume = self._resume, {}
+        if not state:
+            return self.trainer.current_epoch, 0
         limit = self.trainer.limit_train_batches
-        batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        return done if done < batches else 0
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        epoch, done = state["epoch"], state["batches"]
+        return (epoch, done) if done < batches else (epoch + 1, 0)
 
     @property
     def _rank(self) -> int:

@@ -1,0 +1,92 @@
+"""Runs and their folders: names, the checkpoint to go on from, and whether it fits."""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from clip_lightning.errors import UserError
+
+
+def new_run_id() -> str:
+    """Sorts by time, and is unlikely to meet another run's."""
+    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has left its configuration there."""
+    return (folder / "config.yaml").is_file()
+
+
+def find_checkpoint(given: Any, root: Path) -> Path | None:
+    """The file that `--ckpt_path` means: a path, or `last` or `best` of the newest run under `root`.
+
+    Raises:
+        UserError: there is no such file; a run never starts over silently.
+    """
+    if given is None:
+        return None
+    if str(given) not in ("last", "best"):
+        if Path(given).is_dir():
+            raise UserError(f"--ckpt_path {given} is a folder; expected a checkpoint file, `last` or `best`")
+        if not Path(given).is_file():
+            raise UserError(f"--ckpt_path {given}: no such file; expected a checkpoint, `last` or `best`")
+        return Path(given)
+    found = [folder / "checkpoints" / f"{given}.ckpt" for folder in root.glob("*") if is_run(folder)]
+    found = [file for file in found if file.is_file()]
+    if not found:
+        raise UserError(
+            f"--ckpt_path {given}: no run with {given}.ckpt under {root}; start one without --ckpt_path, "
+            "or give its --trainer.default_root_dir"
+        )
+    return max(found, key=lambda file: file.stat().st_mtime)
+
+
+def check_fits(file: Path, model: LightningModule) -> None:
+    """Refuse what is no checkpoint, or one of another model.
+
+    Raises:
+        UserError: says what is different.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        stored, frozen = checkpoint["state_dict"], checkpoint["frozen_towers"]
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
+        raise UserError(f"--ckpt_path {file} is no checkpoint of `clip-lightning fit`") from error
+    same = "give the same --model options as in training (they are in config.yaml of the run)"
+    if frozen.keys() != model._frozen_towers().keys():
+        were = " and ".join(name.removeprefix("clip.") for name in frozen) or "no tower"
+        raise UserError(f"--ckpt_path {file} was trained with {were} frozen; {same}")
+    if differing := _differing(stored, model.state_dict()):
+        raise UserError(f"--ckpt_path {file} is of another model ({differing}); {same}")
+
+
+def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+    """The first tensor that `own` lacks or has in another shape; nothing if there is none."""
+    for name, tensor in stored.items():
+        if name not in own:
+            return f"it has {name}"
+        if tensor.shape != own[name].shape:
+            return f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+    return ""
+
+
+def place_logger(logger: Namespace, folder: Path) -> None:
+    """Let a logger write into the run's folder, under the run's id."""
+    settings = logger.init_args
+    kind = logger.class_path.rpartition(".")[2]
+    if kind in ("RunLogger", "WandbLogger"):
+        if rank_zero_only.rank == 0:  # W&B wants it to be there; other ranks do not log
+            folder.mkdir(parents=True, exist_ok=True)
+        settings.update(Namespace(save_dir=str(folder), id=settings.get("id") or folder.name))
+    elif kind in ("CSVLogger", "TensorBoardLogger"):
+        settings.update(Namespace(save_dir=str(folder), name="", version=""))

@@ -1,0 +1,67 @@
+"""What both towers share: freezing, a digest of the weights, and where packaged weights lie."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from clip_lightning.errors import UserError
+
+
+class Tower(nn.Module):
+    """A backbone that can be frozen: then it runs without gradients and always in eval mode."""
+
+    width: int
+    spec: dict[str, Any]
+    frozen = False
+    _frozen_digest: str | None = None
+
+    def freeze(self) -> Self:
+        """Fix the weights: no gradients, no dropout, no drifting batch-norm statistics."""
+        self.requires_grad_(False)
+        self.frozen = True
+        self._frozen_digest = None
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, except that a frozen tower stays in eval mode."""
+        return super().train(mode and not self.frozen)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over the names and values of all weights and buffers."""
+        if self.frozen and self._frozen_digest is not None:
+            return self._frozen_digest
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self._frozen_digest = sha.hexdigest()
+        return self._frozen_digest
+
+
+def pypi_folder(package: str) -> Path:
+    """Where an installed package lies.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the tower needs the package {package.replace('_', '-')}; "
+            "pip install 'clip-lightning[quickstart]'"
+        ) from error
+    return Path(str(module.__file__)).parent
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for a message of our own."""
+    """The first line that says something: torch's own of a state dict ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")

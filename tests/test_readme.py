@@ -1,0 +1,111 @@
+"""What README.md says can be done: its commands, code, targets, links and pictures."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import clip_lightning
+from clip_lightning.__main__ import COMMANDS, main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+LIGHTNING_COMMANDS = ("fit", "validate", "test")
+
+# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The content of the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+    """The words after `program`, of every line of the bash blocks that begins with it."""
+    lines = "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    found = (shlex.split(line.removeprefix("$ "), comments=True) for line in lines)
+    # what comes before an assignment of a variable and behind a pipe is the shell's
+    words = ([word for word in line if not re.fullmatch(r"[A-Z_]+=.*", word)] for line in found)
+    return [
+        line[1 : next((i for i, w in enumerate(line) if w in "|&&;>"), None)]
+        for line in words
+        if line[:1] == [program]
+    ]
+
+
+def links(text: str) -> list[str]:
+    """Relative targets of Markdown's links and pictures, and of HTML's, without anchors."""
+    found = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    return [link.partition("#")[0] for link in found if not re.match(r"[a-z]+:|#", link)]
+
+
+def imported(source: str) -> list[tuple[str, str]]:
+    """(module, name) of everything that the source imports from this package."""
+    return [
+        (node.module or "", alias.name)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clip_lightning")
+        for alias in node.names
+    ]
+
+
+SAMPLE = """
+```bash
+WANDB_MODE=offline clip-lightning fit --config heads \\
+    --data.root ../photos   # yours
+make quickstart
+```
+![a](docs/a.png) [b](https://x.y/z) [c](docs/b.md#part) [d](#here) <img src="docs/c.png" width="3">
+```python
+from clip_lightning import CLIP
+```
+"""
+
+
+def test_the_readers_of_this_file() -> None:
+    assert commands(SAMPLE, "clip-lightning") == [["fit", "--config", "heads", "--data.root", "../photos"]]
+    assert commands(SAMPLE, "make") == [["quickstart"]]
+    assert links(SAMPLE) == ["docs/a.png", "docs/b.md", "docs/c.png"]
+    assert [imported(block) for block in blocks(SAMPLE, "python")] == [[("clip_lightning", "CLIP")]]
+
+
+@pytest.mark.parametrize("words", commands(README, "clip-lightning"), ids=" ".join)
+def test_commands_are_understood(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if words[0] in LIGHTNING_COMMANDS and "--help" not in words:
+        assert main([*words, "--print_config"]) == 0, capsys.readouterr().err
+        return
+    assert words[0] in COMMANDS or words[0] in ("--help", "--version")
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    parts = [
+        word for word in words[: 2 if words[0] in ("cache", "evaluate", "data") else 1] if word[0] != "-"
+    ]
+    assert main([*parts, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in options)
+
+
+@pytest.mark.parametrize("words", commands(README, "make"), ids=" ".join)
+def test_make_has_the_targets(words: list[str]) -> None:
+    for target in words:
+        assert "=" in target or re.search(rf"^{re.escape(target)}:", MAKEFILE, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize("link", links(README))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (REPOSITORY / link).exists()
+
+
+@pytest.mark.parametrize("block", blocks(README, "python"))
+def test_code_compiles_and_its_names_exist(block: str) -> None:
+    compile(block, "README.md", "exec")
+    for module, name in imported(block):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+        if module == "clip_lightning":
+            assert name in clip_lightning.__all__, f"{name} is not public"
