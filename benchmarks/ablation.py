@@ -9,22 +9,20 @@ at. Features come from the cache, so a run takes seconds. Writes Markdown and JS
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import platform
 import random
 import statistics
-import tempfile
 import time
 import warnings
 from pathlib import Path
 
+import report
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from clip_lightning import CaptionDataModule, CLIPModule
+from clip_lightning.features import default_cache
 from clip_lightning.losses import InfoNCE, MaxViolation, SigLIP
 from clip_lightning.optim import OptimizerConfig
 
@@ -69,6 +67,9 @@ def held_out_root(root: Path, folder: Path) -> Path:
     """The same pictures under split lists in which 1,000 pictures of train are dev, and dev is nothing."""
     train = (root / "Flickr_8k.trainImages.txt").read_text().split()
     random.Random(0).shuffle(train)
+    if folder.is_dir():  # kept, so that its features stay in the cache
+        return folder
+    folder.mkdir(parents=True)
     (folder / "Images").symlink_to(root / "Images")
     (folder / "captions.txt").symlink_to(root / "captions.txt")
     (folder / "Flickr_8k.devImages.txt").write_text("\n".join(sorted(train[:HELD_OUT])))
@@ -123,21 +124,20 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        root = held_out_root(args.root.resolve(), Path(folder))
-        for name, change in CHANGES.items():
-            if args.only and name not in args.only:
-                continue
-            began = time.perf_counter()
-            runs = [train(root, BASELINE | change, seed) for seed in range(args.seeds)]
-            rows[name] = {"settings": BASELINE | change, "runs": runs, "seconds": time.perf_counter() - began}
-            print(name, summary(runs), flush=True)
-            write(rows, args)
+    root = held_out_root(args.root.resolve(), default_cache().with_name("flickr8k-held-out"))
+    for name, change in CHANGES.items():
+        if args.only and name not in args.only:
+            continue
+        began = time.perf_counter()
+        runs = [train(root, BASELINE | change, seed) for seed in range(args.seeds)]
+        rows[name] = {"settings": BASELINE | change, "runs": runs, "seconds": time.perf_counter() - began}
+        print(name, summary(runs), flush=True)
+        write(rows, args)
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -147,20 +147,11 @@ def summary(runs: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
 
 
 def write(rows: dict[str, dict], args: argparse.Namespace) -> None:
-    header = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "seeds": args.seeds,
-        "held_out": HELD_OUT,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"ablation-heads_cpu_{header['date']}"
-    stem.with_suffix(".json").write_text(json.dumps({**header, "rows": rows}, indent=1))
+    header = report.header("torch", "lightning", seeds=args.seeds, held_out=HELD_OUT)
     lines = [
         "# Settings of the projection heads",
         "",
-        f"{header['date']}, {header['machine']}, torch {header['torch']}",
+        f"{header['date']}, {header['machine']}, torch {torch.__version__}",
         "",
         f"EfficientNet-Lite0 × MiniLM-L6, both frozen; {HELD_OUT} pictures held out of train;",
         f"mean ± standard deviation of {args.seeds} seeds. One change to the baseline in each row.",
@@ -171,7 +162,7 @@ def write(rows: dict[str, dict], args: argparse.Namespace) -> None:
     for name, row in rows.items():
         cells = [f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in summary(row["runs"]).values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    report.save(args.out, "ablation-heads", header, rows, lines)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 
 IMAGE_TOWER = "random:tf_efficientnet_lite0"
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096])
     parser.add_argument("--micro", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -137,18 +137,13 @@ def main() -> None:
 
 
 def write(rows: list[dict[str, float]], args: argparse.Namespace) -> None:
-    header = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "micro_batch_size": args.micro,
-        "threads": args.threads,
-        "image": f"{IMAGE_TOWER}, {IMAGE_SIZE} px",
-        "text": f"BERT, 2 layers, 384 wide, {WORDS} words, {TOKENS} tokens",
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"gradient_cache_cpu_{header['date']}"
-    stem.with_suffix(".json").write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+    header = report.header(
+        "torch",
+        micro_batch_size=args.micro,
+        threads=args.threads,
+        image=f"{IMAGE_TOWER}, {IMAGE_SIZE} px",
+        text=f"BERT, 2 layers, 384 wide, {WORDS} words, {TOKENS} tokens",
+    )
     lines = [
         "# One training step with gradient caching",
         "",
@@ -169,13 +164,7 @@ def write(rows: list[dict[str, float]], args: argparse.Namespace) -> None:
             f"| {row['batch_mb']:.0f} | {row['peak_mb'] - row['before_mb']:,.0f} | {row['seconds']:.1f} "
             f"| {row['batch'] / row['seconds']:.0f} |"
         )
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return f"{names[0].split(': ')[1] if names else platform.machine()}, {os.cpu_count()} cores"
+    report.save(args.out, "gradient_cache", header, rows, lines)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import open_clip
+import report
 import torch
 from PIL import Image
 from torch import Tensor
@@ -112,7 +109,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="pictures of each folder, the first by name")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -124,16 +121,7 @@ def main() -> None:
 def write(rows: list[dict], args: argparse.Namespace) -> None:
     packages = ["torch", "torchvision", "pillow", "open_clip_torch"]
     packages += ["simplejpeg"] if importlib.util.find_spec("simplejpeg") else []
-    header = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "size": args.size,
-        "rounds": args.rounds,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"loader_cpu_{header['date']}"
-    stem.with_suffix(".json").write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+    header = report.header(*packages, size=args.size, rounds=args.rounds)
     lines = [
         "# Decoding and transforming, one core",
         "",
@@ -162,14 +150,8 @@ def write(rows: list[dict], args: argparse.Namespace) -> None:
                 f"| {name} | {statistics.median(rates):.0f} ({spread}) | {ratio:.2f} "
                 f"| {'' if difference is None else f'{difference:.2f}'} |"
             )
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    report.save(args.out, "loader", header, rows, lines)
     print("\n".join(lines))
-
-
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return f"{names[0].split(': ')[1] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import report
 import torch
 from torch.nn import functional
 
@@ -62,7 +61,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -79,17 +78,7 @@ def main() -> None:
 
 
 def write(rows: list[dict], args: argparse.Namespace) -> None:
-    header = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "width": args.width,
-        "threads": args.threads,
-        "rounds": args.rounds,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"retrieval_cpu_{header['date']}"
-    stem.with_suffix(".json").write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+    header = report.header("torch", width=args.width, threads=args.threads, rounds=args.rounds)
     lines = [
         "# Retrieval metrics",
         "",
@@ -105,13 +94,7 @@ def write(rows: list[dict], args: argparse.Namespace) -> None:
         seconds, cpu = statistics.median(row["seconds"]), statistics.median(row["cpu_seconds"])
         size = f"{row['images']:,} × {row['captions']:,}"
         lines.append(f"| {size} | {seconds:.2f} | {cpu:.2f} | {row['growth_mb']:.0f} |")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return f"{names[0].split(': ')[1] if names else platform.machine()}, {os.cpu_count()} cores"
+    report.save(args.out, "retrieval", header, rows, lines)
 
 
 if __name__ == "__main__":

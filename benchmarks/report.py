@@ -1,0 +1,34 @@
+"""What every benchmark writes: `<name>_cpu_<date>.json` and `.md`, with the machine and the versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def header(*packages: str, **settings: Any) -> dict[str, Any]:
+    """Date, machine and versions, and the settings of this run."""
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    return {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions, **settings}
+
+
+def machine() -> str:
+    """The processor's name and the number of its cores."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return f"{names[0].split(': ')[1] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def save(folder: Path, name: str, head: dict[str, Any], rows: Any, lines: list[str]) -> None:
+    """Write the figures as JSON and `lines` as Markdown, replacing those of the same day."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{name}_cpu_{head['date']}"
+    stem.with_suffix(".json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
