@@ -59,7 +59,12 @@ CHANGES: dict[str, dict[str, object]] = {
     "40 epochs": {"epochs": 40},
     "EMA 0.99": {"ema": 0.99},
     "5 captions, width 1024, dropout 0.5": {"captions": 5, "embed_dim": 1024, "dropout": 0.5},
-    "5 captions, mlp 1024, dropout 0.5": {"captions": 5, "embed_dim": 1024, "dropout": 0.5, "head": "mlp"},
+    # second round: on top of what helped most
+    "5 captions, smoothing 0.1": {"captions": 5, "smoothing": 0.1},
+    "5 captions, width 2048": {"captions": 5, "embed_dim": 2048},
+    "5 captions, smoothing 0.1, width 1024": {"captions": 5, "smoothing": 0.1, "embed_dim": 1024},
+    "5 captions, lr 2e-3": {"captions": 5, "lr": 2e-3},
+    "5 captions, batch 128": {"captions": 5, "batch": 128},
 }
 
 

@@ -52,6 +52,19 @@ class At(Callback):
             raise KeyboardInterrupt
 
 
+class Asks(Callback):
+    """Presses Ctrl-C when a step begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
 class InValidation(Callback):
     """Ctrl-C while the first epoch is scored."""
 
@@ -308,6 +321,35 @@ def test_stopped_twice(command: Command, undisturbed: Callable[..., Path], tmp_p
     assert_same_weights(folder, undisturbed())
 
 
+@pytest.mark.parametrize(("asked", "stopped"), [(2, 3), (EPOCH - 1, EPOCH + 1)])
+def test_ctrl_c_finishes_the_batch_and_an_epochs_validation(
+    command: Command, undisturbed: Callable[..., Path], tmp_path: Path, asked: int, stopped: int
+) -> None:
+    words = command("fit", tmp_path, **WHOLE)
+    ask = ["--trainer.callbacks", "test_cli.Asks", "--trainer.callbacks.step", str(asked)]
+    assert main([*words, *ask]) == 130
+    folder = the_run(tmp_path)
+    assert checkpoint(folder)["global_step"] == stopped
+    assert main([*words, "--ckpt_path", "last"]) == 0
+    assert_same_weights(folder, undisturbed())
+    ours, theirs = (json.loads((run / "metrics.json").read_text()) for run in (folder, undisturbed()))
+    assert {name: ours[name] for name in METRICS} == {name: theirs[name] for name in METRICS}
+    assert "ckpt_path: null" in (folder / "config.yaml").read_text()
+
+
+def test_a_run_that_was_moved_keeps_its_best_epoch(command: Command, tmp_path: Path) -> None:
+    assert main(command("fit", tmp_path / "here", **WHOLE)) == 0
+    folder = the_run(tmp_path / "here")
+    before = json.loads((folder / "metrics.json").read_text())
+    (tmp_path / "here").rename(tmp_path / "there")
+    longer = {**WHOLE, "trainer__max_epochs": 3, "model__optimizer.lr": 0}
+    assert main([*command("fit", tmp_path / "there", **longer), "--ckpt_path", "last"]) == 0
+    folder = the_run(tmp_path / "there")
+    after = json.loads((folder / "metrics.json").read_text())
+    assert after["rsum"] >= before["rsum"]
+    assert checkpoint(folder, "best")["global_step"] == after["step"]
+
+
 # Lightning does not make up for that validation: the epoch has no score.
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
 def test_stopped_in_a_validation(command: Command, undisturbed: Callable[..., Path], tmp_path: Path) -> None:
@@ -402,9 +444,12 @@ def test_last_is_the_newest_run(command: Command, tmp_path: Path, capsys: pytest
         file.parent.mkdir(parents=True)
         file.write_bytes(b"")
         (tmp_path / name / "config.yaml").touch()
-        os.utime(file, (time.time() - age, time.time() - age))
+        os.utime(tmp_path / name / "config.yaml", (time.time() - age, time.time() - age))
     assert main(command("fit", tmp_path, ckpt_path="last")) == 2
     assert f"{tmp_path / 'newer'}/checkpoints/last.ckpt is no checkpoint" in capsys.readouterr().err
+    (tmp_path / "newer" / "checkpoints" / "last.ckpt").unlink()
+    assert main(command("fit", tmp_path, ckpt_path="last")) == 2
+    assert f"the newest run, {tmp_path / 'newer'}, has no last.ckpt" in capsys.readouterr().err
 
 
 # wrong input
@@ -497,6 +542,18 @@ WRONG: dict[str, Wrong] = {
         ckpt_path="LAST",
         model__freeze="image",
     ),
+    "another batch": wrong(
+        r"trained with --data\.batch_size × ranks 4, this is 8; give the same",
+        ckpt_path="LAST",
+        data__batch_size=8,
+    ),
+    "another split": wrong(
+        r"trained with data \(digest\) .* give the same data", data__root="FILES/changed", ckpt_path="LAST"
+    ),
+    "a loss with a bias": wrong(
+        r"of another model \(it lacks clip\.logit_bias\)", ckpt_path="LAST", model__loss="SigLIP"
+    ),
+    "another length": wrong(r"its longest text is 64, here 32; give", ckpt_path="LAST", model__max_length=32),
     "another width": wrong(
         r"is of another model .*\(16, .*--model options", ckpt_path="LAST", model__embed_dim=8
     ),
@@ -507,13 +564,16 @@ WRONG: dict[str, Wrong] = {
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What wrong input needs."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "empty").mkdir()
     (folder / "remarks.csv").write_text("image,remark\na.jpg,nice\n")
     (folder / "key.yaml").write_text("model:\n  embd_dim: 3\n")
     (folder / "broken.yaml").write_text("model: [1,\n")
+    shutil.copytree(scenes, folder / "changed")
+    table = folder / "changed" / "captions.csv"
+    table.write_text(table.read_text().replace("circle", "disc"))
     return folder
 
 

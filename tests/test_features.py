@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clip_lightning import extract as extract_module
 from clip_lightning import features as features_module
 from clip_lightning.__main__ import main
 from clip_lightning.data.captions import CaptionedImage
@@ -95,6 +96,44 @@ def test_views_do_not_flip_where_flips_are_off(
 ) -> None:
     still = image_features(cache, clip, pictures, view=1, augmentation=Augmentation(flip=False))
     assert torch.equal(still, image_features(cache, clip, pictures))
+
+
+def test_the_second_view_is_the_mirror_image_whatever_the_augmentation(
+    cache: FeatureCache, clip: CLIP, pictures: list[CaptionedImage]
+) -> None:
+    crops = Augmentation(flip=True, min_scale=0.3, colour=0.2)
+    mirrored = image_features(cache, clip, pictures, view=1, augmentation=crops)
+    assert torch.equal(mirrored, forward(clip, pictures, mirrored=True).half().float())
+    image_features(cache, clip, pictures, view=1)
+    assert len(cache.entries()) == 1  # so crops and colours are no part of its key
+    still = replace(crops, flip=False)
+    cropped = image_features(cache, clip, pictures, view=1, augmentation=still)
+    assert len(cache.entries()) == 2
+    assert (cropped != forward(clip, pictures).half().float()).any(dim=1).all()
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "views"),
+    [(Augmentation(), 2), (Augmentation(min_scale=0.5), 4), (Augmentation(flip=False, colour=0.1), 4)],
+)
+def test_no_view_is_computed_twice(
+    cache: FeatureCache, clip: CLIP, scenes: Path, augmentation: Augmentation, views: int
+) -> None:
+    """Without crops and colours there is a plain view and its mirror image, however many are asked for."""
+    clip.text_tower.frozen = False
+    data = CaptionDataModule(
+        clip.transform,
+        clip.tokenize,
+        scenes,
+        batch_size=8,
+        num_workers=0,
+        views=4,
+        augmentation=augmentation,
+        cache=str(cache.root),
+    )
+    data.setup()
+    cache_frozen_towers(extractor(cache), clip, data, "train")
+    assert sorted(entry.key["view"] for entry in cache.entries()) == list(range(views))
 
 
 def test_cropped_views_are_functions_of_view_and_row(
@@ -245,6 +284,16 @@ def change_augmentation(clip: CLIP, pictures: list[CaptionedImage]) -> dict[str,
     return {"augmentation": Augmentation(min_scale=0.5)}
 
 
+def test_another_version_makes_other_entries(
+    cache: FeatureCache, clip: CLIP, pictures: list[CaptionedImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in (extract_module.VERSION, extract_module.VERSION + 1):
+        monkeypatch.setattr(extract_module, "VERSION", version)
+        image_features(cache, clip, pictures)
+        extractor(cache).text_features(clip.text_tower, CAPTIONS, "captions")
+    assert len(cache.entries()) == 4
+
+
 IMAGE_CHANGES = [
     change_weight,
     change_size,
@@ -259,9 +308,9 @@ IMAGE_CHANGES = [
 def test_whatever_pictures_depend_on_makes_another_entry(
     cache: FeatureCache, clip: CLIP, pictures: list[CaptionedImage], change: Callable[..., dict[str, Any]]
 ) -> None:
-    before = image_features(cache, clip, pictures, view=1)
+    before = image_features(cache, clip, pictures, view=2)
     options = change(clip, pictures)
-    after = image_features(cache, clip, pictures, view=1, **options)
+    after = image_features(cache, clip, pictures, view=2, **options)
     assert len(cache.entries()) == 2
     assert not torch.equal(before.nan_to_num(), after.nan_to_num())
 
@@ -339,6 +388,33 @@ def test_damage_is_found_and_mended(cache: FeatureCache, damage: str) -> None:
     assert asked == [range(SHARD_ROWS, 2 * SHARD_ROWS)]
     assert {file.name: file.read_bytes() for file in entry.path.glob("*.npy")} == before
     assert torch.equal(stored.rows(range(count)), torch.from_numpy(noise(range(count))).half().float())
+
+
+MANIFESTS = [b"", b'{"key": {"ki', b"\xff\xfe", b"[]", b"{}", b"null", b'{"key": 3, "rows": 1}']
+
+
+@pytest.mark.parametrize("content", MANIFESTS)
+def test_a_damaged_manifest_stops_nothing_and_is_mended(
+    cache: FeatureCache, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    key = {"kind": "image", "name": "one"}
+    cache.get(key, 10, noise, "rows")
+    (entry,) = cache.entries()
+    manifest = entry.path / "manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(content)
+    other = FeatureCache(cache.root)
+    other.get({"kind": "image", "name": "two"}, 10, noise, "rows")
+    (damaged,) = (entry for entry in other.entries() if entry.path == manifest.parent)
+    assert (damaged.key["kind"], damaged.rows, damaged.bytes) == ("unknown", 0, entry.bytes)
+    capsys.readouterr()
+    assert main(["cache", "list", "--folder", str(cache.root)]) == 0
+    assert "unknown  (damaged manifest.json)" in capsys.readouterr().out
+    other.get(key, 10, pytest.fail, "rows")  # the features themselves are intact
+    assert manifest.read_bytes() == whole
+    manifest.write_bytes(content)
+    assert len(other.prune(0)) == 2
+    assert not entry.path.exists()
 
 
 def test_a_failure_half_way_leaves_what_was_done(cache: FeatureCache) -> None:

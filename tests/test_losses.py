@@ -247,3 +247,19 @@ def test_max_violation_follows_its_definition() -> None:
     assert loss.item() == pytest.approx(sum(costs) / len(costs), rel=1e-5)
     module = MaxViolation(0.3)(image, text, torch.tensor(1.0), None, image_id, text_image_id)
     assert module.item() == pytest.approx(loss.item())
+
+
+def test_max_violation_needs_a_negative() -> None:
+    """Where a batch has none there is nothing to violate, nor to learn from."""
+    image, ids = unit(1, 8, 0).requires_grad_(), torch.zeros(4, dtype=torch.long)
+    text = -image.detach().expand(4, -1)
+    loss = max_violation_loss(image, text, 0.2, image_id=ids[:1], text_image_id=ids)
+    loss.backward()
+    assert loss == 0
+    assert image.grad is not None and not image.grad.any()
+    # the row has a negative, the columns of its positives have none
+    text = torch.cat([text, image.detach()])
+    loss = max_violation_loss(image, text, 0.2, image_id=ids[:1], text_image_id=torch.tensor([0, 0, 0, 0, 1]))
+    assert loss.item() == pytest.approx(0.2 + 1 + 1)
+    nothing = max_violation_loss(image, text, 0.2, image_id=ids[:1], text_image_id=torch.ones(5))
+    assert nothing == 0

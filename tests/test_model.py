@@ -226,6 +226,18 @@ def test_a_tokenizer_that_got_another_file_is_refused(bundle: Path) -> None:
         CLIP.from_pretrained(bundle)
 
 
+def test_a_tokenizer_that_lost_a_file_is_refused(bundle: Path) -> None:
+    config = json.loads((bundle / "config.json").read_text())
+    assert "tokenizer.json" in config["tokenizer_files"]
+    (bundle / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"lacks its tokenizer's file tokenizer\.json"):
+        CLIP.from_pretrained(bundle)
+    config["tokenizer_files"].remove("tokenizer.json")
+    (bundle / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its tokenizer is not the one"):
+        CLIP.from_pretrained(bundle)
+
+
 @pytest.mark.parametrize(
     ("part", "change"),
     [
@@ -249,6 +261,8 @@ def test_what_a_bundle_may_carry_besides(bundle: Path) -> None:
     (bundle / "onnx").mkdir()
     (bundle / "onnx" / "image.onnx").write_bytes(b"1")
     (bundle / "picture.png").write_bytes(b"1")
+    for name in ("notes.txt", "eval_results.json", "LICENSE.txt"):
+        (bundle / name).write_text("{}")
     CLIP.from_pretrained(bundle)
 
 

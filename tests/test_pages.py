@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from clip_lightning.files import write_atomically
 from clip_lightning.tracking.pages import draw_predictions, write_predictions_page
 from clip_lightning.tracking.predictions import Prediction, PredictionRow
 
@@ -87,3 +90,21 @@ def test_long_histories_are_thinned(tmp_path: Path) -> None:
     text = Page((tmp_path / "p.html").read_text(encoding="utf-8")).text
     (moves,) = re.findall("epoch 0: 100.*", text)
     assert moves.count("→") == 7 and moves.rstrip().endswith("99: 1")
+
+
+def test_a_file_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "new" / "folder" / "a.json"
+    write_atomically(file, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, full)
+            with pytest.raises(OSError, match="No space"):
+                write_atomically(file, b"new")
+        assert file.read_bytes() == b"old"
+    write_atomically(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert list(file.parent.iterdir()) == [file]

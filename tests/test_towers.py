@@ -183,6 +183,18 @@ class TestImageTower:
         assert tower.digest() == digest, "batch-norm statistics drifted"
         assert not tower(pixels()).requires_grad
 
+    def test_a_frozen_towers_digest_follows_loaded_weights(self) -> None:
+        tower = ImageTower.from_name("random:test_resnet", 32).freeze()
+        other = ImageTower.from_name("random:test_resnet", 32)
+        digest = tower.digest()
+        assert digest != other.digest()
+        tower.load_state_dict(other.state_dict())
+        assert tower.digest() == other.digest()
+        outer = nn.Sequential(tower)
+        next(other.parameters()).data.add_(1)
+        outer.load_state_dict(nn.Sequential(other).state_dict())
+        assert tower.digest() == other.digest()
+
     def test_the_digest_sees_every_tensor(self) -> None:
         tower = ImageTower.from_name("random:test_resnet", 32)
         seen = {tower.digest()}

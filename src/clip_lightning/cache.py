@@ -60,9 +60,9 @@ def _show(entries: list[CacheEntry], title: str, as_json: bool) -> None:
     rows = [
         {
             "folder": str(entry.path),
-            "kind": entry.key["kind"],
+            "kind": entry.key.get("kind", "unknown"),
             "view": entry.key.get("view"),
-            "tower": entry.key["name"],
+            "tower": entry.key.get("name", ""),
             "rows": entry.rows,
             "bytes": entry.bytes,
             "last_used": time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used)),

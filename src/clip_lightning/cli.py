@@ -22,7 +22,7 @@ from clip_lightning.arguments import complain, named_configs, with_logger_folder
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.module import CLIPModule
-from clip_lightning.recorder import MONITOR, GracefulStop, RunRecorder, SaveConfig
+from clip_lightning.recorder import MONITOR, BestCheckpoint, GracefulStop, RunRecorder, SaveConfig
 from clip_lightning.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
 from clip_lightning.tracking.tables import PredictionTable
 
@@ -43,6 +43,7 @@ QUIET = (
     ".*Checkpoint directory .* is not empty.*",  # a resumed run's
     ".*module\\(s\\) in eval mode.*",  # frozen towers are meant to be
     ".*smaller than the logging interval.*",
+    ".*The dirpath has changed.*",  # BestCheckpoint finds its file again
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.15
     ".*all_gather is deprecated.*",  # likewise
     ".*callbacks used to create the checkpoint need to be provided.*",  # not for scoring
@@ -111,7 +112,9 @@ class RunCLI(LightningCLI):
         config = self.config[self.subcommand]
         # re-runnable, so taken before the run's own folder and id are put in
         parser = self._parser(self.subcommand)
-        self.config_to_save = parser.dump(config, skip_unset=False)
+        rerunnable = config.clone()
+        rerunnable.ckpt_path = None
+        self.config_to_save = parser.dump(rerunnable, skip_unset=False)
         root = Path(config.trainer.default_root_dir)
         checkpoint = find_checkpoint(config.ckpt_path, root)
         if checkpoint is not None:
@@ -132,6 +135,8 @@ class RunCLI(LightningCLI):
                 )
             # a score is printed; it is no run of its own
             config.trainer.logger = config.trainer.enable_checkpointing = config.verbose = False
+        if config.trainer.logger is True:
+            config.trainer.logger = parser.get_defaults().trainer.logger
         loggers = config.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace):
@@ -172,11 +177,11 @@ class RunCLI(LightningCLI):
         checkpoints = self.run_folder / "checkpoints"
         callbacks: list[Callback] = [
             *bar,
-            GracefulStop(),
             SaveConfig(self.config_to_save, self.run_folder),
             RunRecorder(self.run_folder),
+            GracefulStop(),
             # two policies: `last` is written at every epoch's end and when the run is interrupted
-            ModelCheckpoint(checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
+            BestCheckpoint(checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
             ModelCheckpoint(
                 checkpoints,
                 "last",

@@ -26,6 +26,9 @@ from clip_lightning.model import CLIP
 from clip_lightning.towers import ImageTower, TextTower
 
 IMAGE_BATCH, TEXT_BATCH = 64, 128
+# Part of every key: to be raised with any change to the values that decode_image, augment, ImageTransform,
+# `_view` or the pooling of a tower give.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,19 @@ class Extractor:
     ) -> Features:
         """Features (R, D) of one view of every picture; a row of NaN where it cannot be read.
 
-        View 0 is plain, odd views are mirrored where flips are on; crops and colours of the views from 1 on
-        are functions of (view, row). Names, sizes and times of change of the pictures are part of the key.
+        View 0 is plain and, where flips are on, view 1 its mirror image; the others are cropped and coloured
+        as functions of (view, row), the odd ones mirrored where flips are on. Names, sizes and times of
+        change of the pictures are part of the key.
         """
         key = {
+            "version": VERSION,
             "kind": "image",
             "name": tower.spec["name"],
             "tower": tower.digest(),
             "architecture": [tower.spec["architecture"], tower.spec["arguments"]],
             "transform": tower.transform.as_dict(),
             "view": view,
-            "augmentation": asdict(augmentation) if view else None,
+            "augmentation": None if _is_plain(view, augmentation) else asdict(augmentation),
             "precision": str(self.precision),
             "pictures": _digest(map(_identity, images)),
         }
@@ -92,6 +97,7 @@ class Extractor:
     def text_features(self, tower: TextTower, captions: Sequence[str], title: str) -> Features:
         """Features (R, D) of every caption."""
         key = {
+            "version": VERSION,
             "kind": "text",
             "name": tower.spec["name"],
             "tower": tower.digest(),
@@ -135,6 +141,8 @@ def cache_frozen_towers(extractor: Extractor, clip: CLIP, data: Any, split: str)
     pictures, texts = None, None
     if clip.image_tower.frozen:
         views = data.views if split == "train" else 1
+        if data.augmentation.min_scale == 1 and data.augmentation.colour == 0:
+            views = min(views, 2)  # there is nothing but the plain one and its mirror image
         pictures = [
             extractor.image_features(
                 clip.image_tower,
@@ -158,12 +166,17 @@ def _view(
         pixels = decode_image(image.path)
     except BrokenImage:
         return None
-    if view == 0:
-        return transform(pixels)
-    cropped = augment(
-        pixels, transform, replace(augmentation, flip=False), np.random.default_rng((view, row))
-    )
-    return cropped.flip(-1) if augmentation.flip and view % 2 else cropped
+    if _is_plain(view, augmentation):
+        seen = transform(pixels)
+    else:
+        rng = np.random.default_rng((view, row))
+        seen = augment(pixels, transform, replace(augmentation, flip=False), rng)
+    return seen.flip(-1) if augmentation.flip and view % 2 else seen
+
+
+def _is_plain(view: int, augmentation: Augmentation) -> bool:
+    """Whether the view is the whole picture as it is, or its mirror image."""
+    return view == 0 or (view == 1 and augmentation.flip)
 
 
 def _identity(image: CaptionedImage) -> str:

@@ -31,10 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_lightning.errors import UserError
+from clip_lightning.files import write_atomically
 
 SHARD_ROWS = 512
 IN_USE_SECONDS = 3600
 DTYPE = np.float16
+DAMAGED = {"kind": "unknown", "name": "(damaged manifest.json)"}
 Compute = Callable[[range], np.ndarray]
 """Rows of an entry → their features (len(range), D); a row of NaN is a picture that cannot be read."""
 
@@ -110,8 +112,8 @@ class FeatureCache:
         try:
             entry.mkdir(parents=True, exist_ok=True)
             manifest = entry / "manifest.json"
-            if not manifest.exists():
-                self._write(manifest, json.dumps({"key": key, "rows": count}, indent=2).encode())
+            if not manifest.exists() or _read_manifest(manifest) is None:
+                write_atomically(manifest, json.dumps({"key": key, "rows": count}, indent=2).encode())
             _touch(entry)
             features = Features(self._complete(entry, ranges, compute, title))
         except OSError as error:
@@ -126,14 +128,14 @@ class FeatureCache:
         return features
 
     def entries(self) -> list[CacheEntry]:
-        """All entries, the most recently used first."""
+        """All entries, the most recently used first; one whose manifest is damaged has kind `unknown`."""
         found = []
         for manifest in self.root.glob("*/manifest.json"):
             # another process may be removing it
             with contextlib.suppress(FileNotFoundError):
                 size = sum(file.stat().st_size for file in manifest.parent.glob("*.npy"))
-                content, used = json.loads(manifest.read_text()), manifest.stat().st_mtime
-                found.append(CacheEntry(manifest.parent, content["key"], content["rows"], size, used))
+                key, rows = _read_manifest(manifest) or (DAMAGED, 0)
+                found.append(CacheEntry(manifest.parent, key, rows, size, manifest.stat().st_mtime))
         return sorted(found, key=lambda entry: -entry.last_used)
 
     def prune(self, budget_bytes: float, keep: set[Path] | None = None) -> list[CacheEntry]:
@@ -186,11 +188,14 @@ class FeatureCache:
         except Timeout:
             return None
 
-    @staticmethod
-    def _write(file: Path, content: bytes) -> None:
-        draft = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        draft.write_bytes(content)
-        os.replace(draft, file)
+
+def _read_manifest(manifest: Path) -> tuple[dict[str, Any], int] | None:
+    """Key and number of rows of an entry; None where the file does not say them."""
+    try:
+        content = json.loads(manifest.read_text())
+        return dict(content["key"]), int(content["rows"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _write_shard(entry: Path, i: int, values: np.ndarray) -> Path:

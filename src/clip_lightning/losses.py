@@ -77,14 +77,14 @@ def max_violation_loss(
     """Hinge of each pair against its hardest negative, both ways (VSE++, Faghri et al. 2018).
 
     Arguments and errors as for `info_nce`, without a scale: cosines are compared with the `margin`. The mean
-    over all positive pairs.
+    over all positive pairs; a row or column without a negative has no violation.
     """
     positive = _positives(image, text, image_id, text_image_id)
     cosine = _similarities(image, text)
-    negative = cosine.masked_fill(positive, -1.0)
+    negative = cosine.masked_fill(positive, -torch.inf)
     hardest_text, hardest_image = negative.amax(dim=1, keepdim=True), negative.amax(dim=0, keepdim=True)
     violation = (margin - cosine + hardest_text).relu() + (margin - cosine + hardest_image).relu()
-    return violation[positive].mean()
+    return violation[positive].sum() / positive.sum().clamp(min=1)
 
 
 def _similarities(image: Tensor, text: Tensor) -> Tensor:

@@ -32,6 +32,13 @@ BUNDLE_FORMAT = 1
 MAX_SCALE = 100.0
 # What a tokenizer saves, and what a download of a bundle therefore needs beside the weights.
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+# What transformers reads into a tokenizer wherever it finds it.
+TOKENIZER_NAMES = {
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 class ResidualMLPHead(nn.Module):
@@ -230,9 +237,9 @@ class CLIP(nn.Module):
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            config = self.config() | (metadata or {})
-            (draft / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
             self.tokenize.tokenizer.save_pretrained(draft)
+            config = self.config() | (metadata or {}) | {"tokenizer_files": _tokenizer_files(draft)}
+            (draft / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
             (draft / "README.md").write_text(model_card(config))
             tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
             about = {"format": "pt", **_companions(draft, config)}
@@ -287,12 +294,26 @@ def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
 
 
+def _tokenizer_files(folder: Path) -> list[str]:
+    """Names of the files that a tokenizer may have saved there."""
+    return sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.suffix in TOKENIZER_SUFFIXES and file.name != "config.json" and file.is_file()
+    )
+
+
 def _companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of what must not be exchanged under the weights: tokenizer and transform."""
+    """SHA-256 of what must not be exchanged under the weights: tokenizer and transform.
+
+    Of the folder's files, those count that were saved with the tokenizer, and those that one would read.
+    """
     tokenizer = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in TOKENIZER_SUFFIXES and file.name != "config.json" and file.is_file():
-            tokenizer.update(file.name.encode() + b"\0" + file.read_bytes())
+    saved = set(config.get("tokenizer_files", _tokenizer_files(folder)))
+    for name in sorted(saved | {name for name in TOKENIZER_NAMES if (folder / name).is_file()}):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks its tokenizer's file {name}; get it whole again")
+        tokenizer.update(name.encode() + b"\0" + (folder / name).read_bytes())
     tokenizer.update(str(config["text_tower"]["max_length"]).encode())
     transform = json.dumps(config["transform"], sort_keys=True).encode()
     return {"tokenizer": tokenizer.hexdigest(), "transform": hashlib.sha256(transform).hexdigest()}

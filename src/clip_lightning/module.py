@@ -81,6 +81,7 @@ class CLIPModule(LightningModule):
         if init_from is not None:
             self.clip = CLIP.from_pretrained(init_from).train()
             _check_bundle(self.clip, init_from, image_tower, text_tower, self.loss)
+            _check_sizes(self.clip, init_from, image_size, max_length)
         elif image_tower is None or text_tower is None:
             raise UserError(
                 "no towers: give --model.image_tower and --model.text_tower, or --model.init_from"
@@ -141,6 +142,14 @@ class CLIPModule(LightningModule):
         """Collect the embeddings of this rank's share."""
         self._collect(batch)
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation has left."""
+        self._parts = []
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted test has left."""
+        self._parts = []
+
     def on_validation_epoch_end(self) -> None:
         """Score retrieval over the whole split, logged under `val/`."""
         self._score("val")
@@ -164,8 +173,9 @@ class CLIPModule(LightningModule):
         key = (seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Clamp the scale, right after the optimiser's step."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Clamp the scale right after each step."""
+        super().optimizer_step(*args, **kwargs)
         self.clip.clamp_scale()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -182,7 +192,7 @@ class CLIPModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name frozen towers by their digest instead of storing them again."""
-        checkpoint["clip_config"] = self.clip.config()
+        checkpoint["preprocessing"] = self.preprocessing()
         checkpoint["frozen_towers"] = {}
         for name, tower in self._frozen_towers().items():
             checkpoint["frozen_towers"][name] = tower.digest()
@@ -204,6 +214,17 @@ class CLIPModule(LightningModule):
                     f"{tower.spec['name']!r}; give the same --model options as then"
                 )
             checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in tower.state_dict().items()}
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What weights depend on and do not show: how pictures and texts reach the towers."""
+        image, text = self.clip.image_tower.spec, self.clip.text_tower.spec
+        return {
+            "image tower": [image["architecture"], image["arguments"]],
+            "pictures": self.clip.transform.as_dict(),
+            "text pooling": text["pooling"],
+            "longest text": text["max_length"],
+            "tokenizer": self.clip.tokenize.digest(),
+        }
 
     def _towers(self) -> dict[str, Tower]:
         return {"clip.image_tower": self.clip.image_tower, "clip.text_tower": self.clip.text_tower}
@@ -281,6 +302,20 @@ def _check_bundle(
         raise UserError(
             f"--model.init_from {bundle} was trained {'with' if clip.logit_bias is not None else 'without'} "
             f"a bias and does not fit {type(loss).__name__}; choose another --model.loss"
+        )
+
+
+def _check_sizes(clip: CLIP, bundle: str, image_size: int | None, max_length: int | None) -> None:
+    """Refuse another image size or longest text than the bundle's."""
+    if image_size is not None and clip.transform.size != (image_size, image_size):
+        raise UserError(
+            f"--data.image_size {image_size} is not that of --model.init_from {bundle}, which is "
+            f"{clip.transform.size[0]}; leave the option out"
+        )
+    if max_length is not None and max_length != clip.tokenize.max_length:
+        raise UserError(
+            f"--model.max_length {max_length} is not that of --model.init_from {bundle}, which is "
+            f"{clip.tokenize.max_length}; leave the option out"
         )
 
 

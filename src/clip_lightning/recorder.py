@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import clip_lightning
+from clip_lightning.files import write_atomically
 
 MONITOR = "val/rsum"
 VERSIONED = ("torch", "lightning", "timm", "transformers", "wandb")
@@ -37,8 +37,9 @@ class GracefulStop(Callback):
         self._before = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop here if asked."""
-        self._stop_if_asked()
+        """Stop here if asked; after an epoch's last batch its validation comes first."""
+        if self._asked and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            raise KeyboardInterrupt
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give Ctrl-C back."""
@@ -48,18 +49,36 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to go on."""
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
+        if not isinstance(exception, KeyboardInterrupt | SIGTERMException) or not trainer.is_global_zero:
+            return
+        if trainer.global_step > 0:
             print("stopped; the same command with --ckpt_path last goes on from here", file=sys.stderr)
+        else:
+            print("stopped before the first step", file=sys.stderr)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("\nstopping after the next batch; Ctrl-C again stops at once", file=sys.stderr)
+        print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
 
-    def _stop_if_asked(self) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, which after a resume in a folder that was moved still knows the best checkpoint there."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the file in this run's folder for the one that the state names elsewhere."""
+        here = Path(str(self.dirpath), "best.ckpt")
+        if here.is_file() and state_dict["best_k_models"]:
+            score = state_dict["best_model_score"]
+            state_dict = {
+                **state_dict,
+                "dirpath": self.dirpath,
+                "best_model_path": str(here),
+                "kth_best_model_path": str(here),
+                "best_k_models": {str(here): score},
+            }
+        super().load_state_dict(state_dict)
 
 
 class SaveConfig(Callback):
@@ -113,7 +132,8 @@ class RunRecorder(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the counts of the run so far."""
-        self.metrics = state_dict["metrics"]
+        if (self.folder / "checkpoints" / "best.ckpt").is_file():
+            self.metrics = state_dict["metrics"]  # they describe that file
         for part, seconds in state_dict["seconds"].items():
             self.seconds[part] += seconds
         self._samples = state_dict["samples"]
@@ -217,17 +237,14 @@ class RunRecorder(Callback):
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write `content` as JSON, all or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(draft, file)
+    write_atomically(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _best_weights(trainer: Trainer, pl_module: LightningModule) -> dict[str, torch.Tensor]:
     """The CLIP weights of the best checkpoint, or the present ones where there is none."""
     weights = dict(pl_module.clip.state_dict())
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor == MONITOR and callback.best_model_path:
+        if isinstance(callback, BestCheckpoint) and Path(callback.best_model_path).is_file():
             stored = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
             # frozen towers are not in the checkpoint and have not changed since
             weights |= {

@@ -41,14 +41,20 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
         if not Path(given).is_file():
             raise UserError(f"--ckpt_path {given}: no such file; expected a checkpoint, `last` or `best`")
         return Path(given)
-    found = [folder / "checkpoints" / f"{given}.ckpt" for folder in root.glob("*") if is_run(folder)]
-    found = [file for file in found if file.is_file()]
-    if not found:
+    runs = [folder for folder in root.glob("*") if is_run(folder)]
+    if not runs:
         raise UserError(
-            f"--ckpt_path {given}: no run with {given}.ckpt under {root}; start one without --ckpt_path, "
+            f"--ckpt_path {given}: no run under {root}; start one without --ckpt_path, "
             "or give its --trainer.default_root_dir"
         )
-    return max(found, key=lambda file: file.stat().st_mtime)
+    newest = max(runs, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
+    checkpoint = newest / "checkpoints" / f"{given}.ckpt"
+    if not checkpoint.is_file():
+        raise UserError(
+            f"--ckpt_path {given}: the newest run, {newest}, has no {given}.ckpt; "
+            "name the checkpoint of another run, or start anew without --ckpt_path"
+        )
+    return checkpoint
 
 
 def check_fits(file: Path, model: LightningModule) -> None:
@@ -60,14 +66,23 @@ def check_fits(file: Path, model: LightningModule) -> None:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         stored, frozen = checkpoint["state_dict"], checkpoint["frozen_towers"]
+        preprocessing = checkpoint["preprocessing"]
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
         raise UserError(f"--ckpt_path {file} is no checkpoint of `clip-lightning fit`") from error
     same = "give the same --model options as in training (they are in config.yaml of the run)"
     if frozen.keys() != model._frozen_towers().keys():
         were = " and ".join(name.removeprefix("clip.") for name in frozen) or "no tower"
         raise UserError(f"--ckpt_path {file} was trained with {were} frozen; {same}")
-    if differing := _differing(stored, model.state_dict()):
+    own = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(tuple(f"{tower}." for tower in frozen))
+    }
+    if differing := _differing(stored, own):
         raise UserError(f"--ckpt_path {file} is of another model ({differing}); {same}")
+    for what, now in model.preprocessing().items():
+        if preprocessing[what] != now:
+            raise UserError(f"--ckpt_path {file}: its {what} is {preprocessing[what]}, here {now}; {same}")
 
 
 def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
@@ -77,6 +92,9 @@ def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tenso
             return f"it has {name}"
         if tensor.shape != own[name].shape:
             return f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+    for name in own:
+        if name not in stored:
+            return f"it lacks {name}"
     return ""
 
 
@@ -89,4 +107,7 @@ def place_logger(logger: Namespace, folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         settings.update(Namespace(save_dir=str(folder), id=settings.get("id") or folder.name))
     elif kind in ("CSVLogger", "TensorBoardLogger"):
-        settings.update(Namespace(save_dir=str(folder), name="", version=""))
+        # Lightning's CSVLogger deletes what it finds: a resumed run gets a folder of its own
+        earlier = (folder / "metrics.csv").exists()
+        version = f"resumed-{len(list(folder.glob('resumed-*'))) + 1}" if earlier else ""
+        settings.update(Namespace(save_dir=str(folder), name="", version=version))

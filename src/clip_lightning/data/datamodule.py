@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ class CaptionDataModule(LightningDataModule):
         self,
         transform: ImageTransform,
         tokenize: Callable[[list[str]], dict[str, Tensor]],
-        root: Path | None = None,
+        root: Path | str | None = None,
         dataset: DatasetName = "auto",
         batch_size: int = 256,
         num_workers: int | None = None,
@@ -92,10 +92,16 @@ class CaptionDataModule(LightningDataModule):
             raise UserError(f"--data.cache_gb {cache_gb:g}: expected 0 or more gigabytes")
         if root is None and dataset != "scenes":
             raise UserError("no data: give --data.root FOLDER, or --data.dataset scenes for drawn ones")
-        size = (image_size, image_size) if image_size else transform.size
-        self.transform = dataclasses.replace(transform, size=size)
+        if image_size is not None and transform.size != (image_size, image_size):
+            raise UserError(
+                f"--data.image_size {image_size} is not the model's, which is {transform.size[0]}x"
+                f"{transform.size[1]}; leave it out with --model.init_from"
+            )
+        self.transform = transform
         self.tokenize = tokenize
-        self.root = root or default_cache().with_name("scenes") / f"{SCENES}-{SCENE_SIZE}"
+        self.root = (
+            Path(root) if root is not None else default_cache().with_name("scenes") / f"{SCENES}-{SCENE_SIZE}"
+        )
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = usable_cores() if num_workers is None else num_workers
@@ -137,7 +143,11 @@ class CaptionDataModule(LightningDataModule):
         self._images = split_by_image(
             captions, seed=self.split_seed, val_share=self.val_share, test_share=self.test_share
         )
-        self.digest = captions.digest()
+        if stage == "fit" and not self._images["train"]:
+            raise UserError(f"{self.root} has no train split; give data that has one to --data.root")
+        # of the splits as they were drawn: scores on other splits are not comparable
+        drawn = (replace(image, split=split) for split, part in self._images.items() for image in part)
+        self.digest = replace(captions, images=tuple(drawn)).digest()
         self._note_broken(captions.left_out)
 
     def images(self, split: str) -> list[CaptionedImage]:
@@ -156,6 +166,8 @@ class CaptionDataModule(LightningDataModule):
             pictures: one entry a view, rows in the order of `images(split)`; None to go on decoding.
             texts: rows in the order of `captions(split)`; None to go on tokenizing.
         """
+        self._picture_features.pop(split, None)
+        self._text_features.pop(split, None)
         if pictures:
             self._picture_features[split] = pictures
         if texts is not None:
@@ -250,10 +262,35 @@ class CaptionDataModule(LightningDataModule):
         if loop is None:
             return {}
         epoch = max(loop.epoch_progress.current.ready - 1, 0)
-        return {"epoch": epoch, "batches": loop.epoch_loop.batch_progress.current.processed}
+        return {
+            "epoch": epoch,
+            "batches": loop.epoch_loop.batch_progress.current.processed,
+            "must_agree": self._must_agree(),
+        }
+
+    def _must_agree(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint, or its batches would be others."""
+        return {
+            "data (digest)": self.digest,
+            "--seed_everything": self.seed,
+            "--data.batch_size × ranks": self.batch_size * self._world,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next batches of training be those that follow."""
+        """Let the next batches of training be those that follow.
+
+        Raises:
+            UserError: the data or the batches are not those of the checkpoint.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        for what, now in self._must_agree().items():
+            then = state_dict["must_agree"][what]
+            if then != now:
+                raise UserError(
+                    f"the checkpoint was trained with {what} {then}, this is {now}; give the same data and "
+                    "options as then, or start anew with --model.init_from RUN/model"
+                )
         self._resume = state_dict
 
     def _position(self, batches: int) -> tuple[int, int]:

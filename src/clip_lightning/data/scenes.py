@@ -182,9 +182,9 @@ def write_scenes(folder: Path, count: int, size: int, seed: int) -> None:
     """
     most = len(_combinations())
     if not 1 <= count <= most:
-        raise UserError(f"{count} scenes were asked for; there are between 1 and {most}: set --data.scenes")
+        raise UserError(f"{count} scenes were asked for; there are between 1 and {most}")
     if size < 16:
-        raise UserError(f"scenes of {size} pixels show nothing; set --data.image_size to 16 or more")
+        raise UserError(f"scenes of {size} pixels show nothing; ask for 16 or more")
     table = _captions_table(count, seed)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,11 @@ class Tower(nn.Module):
         """Set training mode, except that a frozen tower stays in eval mode."""
         return super().train(mode and not self.frozen)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Called for each module by whichever `load_state_dict`; other weights have another digest."""
+        self._frozen_digest = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def digest(self) -> str:
         """SHA-256 (hex) over the names and values of all weights and buffers."""
         if self.frozen and self._frozen_digest is not None:
@@ -61,7 +66,9 @@ def pypi_folder(package: str) -> Path:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, for a message of our own."""
-    """The first line that says something: torch's own of a state dict ends with a colon."""
+    """The first line of an error's message, for a message of our own.
+
+    With the second one where the first ends with a colon, as torch's about a state dict does.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")

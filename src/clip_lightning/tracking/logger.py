@@ -25,7 +25,8 @@ class RunLogger(WandbLogger):
         job_type: what kind of run this is.
         tags: labels to filter by.
         notes: a sentence about the run.
-        offline: keep the run on disk, for `wandb sync` later; by default only when no API key is configured.
+        offline: keep the run on disk, for `wandb sync` later; by default as WANDB_MODE or W&B's settings say,
+            else only when no API key is configured. The modes `disabled` and `shared` stay whatever is given.
         save_dir: where W&B's own folder is made.
         id: the run's id; the same id goes on with the same run.
     """
@@ -44,11 +45,7 @@ class RunLogger(WandbLogger):
         id: str | None = None,
     ) -> None:
         folder = save_dir or "."
-        # the pictures of tables wait there to be uploaded; in the run's folder they travel with it.
-        # W&B reads its environment only once, when it is first asked for anything
-        os.environ.setdefault("WANDB_DATA_DIR", str(Path(folder, "wandb")))
-        if offline is None:
-            offline = not can_reach_server()
+        _set_data_dir(Path(folder, "wandb"))
         super().__init__(
             project=project,
             entity=entity,
@@ -59,7 +56,7 @@ class RunLogger(WandbLogger):
             notes=notes,
             save_dir=folder,
             id=id,
-            **({"mode": "offline"} if offline else {}),
+            **({"mode": "offline"} if _stays_offline(offline) else {}),
         )
         self._wandb_init.pop("anonymous", None)  # W&B no longer knows it, and warns
         self._defined: set[str] = set()
@@ -75,16 +72,41 @@ class RunLogger(WandbLogger):
         super().log_metrics(metrics, step)
 
 
-def can_reach_server() -> bool:
-    """Whether W&B is switched on and a key for its server is configured (environment or netrc)."""
+_our_data_dir: str | None = None
+"""What `_set_data_dir` has put into the environment."""
+
+
+def _set_data_dir(folder: Path) -> None:
+    """Let the pictures of tables wait in `folder` to be uploaded: in the run's own they travel with it.
+
+    What the user has set stays; what an earlier run of this process has set gives way.
+    """
+    global _our_data_dir
+    if os.environ.get("WANDB_DATA_DIR") in (None, _our_data_dir):
+        os.environ["WANDB_DATA_DIR"] = _our_data_dir = str(folder)
+
+
+def _stays_offline(offline: bool | None) -> bool:
+    """Whether to make the run an offline one ourselves, over what W&B would choose."""
     import wandb
 
-    settings = wandb.setup().settings
-    if settings.mode in ("offline", "dryrun", "disabled", "shared"):
+    mode = wandb.setup().settings.mode
+    if mode in ("disabled", "shared"):
         return False
+    if offline is not None:
+        return offline
+    # online is also W&B's default: only in the environment is it somebody's word
+    decided = mode != "online" or os.environ.get("WANDB_MODE") == "online"
+    return not decided and not has_api_key()
+
+
+def has_api_key() -> bool:
+    """Whether a key for W&B's server is configured (environment or netrc)."""
+    import wandb
+
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlparse(settings.base_url).hostname or ""
+    host = urlparse(wandb.setup().settings.base_url).hostname or ""
     candidates = (
         [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path("~/.netrc"), Path("~/_netrc")]
     )

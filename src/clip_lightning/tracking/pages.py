@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
@@ -15,6 +14,7 @@ import jinja2
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clip_lightning.data.transforms import BrokenImage, decode_image
+from clip_lightning.files import write_atomically
 from clip_lightning.tracking.predictions import PredictionRow
 
 History = Mapping[int, Mapping[int, int]]
@@ -23,14 +23,6 @@ History = Mapping[int, Mapping[int, int]]
 SIDE = 256
 TILE, GAP, APART, MARGIN = 160, 16, 64, 48
 INK, MUTED, LINE, GREEN = "#18181b", "#71717a", "#e4e4e7", "#16a34a"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file whole, so that a reader or a killed run never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 @lru_cache(maxsize=256)

@@ -12,10 +12,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from clip_lightning.errors import UserError
+from clip_lightning.files import write_atomically
 from clip_lightning.tracking.pages import (
     draw_predictions,
     thumbnail,
-    write_atomically,
     write_predictions_page,
 )
 from clip_lightning.tracking.predictions import PredictionRow, choose_queries, prediction_rows

@@ -1,0 +1,63 @@
+"""Where W&B keeps a run, and in which mode, according to who has decided it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from clip_lightning.tracking import logger as logger_module
+from clip_lightning.tracking.logger import RunLogger
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither a key nor a folder is set; what the logger sets is taken back."""
+    for name in ("WANDB_DATA_DIR", "WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(logger_module, "_our_data_dir", None)
+
+
+def mode_given(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, setting: str, offline: bool | None = None
+) -> str | None:
+    """What `wandb.init` is told where W&B's own settings say `setting`; None leaves it to those."""
+    settings = SimpleNamespace(mode=setting, base_url="https://api.wandb.ai")
+    monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
+    return RunLogger(save_dir=str(folder), offline=offline)._wandb_init.get("mode")
+
+
+@pytest.mark.parametrize("offline", [None, True, False])
+@pytest.mark.parametrize("setting", ["disabled", "shared"])
+def test_disabled_and_shared_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, offline: bool | None
+) -> None:
+    assert mode_given(monkeypatch, tmp_path, setting, offline) is None
+
+
+def test_nobody_logged_in_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert mode_given(monkeypatch, tmp_path, "online") == "offline"
+    assert mode_given(monkeypatch, tmp_path, "online", offline=False) is None
+    assert mode_given(monkeypatch, tmp_path, "offline") is None  # it is so already
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")
+    assert mode_given(monkeypatch, tmp_path, "online") is None
+    assert mode_given(monkeypatch, tmp_path, "online", offline=True) == "offline"
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert mode_given(monkeypatch, tmp_path, "online") is None
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("WANDB_MODE", "online")  # somebody's word
+    assert mode_given(monkeypatch, tmp_path, "online") is None
+
+
+def test_each_run_of_a_process_has_its_own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        RunLogger(save_dir=str(tmp_path / name), offline=True)
+        assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / name / "wandb")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "mine"))
+    RunLogger(save_dir=str(tmp_path / "three"), offline=True)
+    assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "mine")
