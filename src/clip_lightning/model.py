@@ -309,7 +309,7 @@ def _companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     Of the folder's files, those count that were saved with the tokenizer, and those that one would read.
     """
     tokenizer = hashlib.sha256()
-    saved = set(config.get("tokenizer_files", _tokenizer_files(folder)))
+    saved = set(config["tokenizer_files"])
     for name in sorted(saved | {name for name in TOKENIZER_NAMES if (folder / name).is_file()}):
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks its tokenizer's file {name}; get it whole again")
