@@ -118,7 +118,7 @@ class CLIPModule(LightningModule):
         extractor = Extractor(
             data.cache, self.trainer.strategy.root_device, _autocast_dtype(self.trainer.precision)
         )
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             cache_frozen_towers(extractor, self.clip, data, split)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
