@@ -197,6 +197,7 @@ class RunCLI(LightningCLI):
     def before_fit(self) -> None:
         """Say where everything goes."""
         if self.trainer.is_global_zero:
+            self.run_folder.mkdir(parents=True, exist_ok=True)  # W&B wants it to be there
             sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
             trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
             print(f"training {trained:,} of {total:,} parameters", file=sys.stderr)

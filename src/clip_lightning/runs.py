@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from clip_lightning.errors import UserError
 
@@ -103,8 +102,6 @@ def place_logger(logger: Namespace, folder: Path) -> None:
     settings = logger.init_args
     kind = logger.class_path.rpartition(".")[2]
     if kind in ("RunLogger", "WandbLogger"):
-        if rank_zero_only.rank == 0:  # W&B wants it to be there; other ranks do not log
-            folder.mkdir(parents=True, exist_ok=True)
         settings.update(Namespace(save_dir=str(folder), id=settings.get("id") or folder.name))
     elif kind in ("CSVLogger", "TensorBoardLogger"):
         # Lightning's CSVLogger deletes what it finds: a resumed run gets a folder of its own
