@@ -195,7 +195,9 @@ class RunCLI(LightningCLI):
         return callbacks
 
     def before_fit(self) -> None:
-        """Say where everything goes."""
+        """Look at the data before a logger starts a run, then say where everything goes."""
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
         if self.trainer.is_global_zero:
             self.run_folder.mkdir(parents=True, exist_ok=True)  # W&B wants it to be there
             sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]

@@ -131,14 +131,14 @@ class CaptionDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and divide the captions; a second call changes nothing."""
-        if self._images:
-            return
         connector = getattr(self.trainer, "_accelerator_connector", None)
         if self._world > 1 and connector is not None and connector.use_distributed_sampler:
             raise UserError(
                 "the data module divides the batches among the ranks itself; "
                 "give Trainer(use_distributed_sampler=False)"
             )
+        if self._images:
+            return
         captions = read_captions(self.root, "captions" if self.dataset == "scenes" else self.dataset)
         self._images = split_by_image(
             captions, seed=self.split_seed, val_share=self.val_share, test_share=self.test_share
@@ -149,6 +149,8 @@ class CaptionDataModule(LightningDataModule):
         drawn = (replace(image, split=split) for split, part in self._images.items() for image in part)
         self.digest = replace(captions, images=tuple(drawn)).digest()
         self._note_broken(captions.left_out)
+        if stage == "fit":
+            self._train_sampler()  # complains of a batch that is too large before anything is computed
 
     def images(self, split: str) -> list[CaptionedImage]:
         """The pictures of `train`, `val` or `test`; `image_id` of evaluation batches counts them."""
@@ -191,13 +193,15 @@ class CaptionDataModule(LightningDataModule):
             seed=self.seed,
             views=self._picture_features.get("train", ()),
         )
-        sampler = TrainSampler(
-            len(images), self.batch_size, seed=self.seed, rank=self._rank, world_size=self._world
-        )
+        sampler = self._train_sampler()
         epoch, done = self._position(len(sampler) // self.batch_size)
         sampler.set_epoch(epoch)
         sampler.start_batch = done
         return self._loader("train", dataset, sampler, self.batch_size)
+
+    def _train_sampler(self) -> TrainSampler:
+        size = len(self._images["train"])
+        return TrainSampler(size, self.batch_size, seed=self.seed, rank=self._rank, world_size=self._world)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every picture of `val` with all its captions."""
