@@ -1,4 +1,4 @@
-"""What every benchmark writes: `<name>_cpu_<date>.json` and `.md`, with the machine and the versions."""
+"""What every benchmark writes: `<name>_<device>_<date>.json` and `.md`, with the machine and the versions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ def machine() -> str:
 
 
 def save(folder: Path, name: str, head: dict[str, Any], rows: Any, lines: list[str]) -> None:
-    """Write the figures as JSON and `lines` as Markdown, replacing those of the same day."""
+    """Write the figures as JSON and `lines` as Markdown, replacing those of the same day.
+
+    A benchmark that ran on a GPU has the setting `device="gpu"` in its header.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{name}_cpu_{head['date']}"
+    stem = folder / f"{name}_{head.get('device', 'cpu')}_{head['date']}"
     stem.with_suffix(".json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")

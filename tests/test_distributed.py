@@ -17,12 +17,15 @@ from typing import Any
 import pytest
 
 WAYS = ("info_nce", "siglip", "micro_batches")
+# with two processes only, dropout on: micro-batches against the same ones held in one graph
+DROPOUT_WAYS = ("dropout", "dropout_in_one_graph")
 
 
 def run_everything(scenes: Path, bert: Path, out: Path) -> None:
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
 
+    from clip_lightning import gradcache
     from clip_lightning.data.datamodule import CaptionDataModule
     from clip_lightning.losses import InfoNCE, SigLIP
     from clip_lightning.module import CLIPModule
@@ -42,6 +45,9 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
             found = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
             found["loss"] = trainer.callback_metrics["train/loss"]
             torch.save(found, out / f"gradients-{self.name(trainer)}.pt")
+            (out / f"micro_batch-{self.name(trainer)}.json").write_text(
+                json.dumps(pl_module.micro_batch_size)
+            )
 
         def on_validation_end(self, trainer: Trainer, pl_module: CLIPModule) -> None:
             metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -52,6 +58,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
 
     def run(way: str, devices: int) -> None:
         torch.manual_seed(0)
+        micro = 3 if "micro" in way or "dropout" in way else None
         module = CLIPModule(
             "random:test_vit",
             f"random:{bert}",
@@ -59,10 +66,11 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
             embed_dim=16,
             image_size=32,
             loss=SigLIP() if way == "siglip" else InfoNCE(),
-            micro_batch_size=3 if way == "micro_batches" and devices == 2 else None,
+            dropout=0.3 if "dropout" in way else 0.0,
+            micro_batch_size="auto" if way == "auto" else micro if devices == 2 else None,
         )
         for part in module.modules():
-            if isinstance(part, torch.nn.Dropout):
+            if isinstance(part, torch.nn.Dropout) and "dropout" not in way:
                 part.p = 0.0
         data = CaptionDataModule(
             module.transform,
@@ -91,6 +99,14 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
         Trainer(**settings, limit_val_batches=0).fit(module, datamodule=data)
 
     # two processes first: torch's autograd cannot be forked once it has run
+    with pytest.MonkeyPatch.context() as patch:
+        run("dropout", 2)
+        patch.setattr(gradcache, "checkpoint", lambda encode, *rows, **_: encode(*rows))
+        run("dropout_in_one_graph", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        room = (4, 2)  # on each rank
+        patch.setattr(gradcache, "within_budget", lambda *_: room[torch.distributed.get_rank()])
+        run("auto", 2)
     for devices in (2, 1):
         for way in WAYS:
             run(way, devices)
@@ -115,7 +131,7 @@ def results(scenes: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) 
         [sys.executable, __file__, str(root), str(bert), str(out)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     (out / "stderr").write_text(done.stderr)
@@ -137,6 +153,32 @@ def test_gradients_are_those_of_one_process_with_the_joined_batch(results: Path,
             assert (two[name] - gradient).norm() < 1e-5 * size, name
     assert {"clip.logit_scale", "clip.heads.image.1.weight"} <= one.keys()
     assert ("clip.logit_bias" in one) == (way == "siglip")
+
+
+@pytest.mark.slow
+def test_micro_batches_are_those_of_one_graph_with_dropout(results: Path) -> None:
+    import torch
+
+    for rank in range(2):
+        ours, theirs = (
+            torch.load(results / f"gradients-{way}-2-{rank}.pt", weights_only=True) for way in DROPOUT_WAYS
+        )
+        plain = torch.load(results / f"gradients-micro_batches-2-{rank}.pt", weights_only=True)
+        size = torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
+        assert ours.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            assert (ours[name] - gradient).norm() < 1e-6 * size, name
+        assert (ours["loss"] - plain["loss"]).abs() > 1e-3, "dropout was on"
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_a_micro_batch(results: Path) -> None:
+    assert [json.loads((results / f"micro_batch-auto-2-{rank}.json").read_text()) for rank in range(2)] == [
+        2,
+        2,
+    ]
+    err = (results / "stderr").read_text()
+    assert err.count("--model.micro_batch_size auto: 2 of 8 rows at a time") == 1
 
 
 @pytest.mark.slow

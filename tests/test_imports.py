@@ -45,7 +45,9 @@ MAY_NOT_IMPORT: dict[str, str] = {
     # Data knows nothing of what is trained on it.
     "data":                "towers model module losses optim extract evaluation tracking recorder cli",
     # towers ← model ← module ← cli ← tuning
-    "towers":              "model module cli tuning",
+    "towers":              "lora model module cli tuning",
+    # towers ← lora ← model
+    "lora":                "model module extract tracking recorder cli tuning",
     "model":               "module tracking recorder cli tuning",
     "module":              "cli tuning",
     "cli":                 "tuning",
@@ -71,6 +73,7 @@ ONLY_IN: dict[str, str] = {
     "lightning":           "module data.datamodule recorder tracking runs cli",
     "pytorch_lightning":   "",  # the old name of the same package, with classes of its own
     "faiss":               "search",
+    "peft":                "lora",
 }
 NEVER_IN: dict[str, str] = {
     # module               may not import

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
+from clip_lightning import losses
 from clip_lightning.errors import UserError
 from clip_lightning.losses import (
     ContrastiveLoss,
@@ -139,6 +142,104 @@ def test_the_order_of_a_batch_does_not_matter(
         torch.testing.assert_close(shuffled, straight, rtol=1e-5, atol=1e-5)
 
 
+def in_blocks(loss: Callable[..., Tensor], block: int) -> Callable[..., Tensor]:
+    """The loss with at most so many similarities held at a time."""
+
+    def wrapped(*args: Any, **options: Any) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(losses, "BLOCK", block)
+            return loss(*args, **options)
+
+    return wrapped
+
+
+@given(**SIZES, scale=st.floats(0.5, 5), block=st.integers(1, 100))
+@settings(max_examples=60, deadline=None)
+def test_blocks_give_open_clips_values_and_gradients(
+    count: int, width: int, seed: int, scale: float, block: int
+) -> None:
+    inputs = unit(count, width, seed), unit(count, width, seed + 1), torch.tensor(scale)
+    assert_equal_but_for_rounding(
+        value_and_gradients(in_blocks(info_nce, block), *inputs),
+        value_and_gradients(ClipLoss(), *inputs),
+        size=max(1, scale),
+    )
+    inputs = *inputs, torch.tensor(-3.0)
+    assert_equal_but_for_rounding(
+        value_and_gradients(in_blocks(siglip_loss, block), *inputs),
+        value_and_gradients(SigLipLoss(), *inputs),
+        size=max(1, scale),
+    )
+
+
+@given(case=multi_positive(), block=st.integers(1, 60), smoothing=st.sampled_from([0.0, 0.1]))
+@settings(max_examples=60, deadline=None)
+def test_blocks_give_the_same_with_several_positives(
+    case: tuple[Tensor, Tensor, list[int], list[int]], block: int, smoothing: float
+) -> None:
+    image, text, ids, text_ids = case
+    options = {"image_id": torch.tensor(ids), "text_image_id": torch.tensor(text_ids)}
+    smooth = options | {"label_smoothing": smoothing}
+    scale, bias, margin = torch.tensor(5.0), torch.tensor(-5.0), torch.tensor(0.3)
+    for loss, rest, given_ids in (
+        (info_nce, (scale,), smooth),
+        (siglip_loss, (scale, bias), options),
+        (max_violation_loss, (margin,), options),
+    ):
+        plain, blocks = (
+            value_and_gradients(partial(form, **given_ids), image, text, *rest)
+            for form in (loss, in_blocks(loss, block))
+        )
+        assert_equal_but_for_rounding(blocks, plain, size=5)
+
+
+def test_blocks_at_a_size_where_they_are_used() -> None:
+    """2,100 × 2,100 similarities, with copies of pictures and of captions."""
+    image, text, scale = unit(2100, 8, 0), unit(2100, 8, 1), torch.tensor(14.0)
+    ids = torch.arange(2100) % 2000
+    assert len(image) * len(text) > losses.BLOCK
+    smooth = partial(info_nce, image_id=ids, label_smoothing=0.1)
+    blocks = value_and_gradients(smooth, image, text, scale)
+    plain = value_and_gradients(in_blocks(smooth, 2**40), image, text, scale)
+    assert_equal_but_for_rounding(blocks, plain, size=14)
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP(), MaxViolation()])
+def test_blocks_under_autocast_take_the_same_gradients(loss: ContrastiveLoss) -> None:
+    ids = torch.arange(64) % 50
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def mixed(image: Tensor, text: Tensor) -> Tensor:
+        return loss(image, text, torch.tensor(100.0), torch.tensor(-10.0), ids, ids)
+
+    inputs = unit(64, 32, 0), unit(64, 32, 1)
+    plain, blocks = (value_and_gradients(form, *inputs) for form in (mixed, in_blocks(mixed, 500)))
+    assert_equal_but_for_rounding(blocks, plain, size=100)
+    # gradients of embeddings in bf16 are rounded once, not once for each block
+    rounded = [tensor.bfloat16().float() for tensor in inputs]
+    _, *exact = value_and_gradients(mixed, *rounded)
+    _, *blocks = value_and_gradients(in_blocks(lambda a, b: mixed(a.bfloat16(), b.bfloat16()), 500), *rounded)
+    for one, other in zip(blocks, exact, strict=True):
+        assert (one - other).norm() <= 2**-9 * other.norm()
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP(), MaxViolation()])
+def test_no_array_of_all_similarities_is_kept(loss: ContrastiveLoss) -> None:
+    image, text, ids, kept = unit(64, 4, 0).requires_grad_(), unit(48, 4, 1), torch.arange(64), []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    arguments = image, text, torch.tensor(10.0), torch.tensor(-3.0), ids, ids[:48]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        in_blocks(loss, 256)(*arguments)
+        assert max(kept) < 64 * 48 / 4
+        kept.clear()
+        loss(*arguments)
+        assert max(kept) == 64 * 48
+
+
 def test_no_positive_at_all_is_no_loss() -> None:
     image, text = unit(3, 4, 0).requires_grad_(), unit(2, 4, 1)
     loss = info_nce(image, text, 10.0, image_id=torch.arange(3), text_image_id=torch.tensor([7, 8]))
@@ -157,8 +258,12 @@ def test_label_smoothing_is_torchs(count: int, width: int, seed: int, smoothing:
     torch.testing.assert_close(ours, torch.as_tensor(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [losses.BLOCK, 1000])
 @pytest.mark.parametrize("loss", [InfoNCE(), InfoNCE(0.1), SigLIP()])
-def test_bf16_rounds_the_embeddings_and_nothing_else(loss: ContrastiveLoss) -> None:
+def test_bf16_rounds_the_embeddings_and_nothing_else(
+    loss: ContrastiveLoss, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "BLOCK", block)
     image, text, ids = unit(64, 32, 0), unit(64, 32, 1), torch.arange(64)
     image = F.normalize(0.5 * image + 0.5 * text, dim=-1)
     scale, bias = torch.tensor(100.0), torch.tensor(-10.0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
+from types import ModuleType
 
 COMMANDS = {
     "fit": ("clip_lightning.cli", "train a model, or go on with a run (--ckpt_path last)"),
@@ -43,10 +45,12 @@ def main(args: list[str] | None = None) -> int:
         return 0
     if args[0] not in COMMANDS:
         return _fail(f"unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}")
+    from clip_lightning.allocator import keep_freed_memory
     from clip_lightning.errors import UserError
 
+    keep_freed_memory()
     try:
-        importlib.import_module(COMMANDS[args[0]][0]).run(args)
+        _imported(COMMANDS[args[0]][0]).run(args)
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -54,6 +58,15 @@ def main(args: list[str] | None = None) -> int:
     except SystemExit as stop:
         return _status(stop)
     return 0
+
+
+def _imported(module: str) -> ModuleType:
+    """The module of a command; what it imports is no garbage, and to look for some takes a second or two."""
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.enable()
 
 
 def _usage() -> str:

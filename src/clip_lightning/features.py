@@ -53,13 +53,16 @@ class Features:
         """Loader workers map the files themselves instead of receiving their content."""
         return {"_paths": self._paths, "_shards": None}
 
-    def rows(self, rows: Sequence[int]) -> Tensor:
+    def rows(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """The features (len(rows), D) in float32."""
         if self._shards is None:
             self._shards = [_map(path) for path in self._paths]
-        picked = [self._shards[row // SHARD_ROWS][row % SHARD_ROWS] for row in rows]
-        width = self._shards[0].shape[1]
-        return torch.from_numpy(np.stack(picked) if picked else np.empty((0, width), DTYPE)).float()
+        shard, row = np.divmod(np.asarray(rows, dtype=np.int64), SHARD_ROWS)
+        picked = np.empty((len(shard), self._shards[0].shape[1]), DTYPE)
+        for number in np.unique(shard):
+            places = np.flatnonzero(shard == number)
+            picked[places] = self._shards[number][row[places]]
+        return torch.from_numpy(picked).float()
 
 
 def default_cache() -> Path:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from clip_lightning.data.transforms import ImageTransform, decode_image
 from clip_lightning.errors import UserError
+from clip_lightning.lora import LoRAConfig, add_lora, merged_state
 from clip_lightning.model_card import model_card
 from clip_lightning.towers import ImageTower, TextTower
 
@@ -140,6 +141,16 @@ class CLIP(nn.Module):
         if which in ("text", "both"):
             self.text_tower.freeze()
 
+    def add_lora(self, config: LoRAConfig) -> None:
+        """Put trainable adapters into towers, whose own weights are fixed; a bundle has them merged in."""
+        add_lora({"image": self.image_tower, "text": self.text_tower}, config)
+        self.train(self.training)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether a tower has adapters."""
+        return self.image_tower.adapted or self.text_tower.adapted
+
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Unit-length embeddings (B, D) fp32 of `pixel_values` (B, 3, H, W), uint8 or float in 0..1."""
         return self.project_image(self.image_tower(pixel_values))
@@ -234,6 +245,8 @@ class CLIP(nn.Module):
         state = self.state_dict() if weights is None else weights
         if wrong := state.keys() ^ self.state_dict().keys():
             raise ValueError(f"weights lack or add {len(wrong)} tensors, {min(wrong)} among them")
+        if self.adapted:
+            state = merged_state(self, state)
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:

@@ -6,11 +6,14 @@ B pictures and N texts on this rank, D the embedding's width.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -19,7 +22,8 @@ from clip_lightning.data.transforms import ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
 from clip_lightning.extract import Extractor, cache_frozen_towers
-from clip_lightning.gradcache import encode_in_micro_batches
+from clip_lightning.gradcache import SMALLEST, encode_in_micro_batches, largest_micro_batch
+from clip_lightning.lora import LoRAConfig, adapter_state
 from clip_lightning.losses import ContrastiveLoss, InfoNCE
 from clip_lightning.model import CLIP, Freeze, HeadKind
 from clip_lightning.optim import OptimizerConfig, param_groups, warmup_cosine
@@ -42,6 +46,7 @@ class CLIPModule(LightningModule):
         text_tower: str | None = None,
         init_from: str | None = None,
         freeze: Freeze = "both",
+        lora: LoRAConfig | None = None,
         embed_dim: int = 512,
         head: HeadKind = "linear",
         dropout: float = 0.0,
@@ -49,7 +54,7 @@ class CLIPModule(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen, and shown by --help)
         image_size: int | None = None,
         max_length: int | None = None,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | Literal["auto"] | None = None,
     ) -> None:
         """Build both towers and their heads.
 
@@ -62,6 +67,7 @@ class CLIPModule(LightningModule):
             init_from: a bundle (folder or Hugging Face hub id) to start from, with its towers, heads, scale,
                 image size and longest text, in place of the options that name them.
             freeze: the towers whose weights stay as they are.
+            lora: small matrices to train beside the layers of towers whose own weights stay as they are.
             embed_dim: width of the shared embedding.
             head: `linear`, or `mlp` with one residual block.
             dropout: share of features (linear) or hidden units (mlp) dropped in training.
@@ -70,12 +76,14 @@ class CLIPModule(LightningModule):
             image_size: side of the square input in pixels; the image tower's own by default.
             max_length: longest text in tokens; 77 by default, or the text tower's limit where that is less.
             micro_batch_size: pictures, and captions, that a trained tower holds in memory at a time (gradient
-                caching); by default the whole batch.
+                caching); `auto` for as many as fit; by default the whole batch.
         """
         super().__init__()
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise UserError(f"--model.micro_batch_size {micro_batch_size}: expected 1 or more")
-        self.micro_batch_size = micro_batch_size
+        if micro_batch_size not in (None, "auto") and not (
+            isinstance(micro_batch_size, int) and micro_batch_size >= 1
+        ):
+            raise UserError(f"--model.micro_batch_size {micro_batch_size}: expected 1 or more, or auto")
+        self.micro_batch_size: int | Literal["auto"] | None = micro_batch_size
         self.loss = loss or InfoNCE()
         self.optimizer = optimizer
         if init_from is not None:
@@ -97,6 +105,9 @@ class CLIPModule(LightningModule):
                 init_bias=self.loss.init_bias,
             )
         self.clip.freeze(freeze)
+        self.lora = lora
+        if lora is not None:
+            self.clip.add_lora(lora)
         self.validation_embeddings: Embeddings | None = None
         self._parts: list[Batch] = []
 
@@ -123,6 +134,8 @@ class CLIPModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of this rank's pairs against the pairs of all ranks."""
+        if self.micro_batch_size == "auto":
+            self.micro_batch_size = self._largest_micro_batch(batch)
         image, text = self._encode(batch)
         image, text = self._gather(image), self._gather(text)
         image_id, text_image_id = self._gather(batch["image_id"]), self._gather(batch["text_image_id"])
@@ -191,8 +204,9 @@ class CLIPModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name frozen towers by their digest instead of storing them again."""
+        """Name fixed towers by their digest instead of storing them again; store the adapters beside them."""
         checkpoint["preprocessing"] = self.preprocessing()
+        checkpoint["adapters"] = adapter_state(checkpoint["state_dict"]) if self.clip.adapted else {}
         checkpoint["frozen_towers"] = {}
         for name, tower in self._frozen_towers().items():
             checkpoint["frozen_towers"][name] = tower.digest()
@@ -200,11 +214,16 @@ class CLIPModule(LightningModule):
                 del checkpoint["state_dict"][f"{name}.{key}"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the frozen towers back, after checking that they are the same.
+        """Put the fixed towers back, after checking that they are the same, and the adapters.
 
         Raises:
-            UserError: the checkpoint was trained on another frozen tower.
+            UserError: the checkpoint was trained on another frozen tower, or with other adapters.
         """
+        adapters, own = checkpoint.get("preprocessing", {}).get("LoRA"), self.preprocessing()["LoRA"]
+        if adapters != own:
+            raise UserError(
+                f"the checkpoint was trained with --model.lora {adapters}, here it is {own}; give the same"
+            )
         towers = self._towers()
         for name, digest in checkpoint.get("frozen_towers", {}).items():
             tower = towers[name]
@@ -214,6 +233,7 @@ class CLIPModule(LightningModule):
                     f"{tower.spec['name']!r}; give the same --model options as then"
                 )
             checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in tower.state_dict().items()}
+        checkpoint["state_dict"] |= checkpoint.get("adapters", {})
 
     def preprocessing(self) -> dict[str, Any]:
         """What weights depend on and do not show: how pictures and texts reach the towers."""
@@ -224,13 +244,15 @@ class CLIPModule(LightningModule):
             "text pooling": text["pooling"],
             "longest text": text["max_length"],
             "tokenizer": self.clip.tokenize.digest(),
+            "LoRA": None if self.lora is None else asdict(self.lora),
         }
 
     def _towers(self) -> dict[str, Tower]:
         return {"clip.image_tower": self.clip.image_tower, "clip.text_tower": self.clip.text_tower}
 
     def _frozen_towers(self) -> dict[str, Tower]:
-        return {name: tower for name, tower in self._towers().items() if tower.frozen}
+        """Those whose own weights stay as they are, adapters beside them or not."""
+        return {name: tower for name, tower in self._towers().items() if tower.frozen or tower.adapted}
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings (B, D) and (N, D) of this rank's pixels and tokens, or of cached features."""
@@ -247,9 +269,40 @@ class CLIPModule(LightningModule):
 
     def _tower(self, tower: Tower, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Encode at once, or in micro-batches where the tower is trained."""
-        if self.micro_batch_size is None or tower.frozen:
+        if not isinstance(self.micro_batch_size, int) or tower.frozen:
             return encode(*inputs)
         return encode_in_micro_batches(encode, inputs, self.micro_batch_size, tower)
+
+    def _largest_micro_batch(self, batch: Batch) -> int | None:
+        """What all ranks have memory for, with rows like this batch's and the longest captions."""
+        clip = self.clip
+        parts: list[tuple[Callable[..., Tensor], list[Tensor]]] = []
+        if not clip.image_tower.frozen:
+            parts.append((clip.encode_image, [batch["pixel_values"]]))
+        if not clip.text_tower.frozen:
+            longer = clip.tokenize.max_length - batch["input_ids"].shape[1]
+            tokens = [F.pad(batch[name], (0, longer)) for name in ("input_ids", "attention_mask")]
+            parts.append((clip.encode_text, tokens))
+        if not parts:
+            return None
+        trained = [p for p in self.parameters() if p.requires_grad]
+        rows = max(len(inputs[0]) for _, inputs in parts)
+        size = largest_micro_batch(
+            lambda size: torch.cat([encode(*(x[:size] for x in inputs)) for encode, inputs in parts]),
+            rows,
+            clip,
+            reserve=3 * sum(p.nbytes for p in trained),  # their gradients and AdamW's moments
+            ranks=self.trainer.num_devices,
+        )
+        size = int(self.trainer.strategy.reduce(torch.tensor(size, device=self.device), reduce_op="min"))
+        if size == 0:
+            raise UserError(
+                f"--model.micro_batch_size auto: there is no memory for {min(SMALLEST, rows)} pictures and "
+                "captions at a time; freeze a tower (--model.freeze) or lower --data.image_size"
+            )
+        if self.global_rank == 0:
+            print(f"--model.micro_batch_size auto: {size:,} of {rows:,} rows at a time", file=sys.stderr)
+        return size
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """Rows of all ranks, in rank order, with gradients; every rank has the same number."""

@@ -22,6 +22,7 @@ import clip_lightning
 from clip_lightning.files import write_atomically
 
 MONITOR = "val/rsum"
+MEMORY_SECONDS = 5
 VERSIONED = ("torch", "lightning", "timm", "transformers", "wandb")
 
 
@@ -118,6 +119,7 @@ class RunRecorder(Callback):
         )
         self._samples = 0
         self._peak_memory = 0
+        self._memory_noted = float("-inf")
         self._lap_began = time.perf_counter()
         self._last_log = {"samples": 0, "waiting_for_data": 0.0, "training": 0.0}
 
@@ -167,7 +169,7 @@ class RunRecorder(Callback):
             pl_module.log("train/samples_per_second", since["samples"] / seconds)
             pl_module.log("train/data_wait_share", since["waiting_for_data"] / seconds)
             self._last_log = now
-            self._peak_memory = max(self._peak_memory, _memory_of_processes())
+            self._note_memory()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What comes now is evaluation."""
@@ -178,7 +180,7 @@ class RunRecorder(Callback):
         self._end_lap("evaluation")
         if trainer.sanity_checking:
             return
-        self._peak_memory = max(self._peak_memory, _memory_of_processes())
+        self._note_memory()
         now = {
             name.removeprefix("val/"): float(value)
             for name, value in trainer.callback_metrics.items()
@@ -195,6 +197,12 @@ class RunRecorder(Callback):
         """Write what there is, also when the run is interrupted."""
         if trainer.global_step > 0:
             self._write(trainer, pl_module)
+
+    def _note_memory(self) -> None:
+        """Every few seconds at most: to ask takes 20 ms a gigabyte."""
+        if time.perf_counter() - self._memory_noted > MEMORY_SECONDS:
+            self._memory_noted = time.perf_counter()
+            self._peak_memory = max(self._peak_memory, _memory_of_processes())
 
     def _end_lap(self, part: str) -> None:
         now = time.perf_counter()
@@ -245,7 +253,8 @@ def _best_weights(trainer: Trainer, pl_module: LightningModule) -> dict[str, tor
     weights = dict(pl_module.clip.state_dict())
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, BestCheckpoint) and Path(callback.best_model_path).is_file():
-            stored = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+            checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
+            stored = checkpoint["state_dict"] | checkpoint.get("adapters", {})
             # frozen towers are not in the checkpoint and have not changed since
             weights |= {
                 name.removeprefix("clip."): tensor

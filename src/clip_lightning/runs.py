@@ -80,8 +80,8 @@ def check_fits(file: Path, model: LightningModule) -> None:
     if differing := _differing(stored, own):
         raise UserError(f"--ckpt_path {file} is of another model ({differing}); {same}")
     for what, now in model.preprocessing().items():
-        if preprocessing[what] != now:
-            raise UserError(f"--ckpt_path {file}: its {what} is {preprocessing[what]}, here {now}; {same}")
+        if (then := preprocessing.get(what)) != now:
+            raise UserError(f"--ckpt_path {file}: its {what} is {then}, here {now}; {same}")
 
 
 def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:

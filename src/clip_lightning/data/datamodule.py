@@ -225,18 +225,23 @@ class CaptionDataModule(LightningDataModule):
         sampler = EvalSampler(len(images), rank=self._rank, world_size=self._world)
         (features,) = self._picture_features.get(split, [None])
         dataset = EvalDataset(images, self.transform, features)
-        return self._loader(split, dataset, sampler, min(self.batch_size, EVAL_BATCH_SIZE))
+        small = min(self.batch_size, EVAL_BATCH_SIZE)
+        return self._loader(split, dataset, sampler, self.batch_size if self._is_cached(split) else small)
+
+    def _is_cached(self, split: str) -> bool:
+        """Whether batches need neither pictures nor texts, only rows of features."""
+        return split in self._picture_features and split in self._text_features
 
     def _loader(self, split: str, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[Any]:
-        texts = self._text_features.get(split)
         # reading cached rows is no work for another process
-        workers = 0 if split in self._picture_features and texts is not None else self.num_workers
+        workers = 0 if self._is_cached(split) else self.num_workers
+        collate: Any = Collate(self.tokenize, self._text_features.get(split))  # takes what __getitems__ gives
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=workers,
-            collate_fn=Collate(self.tokenize, texts),
+            collate_fn=collate,
             worker_init_fn=_start_worker,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),

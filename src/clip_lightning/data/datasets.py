@@ -6,8 +6,7 @@ B pictures, N captions, K captions a picture, L tokens, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,30 +23,39 @@ _MOST_BROKEN_IN_A_ROW = 100
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One picture and captions of it.
+class Samples:
+    """Pictures, each with captions of its own.
 
     Attributes:
-        picture: pixels uint8 (3, H, W), or cached features (D,); None where the picture is broken.
-        captions: those of the picture that belong to this sample.
-        caption_rows: for each of them its row among all captions of the split.
-        image_id: in training the same for pictures with the same bytes, in evaluation one a picture.
-        broken: path → reason, of the pictures that could not be decoded on the way to this sample.
+        pictures: B times pixels uint8 (3, H, W), or cached features (D,); broken pictures are not among them.
+        image_id: (B,) in training the same for pictures with the same bytes, in evaluation one a picture.
+        counts: (B,) how many of the captions belong to each picture.
+        captions: of all these pictures, picture after picture.
+        caption_rows: (N,) for each of them its row among all captions of the split.
+        broken: path → reason, of the pictures that could not be decoded on the way to these samples.
     """
 
-    picture: Tensor | None
-    captions: tuple[str, ...]
-    caption_rows: tuple[int, ...]
-    image_id: int
-    broken: dict[str, str] = field(default_factory=dict)
+    pictures: list[Tensor]
+    image_id: np.ndarray
+    counts: np.ndarray
+    captions: list[str]
+    caption_rows: np.ndarray
+    broken: dict[str, str]
 
 
-def first_rows(images: Sequence[CaptionedImage]) -> list[int]:
-    """The row of each picture's first caption among all captions, picture after picture."""
-    return list(accumulate((len(image.captions) for image in images), initial=0))[:-1]
+class _Captions:
+    """The captions of a split, picture after picture, and where those of each picture begin."""
+
+    def __init__(self, images: Sequence[CaptionedImage]) -> None:
+        self.texts = [caption for image in images for caption in image.captions]
+        self.counts = np.array([len(image.captions) for image in images], dtype=np.int64)
+        self.first_rows = np.cumsum(self.counts) - self.counts
+
+    def __getitem__(self, rows: np.ndarray) -> list[str]:
+        return [self.texts[row] for row in rows.tolist()]
 
 
-class TrainDataset(Dataset[Sample]):
+class TrainDataset(Dataset[Samples]):
     """Pictures with K random captions of their own: pure functions of (seed, epoch, index)."""
 
     def __init__(
@@ -70,7 +78,7 @@ class TrainDataset(Dataset[Sample]):
         """
         if captions_per_image < 1:
             raise UserError(f"--data.captions_per_image is {captions_per_image}; expected 1 or more")
-        self.images, self.image_ids, self.first_rows = images, image_ids, first_rows(images)
+        self.images, self.image_ids, self.captions = images, np.array(image_ids), _Captions(images)
         self.transform, self.augmentation = transform, augmentation
         self.captions_per_image, self.seed, self.views = captions_per_image, seed, views
 
@@ -78,46 +86,67 @@ class TrainDataset(Dataset[Sample]):
         """The number of pictures."""
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample of (epoch, index); for a broken picture that of the next readable one.
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Samples:
+        """The samples of these (epoch, index); in place of a broken picture the next readable one.
 
         Raises:
             UserError: when a hundred pictures in a row, or all of them, are broken.
         """
-        epoch, index = key
+        pictures: dict[int, Tensor] = {}  # by their place among the keys
         broken: dict[str, str] = {}
-        for step in range(min(len(self), _MOST_BROKEN_IN_A_ROW)):
-            position = (index + step) % len(self)
-            try:
-                return self._sample(epoch, position, broken)
-            except BrokenImage as error:
-                broken[str(self.images[position].path)] = str(error)
+        keys, missing = list(keys), list(range(len(keys)))
+        most = min(len(self), _MOST_BROKEN_IN_A_ROW)
+        for _ in range(most):
+            for place, picture in zip(missing, self._pictures([keys[i] for i in missing]), strict=True):
+                if isinstance(picture, Tensor):
+                    pictures[place] = picture
+                    continue
+                epoch, index = keys[place]
+                broken[str(self.images[index].path)] = str(picture)
+                keys[place] = epoch, (index + 1) % len(self)
+            missing = [place for place in missing if place not in pictures]
+            if not missing:
+                return self._samples(keys, [pictures[place] for place in range(len(keys))], broken)
         path, reason = next(iter(broken.items()))
         raise UserError(
-            f"{len(broken)} pictures in a row cannot be decoded, the first is {path}: {reason}; "
+            f"{most} pictures in a row cannot be decoded, the first is {path}: {reason}; "
             "mend the pictures below --data.root"
         )
 
-    def _sample(self, epoch: int, index: int, broken: dict[str, str]) -> Sample:
-        image = self.images[index]
+    def _pictures(self, keys: Sequence[tuple[int, int]]) -> Sequence[Tensor | BrokenImage]:
+        if not self.views:
+            return [self._augmented(epoch, index) for epoch, index in keys]
+        index = np.array(keys)[:, 1]
+        view = _random_words(self.seed, keys, 1)[:, 0] % len(self.views)
+        found: dict[int, Tensor | BrokenImage] = {}
+        for number, features in enumerate(self.views):
+            places = np.flatnonzero(view == number)
+            found |= zip(places.tolist(), _cached(features, index[places]), strict=True)
+        return [found[place] for place in range(len(keys))]
+
+    def _augmented(self, epoch: int, index: int) -> Tensor | BrokenImage:
         rng = np.random.default_rng((self.seed, epoch, index))
-        count = len(image.captions)
-        chosen = rng.choice(count, self.captions_per_image, replace=count < self.captions_per_image).tolist()
-        return Sample(
-            picture=self._picture(index, rng),
-            captions=tuple(image.captions[row] for row in chosen),
-            caption_rows=tuple(self.first_rows[index] + row for row in chosen),
-            image_id=self.image_ids[index],
-            broken=broken,
-        )
+        try:
+            return augment(decode_image(self.images[index].path), self.transform, self.augmentation, rng)
+        except BrokenImage as error:
+            return error
 
-    def _picture(self, index: int, rng: np.random.Generator) -> Tensor:
-        if self.views:
-            return _cached(self.views[int(rng.integers(len(self.views)))], index)
-        return augment(decode_image(self.images[index].path), self.transform, self.augmentation, rng)
+    def _samples(
+        self, keys: Sequence[tuple[int, int]], pictures: list[Tensor], broken: dict[str, str]
+    ) -> Samples:
+        """Draw captions: all different while there are enough, else each as often as any other."""
+        index = np.array(keys)[:, 1]
+        counts = self.captions.counts[index, None]
+        words = _random_words(self.seed, keys, 1 + counts.max())[:, 1:]  # the first is the view's
+        words[np.arange(words.shape[1]) >= counts] = np.iinfo(np.uint64).max
+        order = words.argsort(axis=1, kind="stable")
+        chosen = np.take_along_axis(order, np.arange(self.captions_per_image) % counts, axis=1)
+        rows = (self.captions.first_rows[index, None] + chosen).ravel()
+        each = np.full(len(index), self.captions_per_image)
+        return Samples(pictures, self.image_ids[index], each, self.captions[rows], rows, broken)
 
 
-class EvalDataset(Dataset[Sample]):
+class EvalDataset(Dataset[Samples]):
     """Every picture, unaugmented, with all its captions."""
 
     def __init__(
@@ -128,38 +157,64 @@ class EvalDataset(Dataset[Sample]):
         With cached `features` of every picture nothing is decoded.
         """
         self.images, self.transform, self.features = images, transform, features
-        self.first_rows = first_rows(images)
+        self.captions = _Captions(images)
 
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Sample:
-        """The picture at `index`; without pixels, but with the reason, where it is broken."""
-        image, first = self.images[index], self.first_rows[index]
-        rows = tuple(range(first, first + len(image.captions)))
+    def __getitems__(self, indices: Sequence[int]) -> Samples:
+        """The pictures at these `indices`, without those that are broken."""
+        found = dict(zip(indices, self._pictures(indices), strict=True))
+        pictures = {i: picture for i, picture in found.items() if isinstance(picture, Tensor)}
+        broken = {str(self.images[i].path): str(found[i]) for i in indices if i not in pictures}
+        index = np.array([*pictures], dtype=np.int64)
+        first, counts = self.captions.first_rows[index], self.captions.counts[index]
+        rows = [np.arange(start, start + count) for start, count in zip(first, counts, strict=True)]
+        flat = np.concatenate([np.empty(0, np.int64), *rows])
+        return Samples([*pictures.values()], index, counts, self.captions[flat], flat, broken)
+
+    def _pictures(self, indices: Sequence[int]) -> Sequence[Tensor | BrokenImage]:
+        if self.features is not None:
+            return _cached(self.features, indices)
+        return [self._decoded(index) for index in indices]
+
+    def _decoded(self, index: int) -> Tensor | BrokenImage:
         try:
-            picture = (
-                self.transform(decode_image(image.path))
-                if self.features is None
-                else _cached(self.features, index)
-            )
+            return self.transform(decode_image(self.images[index].path))
         except BrokenImage as error:
-            return Sample(None, image.captions, rows, index, {str(image.path): str(error)})
-        return Sample(picture, image.captions, rows, index)
+            return error
 
 
-def _cached(features: Features, index: int) -> Tensor:
-    """One row (D,); it is NaN where the picture could not be read when its features were computed."""
-    row = features.rows([index])[0]
-    if row.isnan().any():
-        raise BrokenImage("it could not be decoded when its features were cached")
-    return row
+def _cached(features: Features, rows: Sequence[int] | np.ndarray) -> list[Tensor | BrokenImage]:
+    """Rows (D,); one is NaN where the picture could not be read when its features were computed."""
+    values = features.rows(rows)
+    why = BrokenImage("it could not be decoded when its features were cached")
+    broken = values.isnan().any(dim=1).tolist()
+    return [why if bad else row for row, bad in zip(values, broken, strict=True)]
+
+
+def _random_words(seed: int, keys: Sequence[tuple[int, int]], count: int) -> np.ndarray:
+    """64 random bits (len(keys), count), each a function of seed, epoch, index and column.
+
+    numpy's generators would be seeded one a sample, which takes longer than all else a cached sample needs.
+    """
+    epoch, index = np.array(keys, dtype=np.uint64).T
+    state = _mixed(_mixed(_mixed(np.full(len(keys), seed, np.uint64)) + epoch) + index)
+    return _mixed(state[:, None] + np.arange(count, dtype=np.uint64))
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele, Lea, Flood 2014): each word to another, all bits stirred."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a batch of samples; captions of broken pictures are left out with them.
+    """Makes a batch of samples.
 
     Attributes:
         tokenize: from N captions to `input_ids` and `attention_mask`, (N, L) padded to the longest.
@@ -169,32 +224,28 @@ class Collate:
     tokenize: Callable[[list[str]], dict[str, Tensor]]
     text_features: Features | None = None
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def __call__(self, samples: Samples) -> dict[str, Any]:
         """The batch.
 
         `pixel_values` uint8 (B, 3, H, W) or `image_features` (B, D), `input_ids` and `attention_mask` (N, L)
         or `text_features` (N, D), `image_id` (B,), `text_image_id` (N,), `text_id` (N,) the captions' rows,
         all int64, and `broken` path → reason. Where every picture is broken, B and N are 0.
         """
-        whole = [sample for sample in samples if sample.picture is not None]
-        pictures = [sample.picture for sample in samples if sample.picture is not None]
-        rows = [row for sample in whole for row in sample.caption_rows]
-        text_image_id = [sample.image_id for sample in whole for _ in sample.captions]
         return {
-            **_stack(pictures),
-            **self._texts([caption for sample in whole for caption in sample.captions], rows),
-            "image_id": torch.tensor([sample.image_id for sample in whole], dtype=torch.int64),
-            "text_image_id": torch.tensor(text_image_id, dtype=torch.int64),
-            "text_id": torch.tensor(rows, dtype=torch.int64),
-            "broken": {path: why for sample in samples for path, why in sample.broken.items()},
+            **_stack(samples.pictures),
+            **self._texts(samples),
+            "image_id": torch.from_numpy(samples.image_id),
+            "text_image_id": torch.from_numpy(samples.image_id.repeat(samples.counts)),
+            "text_id": torch.from_numpy(samples.caption_rows),
+            "broken": samples.broken,
         }
 
-    def _texts(self, captions: list[str], rows: list[int]) -> dict[str, Tensor]:
+    def _texts(self, samples: Samples) -> dict[str, Tensor]:
         if self.text_features is not None:
-            return {"text_features": self.text_features.rows(rows)}
+            return {"text_features": self.text_features.rows(samples.caption_rows)}
         # Tokenizers fail on an empty list: tokenize something, and keep none of it.
-        tokens = self.tokenize(captions or [""])
-        return {name: tokens[name][: len(captions)] for name in ("input_ids", "attention_mask")}
+        tokens = self.tokenize(samples.captions or [""])
+        return {name: tokens[name][: len(samples.captions)] for name in ("input_ids", "attention_mask")}
 
 
 def _stack(pictures: list[Tensor]) -> dict[str, Tensor]:

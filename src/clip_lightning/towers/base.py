@@ -8,17 +8,25 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clip_lightning.errors import UserError
 
 
 class Tower(nn.Module):
-    """A backbone that can be frozen: then it runs without gradients and always in eval mode."""
+    """A backbone that can be frozen: then it runs without gradients and always in eval mode.
+
+    Attributes:
+        frozen: whether nothing of the tower is trained.
+        adapted: whether adapters beside its fixed weights are (`lora.py`).
+    """
 
     width: int
     spec: dict[str, Any]
+    backbone: nn.Module
     frozen = False
+    adapted = False
     _frozen_digest: str | None = None
 
     def freeze(self) -> Self:
@@ -29,8 +37,13 @@ class Tower(nn.Module):
         return self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode, except that a frozen tower stays in eval mode."""
-        return super().train(mode and not self.frozen)
+        """Set training mode; what is frozen stays in eval mode, and so do batch norms beside adapters."""
+        super().train(mode and not self.frozen)
+        if self.adapted:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Called for each module by whichever `load_state_dict`; other weights have another digest."""
@@ -38,15 +51,22 @@ class Tower(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def digest(self) -> str:
-        """SHA-256 (hex) over the names and values of all weights and buffers."""
-        if self.frozen and self._frozen_digest is not None:
+        """SHA-256 (hex) over the names and values of all weights and buffers, without adapters."""
+        if (self.frozen or self.adapted) and self._frozen_digest is not None:
             return self._frozen_digest
         sha = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(self._own_state().items()):
             sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         self._frozen_digest = sha.hexdigest()
         return self._frozen_digest
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """Weights and buffers under the names that they have in a tower without adapters."""
+        state = self.state_dict()
+        if not self.adapted:
+            return state
+        return {name.replace(".base_layer.", "."): state[name] for name in state if ".lora_" not in name}
 
 
 def pypi_folder(package: str) -> Path:

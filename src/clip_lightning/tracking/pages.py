@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import statistics
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from io import BytesIO
@@ -23,9 +24,10 @@ History = Mapping[int, Mapping[int, int]]
 SIDE = 256
 TILE, GAP, APART, MARGIN = 160, 16, 64, 48
 INK, MUTED, LINE, GREEN = "#18181b", "#71717a", "#e4e4e7", "#16a34a"
+MOST_KEPT = 256  # of what the next epoch shows again
 
 
-@lru_cache(maxsize=256)
+@lru_cache(MOST_KEPT)
 def thumbnail(path: Path) -> Image.Image:
     """The middle square of a picture, RGB, `SIDE` pixels wide; a grey tile when it cannot be read.
 
@@ -64,7 +66,7 @@ def draw_predictions(rows: Sequence[PredictionRow], path: Path, title: str) -> N
         _draw_row(canvas, row, lines, top)
         top += height
     buffer = BytesIO()
-    canvas.save(buffer, "PNG", compress_level=1)  # photographs: 4 % larger, twice as fast
+    canvas.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # 10 % larger, three times as fast
     write_atomically(path, buffer.getvalue())
 
 
@@ -80,23 +82,28 @@ def _draw_row(canvas: Image.Image, row: PredictionRow, lines: Sequence[str], top
         anchor="ra",
     )
     y = top + 30 * len(lines) + 28
-    _paste(canvas, thumbnail(row.true_path), (MARGIN, y), None)
+    _paste(canvas, row.true_path, (MARGIN, y), None)
     draw.text((MARGIN, y + TILE + 8), "wanted", MUTED, _font(16))
     x = MARGIN + TILE + APART
     draw.line((x - APART // 2, y, x - APART // 2, y + TILE), LINE, 2)
     for prediction in row.predictions:
-        _paste(canvas, thumbnail(prediction.path), (x, y), GREEN if prediction.right else None)
+        _paste(canvas, prediction.path, (x, y), GREEN if prediction.right else None)
         label = f"{prediction.similarity:.3f}" + ("  right" if prediction.right else "")
         draw.text((x, y + TILE + 8), label, GREEN if prediction.right else MUTED, _font(16))
         x += TILE + GAP
 
 
-def _paste(canvas: Image.Image, tile: Image.Image, at: tuple[int, int], frame: str | None) -> None:
+def _paste(canvas: Image.Image, path: Path, at: tuple[int, int], frame: str | None) -> None:
     """Paste with round corners, in a thick coloured or a thin grey frame."""
     border = 5 if frame else 1
     side = TILE + 2 * border
     canvas.paste(frame or LINE, (at[0] - border, at[1] - border), _rounded(side, 8 + border))
-    canvas.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), at, _rounded(TILE, 8))
+    canvas.paste(_tile(path), at, _rounded(TILE, 8))
+
+
+@lru_cache(MOST_KEPT)
+def _tile(path: Path) -> Image.Image:
+    return thumbnail(path).resize((TILE, TILE), Image.Resampling.LANCZOS)
 
 
 @cache
@@ -111,6 +118,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
+@lru_cache(MOST_KEPT)
 def _wrap(
     text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, lines: int
 ) -> list[str]:
@@ -168,6 +176,7 @@ def write_predictions_page(rows: Sequence[PredictionRow], history: History, path
     write_atomically(path, html.encode(errors="replace"))
 
 
+@lru_cache(MOST_KEPT)
 def _embedded(path: Path) -> str:
     buffer = BytesIO()
     thumbnail(path).save(buffer, "JPEG", quality=80)
