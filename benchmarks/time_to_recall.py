@@ -62,7 +62,8 @@ BEST = [
 ]  # fmt: skip
 # Not --lock-image-freeze-bn-stats: with open_clip 3.3 it loses the activations in timm's batch norms.
 LOCK_IMAGE = ["--lock-image"]
-LOCK_TEXT = ["--lock-text", "--lock-text-freeze-layer-norm"]
+# With both towers locked only the projections learn, at the rate that configs/heads.yaml has for them.
+LOCK_TEXT = ["--lock-text", "--lock-text-freeze-layer-norm", "--lr", "0.001"]
 
 
 @dataclass
@@ -180,21 +181,21 @@ def open_clip_defaults(bench: Bench, name: str) -> dict[str, Any]:
 def open_clip_best(bench: Bench, name: str) -> dict[str, Any]:
     """open_clip's trainer with its best flags; its cosine ends when the time is up."""
     folder = Path(tempfile.mkdtemp(dir=bench.work))
-    locks = [*LOCK_IMAGE, *(LOCK_TEXT if "both" in name else [])]
-    steps = planned_steps(bench, locks)
+    best = [*LOCK_IMAGE, *BEST, *(LOCK_TEXT if "both" in name else [])]
+    steps = planned_steps(bench, best)
     rows = folder / "rows.csv"
     open_clip_trainer.write_rows(rows, bench.dev.train, steps * BATCH)
-    flags = [*locks, *BEST, "--warmup", str(max(1, round(WARMUP * steps))), "--epochs", "1"]
+    flags = [*best, "--warmup", str(max(1, round(WARMUP * steps))), "--epochs", "1"]
     process = open_clip(bench, folder, flags, bench.cap)
     row = scored(bench, process, folder, batch=BATCH, load=open_clip_trainer.load_into, heads={})
     return row | {"planned_steps": steps}
 
 
-def planned_steps(bench: Bench, locks: list[str]) -> int:
+def planned_steps(bench: Bench, flags: list[str]) -> int:
     """How many steps fit under the cap, from a short run before it, off the clock."""
     folder = Path(tempfile.mkdtemp(dir=bench.work))
     open_clip_trainer.write_rows(folder / "rows.csv", bench.dev.train, BATCH * 20)
-    process = open_clip(bench, folder, [*locks, *BEST, "--warmup", "1", "--epochs", "1"], None)
+    process = open_clip(bench, folder, [*flags, "--warmup", "1", "--epochs", "1"], None)
     times = step_times(folder / "record")
     # the first step is slow where it compiles, the last ones find batches that were read meanwhile
     start, rate = times[0] - process.began, steps_per_second(times, 4)

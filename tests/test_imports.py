@@ -54,6 +54,7 @@ MAY_NOT_IMPORT: dict[str, str] = {
     # {losses, gradcache, optim, features, evaluation} ← module
     "losses":              "model module tracking recorder cli tuning",
     "gradcache":           "module tracking recorder cli tuning",
+    "timing":              "module tracking recorder cli tuning",
     "optim":               "module tracking recorder cli tuning",
     "towers.base":         "towers.image towers.text",
     "towers.image":        "towers.text",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,3 +308,61 @@ def test_what_contradicts_the_bundle_is_refused(make_clip: Callable[..., CLIP], 
         CLIPModule(init_from=bundle, loss=SigLIP())
     with pytest.raises(UserError, match=r"give --model\.image_tower and --model\.text_tower"):
         CLIPModule()
+
+
+@pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-5), ("norm", None)])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_and_their_norm_is_logged(
+    make_module: MakeModule, scenes: Path, tmp_path: Path, algorithm: str, limit: float | None, precision: str
+) -> None:
+    module = make_module(freeze="none", optimizer=FAST)
+    norms: list[tuple[float, float, float]] = []
+
+    class Watch(Callback):
+        def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+            self.before = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *arguments: Any) -> None:
+            after = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+            logged = trainer.callback_metrics["train/grad_norm"].item()
+            norms.append((self.before.norm().item(), logged, after.norm().item()))
+            if algorithm == "value":
+                assert after.abs().max() <= 1e-5
+
+    options = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm, "precision": precision}
+    trainer(tmp_path, max_steps=2, callbacks=[Watch()], **options).fit(
+        module, datamodule=data(module, scenes)
+    )
+    assert len(norms) == 2
+    for before, logged, after in norms:
+        assert logged == pytest.approx(before, rel=1e-4)
+        if algorithm == "norm":
+            assert after == pytest.approx(before if limit is None else limit, rel=1e-2)
+
+
+def test_the_time_of_a_step_is_divided(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
+    class Slow(SigLIP):
+        def forward(self, *arguments: Any) -> Tensor:
+            time.sleep(0.2)
+            return super().forward(*arguments)
+
+    module = make_module(loss=Slow(), optimizer=FAST)
+    trainer(tmp_path, max_steps=3).fit(module, datamodule=data(module, scenes))
+    seconds = module.stopwatch.seconds
+    assert seconds["loss"] >= 0.6
+    assert seconds["towers"] > 0
+
+
+def test_layers_that_are_not_trained_stay_as_they_are(
+    make_module: MakeModule, scenes: Path, tmp_path: Path
+) -> None:
+    config = OptimizerConfig(
+        lr=1e-2, image_lr=1e-2, text_lr=1e-2, warmup=0.0, layer_decay=0.5, freeze_below=0.6
+    )
+    module = make_module(image_tower="random:resnet18", freeze="none", optimizer=config)
+    before = weights(module.clip)
+    trainer(tmp_path, max_steps=1).fit(module, datamodule=data(module, scenes))
+    tops = ("image_tower.backbone.layer4.1", "text_tower.backbone.encoder.layer.1", "heads", "logit_scale")
+    moved = changed(module.clip, before)
+    assert not {name for name in moved if not name.startswith(tops)}
+    assert {top for top in tops if any(name.startswith(top) for name in moved)} == set(tops)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 from clip_lightning.errors import UserError
 from clip_lightning.losses import siglip_loss
 from clip_lightning.model import CLIP
-from clip_lightning.optim import OptimizerConfig, param_groups, warmup_cosine
+from clip_lightning.optim import OptimizerConfig, freeze_lower_layers, param_groups, warmup_cosine
 
 MakeClip = Callable[..., CLIP]
 CONFIG = OptimizerConfig(lr=1e-3, image_lr=2e-4, text_lr=3e-5, weight_decay=0.2)
@@ -54,6 +55,33 @@ def test_each_trainable_parameter_is_in_one_group(make_clip: MakeClip, tower: st
     for part in ("image", "text"):
         assert (f"{part}_tower" in names) == (freeze not in (part, "both"))
     assert {"heads", "heads_no_decay"} <= set(names)
+
+
+def test_rates_fall_from_layer_to_layer(make_clip: MakeClip) -> None:
+    clip = make_clip(image="random:resnet18")
+    groups = param_groups(clip, replace(CONFIG, layer_decay=0.5))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    placed = {name: rates[id(p)] for name, p in clip.named_parameters()}
+    assert len(rates) == len(placed) == sum(len(group["params"]) for group in groups)
+    assert placed["image_tower.backbone.layer4.1.conv2.weight"] == 2e-4
+    assert placed["image_tower.backbone.layer4.0.conv2.weight"] == 1e-4
+    assert placed["image_tower.backbone.conv1.weight"] == 2e-4 / 2**8
+    assert placed["text_tower.backbone.encoder.layer.1.output.dense.weight"] == 3e-5
+    assert placed["text_tower.backbone.embeddings.word_embeddings.weight"] == 3e-5 / 4
+    assert placed["heads.text.1.weight"] == placed["logit_scale"] == 1e-3
+
+
+def test_layers_below_the_threshold_are_fixed(make_clip: MakeClip) -> None:
+    clip = make_clip(image="random:resnet18")
+    config = replace(CONFIG, layer_decay=0.5, freeze_below=0.25)
+    freeze_lower_layers(clip, config)
+    trained = {name for name, p in clip.named_parameters() if p.requires_grad}
+    image = {".".join(name.split(".")[2:4]) for name in trained if name.startswith("image_tower")}
+    assert image == {"layer3.1", "layer4.0", "layer4.1"}  # shares of 1/4, 1/2 and 1
+    assert "text_tower.backbone.embeddings.word_embeddings.weight" in trained  # 1/4
+    assert {id(p) for g in param_groups(clip, config) for p in g["params"]} == {
+        id(p) for p in clip.parameters() if p.requires_grad
+    }
 
 
 def test_weights_after_one_step_by_hand(make_clip: MakeClip) -> None:
@@ -104,6 +132,8 @@ def test_the_schedule_is_transformers_shifted_by_one_in_the_warm_up(total: int, 
         ({"image_lr": -1.0}, "image_lr"),
         ({"text_lr": -1e-9}, "text_lr"),
         ({"weight_decay": -0.1}, "weight_decay"),
+        ({"layer_decay": 1.1}, "layer_decay"),
+        ({"freeze_below": -0.1}, "freeze_below"),
         ({"warmup": 1.5}, "warmup"),
         ({"warmup": -0.5}, "warmup"),
     ],

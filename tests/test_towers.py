@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from transformers import (
 from clip_lightning.errors import UserError
 from clip_lightning.towers import ImageTower, TextTower
 from clip_lightning.towers import image as image_towers
+from clip_lightning.towers import text as text_towers
 from clip_lightning.towers.base import pypi_folder
 
 TEXTS = ["a large red circle left of a small blue square", "a star", "", "🦆 unknown words"]
@@ -183,6 +186,51 @@ class TestImageTower:
         assert tower.digest() == digest, "batch-norm statistics drifted"
         assert not tower(pixels()).requires_grad
 
+    def test_layers(self) -> None:
+        tower = ImageTower.from_name("random:resnet18", 32)
+        layers = tower.layers()
+        assert layers.keys() == dict(tower.named_parameters()).keys()
+        assert layers["backbone.conv1.weight"] == 0
+        assert layers["backbone.layer4.1.conv1.weight"] == max(layers.values()) == 8
+
+    def test_a_batch_norm_with_fixed_weights_keeps_its_statistics(self) -> None:
+        tower = ImageTower.from_name("random:resnet18", 32)
+        tower.get_submodule("backbone.layer1").requires_grad_(False)
+        before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+        tower.train()(torch.rand(2, 3, 32, 32))
+        changed = {n for n, tensor in tower.state_dict().items() if not torch.equal(tensor, before[n])}
+        assert "backbone.layer2.0.bn1.running_mean" in changed
+        assert not {name for name in changed if "layer1" in name}
+
+    def test_what_cannot_be_compiled_runs_without(self) -> None:
+        tower = ImageTower.from_name("random:test_vit", 32).eval()
+        pixels = torch.rand(2, 3, 32, 32)
+        plain = tower(pixels)
+
+        def broken(*_: Any) -> Any:
+            raise RuntimeError("no compiler here")
+
+        tower.backbone.compile(backend=broken)
+        with pytest.warns(UserWarning, match=r"--model\.compile.*ImageTower.*no compiler here"):
+            torch.testing.assert_close(tower(pixels), plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.testing.assert_close(tower(pixels), plain)
+
+    def test_compiled(self) -> None:
+        tower = ImageTower.from_name("random:test_vit", 32).eval()
+        pixels, graphs = torch.rand(2, 3, 32, 32), []
+        plain, names = tower(pixels), set(tower.state_dict())
+
+        def count(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        tower.backbone.compile(backend=count)
+        torch.testing.assert_close(tower(pixels), plain)
+        assert graphs
+        assert set(tower.state_dict()) == names
+
     def test_a_frozen_towers_digest_follows_loaded_weights(self) -> None:
         tower = ImageTower.from_name("random:test_resnet", 32).freeze()
         other = ImageTower.from_name("random:test_resnet", 32)
@@ -216,6 +264,30 @@ class TestTextTower:
         together = tower(**tower.tokenize(TEXTS))
         for text, features in zip(TEXTS, together, strict=True):
             torch.testing.assert_close(tower(**tower.tokenize([text]))[0], features, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
+    @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+    def test_groups_of_similar_length_change_nothing(
+        self, bert: Path, count: int, pooling: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tower = TextTower.from_name(f"random:{bert}@{pooling}").eval()
+        texts = [" ".join(["red", "circle"][: 1 + i % 2] * (1 + i * 5 % 7)) for i in range(count)]
+        tokens = tower.tokenize(texts)
+        at_once = tower(**tokens)
+        widths: list[int] = []
+        tower.backbone.register_forward_pre_hook(
+            lambda _, __, inputs: widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+        )
+        monkeypatch.setitem(text_towers.GROUP, True, 4)
+        torch.testing.assert_close(tower(**tokens), at_once)
+        assert len(widths) == math.ceil(count / 4)
+        assert count <= 4 or (widths == sorted(widths) and widths[0] < widths[-1])
+
+    def test_layers(self, bert: Path) -> None:
+        layers = TextTower.from_name(f"random:{bert}").layers()
+        assert layers["backbone.embeddings.word_embeddings.weight"] == 0
+        assert layers["backbone.encoder.layer.0.output.dense.weight"] == 1
+        assert layers["backbone.encoder.layer.1.output.dense.weight"] == max(layers.values()) == 2
 
     def test_poolings_by_hand(self, bert: Path) -> None:
         tokens = AutoTokenizer.from_pretrained(bert)(TEXTS[:2], padding=True, return_tensors="pt")

@@ -215,7 +215,10 @@ class RunCLI(LightningCLI):
             if recorder.metrics:
                 print_metrics(recorder.metrics, f"best epoch: {recorder.metrics['epoch']:.0f}")
             print("run folder:", self.run_folder)
-            parts = (f"{name.replace('_', ' ')} {spent:.0f} s" for name, spent in recorder.seconds.items())
+            parts = (
+                f"{name.replace('_', ' ')} {spent:.0f} s"
+                for name, spent in recorder.stopwatch.seconds.items()
+            )
             print("time:", ", ".join(parts))
 
     def after_validate(self) -> None:

@@ -26,7 +26,8 @@ from clip_lightning.gradcache import SMALLEST, encode_in_micro_batches, largest_
 from clip_lightning.lora import LoRAConfig, adapter_state
 from clip_lightning.losses import ContrastiveLoss, InfoNCE
 from clip_lightning.model import CLIP, Freeze, HeadKind
-from clip_lightning.optim import OptimizerConfig, param_groups, warmup_cosine
+from clip_lightning.optim import OptimizerConfig, freeze_lower_layers, param_groups, warmup_cosine
+from clip_lightning.timing import Stopwatch
 from clip_lightning.towers import ImageTower, TextTower, Tokenize, Tower
 
 Batch = dict[str, Any]
@@ -38,6 +39,7 @@ class CLIPModule(LightningModule):
     Attributes:
         clip: the model itself.
         validation_embeddings: of the last complete validation or test, gathered from all ranks.
+        stopwatch: where the time goes.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class CLIPModule(LightningModule):
         image_size: int | None = None,
         max_length: int | None = None,
         micro_batch_size: int | Literal["auto"] | None = None,
+        compile: bool = False,
     ) -> None:
         """Build both towers and their heads.
 
@@ -77,6 +80,7 @@ class CLIPModule(LightningModule):
             max_length: longest text in tokens; 77 by default, or the text tower's limit where that is less.
             micro_batch_size: pictures, and captions, that a trained tower holds in memory at a time (gradient
                 caching); `auto` for as many as fit; by default the whole batch.
+            compile: whether trained towers go through torch.compile, a minute or two at the start.
         """
         super().__init__()
         if micro_batch_size not in (None, "auto") and not (
@@ -108,6 +112,11 @@ class CLIPModule(LightningModule):
         self.lora = lora
         if lora is not None:
             self.clip.add_lora(lora)
+        freeze_lower_layers(self.clip, optimizer)
+        self.stopwatch = Stopwatch()
+        for tower in self._towers().values() if compile else ():
+            if not tower.frozen:
+                tower.compile_backbone()
         self.validation_embeddings: Embeddings | None = None
         self._parts: list[Batch] = []
 
@@ -137,7 +146,10 @@ class CLIPModule(LightningModule):
         if self.micro_batch_size == "auto":
             self.micro_batch_size = self._largest_micro_batch(batch)
         image, text = self._encode(batch)
+        self.stopwatch.lap("towers")
         image, text = self._gather(image), self._gather(text)
+        if text.requires_grad:  # its gradient is the end of the loss's backward pass
+            text.register_hook(lambda _: self.stopwatch.lap("loss"))
         image_id, text_image_id = self._gather(batch["image_id"]), self._gather(batch["text_image_id"])
         loss = self.loss(image, text, self.clip.scale, self.clip.logit_bias, image_id, text_image_id)
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -171,10 +183,24 @@ class CLIPModule(LightningModule):
         """Score retrieval over the whole split, logged under `test/`."""
         self._score("test")
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm before it is clipped."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+    def on_after_backward(self) -> None:
+        """What comes now is clipping and the update."""
+        self.stopwatch.lap("towers")
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Log the gradient's norm and clip it; Lightning itself refuses to where AdamW is fused."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        limit = gradient_clip_val or math.inf
+        by_value = gradient_clip_algorithm == "value"
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if by_value else limit)
+        self.log("train/grad_norm", norm)
+        if by_value:
+            torch.nn.utils.clip_grad_value_(parameters, limit)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make the chance in a step (dropout) a function of seed, epoch, batch and rank.
@@ -193,7 +219,10 @@ class CLIPModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with rates by part, warm-up and cosine counted in optimiser steps."""
-        optimizer = torch.optim.AdamW(param_groups(self.clip, self.optimizer), betas=self.optimizer.betas)
+        # unfused with a gradient scaler, which would leave the gradients scaled until after they are clipped
+        fused = self.trainer.precision != "16-mixed"
+        groups = param_groups(self.clip, self.optimizer)
+        optimizer = torch.optim.AdamW(groups, betas=self.optimizer.betas, fused=fused)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise UserError("the cosine needs an end: give --trainer.max_epochs or --trainer.max_steps")

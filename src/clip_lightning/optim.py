@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from clip_lightning.errors import UserError
+from clip_lightning.model import CLIP
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class OptimizerConfig:
         image_lr: peak learning rate of the image tower, where it is not frozen.
         text_lr: peak learning rate of the text tower, where it is not frozen.
         weight_decay: of matrices; norms, biases and the scale have none.
+        layer_decay: the rate of each layer of a tower is this share of that of the layer above it, 0 to 1
+            (Clark et al. 2020, BEiT); the top layer has the tower's whole rate.
+        freeze_below: layers whose rate would be less than this share of the tower's are not trained, which
+            saves the backward pass through them.
         warmup: share of all steps in which the rates rise from 0 to their peak.
         betas: decay rates of AdamW's running averages.
     """
@@ -28,6 +33,8 @@ class OptimizerConfig:
     image_lr: float = 1e-5
     text_lr: float = 1e-5
     weight_decay: float = 0.1
+    layer_decay: float = 1.0
+    freeze_below: float = 0.0
     warmup: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
 
@@ -36,32 +43,59 @@ class OptimizerConfig:
         for name in ("lr", "image_lr", "text_lr", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"--model.optimizer.{name} {getattr(self, name)}: expected 0 or more")
+        for name in ("layer_decay", "freeze_below"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(
+                    f"--model.optimizer.{name} {getattr(self, name)}: expected a share of the rate, 0 to 1"
+                )
         if not 0 <= self.warmup <= 1:
             raise UserError(f"--model.optimizer.warmup {self.warmup}: expected a share of all steps, 0 to 1")
 
 
-def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by part (`image_tower`, `text_tower`, `heads`), with and without decay.
+def freeze_lower_layers(clip: CLIP, config: OptimizerConfig) -> None:
+    """Fix the weights of the layers that `layer_decay` brings under `freeze_below`."""
+    for name, share in _layer_shares(clip, config).items():
+        if share < config.freeze_below:
+            clip.get_parameter(name).requires_grad_(False)
+    clip.train(clip.training)  # batch norms among them keep their statistics
+
+
+def param_groups(clip: CLIP, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by part (`image_tower`, `text_tower`, `heads`), by layer, and by decay.
 
     What has fewer than two dimensions (norms, biases, scale) and what timm names in `no_weight_decay` is
     not decayed. Groups without a parameter are left out.
     """
     rates = {"image_tower": config.image_lr, "text_tower": config.text_lr, "heads": config.lr}
-    undecayed_names = _no_weight_decay(model)
+    undecayed_names = _no_weight_decay(clip)
+    shares = _layer_shares(clip, config)
     groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in clip.named_parameters():
         if not parameter.requires_grad:
             continue
         part = name.partition(".")[0]
         part = part if part in rates else "heads"
+        share = shares.get(name, 1.0)
         decayed = parameter.ndim >= 2 and name not in undecayed_names
-        key = part if decayed else f"{part}_no_decay"
+        key = part + (f"_{share:.2g}" if share != 1 else "") + ("" if decayed else "_no_decay")
         weight_decay = config.weight_decay if decayed else 0.0
         group = groups.setdefault(
-            key, {"name": key, "params": [], "lr": rates[part], "weight_decay": weight_decay}
+            key, {"name": key, "params": [], "lr": rates[part] * share, "weight_decay": weight_decay}
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _layer_shares(clip: CLIP, config: OptimizerConfig) -> dict[str, float]:
+    """Name of each parameter of a tower → share of the tower's rate that it has."""
+    shares: dict[str, float] = {}
+    for part, tower in (("image_tower", clip.image_tower), ("text_tower", clip.text_tower)):
+        if config.layer_decay == 1 or tower.frozen:
+            continue
+        layers = tower.layers()
+        top = max(layers.values())
+        shares |= {f"{part}.{name}": config.layer_decay ** (top - layer) for name, layer in layers.items()}
+    return shares
 
 
 def _no_weight_decay(model: nn.Module) -> set[str]:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import clip_lightning
 from clip_lightning.files import write_atomically
+from clip_lightning.timing import Stopwatch
 
 MONITOR = "val/rsum"
 MEMORY_SECONDS = 5
@@ -114,20 +115,21 @@ class RunRecorder(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics: dict[str, float] = {}
-        self.seconds = dict.fromkeys(
-            ("preparation", "waiting_for_data", "training", "evaluation", "other"), 0.0
-        )
+        self.stopwatch = Stopwatch()
         self._samples = 0
         self._peak_memory = 0
         self._memory_noted = float("-inf")
-        self._lap_began = time.perf_counter()
-        self._last_log = {"samples": 0, "waiting_for_data": 0.0, "training": 0.0}
+        self._last_log = self._sums()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Share the module's stopwatch, which runs since it was built."""
+        self.stopwatch = pl_module.stopwatch
 
     def state_dict(self) -> dict[str, Any]:
         """Travels in the checkpoint, so that a resumed run goes on counting."""
         return {
             "metrics": self.metrics,
-            "seconds": self.seconds,
+            "seconds": self.stopwatch.seconds,
             "samples": self._samples,
             "peak_memory": self._peak_memory,
         }
@@ -137,35 +139,35 @@ class RunRecorder(Callback):
         if (self.folder / "checkpoints" / "best.ckpt").is_file():
             self.metrics = state_dict["metrics"]  # they describe that file
         for part, seconds in state_dict["seconds"].items():
-            self.seconds[part] += seconds
+            self.stopwatch.seconds[part] += seconds
         self._samples = state_dict["samples"]
         self._peak_memory = state_dict["peak_memory"]
         self._last_log = self._sums()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All before this was preparation: towers, features, loaders."""
-        self._end_lap("preparation")
+        self.stopwatch.lap("preparation")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Between epochs lie checkpoints, pictures and logs."""
-        self._end_lap("other")
+        self.stopwatch.lap("other")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """All since the last batch was waiting for this one."""
-        self._end_lap("waiting_for_data")
+        self.stopwatch.lap("waiting_for_data")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log throughput and the share of time spent waiting for data."""
-        self._end_lap("training")
+        self.stopwatch.lap("optimiser")
         self._samples += len(batch["image_id"]) * trainer.world_size
         if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
             now = self._sums()
             since = {name: now[name] - self._last_log[name] for name in now}
-            seconds = max(since["waiting_for_data"] + since["training"], 1e-9)
+            seconds = max(since["waiting_for_data"] + since["step"], 1e-9)
             pl_module.log("train/samples_per_second", since["samples"] / seconds)
             pl_module.log("train/data_wait_share", since["waiting_for_data"] / seconds)
             self._last_log = now
@@ -173,11 +175,11 @@ class RunRecorder(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What comes now is evaluation."""
-        self._end_lap("other")
+        self.stopwatch.lap("other")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of the best epoch."""
-        self._end_lap("evaluation")
+        self.stopwatch.lap("evaluation")
         if trainer.sanity_checking:
             return
         self._note_memory()
@@ -204,24 +206,24 @@ class RunRecorder(Callback):
             self._memory_noted = time.perf_counter()
             self._peak_memory = max(self._peak_memory, _memory_of_processes())
 
-    def _end_lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part] += now - self._lap_began
-        self._lap_began = now
-
     def _sums(self) -> dict[str, float]:
-        return {"samples": self._samples} | {n: self.seconds[n] for n in ("waiting_for_data", "training")}
+        return {
+            "samples": self._samples,
+            "waiting_for_data": self.stopwatch.seconds["waiting_for_data"],
+            "step": self.stopwatch.step_seconds,
+        }
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        self._end_lap("other")
+        self.stopwatch.lap("other")
         data: Any = getattr(trainer, "datamodule", None)
-        training = self.seconds["training"] + self.seconds["waiting_for_data"]
+        seconds = self.stopwatch.seconds
+        training = seconds["waiting_for_data"] + self.stopwatch.step_seconds
         record = {
             **self.metrics,
-            "seconds": round(sum(self.seconds.values()), 1),
-            **{f"seconds_{part}": round(seconds, 1) for part, seconds in self.seconds.items()},
+            "seconds": round(sum(seconds.values()), 1),
+            **{f"seconds_{part}": round(spent, 1) for part, spent in seconds.items()},
             "samples_per_second": round(self._samples / max(training, 1e-9), 1),
             "peak_memory_bytes": self._peak_memory,
             "data_digest": data.digest if data else "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,13 +38,33 @@ class Tower(nn.Module):
         return self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode; what is frozen stays in eval mode, and so do batch norms beside adapters."""
+        """Set training mode; what is frozen stays in eval mode, and so do batch norms with fixed weights."""
         super().train(mode and not self.frozen)
-        if self.adapted:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and (self.adapted or _is_fixed(module)):
+                module.eval()
         return self
+
+    def layers(self) -> dict[str, int]:
+        """For each parameter the number of its layer, 0 next to the input."""
+        raise NotImplementedError
+
+    def compile_backbone(self) -> None:
+        """Let torch.compile make the backbone faster; where it cannot, say so and go on without."""
+        self.backbone.compile()
+
+    def run_backbone(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's output."""
+        try:
+            return self.backbone(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self.backbone._compiled_call_impl = None  # undoes compile()
+            warnings.warn(
+                f"--model.compile: torch.compile failed on the {type(self).__name__} and is left out: "
+                f"{first_line(error)}",
+                stacklevel=2,
+            )
+            return self.backbone(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Called for each module by whichever `load_state_dict`; other weights have another digest."""
@@ -67,6 +88,10 @@ class Tower(nn.Module):
         if not self.adapted:
             return state
         return {name.replace(".base_layer.", "."): state[name] for name in state if ".lora_" not in name}
+
+
+def _is_fixed(norm: _BatchNorm) -> bool:
+    return norm.weight is not None and not norm.weight.requires_grad
 
 
 def pypi_folder(package: str) -> Path:

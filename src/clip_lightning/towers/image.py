@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
-from timm.models import load_state_dict
+from timm.models import group_parameters, load_state_dict
 from timm.models._hub import load_model_config_from_path, load_state_dict_from_path
 from torch import Tensor, nn
 
@@ -58,7 +58,13 @@ class ImageTower(Tower):
         scale = 255.0 if pixel_values.dtype == torch.uint8 else 1.0
         pixels = (pixel_values.to(self.mean.dtype) / scale - self.mean) / self.std
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.backbone(pixels.contiguous(memory_format=torch.channels_last))
+            return self.run_backbone(pixels.contiguous(memory_format=torch.channels_last))
+
+    def layers(self) -> dict[str, int]:
+        """For each parameter the number of its layer, 0 next to the input, as timm groups them."""
+        backbone: Any = self.backbone
+        groups = group_parameters(backbone, backbone.group_matcher(coarse=False))
+        return {f"backbone.{name}": layer for layer, names in groups.items() for name in names}
 
     @classmethod
     def from_name(cls, name: str, image_size: int | None = None) -> ImageTower:

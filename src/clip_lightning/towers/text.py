@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,15 +62,28 @@ class TextTower(Tower):
             if len(input_ids) <= size:
                 return self._pooled(input_ids, attention_mask)
             lengths, order = attention_mask.sum(dim=1).sort()
-            ends = lengths[size - 1 :: size].tolist() + lengths[-1:].tolist()
+            longest = torch.stack([group[-1] for group in lengths.split(size)]).clamp(min=1).tolist()
             groups = [
-                self._pooled(input_ids[rows, : max(1, end)], attention_mask[rows, : max(1, end)])
-                for rows, end in zip(order.split(size), ends, strict=False)
+                self._pooled(input_ids[rows, :length], attention_mask[rows, :length])
+                for rows, length in zip(order.split(size), longest, strict=True)
             ]
             return torch.cat(groups)[order.argsort()]
 
+    def layers(self) -> dict[str, int]:
+        """For each parameter the number of its layer, 0 next to the input.
+
+        Transformers numbers them in the names; what comes before the first number is layer 0, what belongs to
+        none and comes later (a last norm, a pooler) is of the top layer.
+        """
+        layers, top = {}, 0
+        for name, _ in self.named_parameters():
+            number = re.search(r"\.(\d+)\.", name)
+            top = int(number[1]) + 1 if number else top
+            layers[name] = top
+        return layers
+
     def _pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        output = self.run_backbone(input_ids=input_ids, attention_mask=attention_mask)
         if self.pooling == "pooler":
             return output.pooler_output
         hidden = output.last_hidden_state
