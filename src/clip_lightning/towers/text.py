@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,7 +156,6 @@ class Tokenize:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._digest = ""
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -172,11 +172,12 @@ class Tokenize:
         return {"input_ids": ids, "attention_mask": mask}
 
     def digest(self) -> str:
-        """SHA-256 (hex) over everything that decides which tokens a text becomes; computed once."""
-        self._digest = self._digest or self._compute_digest()
-        return self._digest
+        """SHA-256 (hex) over everything that decides which tokens a text becomes."""
+        return hashlib.sha256(f"{self._rules} {self.max_length}".encode()).hexdigest()
 
-    def _compute_digest(self) -> str:
+    @cached_property
+    def _rules(self) -> str:
+        """Digest of the tokenizer; its vocabulary takes a tenth of a second to write down."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         rules = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
         settings = {
@@ -184,7 +185,6 @@ class Tokenize:
             # the last call's padding and truncation are kept among the rules
             "rules": {key: value for key, value in rules.items() if key not in ("padding", "truncation")},
             "special": {key: str(token) for key, token in self.tokenizer.special_tokens_map.items()},
-            "max_length": self.max_length,
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -66,7 +66,8 @@ def draw_predictions(rows: Sequence[PredictionRow], path: Path, title: str) -> N
         _draw_row(canvas, row, lines, top)
         top += height
     buffer = BytesIO()
-    canvas.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # 10 % larger, three times as fast
+    # a tenth larger than Pillow's own choice, in a third of the time
+    canvas.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     write_atomically(path, buffer.getvalue())
 
 
