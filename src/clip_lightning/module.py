@@ -13,22 +13,24 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from clip_lightning.build import Heads, build_from_bundle, build_from_names
 from clip_lightning.data.transforms import ImageTransform
 from clip_lightning.errors import UserError
+from clip_lightning.evaluation.collect import EmbeddingCollector
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
 from clip_lightning.extract import Extractor, cache_frozen_towers
-from clip_lightning.gradcache import SMALLEST, encode_in_micro_batches, largest_micro_batch
+from clip_lightning.gradcache import encode_in_micro_batches
 from clip_lightning.lora import LoRAConfig, adapter_state
 from clip_lightning.losses import ContrastiveLoss, InfoNCE
-from clip_lightning.model import CLIP, Freeze, HeadKind
+from clip_lightning.micro_batch import SMALLEST, largest_for_batch
+from clip_lightning.model import Freeze, HeadKind
 from clip_lightning.optim import OptimizerConfig, freeze_lower_layers, param_groups, warmup_cosine
 from clip_lightning.timing import Stopwatch
-from clip_lightning.towers import ImageTower, TextTower, Tokenize, Tower
+from clip_lightning.towers import Tokenize, Tower
 
 Batch = dict[str, Any]
 
@@ -48,6 +50,7 @@ class CLIPModule(LightningModule):
         text_tower: str | None = None,
         init_from: str | None = None,
         freeze: Freeze = "both",
+        fix_statistics: bool = False,
         lora: LoRAConfig | None = None,
         embed_dim: int = 512,
         head: HeadKind = "linear",
@@ -70,6 +73,8 @@ class CLIPModule(LightningModule):
             init_from: a bundle (folder or Hugging Face hub id) to start from, with its towers, heads, scale,
                 image size and longest text, in place of the options that name them.
             freeze: the towers whose weights stay as they are.
+            fix_statistics: whether batch norms of a trained image tower keep the statistics that they came
+                with, and use them in training too; for pretrained towers.
             lora: small matrices to train beside the layers of towers whose own weights stay as they are.
             embed_dim: width of the shared embedding.
             head: `linear`, or `mlp` with one residual block.
@@ -90,25 +95,17 @@ class CLIPModule(LightningModule):
         self.micro_batch_size: int | Literal["auto"] | None = micro_batch_size
         self.loss = loss or InfoNCE()
         self.optimizer = optimizer
-        if init_from is not None:
-            self.clip = CLIP.from_pretrained(init_from).train()
-            _check_bundle(self.clip, init_from, image_tower, text_tower, self.loss)
-            _check_sizes(self.clip, init_from, image_size, max_length)
-        elif image_tower is None or text_tower is None:
-            raise UserError(
-                "no towers: give --model.image_tower and --model.text_tower, or --model.init_from"
-            )
+        sizes = {"image_size": image_size, "max_length": max_length}
+        if init_from is None:
+            heads = Heads(embed_dim, head, dropout)
+            self.clip = build_from_names(image_tower, text_tower, heads=heads, loss=self.loss, **sizes)
         else:
-            self.clip = CLIP(
-                ImageTower.from_name(image_tower, image_size),
-                TextTower.from_name(text_tower, max_length),
-                embed_dim=embed_dim,
-                head=head,
-                dropout=dropout,
-                init_scale=self.loss.init_scale,
-                init_bias=self.loss.init_bias,
+            self.clip = build_from_bundle(
+                init_from, image_tower=image_tower, text_tower=text_tower, loss=self.loss, **sizes
             )
         self.clip.freeze(freeze)
+        if fix_statistics:
+            self.clip.image_tower.fix_statistics()
         self.lora = lora
         if lora is not None:
             self.clip.add_lora(lora)
@@ -118,7 +115,7 @@ class CLIPModule(LightningModule):
             if not tower.frozen:
                 tower.compile_backbone()
         self.validation_embeddings: Embeddings | None = None
-        self._parts: list[Batch] = []
+        self._collector = EmbeddingCollector()
 
     @property
     def transform(self) -> ImageTransform:
@@ -169,11 +166,11 @@ class CLIPModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted validation has left."""
-        self._parts = []
+        self._collector.clear()
 
     def on_test_epoch_start(self) -> None:
         """Forget what an interrupted test has left."""
-        self._parts = []
+        self._collector.clear()
 
     def on_validation_epoch_end(self) -> None:
         """Score retrieval over the whole split, logged under `val/`."""
@@ -304,25 +301,10 @@ class CLIPModule(LightningModule):
 
     def _largest_micro_batch(self, batch: Batch) -> int | None:
         """What all ranks have memory for, with rows like this batch's and the longest captions."""
-        clip = self.clip
-        parts: list[tuple[Callable[..., Tensor], list[Tensor]]] = []
-        if not clip.image_tower.frozen:
-            parts.append((clip.encode_image, [batch["pixel_values"]]))
-        if not clip.text_tower.frozen:
-            longer = clip.tokenize.max_length - batch["input_ids"].shape[1]
-            tokens = [F.pad(batch[name], (0, longer)) for name in ("input_ids", "attention_mask")]
-            parts.append((clip.encode_text, tokens))
-        if not parts:
+        found = largest_for_batch(self.clip, batch, self.trainer.num_devices)
+        if found is None:
             return None
-        trained = [p for p in self.parameters() if p.requires_grad]
-        rows = max(len(inputs[0]) for _, inputs in parts)
-        size = largest_micro_batch(
-            lambda size: torch.cat([encode(*(x[:size] for x in inputs)) for encode, inputs in parts]),
-            rows,
-            clip,
-            reserve=3 * sum(p.nbytes for p in trained),  # their gradients and AdamW's moments
-            ranks=self.trainer.num_devices,
-        )
+        size, rows = found
         size = int(self.trainer.strategy.reduce(torch.tensor(size, device=self.device), reduce_op="min"))
         if size == 0:
             raise UserError(
@@ -342,15 +324,10 @@ class CLIPModule(LightningModule):
     def _collect(self, batch: Batch) -> None:
         if len(batch["image_id"]) == 0:  # every picture of the batch was broken
             return
-        image, text = self._encode(batch)
-        part = {"image": image, "text": text} | {
-            k: batch[k] for k in ("image_id", "text_image_id", "text_id")
-        }
-        self._parts.append({name: tensor.cpu() for name, tensor in part.items()})
+        self._collector.add(*self._encode(batch), batch)
 
     def _score(self, stage: str) -> None:
-        parts, self._parts = self._parts, []
-        embeddings = _join(self._gather_parts(parts))
+        embeddings = self._collector.join(self.trainer.world_size)
         if embeddings is None or self.trainer.sanity_checking:
             return
         self.validation_embeddings = embeddings
@@ -360,75 +337,7 @@ class CLIPModule(LightningModule):
         # equal on all ranks already; sync_dist only spares Lightning's advice
         self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
-    def _gather_parts(self, parts: list[Batch]) -> list[Batch]:
-        """The collected parts of all ranks; they may differ in length, so each travels as an object."""
-        if self.trainer.world_size == 1:
-            return parts
-        everyone: list[list[Batch]] = [[] for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather_object(everyone, parts)
-        return [part for rank in everyone for part in rank]
-
-
-def _check_bundle(
-    clip: CLIP, bundle: str, image_tower: str | None, text_tower: str | None, loss: ContrastiveLoss
-) -> None:
-    """Refuse options that contradict the bundle to start from."""
-    named = {"image_tower": (image_tower, clip.image_tower), "text_tower": (text_tower, clip.text_tower)}
-    for option, (name, tower) in named.items():
-        if name is not None and name != tower.spec["name"]:
-            raise UserError(
-                f"--model.{option} {name} is not the tower of --model.init_from {bundle}, which is "
-                f"{tower.spec['name']}; leave the option out"
-            )
-    if (loss.init_bias is None) != (clip.logit_bias is None):
-        raise UserError(
-            f"--model.init_from {bundle} was trained {'with' if clip.logit_bias is not None else 'without'} "
-            f"a bias and does not fit {type(loss).__name__}; choose another --model.loss"
-        )
-
-
-def _check_sizes(clip: CLIP, bundle: str, image_size: int | None, max_length: int | None) -> None:
-    """Refuse another image size or longest text than the bundle's."""
-    if image_size is not None and clip.transform.size != (image_size, image_size):
-        raise UserError(
-            f"--data.image_size {image_size} is not that of --model.init_from {bundle}, which is "
-            f"{clip.transform.size[0]}; leave the option out"
-        )
-    if max_length is not None and max_length != clip.tokenize.max_length:
-        raise UserError(
-            f"--model.max_length {max_length} is not that of --model.init_from {bundle}, which is "
-            f"{clip.tokenize.max_length}; leave the option out"
-        )
-
 
 def _autocast_dtype(precision: str) -> torch.dtype | None:
     """What Lightning's `precision` makes of a frozen tower's forward pass."""
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-
-
-def _join(parts: list[Batch]) -> Embeddings | None:
-    """One row for each picture and each caption, in the order of the split.
-
-    Samplers pad the ranks to equal length by repeating pictures; the repeats are dropped here, so that
-    nothing counts twice.
-    """
-    if not parts:
-        return None
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    image_id, image_rows = _first_of_each(joined["image_id"])
-    text_id, text_rows = _first_of_each(joined["text_id"])
-    return Embeddings(
-        image=joined["image"][image_rows],
-        text=joined["text"][text_rows],
-        image_id=image_id,
-        text_image_id=joined["text_image_id"][text_rows],
-        text_id=text_id,
-    )
-
-
-def _first_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The different ids (K,) in ascending order, and for each the first row that has it."""
-    unique, inverse = torch.unique(ids, sorted=True, return_inverse=True)
-    rows = torch.full((len(unique),), len(ids), dtype=torch.long)
-    rows.scatter_reduce_(0, inverse, torch.arange(len(ids)), reduce="amin")
-    return unique, rows

@@ -21,6 +21,7 @@ class Tower(nn.Module):
     Attributes:
         frozen: whether nothing of the tower is trained.
         adapted: whether adapters beside its fixed weights are (`lora.py`).
+        fixed_statistics: whether batch norms normalise in training as in evaluation.
     """
 
     width: int
@@ -28,6 +29,7 @@ class Tower(nn.Module):
     backbone: nn.Module
     frozen = False
     adapted = False
+    fixed_statistics = False
     _frozen_digest: str | None = None
 
     def freeze(self) -> Self:
@@ -40,10 +42,16 @@ class Tower(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set training mode; what is frozen stays in eval mode, and so do batch norms with fixed weights."""
         super().train(mode and not self.frozen)
+        fixed = self.adapted or self.fixed_statistics
         for module in self.modules():
-            if isinstance(module, _BatchNorm) and (self.adapted or _is_fixed(module)):
+            if isinstance(module, _BatchNorm) and (fixed or _is_fixed(module)):
                 module.eval()
         return self
+
+    def fix_statistics(self) -> None:
+        """Let batch norms keep their statistics, and normalise by them in training too."""
+        self.fixed_statistics = True
+        self.train(self.training)
 
     def layers(self) -> dict[str, int]:
         """For each parameter the number of its layer, 0 next to the input."""

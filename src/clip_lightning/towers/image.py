@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from clip_lightning.data.transforms import ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.towers.base import Tower, first_line, pypi_folder
+from clip_lightning.towers.depthwise import DepthwiseBackwardInFloat32
 
 IMAGE_POOLINGS = {"cls": "token", "avg": "avg", "max": "max", "avgmax": "avgmax", "map": "map"}
 PYPI_IMAGE_TOWERS = {
@@ -57,7 +58,8 @@ class ImageTower(Tower):
         """Features (B, width) of `pixel_values` (B, 3, H, W), uint8 or float in 0..1."""
         scale = 255.0 if pixel_values.dtype == torch.uint8 else 1.0
         pixels = (pixel_values.to(self.mean.dtype) / scale - self.mean) / self.std
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        trained = torch.is_grad_enabled() and not self.frozen
+        with torch.set_grad_enabled(trained), DepthwiseBackwardInFloat32():
             return self.run_backbone(pixels.contiguous(memory_format=torch.channels_last))
 
     def layers(self) -> dict[str, int]:
