@@ -218,13 +218,10 @@ def main() -> None:
     for name, change in study.changes.items():
         if args.only and name not in args.only:
             continue
-        began = time.perf_counter()
-        runs = [train(root, study.baseline | change, seed) for seed in range(args.seeds)]
-        rows[name] = {
-            "settings": study.baseline | change,
-            "runs": runs,
-            "seconds": time.perf_counter() - began,
-        }
+        began, settings = time.perf_counter(), study.baseline | change
+        runs = [train(root, settings | {"start": start}, seed) for seed in range(args.seeds)]
+        settings["start"] = start and START
+        rows[name] = {"settings": settings, "runs": runs, "seconds": time.perf_counter() - began}
         print(name, summary(runs), flush=True)
         write(rows, args)
 
