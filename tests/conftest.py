@@ -14,13 +14,16 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
 if TYPE_CHECKING:
+    from wandb_server import WandbServer
+
     from clip_lightning.model import CLIP
     from clip_lightning.module import CLIPModule
 
@@ -147,3 +150,31 @@ def make_module(bert: Path) -> Callable[..., CLIPModule]:
         return CLIPModule(**{**tiny, "image_size": 32, **options})
 
     return make
+
+
+@pytest.fixture
+def wandb_server(tmp_path: Path) -> Iterator[WandbServer]:
+    """A W&B server, which the SDK of this process and of its children uses, online, with folders of its own.
+
+    At the end, everything that the SDK asked for must have been answered.
+    """
+    from wandb_server import WandbServer
+
+    def end_session() -> None:
+        """The SDK keeps the settings that it started with until then."""
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].teardown()
+
+    kinds = ("DIR", "CACHE_DIR", "DATA_DIR", "CONFIG_DIR", "ARTIFACT_DIR")
+    folders = {f"WANDB_{kind}": str(tmp_path / "wandb" / kind.lower()) for kind in kinds}
+    for folder in folders.values():
+        Path(folder).mkdir(parents=True)
+    with WandbServer() as server, mock.patch.dict(os.environ, server.environment() | folders):
+        end_session()
+        try:
+            yield server
+        finally:
+            server.recover()
+            end_session()
+    assert not server.unknown, "the W&B server does not know these"
+    assert not server.failures

@@ -1,0 +1,358 @@
+"""What the W&B test server remembers: runs, artifacts and sweeps. Knows nothing of HTTP or GraphQL."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import operator
+import random
+import re
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+Key = tuple[str, str, str]
+"""Entity, project and the name of a run, a collection or a sweep."""
+
+
+class Refused(Exception):
+    """A client asked for what cannot be; it is told the reason."""
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def node_id(kind: str, *parts: object) -> str:
+    """An id that the SDK can decode: base64."""
+    return b64encode(":".join([kind, *map(str, parts)]).encode()).decode()
+
+
+def md5(content: bytes) -> str:
+    """The checksum as W&B writes it: base64."""
+    return b64encode(hashlib.md5(content).digest()).decode()
+
+
+@dataclass(eq=False)
+class Run:
+    key: Key
+    display_name: str
+    history: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    output: list[str] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    raw_config: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    sweep: str | None = None
+    state: str = "running"
+    """running, then finished or failed. Nobody declares a silent run crashed; a test may set it."""
+    exit_code: int | None = None
+    alerts: list[dict[str, Any]] = field(default_factory=list)
+    stop_requested: bool = False
+    """Set it to stop the run as the button on W&B's page does."""
+    created_at: str = field(default_factory=now)
+
+    @property
+    def id(self) -> str:
+        return self.key[2]
+
+    @property
+    def node_id(self) -> str:
+        return node_id("Run", *self.key)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the user put there."""
+        return {name: entry["value"] for name, entry in self.raw_config.items() if name != "_wandb"}
+
+    def sampled(self, keys: list[str], samples: int) -> list[dict[str, Any]]:
+        """At most `samples` lines of the history that have all of `keys`, evenly spaced."""
+        rows = [{key: row[key] for key in keys} for row in self.history if all(key in row for key in keys)]
+        return rows[:: max(1, math.ceil(len(rows) / samples))]
+
+    def get(self, path: str) -> Any:
+        """The value that a filter or an order of the public API names: "state", "config.lr.value"."""
+        name, _, rest = path.partition(".")
+        if name not in ("config", "summary_metrics"):
+            columns = {"name": "id", "createdAt": "created_at", "displayName": "display_name"}
+            return getattr(self, columns.get(name, name.replace("jobType", "job_type")))
+        value: Any = self.config if name == "config" else self.summary
+        rest = rest.removesuffix(".value")
+        for part in [rest] if rest in value else rest.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def matches(self, filters: dict[str, Any]) -> bool:
+        """Whether the run passes the public API's filters, which are MongoDB's."""
+        return all(self._meets(name, condition) for name, condition in filters.items())
+
+    def _meets(self, name: str, condition: Any) -> bool:
+        if name in ("$and", "$or"):
+            return (all if name == "$and" else any)(map(self.matches, condition))
+        if not (isinstance(condition, dict) and all(key.startswith("$") for key in condition)):
+            condition = {"$eq": condition}
+        value = self.get(name)
+        values = value if isinstance(value, list) else [value]
+        for sign, wanted in condition.items():
+            compare = CONDITIONS[NEGATED.get(sign, sign)]
+            if any(compare(value, wanted) for value in values) == (sign in NEGATED):
+                return False
+        return True
+
+
+NEGATED = {"$ne": "$eq", "$nin": "$in"}
+CONDITIONS: dict[str, Callable[[Any, Any], bool]] = {
+    "$eq": operator.eq,
+    "$in": lambda value, wanted: value in wanted,
+    "$gt": lambda value, wanted: value is not None and value > wanted,
+    "$gte": lambda value, wanted: value is not None and value >= wanted,
+    "$lt": lambda value, wanted: value is not None and value < wanted,
+    "$lte": lambda value, wanted: value is not None and value <= wanted,
+    "$regex": lambda value, wanted: re.search(wanted, str(value)) is not None,
+    "$exists": lambda value, wanted: (value is not None) == wanted,
+}
+
+
+@dataclass(eq=False)
+class Artifact:
+    """One version. It belongs to the collection that it was logged to; links put it into others as well."""
+
+    home: Collection
+    digest: str
+    number: int
+    """Among all artifacts of the server; `version` counts within the collection."""
+    client_id: str | None
+    description: str | None
+    metadata: dict[str, Any]
+    wanted_aliases: list[str]
+    logged_by: Key | None
+    history_step: int | None
+    tags: list[str] = field(default_factory=list)
+    used_by: list[Key] = field(default_factory=list)
+    committed: bool = False
+    manifest: dict[str, Any] = field(default_factory=dict)
+    created_at: str = field(default_factory=now)
+
+    @property
+    def id(self) -> str:
+        return node_id("Artifact", self.number)
+
+    @property
+    def version(self) -> int | None:
+        return self.home.versions.index(self) if self.committed else None
+
+    @property
+    def aliases(self) -> list[str]:
+        return self.home.aliases_of(self)
+
+    @property
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """Path -> digest, size and, for a reference, "ref"."""
+        return self.manifest.get("contents", {})
+
+
+@dataclass(eq=False)
+class Collection:
+    """The versions under one name: a sequence, which runs log to, or a portfolio, which one links to."""
+
+    key: Key
+    type: str
+    portfolio: bool
+    client_id: str | None = None
+    versions: list[Artifact] = field(default_factory=list)
+    alias_owners: dict[str, Artifact] = field(default_factory=dict)
+    created_at: str = field(default_factory=now)
+
+    @property
+    def id(self) -> str:
+        return node_id("ArtifactCollection", *self.key)
+
+    def add(self, artifact: Artifact, aliases: list[str]) -> None:
+        """Take a version in, unless it is there, and move `latest` and `aliases` to it."""
+        if artifact not in self.versions:
+            self.versions.append(artifact)
+        self.alias_owners |= dict.fromkeys(["latest", *aliases], artifact)
+
+    def find(self, alias: str) -> Artifact | None:
+        """The version called latest, best, v3."""
+        if re.fullmatch(r"v\d+", alias):
+            return next(iter(self.versions[int(alias[1:]) :]), None)
+        return self.alias_owners.get(alias)
+
+    def aliases_of(self, artifact: Artifact) -> list[str]:
+        return [alias for alias, owner in self.alias_owners.items() if owner is artifact]
+
+
+@dataclass(eq=False)
+class Sweep:
+    key: Key
+    config: dict[str, Any]
+    state: str = "RUNNING"
+    runs: list[str] = field(default_factory=list)
+    """Ids of the runs that agents were told to start, in order."""
+    created_at: str = field(default_factory=now)
+
+    def __post_init__(self) -> None:
+        self._suggestions = suggestions(self.config)
+
+    @property
+    def id(self) -> str:
+        return self.key[2]
+
+    @property
+    def node_id(self) -> str:
+        return node_id("Sweep", *self.key)
+
+    @property
+    def expected_runs(self) -> int | None:
+        if self.config["method"] == "grid":
+            return sum(1 for _ in suggestions(self.config))
+        return self.config.get("run_cap")
+
+    def next_run(self) -> dict[str, Any] | None:
+        """The command that starts the next run; None when there are no more."""
+        values = next(self._suggestions, None) if self.state == "RUNNING" else None
+        if values is None:
+            return None
+        self.runs.append(f"{self.id}-{len(self.runs)}")
+        arguments = {name: {"value": value} for name, value in values.items()}
+        return {
+            "type": "run",
+            "run_id": self.runs[-1],
+            "program": self.config.get("program"),
+            "args": arguments,
+        }
+
+
+def suggestions(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parameters of one run after another. `bayes` is answered like `random`: nothing is modelled."""
+    space = {"parameters": config["parameters"]}
+    if config["method"] == "grid":
+        every: Iterator[dict[str, Any]] = iter(choices(space))
+    else:
+        generator = random.Random(0)
+        every = (draw(space, generator) for _ in itertools.count())
+    return itertools.islice(every, config.get("run_cap"))
+
+
+def choices(spec: dict[str, Any]) -> list[Any]:
+    """Every value of a parameter."""
+    if "parameters" in spec:
+        nested = spec["parameters"]
+        combinations = itertools.product(*map(choices, nested.values()))
+        return [dict(zip(nested, values, strict=True)) for values in combinations]
+    if "value" in spec:
+        return [spec["value"]]
+    if "values" in spec:
+        return list(spec["values"])
+    if spec.get("distribution") == "int_uniform":
+        return list(range(spec["min"], spec["max"] + 1))
+    raise Refused(f"a grid needs values: {spec}")
+
+
+def draw(spec: dict[str, Any], generator: random.Random) -> Any:
+    """One value of a parameter."""
+    if "parameters" in spec:
+        return {name: draw(inner, generator) for name, inner in spec["parameters"].items()}
+    if "value" in spec or "values" in spec:
+        return generator.choices(choices(spec), spec.get("probabilities"))[0]
+    name = spec.get("distribution", "uniform")
+    kind = name.removeprefix("q_")
+    if kind == "int_uniform":
+        return generator.randint(spec["min"], spec["max"])
+    if kind in ("normal", "log_normal"):
+        value = generator.gauss(spec.get("mu", 0.0), spec.get("sigma", 1.0))
+    elif kind == "log_uniform_values":
+        value = generator.uniform(math.log(spec["min"]), math.log(spec["max"]))
+    elif kind in ("uniform", "log_uniform"):
+        value = generator.uniform(spec["min"], spec["max"])
+    else:
+        raise Refused(f"the test server does not know the distribution {name}")
+    value = math.exp(value) if kind.startswith("log_") else value
+    step = spec.get("q", 1)
+    return round(value / step) * step if name.startswith("q_") else value
+
+
+class Store:
+    """Everything that was sent, under the names that W&B uses."""
+
+    def __init__(self) -> None:
+        self.runs: dict[Key, Run] = {}
+        self.collections: dict[Key, Collection] = {}
+        self.artifacts: list[Artifact] = []
+        self.sweeps: dict[Key, Sweep] = {}
+        self.agents: list[Sweep] = []
+        """The sweep that each agent works for."""
+        self.blobs: dict[str, bytes] = {}
+        """The contents of artifacts, and their manifests, by the path they were uploaded to."""
+
+    def has_project(self, entity: str, project: str) -> bool:
+        keys = (*self.runs, *self.collections, *self.sweeps)
+        return any(key[:2] == (entity, project) for key in keys)
+
+    def folder(self, path: str) -> tuple[dict[str, bytes], str]:
+        """Where a file is kept, and its name there: among those of its run, or among the blobs."""
+        if path.startswith("runs/"):
+            _, entity, project, run, name = path.split("/", 4)
+            return self.runs[entity, project, run].files, name
+        return self.blobs, path
+
+    def collection(self, key: Key, type: str, *, portfolio: bool = False) -> Collection:
+        """The collection, made now if it is new."""
+        collection = self.collections.setdefault(key, Collection(key, type, portfolio))
+        if (collection.type, collection.portfolio) != (type, portfolio):
+            raise Refused(f"{'/'.join(key)} is a collection of another kind, of type {collection.type}")
+        return collection
+
+    def create_artifact(self, home: Collection, digest: str, **fields: Any) -> Artifact:
+        """A version that waits for its files; or the one of the same content, given the aliases."""
+        for artifact in home.versions:
+            if artifact.digest == digest:
+                home.add(artifact, fields["wanted_aliases"])
+                return artifact
+        self.artifacts.append(Artifact(home, digest, number=len(self.artifacts), **fields))
+        return self.artifacts[-1]
+
+    def commit(self, artifact: Artifact) -> None:
+        """Make a version visible, provided that everything in it was uploaded."""
+        artifact.manifest = json.loads(self.blobs[manifest_path(artifact)])
+        for path, entry in artifact.contents.items():
+            if "ref" not in entry and content_path(entry["digest"]) not in self.blobs:
+                raise Refused(f"{artifact.home.key} was committed without the contents of {path}")
+        artifact.committed = True
+        artifact.home.add(artifact, artifact.wanted_aliases)
+
+    def artifact(self, name: str) -> Artifact:
+        """The version called entity/project/collection:alias, or of this id, be it a client's."""
+        path, _, alias = name.partition(":")
+        if path.count("/") == 2:
+            found = self.collections[tuple(path.split("/"))].find(alias or "latest")
+        else:
+            found = next((one for one in self.artifacts if name in (one.id, one.client_id)), None)
+        if found is None:
+            raise Refused(f"there is no artifact {name}")
+        return found
+
+    def create_sweep(self, entity: str, project: str, config: str) -> Sweep:
+        sweep = Sweep((entity, project, f"sweep{len(self.sweeps):03}"), yaml.safe_load(config))
+        self.sweeps[sweep.key] = sweep
+        return sweep
+
+
+def content_path(digest: str) -> str:
+    """Where the contents of an artifact's file lie: equal contents are kept once."""
+    return f"contents/{digest.replace('/', '_')}"
+
+
+def manifest_path(artifact: Artifact) -> str:
+    return f"manifests/{artifact.number}"
