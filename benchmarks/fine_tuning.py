@@ -166,8 +166,7 @@ def write(rates: dict[str, list[float]], flops: float, device: str, args: argpar
     lines = [
         f"# Full fine-tuning, {args.towers} towers",
         "",
-        f"{head['date']}, {head['machine']}; "
-        + ", ".join(f"{name} {number}" for name, number in head["versions"].items()),
+        report.provenance(head),
         "",
         f"Both towers trained, batches of {args.batch} photographs of Flickr8k with a caption each, loader",
         f"workers; steps {args.skip + 1} to {args.steps} of each run, medians of {rounds} rounds",

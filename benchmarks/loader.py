@@ -125,8 +125,7 @@ def write(rows: list[dict], args: argparse.Namespace) -> None:
     lines = [
         "# Decoding and transforming, one core",
         "",
-        f"{header['date']}, {header['machine']}, one thread; "
-        + ", ".join(f"{name} {number}" for name, number in header["versions"].items()),
+        report.provenance(header, ", one thread"),
         "",
         f"To {args.size} px. Pictures a second of CPU time, medians of {args.rounds} interleaved rounds",
         "(lowest to highest); the ratio is the median of the rounds' ratios. Difference: mean absolute",

@@ -19,6 +19,12 @@ def header(*packages: str, **settings: Any) -> dict[str, Any]:
     return {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions, **settings}
 
 
+def provenance(head: dict[str, Any], more: str = "") -> str:
+    """The header as a line: date, machine, whatever else there is to say of the run, versions."""
+    versions = ", ".join(f"{name} {number}" for name, number in head["versions"].items())
+    return f"{head['date']}, {head['machine']}{more}; {versions}"
+
+
 def machine() -> str:
     """The processor's name and the number of its cores."""
     info = Path("/proc/cpuinfo")

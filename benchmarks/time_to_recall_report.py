@@ -22,8 +22,7 @@ def add(new: dict[str, Any], order: list[str], note: str, out: Path) -> None:
     lines = [
         "# Time to recall",
         "",
-        f"{head['date']}, {head['machine']}; "
-        + ", ".join(f"{name} {number}" for name, number in head["versions"].items()),
+        report.provenance(head),
         "",
         "EfficientNet-Lite0 × MiniLM-L6 on Flickr8k; from the start of the process to the first weights that",
         "reach the target on dev (1,000 pictures × 5 captions). Evaluation is on our clock alone.",

@@ -53,9 +53,9 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "cli":                 "tuning",
     # {losses, gradcache, optim, features, evaluation} ← module
     "losses":              "model module tracking recorder cli tuning",
-    "gradcache":           "model build module tracking recorder cli tuning",
-    "micro_batch":         "build module tracking recorder cli tuning",
-    "build":               "module tracking recorder cli tuning",
+    "gradcache":           "model init_from module tracking recorder cli tuning",
+    "micro_batch":         "init_from module tracking recorder cli tuning",
+    "init_from":           "module tracking recorder cli tuning",
     "timing":              "module tracking recorder cli tuning",
     "optim":               "module tracking recorder cli tuning",
     "towers.base":         "towers.image towers.text",

@@ -17,20 +17,20 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from clip_lightning.build import Heads, build_from_bundle, build_from_names
 from clip_lightning.data.transforms import ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.collect import EmbeddingCollector
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
 from clip_lightning.extract import Extractor, cache_frozen_towers
 from clip_lightning.gradcache import encode_in_micro_batches
+from clip_lightning.init_from import load_to_train
 from clip_lightning.lora import LoRAConfig, adapter_state
 from clip_lightning.losses import ContrastiveLoss, InfoNCE
 from clip_lightning.micro_batch import SMALLEST, largest_for_batch
-from clip_lightning.model import Freeze, HeadKind
+from clip_lightning.model import CLIP, Freeze, HeadKind
 from clip_lightning.optim import OptimizerConfig, freeze_lower_layers, param_groups, warmup_cosine
 from clip_lightning.timing import Stopwatch
-from clip_lightning.towers import Tokenize, Tower
+from clip_lightning.towers import ImageTower, TextTower, Tokenize, Tower
 
 Batch = dict[str, Any]
 
@@ -95,13 +95,28 @@ class CLIPModule(LightningModule):
         self.micro_batch_size: int | Literal["auto"] | None = micro_batch_size
         self.loss = loss or InfoNCE()
         self.optimizer = optimizer
-        sizes = {"image_size": image_size, "max_length": max_length}
-        if init_from is None:
-            heads = Heads(embed_dim, head, dropout)
-            self.clip = build_from_names(image_tower, text_tower, heads=heads, loss=self.loss, **sizes)
+        if init_from is not None:
+            self.clip = load_to_train(
+                init_from,
+                image_tower=image_tower,
+                text_tower=text_tower,
+                loss=self.loss,
+                image_size=image_size,
+                max_length=max_length,
+            )
+        elif image_tower is None or text_tower is None:
+            raise UserError(
+                "no towers: give --model.image_tower and --model.text_tower, or --model.init_from"
+            )
         else:
-            self.clip = build_from_bundle(
-                init_from, image_tower=image_tower, text_tower=text_tower, loss=self.loss, **sizes
+            self.clip = CLIP(
+                ImageTower.from_name(image_tower, image_size),
+                TextTower.from_name(text_tower, max_length),
+                embed_dim=embed_dim,
+                head=head,
+                dropout=dropout,
+                init_scale=self.loss.init_scale,
+                init_bias=self.loss.init_bias,
             )
         self.clip.freeze(freeze)
         if fix_statistics:

@@ -1,7 +1,7 @@
-"""Depthwise convolutions on the CPU under bf16: backwards in fp32, which is 2 to 20 times as fast.
+"""Depthwise convolutions on the CPU under bf16: backwards in fp32, which is up to 20 times as fast.
 
-oneDNN has fast bf16 kernels for their forward pass, but for most shapes none for the gradients, and falls
-back on reference code: two thirds of a training step of EfficientNet-Lite0 (docs/log.md).
+Their forward pass is faster in bf16; their gradients, for nearly all shapes that we tried, much slower: two
+thirds of a training step of EfficientNet-Lite0 with torch 2.15 (docs/log.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class DepthwiseBackwardInFloat32(TorchFunctionMode):
     """Within this context, `conv2d` of one channel a group computes its gradients in fp32.
 
     Only on the CPU, under bf16 autocast, and where gradients are wanted; all else stays as it is. The results
-    of the forward pass are the same; gradients differ by less than bf16 rounds off.
+    of the forward pass are the same.
     """
 
     def __torch_function__(

@@ -1,58 +1,13 @@
-"""The model that a training starts from: two towers by name with fresh heads, or a bundle."""
+"""`--model.init_from`: a bundle to go on training, and options that would contradict it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from clip_lightning.errors import UserError
 from clip_lightning.losses import ContrastiveLoss
-from clip_lightning.model import CLIP, HeadKind
-from clip_lightning.towers import ImageTower, TextTower
+from clip_lightning.model import CLIP
 
 
-@dataclass(frozen=True)
-class Heads:
-    """What the projections of a new model are.
-
-    Attributes:
-        embed_dim: width of the shared embedding.
-        kind: `linear`, or `mlp` with one residual block.
-        dropout: share of features (linear) or hidden units (mlp) dropped in training.
-    """
-
-    embed_dim: int
-    kind: HeadKind
-    dropout: float
-
-
-def build_from_names(
-    image_tower: str | None,
-    text_tower: str | None,
-    *,
-    heads: Heads,
-    loss: ContrastiveLoss,
-    image_size: int | None,
-    max_length: int | None,
-) -> CLIP:
-    """Pretrained towers, fresh heads, and the scale and bias that the loss starts from.
-
-    Raises:
-        UserError: a name is missing or wrong, or a tower cannot have these sizes.
-    """
-    if image_tower is None or text_tower is None:
-        raise UserError("no towers: give --model.image_tower and --model.text_tower, or --model.init_from")
-    return CLIP(
-        ImageTower.from_name(image_tower, image_size),
-        TextTower.from_name(text_tower, max_length),
-        embed_dim=heads.embed_dim,
-        head=heads.kind,
-        dropout=heads.dropout,
-        init_scale=loss.init_scale,
-        init_bias=loss.init_bias,
-    )
-
-
-def build_from_bundle(
+def load_to_train(
     bundle: str,
     *,
     image_tower: str | None,
