@@ -7,13 +7,14 @@ process that the parent notes.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,43 +50,70 @@ class Recorder:
         draft.rename(self.folder / f"{self.steps:06d}.pt")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Process:
-    """A finished process: when it began, the seconds it ran, whether it was cut off."""
+    """A process under our clock, which stands still while it is stopped.
+
+    SIGUSR1 to the benchmark stops the running process and all its children, SIGUSR2 lets them go on, so that
+    somebody can use the machine in between.
+    """
 
     began: float
-    seconds: float
-    capped: bool
+    seconds: float = 0.0
+    capped: bool = False
+    pauses: list[list[float]] = field(default_factory=list)
+
+    def at(self, moment: float) -> float:
+        """Seconds of the process's running until `moment` (seconds since the epoch)."""
+        paused = sum(max(0.0, min(end, moment) - start) for start, end in self.pauses)
+        return moment - self.began - paused
+
+    def stop(self, group: int) -> None:
+        """Stop every process of the group."""
+        os.killpg(group, signal.SIGSTOP)
+        self.pauses.append([time.time(), math.inf])
+
+    def go_on(self, group: int) -> None:
+        """Let a stopped group run again."""
+        if self.pauses and self.pauses[-1][1] == math.inf:
+            self.pauses[-1][1] = time.time()
+            os.killpg(group, signal.SIGCONT)
 
 
 def run_capped(words: list[str], log: Path, cap: float | None = None, **environment: str) -> Process:
-    """Run a command with its output in `log`; after `cap` seconds it and its children are ended.
+    """Run a command with its output in `log`; after `cap` seconds of running it and its children are ended.
 
     Raises:
         SystemExit: it failed by itself.
     """
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(HERE)}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child is ended with this process
-    began = time.time()
+    process = Process(time.time())
     with log.open("w") as output:
         child = subprocess.Popen(
             words, stdout=output, stderr=subprocess.STDOUT, env=env | environment, start_new_session=True
         )
+        signal.signal(signal.SIGUSR1, lambda *_: process.stop(child.pid))
+        signal.signal(signal.SIGUSR2, lambda *_: process.go_on(child.pid))
         try:
-            status = child.wait(cap)
-        except subprocess.TimeoutExpired:
-            status = None
+            while (status := child.poll()) is None and (cap is None or process.at(time.time()) < cap):
+                time.sleep(0.05)
         finally:
+            for number in (signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)
+            process.seconds = process.at(time.time())
             if child.poll() is None:
                 _end(child)
     if status:
         lines = log.read_text(errors="replace").splitlines()[-15:]
         raise SystemExit("\n".join([*lines, f"failed with status {status}: {' '.join(words)}"]))
-    return Process(began, time.time() - began, status is None)
+    process.capped = status is None
+    return process
 
 
 def _end(child: subprocess.Popen[Any]) -> None:
     os.killpg(child.pid, signal.SIGTERM)
+    os.killpg(child.pid, signal.SIGCONT)  # it may have been stopped
     try:
         child.wait(20)
     except subprocess.TimeoutExpired:
@@ -93,10 +121,10 @@ def _end(child: subprocess.Popen[Any]) -> None:
         child.wait()
 
 
-def step_times(folder: Path) -> list[float]:
-    """When each step ended."""
+def step_times(folder: Path, process: Process) -> list[float]:
+    """When each step ended, in seconds of the process's running."""
     file = folder / "steps.txt"
-    return [float(line) for line in file.read_text().split()] if file.exists() else []
+    return [process.at(float(line)) for line in file.read_text().split()] if file.exists() else []
 
 
 def steps_per_second(times: list[float], skip: int) -> float:

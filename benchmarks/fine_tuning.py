@@ -25,7 +25,7 @@ from pathlib import Path
 import open_clip_trainer
 import report
 import torch
-from clock import python, run_capped, step_times, steps_per_second
+from clock import Process, python, run_capped, step_times, steps_per_second
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_lightning import CaptionDataModule, CLIPModule
@@ -42,7 +42,7 @@ PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 TYPICAL_TOKENS = 16
 
 
-def ours(args: argparse.Namespace, folder: Path, *flags: str) -> None:
+def ours(args: argparse.Namespace, folder: Path, *flags: str) -> Process:
     """`clip-lightning fit`."""
     image, text = args.names
     options = {
@@ -64,10 +64,10 @@ def ours(args: argparse.Namespace, folder: Path, *flags: str) -> None:
         "trainer.callbacks.folder": folder / "record",
     }
     words = [f"--{name}={value}" for name, value in options.items()]
-    run_capped([sys.executable, "-m", "clip_lightning", "fit", *words, *flags], folder / "log")
+    return run_capped([sys.executable, "-m", "clip_lightning", "fit", *words, *flags], folder / "log")
 
 
-def open_clip(args: argparse.Namespace, folder: Path, flags: list[str], **environment: str) -> None:
+def open_clip(args: argparse.Namespace, folder: Path, flags: list[str], **environment: str) -> Process:
     """open_clip's trainer with these flags, and what its process finds in its environment."""
     image, text = args.names
     clip = CLIP(ImageTower.from_name(image), TextTower.from_name(text), embed_dim=512)
@@ -79,10 +79,10 @@ def open_clip(args: argparse.Namespace, folder: Path, flags: list[str], **enviro
     own = open_clip_trainer.words(model, rows, folder)
     own += ["--batch-size", str(args.batch), "--epochs", "1", *flags]
     command = python("open_clip_trainer.py", "--record", folder / "record", *own)
-    run_capped(command, folder / "log", **environment)
+    return run_capped(command, folder / "log", **environment)
 
 
-def ways(device: str) -> dict[str, partial[None]]:
+def ways(device: str) -> dict[str, partial[Process]]:
     """Name → how it is run, given the arguments and a folder."""
     best = [*BEST_FLAGS, "--workers", str(WORKERS[device])]
     fp32 = ["--precision", "fp32"]
@@ -97,8 +97,8 @@ def ways(device: str) -> dict[str, partial[None]]:
     return found
 
 
-def _ours_compiled(args: argparse.Namespace, folder: Path) -> None:
-    ours(args, folder, "--model.compile=true")
+def _ours_compiled(args: argparse.Namespace, folder: Path) -> Process:
+    return ours(args, folder, "--model.compile=true")
 
 
 def tower_names(size: str, folder: Path) -> tuple[str, str]:
@@ -148,8 +148,8 @@ def main() -> None:
         for number in range(args.rounds):
             for name in rates:
                 with tempfile.TemporaryDirectory(dir=work) as folder:
-                    chosen[name](args, Path(folder))
-                    steps = step_times(Path(folder, "record"))
+                    process = chosen[name](args, Path(folder))
+                    steps = step_times(Path(folder, "record"), process)
                 rates[name].append(args.batch * steps_per_second(steps, args.skip))
                 print(f"round {number + 1}, {name}: {rates[name][-1]:.1f}", flush=True)
             write(rates, flops, device, args)

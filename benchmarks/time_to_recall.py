@@ -6,7 +6,9 @@
 Each arm is a process of its own on an idle machine, with the same towers (EfficientNet-Lite0, MiniLM-L6). The
 clock starts with the process. Ours includes its own validations; the others store their weights at intervals
 and are scored afterwards, off the clock, by the same code (plain view, 1,000 pictures × 5 captions, bf16). An
-arm that is not done after the cap is ended. The first weights that reach the target count.
+arm that is not done after the cap is ended. The first weights that reach the target count. To use the machine
+in between, stop the running arm with SIGUSR1 to this process, and let it go on with SIGUSR2: the clock stands
+still meanwhile.
 
 Writes Markdown and JSON into benchmarks/results after every arm, into the file of the same day if it exists.
 """
@@ -45,8 +47,8 @@ from clip_lightning.model import CLIP
 WARM_RUNS = 3
 CHECKPOINTS = 22  # of an arm that runs until the cap
 # Chosen with --search, see its result in benchmarks/results.
-LEARNING_RATE = 3e-4
-SEARCHED, SEARCH_STEPS = (1e-4, 3e-4, 1e-3), 100
+LEARNING_RATE = 1e-3
+SEARCHED, SEARCH_STEPS = (1e-4, 3e-4, 1e-3, 3e-3), 100
 BATCH, WARMUP = 256, 0.1
 # Of open_clip's flags those that make it faster here; it has none for channels_last.
 BEST = [
@@ -102,7 +104,7 @@ def fit(bench: Bench, cache: Path, cap: float | None) -> dict[str, Any]:
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     curve = [
         (
-            line["time"] - process.began,
+            process.at(line["time"]),
             line["metrics"][f"val/{GOAL}"],
             line["metrics"]["val/image_to_text_R@1"],
         )
@@ -143,9 +145,9 @@ def planned_steps(bench: Bench, flags: list[str]) -> int:
     folder = Path(tempfile.mkdtemp(dir=bench.work))
     open_clip_trainer.write_rows(folder / "rows.csv", bench.dev.train, BATCH * 20)
     process = open_clip(bench, folder, [*flags, "--warmup", "1", "--epochs", "1"], None)
-    times = step_times(folder / "record")
+    times = step_times(folder / "record", process)
     # the first step is slow where it compiles, the last ones find batches that were read meanwhile
-    start, rate = times[0] - process.began, steps_per_second(times, 4)
+    start, rate = times[0], steps_per_second(times, 4)
     shutil.rmtree(folder)
     return max(10, int((0.95 * bench.cap - start) * rate))
 
@@ -192,10 +194,10 @@ def scored(
     for file in sorted((folder / "record").glob("*.pt")):
         stored = torch.load(file, map_location="cpu", weights_only=True)
         load(clip, stored["state"])
-        curve.append((stored["time"] - process.began, *bench.dev.score(clip)))
+        curve.append((process.at(stored["time"]), *bench.dev.score(clip)))
         print(f"  {curve[-1][0]:.0f} s, step {stored['step']}: {curve[-1][1]:.1f}", flush=True)
     row = result(bench, process, curve, folder / "record")
-    row["samples_per_second"] = batch * steps_per_second(step_times(folder / "record"), 4)
+    row["samples_per_second"] = batch * steps_per_second(step_times(folder / "record", process), 4)
     shutil.rmtree(folder)
     return row
 
@@ -204,7 +206,7 @@ def result(
     bench: Bench, process: Process, curve: list[tuple[float, float, float]], record: Path
 ) -> dict[str, Any]:
     """What is kept of every arm."""
-    times = step_times(record)
+    times = step_times(record, process)
     return {
         "ran": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(process.began)),
         "cap": bench.cap,
@@ -213,7 +215,8 @@ def result(
         "reached": max((recall for _, recall, _ in curve), default=None),
         "process_seconds": process.seconds,
         "capped": process.capped,
-        "first_step": times[0] - process.began if times else None,
+        "paused_seconds": sum(end - start for start, end in process.pauses),
+        "first_step": times[0] if times else None,
         "steps": len(times),
         "curve": [[round(value, 2) for value in point] for point in curve],
     }

@@ -1,4 +1,4 @@
-"""The words of the command line: packaged configurations by name, and complaints in one plain line."""
+"""The words of the command line: functions as commands, packaged configurations, one-line complaints."""
 
 from __future__ import annotations
 
@@ -6,12 +6,45 @@ import difflib
 import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
 
 from clip_lightning.errors import UserError
+
+
+class PlainErrors:
+    """For parsers: whole option names only, and complaints of one line with status 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and leave with status 2."""
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        complain(parser, message)
+
+
+class Parser(PlainErrors, jsonargparse.ArgumentParser):
+    """The parser of commands that are typed functions."""
+
+
+def run_functions(functions: Any, words: list[str], *, positional: bool = False) -> None:
+    """Call the function, or the one that the second word names, with what the words say.
+
+    Args:
+        functions: a command, or its subcommands by name; their signatures and docstrings are the help.
+        words: of the command line, the command first; `--json` needs no value.
+        positional: whether parameters without a default are given without their names.
+    """
+    jsonargparse.auto_cli(
+        functions,
+        args=["--json=true" if word == "--json" else word for word in words[1:]],
+        prog=f"clip-lightning {words[0]}",
+        as_positional=positional,
+        parser_class=Parser,
+    )
 
 
 def complain(parser: jsonargparse.ArgumentParser, message: str) -> NoReturn:

@@ -5,34 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, auto_cli
-
-from clip_lightning.arguments import complain
+from clip_lightning.arguments import run_functions
 from clip_lightning.features import CacheEntry, FeatureCache, default_cache
-
-
-class Parser(ArgumentParser):
-    """Takes whole option names only; its complaints are one line."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and leave with status 2."""
-        complain(getattr(ex, "subcommand_parser", None) or self, message)
 
 
 def run(args: list[str]) -> None:
     """Run `cache` with the words of the command line."""
-    auto_cli(
-        {"list": list_entries, "prune": prune},
-        args=["--json=true" if word == "--json" else word for word in args[1:]],
-        prog="clip-lightning cache",
-        as_positional=False,
-        parser_class=Parser,
-    )
+    run_functions({"list": list_entries, "prune": prune}, args)
 
 
 def list_entries(folder: Path | None = None, json: bool = False) -> None:

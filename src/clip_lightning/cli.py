@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import transformers
 from jsonargparse import Namespace
@@ -18,12 +20,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from clip_lightning.arguments import complain, named_configs, with_logger_folder
+from clip_lightning.arguments import PlainErrors, named_configs, with_logger_folder
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.module import CLIPModule
 from clip_lightning.recorder import MONITOR, BestCheckpoint, GracefulStop, RunRecorder, SaveConfig
 from clip_lightning.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
+from clip_lightning.tracking.logger import finished_run
 from clip_lightning.tracking.tables import PredictionTable
 
 TRAINER_DEFAULTS = {
@@ -51,15 +54,8 @@ QUIET = (
 )
 
 
-class Parser(LightningArgumentParser):
-    """LightningCLI's parser; it takes whole option names only, and its complaints are one line."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and leave with status 2."""
-        complain(getattr(ex, "subcommand_parser", None) or self, message)
+class Parser(PlainErrors, LightningArgumentParser):
+    """LightningCLI's parser, with our complaints."""
 
 
 class ProgressBar(RichProgressBar):
@@ -76,10 +72,29 @@ class ProgressBar(RichProgressBar):
 
 
 class RunCLI(LightningCLI):
-    """Builds model, data and trainer from the command line and gives the run its folder."""
+    """Builds model, data and trainer from the command line and gives the run its folder.
+
+    Args:
+        words: the command line, the command first.
+        callbacks: of the caller's own, beside those of every run.
+    """
 
     run_folder: Path
     config_to_save: str
+
+    def __init__(self, words: list[str], callbacks: Sequence[Callback] = ()) -> None:
+        self.callers_callbacks = callbacks
+        super().__init__(
+            CLIPModule,
+            CaptionDataModule,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=Parser,
+            args=with_logger_folder(named_configs(words)),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -162,7 +177,7 @@ class RunCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        config["callbacks"] = [*given, *self._own_callbacks(config)]
+        config["callbacks"] = [*given, *self._own_callbacks(config), *self.callers_callbacks]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, ModuleNotFoundError) as error:  # an accelerator or strategy that is not there
@@ -254,6 +269,35 @@ def run(args: list[str]) -> None:
     Raises:
         UserError: what was asked for cannot be done.
     """
+    _run(args, ())
+
+
+def fit(words: list[str], callbacks: Sequence[Callback] = ()) -> Path:
+    """Train once within this process, as `clip-lightning fit` with these words does.
+
+    Stdout stays the caller's own: what the run prints goes to stderr. A W&B run that it began is finished.
+
+    Args:
+        words: the options of `fit`.
+        callbacks: of the caller's own, beside those of every run.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: what was asked for cannot be done.
+        KeyboardInterrupt: Ctrl-C, after the run was saved.
+    """
+    with contextlib.redirect_stdout(sys.stderr), finished_run():
+        try:
+            return _run(["fit", *words], callbacks).run_folder
+        except SystemExit as stop:  # how Lightning ends after Ctrl-C
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from stop
+            raise
+
+
+def _run(words: list[str], callbacks: Sequence[Callback]) -> RunCLI:
     transformers.utils.logging.disable_progress_bar()  # of loading weights, over in a blink
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers tokenise, one core each
     # Lightning's news of accelerators that are not there, and its advertisement; warnings stay
@@ -261,16 +305,6 @@ def run(args: list[str]) -> None:
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     try:
-        RunCLI(
-            CLIPModule,
-            CaptionDataModule,
-            save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            parser_class=Parser,
-            args=with_logger_folder(named_configs(args)),
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        return RunCLI(words, callbacks)
     except MisconfigurationException as error:  # Lightning's word for what its options cannot do
         raise UserError(str(error)) from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -70,6 +71,24 @@ class RunLogger(WandbLogger):
             if goal is not None:
                 self.experiment.define_metric(name, step_metric="trainer/global_step", summary=goal)
         super().log_metrics(metrics, step)
+
+
+@contextlib.contextmanager
+def finished_run() -> Iterator[None]:
+    """At the end, the W&B run that was begun within is finished, so that the next one is another."""
+    try:
+        yield
+    except BaseException:
+        _finish(exit_code=1)
+        raise
+    _finish(exit_code=0)
+
+
+def _finish(exit_code: int) -> None:
+    import wandb
+
+    if wandb.run is not None:
+        wandb.finish(exit_code)
 
 
 _our_data_dir: str | None = None
