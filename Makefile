@@ -11,11 +11,11 @@ DEV := $(VENV)/.installed-dev
 # -qq hides warnings, not errors.
 INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
 
-.PHONY: help quickstart test check clean
+.PHONY: help quickstart test test-faults check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo "Everything is installed into $(VENV) (choose with VENV=...), with $(PYTHON) (choose with PYTHON=...)."
 
 quickstart: $(QUICKSTART)  ## train a small CLIP on drawn scenes, in minutes, on a CPU
@@ -23,6 +23,9 @@ quickstart: $(QUICKSTART)  ## train a small CLIP on drawn scenes, in minutes, on
 
 test: $(DEV)  ## run the tests (PYTEST_ARGS="-k losses" chooses among them)
 	$(VENV)/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+test-faults: $(DEV)  ## run the tests that break things, for minutes
+	$(VENV)/bin/pytest -m faults $(PYTEST_ARGS)
 
 check: $(DEV)  ## lint, formatting, types
 	$(VENV)/bin/ruff check

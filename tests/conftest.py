@@ -169,8 +169,8 @@ def wandb_server(tmp_path: Path) -> Iterator[WandbServer]:
     folders = {f"WANDB_{kind}": str(tmp_path / "wandb" / kind.lower()) for kind in kinds}
     for folder in folders.values():
         Path(folder).mkdir(parents=True)
+    end_session()  # before the environment is kept, which names the session's service
     with WandbServer() as server, mock.patch.dict(os.environ, server.environment() | folders):
-        end_session()
         try:
             yield server
         finally:

@@ -173,7 +173,8 @@ def test_the_bundle_is_the_best_epoch(finished: Path) -> None:
 
 def test_predictions_can_be_looked_at(finished: Path) -> None:
     pictures = sorted(file.name for file in (finished / "predictions").glob("*.png"))
-    assert pictures == ["epoch=00.png", "epoch=01.png"]
+    grids = [f"epoch=0{n}{kind}.png" for n in (0, 1) for kind in ("-captions", "")]
+    assert pictures == [*grids, "misses.png", "recall-history.png", "recall.png", "similarities.png"]
     assert "<html" in (finished / "predictions.html").read_text().lower()
 
 
@@ -471,7 +472,7 @@ def wrong(says: str, *more: str, **options: Any) -> Wrong:
 WRONG: dict[str, Wrong] = {
     "no such folder": wrong(r"no folder or file /nowhere; give .* --data\.root", data__root="/nowhere"),
     "empty folder": wrong(r"FILES/empty holds no picture .* check --data\.root", data__root="FILES/empty"),
-    "no data": wrong(r"give --data\.root FOLDER, or --data\.dataset scenes", data__root=...),
+    "no data": wrong(r"give --data\.root FOLDER, .* or --data\.dataset scenes", data__root=...),
     "no caption column": wrong(
         r"no caption column: found image, remark, expected one of caption, .*--data\.root",
         data__root="FILES/remarks.csv",
@@ -615,7 +616,7 @@ def test_a_mistake_is_one_line(
 
 
 COMMANDS = {
-    "unknown command": (["fitt"], r"unknown command 'fitt'; .*fit, validate, test, cache"),
+    "unknown command": (["fitt"], r"unknown command 'fitt'; .*fit, validate, test, data, .*cache"),
     "no options": (["fit"], r"give --model\.image_tower and --model\.text_tower"),
     "no word for the config": (["fit", "--config"], r"--config: expected one argument"),
     "cache alone": (["cache"], r"list,prune"),

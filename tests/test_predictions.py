@@ -1,4 +1,4 @@
-"""The prediction rows show the right pictures, whatever is missing and in whatever order."""
+"""The rows show the right pictures and sentences, whatever is missing and in whatever order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from torch.nn.functional import normalize, one_hot
 
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
-from clip_lightning.tracking.predictions import Prediction, choose_queries, prediction_rows
+from clip_lightning.tracking.predictions import (
+    FoundCaption,
+    Prediction,
+    choose_pictures,
+    choose_queries,
+    picture_rows,
+    prediction_rows,
+)
 
 COUNTS = [1, 5, 0, 2, 7, 3]
 
@@ -102,12 +109,13 @@ def test_identical_pictures_count_as_one() -> None:
 def test_disagreement_is_an_error_not_a_wrong_picture() -> None:
     images, whole = records([2, 2]), perfect([2, 2])
     shifted = Embeddings(whole.image, whole.text, whole.image_id, whole.text_image_id.flip(0), whole.text_id)
-    with pytest.raises(ValueError, match="caption row 1 is of picture 0, but the embeddings say 1"):
-        prediction_rows(shifted, images, range(2), [1], k=1)
+    for rows in (prediction_rows, picture_rows):
+        with pytest.raises(ValueError, match="caption row 0 is of picture 0, but the embeddings say 1"):
+            rows(shifted, images, range(2), [1], k=1)
+        with pytest.raises(ValueError, match="k must be"):
+            rows(whole, images, range(2), [1], k=0)
     with pytest.raises(ValueError, match="outside the split's 4 captions"):
         prediction_rows(whole, images, range(2), [4], k=1)
-    with pytest.raises(ValueError, match="k must be"):
-        prediction_rows(whole, images, range(2), [1], k=0)
 
 
 def test_queries_are_fixed_spread_and_one_a_picture() -> None:
@@ -120,3 +128,67 @@ def test_queries_are_fixed_spread_and_one_a_picture() -> None:
     assert {picture // 100 for picture in pictures} == {0, 1, 2, 3}
     assert len(choose_queries(images, 1000, seed=0)) == 300
     assert choose_queries(records([0, 0]), 4, seed=0) == choose_queries([], 4, seed=0) == []
+    assert choose_pictures(images, 16, seed=3) == pictures
+    assert choose_pictures([], 4, seed=0) == []
+
+
+def test_each_picture_gets_its_own_captions() -> None:
+    images, whole = records(COUNTS), perfect(COUNTS)
+    rows = picture_rows(whole, images, range(6), range(6), k=4)
+    assert [row.image_id for row in rows] == [0, 1, 3, 4, 5]  # nobody wrote anything for picture 2
+    for row in rows:
+        assert (row.path, row.own) == (images[row.image_id].path, images[row.image_id].captions)
+        assert (row.rank, row.hit, row.candidates) == (1, True, 18)
+        own = min(COUNTS[row.image_id], 4)
+        assert row.predictions[:own] == tuple(FoundCaption(text, 1.0, right=True) for text in row.own[:own])
+        assert not any(found.right for found in row.predictions[own:])
+
+
+def test_missing_captions_and_another_order_move_nothing_of_the_pictures() -> None:
+    images, whole = records(COUNTS), perfect(COUNTS)
+    part = taken(whole, [5, 0, 4, 3, 2], [17, 6, 0, 8, 3])  # captions of pictures 5, 3, 0, 4, 1
+    rows = picture_rows(part, images, range(6), range(6), k=2)
+    assert [(row.image_id, row.rank, row.candidates) for row in rows] == [
+        (0, 1, 5),
+        (3, 1, 5),
+        (4, 1, 5),
+        (5, 1, 5),
+    ]
+    assert [row.predictions[0].text for row in rows] == [
+        "picture 0 caption 0",
+        "picture 3 caption 0",
+        "picture 4 caption 0",
+        "picture 5 caption 2",
+    ]
+
+
+def test_rank_of_a_picture_is_that_of_the_metric_and_of_the_list() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = [3] * 40
+    exact = perfect(counts)
+    image = torch.randint(-1, 2, (40, 3), generator=generator).float()  # many exact ties
+    text = torch.randint(-1, 2, (120, 3), generator=generator).float()
+    noisy = Embeddings(image, text, exact.image_id, exact.text_image_id, exact.text_id)
+    _, ranks = retrieval_ranks(image, text, exact.text_image_id)
+    rows = picture_rows(noisy, records(counts), range(40), range(40), k=120)
+    assert [row.rank for row in rows] == ranks.tolist()
+    for row in rows:
+        assert next(n for n, found in enumerate(row.predictions, 1) if found.right) == row.rank
+        assert len({found.text for found in row.predictions}) == 120
+        found = [found.similarity for found in row.predictions]
+        assert found == sorted(found, reverse=True)
+
+
+def test_the_captions_of_an_identical_picture_are_its_own() -> None:
+    images = records([1] * 4)
+    image = torch.eye(3)[[0, 1, 1, 2]]  # pictures 1 and 2 are the same file under two names
+    text = normalize(torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.9], [0.0, 0.9, 0.5], [0.0, 0.8, 0.6]]))
+    embeddings = Embeddings(image, text, torch.arange(4), torch.arange(4), torch.arange(4))
+    first, twin = picture_rows(embeddings, images, [0, 1, 1, 3], [1, 2], k=3)
+    assert first.predictions == twin.predictions
+    assert [(found.text[8], found.right) for found in first.predictions] == [
+        ("2", True),
+        ("3", False),
+        ("1", True),
+    ]
+    assert (first.rank, twin.rank, first.own, twin.own) == (1, 1, images[1].captions, images[2].captions)

@@ -11,6 +11,13 @@ COMMANDS = {
     "fit": ("clip_lightning.cli", "train a model, or go on with a run (--ckpt_path last)"),
     "validate": ("clip_lightning.cli", "score a checkpoint on the validation split"),
     "test": ("clip_lightning.cli", "score a checkpoint on the test split"),
+    "data": ("clip_lightning.data_commands", "upload captioned pictures as a W&B artifact"),
+    "compare": ("clip_lightning.compare", "rank finished runs, from their folders or a W&B project"),
+    "compare-backbones": (
+        "clip_lightning.compare",
+        "train every pair of image and text towers, and rank them",
+    ),
+    "sweep": ("clip_lightning.tuning", "search hyperparameters as a W&B sweep file says"),
     "cache": ("clip_lightning.cache", "list or prune the cached features of frozen towers"),
 }
 _USAGE = """usage: clip-lightning COMMAND [options]

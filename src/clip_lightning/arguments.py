@@ -120,19 +120,27 @@ def with_logger_folder(args: list[str]) -> list[str]:
 
 
 def _config_path(name: str) -> str:
+    path = packaged_config(name)
+    try:
+        yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {name} is no YAML: {error}") from error
+    return path
+
+
+def packaged_config(name: str, kind: str = "") -> str:
+    """The file of this name, else the packaged configuration, of the kind whose folder is named.
+
+    Raises:
+        UserError: there is neither; names those that there are.
+    """
     if Path(name).is_file():
-        try:
-            yaml.safe_load(Path(name).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {name} is no YAML: {error}") from error
         return name
     here = Path(__file__).parent
-    folders = [folder for folder in (here / "configs", here.parents[1] / "configs") if folder.is_dir()]
+    folders = [root / kind for root in (here / "configs", here.parents[1] / "configs")]
     for folder in folders:
         for file in (folder / name, folder / f"{name}.yaml"):
             if file.is_file():
                 return str(file)
-    known = sorted(
-        str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")
-    )
+    known = sorted(file.stem for folder in folders for file in folder.glob("*.yaml"))
     raise UserError(f"no configuration {name!r}: expected a file, or one of {', '.join(known)}")

@@ -7,10 +7,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import transformers
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,6 +27,8 @@ from clip_lightning.errors import UserError
 from clip_lightning.module import CLIPModule
 from clip_lightning.recorder import MONITOR, BestCheckpoint, GracefulStop, RunRecorder, SaveConfig
 from clip_lightning.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
+from clip_lightning.tracking.history import go_back, history_file
+from clip_lightning.tracking.lineage import Alerts, Lineage
 from clip_lightning.tracking.logger import finished_run
 from clip_lightning.tracking.tables import PredictionTable
 
@@ -156,6 +159,8 @@ class RunCLI(LightningCLI):
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace):
                 place_logger(logger, self.run_folder)
+        if resumed and checkpoint and checkpoint.name != "last.ckpt":
+            go_back(history_file(self.run_folder, self.run_folder.name))
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyperparameters from the checkpoint; ours are all in the configuration."""
@@ -194,6 +199,8 @@ class RunCLI(LightningCLI):
             *bar,
             SaveConfig(self.config_to_save, self.run_folder),
             RunRecorder(self.run_folder),
+            Lineage(self.run_folder),
+            Alerts(),
             GracefulStop(),
             # two policies: `last` is written at every epoch's end and when the run is interrupted
             BestCheckpoint(checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
@@ -269,7 +276,7 @@ def run(args: list[str]) -> None:
     Raises:
         UserError: what was asked for cannot be done.
     """
-    _run(args, ())
+    _run(args, (), RunCLI)
 
 
 def fit(words: list[str], callbacks: Sequence[Callback] = ()) -> Path:
@@ -288,16 +295,74 @@ def fit(words: list[str], callbacks: Sequence[Callback] = ()) -> Path:
         UserError: what was asked for cannot be done.
         KeyboardInterrupt: Ctrl-C, after the run was saved.
     """
-    with contextlib.redirect_stdout(sys.stderr), finished_run():
+    with contextlib.redirect_stdout(sys.stderr), finished_run(), _ranks_of_its_own(["fit", *words]):
         try:
-            return _run(["fit", *words], callbacks).run_folder
+            return _run(["fit", *words], callbacks, RunCLI).run_folder
         except SystemExit as stop:  # how Lightning ends after Ctrl-C
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from stop
             raise
 
 
-def _run(words: list[str], callbacks: Sequence[Callback]) -> RunCLI:
+# What Lightning leaves in the environment of the process that has started other ranks.
+_LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@contextlib.contextmanager
+def _ranks_of_its_own(words: list[str]) -> Iterator[None]:
+    """Ranks that Lightning starts within get these words; at the end, the next run can start its own."""
+    before = {name: os.environ.get(name) for name in _LAUNCHED}
+    given = sys.argv[1:]
+    sys.argv[1:] = words  # Lightning starts the program of this process again
+    try:
+        yield
+    finally:
+        sys.argv[1:] = given
+        if before["LOCAL_RANK"] is None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class Rehearsal(RunCLI):
+    """What `fit` makes of its words, without a run: the complete configuration, and the data."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is built before it is asked for."""
+
+    def after_instantiate_classes(self) -> None:
+        """There is no model yet."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+    def read_data(self, image_tower: str, text_tower: str) -> str:
+        """Build everything with these towers, which shows what else is wrong; the data's digest."""
+        config = self.config["fit"]
+        config.model.image_tower, config.model.text_tower = image_tower, text_tower
+        config.trainer.logger = False
+        super().instantiate_classes()
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        return str(self.datamodule.digest)
+
+
+def rehearse(words: list[str]) -> Rehearsal:
+    """Read the options of `fit` without running it.
+
+    Raises:
+        UserError: what was asked for cannot be done.
+    """
+    return _run(["fit", *words], (), Rehearsal)
+
+
+AnyCLI = TypeVar("AnyCLI", bound=RunCLI)
+
+
+def _run(words: list[str], callbacks: Sequence[Callback], kind: type[AnyCLI]) -> AnyCLI:
     transformers.utils.logging.disable_progress_bar()  # of loading weights, over in a blink
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers tokenise, one core each
     # Lightning's news of accelerators that are not there, and its advertisement; warnings stay
@@ -305,6 +370,6 @@ def _run(words: list[str], callbacks: Sequence[Callback]) -> RunCLI:
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     try:
-        return RunCLI(words, callbacks)
+        return kind(words, callbacks)
     except MisconfigurationException as error:  # Lightning's word for what its options cannot do
         raise UserError(str(error)) from error

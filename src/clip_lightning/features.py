@@ -141,6 +141,10 @@ class FeatureCache:
                 found.append(CacheEntry(manifest.parent, key, rows, size, manifest.stat().st_mtime))
         return sorted(found, key=lambda entry: -entry.last_used)
 
+    def used(self) -> list[CacheEntry]:
+        """The entries that this object has given."""
+        return [entry for entry in self.entries() if entry.path in self._in_use]
+
     def prune(self, budget_bytes: float, keep: set[Path] | None = None) -> list[CacheEntry]:
         """Remove the least recently used entries until the rest fits the budget, and say which."""
         removed, total = [], 0

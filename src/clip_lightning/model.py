@@ -268,7 +268,8 @@ class CLIP(nn.Module):
         """Load a bundle, in eval mode.
 
         Args:
-            name: a folder (no network is touched), or a Hugging Face hub id.
+            name: a folder (no network is touched), a Hugging Face hub id, or a W&B artifact as
+                `wandb:ENTITY/PROJECT/NAME:ALIAS`.
 
         Raises:
             UserError: no bundle there, a damaged one, or one whose tokenizer or transform does not belong to
@@ -276,7 +277,7 @@ class CLIP(nn.Module):
         """
         folder = Path(name)
         if not folder.is_dir():
-            folder = _download(str(name))
+            folder = _from_wandb(str(name)) if str(name).startswith("wandb:") else _download(str(name))
         weights, config_file = folder / "model.safetensors", folder / "config.json"
         if not weights.is_file() or not config_file.is_file():
             raise UserError(
@@ -355,6 +356,12 @@ def _replace_folder(draft: Path, folder: Path) -> None:
             raise
     finally:
         shutil.rmtree(attic)
+
+
+def _from_wandb(name: str) -> Path:
+    from clip_lightning.tracking.artifacts import ArtifactName, fetch
+
+    return fetch(ArtifactName.parse(name.removeprefix("wandb:"), "wandb:")).folder
 
 
 def _download(name: str) -> Path:

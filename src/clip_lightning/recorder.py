@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import clip_lightning
 from clip_lightning.files import write_atomically
 from clip_lightning.timing import Stopwatch
+from clip_lightning.tracking.costs import parameter_counts
 
 MONITOR = "val/rsum"
 MEMORY_SECONDS = 5
@@ -35,8 +37,9 @@ class GracefulStop(Callback):
         self._before: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over Ctrl-C."""
-        self._before = signal.signal(signal.SIGINT, self._ask)
+        """Take over Ctrl-C, which only the main thread may; W&B's agents train in another."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stop here if asked; after an epoch's last batch its validation comes first."""
@@ -101,6 +104,8 @@ class SaveConfig(Callback):
         (self.folder / "config.yaml").write_text(self.config)
         datamodule: Any = getattr(trainer, "datamodule", None)
         content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
+        if datamodule.fetched:
+            content["data_artifact"] = str(datamodule.fetched.name)
         for logger in trainer.loggers:
             logger.log_hyperparams(content)
 
@@ -226,7 +231,9 @@ class RunRecorder(Callback):
             **{f"seconds_{part}": round(spent, 1) for part, spent in seconds.items()},
             "samples_per_second": round(self._samples / max(training, 1e-9), 1),
             "peak_memory_bytes": self._peak_memory,
+            **parameter_counts(pl_module.clip),
             "data_digest": data.digest if data else "",
+            **({"data_artifact": str(data.fetched.name)} if data and data.fetched else {}),
             "version_clip_lightning": clip_lightning.__version__,
             **{f"version_{name}": importlib.metadata.version(name) for name in VERSIONED},
         }
@@ -238,7 +245,7 @@ class RunRecorder(Callback):
         metadata = {
             "metrics": self.metrics,
             "loss": type(pl_module.loss).__name__,
-            "training_data": {"dataset": data.dataset, "digest": data.digest} if data else {},
+            "training_data": _training_data(data) if data else {},
         }
         pl_module.clip.save_pretrained(
             self.folder / "model", weights=_best_weights(trainer, pl_module), metadata=metadata
@@ -248,6 +255,12 @@ class RunRecorder(Callback):
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write `content` as JSON, all or nothing."""
     write_atomically(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _training_data(data: Any) -> dict[str, str]:
+    """What a bundle says of the data it was trained on."""
+    said = {"dataset": data.dataset, "digest": data.digest}
+    return said | ({"artifact": str(data.fetched.name)} if data.fetched else {})
 
 
 def _best_weights(trainer: Trainer, pl_module: LightningModule) -> dict[str, torch.Tensor]:

@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 from clip_lightning.data.captions import CaptionedImage, content_groups, split_by_image
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
 from clip_lightning.data.formats import read_captions
+from clip_lightning.data.origin import find_origin
 from clip_lightning.data.sampler import EvalSampler, TrainSampler
-from clip_lightning.data.scenes import write_scenes
 from clip_lightning.data.transforms import Augmentation, ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.features import FeatureCache, Features, default_cache
+from clip_lightning.tracking.artifacts import Fetched, fetched
 
 DatasetName = Literal["auto", "flickr8k", "flickr30k", "captions", "folder", "scenes"]
-SCENES, SCENE_SIZE = 2500, 224
 EVAL_BATCH_SIZE = 64
 
 
@@ -37,6 +37,8 @@ class CaptionDataModule(LightningDataModule):
 
     Attributes:
         digest: SHA-256 of the data (names, captions, splits, file sizes); known after `setup`.
+        root: the folder or annotation file that is read; known after `setup`.
+        fetched: the version of the artifact that is used, if one is; known after `setup`.
         broken: path → reason, of pictures and rows that were left out so far.
     """
 
@@ -45,6 +47,12 @@ class CaptionDataModule(LightningDataModule):
         transform: ImageTransform,
         tokenize: Callable[[list[str]], dict[str, Tensor]],
         root: Path | str | None = None,
+        artifact: str | None = None,
+        hub: str | None = None,
+        hub_image: str | None = None,
+        hub_captions: str | None = None,
+        url: str | None = None,
+        sha256: str | None = None,
         dataset: DatasetName = "auto",
         batch_size: int = 256,
         num_workers: int | None = None,
@@ -66,6 +74,13 @@ class CaptionDataModule(LightningDataModule):
             transform: the image tower's.
             tokenize: the text tower's.
             root: folder or annotation file of the pictures and captions.
+            artifact: W&B artifact that holds such a folder, ENTITY/PROJECT/NAME:ALIAS; downloaded once a
+                machine, and again only where the alias means a version that is not there.
+            hub: Hugging Face data set, OWNER/NAME or OWNER/NAME:SUBSET@REVISION, or a local one.
+            hub_image: its column of pictures; by default told by type and name.
+            hub_captions: its column of captions, or several with commas between; by default told by name.
+            url: .zip or .tar(.gz|.bz2|.xz) that holds such a folder; https://, http:// or file://.
+            sha256: of that archive; required, `sha256sum FILE` prints it.
             dataset: how to read `root`; `auto` looks. `scenes` are drawn, into `root` or the cache folder.
             batch_size: pictures per rank and step.
             num_workers: loader processes per rank; by default the number of usable cores, at most 8.
@@ -90,8 +105,6 @@ class CaptionDataModule(LightningDataModule):
             raise UserError(f"--data.num_workers {num_workers}: expected 0 or more")
         if cache_gb < 0:
             raise UserError(f"--data.cache_gb {cache_gb:g}: expected 0 or more gigabytes")
-        if root is None and dataset != "scenes":
-            raise UserError("no data: give --data.root FOLDER, or --data.dataset scenes for drawn ones")
         if image_size is not None and transform.size != (image_size, image_size):
             raise UserError(
                 f"--data.image_size {image_size} is not the model's, which is {transform.size[0]}x"
@@ -99,9 +112,18 @@ class CaptionDataModule(LightningDataModule):
             )
         self.transform = transform
         self.tokenize = tokenize
-        self.root = (
-            Path(root) if root is not None else default_cache().with_name("scenes") / f"{SCENES}-{SCENE_SIZE}"
+        self.origin = find_origin(
+            root=None if root is None else Path(root),
+            scenes=dataset == "scenes",
+            artifact=artifact,
+            url=url,
+            sha256=sha256,
+            hub=hub,
+            hub_image=hub_image,
+            hub_captions=hub_captions,
         )
+        self.root = Path()
+        self.fetched: Fetched | None = None
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = usable_cores() if num_workers is None else num_workers
@@ -125,9 +147,9 @@ class CaptionDataModule(LightningDataModule):
         self._text_features: dict[str, Features] = {}
 
     def prepare_data(self) -> None:
-        """Draw the scenes, once a machine."""
-        if self.dataset == "scenes" and not self.root.exists():
-            write_scenes(self.root, SCENES, SCENE_SIZE, seed=0)
+        """Fetch or draw what is not on this machine, once."""
+        if not self._images:  # else it has been read, and a name may mean something newer by now
+            self.origin.fetch()
 
     def setup(self, stage: str | None = None) -> None:
         """Read and divide the captions; a second call changes nothing."""
@@ -139,7 +161,16 @@ class CaptionDataModule(LightningDataModule):
             )
         if self._images:
             return
+        self.root = self.origin.folder()
+        if self.origin.artifact is not None:
+            self.fetched = fetched(self.origin.artifact)
         captions = read_captions(self.root, "captions" if self.dataset == "scenes" else self.dataset)
+        said = self.fetched.metadata.get("captions_digest") if self.fetched else None
+        if self.fetched and said is not None and said != captions.digest():
+            raise UserError(
+                f"{self.root} is not what was uploaded as {self.fetched.name}: its captions or pictures have "
+                f"changed; remove it and {self.root.name}.json beside it, and it is downloaded again"
+            )
         self._images = split_by_image(
             captions, seed=self.split_seed, val_share=self.val_share, test_share=self.test_share
         )

@@ -27,8 +27,8 @@ _PICTURE_FOLDERS = (
     *("train2014", "val2014"),
 )
 _SPLIT_LISTS = {"train": "trainImages", "val": "devImages", "test": "testImages"}
-_SPLITS = {"train": "train", "restval": "train", "test": "test"}
-_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+SPLIT_WORDS = {"train": "train", "restval": "train", "test": "test"}
+SPLIT_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
 
 def read_captions(root: Path, dataset: str = "auto") -> CaptionSet:
@@ -121,12 +121,12 @@ def _group(
             if name:
                 captions.setdefault(name, [])
         if split and (word := split.strip().lower()):
-            if word not in _SPLITS:
+            if word not in SPLIT_WORDS:
                 raise UserError(
-                    f"{source} puts {name} in a split called {split!r}; expected {', '.join(_SPLITS)}; "
+                    f"{source} puts {name} in a split called {split!r}; expected {', '.join(SPLIT_WORDS)}; "
                     "correct it, or leave the column out and set --data.val_share"
                 )
-            _put(splits, name, _SPLITS[word])
+            _put(splits, name, SPLIT_WORDS[word])
     return captions, splits
 
 

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import netrc
+import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import urlparse
+from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-BEST = {"rsum": "max", "R@1": "max", "R@5": "max", "R@10": "max", "median_rank": "min", "mean_rank": "min"}
+from clip_lightning.tracking.account import has_api_key, stays_offline
+from clip_lightning.tracking.history import History, goal_of, history_file, mend_parts
+
+SYNC_SECONDS = FINISH_SECONDS = 600
+EARLIER_PART = "take the earlier part of the run, so that this part stays offline too,"
 
 
 class RunLogger(WandbLogger):
     """Lightning's WandbLogger, offline by itself when nobody is logged in, with the best values as summary.
+
+    W&B never ends a run: what it refuses is said once, and stays on disk. A resumed run, also one that was
+    done, gives W&B the rows that it lacks and repeats none: `wandb/history-ID.jsonl` has them all.
 
     Args:
         project: W&B project.
@@ -28,6 +38,9 @@ class RunLogger(WandbLogger):
         notes: a sentence about the run.
         offline: keep the run on disk, for `wandb sync` later; by default as WANDB_MODE or W&B's settings say,
             else only when no API key is configured. The modes `disabled` and `shared` stay whatever is given.
+        log_model: log the bundle of the best epoch and the last checkpoint as artifacts when the run ends.
+        model_name: name of the model's artifact; `model-` and the run's id if not given.
+        link_to: `wandb-registry-REGISTRY/COLLECTION` to link the model to.
         save_dir: where W&B's own folder is made.
         id: the run's id; the same id goes on with the same run.
     """
@@ -42,11 +55,15 @@ class RunLogger(WandbLogger):
         tags: list[str] | None = None,
         notes: str | None = None,
         offline: bool | None = None,
+        log_model: bool = True,
+        model_name: str | None = None,
+        link_to: str | None = None,
         save_dir: str | None = None,
         id: str | None = None,
     ) -> None:
-        folder = save_dir or "."
-        _set_data_dir(Path(folder, "wandb"))
+        self.logs_model, self.model_name, self.link_to = log_model, model_name, link_to
+        self._folder = Path(save_dir or ".")
+        _set_data_dir(self._folder / "wandb")
         super().__init__(
             project=project,
             entity=entity,
@@ -55,22 +72,117 @@ class RunLogger(WandbLogger):
             job_type=job_type,
             tags=tags,
             notes=notes,
-            save_dir=folder,
+            save_dir=str(self._folder),
             id=id,
-            **({"mode": "offline"} if _stays_offline(offline) else {}),
+            settings=_settings(),
+            **({"mode": "offline"} if stays_offline(offline) else {}),
         )
         self._wandb_init.pop("anonymous", None)  # W&B no longer knows it, and warns
         self._defined: set[str] = set()
+        self._history: History | None = None
+        self._failures: set[str] = set()
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, kept on disk where the server does not answer."""
+        if self._experiment is None:
+            earlier = mend_parts(self._folder, str(self._id)) if self._id else 0
+            if self._wandb_init.get("mode") != "offline" and not self._send_earlier_parts():
+                self._wandb_init["mode"] = "offline"
+            self._begin()
+            self._log_lost_rows(earlier)
+        return self._experiment
+
+    def _begin(self) -> None:
+        import wandb
+
+        try:
+            _ = super().experiment
+        except Exception as error:  # the SDK has a dozen kinds
+            if self._wandb_init.get("mode") == "offline":
+                raise
+            self._wandb_init["mode"] = "offline"
+            self.complain("start the run online", error)
+            wandb.teardown()  # or the run's id stays taken
+            _ = super().experiment
+
+    def _log_lost_rows(self, on_disk: int) -> None:
+        """Give a resumed run the rows that W&B has not: those logged just before it was killed."""
+        run: Any = self._experiment
+        if self._id is None or run.disabled:
+            return
+        self._history = History(history_file(self._folder, str(self._id)))
+        kept = on_disk if run.offline else run.starting_step
+        for step, metrics in itertools.islice(self._history.rows(), kept, None):
+            self._give({name: value for name, value in metrics.items() if value is not None}, step)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log, and let the run's summary show the best value of a recall or rank instead of the last."""
-        for name in set(metrics) - self._defined:
+        """Log; a step that was logged before the run was resumed is left out."""
+        self.log_row(metrics, step)
+
+    @rank_zero_only
+    def log_row(self, content: Mapping[str, Any], step: int | None = None) -> None:
+        """Log a row of metrics or tables, without `step=`: W&B drops rows whose step lies behind."""
+        try:
+            _ = self.experiment
+            if self._history is not None and step is not None:
+                content = self._history.new(content, step)
+            if content:
+                self._give(content, step)
+        except Exception as error:
+            self.complain("take metrics", error)
+
+    def _give(self, content: Mapping[str, Any], step: int | None) -> None:
+        """One row; of a recall or rank the run's summary shows the best value instead of the last."""
+        run: Any = self._experiment
+        for name in set(content) - self._defined:
             self._defined.add(name)
-            goal = next((goal for ending, goal in BEST.items() if name.endswith(ending)), None)
-            if goal is not None:
-                self.experiment.define_metric(name, step_metric="trainer/global_step", summary=goal)
-        super().log_metrics(metrics, step)
+            if goal_of(name) is not None:
+                run.define_metric(name, step_metric="trainer/global_step", summary="none")
+        run.log({**content, **({} if step is None else {"trainer/global_step": step})})
+        if self._history is not None and (best := self._history.best(content)):
+            run.summary.update(best)
+
+    @rank_zero_only
+    def complain(self, what: str, error: BaseException) -> None:
+        """Say once that W&B failed to do something."""
+        if what not in self._failures:
+            self._failures.add(what)
+            offline = self._wandb_init.get("mode") == "offline"
+            remedy = f"`wandb sync {self._folder / 'wandb'}/offline-run-*`" if offline else "--ckpt_path last"
+            rank_zero_warn(
+                f"W&B did not {what} ({' '.join(str(error).split())}); training goes on, and {remedy} sends "
+                "later what W&B lacks"
+            )
+
+    def _send_earlier_parts(self) -> bool:
+        """Upload what earlier parts of this run have left offline, so that this part follows them.
+
+        Returns:
+            Whether the run may go on online.
+        """
+        parts = [part for part in self._folder.glob(f"wandb/offline-run-*-{self._id}") if not _was_sent(part)]
+        if not parts or not has_api_key():
+            return True
+        command = [sys.executable, "-m", "wandb", "sync", *map(str, sorted(parts))]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=SYNC_SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            self.complain(EARLIER_PART, error)
+            return False
+        if not all(map(_was_sent, parts)):
+            errors = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line]
+            self.complain(EARLIER_PART, RuntimeError(*errors[:1]))
+        return all(map(_was_sent, parts))
+
+
+def _was_sent(part: Path) -> bool:
+    """Whether `wandb sync` has uploaded this part of a run."""
+    return any(part.glob("*.synced"))
 
 
 @contextlib.contextmanager
@@ -91,6 +203,15 @@ def _finish(exit_code: int) -> None:
         wandb.finish(exit_code)
 
 
+def _settings() -> dict[str, Any]:
+    """Lose a second at most when killed, and wait at the end for a server that is gone, but not for ever."""
+    import wandb
+
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
+    wanted = {"x_transaction_log_flush_interval": 1.0}
+    return {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
+
+
 _our_data_dir: str | None = None
 """What `_set_data_dir` has put into the environment."""
 
@@ -103,36 +224,3 @@ def _set_data_dir(folder: Path) -> None:
     global _our_data_dir
     if os.environ.get("WANDB_DATA_DIR") in (None, _our_data_dir):
         os.environ["WANDB_DATA_DIR"] = _our_data_dir = str(folder)
-
-
-def _stays_offline(offline: bool | None) -> bool:
-    """Whether to make the run an offline one ourselves, over what W&B would choose."""
-    import wandb
-
-    mode = wandb.setup().settings.mode
-    if mode in ("disabled", "shared"):
-        return False
-    if offline is not None:
-        return offline
-    # online is also W&B's default: only in the environment is it somebody's word
-    decided = mode != "online" or os.environ.get("WANDB_MODE") == "online"
-    return not decided and not has_api_key()
-
-
-def has_api_key() -> bool:
-    """Whether a key for W&B's server is configured (environment or netrc)."""
-    import wandb
-
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(wandb.setup().settings.base_url).hostname or ""
-    candidates = (
-        [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path("~/.netrc"), Path("~/_netrc")]
-    )
-    for file in candidates:
-        try:
-            if netrc.netrc(file.expanduser()).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False

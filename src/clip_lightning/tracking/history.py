@@ -1,0 +1,150 @@
+"""What a run has logged so far, on its own disk, so that a resumed run neither repeats nor loses a row.
+
+Every row that W&B is given is first a line here. After a kill, W&B has the first so many of them: the rest is
+given again. A step that a resumed run goes through a second time is not logged a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+BEST = {"rsum": "max", "R@1": "max", "R@5": "max", "R@10": "max", "median_rank": "min", "mean_rank": "min"}
+
+
+class History:
+    """The rows of one run, in the order in which they were logged.
+
+    Args:
+        file: `history-ID.jsonl`, one line a row: `step`, and the metrics by name (null for no number);
+            an empty object where the run went back to an earlier checkpoint.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._last: dict[str, int] = {}
+        self._best: dict[str, float] = {}
+        content = file.read_bytes() if file.exists() else b""
+        if content and not content.endswith(b"\n"):  # cut off when the run was killed
+            with file.open("rb+") as stream:
+                stream.truncate(content.rfind(b"\n") + 1)
+        for row in self._lines():
+            if row:
+                self._note(row.pop("step"), row)
+            else:
+                self._last.clear()
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Step and metrics of every row so far."""
+        for row in self._lines():
+            if row:
+                yield row.pop("step"), row
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        return map(json.loads, lines)
+
+    def new(self, metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """Those that have not been logged for this step or a later one; they count as logged from now on."""
+        fresh = {name: value for name, value in metrics.items() if step > self._last.get(name, -1)}
+        if fresh:
+            self._note(step, fresh)
+            numbers = {n: value if isinstance(value, int | float) else None for n, value in fresh.items()}
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a") as file:
+                file.write(json.dumps({"step": step, **numbers}) + "\n")
+        return fresh
+
+    def best(self, names: Mapping[str, Any]) -> dict[str, float]:
+        """The best value so far of those of `names` that are recalls or ranks."""
+        return {name: self._best[name] for name in names if name in self._best}
+
+    def _note(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._last |= dict.fromkeys(metrics, step)
+        for name, value in metrics.items():
+            goal = goal_of(name)
+            if goal is not None and isinstance(value, int | float):
+                choose = max if goal == "max" else min
+                self._best[name] = choose(value, self._best.get(name, value))
+
+
+def goal_of(metric: str) -> str | None:
+    """Whether a recall or a rank is better high or low; None for anything else."""
+    return next((goal for ending, goal in BEST.items() if metric.endswith(ending)), None)
+
+
+def history_file(folder: Path, run_id: str) -> Path:
+    """Where a run that writes into `folder` says what it has logged."""
+    return folder / "wandb" / f"history-{run_id}.jsonl"
+
+
+def go_back(file: Path) -> None:
+    """Note that the run goes on from an earlier checkpoint: what comes is new, whatever its step."""
+    if file.exists():
+        with file.open("a") as stream:
+            stream.write("{}\n")
+
+
+# W&B's own files -----------------------------------------------------------------------------------------
+
+
+def mend_parts(folder: Path, run_id: str) -> int:
+    """Make W&B's files under `folder` of the earlier parts of a run readable to the end.
+
+    A kill leaves the last record half written, or no record at all; `wandb sync` would stop there, before the
+    parts that follow.
+
+    Returns:
+        How many rows they hold.
+    """
+    rows = 0
+    for part in sorted((folder / "wandb").glob(f"*run-*-{run_id}")):
+        for log in part.glob("*.wandb"):
+            end = _end_of_records(log.read_bytes())
+            if end <= LOG_HEADER:
+                shutil.rmtree(part)
+                break
+            if end < log.stat().st_size:
+                os.truncate(log, end)
+            rows += sum('"type":"history"' in line for line in _records(log))
+    return rows
+
+
+LOG_HEADER, CHUNK_HEADER, BLOCK = 7, 7, 32768
+WHOLE, LAST = 1, 4
+
+
+def _end_of_records(content: bytes) -> int:
+    """Where the last whole record ends, in LevelDB's log format behind a header of W&B's.
+
+    https://github.com/google/leveldb/blob/main/doc/log_format.md: blocks of chunks, each with a checksum (4
+    bytes), length (2) and kind (1).
+    """
+    at = end = LOG_HEADER
+    while at + CHUNK_HEADER <= len(content):
+        if at % BLOCK > BLOCK - CHUNK_HEADER:  # no room for a header: the next block
+            at += BLOCK - at % BLOCK
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        at += CHUNK_HEADER + length
+        if kind == 0 or at > len(content):
+            break
+        if kind in (WHOLE, LAST):
+            end = at
+    return min(end, len(content))
+
+
+def _records(log: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield from process.stdout

@@ -1,0 +1,143 @@
+"""What a W&B run says of itself beside its metrics: data used, code, model made, and alerts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+import clip_lightning
+from clip_lightning.tracking.artifacts import log_model, use_data
+from clip_lightning.tracking.logger import RunLogger
+
+CODE = str(Path(clip_lightning.__file__).parent)
+STALLED_SHARE, STALLED_STEPS = 0.98, 200
+
+
+class Lineage(Callback):
+    """Records the data that a run uses, its code, and its best bundle and last checkpoint at the end.
+
+    Stands behind the callback that writes them. Also when the run is interrupted, once it has trained a step.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Data and code."""
+        data = getattr(getattr(trainer, "datamodule", None), "fetched", None)
+        for logger in _loggers(trainer):
+            if data is not None:
+                _attempt(logger, "note the data's lineage", lambda run: use_data(run, data))
+            _attempt(logger, "take the code", lambda run: run.log_code(CODE))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The model; also when a run that was done is resumed, which trains no more."""
+        self._log_model(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The model so far; a run that its scheduler ended is marked as preempted."""
+        if isinstance(exception, SIGTERMException):
+            for logger in _loggers(trainer):
+                _attempt(logger, "note the preemption", lambda run: run.mark_preempting())
+        if trainer.global_step > 0:
+            self._log_model(trainer)
+
+    def _log_model(self, trainer: Trainer) -> None:
+        for logger in _loggers(trainer):
+            if logger.logs_model and (self.folder / "metrics.json").is_file():
+                about = _metadata(self.folder)
+                name = logger.model_name or f"model-{logger.experiment.id}"
+                link_to = logger.link_to
+                _attempt(
+                    logger,
+                    "take the model",
+                    lambda run: log_model(run, self.folder, name=name, metadata=about, link_to=link_to),  # noqa: B023
+                )
+
+
+class Alerts(Callback):
+    """Tells W&B's user, and stderr, of a loss that is not finite or learns nothing; W&B also of the end."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._chance_steps = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss as often as it is logged."""
+        if trainer.global_step % max(trainer.log_every_n_steps, 1):
+            return
+        logged = trainer.callback_metrics
+        if "train/loss" in logged and not math.isfinite(float(logged["train/loss"])):
+            self._say(
+                trainer,
+                "the loss is not finite",
+                f"at step {trainer.global_step}; lower the learning rate, or look at the data",
+            )
+        share = logged.get("train/loss_over_ln_batch")
+        at_chance = share is not None and STALLED_SHARE <= float(share) <= 2 - STALLED_SHARE
+        self._chance_steps = self._chance_steps + trainer.log_every_n_steps if at_chance else 0
+        if self._chance_steps >= STALLED_STEPS:
+            self._say(
+                trainer,
+                "the loss stays at ln(batch)",
+                f"up to step {trainer.global_step}, which is what chance gives: nothing is learnt; look at "
+                "whether captions belong to their pictures, and at the learning rate",
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run is done."""
+        found = trainer.callback_metrics.get("val/rsum")
+        score = "" if found is None else f", rsum {float(found):.1f} in the last validation"
+        self._alert(trainer, "finished", f"{trainer.global_step} steps{score}", level="INFO")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The run has stopped early."""
+        if trainer.global_step > 0:
+            self._alert(trainer, "stopped", f"at step {trainer.global_step}: {type(exception).__name__}")
+
+    def _say(self, trainer: Trainer, title: str, text: str) -> None:
+        if title not in self._said:
+            self._said.add(title)
+            rank_zero_warn(f"{title} {text}")
+            self._alert(trainer, title, text)
+
+    def _alert(self, trainer: Trainer, title: str, text: str, level: str = "WARN") -> None:
+        for logger in _loggers(trainer):
+            _attempt(logger, "take an alert", lambda run: run.alert(title, text, level=level))
+
+
+def _loggers(trainer: Trainer) -> Iterator[RunLogger]:
+    """Of this process's run, if it has one in W&B."""
+    if trainer.is_global_zero and not trainer.fast_dev_run:
+        yield from (logger for logger in trainer.loggers if isinstance(logger, RunLogger))
+
+
+def _attempt(logger: RunLogger, what: str, do: Callable[[Any], object]) -> None:
+    """Do it with the run; W&B's failure is said and ends nothing."""
+    try:
+        do(logger.experiment)
+    except Exception as error:
+        logger.complain(what, error)
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """What describes a model: metrics and data from metrics.json, towers and loss from the bundle."""
+    about: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    config = folder / "model" / "config.json"
+    if config.is_file():
+        bundle = json.loads(config.read_text())
+        towers = {kind: bundle[kind]["name"] for kind in ("image_tower", "text_tower")}
+        about |= towers | {"loss": bundle.get("loss"), "training_data": bundle.get("training_data")}
+    return about

@@ -1,0 +1,166 @@
+"""What W&B's failures do to a run: nothing. Minutes long, so for `make test-faults` alone."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from test_lineage import EPOCHS, STEPS, Start, curve, finish, folder_of, kill_at, start  # noqa: F401
+from wandb_server import WandbServer
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
+
+class Pace(Callback):
+    """Takes its time over each step, and says when the third epoch begins."""
+
+    def __init__(self, seconds: float, note: str) -> None:
+        self.seconds, self.note = seconds, note
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 2 * STEPS:
+            Path(self.note).touch()
+        time.sleep(self.seconds)
+
+
+def paced(note: Path, seconds: float) -> list[str]:
+    return [
+        "--trainer.callbacks+=test_wandb_faults.Pace",
+        f"--trainer.callbacks.seconds={seconds}",
+        f"--trainer.callbacks.note={note}",
+    ]
+
+
+def when(note: Path, do: Callable[[], object]) -> threading.Thread:
+    """Do it when the run has come to its third epoch."""
+
+    def wait() -> None:
+        while not note.exists():
+            time.sleep(0.05)
+        do()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def assert_whole_on_disk(folder: Path) -> None:
+    assert (folder / "metrics.json").is_file()
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def assert_arrived(server: WandbServer, folder: Path) -> None:
+    run = server.runs["tester", "clip-lightning", folder.name]
+    assert [step for step, _ in curve(run, "train/loss")] == [*range(EPOCHS * STEPS)]
+    assert server.artifact(f"tester/clip-lightning/model-{folder.name}:best").logged_by == run.key
+    assert server.artifact(f"tester/clip-lightning/model-{folder.name}-checkpoint:last").committed
+
+
+@pytest.mark.parametrize("fault", ["500 for a minute", "hangs up for a minute", "slow by 10 s"])
+def test_an_outage_ends_and_nothing_is_lost(
+    wandb_server: WandbServer,
+    start: Start,  # noqa: F811
+    tmp_path: Path,
+    fault: str,
+) -> None:
+    begin: dict[str, Callable[[], object]] = {
+        "500 for a minute": lambda: wandb_server.fail(60),
+        "hangs up for a minute": lambda: wandb_server.fail(60, status=None),
+        "slow by 10 s": lambda: setattr(wandb_server, "delay", 10.0),
+    }
+    note = tmp_path / "third-epoch"
+    thread = when(note, begin[fault])
+    finish(start, tmp_path / "runs", *paced(note, 0.5))
+    thread.join()
+    assert_whole_on_disk(folder_of(tmp_path / "runs"))
+    assert_arrived(wandb_server, folder_of(tmp_path / "runs"))
+
+
+def test_what_a_server_that_was_gone_lacks_is_sent_later(
+    wandb_server: WandbServer,
+    start: Start,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    note = tmp_path / "third-epoch"
+    thread = when(note, wandb_server.stop)
+    said = finish(start, tmp_path / "runs", *paced(note, 0.2), WANDB_FINISH_TIMEOUT="20")
+    thread.join()
+    folder = folder_of(tmp_path / "runs")
+    assert_whole_on_disk(folder)
+    assert "W&B did not take the model" in " ".join(said.split())
+    assert "--ckpt_path last sends later what W&B lacks" in " ".join(said.split())
+    wandb_server.recover()
+    finish(start, tmp_path / "runs", "--ckpt_path=last")
+    assert_arrived(wandb_server, folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mount is not allowed here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Write until nothing fits any more."""
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            return
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_full_disk_under_wandb_does_not_end_training(
+    wandb_server: WandbServer,
+    start: Start,  # noqa: F811
+    small_disk: Path,
+    tmp_path: Path,
+    mode: str,
+) -> None:
+    root = tmp_path / "runs"
+    kill_at(start, root, STEPS + 1, WANDB_MODE=mode)
+    folder = folder_of(root)
+    shutil.move(folder / "wandb", small_disk / "wandb")
+    (folder / "wandb").symlink_to(small_disk / "wandb")
+    note = tmp_path / "third-epoch"
+
+    def fill_later() -> None:
+        time.sleep(2)  # W&B writes every second
+        fill(small_disk)
+
+    thread = when(note, fill_later)
+    finish(start, root, "--ckpt_path=last", *paced(note, 0.5), WANDB_MODE=mode, WANDB_FINISH_TIMEOUT="20")
+    thread.join()
+    assert_whole_on_disk(folder)
+    (small_disk / "filler").unlink()
+    if mode == "offline":
+        command = [
+            sys.executable,
+            "-m",
+            "wandb",
+            "sync",
+            *map(str, sorted(folder.glob("wandb/offline-run-*"))),
+        ]
+        subprocess.run(command, capture_output=True, timeout=120, check=True)
+    run = wandb_server.runs["tester", "clip-lightning", folder.name]
+    steps = [step for step, _ in curve(run, "train/loss")]
+    assert steps == [*range(len(steps))]
+    assert len(steps) >= 2 * STEPS, "what was logged before the disk was full"
