@@ -91,6 +91,25 @@ def test_pictures_are_what_the_tower_gives_rounded_to_half_precision(
     assert not torch.equal(mirrored, forward(clip, pictures).half().float())
 
 
+def test_a_tower_in_training_gives_what_it_gives_in_evaluation(
+    cache: FeatureCache, make_clip: MakeClip, pictures: list[CaptionedImage]
+) -> None:
+    """Neither the statistics of a batch nor dropout is in the features, and its mode stays."""
+    clip = make_clip("random:test_resnet")
+    clip.train()
+    given = extractor(cache).image_features(clip.image_tower, pictures, 0, Augmentation(), "")
+    said = extractor(cache).text_features(clip.text_tower, ["a red circle", "a blue square"], "")
+    assert clip.image_tower.training and clip.text_tower.training
+    clip.eval()
+    torch.testing.assert_close(
+        given.rows(range(len(pictures))), forward(clip, pictures), atol=1e-3, rtol=1e-3
+    )
+    tokens = clip.tokenize(["a red circle", "a blue square"])
+    with torch.no_grad():
+        wanted = clip.text_tower(tokens["input_ids"], tokens["attention_mask"])
+    torch.testing.assert_close(said.rows(range(2)), wanted, atol=1e-3, rtol=1e-3)
+
+
 def test_views_do_not_flip_where_flips_are_off(
     cache: FeatureCache, clip: CLIP, pictures: list[CaptionedImage]
 ) -> None:

@@ -85,7 +85,7 @@ MAY_NOT_IMPORT: dict[str, str] = {
 ONLY_IN: dict[str, str] = {
     # package              may be imported by
     "wandb":               "tracking",
-    "lightning":           "module data.datamodule recorder tracking runs cli",
+    "lightning":           "module data.datamodule recorder tracking runs cli tuning.watch",
     "pytorch_lightning":   "",  # the old name of the same package, with classes of its own
     "faiss":               "search",
     "peft":                "lora",

@@ -121,9 +121,13 @@ class Extractor:
 
     @torch.inference_mode()
     def _run(self, tower: nn.Module, *inputs: Tensor) -> np.ndarray:
-        tower.to(self.device)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-            return tower(*(tensor.to(self.device) for tensor in inputs)).float().cpu().numpy()
+        training = tower.training
+        tower.to(self.device).eval()  # a batch's statistics would be in the features, and the key not say so
+        try:
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+                return tower(*(tensor.to(self.device) for tensor in inputs)).float().cpu().numpy()
+        finally:
+            tower.train(training)
 
 
 def cache_frozen_towers(extractor: Extractor, clip: CLIP, data: Any, split: str) -> None:
