@@ -15,8 +15,10 @@ from clip_lightning.__main__ import COMMANDS, main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TRACKING = (REPOSITORY / "docs" / "tracking.md").read_text(encoding="utf-8")
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 LIGHTNING_COMMANDS = ("fit", "validate", "test")
+HAND_TO_FIT = ("sweep", "compare-backbones")  # they take its options too
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -76,7 +78,7 @@ def test_the_readers_of_this_file() -> None:
     assert [imported(block) for block in blocks(SAMPLE, "python")] == [[("clip_lightning", "CLIP")]]
 
 
-@pytest.mark.parametrize("words", commands(README, "clip-lightning"), ids=" ".join)
+@pytest.mark.parametrize("words", commands(README + TRACKING, "clip-lightning"), ids=" ".join)
 def test_commands_are_understood(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if words[0] in LIGHTNING_COMMANDS and "--help" not in words:
         assert main([*words, "--print_config"]) == 0, capsys.readouterr().err
@@ -87,6 +89,8 @@ def test_commands_are_understood(words: list[str], capsys: pytest.CaptureFixture
         word for word in words[: 2 if words[0] in ("cache", "evaluate", "data") else 1] if word[0] != "-"
     ]
     assert main([*parts, "--help"]) == 0
+    if words[0] in HAND_TO_FIT:
+        assert main(["fit", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in options)
 

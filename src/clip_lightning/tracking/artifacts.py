@@ -161,7 +161,8 @@ def _ask_server(name: ArtifactName) -> Any:
 def _download(artifact: Any, folder: Path) -> None:
     """All files, checked against their digests; those that are there already are not asked for again."""
     try:
-        artifact.download(root=str(folder), skip_cache=True)
+        # not skip_cache: with wandb 0.31 its threads then write files under each other's names
+        artifact.download(root=str(folder))
         artifact.verify(root=str(folder))
     except OSError as error:
         raise UserError(

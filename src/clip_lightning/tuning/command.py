@@ -230,14 +230,15 @@ def _in_process(worker: Callable[..., None], arguments: tuple[Any, ...]) -> None
 def show(report: Report) -> None:
     """Print the best trials."""
     rows = report.rows()
+    short = report.file.short_names()
     table = Table(title=f"search {report.study.study_name}, {len(rows)} trials", title_justify="left")
     for column in ("trial", "state", report.file.metric, "seconds", "options"):
         right = column not in ("state", "options")
         table.add_column(column, justify="right" if right else "left", no_wrap=column != "options")
     for row in rows[:SHOWN]:
-        options = [f"{name}={shown(value)}" for name, value in row["parameters"].items()]
+        options = [f"{short[name]} {shown(value)}" for name, value in row["parameters"].items()]
         numbers = [shown(row["value"], ".2f"), shown(row["seconds"], ".0f")]
-        table.add_row(str(row["trial"]), row["state"], *numbers, "\n".join(options))
+        table.add_row(str(row["trial"]), row["state"], *numbers, ", ".join(options))
     console = Console()
     console.print(table)
     if len(rows) > SHOWN:

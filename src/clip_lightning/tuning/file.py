@@ -67,6 +67,14 @@ class SweepFile:
         varied = {one.name: one.value(drawn[one.label]) for one in self.parameters if one.label in drawn}
         return option_words(self.constants | varied)
 
+    def short_names(self) -> dict[str, str]:
+        """The last part of each parameter's name, where no other ends alike."""
+        ends = [one.name.rpartition(".")[2] for one in self.parameters]
+        return {
+            one.name: end if ends.count(end) == 1 else one.name
+            for one, end in zip(self.parameters, ends, strict=True)
+        }
+
     def identity(self) -> dict[str, Any]:
         """What must stay the same while a study goes on."""
         return {"metric": [self.metric, self.maximize], "parameters": flat(self.content["parameters"])}

@@ -54,18 +54,21 @@ def draw(file: SweepFile, study: optuna.Study, folder: Path) -> None:
 
 
 def _with_short_names(file: SweepFile, study: optuna.Study) -> optuna.Study:
-    """The finished trials, with the last part of each option's name and the option's own values."""
-    ends = [one.name.rpartition(".")[2] for one in file.parameters]
-    short = {
-        one.label: end if ends.count(end) == 1 else one.name
-        for one, end in zip(file.parameters, ends, strict=True)
-    }
+    """The finished trials, with the last part of each option's name and the option's own values.
+
+    Those that were stopped early have the value that they had reached: most trials are of this kind, and
+    Optuna draws only whole ones.
+    """
+    short = {one.label: file.short_names()[one.name] for one in file.parameters}
     copy = optuna.create_study(study_name=study.study_name, direction=study.direction)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        value = trial.user_attrs.get("best", trial.value)
+        if value is None:
+            continue
         drawn = [one for one in file.parameters if one.label in trial.params]
         copy.add_trial(
             create_trial(
-                value=trial.value,
+                value=value,
                 params={short[one.label]: one.value(trial.params[one.label]) for one in drawn},
                 distributions={short[one.label]: _of_values(one) for one in drawn},
             )
