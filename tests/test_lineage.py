@@ -29,7 +29,7 @@ EPOCHS = 5
 
 
 class Linger(Callback):
-    """Once a step has been reached, says so in a file and waits to be killed."""
+    """Once a step is reached, says so in a file, and waits to be killed, or for the file to be removed."""
 
     def __init__(self, step: int, note: str) -> None:
         self.step, self.note = step, note
@@ -38,7 +38,8 @@ class Linger(Callback):
         if trainer.global_step == self.step:
             time.sleep(2)  # what was logged is on its way
             Path(self.note).touch()
-            time.sleep(600)
+            while Path(self.note).exists():
+                time.sleep(0.05)
 
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -154,6 +155,41 @@ def test_two_offline_parts_sync_to_one_run(wandb_server: WandbServer, start: Sta
     (run,) = wandb_server.runs.values()
     assert [step for step, _ in curve(run, "train/loss")] == [*range(EPOCHS * STEPS)]
     assert run.state == "finished"
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_run(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4"]
+    finish(start, tmp_path / "runs", *options, "--trainer.max_epochs=2")
+    (run,) = wandb_server.runs.values()
+    assert [step for step, _ in curve(run, "train/loss")] == [*range(2 * STEPS)]
+    assert len(wandb_server.collections[(*run.key[:2], f"model-{run.id}")].versions) == 1
+
+
+@pytest.mark.slow
+def test_a_preempted_run_says_so_and_leaves_its_model(
+    wandb_server: WandbServer, start: Start, tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    registry = "--trainer.logger.link_to=wandb-registry-model/retrieval"
+    with start(root, registry, at=STEPS + 2) as process:
+        deadline = time.monotonic() + 120
+        while not (root / f"at-{STEPS + 2}").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        (root / f"at-{STEPS + 2}").unlink()
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, said
+    (run,) = wandb_server.runs.values()
+    assert run.preempting
+    assert "stopped" in [alert["title"] for alert in run.alerts]
+    model = wandb_server.artifact(f"tester/clip-lightning/model-{run.id}:best")
+    assert wandb_server.artifact(f"tester/clip-lightning/model-{run.id}-checkpoint:last").logged_by == run.key
+    linked = wandb_server.collections["test-organization", "wandb-registry-model", "retrieval"]
+    assert linked.find("latest") is model
+    finish(start, root, "--ckpt_path=last")
+    assert [step for step, _ in curve(run, "train/loss")] == [*range(EPOCHS * STEPS)]
 
 
 # what is logged twice ------------------------------------------------------------------------------------

@@ -145,6 +145,7 @@ class WandbServer(Store):
             if start > len(kept[name]):
                 self.failures.append(f"{run.key}: {len(kept[name])} lines of {name} go on with {start}")
             kept[name][start : start + len(lines)] = lines if name == "output.log" else map(json.loads, lines)
+        run.preempting |= bool(body.get("preempting"))
         run.exit_code = body["exitcode"] if body.get("complete") else None
         run.state = {None: "running", 0: "finished"}.get(run.exit_code, "failed")
         return {"stopped": run.stop_requested}

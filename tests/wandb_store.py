@@ -58,6 +58,7 @@ class Run:
     """running, then finished or failed. Nobody declares a silent run crashed; a test may set it."""
     exit_code: int | None = None
     alerts: list[dict[str, Any]] = field(default_factory=list)
+    preempting: bool = False
     stop_requested: bool = False
     """Set it to stop the run as the button on W&B's page does."""
     created_at: str = field(default_factory=now)
