@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from wandb_server import API_KEY, Run, WandbServer
+from wandb_store import content_path
 
 from clip_lightning.tracking import lineage
 from clip_lightning.tracking.history import History, go_back
@@ -150,6 +152,7 @@ def test_two_offline_parts_sync_to_one_run(wandb_server: WandbServer, start: Sta
     finish(start, tmp_path / "runs", "--ckpt_path=last", WANDB_MODE="offline")
     parts = sorted((folder_of(tmp_path / "runs") / "wandb").glob("offline-run-*"))
     assert len(parts) == 2
+    assert not wandb_server.runs  # a key is there, and yet nobody called
     command = [sys.executable, "-m", "wandb", "sync", *map(str, parts)]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
     (run,) = wandb_server.runs.values()
@@ -185,10 +188,39 @@ def test_a_preempted_run_says_so_and_leaves_its_model(
     assert run.preempting
     assert "stopped" in [alert["title"] for alert in run.alerts]
     model = wandb_server.artifact(f"tester/clip-lightning/model-{run.id}:best")
-    assert wandb_server.artifact(f"tester/clip-lightning/model-{run.id}-checkpoint:last").logged_by == run.key
+    last = wandb_server.artifact(f"tester/clip-lightning/model-{run.id}-checkpoint:last")
+    stored = wandb_server.blobs[content_path(last.contents["last.ckpt"]["digest"])]
+    assert (
+        torch.load(io.BytesIO(stored), weights_only=True)["global_step"] > STEPS
+    )  # of now, not of the epoch
     linked = wandb_server.collections["test-organization", "wandb-registry-model", "retrieval"]
     assert linked.find("latest") is model
     finish(start, root, "--ckpt_path=last")
+    assert [step for step, _ in curve(run, "train/loss")] == [*range(EPOCHS * STEPS)]
+
+
+@pytest.mark.slow
+def test_online_then_cut_off_then_offline_then_online(
+    wandb_server: WandbServer, start: Start, tmp_path: Path
+) -> None:
+    """The server lacks the end of an online part; an offline part must not take its place."""
+    root = tmp_path / "runs"
+    with start(root, at=STEPS + 2, WANDB_FINISH_TIMEOUT="5") as process:
+        while not (root / f"at-{STEPS + 2}").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        wandb_server.stop()
+        (root / f"at-{STEPS + 2}").unlink()
+        deadline = time.monotonic() + 60
+        history = folder_of(root) / "wandb" / f"history-{folder_of(root).name}.jsonl"
+        while f'"step": {3 * STEPS}' not in history.read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.kill()
+    kill_at(start, root, 4 * STEPS + 1, "--ckpt_path=last", WANDB_MODE="offline")
+    wandb_server.recover()
+    finish(start, root, "--ckpt_path=last")
+    (run,) = wandb_server.runs.values()
     assert [step for step, _ in curve(run, "train/loss")] == [*range(EPOCHS * STEPS)]
 
 
@@ -215,6 +247,9 @@ def test_history_lets_each_step_through_once(tmp_path: Path) -> None:
         (1, {"lr": 0.1}),
         (2, {"loss": 0.4, "rsum": 4.0}),
     ]
+    with file.open("a") as torn:
+        torn.write('{"step": 3, "lo\n')
+    assert len(list(History(file).rows())) == 5
     go_back(file)
     assert History(file).new({"loss": 0.45}, 2) == {"loss": 0.45}
     assert len(list(History(file).rows())) == 6
@@ -267,7 +302,9 @@ def test_a_loss_at_chance_is_told_when_it_stays_there() -> None:
                 at_step(step, run, train__loss=3.0, train__loss_over_ln_batch=share), module, None, None, 0
             )
 
-    until(10, lineage.STALLED_STEPS, 1.0)
+    for _ in range(20):  # micro-batches of one step are one step
+        until(10, 20, 1.0)
+    until(20, lineage.STALLED_STEPS, 1.0)
     until(lineage.STALLED_STEPS, lineage.STALLED_STEPS + 10, 0.9)  # it learns: the count starts anew
     until(210, 400, 0.99)
     assert run.titles == []

@@ -199,7 +199,6 @@ class RunCLI(LightningCLI):
             *bar,
             SaveConfig(self.config_to_save, self.run_folder),
             RunRecorder(self.run_folder),
-            Lineage(self.run_folder),
             Alerts(),
             GracefulStop(),
             # two policies: `last` is written at every epoch's end and when the run is interrupted
@@ -211,6 +210,7 @@ class RunCLI(LightningCLI):
                 save_on_exception=True,
                 enable_version_counter=False,
             ),
+            Lineage(self.run_folder),
         ]
         if trainer_config.get("logger"):
             callbacks.append(LearningRateMonitor(logging_interval="step"))

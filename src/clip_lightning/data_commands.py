@@ -39,8 +39,9 @@ def upload(
     """
     from clip_lightning.data.formats import read_captions
     from clip_lightning.errors import UserError
-    from clip_lightning.tracking.artifacts import upload_data
+    from clip_lightning.tracking.artifacts import check_upload, upload_data
 
+    check_upload(artifact)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give the data set's folder")
     captions = read_captions(root, dataset)

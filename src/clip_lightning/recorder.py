@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import clip_lightning
+from clip_lightning.data.download import public
 from clip_lightning.files import write_atomically
 from clip_lightning.timing import Stopwatch
 from clip_lightning.tracking.costs import parameter_counts
@@ -104,6 +105,8 @@ class SaveConfig(Callback):
         (self.folder / "config.yaml").write_text(self.config)
         datamodule: Any = getattr(trainer, "datamodule", None)
         content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
+        if content["data"].get("url"):
+            content["data"]["url"] = public(content["data"]["url"])  # a key may be in it
         if datamodule.fetched:
             content["data_artifact"] = str(datamodule.fetched.name)
         for logger in trainer.loggers:

@@ -160,6 +160,7 @@ class CaptionDataModule(LightningDataModule):
                 "give Trainer(use_distributed_sampler=False)"
             )
         if self._images:
+            self._check_ranks()
             return
         self.root = self.origin.folder()
         if self.origin.artifact is not None:
@@ -180,8 +181,21 @@ class CaptionDataModule(LightningDataModule):
         drawn = (replace(image, split=split) for split, part in self._images.items() for image in part)
         self.digest = replace(captions, images=tuple(drawn)).digest()
         self._note_broken(captions.left_out)
+        self._check_ranks()
         if stage == "fit":
             self._train_sampler()  # complains of a batch that is too large before anything is computed
+
+    def _check_ranks(self) -> None:
+        """A name such as `latest` may mean something else to each of several machines."""
+        if self._world == 1 or not torch.distributed.is_initialized():
+            return
+        digests: list[Any] = [None] * self._world
+        torch.distributed.all_gather_object(digests, self.digest)
+        if len(set(digests)) > 1:
+            raise UserError(
+                f"the ranks read different data (digests {', '.join(sorted(set(digests)))}); name a version, "
+                "--data.artifact ENTITY/PROJECT/NAME:vN, or give all machines the same --data.root"
+            )
 
     def images(self, split: str) -> list[CaptionedImage]:
         """The pictures of `train`, `val` or `test`; `image_id` of evaluation batches counts them."""

@@ -24,7 +24,7 @@ from clip_lightning.features import default_cache
 from clip_lightning.files import write_atomically
 from clip_lightning.tracking.account import has_api_key
 
-PART = r"[\w.-]*\w[\w.-]*"
+PART = r"[\w. -]*\w[\w. -]*"
 DATA_TYPE, MODEL_TYPE, CHECKPOINT_TYPE = "dataset", "model", "checkpoint"
 SERVER_SECONDS, SERVER_TRIES = 30, 3
 
@@ -97,7 +97,12 @@ def fetch(name: ArtifactName) -> Fetched:
     with FileLock(name.home / f"{version.alias}.lock"):
         if _complete(version) is None:
             _download(artifact, name.home / version.alias)
-            about = {"digest": artifact.digest, "metadata": dict(artifact.metadata), "type": artifact.type}
+            about = {
+                "digest": artifact.digest,
+                "metadata": dict(artifact.metadata),
+                "type": artifact.type,
+                "own": artifact.entity == _default_entity(),
+            }
             write_atomically(_record(version), json.dumps(about).encode())
     if not name.is_version:
         write_atomically(_pointer(name), json.dumps({"version": version.alias}).encode())
@@ -143,9 +148,7 @@ def _copies(name: ArtifactName) -> str:
 def _ask_server(name: ArtifactName) -> Any:
     import wandb
 
-    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
-    if offline or not has_api_key():
-        why = "WANDB_MODE says offline" if offline else "no W&B API key is configured (`wandb login`)"
+    if why := _unreachable():
         raise UserError(
             f"the artifact {name} cannot be asked for: {why}; {_copies(name)}; give one of them as :vN"
         )
@@ -156,6 +159,20 @@ def _ask_server(name: ArtifactName) -> Any:
             f"W&B did not give the artifact {name} ({' '.join(str(error).split())}); check its name and the "
             f"network; {_copies(name)}, which :vN takes without a network"
         ) from error
+
+
+def _unreachable() -> str:
+    """Why W&B's server is not to be asked; nothing if it is."""
+    if (mode := os.environ.get("WANDB_MODE")) in ("offline", "dryrun", "disabled"):
+        return f"WANDB_MODE says {mode}"
+    return "" if has_api_key() else "no W&B API key is configured (`wandb login`, or set WANDB_API_KEY)"
+
+
+def _default_entity() -> str | None:
+    import wandb
+
+    entity: str | None = wandb.Api(timeout=SERVER_SECONDS).default_entity
+    return entity
 
 
 def _download(artifact: Any, folder: Path) -> None:
@@ -174,6 +191,32 @@ def _download(artifact: Any, folder: Path) -> None:
             f"the artifact {artifact.name} did not arrive whole ({' '.join(str(error).split())}); the same "
             f"command goes on with what is missing, or remove {folder} first"
         ) from error
+
+
+def check_upload(name: str) -> None:
+    """Complain before the data is looked at.
+
+    Raises:
+        UserError: nobody is logged in, or the name cannot be an artifact's.
+    """
+    if why := _unreachable():
+        raise UserError(f"data cannot be uploaded: {why}")
+    if not re.fullmatch(PART, name):
+        raise UserError(f"--artifact {name!r}: expected letters, digits, _, - and . only")
+
+
+def check_names(model_name: str | None, link_to: str | None) -> None:
+    """Complain before hours of training.
+
+    Raises:
+        UserError: a name that W&B would refuse.
+    """
+    if model_name is not None and not re.fullmatch(PART, model_name):
+        raise UserError(
+            f"--trainer.logger.model_name {model_name!r}: expected letters, digits, _, - and . only"
+        )
+    if link_to is not None and not re.fullmatch(rf"(?:{PART}/)?{PART}/{PART}", link_to):
+        raise UserError(f"--trainer.logger.link_to {link_to!r}: expected wandb-registry-REGISTRY/COLLECTION")
 
 
 def upload_data(
@@ -203,16 +246,13 @@ def upload_data(
     """
     import wandb
 
-    if not has_api_key():
-        raise UserError("no W&B API key is configured; run `wandb login`, or set WANDB_API_KEY")
-    if not re.fullmatch(PART, name):
-        raise UserError(f"--artifact {name!r}: expected letters, digits, _, - and . only")
+    check_upload(name)
     artifact = wandb.Artifact(name, DATA_TYPE, metadata=dict(metadata))
-    if by_reference:
-        artifact.add_reference(root.resolve().as_uri(), max_objects=100_000_000)
-    else:
-        artifact.add_dir(str(root), policy="immutable", skip_cache=True)
     try:
+        if by_reference:
+            artifact.add_reference(root.resolve().as_uri(), max_objects=100_000_000)
+        else:
+            artifact.add_dir(str(root), policy="immutable", skip_cache=True)
         with wandb.init(project=project, entity=entity, job_type="upload-data") as run:
             return str(run.log_artifact(artifact).wait().source_qualified_name)
     except (wandb.errors.Error, ValueError, OSError) as error:
@@ -226,16 +266,18 @@ def use_data(run: Any, data: Fetched) -> None:
     """Let the run's lineage begin with the version of the data that it trains on.
 
     A run that is kept offline notes it so that `wandb sync` records it: as a draft with the version's
-    content, which the server recognises. That takes the same project, or the data would be uploaded there.
+    content, which the server recognises. That takes the same entity and project, or the data would be
+    uploaded there.
     """
     import wandb
 
     if not run.offline:
         run.use_artifact(str(data.name))
         return
-    if run.project != data.name.project or run.entity not in (None, "", data.name.entity):
-        return
     about = json.loads(_record(data.name).read_text())
+    same_entity = run.entity == data.name.entity if run.entity else about.get("own", False)
+    if run.project != data.name.project or not same_entity:
+        return
     draft = wandb.Artifact(data.name.name, about["type"], metadata=about["metadata"])
     draft.add_dir(str(data.folder), policy="immutable", skip_cache=True)
     if draft.digest == about["digest"]:  # not so where files are references, or were changed
@@ -243,14 +285,7 @@ def use_data(run: Any, data: Fetched) -> None:
         run._log_artifact(draft, aliases=[], is_user_created=True, use_after_commit=True)
 
 
-def log_model(
-    run: Any,
-    folder: Path,
-    *,
-    name: str,
-    metadata: Mapping[str, Any],
-    link_to: str | None = None,
-) -> None:
+def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any]) -> Any:
     """Log a run's bundle as `NAME:best` and its last checkpoint as `NAME-checkpoint:last`; no others.
 
     Args:
@@ -258,17 +293,19 @@ def log_model(
         folder: the run's folder, with `model/` and `checkpoints/last.ckpt` where they exist.
         name: of the model's artifact.
         metadata: metrics, towers, data.
-        link_to: `wandb-registry-REGISTRY/COLLECTION` to link the model to; needs the server.
+
+    Returns:
+        The bundle's artifact, None where there is no bundle.
     """
     bundle, checkpoint = folder / "model", folder / "checkpoints" / "last.ckpt"
+    logged = None
     if bundle.is_dir():
         files = _pinned(sorted(bundle.iterdir()), folder)
         logged = _log(run, name, MODEL_TYPE, files, metadata, ["best", "latest"])
-        if link_to:
-            run.link_artifact(logged, link_to)
     if checkpoint.is_file():
         files = _pinned([checkpoint], folder)
         _log(run, f"{name}-checkpoint", CHECKPOINT_TYPE, files, metadata, ["last", "latest"])
+    return logged
 
 
 def _log(run: Any, name: str, kind: str, files: Path, metadata: Mapping[str, Any], aliases: list[str]) -> Any:
@@ -284,7 +321,10 @@ def _log(run: Any, name: str, kind: str, files: Path, metadata: Mapping[str, Any
         artifact.add_dir(str(files), policy="immutable", skip_cache=True)
         try:
             logged = run.log_artifact(artifact, aliases=aliases)
-            return logged if run.offline else logged.wait()
+            if not run.offline:
+                logged.wait()
+                shutil.rmtree(files, ignore_errors=True)
+            return logged
         except Exception:  # the SDK has a dozen kinds
             if attempt == SERVER_TRIES:
                 raise

@@ -6,6 +6,7 @@ given again. A step that a resumed run goes through a second time is not logged 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -48,8 +49,12 @@ class History:
                 yield row.pop("step"), row
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        return map(json.loads, lines)
+        lines = self._file.read_text(errors="replace").splitlines() if self._file.exists() else []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # torn on a disk that was full
+                row = json.loads(line)
+                if isinstance(row, dict) and ("step" in row or not row):
+                    yield row
 
     def new(self, metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
         """Those that have not been logged for this step or a later one; they count as logged from now on."""
@@ -57,10 +62,19 @@ class History:
         if fresh:
             self._note(step, fresh)
             numbers = {n: value if isinstance(value, int | float) else None for n, value in fresh.items()}
+            self._append(json.dumps({"step": step, **numbers}) + "\n")
+        return fresh
+
+    def _append(self, line: str) -> None:
+        """Write the line, or nothing where the disk is full: W&B may have room elsewhere."""
+        size = self._file.stat().st_size if self._file.exists() else 0
+        try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a") as file:
-                file.write(json.dumps({"step": step, **numbers}) + "\n")
-        return fresh
+                file.write(line)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._file, size)
 
     def best(self, names: Mapping[str, Any]) -> dict[str, float]:
         """The best value so far of those of `names` that are recalls or ranks."""
@@ -103,6 +117,9 @@ def mend_parts(folder: Path, run_id: str) -> int:
 
     Returns:
         How many rows they hold.
+
+    Raises:
+        RuntimeError: `wandb leet inspect`, which tells, does not work.
     """
     rows = 0
     for part in sorted((folder / "wandb").glob(f"*run-*-{run_id}")):
@@ -148,3 +165,5 @@ def _records(log: Path) -> Iterator[str]:
     ) as process:
         assert process.stdout is not None
         yield from process.stdout
+    if process.returncode:
+        raise RuntimeError(f"`wandb leet inspect` ended with status {process.returncode}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -20,10 +21,11 @@ CODE = str(Path(clip_lightning.__file__).parent)
 STALLED_SHARE, STALLED_STEPS = 0.98, 200
 
 
-class Lineage(Callback):
+class Lineage(Checkpoint):
     """Records the data that a run uses, its code, and its best bundle and last checkpoint at the end.
 
-    Stands behind the callback that writes them. Also when the run is interrupted, once it has trained a step.
+    Also when the run is interrupted, once it has trained a step. Lightning runs callbacks of this kind last,
+    in their order: listed behind those that write checkpoints, it finds what they have written.
 
     Args:
         folder: of the run.
@@ -45,24 +47,24 @@ class Lineage(Callback):
         self._log_model(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The model so far; a run that its scheduler ended is marked as preempted."""
-        if isinstance(exception, SIGTERMException):
-            for logger in _loggers(trainer):
-                _attempt(logger, "note the preemption", lambda run: run.mark_preempting())
+        """The model so far."""
         if trainer.global_step > 0:
             self._log_model(trainer)
 
     def _log_model(self, trainer: Trainer) -> None:
         for logger in _loggers(trainer):
             if logger.logs_model and (self.folder / "metrics.json").is_file():
-                about = _metadata(self.folder)
-                name = logger.model_name or f"model-{logger.experiment.id}"
-                link_to = logger.link_to
-                _attempt(
-                    logger,
-                    "take the model",
-                    lambda run: log_model(run, self.folder, name=name, metadata=about, link_to=link_to),  # noqa: B023
-                )
+                _attempt(logger, "take the model", lambda run: self._log_model_of(run, logger))  # noqa: B023
+
+    def _log_model_of(self, run: Any, logger: RunLogger) -> None:
+        name = logger.model_name or f"model-{run.id}"
+        model = log_model(run, self.folder, name=name, metadata=_metadata(self.folder))
+        if logger.link_to is None or model is None:
+            return
+        if run.offline:
+            rank_zero_warn(f"the model is not linked to {logger.link_to}: that takes a run that is online")
+        else:
+            run.link_artifact(model, logger.link_to)
 
 
 class Alerts(Callback):
@@ -71,13 +73,16 @@ class Alerts(Callback):
     def __init__(self) -> None:
         self._said: set[str] = set()
         self._chance_steps = 0
+        self._looked_at = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the loss as often as it is logged."""
-        if trainer.global_step % max(trainer.log_every_n_steps, 1):
+        step = trainer.global_step
+        if step in (0, self._looked_at) or step % max(trainer.log_every_n_steps, 1):
             return
+        self._looked_at = step
         logged = trainer.callback_metrics
         if "train/loss" in logged and not math.isfinite(float(logged["train/loss"])):
             self._say(
@@ -103,7 +108,10 @@ class Alerts(Callback):
         self._alert(trainer, "finished", f"{trainer.global_step} steps{score}", level="INFO")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The run has stopped early."""
+        """The run has stopped early; one that its scheduler ended is marked as preempted."""
+        if isinstance(exception, SIGTERMException):
+            for logger in _loggers(trainer):
+                _attempt(logger, "note the preemption", lambda run: run.mark_preempting())
         if trainer.global_step > 0:
             self._alert(trainer, "stopped", f"at step {trainer.global_step}: {type(exception).__name__}")
 

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from clip_lightning.tracking.account import has_api_key, stays_offline
+from clip_lightning.tracking.artifacts import check_names
 from clip_lightning.tracking.history import History, goal_of, history_file, mend_parts
 
 SYNC_SECONDS = FINISH_SECONDS = 600
@@ -37,7 +38,8 @@ class RunLogger(WandbLogger):
         tags: labels to filter by.
         notes: a sentence about the run.
         offline: keep the run on disk, for `wandb sync` later; by default as WANDB_MODE or W&B's settings say,
-            else only when no API key is configured. The modes `disabled` and `shared` stay whatever is given.
+            else only when no API key is configured. The modes `disabled` and `shared` stay whatever is given,
+            and so does WANDB_MODE=offline.
         log_model: log the bundle of the best epoch and the last checkpoint as artifacts when the run ends.
         model_name: name of the model's artifact; `model-` and the run's id if not given.
         link_to: `wandb-registry-REGISTRY/COLLECTION` to link the model to.
@@ -61,6 +63,7 @@ class RunLogger(WandbLogger):
         save_dir: str | None = None,
         id: str | None = None,
     ) -> None:
+        check_names(model_name, link_to)
         self.logs_model, self.model_name, self.link_to = log_model, model_name, link_to
         self._folder = Path(save_dir or ".")
         _set_data_dir(self._folder / "wandb")
@@ -85,37 +88,55 @@ class RunLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run, kept on disk where the server does not answer."""
+        """The W&B run; on disk where the server does not answer, and none at all where the disk is full."""
         if self._experiment is None:
-            earlier = mend_parts(self._folder, str(self._id)) if self._id else 0
-            if self._wandb_init.get("mode") != "offline" and not self._send_earlier_parts():
+            earlier = self._rows_of_earlier_parts()
+            if self._mode() == "online" and not self._send_earlier_parts():
                 self._wandb_init["mode"] = "offline"
             self._begin()
-            self._log_lost_rows(earlier)
+            if self._id is not None and self._mode() in ("online", "offline"):
+                self._log_lost_rows(earlier)
         return self._experiment
+
+    def _mode(self) -> str:
+        """Which of W&B's modes the run has."""
+        import wandb
+
+        mode = self._wandb_init.get("mode") or wandb.setup().settings.mode
+        return {"dryrun": "offline", "run": "online"}.get(mode, mode)
 
     def _begin(self) -> None:
         import wandb
 
-        try:
-            _ = super().experiment
-        except Exception as error:  # the SDK has a dozen kinds
-            if self._wandb_init.get("mode") == "offline":
-                raise
-            self._wandb_init["mode"] = "offline"
-            self.complain("start the run online", error)
-            wandb.teardown()  # or the run's id stays taken
-            _ = super().experiment
+        for instead in ("offline", "disabled"):
+            try:
+                _ = super().experiment
+                return
+            except Exception as error:  # the SDK has a dozen kinds
+                was, self._wandb_init["mode"] = self._mode(), instead
+                self.complain(f"start the run {was}", error)
+                wandb.teardown()  # or the run's id stays taken
+        _ = super().experiment
 
-    def _log_lost_rows(self, on_disk: int) -> None:
+    def _rows_of_earlier_parts(self) -> int | None:
+        """How many rows W&B's own files hold; None where they do not tell."""
+        try:
+            return mend_parts(self._folder, str(self._id)) if self._id else 0
+        except Exception as error:
+            self.complain("read its own files of the run's earlier part", error)
+            return None
+
+    def _log_lost_rows(self, on_disk: int | None) -> None:
         """Give a resumed run the rows that W&B has not: those logged just before it was killed."""
         run: Any = self._experiment
-        if self._id is None or run.disabled:
-            return
-        self._history = History(history_file(self._folder, str(self._id)))
-        kept = on_disk if run.offline else run.starting_step
-        for step, metrics in itertools.islice(self._history.rows(), kept, None):
-            self._give({name: value for name, value in metrics.items() if value is not None}, step)
+        try:
+            self._history = History(history_file(self._folder, str(self._id)))
+            kept = on_disk if run.offline else run.starting_step
+            if kept is not None:
+                for step, metrics in itertools.islice(self._history.rows(), kept, None):
+                    self._give({name: value for name, value in metrics.items() if value is not None}, step)
+        except Exception as error:
+            self.complain("take the rows that it lacked", error)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -150,7 +171,8 @@ class RunLogger(WandbLogger):
         """Say once that W&B failed to do something."""
         if what not in self._failures:
             self._failures.add(what)
-            offline = self._wandb_init.get("mode") == "offline"
+            # rows of an online part that never arrived are in the history, which `wandb sync` does not know
+            offline = self._mode() == "offline" and not self._online_parts()
             remedy = f"`wandb sync {self._folder / 'wandb'}/offline-run-*`" if offline else "--ckpt_path last"
             rank_zero_warn(
                 f"W&B did not {what} ({' '.join(str(error).split())}); training goes on, and {remedy} sends "
@@ -160,11 +182,18 @@ class RunLogger(WandbLogger):
     def _send_earlier_parts(self) -> bool:
         """Upload what earlier parts of this run have left offline, so that this part follows them.
 
+        Where an online part came before, its last rows may be missing on the server, and offline parts that
+        are uploaded would take their place: then only the history fills the gap.
+
         Returns:
             Whether the run may go on online.
         """
         parts = [part for part in self._folder.glob(f"wandb/offline-run-*-{self._id}") if not _was_sent(part)]
         if not parts or not has_api_key():
+            return True
+        if self._online_parts():
+            for log in (log for part in parts for log in part.glob("*.wandb")):
+                log.with_name(f"{log.name}.synced").touch()
             return True
         command = [sys.executable, "-m", "wandb", "sync", *map(str, sorted(parts))]
         try:
@@ -178,6 +207,9 @@ class RunLogger(WandbLogger):
             errors = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line]
             self.complain(EARLIER_PART, RuntimeError(*errors[:1]))
         return all(map(_was_sent, parts))
+
+    def _online_parts(self) -> list[Path]:
+        return list(self._folder.glob(f"wandb/run-*-{self._id}")) if self._id else []
 
 
 def _was_sent(part: Path) -> bool:
@@ -217,7 +249,7 @@ _our_data_dir: str | None = None
 
 
 def _set_data_dir(folder: Path) -> None:
-    """Let the pictures of tables wait in `folder` to be uploaded: in the run's own they travel with it.
+    """Let the pictures of tables wait in `folder` to be uploaded, the run's own.
 
     What the user has set stays; what an earlier run of this process has set gives way.
     """
