@@ -14,10 +14,15 @@ COLD, WARM = "ours, cold", "ours, warm"
 
 
 def add(new: dict[str, Any], order: list[str], note: str, out: Path) -> None:
-    """Add to the rows of the same day, sort them by `order`, and write them with a note below."""
+    """Add to the rows of the last run on such a machine, sort by `order`, and write with a note below.
+
+    All arms take hours: a run may be gone on with on another day. Each row says when it ran.
+    """
     head = report.header("torch", "lightning", "open_clip_torch", "timm", "transformers")
-    file = out / f"{NAME}_cpu_{head['date']}.json"
-    rows = (json.loads(file.read_text())["rows"] if file.exists() else {}) | new
+    files = sorted(out.glob(f"{NAME}_cpu_*.json"))
+    last = json.loads(files[-1].read_text()) if files else {}
+    same = all(last.get(key) == head[key] for key in ("machine", "versions"))
+    rows = (last["rows"] if same else {}) | new
     rows = {name: rows[name] for name in order if name in rows}
     lines = [
         "# Time to recall",
