@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import time
@@ -294,6 +295,7 @@ def test_a_file_says_the_same_and_the_command_line_goes_before_it(
         ({"trainer.devices": 2}, "--trainer.devices"),
         ({"config": "nosuch"}, "no configuration 'nosuch'"),
         ({"file": "nowhere.yaml"}, "--file nowhere.yaml cannot be read"),
+        ({"seeds": "true"}, "seeds"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -306,7 +308,43 @@ def test_mistakes_are_one_line(
     assert expected in line
 
 
-@pytest.mark.parametrize(("command", "option"), [("compare", "--group"), ("compare-backbones", "--seeds")])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"image_towers": 5}, "--image_towers: expected names"),
+        ({"image_towers": ["a", 5]}, "--image_towers: expected names"),
+        ({"image_towers": {"a": "b"}}, "--image_towers: expected names"),
+        ({"out": 5}, "--out 5: expected the name of a folder"),
+        ({"config": 5}, "config: expected a name or a list of names, got 5"),
+        ({"config": [5]}, "config: expected a name or a list of names, got [5]"),
+        ({"seeds": True}, "--seeds true: expected 1 or more"),
+        ({"seeds": datetime.date(2026, 1, 1)}, '--seeds "2026-01-01": expected 1 or more'),
+        ({5: "a"}, "expected names of options, got 5"),
+        ({"model": {"embed_dim": datetime.date(2026, 1, 1)}}, "embed_dim"),
+        (["a"], "expected options and their values"),
+    ],
+)
+def test_wrong_values_in_a_file_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, expected: str
+) -> None:
+    if isinstance(content, dict):
+        content = {"image_towers": "random:test_vit", "text_towers": "x"} | content
+    (tmp_path / "towers.yaml").write_text(yaml.safe_dump(content))
+    assert main(["compare-backbones", f"--file={tmp_path / 'towers.yaml'}"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("clip-lightning: error: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("compare", "usage: clip-lightning compare RUN [RUN ...] [options]"),
+        ("compare", "--group"),
+        ("compare-backbones", "[options of fit]"),
+        ("compare-backbones", "--seeds"),
+    ],
+)
 def test_help_lists_the_options(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     said = capsys.readouterr().out
@@ -357,6 +395,8 @@ def test_options_that_differ_are_columns_and_runs_without_results_are_left_out(
     assert main(["compare", "--json", str(tmp_path / "runs"), "--out", str(tmp_path / "c")]) == 0
     out, err = capsys.readouterr()
     table = json.loads(out)
+    assert main(["compare", "--json", "true", str(tmp_path / "runs"), "--out", str(tmp_path / "c")]) == 0
+    assert json.loads(capsys.readouterr().out) == table
     options = [(row["rsum"], row["options"], row["training_seconds"]) for row in table["rows"]]
     assert options == [(200, {"model.dropout": 0.3}, 20), (100, {"model.dropout": 0.1}, 20)]
     reasons = [each["reason"] for each in table["left_out"]]
@@ -367,6 +407,29 @@ def test_options_that_differ_are_columns_and_runs_without_results_are_left_out(
     ]
     assert err.count("left out") == 3
     assert "model.dropout" in (tmp_path / "c" / "comparison.md").read_text()
+
+
+def test_a_run_says_whether_it_was_interrupted(
+    words: Words, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = {"image_towers": ..., "text_towers": ..., "model.image_tower": "random:test_vit"}
+    fit = words(None, **pair, **{"model.text_tower": bert, "trainer.max_epochs": 2, "data.cache": tmp_path})
+    for step in (6, 99):
+        folder = tmp_path / str(step)
+        at = ["--trainer.callbacks=test_compare.At", f"--trainer.callbacks.step={step}"]
+        assert main(["fit", "--config=heads", *fit, f"--trainer.default_root_dir={folder}", *at]) in (0, 130)
+    capsys.readouterr()
+    given = [str(tmp_path / "6"), str(tmp_path / "99")]
+    assert main(["compare", "--json", *given, f"--out={tmp_path / 'c'}"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)["rows"]
+    assert {(Path(row["places"][0]).parent.name, row["unfinished"]) for row in rows} == {
+        ("6", "interrupted"),
+        ("99", ""),
+    }
+    assert "(interrupted)" in err
+    plain = {"parameters", "parameters_trained", "training_seconds", "feature_bytes_per_picture"}
+    assert all(row.keys() > plain | {"image_latency_ms"} for row in rows)  # which no comparison has trained
 
 
 def test_runs_on_different_data_are_flagged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,6 +450,8 @@ def test_runs_on_different_data_are_flagged(tmp_path: Path, capsys: pytest.Captu
         (["run", "--group=g"], "--group chooses among the runs of a W&B project"),
         (["run", "--out=file"], "--out file cannot be made"),
         (["run", "--seeds=2"], "seeds"),
+        (["run", "--out"], "--out"),
+        (["--out", "--json", "run"], "--out"),
         (["wandb:project"], "expected wandb:ENTITY/PROJECT"),
         (["wandb:entity/project"], "no W&B key is configured"),
     ],
@@ -434,6 +499,13 @@ def test_pairs_are_runs_of_one_group_which_can_be_compared(
         assert online["training_seconds"] == pytest.approx(ours["training_seconds"], abs=1)
     assert main([*theirs, f"wandb:tester/clip-lightning/{runs[0].id}"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
+    together = [str(tmp_path / "ours"), "wandb:tester/clip-lightning"]
+    assert main([*theirs, *together]) == 0  # the same runs twice, as if they were seeds
+    mixed = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["runs"], row["options"], row["std"]["rsum"]) for row in mixed] == [(2, {}, 0)] * 2
+    wandb_server.runs["tester", "clip-lightning", runs[0].id].state = "crashed"
+    assert main([*theirs, f"wandb:tester/clip-lightning/{runs[0].id}"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["unfinished"] == "crashed"
     assert row["places"] == [f"wandb:tester/clip-lightning/{runs[0].id}"]
     for place, group in (("tester/nosuch", []), ("tester/clip-lightning", ["--group=nosuch"])):
         assert main([*theirs, f"wandb:{place}", *group]) == 2

@@ -14,19 +14,14 @@ from typing import Any
 import pytest
 from matplotlib.text import Text
 from PIL import Image
+from rich.console import Console
 
-from clip_lightning.tracking import comparison_pages
-from clip_lightning.tracking.compare import (
-    Comparison,
-    cells,
-    compared,
-    csv_table,
-    header,
-    markdown,
-    short_names,
-    shown,
-)
-from clip_lightning.tracking.comparison_pages import page, pareto_front, recall_latency, write_comparison
+from clip_lightning.tracking import comparison_pictures
+from clip_lightning.tracking.compare import Comparison, compared, short_names
+from clip_lightning.tracking.comparison_pages import page, write_comparison
+from clip_lightning.tracking.comparison_pictures import pareto_front, recall_latency
+from clip_lightning.tracking.comparison_tables import cells, csv_table, header, markdown, shown
+from clip_lightning.tracking.comparison_terminal import print_tables
 from clip_lightning.tracking.run_records import RECALLS, LeftOut, RunRecord, flat
 
 CONDITIONS = "one picture, fp32, CPU with 2 threads"
@@ -43,7 +38,8 @@ def record(rsum: float, image: str = "a", text: str = "x", **changes: Any) -> Ru
     }
     known = values if latency is None else values | {"image_latency_ms": latency}
     given = {"data_digest": "d" * 64, "latency_conditions": CONDITIONS, **changes}
-    return RunRecord(f"runs/{image}-{text}-{rsum}", image, text, known, **given)
+    place = given.pop("place", f"runs/{image}-{text}-{rsum}")
+    return RunRecord(place, image, text, known, **given)
 
 
 def ranks(comparison: Comparison) -> list[tuple[int, str]]:
@@ -70,7 +66,8 @@ def test_seeds_are_one_row_with_mean_and_sample_deviation() -> None:
     assert shown(best, "rsum") == "100.0 ± 10.0"
     assert shown(other, "rsum") == "95.0"
     assert comparison.options == ["model.dropout"]
-    assert dict(zip(header(comparison), (text for text, _ in cells(comparison, best)), strict=True)) == {
+    line, _ = cells(comparison, comparison.rows)
+    assert dict(zip(header(comparison), (text for text, _ in line), strict=True)) == {
         "rank": "1",
         "towers": "a × x",
         "model.dropout": "0.3",
@@ -79,7 +76,7 @@ def test_seeds_are_one_row_with_mean_and_sample_deviation() -> None:
         "parameters": "4.65 M",
         "image latency, ms": "10.0 ± 0.0",
         "features in all": "2.56 kB",
-        "runs": "3",
+        "run": "3 runs",
     }
 
 
@@ -94,6 +91,44 @@ def test_only_options_that_make_an_experiment_are_columns() -> None:
 def test_an_option_of_a_later_version_without_a_value_is_no_difference() -> None:
     comparison = compared([record(1, options={"model.new": None}), record(3, options={})], "t")
     assert [(row.means["rsum"], len(row.records)) for row in comparison.rows] == [(2, 2)]
+
+
+def test_what_wandb_adds_or_writes_otherwise_is_no_difference() -> None:
+    local = {
+        "model.dropout": 1.0,
+        "model.betas": [0.9, 1.0],
+        "data.dataset": "auto",
+        "data.hub_image": "image",
+    }
+    online = {"model.dropout": 1, "model.betas": [0.9, 1], "data_digest": "d", "data_artifact": "a:v0"}
+    (row,) = compared([record(100, options=local), record(110, options=online)], "t").rows
+    assert len(row.records) == 2
+
+
+def test_an_option_is_a_column_if_it_differs_on_the_same_data() -> None:
+    def comparison(digest: str) -> Comparison:
+        others = record(3, options={"a": 2, "b": 1}, data_digest=digest)
+        return compared(
+            [record(1, options={"a": 1, "b": 1}), record(2, options={"a": 1, "b": 2}), others], "t"
+        )
+
+    assert comparison("d" * 64).options == ["a", "b"]
+    assert comparison("e" * 64).options == ["b"]
+
+
+def test_unfinished_runs_are_marked_and_no_seeds_of_finished_ones() -> None:
+    records = [record(100), record(120), *(record(300 + n, unfinished="interrupted") for n in range(4))]
+    comparison = compared(records, "t")
+    assert [(row.means["rsum"], row.unfinished) for row in comparison.rows] == [
+        (301.5, "interrupted"),
+        (110, ""),
+    ]
+    (warning,) = comparison.warnings
+    assert "runs/a-x-300 (interrupted)" in warning and warning.endswith("and 1 more")
+    state = header(comparison).index("state")
+    assert [line[state][0] for line in cells(comparison, comparison.rows)] == ["interrupted", "–"]
+    assert [row["unfinished"] for row in comparison.as_dict()["rows"]] == ["interrupted", ""]
+    assert "state" not in header(compared([record(100)], "t"))
 
 
 def test_a_configuration_is_flattened() -> None:
@@ -153,6 +188,66 @@ def test_csv_and_json_have_plain_numbers() -> None:
     assert row["options"] == {"a,b": '"'}
 
 
+def test_rows_of_the_same_towers_name_their_runs() -> None:
+    places = ["one/a", "two/a", "wandb:e/p/b"]
+    records = [record(100 - n, place=place, options={"model.lr": n / 7}) for n, place in enumerate(places)]
+    comparison = compared(records, "t")
+    lines = [dict(zip(header(comparison), line, strict=True)) for line in cells(comparison, comparison.rows)]
+    assert [line["run"][0] for line in lines] == ["one/a", "two/a", "p/b"]
+    assert [line["model.lr"] for line in lines] == [("0", 0), ("0.1429", 1 / 7), ("0.2857", 2 / 7)]
+    assert "run" not in header(compared([record(100), record(90, "b")], "t"))
+
+
+# the terminal
+
+
+def printed(comparison: Comparison, width: int = 80) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, markup=False)
+    print_tables(comparison, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert all(len(line) <= width for line in lines)
+    return [" ".join(line.split()) for line in lines]
+
+
+def sweep(towers: int = 1) -> list[RunRecord]:
+    """Runs with six options drawn from ranges."""
+    names = ["embed_dim", "dropout", "loss.label_smoothing", "optimizer.lr", "optimizer.weight_decay", "c"]
+    return [
+        record(
+            280.0 - n,
+            "pypi:efficientnet-lite0" if n % towers == 0 else "pypi:efficientnet-lite1",
+            "pypi:minilm-l6",
+            place=f"runs/sweep/20261124-15480{n}-2649",
+            options={f"model.{name}": (n + 1) / 7 ** (i + 1) for i, name in enumerate(names)},
+        )
+        for n in range(4)
+    ]
+
+
+def test_a_sweep_fits_into_80_columns() -> None:
+    lines = printed(compared(sweep(), "t"))
+    assert lines[0] == "efficientnet-lite0 × minilm-l6"
+    assert "rank run embed_dim dropout lr rsum R@1 R@1" in lines
+    assert "1 20261124-154800-2649 0.1429 0.02041 0.0004165 280.0 46.7 46.7" in lines
+    assert any(line.startswith("more in index.html: model.loss.label_smoothing, model.opt") for line in lines)
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_rank_towers_run_and_rsum_are_there_at_any_width(width: int) -> None:
+    lines = printed(compared(sweep(towers=2), "t"), width)
+    text = "".join(lines)
+    assert all(f"20261124-15480{n}-2649" in text for n in range(4))
+    assert all(f"{280 - n}.0" in text for n in range(4))
+    assert text.count("efficientnet-lite1") == 2 and "…" not in text
+
+
+def test_what_seeds_spread_is_shown_before_other_values() -> None:
+    records = [record(rsum, image, options={}) for rsum in (100, 120) for image in ("a", "b" * 30)]
+    lines = printed(compared([*records, record(90, unfinished="crashed")], "t"), 60)
+    assert any("2 runs 110.0 ± 14.1" in line for line in lines)
+    assert any("90.0" in line and line.endswith("crashed") for line in lines)
+
+
 # pictures
 
 
@@ -169,8 +264,8 @@ def many_records() -> list[RunRecord]:
 
 def test_labels_are_inside_and_over_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
-    axes_of = comparison_pages._axes
-    monkeypatch.setattr(comparison_pages, "_axes", lambda *given: kept.append(axes_of(*given)) or kept[-1])
+    axes_of = comparison_pictures._axes
+    monkeypatch.setattr(comparison_pictures, "_axes", lambda *given: kept.append(axes_of(*given)) or kept[-1])
     assert recall_latency(compared(many_records(), "t")) is not None
     ((figure, axes),) = kept
     renderer = figure.canvas.get_renderer()

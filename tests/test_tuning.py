@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 
 from clip_lightning.__main__ import main
 from clip_lightning.cli import rehearse
+from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
 from clip_lightning.tuning import split_words
 from clip_lightning.tuning.command import base_point
@@ -427,12 +428,31 @@ def test_a_grid_is_worked_off_once(search: Search, tmp_path: Path) -> None:
 def test_a_failed_trial_is_told_and_does_not_end_the_search(
     search: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(search(grid(dropout=[2.0, 0.0]), "--json")) == 0
+    assert main(search(grid(dropout=[2.0, 0.0]), "--json")) == 1, "a point of the grid is missing"
     said = capsys.readouterr()
     found = summary(said.out)
     assert [trial["state"] for trial in found["trials"]] == ["finished", "failed"]
     assert "dropout" in found["trials"][1]["error"]
     assert "trial 0 failed: " in said.err
+    assert main(search(grid(dropout=[2.0, 0.0]))) == 1
+    assert states(tmp_path / "runs" / "sweep-tiny") == ["FAIL", "COMPLETE", "FAIL"], "only it is tried again"
+
+
+def test_other_data_or_options_are_another_study(
+    search: Search, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else trials that cannot be compared would be ranked, and best.yaml would say what never ran."""
+    content = grid(lr=[0.01])
+    assert main(search(content)) == 0
+    best = tmp_path / "runs" / "sweep-tiny" / "best.yaml"
+    before = best.read_text()
+    other = tmp_path / "other"
+    write_scenes(other, count=30, size=32, seed=1)
+    for option, named in (f"--data.root={other}", "data"), ("--model.dropout=0.5", "model.dropout"):
+        assert main(search(content, option)) == 2
+        assert f"was begun with other {named}; give --study NAME" in capsys.readouterr().err
+    assert best.read_text() == before
+    assert main(search(content, "--model.dropout=0.5", "--study=second")) == 0
 
 
 def test_nothing_but_failures_ends_it(
@@ -456,7 +476,7 @@ def test_hopeless_trials_are_stopped_early(
     assert bad["metrics"]["epoch"] == 0
     assert [len(trial.intermediate_values) for trial in study_of(folder).trials] == [3, 1]
     assert (folder / bad["run"] / "model" / "model.safetensors").is_file()
-    assert main(search(content, "--json")) == 0
+    assert main(search(content, "--json", "--trainer.max_epochs=3")) == 0
     assert len(summary(capsys.readouterr().out)["trials"]) == 2, "a trial that was stopped early has finished"
 
 

@@ -22,13 +22,10 @@ if TYPE_CHECKING:
     from clip_lightning.tracking.run_records import RunRecord
 
 DEFAULT_CONFIG = "heads"
-TERMINAL = {
-    "rsum": "rsum",
-    "text_to_image_R@1": "t→i R@1",
-    "image_to_text_R@1": "i→t R@1",
-    "image_latency_ms": "latency, ms",
+USAGE = {
+    "compare": "%(prog)s RUN [RUN ...] [options]",
+    "compare-backbones": "%(prog)s --image_towers NAMES --text_towers NAMES [options] [options of fit]",
 }
-"""Values that a terminal has room for."""
 
 
 def run(args: list[str]) -> None:
@@ -36,38 +33,44 @@ def run(args: list[str]) -> None:
     command: Callable[..., None] = compare if args[0] == "compare" else compare_backbones
     rest_name, *names = inspect.signature(command).parameters
     own, rest = _divided(args[1:], names)
-    if command is compare:  # which hands nothing on
-        own += [word for word in rest if word.startswith("-")]
-        rest = [word for word in rest if not word.startswith("-")]
     about = (inspect.getdoc(command) or "").partition("\n\nArgs")[0]
-    parser = Parser(prog=f"clip-lightning {args[0]}", description=about)
+    parser = Parser(prog=f"clip-lightning {args[0]}", description=about, usage=USAGE[args[0]])
     parser.add_function_arguments(command, as_group=False, skip={rest_name})
-    command(rest, **vars(parser.parse_args(own)))
+    if command is compare:  # which hands nothing on
+        parser.add_argument("runs", nargs="*", metavar="RUN", help="what to compare")
+        compare(**vars(parser.parse_args([*rest, *own])))
+    else:
+        compare_backbones(rest, **vars(parser.parse_args(own)))
 
 
 def _divided(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words that are options of these names, with their values, and the others."""
-    own, rest, left = [], [], iter(words)
-    for word in left:
+    own: list[str] = []
+    rest: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
         name, equals, _ = word.partition("=")
-        if word in ("-h", "--help"):
-            own.append(word)
-        elif word == "--json":
-            own.append("--json=true")
+        if word == "--json":
+            given = left[:1] if left[:1] in (["true"], ["false"]) else []
+            own.append(f"--json={given[0] if given else 'true'}")
         elif name.startswith("--") and name[2:] in names:
-            value = [] if equals else [next(left, None)]
-            own += [word, *(text for text in value if text is not None)]
+            given = [] if equals or left[:1] == [] or left[0].startswith("--") else left[:1]
+            own += [word, *given]
         else:
-            rest.append(word)
+            (own if word in ("-h", "--help") else rest).append(word)
+            continue
+        del left[: len(given)]
     return own, rest
 
 
 def compare(runs: list[str], out: Path | None = None, group: str | None = None, json: bool = False) -> None:
-    """Rank finished runs: clip-lightning compare RUN [RUN ...] [options].
+    """Rank finished runs.
 
     A RUN is the folder of a run, a folder of such folders, wandb:ENTITY/PROJECT for the runs of a W&B
     project, or wandb:ENTITY/PROJECT/RUN_ID for one of them. Runs that differ in nothing but the seed are
-    one row, mean and standard deviation. Runs on different data are ranked apart.
+    one row, mean and standard deviation. Runs on different data are ranked apart. Runs that were interrupted
+    are ranked by what they had reached, and marked.
 
     Args:
         runs: what to compare.
@@ -98,9 +101,9 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
 
 
 def _measured(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """With the latency and the parameters of those whose bundle is at hand and that do not have them."""
+    """With what a bundle tells, where it is at hand: latency, parameters, bytes of features."""
     from clip_lightning.model import CLIP
-    from clip_lightning.tracking.costs import best_device, image_latency, parameter_counts
+    from clip_lightning.tracking.costs import best_device, frozen_features, image_latency, parameter_counts
 
     latencies: dict[str, dict[str, Any]] = {}
     found = []
@@ -114,6 +117,7 @@ def _measured(records: Sequence[RunRecord]) -> list[RunRecord]:
                 latencies[tower] = image_latency(clip)
             # how many of them were trained, a bundle does not know
             values = {"parameters": parameter_counts(clip)["parameters"], **record.values}
+            values |= frozen_features(clip, record.options)
             values["image_latency_ms"] = latencies[tower]["image_latency_ms"]
             conditions = latencies[tower]["image_latency_conditions"]
             record = replace(record, values=values, latency_conditions=conditions)
@@ -134,7 +138,8 @@ def compare_backbones(
 
     Every frozen tower runs over the data once; the pairs are trained on the cached features. Any option of
     `fit` may follow and is handed to every pair (--data.root FOLDER; --config NAME, `heads` by default). The
-    same command again goes on: pairs that are finished are not trained again.
+    same command again goes on: pairs that are finished are not trained again. `clip-lightning fit --help`
+    lists the options of `fit`.
 
     Args:
         options: the words of `fit`.
@@ -159,12 +164,14 @@ def compare_backbones(
         from_file, words = _read_file(file, ("image_towers", "text_towers", "seeds", "out"))
         given, options = from_file | given, [*words, *options]
     images, texts = (_names(given.get(name), name) for name in ("image_towers", "text_towers"))
-    count = given.get("seeds", 1)
-    if not isinstance(count, int) or count < 1:
-        raise UserError(f"--seeds {count}: expected 1 or more")
+    count, folder = given.get("seeds", 1), given.get("out")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"--seeds {json_format.dumps(count, default=str)}: expected 1 or more")
+    if folder is not None and not isinstance(folder, str | Path):
+        raise UserError(f"--out {folder}: expected the name of a folder")
     if not any(re.match(r"(--config|-c)(=|$)", word) for word in options):
         options = [f"--config={DEFAULT_CONFIG}", *options]
-    _train(images, texts, options, count, Path(given["out"]) if "out" in given else None, json)
+    _train(images, texts, options, count, None if folder is None else Path(folder), json)
 
 
 def _train(
@@ -193,10 +200,15 @@ def _read_file(file: Path, own: tuple[str, ...]) -> tuple[dict[str, Any], list[s
         raise UserError(f"--file {file} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--file {file}: expected options and their values, got {content!r}")
+    if wrong := [name for name in content if not isinstance(name, str)]:
+        raise UserError(f"--file {file}: expected names of options, got {wrong[0]!r}")
     configs = content.pop("config", None) or []
-    words = [f"--config={name}" for name in ([configs] if isinstance(configs, str) else configs)]
+    configs = [configs] if isinstance(configs, str) else configs
+    if not _are_names(configs):
+        raise UserError(f"--file {file}, config: expected a name or a list of names, got {configs!r}")
     rest = {name: value for name, value in content.items() if name not in own}
-    return {name: content[name] for name in own if name in content}, [*words, *_words(rest)]
+    words = [f"--config={name}" for name in configs] + _words(rest)
+    return {name: content[name] for name in own if content.get(name) is not None}, words
 
 
 def _words(options: dict[str, Any], prefix: str = "--") -> list[str]:
@@ -206,23 +218,30 @@ def _words(options: dict[str, Any], prefix: str = "--") -> list[str]:
         if isinstance(value, dict) and "class_path" not in value:
             words += _words(value, f"{prefix}{name}.")
         else:
-            text = value if isinstance(value, str) else json_format.dumps(value)
+            text = value if isinstance(value, str) else json_format.dumps(value, default=str)  # a date
             words.append(f"{prefix}{name}={text}")
     return words
 
 
 def _names(given: Any, option: str) -> list[str]:
     names = given.split(",") if isinstance(given, str) else given or []
-    names = list(dict.fromkeys(str(name).strip() for name in names))
+    names = list(dict.fromkeys(map(str.strip, names))) if _are_names(names) else []
     if not names or not all(names):
         example = "pypi:efficientnet-lite0,resnet18" if option == "image_towers" else "pypi:minilm-l6"
         raise UserError(f"--{option}: expected names separated by commas, for example {example}")
     return names
 
 
+def _are_names(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(name, str) for name in given)
+
+
 def _finish(comparison: Comparison, out: Path, json: bool) -> None:
     """Write everything, warn, and print the table."""
+    from rich.console import Console
+
     from clip_lightning.tracking.comparison_pages import write_comparison
+    from clip_lightning.tracking.comparison_terminal import print_tables
     from clip_lightning.tracking.run_records import make_folder
 
     write_comparison(comparison, make_folder(out))
@@ -232,29 +251,8 @@ def _finish(comparison: Comparison, out: Path, json: bool) -> None:
         record = comparison.as_dict() | {"folder": str(out)}
         print(json_format.dumps(record, ensure_ascii=False, default=str))
         return
-    _print_tables(comparison)
+    print_tables(comparison, Console(markup=False, highlight=False))
     print(f"comparison: {out / 'index.html'}")
-
-
-def _print_tables(comparison: Comparison) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    from clip_lightning.tracking.compare import data_name, option_text, shown
-
-    values = [name for name in TERMINAL if name in comparison.columns()]
-    for rows in comparison.data_sets:
-        title = data_name(rows[0].digest) if len(comparison.data_sets) > 1 else None
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-        table.add_column("rank", justify="right")
-        table.add_column("towers", overflow="fold")
-        for name in [*comparison.options, *(TERMINAL[name] for name in values)]:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in rows:
-            settings = (option_text(row.options[name]) for name in comparison.options)
-            table.add_row(str(row.rank), row.name, *settings, *(shown(row, name) for name in values))
-        Console(markup=False).print(table)
 
 
 def _say(line: str) -> None:

@@ -127,6 +127,7 @@ class RunRecorder(Callback):
         self._samples = 0
         self._peak_memory = 0
         self._memory_noted = float("-inf")
+        self._finished = False
         self._last_log = self._sums()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -201,6 +202,7 @@ class RunRecorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything."""
+        self._finished = True
         self._write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -230,6 +232,7 @@ class RunRecorder(Callback):
         training = seconds["waiting_for_data"] + self.stopwatch.step_seconds
         record = {
             **self.metrics,
+            "finished": self._finished,
             "seconds": round(sum(seconds.values()), 1),
             **{f"seconds_{part}": round(spent, 1) for part, spent in seconds.items()},
             "samples_per_second": round(self._samples / max(training, 1e-9), 1),

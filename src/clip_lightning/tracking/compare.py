@@ -1,9 +1,7 @@
-"""Runs beside each other: a ranked table, as Markdown, CSV and JSON."""
+"""Runs beside each other: those that are one experiment as a row, and the rows ranked."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import statistics
@@ -11,23 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clip_lightning.tracking.run_records import COSTS, METRICS, RECALLS, LeftOut, RunRecord
+from clip_lightning.tracking.run_records import COSTS, METRICS, LeftOut, RunRecord
 
-TITLES = {
-    **{name: name.replace("_to_", "→").replace("_", " ") for name in RECALLS},
-    "rsum": "rsum",
-    "parameters": "parameters",
-    "parameters_trained": "trained",
-    "image_latency_ms": "image latency, ms",
-    "training_seconds": "training, s",
-    "feature_bytes_per_picture": "features of a picture",
-    "feature_bytes": "features in all",
-}
 # What differs from run to run without making another experiment. The data's digest says whether data differ.
 BOOKKEEPING = re.compile(
     r"seed_everything|config|ckpt_path|model\.(image|text)_tower|predictions\..*|trainer\.(logger|default_root_dir|"
-    r"enable_|log_every|devices$|num_nodes$).*|data\.(root|artifact|hub|url|sha256|num_workers|cache|cache_gb|seed)"
+    r"enable_|log_every|devices$|num_nodes$).*|data\.(root|dataset|artifact|"
+    r"hub|hub_image|hub_captions|url|sha256|num_workers|cache|cache_gb|seed)|data_digest|data_artifact"
 )
+NAMED = 3  # unfinished runs that a warning names
 
 
 @dataclass(frozen=True)
@@ -57,6 +47,16 @@ class Row:
         """Of the data."""
         return self.records[0].data_digest
 
+    @property
+    def towers(self) -> tuple[str, str]:
+        """Full names of the image tower and the text tower."""
+        return self.records[0].image_tower, self.records[0].text_tower
+
+    @property
+    def unfinished(self) -> str:
+        """As in `RunRecord`: runs that came to their end and others are never one row."""
+        return self.records[0].unfinished
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -65,7 +65,7 @@ class Comparison:
     Attributes:
         title: a headline.
         rows: by data set and rank.
-        options: dotted names of the options in which rows differ.
+        options: dotted names of the options in which rows of the same data differ.
         failed: pairs that could not be trained.
         left_out: runs without results.
         warnings: what a reader must know before comparing two rows.
@@ -99,7 +99,7 @@ class Comparison:
             "title": self.title,
             "warnings": list(self.warnings),
             "latency_conditions": self.latency_conditions,
-            "rows": [_plain_row(row) for row in self.rows],
+            "rows": [plain_row(row) for row in self.rows],
             "failed": [{"name": each.place, "reason": each.reason} for each in self.failed],
             "left_out": [{"name": each.place, "reason": each.reason} for each in self.left_out],
         }
@@ -115,15 +115,11 @@ def compared(
     """Rank runs by rsum, each data set by itself; runs that differ in the seed only are one row."""
     experiments: dict[str, list[RunRecord]] = {}
     for record in records:
-        key = [
-            record.image_tower,
-            record.text_tower,
-            record.data_digest,
-            sorted(settings_of(record.options).items()),
-        ]
-        experiments.setdefault(json.dumps(key, default=str), []).append(record)
+        settings = {name: _text(value) for name, value in settings_of(record.options).items()}
+        key = [record.image_tower, record.text_tower, record.data_digest, record.unfinished, settings]
+        experiments.setdefault(json.dumps(key, sort_keys=True), []).append(record)
     groups = list(experiments.values())
-    differing = _differing([settings_of(group[0].options) for group in groups])
+    differing = _differing([group[0] for group in groups])
     names = short_names(name for group in groups for name in (group[0].image_tower, group[0].text_tower))
     rows = [_row(group, names, differing) for group in groups]
     ranked = _ranked(rows)
@@ -142,10 +138,23 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names with more than one value; that one lacks counts as one."""
-    names = dict.fromkeys(name for each in settings for name in each)
-    return [name for name in names if len({json.dumps(each.get(name), default=str) for each in settings}) > 1]
+def _differing(records: Sequence[RunRecord]) -> list[str]:
+    """Names of settings with more than one value on the same data; that one lacks counts as one."""
+    settings = [(record.data_digest, settings_of(record.options)) for record in records]
+    found = []
+    for name in dict.fromkeys(name for _, each in settings for name in each):
+        values = {(digest, _text(each.get(name))) for digest, each in settings}
+        if len(values) > len({digest for digest, _ in values}):
+            found.append(name)
+    return found
+
+
+def _text(value: Any) -> str:
+    """A value as JSON; W&B gives 1.0 back as 1."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    whole = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if whole else value, default=str)
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
@@ -197,6 +206,12 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
         )
     elif digests == [""] and len(rows) > 1:
         found.append("the runs do not say what data they were scored on")
+    unfinished = [f"{r.place} ({r.unfinished})" for row in rows for r in row.records if r.unfinished]
+    if unfinished:
+        more = f" and {len(unfinished) - NAMED} more" if len(unfinished) > NAMED else ""
+        found.append(
+            f"ranked by what they had reached before their end: {', '.join(unfinished[:NAMED])}{more}"
+        )
     conditions = {record.latency_conditions for row in rows for record in row.records} - {""}
     if len(conditions) > 1:
         found.append(f"image latencies were measured differently: {'; '.join(sorted(conditions))}")
@@ -208,122 +223,20 @@ def data_name(digest: str) -> str:
     return f"data {digest[:8]}" if digest else "unknown data"
 
 
-def shown(row: Row, name: str) -> str:
-    """A value of `METRICS` or `COSTS` for people, with ± its standard deviation; – where it is not known."""
-    if name not in row.means:
-        return "–"
-    mean, deviation = row.means[name], row.deviations.get(name)
-    if name.startswith("parameters"):
-        return _scaled(mean, "")
-    if name.startswith("feature"):
-        return _scaled(mean, "B")
-    digits = 0 if name == "training_seconds" and mean >= 10 else 1
-    spread = f" ± {deviation:.{digits}f}" if deviation is not None else ""
-    return f"{mean:.{digits}f}{spread}"
-
-
-def _scaled(value: float, unit: str) -> str:
-    for power, letter in ((9, "G"), (6, "M"), (3, "k")):
-        if value >= 0.9995 * 10**power:
-            return f"{value / 10**power:.3g} {letter}{unit}"
-    return f"{value:.0f} {unit}".rstrip()
-
-
-def option_text(value: Any) -> str:
-    """An option's value for people."""
-    if value is None:
-        return "–"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def header(comparison: Comparison) -> list[str]:
-    """Titles of the columns that `cells` fills."""
-    several = any(len(row.records) > 1 for row in comparison.rows)
-    values = [TITLES[name] for name in comparison.columns()]
-    return ["rank", "towers", *comparison.options, *values, *(["runs"] if several else [])]
-
-
-def cells(comparison: Comparison, row: Row) -> list[tuple[str, float | str]]:
-    """For each column of `header` its text, and what it is sorted by."""
-    several = any(len(each.records) > 1 for each in comparison.rows)
-    options = [(option_text(row.options[name]), _sortable(row.options[name])) for name in comparison.options]
-    values = [(shown(row, name), row.means.get(name, "")) for name in comparison.columns()]
-    runs = [(str(len(row.records)), float(len(row.records)))] if several else []
-    return [(str(row.rank), float(row.rank)), (row.name, row.name), *options, *values, *runs]
-
-
-def _sortable(value: Any) -> float | str:
-    return float(value) if isinstance(value, int | float) else option_text(value)
-
-
-def markdown(comparison: Comparison) -> str:
-    """The table of each data set, what failed and what was left out."""
-    parts = [f"# {_escaped(comparison.title)}"]
-    parts += [f"> **Warning:** {_escaped(warning)}" for warning in comparison.warnings]
-    titles = header(comparison)
-    for rows in comparison.data_sets:
-        if len(comparison.data_sets) > 1:
-            parts.append(f"## {data_name(rows[0].digest).capitalize()}")
-        lines = [titles, [":--" if title == "towers" else "--:" for title in titles]]
-        lines += [[_escaped(text) for text, _ in cells(comparison, row)] for row in rows]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    parts.append(_escaped(notes(comparison)))
-    for title, those in (("Failed", comparison.failed), ("Left out", comparison.left_out)):
-        if those:
-            listed = [f"- {_escaped(each.place)}: {_escaped(each.reason)}" for each in those]
-            parts.append(f"## {title}\n\n" + "\n".join(listed))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def notes(comparison: Comparison) -> str:
-    """How to read the columns."""
-    if not comparison.rows:
-        return ""
-    found = ["Recalls in percent, of the epoch with the best rsum, which is the sum of the six."]
-    if any(len(row.records) > 1 for row in comparison.rows):
-        found.append("Several seeds: mean ± standard deviation.")
-    if conditions := comparison.latency_conditions:
-        found.append(f"Image latency: {'; '.join(conditions)}, from pixels to embedding, median.")
-    if "training_seconds" in comparison.columns():
-        found.append("Training: without loading the towers and caching features.")
-    if "feature_bytes_per_picture" in comparison.columns():
-        found.append("Features of a picture: one view. In all: every view and caption of the splits used.")
-    return " ".join(found)
-
-
-def _escaped(text: str) -> str:
-    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\|*`\[\]])", r"\\\1", line)
-
-
-def csv_table(comparison: Comparison) -> str:
-    """One line a row, values unrounded, under the names that `metrics.json` has."""
-    stream = io.StringIO()
-    rows = [_plain_row(row) for row in comparison.rows]
-    lines = [{k: v for k, v in row.items() if k not in ("std", "options", "places")} for row in rows]
-    for line, row in zip(lines, rows, strict=True):
-        line |= {f"{name}_std": value for name, value in row["std"].items()}
-        line |= {name: option_text(value) for name, value in row["options"].items()}
-        line["places"] = " ".join(row["places"])
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return stream.getvalue()
-
-
-def _plain_row(row: Row) -> dict[str, Any]:
-    first = row.records[0]
+def plain_row(row: Row) -> dict[str, Any]:
+    """A row as plain JSON values, under the names that `metrics.json` has."""
+    image_tower, text_tower = row.towers
     return {
         "rank": row.rank,
         "name": row.name,
-        "image_tower": first.image_tower,
-        "text_tower": first.text_tower,
+        "image_tower": image_tower,
+        "text_tower": text_tower,
         "runs": len(row.records),
         **{name: _rounded(value) for name, value in row.means.items()},
         "std": {name: _rounded(value) for name, value in row.deviations.items()},
         "options": dict(row.options),
         "data_digest": row.digest,
+        "unfinished": row.unfinished,
         "places": [record.place for record in row.records],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -116,8 +117,17 @@ def _feature_bytes(clip: CLIP, data: Any) -> dict[str, int]:
     entries = data.cache.used() if getattr(data, "cache", None) is not None else []
     if not entries:
         return {}
-    each = {"feature_bytes_per_picture": clip.image_tower.width * np.dtype(DTYPE).itemsize}
-    return {
-        "feature_bytes": sum(entry.bytes for entry in entries),
-        **(each if clip.image_tower.frozen else {}),
-    }
+    each = _bytes_per_picture(clip) if clip.image_tower.frozen else {}
+    return {"feature_bytes": sum(entry.bytes for entry in entries), **each}
+
+
+def frozen_features(clip: CLIP, options: Mapping[str, Any]) -> dict[str, int]:
+    """`feature_bytes_per_picture` of a model that was trained with these options, if features were cached."""
+    adapted = any(value is not None for name, value in options.items() if name.startswith("model.lora"))
+    frozen = options.get("model.freeze") in ("image", "both") and not adapted
+    cached = frozen and options.get("data.cache") != "off"
+    return _bytes_per_picture(clip) if cached else {}
+
+
+def _bytes_per_picture(clip: CLIP) -> dict[str, int]:
+    return {"feature_bytes_per_picture": clip.image_tower.width * np.dtype(DTYPE).itemsize}

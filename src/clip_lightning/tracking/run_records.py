@@ -39,6 +39,7 @@ class RunRecord:
         options: the whole configuration, by dotted names.
         data_digest: of the data and its splits; empty if unknown.
         latency_conditions: what the latency was measured with; empty if it was not.
+        unfinished: `interrupted`, or how W&B calls its state; empty if it came to its end, or nobody knows.
     """
 
     place: str
@@ -48,6 +49,7 @@ class RunRecord:
     options: Mapping[str, Any] = field(default_factory=dict)
     data_digest: str = ""
     latency_conditions: str = ""
+    unfinished: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ def read_folder(folder: Path) -> RunRecord | LeftOut:
         if "seconds" in metrics:
             values["training_seconds"] = metrics["seconds"] - metrics.get("seconds_preparation", 0)
         towers = [(bundle.get(kind) or {}).get("name") or "" for kind in ("image_tower", "text_tower")]
-        return _record(place, values, config, metrics.get("data_digest", ""), towers)
+        # earlier versions did not note whether it finished
+        state = "" if metrics.get("finished", True) else "interrupted"
+        return _record(place, values, config, metrics.get("data_digest", ""), towers, state)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         return LeftOut(place, f"its files cannot be read ({' '.join(str(error).split())})")
 
@@ -142,7 +146,12 @@ def _json_or_nothing(file: Path) -> dict[str, Any]:
 
 
 def _record(
-    place: str, values: Mapping[str, Any], config: Mapping[str, Any], digest: str, towers: list[str]
+    place: str,
+    values: Mapping[str, Any],
+    config: Mapping[str, Any],
+    digest: str,
+    towers: list[str],
+    unfinished: str,
 ) -> RunRecord | LeftOut:
     """A record of what was found, or why there is none."""
     if "rsum" not in values:
@@ -154,7 +163,7 @@ def _record(
     )
     known = {name: float(values[name]) for name in (*METRICS, *COSTS) if values.get(name) is not None}
     conditions = str(values.get("image_latency_conditions", ""))
-    return RunRecord(place, image_tower, text_tower, known, options, digest, conditions)
+    return RunRecord(place, image_tower, text_tower, known, options, digest, conditions, unfinished)
 
 
 def read_wandb(place: str, group: str | None = None) -> list[RunRecord | LeftOut]:
@@ -198,4 +207,5 @@ def _wandb_record(run: Any) -> RunRecord | LeftOut:
     values = {name.removeprefix("val/"): value for name, value in best.items()}
     for name in (*COSTS, "image_latency_conditions"):
         values[name] = run.summary.get(f"costs/{name}")
-    return _record(place, values, run.config, run.config.get("data_digest", ""), ["", ""])
+    state = "" if run.state == "finished" else run.state
+    return _record(place, values, run.config, run.config.get("data_digest", ""), ["", ""], state)

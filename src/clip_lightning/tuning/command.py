@@ -16,16 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
 from clip_lightning.cli import rehearse
+from clip_lightning.data.formats import read_captions
+from clip_lightning.data.origin import find_origin
 from clip_lightning.errors import UserError
+from clip_lightning.tracking.compare import settings_of
+from clip_lightning.tracking.run_records import flat
 from clip_lightning.tuning import online
 from clip_lightning.tuning.file import SweepFile, option_words, read_sweep
 from clip_lightning.tuning.report import Report, shown
-from clip_lightning.tuning.study import Search, TooManyFailures, open_study, work
+from clip_lightning.tuning.study import Search, TooManyFailures, open_study, try_failed_again, work
 
 SHOWN = 10
 
@@ -68,16 +73,61 @@ def search(options: Options) -> None:
         folder=Path(config.trainer.default_root_dir, "sweep-" + re.sub(r"[^\w.-]+", "-", name)),
         study=name,
         storage=options.storage,
-        trials=_wanted(file, options.trials),
+        trials=options.trials or 1 if options.sweep_id else _wanted(file, options.trials),
         parallel=options.parallel,
+        settings=_settings(file, words, config),
     )
     print(f"search {name}: {plan.folder}", file=sys.stderr)
-    report = _online(plan, config, options) if _goes_online(config, options) else _offline(plan)
-    report.write(lambda drawn: [*words, *file.words(drawn)])
-    if options.json:
-        print(json.dumps(report.summary(), ensure_ascii=False))
+
+    def tell(report: Report) -> None:
+        report.write(lambda drawn: [*words, *file.words(drawn)])
+        if options.json:
+            print(json.dumps(report.summary(), ensure_ascii=False))
+        else:
+            show(report)
+
+    if _goes_online(config, options):
+        report = _online(plan, config, options)
+        tell(report)
     else:
-        show(report)
+        study = open_study(plan, base_point(plan.file, list(plan.words)))
+        if file.method == "grid":
+            try_failed_again(study)
+        report = Report(plan.file, plan.folder, study)
+        try:
+            _share(plan, work, plan)
+        finally:  # also what there is after Ctrl-C, and when too many trials fail
+            tell(report)
+    failed = [row for row in report.rows() if row["state"] == "failed"]
+    if failed and (report.best is None or file.method == "grid"):
+        print(
+            f"clip-lightning: error: trial {failed[-1]['trial']} failed: {failed[-1]['error']}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _settings(file: SweepFile, words: list[str], config: Namespace) -> dict[str, Any]:
+    """What all trials have in common, and the data, which is read to see whether it can be."""
+    rehearsal = rehearse([*words, *file.words({one.label: one.ends()[0] for one in file.parameters})])
+    varied = {one.name.replace(".init_args", "") for one in file.parameters}
+    options = settings_of(flat(yaml.safe_load(rehearsal.config_to_save)))
+    options |= {f"model.{kind}_tower": config.model[f"{kind}_tower"] for kind in ("image", "text")}
+    shared = {
+        name: value
+        for name, value in options.items()
+        if name.replace(".init_args", "") not in varied and not name.startswith("trainer.callbacks")
+    }
+    return shared | {"data": _data_digest(config.data)}
+
+
+def _data_digest(options: Namespace) -> str:
+    names = ("artifact", "url", "sha256", "hub", "hub_image", "hub_captions")
+    scenes = options.dataset == "scenes"
+    root = None if options.root is None else Path(options.root)
+    origin = find_origin(root=root, scenes=scenes, **{name: options[name] for name in names})
+    origin.fetch()
+    return read_captions(origin.folder(), "captions" if scenes else options.dataset).digest()
 
 
 def check(file: SweepFile, words: list[str]) -> Namespace:
@@ -162,12 +212,6 @@ def _goes_online(config: Namespace, options: Options) -> bool:
             f"--sweep_id {options.sweep_id}: joining needs W&B online, with an API key and our own logger"
         )
     return possible and options.storage is None
-
-
-def _offline(plan: Search) -> Report:
-    study = open_study(plan, base_point(plan.file, list(plan.words)))
-    _share(plan, work, plan)
-    return Report(plan.file, plan.folder, study)
 
 
 def _online(plan: Search, config: Namespace, options: Options) -> Report:

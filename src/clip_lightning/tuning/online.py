@@ -16,7 +16,8 @@ def create(search: Search, words: tuple[str, ...], entity: str | None, project: 
     """Make the sweep on the server, with the words of all trials in its command; ENTITY/PROJECT/ID."""
     from clip_lightning.tracking.sweeps import create_sweep
 
-    command = ["clip-lightning", "fit", *search.file.base, *words, "${args}"]
+    quiet = ["--trainer.logger.log_model=false", "--predictions.queries=0"]  # as in trials of our own
+    command = ["clip-lightning", "fit", *search.file.base, *quiet, *words, "${args}"]
     content = search.file.content | {"command": command, "name": search.study}
     if search.file.method != "grid":
         content["run_cap"] = search.trials

@@ -47,6 +47,7 @@ class Search:
         storage: the database's URL; None for a file in the folder.
         trials: how many finished trials are wanted.
         parallel: worker processes on this machine.
+        settings: the options, by name, that all trials share and that make the experiment, and the data.
     """
 
     file: SweepFile
@@ -56,6 +57,7 @@ class Search:
     storage: str | None
     trials: int
     parallel: int
+    settings: dict[str, Any]
 
     @property
     def url(self) -> str:
@@ -65,7 +67,12 @@ class Search:
     def trial_words(self, varied: list[str]) -> list[str]:
         """The words of `fit` for one trial; those given come after what suits trials in general."""
         here = option_words({"trainer.default_root_dir": str(self.folder / "trials")})
-        return ["--trainer.enable_progress_bar=false", *self.words, *varied, *here]
+        return ["--trainer.enable_progress_bar=false", "--predictions.queries=0", *self.words, *varied, *here]
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same while the study goes on: else its trials could not be compared."""
+        plain: dict[str, Any] = json.loads(json.dumps(self.file.identity() | self.settings, default=str))
+        return plain
 
 
 class TooManyFailures(Exception):
@@ -98,15 +105,30 @@ def open_study(search: Search, first: dict[str, Any] | None = None) -> optuna.St
     with FileLock(search.folder / ".new.lock"):
         begun = study.user_attrs.get("identity")
         if begun is None:
-            study.set_user_attr("identity", file.identity())
+            study.set_user_attr("identity", search.identity())
             _enqueue(study, search, first)
-        elif begun != file.identity():
-            changed = [key for key, value in file.identity().items() if begun.get(key) != value]
+        elif begun != (now := search.identity()):
+            changed = [key for key in begun.keys() | now.keys() if begun.get(key) != now.get(key)]
             raise UserError(
-                f"the study {search.study!r} was begun with other {' and '.join(changed)}; "
+                f"the study {search.study!r} was begun with other {', '.join(sorted(changed))}; "
                 "give --study NAME to begin another"
             )
     return study
+
+
+def try_failed_again(study: optuna.Study) -> None:
+    """Put the points of a grid that have failed, and nothing else has tried since, back into the queue."""
+    trials = study.get_trials(deepcopy=False)
+    done = [_point(trial) for trial in trials if trial.state != TrialState.FAIL]
+    for trial in trials:
+        if trial.state == TrialState.FAIL and (point := _point(trial)) and point not in done:
+            done.append(point)
+            study.enqueue_trial(point)
+
+
+def _point(trial: FrozenTrial) -> dict[str, Any]:
+    """What a trial has drawn, or is to draw."""
+    return dict(trial.params or trial.system_attrs.get("fixed_params", {}))
 
 
 def _open_storage(url: str) -> optuna.storages.RDBStorage:
@@ -149,10 +171,10 @@ def _enqueue(study: optuna.Study, search: Search, first: dict[str, Any] | None) 
         study.enqueue_trial(first)
 
 
-def try_again(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Put what a stopped trial tried back into the queue, once: it may be what stops the process."""
+def try_again(study: optuna.Study, trial: FrozenTrial, *, always: bool = False) -> None:
+    """Put what a stopped trial tried back into the queue; once, unless `always`: it may be what kills."""
     study.set_user_attr(f"interrupted {trial.number}", True)  # a finished trial takes no attributes
-    if trial.params and "again" not in trial.user_attrs:
+    if trial.params and (always or "again" not in trial.user_attrs):
         study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
 
 
@@ -223,7 +245,8 @@ class Worker:
                 self.study.optimize(self._objective, n_trials=1, catch=(Exception,), gc_after_trial=True)
             except KeyboardInterrupt:
                 if self._trial is not None:
-                    try_again(self.study, self._frozen())
+                    try_again(self.study, self._frozen(), always=True)
+                print("stopped; the same command again goes on with the search", file=sys.stderr)
                 raise
         self._count_failures()
         return step
