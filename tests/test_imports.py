@@ -22,6 +22,7 @@ PUBLIC_NAMES = {
     "CLIP",
     "CLIPModule",
     "CaptionDataModule",
+    "ImageIndex",
     "__version__",
     "info_nce",
     "retrieval_metrics",
@@ -96,6 +97,8 @@ EXCEPT = {
     ("data.origin", "tracking.artifacts"),
     ("data.datamodule", "tracking.artifacts"),
     ("model", "tracking.artifacts"),
+    # thumbnails, which need no run
+    ("search.grid", "tracking.grids"),
 }
 NEVER_IN: dict[str, str] = {
     # module               may not import

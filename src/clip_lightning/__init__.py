@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from clip_lightning.losses import siglip_loss as siglip_loss
     from clip_lightning.model import CLIP as CLIP
     from clip_lightning.module import CLIPModule as CLIPModule
+    from clip_lightning.search.index import ImageIndex as ImageIndex
 
 # Public names, imported when first used: importing torch alone takes two seconds.
 _HOME = {
     "CLIP": "clip_lightning.model",
     "CLIPModule": "clip_lightning.module",
     "CaptionDataModule": "clip_lightning.data.datamodule",
+    "ImageIndex": "clip_lightning.search.index",
     "info_nce": "clip_lightning.losses",
     "retrieval_metrics": "clip_lightning.evaluation.retrieval",
     "siglip_loss": "clip_lightning.losses",
@@ -29,6 +31,7 @@ __all__ = [
     "CLIP",
     "CLIPModule",
     "CaptionDataModule",
+    "ImageIndex",
     "__version__",
     "info_nce",
     "retrieval_metrics",

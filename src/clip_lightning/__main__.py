@@ -18,6 +18,8 @@ COMMANDS = {
         "train every pair of image and text towers, and rank them",
     ),
     "sweep": ("clip_lightning.tuning", "search hyperparameters as a W&B sweep file says"),
+    "index": ("clip_lightning.search.commands", "make an index of pictures, or bring one up to date"),
+    "search": ("clip_lightning.search.commands", "find pictures in an index, by a sentence or a picture"),
     "cache": ("clip_lightning.cache", "list or prune the cached features of frozen towers"),
 }
 _USAGE = """usage: clip-lightning COMMAND [options]
