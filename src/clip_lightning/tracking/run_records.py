@@ -181,6 +181,7 @@ def read_wandb(place: str, group: str | None = None) -> list[RunRecord | LeftOut
     if len(parts) not in (2, 3) or not all(parts):
         raise UserError(f"{place}: expected wandb:ENTITY/PROJECT or wandb:ENTITY/PROJECT/RUN_ID")
     import wandb
+
     from clip_lightning.tracking.account import has_api_key
 
     if not has_api_key():
