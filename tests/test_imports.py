@@ -27,6 +27,7 @@ PUBLIC_NAMES = {
     "info_nce",
     "retrieval_metrics",
     "siglip_loss",
+    "zero_shot_classifier",
 }
 
 # A name below stands for that module or, if it is a package, for everything in it.
@@ -75,6 +76,11 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "features":            "data towers model module extract tracking recorder cli tuning",
     "extract":             "module tracking recorder cli tuning",
     "evaluation":          "module tracking recorder cli tuning",
+    # {model, evaluation, data.classes} ← embedding ← {evaluate, classify}
+    "data.classes":        "data.datasets data.datamodule",
+    "embedding":           "module tracking recorder cli tuning evaluate classify",
+    "evaluate":            "module tracking recorder cli tuning",
+    "classify":            "module tracking recorder cli tuning",
     "tracking":            "backbones cli compare tuning",
     "tracking.account":    "data towers model module extract recorder features",
     "tracking.artifacts":  "data towers model module extract recorder tracking.logger",

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from clip_lightning.data.datamodule import CaptionDataModule as CaptionDataModule
     from clip_lightning.evaluation.retrieval import retrieval_metrics as retrieval_metrics
+    from clip_lightning.evaluation.zero_shot import zero_shot_classifier as zero_shot_classifier
     from clip_lightning.losses import info_nce as info_nce
     from clip_lightning.losses import siglip_loss as siglip_loss
     from clip_lightning.model import CLIP as CLIP
@@ -25,6 +26,7 @@ _HOME = {
     "info_nce": "clip_lightning.losses",
     "retrieval_metrics": "clip_lightning.evaluation.retrieval",
     "siglip_loss": "clip_lightning.losses",
+    "zero_shot_classifier": "clip_lightning.evaluation.zero_shot",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "info_nce",
     "retrieval_metrics",
     "siglip_loss",
+    "zero_shot_classifier",
 ]
 
 

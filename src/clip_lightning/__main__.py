@@ -20,6 +20,8 @@ COMMANDS = {
     "sweep": ("clip_lightning.tuning", "search hyperparameters as a W&B sweep file says"),
     "index": ("clip_lightning.search.commands", "make an index of pictures, or bring one up to date"),
     "search": ("clip_lightning.search.commands", "find pictures in an index, by a sentence or a picture"),
+    "evaluate": ("clip_lightning.evaluate", "retrieval, zero-shot classification or a linear probe"),
+    "classify": ("clip_lightning.classify", "say which labels fit a picture"),
     "cache": ("clip_lightning.cache", "list or prune the cached features of frozen towers"),
 }
 _USAGE = """usage: clip-lightning COMMAND [options]

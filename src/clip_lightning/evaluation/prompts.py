@@ -1,0 +1,106 @@
+"""Templates that turn the name of a class into captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from clip_lightning.errors import UserError
+
+# Many ways in which a photograph of something may be captioned: its distance, light, quality, medium and
+# number. The mean of their embeddings is closer to the thing itself than that of any one of them.
+_IMAGENET = """
+a photo of a {}.
+a photo of the {}.
+a photo of one {}.
+a photo of my {}.
+a photo of a single {}.
+a photo of several {}.
+a picture of a {}.
+an image of a {}.
+a snapshot of a {}.
+a close-up of a {}.
+a detailed close-up of the {}.
+a {} seen from far away.
+a {} seen from above.
+a {} seen from the side.
+a {} in front of a plain background.
+a {} on a white background.
+a {} in its usual surroundings.
+a {} outdoors.
+a {} indoors.
+a {} in the middle of the picture.
+a {} at the edge of the picture.
+part of a {}.
+a {} that is partly hidden.
+a {} in bright sunlight.
+a {} in the dark.
+a dim photo of a {}.
+an overexposed photo of a {}.
+a black and white photo of a {}.
+a colourful photo of a {}.
+a sharp photo of a {}.
+a blurred photo of a {}.
+a grainy photo of a {}.
+a small, coarse photo of a {}.
+a compressed photo of the {}.
+a poor photo of a {}.
+a beautiful photo of a {}.
+a professional photo of the {}.
+an old photo of a {}.
+a photo of a big {}.
+a photo of a little {}.
+a photo of a clean {}.
+a photo of a worn {}.
+a photo of a strange {}.
+a photo of an ordinary {}.
+a drawing of a {}.
+a pencil sketch of the {}.
+a painting of a {}.
+a cartoon of a {}.
+a toy {}.
+a sculpture of a {}.
+a rendering of a {}.
+an illustration that shows a {}.
+there is a {} here.
+this is a {}.
+here we see the {}.
+someone took this photo of a {}.
+"""
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "simple": ("a photo of a {}.",),
+    "imagenet": tuple(_IMAGENET.strip().splitlines()),
+    "none": ("{}",),
+}
+
+
+def read_templates(name: str) -> tuple[str, ...]:
+    """The templates of a set (`simple`, `imagenet`, `none`), or those of a file with one a line.
+
+    Raises:
+        UserError: there is neither, or a line of the file lacks its `{}`.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    file = Path(name)
+    if not file.is_file():
+        raise UserError(f"--templates {name}: expected {', '.join(TEMPLATES)} or a file of templates")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"--templates {name} is not UTF-8; save it as UTF-8") from error
+    templates = tuple(dict.fromkeys(filter(None, lines)))
+    for line in templates:
+        if "{}" not in line:
+            raise UserError(
+                f"--templates {name}: {line[:80]!r} has no {{}}, which the name of a class goes into"
+            )
+    if not templates:
+        raise UserError(f"--templates {name} is empty; write one template a line, as `a photo of a {{}}.`")
+    return templates
+
+
+def fill(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every name in every template; other braces stay as they are."""
+    return [template.replace("{}", name) for name in names for template in templates]

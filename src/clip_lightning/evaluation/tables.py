@@ -1,0 +1,93 @@
+"""Results of models on data sets as one table: for a terminal, as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clip_lightning.files import write_atomically
+
+Row = dict[str, Any]
+"""One model on one data set: `model`, `data`, then flat values; `NAME_low` and `NAME_high` bound `NAME`."""
+_ENDINGS = ("_low", "_high", "_p")
+
+
+def lines(rows: Sequence[Row]) -> list[list[str]]:
+    """A header and one line a value, a column for each of the rows (of one data set)."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    shown = [name for name in names if name not in ("model", "data") and not name.endswith(_ENDINGS)]
+    header = ["", *(str(row["model"]) for row in rows)]
+    return [header, *([name.replace("_", " "), *(_cell(row, name) for row in rows)] for name in shown)]
+
+
+def _cell(row: Row, name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    text = f"{value:.1f}"
+    if f"{name}_low" in row:
+        text += f" ({row[f'{name}_low']:.1f} to {row[f'{name}_high']:.1f})"
+    return text + (f", p {row[f'{name}_p']:.3f}" if f"{name}_p" in row else "")
+
+
+def by_data(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each data set."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["data"], []).append(row)
+    return groups
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A heading and a table for each data set."""
+    parts = []
+    for data, group in by_data(rows).items():
+        header, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines(group)]
+        table = [header, ["---", *["--:"] * len(group)], *body]
+        parts.append(f"## {data}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table))
+    return "\n\n".join(parts) + "\n"
+
+
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A CSV with a header."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    return buffer.getvalue()
+
+
+def write_results(rows: Sequence[Row], folder: Path) -> None:
+    """Write `results.md`, `results.csv` and `results.json` into the folder."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    texts = {
+        "results.md": markdown(rows),
+        "results.csv": csv_text(names, [[row.get(name, "") for name in names] for row in rows]),
+        "results.json": json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n",
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, text.encode())
+
+
+def print_results(rows: Sequence[Row], *, as_json: bool) -> None:
+    """Print one JSON object (of several rows, a list), or a table for each data set."""
+    if as_json:
+        print(json.dumps(rows[0] if len(rows) == 1 else list(rows), ensure_ascii=False))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    for data, group in by_data(rows).items():
+        header, *body = lines(group)
+        table = Table(*header, title=data, title_justify="left", box=SIMPLE_HEAD)
+        for column in table.columns[1:]:
+            column.overflow = "fold"
+        for line in body:
+            table.add_row(*line)
+        console.print(table)

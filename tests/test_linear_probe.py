@@ -1,0 +1,62 @@
+"""Linear probes: the fit against the condition of its optimum, the draws by counting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip_lightning.evaluation.linear_probe import LogisticRegression, few_shot, held_out, linear_probe
+
+
+def clusters(each: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat_interleave(each)
+    return 4 * torch.eye(3, 6)[labels] + spread * torch.randn(3 * each, 6, generator=generator), labels
+
+
+def test_the_fit_is_an_optimum():
+    features, labels = clusters(20)
+    probe = LogisticRegression(features, labels, 3, penalty=0.1)
+    inputs = (features - features.mean(0)) / (features - features.mean(0)).square().mean().sqrt()
+    # with the gradient of cross-entropy written out
+    wrong = F.linear(inputs, probe._weight, probe._bias).softmax(1) - F.one_hot(labels)
+    gradient = wrong.T @ inputs / len(labels) + 0.1 * probe._weight
+    assert gradient.abs().max().item() < 1e-4
+    assert wrong.mean(0).abs().max().item() < 1e-4
+
+
+def test_units_of_the_features_do_not_matter():
+    features, labels = clusters(10, spread=3.0)
+    others, same = clusters(30, spread=3.0)
+    counts = {
+        LogisticRegression(features * unit + 7, labels, 3, 0.01).right(others * unit + 7, same)
+        for unit in (1.0, 1000.0)
+    }
+    assert len(counts) == 1
+
+
+def test_held_out_is_a_share_of_each_class():
+    labels = torch.tensor([0] * 10 + [1] * 5 + [2] * 2 + [3])
+    chosen = held_out(labels, 0.4, seed=0)
+    assert torch.bincount(labels[chosen], minlength=4).tolist() == [4, 2, 1, 0]
+    assert torch.equal(chosen, held_out(labels, 0.4, seed=0))
+    assert not torch.equal(chosen, held_out(labels, 0.4, seed=1))
+
+
+def test_a_probe_learns_what_can_be_learnt():
+    train, test = clusters(20), clusters(40)
+    found = linear_probe(*train, *test)
+    assert found["linear_probe_top1"] > 90
+    assert found["linear_probe_top1_low"] < found["linear_probe_top1"] < found["linear_probe_top1_high"]
+    shuffled = train[0], train[1][torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    assert linear_probe(*shuffled, *test)["linear_probe_top1"] < 70
+
+
+def test_few_shots():
+    train, test = clusters(4), clusters(40)
+    found = few_shot(*train, *test, shots=(1, 4, 8), seeds=3)
+    assert found.keys() == {"few_shot_1", "few_shot_1_sd", "few_shot_4", "few_shot_4_sd"}
+    assert found["few_shot_4_sd"] == pytest.approx(0)  # all of train, whatever the seed
+    assert found["few_shot_1_sd"] > 0
+    assert few_shot(*train, *test, shots=(1,), seeds=1)["few_shot_1_sd"] == 0.0

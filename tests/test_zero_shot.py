@@ -1,0 +1,241 @@
+"""Zero-shot classification against loops and values computed by hand; templates; names of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip_lightning import CLIP, zero_shot_classifier
+from clip_lightning.data.classes import class_names, clean_name, read_classes
+from clip_lightning.errors import UserError
+from clip_lightning.evaluation.prompts import TEMPLATES, fill, read_templates
+from clip_lightning.evaluation.zero_shot import calibration_error, classify, probabilities
+
+
+def test_a_class_is_the_normalised_mean_of_its_captions(make_clip: Callable[..., CLIP]):
+    clip = make_clip().eval()
+    templates = ("a {}", "the {} here")
+    found = zero_shot_classifier(clip, ["circle", ["square", "blue square"]], templates)
+    for row, captions in enumerate(
+        (
+            ["a circle", "the circle here"],
+            ["a square", "the square here", "a blue square", "the blue square here"],
+        )
+    ):
+        mean = torch.stack([clip.embed_texts([caption])[0] for caption in captions]).mean(0)
+        torch.testing.assert_close(found[row], mean / mean.norm(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize(("names", "templates"), [([], ["{}"]), (["a", []], ["{}"]), (["a"], [])])
+def test_nothing_to_make_a_classifier_of(make_clip: Callable[..., CLIP], names, templates):
+    with pytest.raises(ValueError, match="expected one or more classes"):
+        zero_shot_classifier(make_clip(), names, templates)
+
+
+def test_scores_by_hand():
+    # cosines with three classes; the last image's class ties with another, which counts against the model
+    image = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
+    result = classify(image, torch.eye(3), torch.tensor([0, 2, 0, 2]), scale=1.0)
+    assert result.metrics["zero_shot_top1"] == 50.0  # the first and the last
+    assert result.metrics["zero_shot_top5"] == 100.0
+    assert result.confusion.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 1]]
+    assert result.per_class() == [(1, 2), (0, 0), (1, 2)]
+    assert result.confused() == [(0, 1, 1), (2, 1, 1)]
+    assert result.metrics["mean_per_class_accuracy"] == 50.0
+    tied = classify(torch.tensor([[0.0, 0.0, 1.0]]), torch.eye(3)[[0, 2, 2]], torch.tensor([2]), scale=1.0)
+    assert tied.metrics["zero_shot_top1"] == 0.0 and tied.confused() == [(2, 1, 1)]
+
+
+def test_scores_equal_a_loop():
+    generator = torch.Generator().manual_seed(3)
+    image = F.normalize(torch.randn(200, 8, generator=generator), dim=1)
+    classifier = F.normalize(torch.randn(11, 8, generator=generator), dim=1)
+    labels = torch.randint(11, (200,), generator=generator)
+    result = classify(image, classifier, labels, scale=20.0)
+    right = {1: 0, 5: 0}
+    for row, label in zip(image, labels.tolist(), strict=True):
+        order = sorted(range(11), key=lambda c: -float(row @ classifier[c]))
+        for k in right:
+            right[k] += label in order[:k]
+    for k, count in right.items():
+        assert result.metrics[f"zero_shot_top{k}"] == pytest.approx(count / 2)
+        assert result.metrics[f"zero_shot_top{k}_low"] < count / 2 < result.metrics[f"zero_shot_top{k}_high"]
+    assert int(result.confusion.sum()) == 200
+    assert int(result.confusion.diag().sum()) == right[1]
+
+
+def test_probabilities_are_read_as_the_model_was_trained():
+    similarity = torch.tensor([[0.2, -0.1]])
+    softmax = probabilities(similarity, 10.0, None)
+    assert softmax[0, 0].item() == pytest.approx(1 / (1 + 2.718281828**-3))
+    assert softmax.sum().item() == pytest.approx(1)
+    sigmoid = probabilities(similarity, 10.0, -1.0)
+    assert sigmoid[0].tolist() == pytest.approx([1 / (1 + 2.718281828**-1), 1 / (1 + 2.718281828**2)])
+
+
+def test_calibration_by_hand():
+    # two bins of the ten: (0.95, 0.95 → one right of two) and (0.25 → wrong)
+    found = calibration_error(torch.tensor([0.95, 0.95, 0.25]), torch.tensor([True, False, False]), bins=10)
+    assert found == pytest.approx(100 * (2 * 0.45 + 0.25) / 3)
+    assert calibration_error(torch.tensor([0.0, 1.0]), torch.tensor([False, True])) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("image", "labels"),
+    [((0, 3), []), ((2, 3), [0]), ((1, 4), [0]), ((1, 3), [3]), ((1, 3), [-1])],
+)
+def test_shapes_and_labels_that_do_not_fit(image: tuple[int, int], labels: list[int]):
+    with pytest.raises(ValueError, match=r"expected images|labels must be"):
+        classify(torch.ones(image), torch.eye(3), torch.tensor(labels, dtype=torch.long), scale=1.0)
+
+
+# Templates ------------------------------------------------------------------------------------------------
+
+
+def test_template_sets():
+    assert read_templates("simple") == ("a photo of a {}.",) and read_templates("none") == ("{}",)
+    many = read_templates("imagenet")
+    assert 40 <= len(many) <= 80 and len(set(many)) == len(many)
+    assert all(template.count("{}") == 1 for templates in TEMPLATES.values() for template in templates)
+    assert fill(["cat", "{}"], ["a {} {x}", "{}"]) == ["a cat {x}", "cat", "a {} {x}", "{}"]
+
+
+def test_templates_of_a_file(tmp_path: Path):
+    file = tmp_path / "mine.txt"
+    file.write_text("\ufeffa {}\n\n  the {} \na {}\n", encoding="utf-8")
+    assert read_templates(str(file)) == ("a {}", "the {}")
+    for text, said in (("a cat\n", "has no {}"), ("\n", "is empty")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=said):
+            read_templates(str(file))
+    file.write_bytes(b"\xff {}")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_templates(str(file))
+    with pytest.raises(UserError, match="--templates nothing"):
+        read_templates("nothing")
+
+
+# Classes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("laptop_computer", "laptop computer"),
+        ("n02123045_tabby", "tabby"),
+        ("n02085620-Chihuahua", "Chihuahua"),
+        ("001.Black_footed_Albatross", "Black footed Albatross"),
+        ("AnnualCrop", "annual crop"),
+        ("wire-haired_fox_terrier", "wire-haired fox terrier"),
+        ("n02123045", "n02123045"),
+        ("7", "7"),
+        ("2_3", "2 3"),
+        ("_", "_"),
+        ("BMW", "BMW"),
+        ("苹果_1", "苹果 1"),
+    ],
+)
+def test_names_of_folders(folder: str, name: str):
+    assert clean_name(folder) == name
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_folders_of_classes(tmp_path: Path):
+    touch(tmp_path / "b" / "2.JPG", tmp_path / "b" / "deep" / "1.png", tmp_path / "a" / "x.jpg")
+    touch(
+        tmp_path / "BACKGROUND_Google" / "z.jpg", tmp_path / "a" / "notes.txt", tmp_path / ".hidden" / "y.jpg"
+    )
+    found = read_classes(tmp_path)
+    assert found.classes == ("a", "b") and found.labels == (0, 1, 1)
+    assert [path.name for path in found.paths] == ["x.jpg", "2.JPG", "1.png"]
+    assert found.left_out == {"BACKGROUND_Google": "it is no class"}
+    assert found.rows("all") == [0, 1, 2] and found.rows("test") == []
+
+
+def test_folders_of_splits(tmp_path: Path):
+    touch(*(tmp_path / split / kind / "1.jpg" for split in ("train", "validation") for kind in "ab"))
+    found = read_classes(tmp_path)
+    assert found.classes == ("a", "b") and found.splits == ("train", "train", "val", "val")
+    assert found.rows("val") == [2, 3]
+
+
+def test_a_table(tmp_path: Path):
+    touch(*(tmp_path / "pictures" / f"{i}.jpg" for i in range(3)))
+    table = tmp_path / "mine.csv"
+    table.write_text(
+        "filename,Class,split\npictures/0.jpg,10,dev\npictures/1.jpg,9,\n"
+        'pictures/2.jpg,,\nno.jpg,9,\n"pictures/2.jpg","9",test\n'
+    )
+    found = read_classes(table)
+    assert found.classes == ("9", "10") and found.labels == (1, 0, 0)  # numbers in their order
+    assert found.splits == ("val", None, "test")
+    assert found.left_out == {
+        "mine.csv line 4": "it has no image or no label",
+        "no.jpg": "there is no such picture",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("image,caption\na.jpg,b\n", "expected image .* and label"),
+        ("", "of no table"),
+        ("image,label,split\na.jpg,b,later\n", "split 'later'"),
+        ("image,label\na.jpg,b\n", "holds 0 classes"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path: Path, text: str, said: str):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_classes(tmp_path / "t.csv")
+
+
+def test_too_few_classes(tmp_path: Path):
+    with pytest.raises(UserError, match="there is no folder"):
+        read_classes(tmp_path / "nothing")
+    touch(tmp_path / "a" / "1.jpg")
+    with pytest.raises(UserError, match="holds 1 classes"):
+        read_classes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("n.json", '{"cat_x": ["cat", "kitty"]}', [["cat", "kitty"], ["dog y"]]),
+        ("n.json", '["cat", ["dog", "hound"]]', [["cat"], ["dog", "hound"]]),
+        ("n.csv", 'dog_y,dog,"hound, big"\n', [["cat x"], ["dog", "hound, big"]]),
+        ("n.txt", "cat, kitty\ndog\n", [["cat", "kitty"], ["dog"]]),
+    ],
+)
+def test_names_of_a_file(tmp_path: Path, name: str, text: str, expected: list[list[str]]):
+    (tmp_path / name).write_text(text)
+    assert class_names(["cat_x", "dog_y"], tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("n.json", "{", "is not a JSON object"),
+        ("n.json", "3", "is not a JSON object"),
+        ("n.json", '{"cat_x": []}', "it holds"),
+        ("n.json", '{"other": "x"}', "names none of the 2 classes"),
+        ("n.csv", "other,x\n", "names none of the 2 classes"),
+        ("n.txt", "cat\n", "1 entries for 2 classes"),
+    ],
+)
+def test_names_that_do_not_fit(tmp_path: Path, name: str, text: str, said: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        class_names(["cat_x", "dog_y"], tmp_path / name)
+    with pytest.raises(UserError, match="no such file"):
+        class_names(["cat_x", "dog_y"], tmp_path / "nothing")
