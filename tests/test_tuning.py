@@ -152,6 +152,18 @@ def test_what_is_drawn_can_be_found_again(name: str, seed: int) -> None:
     assert isinstance(value, float | str) or yaml.safe_load(word(value)) == value
 
 
+def test_null_can_be_found_again() -> None:
+    one = parameter("x", {"values": [None, 3]})
+    assert [one.drawn(None), one.drawn(3)] == [None, 3]
+    for choices, value in (
+        ({"values": [1, 2]}, None),
+        ({"min": 0, "max": 3}, 4),
+        ({"min": 0, "max": 3}, 0.5),
+    ):
+        with pytest.raises(LookupError):
+            parameter("x", choices).drawn(value)
+
+
 @given(st.integers(-50, 50), st.integers(0, 100), st.integers(1, 20), st.floats(0, 1))
 def test_quantised_values_are_those_that_wandb_rounds_to(low: int, width: int, q: int, share: float) -> None:
     one = parameter("x", {"distribution": "q_uniform", "min": low, "max": low + width, "q": q})
@@ -268,10 +280,29 @@ def test_shipped_files(path: Path, tmp_path: Path) -> None:
 
 
 def test_own_words_and_those_of_fit() -> None:
-    given = ["heads", "--trials", "3", "--data.root", "x", "--json", "--study=a", "--data.views=1"]
-    own, others = split_words(given)
-    assert own == ["--trials", "3", "--json", "--study=a", "heads"]
+    given = ["--data.root", "x", "heads", "--trials", "3", "--json", "--study=a", "--data.views=1", "more"]
+    own, files, others = split_words(given)
+    assert own == ["--trials", "3", "--json=true", "--study=a"]
+    assert files == ["heads", "more"]
     assert others == ["--data.root", "x", "--data.views=1"]
+    assert split_words(["--json", "false", "x"])[:2] == (["--json=false"], ["x"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "FILE is missing: give a W&B sweep file, or the name of a packaged one"),
+        (["heads", "--trials"], "--trials: expected one argument"),
+        (["heads", "--trials", "--json"], "--trials: expected one argument"),
+        (["heads", "--trial", "4"], "unknown option --trial; did you mean --trials?"),
+        (["heads", "--trials", "x"], "--trials: expected a whole number or null, got x"),
+        (["heads", "more"], "unrecognized arguments: more"),
+        (["--data.root", "x", "none.yaml"], "no configuration 'none.yaml'"),
+    ],
+)
+def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 # draws
@@ -371,11 +402,11 @@ def test_a_search_and_what_it_leaves(
         LR: {"distribution": "log_uniform_values", "min": 1e-4, "max": 0.1},
         "model.embed_dim": {"distribution": "q_log_uniform_values", "min": 8, "max": 64, "q": 8},
     }
-    content = {"method": "bayes", "run_cap": 3, "parameters": parameters}
+    content = {"method": "bayes", "run_cap": 2, "parameters": parameters}
     assert main(search(content, "--json")) == 0
     found = summary(capsys.readouterr().out)
     folder = tmp_path / "runs" / "sweep-tiny"
-    assert [trial["state"] for trial in found["trials"]] == ["finished"] * 3
+    assert [trial["state"] for trial in found["trials"]] == ["finished"] * 2
     values = [trial["value"] for trial in found["trials"]]
     assert values == sorted(values, reverse=True)
     assert found["best"] == found["trials"][0]
@@ -393,16 +424,13 @@ def test_a_search_and_what_it_leaves(
     rows = list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
     assert [int(row["trial"]) for row in rows] == [trial["trial"] for trial in found["trials"]]
     assert float(rows[0][LR]) == found["best"]["parameters"][LR]
-    assert (folder / "trials.md").read_text().count("| finished |") == 3
+    assert (folder / "trials.md").read_text().count("| finished |") == 2
 
-    # again, and for one more: nothing is repeated
-    assert main(search(content)) == 0
-    assert "search tiny, 3 trials" in capsys.readouterr().out
-    assert {run.name for run in (folder / "trials").iterdir()} == runs
-    assert main(search(content, "--trials", "4", "--json")) == 0
+    # for one more: nothing is repeated
+    assert main(search(content, "--trials", "3", "--json")) == 0
     more = summary(capsys.readouterr().out)
-    assert len(more["trials"]) == 4
-    assert [trial for trial in more["trials"] if trial["trial"] < 3] == found["trials"]
+    assert len(more["trials"]) == 3
+    assert [trial for trial in more["trials"] if trial["trial"] < 2] == found["trials"]
 
     # the best again
     again = ["--trainer.default_root_dir", str(tmp_path / "again")]
@@ -412,21 +440,16 @@ def test_a_search_and_what_it_leaves(
     assert yaml.safe_load((folder / "best.yaml").read_text())["trainer"]["default_root_dir"].endswith("runs")
 
 
-def test_a_grid_is_worked_off_once(search: Search, tmp_path: Path) -> None:
-    words = search(grid(lr=[0.001, 0.01], dropout=[0.0, 0.5]))
-    assert main([*words, "--trials", "3"]) == 0
-    folder = tmp_path / "runs" / "sweep-tiny"
-    assert states(folder) == ["COMPLETE"] * 3 + ["WAITING"]
-    assert main(words) == 0
-    assert main(words) == 0
-    trials = study_of(folder).trials
-    points = [(trial.params[LR], trial.params[DROPOUT]) for trial in trials]
-    assert points == [(0.001, 0.0), (0.001, 0.5), (0.01, 0.0), (0.01, 0.5)]
-    assert len(list((folder / "trials").iterdir())) == 4
+def test_a_grid_is_queued_in_its_order(search: Search, tmp_path: Path) -> None:
+    assert main(search(grid(lr=[0.001, 0.01], dropout=[0.0, 0.5]), "--trials", "1")) == 0
+    first, *rest = study_of(tmp_path / "runs" / "sweep-tiny").trials
+    assert (first.state.name, first.params) == ("COMPLETE", {LR: 0.001, DROPOUT: 0.0})
+    points = [trial.system_attrs["fixed_params"] for trial in rest]
+    assert [tuple(point.values()) for point in points] == [(0.001, 0.5), (0.01, 0.0), (0.01, 0.5)]
 
 
 def test_a_failed_trial_is_told_and_does_not_end_the_search(
-    search: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    search: Search, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(search(grid(dropout=[2.0, 0.0]), "--json")) == 1, "a point of the grid is missing"
     said = capsys.readouterr()
@@ -434,12 +457,34 @@ def test_a_failed_trial_is_told_and_does_not_end_the_search(
     assert [trial["state"] for trial in found["trials"]] == ["finished", "failed"]
     assert "dropout" in found["trials"][1]["error"]
     assert "trial 0 failed: " in said.err
-    assert main(search(grid(dropout=[2.0, 0.0]))) == 1
-    assert states(tmp_path / "runs" / "sweep-tiny") == ["FAIL", "COMPLETE", "FAIL"], "only it is tried again"
+    assert "1 of 2 trials finished; trial 0 failed: " in said.err.splitlines()[-1]
+    assert "rsum" not in said.err.replace("val/rsum", ""), "the tables of runs are not told"
+
+
+def test_failed_points_are_tried_again(
+    search: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that was interrupted any number of times."""
+    words = search(grid(lr=[0.01]))
+    touches = "--trainer.callbacks=test_tuning.Touches"
+    assert main([*words, touches, "--trainer.callbacks.step=0", "--trainer.callbacks.note=/none/there"]) == 1
+    assert "0 of 1 trials finished; trial 0 failed: FileNotFoundError" in capsys.readouterr().err
+    for _ in range(2):
+        assert main([*words, touches, "--trainer.callbacks.step=2"]) == 130
+        said = capsys.readouterr()
+        assert "the same command again goes on" in said.err
+        assert "--ckpt_path last" not in said.err, "which is of a run alone"
+        assert "search tiny" in said.out, "what there is, is told"
+    folder = tmp_path / "runs" / "sweep-tiny"
+    assert states(folder) == ["FAIL"] * 3 + ["WAITING"]
+    assert main(words) == 0
+    assert states(folder) == ["FAIL"] * 3 + ["COMPLETE"]
+    rows = summary((folder / "trials.json").read_text())["trials"]
+    assert sorted(row["state"] for row in rows) == ["failed", "finished", "interrupted", "interrupted"]
 
 
 def test_other_data_or_options_are_another_study(
-    search: Search, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    search: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Else trials that cannot be compared would be ranked, and best.yaml would say what never ran."""
     content = grid(lr=[0.01])
@@ -448,11 +493,31 @@ def test_other_data_or_options_are_another_study(
     before = best.read_text()
     other = tmp_path / "other"
     write_scenes(other, count=30, size=32, seed=1)
-    for option, named in (f"--data.root={other}", "data"), ("--model.dropout=0.5", "model.dropout"):
-        assert main(search(content, option)) == 2
-        assert f"was begun with other {named}; give --study NAME" in capsys.readouterr().err
+    for changed, option, named in (
+        (content, f"--data.root={other}", "data"),
+        (content, "--model.dropout=0.5", "model.dropout"),
+        (grid(lr=[0.02]), "--json", "parameters"),
+        (content | {"method": "random", "run_cap": 2}, "--json", "method"),
+    ):
+        assert main(search(changed, option)) == 2
+        said = capsys.readouterr().err
+        assert f"the study 'tiny' was begun with other {named}; give --study NAME to begin another" in said
     assert best.read_text() == before
-    assert main(search(content, "--model.dropout=0.5", "--study=second")) == 0
+    assert main(search(content, "--model.dropout=0.5", "--study=other one")) == 0
+    assert "dropout: 0.5" in (tmp_path / "runs" / "sweep-other-one" / "best.yaml").read_text()
+
+
+def test_a_study_whose_maker_died_is_queued_completely(
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what it is when all of its points are queued."""
+    monkeypatch.setattr("clip_lightning.tuning.queue.QUEUING_SECONDS", 0)
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    optuna.create_study(storage=url, study_name="tiny", direction="maximize").enqueue_trial({LR: 0.01})
+    assert main(search(grid(lr=[0.01, 0.02]), "--storage", url, "--trials", "1")) == 0
+    study = optuna.load_study(study_name="tiny", storage=url)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "WAITING"]
+    assert study.user_attrs["identity"]["method"] == "grid"
 
 
 def test_nothing_but_failures_ends_it(
@@ -480,26 +545,11 @@ def test_hopeless_trials_are_stopped_early(
     assert len(summary(capsys.readouterr().out)["trials"]) == 2, "a trial that was stopped early has finished"
 
 
-def test_ctrl_c_leaves_a_search_that_goes_on(search: Search, tmp_path: Path) -> None:
-    words = search(grid(lr=[0.001, 0.01]))
-    press = ["--trainer.callbacks=test_tuning.Touches", "--trainer.callbacks.step=2"]
-    assert main([*words, "--trials", "1"]) == 0
-    assert main([*words, *press]) == 130
-    folder = tmp_path / "runs" / "sweep-tiny"
-    assert states(folder) == ["COMPLETE", "FAIL", "WAITING"]
-    assert main(words) == 0
-    trials = study_of(folder).trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert [trial.params[LR] for trial in trials] == [0.001, 0.01, 0.01]
-    rows = summary((folder / "trials.json").read_text())["trials"]
-    assert [row["state"] for row in rows] == ["finished", "finished", "interrupted"]
-
-
 @pytest.mark.slow
 def test_killed_and_going_on(search: Search, tmp_path: Path) -> None:
-    content = {"method": "random", "run_cap": 3, "parameters": {LR: {"min": 0.001, "max": 0.01}}}
+    content = {"method": "random", "run_cap": 2, "parameters": {LR: {"min": 0.001, "max": 0.01}}}
     words = search(content)
-    assert main([*words, "--trials", "2"]) == 0
+    assert main([*words, "--trials", "1"]) == 0
     folder = tmp_path / "runs" / "sweep-tiny"
     before = study_of(folder).trials
     note = tmp_path / "note"
@@ -514,12 +564,12 @@ def test_killed_and_going_on(search: Search, tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert states(folder) == ["COMPLETE", "COMPLETE", "RUNNING"]
+    assert states(folder) == ["COMPLETE", "RUNNING"]
     assert main(words) == 0
     after = study_of(folder).trials
-    assert [trial.state.name for trial in after] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
-    assert [trial.value for trial in after[:2]] == [trial.value for trial in before]
-    assert after[3].params == after[2].params, "what it was trying is tried again"
+    assert [trial.state.name for trial in after] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert after[0].value == before[0].value
+    assert after[2].params == after[1].params, "what it was trying is tried again"
 
 
 def test_a_silent_worker_elsewhere_is_given_up(
@@ -541,16 +591,6 @@ def test_a_silent_worker_elsewhere_is_given_up(
     assert not (tmp_path / "runs" / "sweep-shared" / "study.db").exists()
 
 
-def test_another_file_under_the_same_name(
-    search: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(search(grid(lr=[0.001]))) == 0
-    assert main(search(grid(lr=[0.002]))) == 2
-    assert "the study 'tiny' was begun with other parameters; give --study NAME" in capsys.readouterr().err
-    assert main(search(grid(lr=[0.002]), "--study", "other one")) == 0
-    assert (tmp_path / "runs" / "sweep-other-one" / "best.yaml").is_file()
-
-
 MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "unknown parameter": (
         {"method": "grid", "parameters": {"model.optimizer.ler": {"values": [1]}}},
@@ -564,6 +604,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     ),
     "unknown option": (grid(lr=[1]), ["--data.rot=x"], "--data.rot"),
     "no number of trials": (MINIMAL, [], "--trials N: how many"),
+    "no data": (grid(lr=[1]), ["--data.root=/none"], "/none"),
     "none": (MINIMAL, ["--trials", "0"], "--trials 0: expected 1 or more"),
     "no database": (grid(lr=[1]), ["--storage", "nonsense"], "--storage"),
     "both engines": (grid(lr=[1]), ["--storage", "sqlite://", "--sweep_id", "a/b/c"], "give one of them"),

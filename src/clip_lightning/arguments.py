@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,6 +46,46 @@ def run_functions(functions: Any, words: list[str], *, positional: bool = False)
         as_positional=positional,
         parser_class=Parser,
     )
+
+
+def own_words(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide a command's words into its own and those that it hands on, to `fit`.
+
+    Args:
+        words: without the command.
+        names: of its own options, without hyphens. Each takes a value, except that `--json` needs none.
+
+    Returns:
+        Its own options with their values, `--help` among them, and the other words.
+
+    Raises:
+        UserError: an option of neither resembles one of its own.
+    """
+    own: list[str] = []
+    others: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, _ = word.partition("=")
+        if word == "--json":
+            given = left.pop(0) if left[:1] in (["true"], ["false"]) else "true"
+            own.append(f"--json={given}")
+        elif name.startswith("--") and name[2:] in names:
+            own.append(word)
+            if left and not equals and not left[0].startswith("--"):
+                own.append(left.pop(0))
+        elif word in ("-h", "--help"):
+            own.append(word)
+        else:
+            _refuse_misspelt(name, names)
+            others.append(word)
+    return own, others
+
+
+def _refuse_misspelt(option: str, names: Sequence[str]) -> None:
+    if option.startswith("--") and "." not in option:
+        for near in difflib.get_close_matches(option[2:], names, n=1, cutoff=0.75):
+            raise UserError(f"unknown option {option}; did you mean --{near}?")
 
 
 def complain(parser: jsonargparse.ArgumentParser, message: str) -> NoReturn:

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import transformers
@@ -200,7 +200,7 @@ class RunCLI(LightningCLI):
             SaveConfig(self.config_to_save, self.run_folder),
             RunRecorder(self.run_folder),
             Alerts(),
-            GracefulStop(),
+            GracefulStop(says_how=not self.callers_callbacks),
             # two policies: `last` is written at every epoch's end and when the run is interrupted
             BestCheckpoint(checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
             ModelCheckpoint(
@@ -279,14 +279,15 @@ def run(args: list[str]) -> None:
     _run(args, (), RunCLI)
 
 
-def fit(words: list[str], callbacks: Sequence[Callback] = ()) -> Path:
+def fit(words: list[str], callbacks: Sequence[Callback] = (), out: TextIO | None = None) -> Path:
     """Train once within this process, as `clip-lightning fit` with these words does.
 
-    Stdout stays the caller's own: what the run prints goes to stderr. A W&B run that it began is finished.
+    Stdout stays the caller's own. A W&B run that it began is finished.
 
     Args:
         words: the options of `fit`.
         callbacks: of the caller's own, beside those of every run.
+        out: where its result is printed; stderr by default.
 
     Returns:
         The run's folder.
@@ -295,7 +296,7 @@ def fit(words: list[str], callbacks: Sequence[Callback] = ()) -> Path:
         UserError: what was asked for cannot be done.
         KeyboardInterrupt: Ctrl-C, after the run was saved.
     """
-    with contextlib.redirect_stdout(sys.stderr), finished_run(), _ranks_of_its_own(["fit", *words]):
+    with contextlib.redirect_stdout(out or sys.stderr), finished_run(), _ranks_of_its_own(["fit", *words]):
         try:
             return _run(["fit", *words], callbacks, RunCLI).run_folder
         except SystemExit as stop:  # how Lightning ends after Ctrl-C
@@ -329,6 +330,11 @@ def _ranks_of_its_own(words: list[str]) -> Iterator[None]:
 
 class Rehearsal(RunCLI):
     """What `fit` makes of its words, without a run: the complete configuration, and the data."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only `fit`: to build a parser takes a while."""
+        return {"fit": RunCLI.subcommands()["fit"]}
 
     def instantiate_classes(self) -> None:
         """Nothing is built before it is asked for."""

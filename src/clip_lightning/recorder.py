@@ -31,9 +31,14 @@ VERSIONED = ("torch", "lightning", "timm", "transformers", "wandb")
 
 
 class GracefulStop(Callback):
-    """The first Ctrl-C lets the batch, or the validation, in hand finish; a second does not."""
+    """The first Ctrl-C lets the batch, or the validation, in hand finish; a second does not.
 
-    def __init__(self) -> None:
+    Args:
+        says_how: whether the run is the command itself, which then says how it goes on.
+    """
+
+    def __init__(self, says_how: bool = True) -> None:
+        self._says_how = says_how
         self._asked = False
         self._before: Any = None
 
@@ -56,6 +61,8 @@ class GracefulStop(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to go on."""
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException) or not trainer.is_global_zero:
+            return
+        if not self._says_how:
             return
         if trainer.global_step > 0:
             print("stopped; the same command with --ckpt_path last goes on from here", file=sys.stderr)

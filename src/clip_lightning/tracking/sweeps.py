@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from clip_lightning.errors import UserError
 from clip_lightning.tracking.account import stays_offline
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,22 @@ class SweepRun:
         state: `finished`, `running`, `failed`, `crashed`, ...
         options: of `fit`, as the sweep chose them, under dotted names.
         metrics: the best values of the validations, as they were logged.
+        seconds: how long it took.
+        stopped: whether the sweep has ended it early.
+        url: of its page.
     """
 
     path: str
     state: str
     options: dict[str, Any]
     metrics: dict[str, float]
+    seconds: float
+    stopped: bool
+    url: str
+
+
+STOPPED = "stopped_early"
+"""In a run's summary: that the sweep has ended it."""
 
 
 def is_online(offline: bool | None) -> bool:
@@ -40,6 +52,14 @@ def is_online(offline: bool | None) -> bool:
     import wandb
 
     return not stays_offline(offline) and wandb.setup().settings.mode == "online"
+
+
+def silence() -> None:
+    """Let W&B print nothing about runs, in this process and in those that it starts."""
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    wandb.teardown()  # it has read the environment before
 
 
 def create_sweep(content: dict[str, Any], entity: str | None, project: str) -> str:
@@ -50,12 +70,17 @@ def create_sweep(content: dict[str, Any], entity: str | None, project: str) -> s
     """
     import wandb
 
+    server = wandb.setup().settings.base_url
+    print(f"making the sweep on {server}", file=sys.stderr)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             sweep_id = wandb.sweep(content, entity=entity, project=project)
             owner = entity or wandb.Api().default_entity
-    except (wandb.Error, ValueError) as error:
-        raise UserError(f"W&B did not make the sweep: {error}") from error
+    except Exception as error:  # the SDK has a dozen kinds
+        raise UserError(
+            f"{server} did not make the sweep ({_line(error)}); try again later, or search on this machine: "
+            "--trainer.logger.offline true"
+        ) from error
     return f"{owner}/{project}/{sweep_id}"
 
 
@@ -84,7 +109,7 @@ def run_agent(sweep: str, train: Callable[[dict[str, Any]], None], count: int | 
         with contextlib.redirect_stdout(sys.stderr):
             wandb.agent(sweep, lambda: train(_chosen()), count=count)
     except (wandb.Error, ValueError) as error:
-        raise UserError(f"W&B has no work for an agent of {sweep}: {error}") from error
+        raise UserError(f"W&B has no work for an agent of {sweep}: {_line(error)}") from error
     finally:
         signal.signal(signal.SIGINT, before)
     if pressed:
@@ -104,21 +129,64 @@ def _dotted(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def sweep_runs(sweep: str) -> list[SweepRun]:
-    """The sweep's runs, the oldest first."""
+def note_stop() -> None:
+    """Note in the summary of this process's run that the sweep has ended it."""
     import wandb
 
-    runs = sorted(wandb.Api().sweep(sweep).runs, key=lambda run: run.created_at)
-    return [
-        SweepRun("/".join(run.path), run.state, _dotted(dict(run.config)), _numbers(run.summary))
-        for run in runs
-    ]
+    if wandb.run is not None:
+        wandb.run.summary[STOPPED] = True
 
 
-def _numbers(summary: Any) -> dict[str, float]:
+def sweep_state(sweep: str) -> str:
+    """`RUNNING`, `FINISHED`, ...
+
+    Raises:
+        UserError: there is no such sweep, or no answer.
+    """
+    return str(_read(sweep, lambda found: found.state))
+
+
+def sweep_runs(sweep: str) -> list[SweepRun]:
+    """The sweep's runs, the oldest first.
+
+    Raises:
+        UserError: there is no such sweep, or no answer.
+    """
+
+    def read(found: Any) -> list[SweepRun]:
+        return [_sweep_run(run) for run in sorted(found.runs, key=lambda run: run.created_at)]
+
+    return _read(sweep, read)
+
+
+def _read(sweep: str, read: Callable[[Any], Answer]) -> Answer:
+    import wandb
+
+    try:
+        return read(wandb.Api().sweep(sweep))
+    except Exception as error:  # the SDK has a dozen kinds
+        raise UserError(
+            f"the sweep {sweep} cannot be read from W&B ({_line(error)}); the same command again reads it, "
+            "and --study NAME begins another"
+        ) from error
+
+
+def _sweep_run(run: Any) -> SweepRun:
+    summary = dict(run.summary)
+    stopped = bool(summary.get(STOPPED)) or run.state in ("killed", "stopped")
+    seconds = float(summary.get("_runtime") or 0)
+    options, numbers = _dotted(dict(run.config)), _numbers(summary)
+    return SweepRun("/".join(run.path), run.state, options, numbers, seconds, stopped, run.url)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _numbers(summary: dict[str, Any]) -> dict[str, float]:
     """The numbers of a summary; of one that is kept as its best, that."""
     found = {}
-    for name, value in dict(summary).items():
+    for name, value in summary.items():
         if hasattr(value, "items"):
             value = next((value[kind] for kind in ("max", "min") if kind in value), None)
         if isinstance(value, int | float) and not isinstance(value, bool):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
 import multiprocessing
@@ -16,21 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from clip_lightning.cli import rehearse
-from clip_lightning.data.formats import read_captions
-from clip_lightning.data.origin import find_origin
 from clip_lightning.errors import UserError
-from clip_lightning.tracking.compare import settings_of
-from clip_lightning.tracking.run_records import flat
 from clip_lightning.tuning import online
-from clip_lightning.tuning.file import SweepFile, option_words, read_sweep
+from clip_lightning.tuning.checks import base_point, check, shared_settings, wanted_trials
+from clip_lightning.tuning.file import option_words, read_sweep
+from clip_lightning.tuning.queue import try_failed_again
 from clip_lightning.tuning.report import Report, shown
-from clip_lightning.tuning.study import Search, TooManyFailures, open_study, try_failed_again, work
+from clip_lightning.tuning.study import Search, TooManyFailures, open_study, work
 
 SHOWN = 10
 
@@ -54,7 +48,7 @@ def search(options: Options) -> None:
 
     Raises:
         UserError: what was asked for cannot be done.
-        SystemExit: the options of `fit` are wrong, which was said; or too many trials failed.
+        SystemExit: the options of `fit` are wrong, or trials that were wanted are missing, which was said.
         KeyboardInterrupt: Ctrl-C, after the trials in hand were saved.
     """
     for name in ("trials", "parallel"):
@@ -65,7 +59,8 @@ def search(options: Options) -> None:
     file = read_sweep(options.file)
     words = [*file.base, *options.words]
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it is in every config
-    config = check(file, words)
+    trial = check(file, words)
+    config = trial.config["fit"]
     name = options.study or file.name
     plan = Search(
         file=file,
@@ -73,10 +68,12 @@ def search(options: Options) -> None:
         folder=Path(config.trainer.default_root_dir, "sweep-" + re.sub(r"[^\w.-]+", "-", name)),
         study=name,
         storage=options.storage,
-        trials=options.trials or 1 if options.sweep_id else _wanted(file, options.trials),
+        # a sweep that is joined ends where it was made to
+        trials=1 if options.sweep_id else wanted_trials(file, options.trials),
         parallel=options.parallel,
-        settings=_settings(file, words, config),
+        settings=shared_settings(file, trial),
     )
+    goes_online = _goes_online(config, options)
     print(f"search {name}: {plan.folder}", file=sys.stderr)
 
     def tell(report: Report) -> None:
@@ -86,104 +83,54 @@ def search(options: Options) -> None:
         else:
             show(report)
 
-    if _goes_online(config, options):
-        report = _online(plan, config, options)
-        tell(report)
-    else:
-        study = open_study(plan, base_point(plan.file, list(plan.words)))
-        if file.method == "grid":
-            try_failed_again(study)
-        report = Report(plan.file, plan.folder, study)
-        try:
-            _share(plan, work, plan)
-        finally:  # also what there is after Ctrl-C, and when too many trials fail
-            tell(report)
-    failed = [row for row in report.rows() if row["state"] == "failed"]
-    if failed and (report.best is None or file.method == "grid"):
-        print(
-            f"clip-lightning: error: trial {failed[-1]['trial']} failed: {failed[-1]['error']}",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+    (_online if goes_online else _offline)(plan, config, options, tell)
 
 
-def _settings(file: SweepFile, words: list[str], config: Namespace) -> dict[str, Any]:
-    """What all trials have in common, and the data, which is read to see whether it can be."""
-    rehearsal = rehearse([*words, *file.words({one.label: one.ends()[0] for one in file.parameters})])
-    varied = {one.name.replace(".init_args", "") for one in file.parameters}
-    options = settings_of(flat(yaml.safe_load(rehearsal.config_to_save)))
-    options |= {f"model.{kind}_tower": config.model[f"{kind}_tower"] for kind in ("image", "text")}
-    shared = {
-        name: value
-        for name, value in options.items()
-        if name.replace(".init_args", "") not in varied and not name.startswith("trainer.callbacks")
-    }
-    return shared | {"data": _data_digest(config.data)}
+def _offline(plan: Search, config: Namespace, options: Options, tell: Callable[[Report], None]) -> None:
+    if _run_logger(config) is not None:
+        from clip_lightning.tracking.sweeps import silence
 
-
-def _data_digest(options: Namespace) -> str:
-    names = ("artifact", "url", "sha256", "hub", "hub_image", "hub_captions")
-    scenes = options.dataset == "scenes"
-    root = None if options.root is None else Path(options.root)
-    origin = find_origin(root=root, scenes=scenes, **{name: options[name] for name in names})
-    origin.fetch()
-    return read_captions(origin.folder(), "captions" if scenes else options.dataset).digest()
-
-
-def check(file: SweepFile, words: list[str]) -> Namespace:
-    """Let `fit` understand every choice, and both ends of every range, before anything begins.
-
-    Returns:
-        The options of `fit` in one of the trials.
-
-    Raises:
-        SystemExit: it does not understand some, which was said.
-    """
-    ends = {one.label: one.ends() for one in file.parameters}
-    for row in range(max(map(len, ends.values()), default=1)):
-        drawn = {label: values[min(row, len(values) - 1)] for label, values in ends.items()}
-        config = rehearse([*words, *file.words(drawn)]).config["fit"]
-    return config
-
-
-def base_point(file: SweepFile, words: list[str]) -> dict[str, Any] | None:
-    """What to draw so that a trial is what the words are without the search; None if that cannot be drawn."""
+        silence()
+    study = open_study(plan, base_point(plan.file, list(plan.words)))
+    is_grid = plan.file.method == "grid"
+    if is_grid:
+        try_failed_again(study)
+    report = Report(plan.file, plan.folder, study)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            config = rehearse([*words, *file.words({})]).config["fit"]
-    except SystemExit:  # they are not complete without the parameters
-        return None
-    point = {}
-    for one in file.parameters:
-        drawn = one.drawn(_option(config, one.name))
-        if drawn is None:
-            return None
-        point[one.label] = drawn
-    return point
+        _share(plan, work, plan)
+    finally:  # also what there is after Ctrl-C, and when too many trials fail
+        tell(report)
+    _expect(report, plan.trials if is_grid else 1)
 
 
-def _option(config: Namespace, name: str) -> Any:
-    """The value of an option, also of a class's argument without `init_args` in its name."""
-    value: Any = config
-    for part in name.split("."):
-        if isinstance(value, Namespace) and part not in value and "init_args" in value:
-            value = value["init_args"]
-        if not isinstance(value, Namespace) or part not in value:
-            return None
-        value = value[part]
-    return value
+def _online(plan: Search, config: Namespace, options: Options, tell: Callable[[Report], None]) -> None:
+    logger = _run_logger(config)
+    assert logger is not None
+    sweep = options.sweep_id or online.begin(plan, options.words, logger.entity, logger.project)
+    try:
+        if options.sweep_id or online.has_work(sweep):
+            print(f"sweep {sweep}; from other machines: wandb agent {sweep}", file=sys.stderr)
+            _share(plan, online.work, plan, sweep, options.trials if options.sweep_id else None)
+        else:
+            print(f"sweep {sweep} has ended on W&B's server; its runs:", file=sys.stderr)
+    except KeyboardInterrupt:
+        tell(Report(plan.file, plan.folder, online.as_study(plan, sweep)))
+        raise
+    report = Report(plan.file, plan.folder, online.as_study(plan, sweep))
+    tell(report)
+    _expect(report, 1)
 
 
-def _wanted(file: SweepFile, given: int | None) -> int:
-    wanted = given or file.run_cap
-    if file.method == "grid":
-        points = 1
-        for one in file.parameters:
-            points *= len(one.every())
-        return min(points, wanted or points)
-    if wanted is None:
-        raise UserError(f"--trials N: how many? Method {file.method} has no end, and the file has no run_cap")
-    return wanted
+def _expect(report: Report, wanted: int) -> None:
+    """Leave with status 1 where fewer trials have finished, and say why the last one has not."""
+    rows = report.rows()
+    finished = sum(row["state"] in ("finished", "stopped early") for row in rows)
+    if finished >= wanted:
+        return
+    failed = max((row for row in rows if row["error"]), key=lambda row: row["trial"], default=None)
+    why = f"; trial {failed['trial']} failed: {failed['error']}" if failed else ""
+    print(f"clip-lightning: error: {finished} of {wanted} trials finished{why}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _run_logger(config: Namespace) -> Namespace | None:
@@ -212,15 +159,6 @@ def _goes_online(config: Namespace, options: Options) -> bool:
             f"--sweep_id {options.sweep_id}: joining needs W&B online, with an API key and our own logger"
         )
     return possible and options.storage is None
-
-
-def _online(plan: Search, config: Namespace, options: Options) -> Report:
-    logger = _run_logger(config)
-    assert logger is not None
-    joined = options.sweep_id or online.create(plan, options.words, logger.entity, logger.project)
-    print(f"sweep {joined}; from other machines: wandb agent {joined}", file=sys.stderr)
-    _share(plan, online.work, plan, joined, options.trials if options.sweep_id else None)
-    return Report(plan.file, plan.folder, online.as_study(plan, joined))
 
 
 def _share(plan: Search, worker: Callable[..., None], *arguments: Any) -> None:
@@ -259,7 +197,9 @@ def _share(plan: Search, worker: Callable[..., None], *arguments: Any) -> None:
 
 
 def _in_process(worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """What another worker's process does."""
+    """What another worker's process does; away from the terminal, whose Ctrl-C is handed on to it once."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     from clip_lightning.allocator import keep_freed_memory
 
     keep_freed_memory()

@@ -77,7 +77,12 @@ class SweepFile:
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same while a study goes on."""
-        return {"metric": [self.metric, self.maximize], "parameters": flat(self.content["parameters"])}
+        return {
+            "method": self.method,
+            "metric": [self.metric, self.maximize],
+            "parameters": flat(self.content["parameters"]),
+            "early_terminate": self.content.get("early_terminate"),
+        }
 
 
 def option_words(options: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from clip_lightning.files import write_atomically
 from clip_lightning.tuning.file import SweepFile
 from clip_lightning.tuning.pictures import draw
-from clip_lightning.tuning.study import interrupted
+from clip_lightning.tuning.queue import interrupted
 
 COLUMNS = ("rsum", "text_to_image_R@1", "image_to_text_R@1")
 """Metrics of a trial that the tables show."""
@@ -75,7 +75,7 @@ class Report:
             for one in self.file.parameters
             if one.label in trial.params
         }
-        seconds = trial.duration.total_seconds() if trial.duration else None
+        seconds = None if trial.duration is None else trial.duration.total_seconds()
         return {
             "trial": trial.number,
             "state": "interrupted" if was_stopped else STATES[trial.state],

@@ -53,22 +53,28 @@ class Parameter:
         return round(drawn, 12) if isinstance(drawn, float) and self._is_stepped() else drawn
 
     def drawn(self, value: Any) -> Any:
-        """What must be drawn for the option to have this value; None where it cannot be."""
+        """What must be drawn for the option to have this value.
+
+        Raises:
+            LookupError: it cannot be drawn.
+        """
         if isinstance(self.distribution, CategoricalDistribution):
             # a whole number is the same with a point and without
             number = isinstance(value, int | float) and not isinstance(value, bool)
             same = [c for c in self.distribution.choices if word(c) == word(value)]
             same += [c for c in self.distribution.choices if number and type(c) is not bool and c == value]
-            return next(iter(same), None)
+            return same[0]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
+            raise LookupError(value)
         if self.quantum is not None:
             value = round(value / self.quantum, 9)
         if isinstance(self.distribution, IntDistribution):
             if value != int(value):
-                return None
+                raise LookupError(value)
             value = int(value)
-        return value if self.distribution._contains(value) else None
+        if not self.distribution._contains(value):
+            raise LookupError(value)
+        return value
 
     def suggest(self, trial: Trial) -> Any:
         """Draw in a trial."""

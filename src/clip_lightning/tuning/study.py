@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import io
 import json
 import math
 import os
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import psutil
@@ -25,9 +25,18 @@ from sqlalchemy.exc import ArgumentError, OperationalError
 
 from clip_lightning.errors import UserError
 from clip_lightning.tuning.file import SweepFile, metric_names, option_words
+from clip_lightning.tuning.queue import (
+    FINISHED,
+    IDENTITY,
+    begun_with,
+    enqueue,
+    first_points,
+    give_up_dead,
+    give_up_silent,
+    try_again,
+)
 from clip_lightning.tuning.sampler import NumberedSampler
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 90
 """A trial whose worker has not been heard of for this long is given up, and its place tried again."""
@@ -74,6 +83,19 @@ class Search:
         plain: dict[str, Any] = json.loads(json.dumps(self.file.identity() | self.settings, default=str))
         return plain
 
+    def must_be(self, begun: dict[str, Any]) -> None:
+        """Compare with the identity that the study was begun with.
+
+        Raises:
+            UserError: it is another; names what differs.
+        """
+        now = self.identity()
+        if changed := [key for key in begun.keys() | now.keys() if begun.get(key) != now.get(key)]:
+            raise UserError(
+                f"the study {self.study!r} was begun with other {', '.join(sorted(changed))}; "
+                "give --study NAME to begin another"
+            )
+
 
 class TooManyFailures(Exception):
     """The search stops; says why."""
@@ -93,42 +115,22 @@ def open_study(search: Search, first: dict[str, Any] | None = None) -> optuna.St
     search.folder.mkdir(parents=True, exist_ok=True)
     file = search.file
     storage = _open_storage(search.url)
+    direction: Literal["maximize", "minimize"] = "maximize" if file.maximize else "minimize"
+    try:  # on several machines at once one makes it, and queues what is to be tried
+        optuna.create_study(storage=storage, study_name=search.study, direction=direction)
+        is_new = True
+    except optuna.exceptions.DuplicatedStudyError:
+        is_new = False
     weights = {one.label: one.weights for one in file.parameters if one.weights}
-    study = optuna.create_study(
-        storage=storage,
-        study_name=search.study,
-        direction="maximize" if file.maximize else "minimize",
-        sampler=NumberedSampler(file.method, weights),
-        pruner=_pruner(file),
-        load_if_exists=True,
-    )
-    with FileLock(search.folder / ".new.lock"):
-        begun = study.user_attrs.get("identity")
-        if begun is None:
-            study.set_user_attr("identity", search.identity())
-            _enqueue(study, search, first)
-        elif begun != (now := search.identity()):
-            changed = [key for key in begun.keys() | now.keys() if begun.get(key) != now.get(key)]
-            raise UserError(
-                f"the study {search.study!r} was begun with other {', '.join(sorted(changed))}; "
-                "give --study NAME to begin another"
-            )
+    sampler = NumberedSampler(file.method, weights)
+    study = optuna.load_study(study_name=search.study, storage=storage, sampler=sampler, pruner=_pruner(file))
+    begun = None if is_new else begun_with(study)
+    if begun is None:
+        enqueue(study, first_points(file, first))
+        study.set_user_attr(IDENTITY, search.identity())  # last: now the queue is complete
+    else:
+        search.must_be(begun)
     return study
-
-
-def try_failed_again(study: optuna.Study) -> None:
-    """Put the points of a grid that have failed, and nothing else has tried since, back into the queue."""
-    trials = study.get_trials(deepcopy=False)
-    done = [_point(trial) for trial in trials if trial.state != TrialState.FAIL]
-    for trial in trials:
-        if trial.state == TrialState.FAIL and (point := _point(trial)) and point not in done:
-            done.append(point)
-            study.enqueue_trial(point)
-
-
-def _point(trial: FrozenTrial) -> dict[str, Any]:
-    """What a trial has drawn, or is to draw."""
-    return dict(trial.params or trial.system_attrs.get("fixed_params", {}))
 
 
 def _open_storage(url: str) -> optuna.storages.RDBStorage:
@@ -158,52 +160,6 @@ def _pruner(file: SweepFile) -> optuna.pruners.BasePruner:
     return optuna.pruners.SuccessiveHalvingPruner(
         min_resource=file.early.first, reduction_factor=file.early.eta, min_early_stopping_rate=0
     )
-
-
-def _enqueue(study: optuna.Study, search: Search, first: dict[str, Any] | None) -> None:
-    """All points of a grid, in order; or the one to begin with."""
-    if search.file.method == "grid":
-        labels = [one.label for one in search.file.parameters]
-        points = itertools.product(*(one.every() for one in search.file.parameters))
-        for point in points:
-            study.enqueue_trial(dict(zip(labels, point, strict=True)))
-    elif first:
-        study.enqueue_trial(first)
-
-
-def try_again(study: optuna.Study, trial: FrozenTrial, *, always: bool = False) -> None:
-    """Put what a stopped trial tried back into the queue; once, unless `always`: it may be what kills."""
-    study.set_user_attr(f"interrupted {trial.number}", True)  # a finished trial takes no attributes
-    if trial.params and (always or "again" not in trial.user_attrs):
-        study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
-
-
-def interrupted(study: optuna.Study) -> set[int]:
-    """Numbers of the trials that were stopped, and did not fail."""
-    return {int(name.split()[1]) for name in study.user_attrs if name.startswith("interrupted ")}
-
-
-def give_up_dead(study: optuna.Study) -> None:
-    """Give up trials whose process on this machine is gone, without waiting for their hearts to be missed."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, pid, began = trial.user_attrs.get("worker", ("", 0, 0))
-        if host == socket.gethostname() and _began(pid) != began:
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-            try_again(study, trial)
-
-
-def _give_up_silent(study: optuna.Study) -> None:
-    """Give up trials, here or elsewhere, that nobody has heard of for a while."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)
-
-
-def _began(pid: int) -> float | None:
-    try:
-        return psutil.Process(pid).create_time()
-    except psutil.Error:
-        return None
 
 
 def work(search: Search) -> None:
@@ -236,7 +192,7 @@ class Worker:
         with lock:  # on this machine nobody else begins a trial while it is counted
             if self.search.storage is None:
                 give_up_dead(self.study)
-            _give_up_silent(self.study)
+            give_up_silent(self.study)
             step = self._what_next()
             if step != "go":
                 return step
@@ -291,7 +247,8 @@ class Worker:
 
         watch = Watch(file.metric, file.maximize, stops)
         try:
-            folder = fit(self.search.trial_words(file.words(drawn)), [watch])
+            # what it prints is in the run's folder
+            folder = fit(self.search.trial_words(file.words(drawn)), [watch], io.StringIO())
         except SystemExit as stop:
             if not stop.code:  # terminated
                 raise

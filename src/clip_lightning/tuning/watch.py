@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from clip_lightning.tracking.sweeps import note_stop
+
 Stops = Callable[[float, int], bool]
 """Whether a run stops, given the newest value and how many validations there were."""
 
@@ -47,3 +49,12 @@ class Watch(Callback):
             # early stopping is what all ranks have and agree upon: here it is at its goal already
             stopping = trainer.early_stopping_callback
             stopping.stopping_threshold = -math.inf if stopping.mode == "max" else math.inf
+
+
+class NotesStop(Callback):
+    """Notes in a run that W&B's agent ends it: the server calls it failed, like one that went wrong."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell the agent's exception, a bare one, from others."""
+        if type(exception) is Exception and not exception.args:
+            note_stop()
