@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from clip_lightning.arguments import Parser
+from clip_lightning.arguments import Parser, own_words
 from clip_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def run(args: list[str]) -> None:
     """Run `compare` or `compare-backbones` with the words of the command line, the command first."""
     command: Callable[..., None] = compare if args[0] == "compare" else compare_backbones
     rest_name, *names = inspect.signature(command).parameters
-    own, rest = _divided(args[1:], names)
+    own, rest = own_words(args[1:], names)
     about = (inspect.getdoc(command) or "").partition("\n\nArgs")[0]
     parser = Parser(prog=f"clip-lightning {args[0]}", description=about, usage=USAGE[args[0]])
     parser.add_function_arguments(command, as_group=False, skip={rest_name})
@@ -41,27 +41,6 @@ def run(args: list[str]) -> None:
         compare(**vars(parser.parse_args([*rest, *own])))
     else:
         compare_backbones(rest, **vars(parser.parse_args(own)))
-
-
-def _divided(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that are options of these names, with their values, and the others."""
-    own: list[str] = []
-    rest: list[str] = []
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        name, equals, _ = word.partition("=")
-        if word == "--json":
-            given = left[:1] if left[:1] in (["true"], ["false"]) else []
-            own.append(f"--json={given[0] if given else 'true'}")
-        elif name.startswith("--") and name[2:] in names:
-            given = [] if equals or left[:1] == [] or left[0].startswith("--") else left[:1]
-            own += [word, *given]
-        else:
-            (own if word in ("-h", "--help") else rest).append(word)
-            continue
-        del left[: len(given)]
-    return own, rest
 
 
 def compare(runs: list[str], out: Path | None = None, group: str | None = None, json: bool = False) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from clip_lightning.files import write_atomically
 from clip_lightning.search.index import FoundPicture
-from clip_lightning.tracking.grids import INK, LINE, MARGIN, MUTED, printable, thumbnail
+from clip_lightning.tracking.grids import INK, LINE, MARGIN, MUTED, font, printable, rounded, thumbnail
 
 TILE, GAP, LABEL, HEADING = 240, 20, 62, 108
 MOST_COLUMNS = 6
@@ -49,9 +48,9 @@ def _draw_query(canvas: Image.Image, query: str | Path, count: int, top: int) ->
         _paste(canvas, query, (left, top + 22), 68)
         left += 68 + GAP
     text = f"pictures like {query.name}" if isinstance(query, Path) else query
-    draw.text((left, top + 28), _cut(text, 28, canvas.width - MARGIN - left), INK, _font(28))
+    draw.text((left, top + 28), _cut(text, 28, canvas.width - MARGIN - left), INK, font(28))
     summary = f"{count} most similar, with the cosine of each" if count else "nothing found"
-    draw.text((left, top + 66), summary, MUTED, _font(17))
+    draw.text((left, top + 66), summary, MUTED, font(17))
 
 
 def _draw_picture(canvas: Image.Image, found: FoundPicture, at: tuple[int, int]) -> None:
@@ -59,37 +58,25 @@ def _draw_picture(canvas: Image.Image, found: FoundPicture, at: tuple[int, int])
     draw = ImageDraw.Draw(canvas)
     x, y = at[0] + 2, at[1] + TILE + 8
     score = f"{found.score:.3f}"
-    draw.text((x, y), score, INK, _font(17))
-    beside = x + _font(17).getlength(score) + 10
+    draw.text((x, y), score, INK, font(17))
+    beside = x + font(17).getlength(score) + 10
     name = found.path.name + (" (missing)" if found.missing else "")
-    draw.text((beside, y + 1), _cut(name, 15, at[0] + TILE - beside), MUTED, _font(15))
+    draw.text((beside, y + 1), _cut(name, 15, at[0] + TILE - beside), MUTED, font(15))
     if found.captions:
-        draw.text((x, y + 23), _cut(found.captions[0], 14, TILE - 4), MUTED, _font(14))
+        draw.text((x, y + 23), _cut(found.captions[0], 14, TILE - 4), MUTED, font(14))
 
 
 def _paste(canvas: Image.Image, path: Path, at: tuple[int, int], side: int) -> None:
     """The middle square with round corners."""
     picture = thumbnail(path).resize((side, side), Image.Resampling.LANCZOS)
-    canvas.paste(picture, at, _rounded(side, 8))
-
-
-@cache
-def _rounded(side: int, radius: int) -> Image.Image:
-    mask = Image.new("L", (4 * side, 4 * side))
-    ImageDraw.Draw(mask).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), 4 * radius, 255)
-    return mask.resize((side, side), Image.Resampling.LANCZOS)  # Pillow itself does not smooth edges
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+    canvas.paste(picture, at, rounded(side, 8))
 
 
 def _cut(text: str, size: int, width: float) -> str:
     """The text on one line no wider than `width` pixels, with … where it is cut."""
     text = " ".join(printable(text[:500]).split())
-    if _font(size).getlength(text) <= width:
+    if font(size).getlength(text) <= width:
         return text
-    while text and _font(size).getlength(text + "…") > width:
+    while text and font(size).getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"

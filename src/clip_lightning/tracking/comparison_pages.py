@@ -8,12 +8,11 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import jinja2
-
 from clip_lightning.files import write_atomically
 from clip_lightning.tracking.compare import Comparison, data_name
 from clip_lightning.tracking.comparison_pictures import heatmap, recall_latency
 from clip_lightning.tracking.comparison_tables import cells, csv_table, header, markdown, notes
+from clip_lightning.tracking.pages import template
 
 ABOUT = {
     "heatmap.png": "rsum of each image tower with each text tower",
@@ -49,17 +48,10 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 def page(comparison: Comparison, pictures: Mapping[str, bytes]) -> str:
     """One HTML file whose tables are sorted by a click; inside, the PNGs by what they show."""
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("comparison.html.j2")
     tables = [
         {"name": data_name(rows[0].digest), "rows": cells(comparison, rows)} for rows in comparison.data_sets
     ]
-    return template.render(
+    return template("comparison.html.j2").render(
         comparison=comparison,
         header=header(comparison),
         tables=tables,

@@ -51,7 +51,7 @@ def draw_predictions(rows: Sequence[PredictionRow], path: Path, title: str) -> N
     """Write a PNG: each sentence, the picture it was written for, and the pictures the model found."""
     columns = max((len(row.predictions) for row in rows), default=0)
     width = max(2 * MARGIN + TILE + APART + columns * (TILE + GAP) - GAP, NARROWEST)
-    texts = [_wrap(row.text, _font(21), width - 2 * MARGIN - 220, lines=2) for row in rows]
+    texts = [_wrap(row.text, font(21), width - 2 * MARGIN - 220, lines=2) for row in rows]
     heights = [30 * len(lines) + TILE + 92 for lines in texts]
     canvas = _canvas(width, sum(heights), title, headline(rows))
     top = HEAD
@@ -77,8 +77,8 @@ def _canvas(width: int, height: int, title: str, summary: str) -> Image.Image:
     """White, with a heading, and `height` pixels below it."""
     canvas = Image.new("RGB", (width, HEAD + height + MARGIN // 2), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, 40), _wrap(title, _font(30), width - 2 * MARGIN, lines=1)[0], INK, _font(30))
-    draw.text((MARGIN, 84), summary, MUTED, _font(18))
+    draw.text((MARGIN, 40), _wrap(title, font(30), width - 2 * MARGIN, lines=1)[0], INK, font(30))
+    draw.text((MARGIN, 84), summary, MUTED, font(18))
     return canvas
 
 
@@ -92,17 +92,17 @@ def _save(canvas: Image.Image, path: Path) -> None:
 def _draw_row(canvas: Image.Image, row: PredictionRow, lines: Sequence[str], top: int) -> None:
     draw = ImageDraw.Draw(canvas)
     draw.line((MARGIN, top, canvas.width - MARGIN, top), LINE)
-    draw.multiline_text((MARGIN, top + 18), "\n".join(lines), INK, _font(21), spacing=6)
+    draw.multiline_text((MARGIN, top + 18), "\n".join(lines), INK, font(21), spacing=6)
     _draw_rank(draw, row, (canvas.width - MARGIN, top + 18))
     y = top + 30 * len(lines) + 28
     _paste(canvas, row.true_path, (MARGIN, y), None)
-    draw.text((MARGIN, y + TILE + 8), "wanted", MUTED, _font(16))
+    draw.text((MARGIN, y + TILE + 8), "wanted", MUTED, font(16))
     x = MARGIN + TILE + APART
     draw.line((x - APART // 2, y, x - APART // 2, y + TILE), LINE, 2)
     for prediction in row.predictions:
         _paste(canvas, prediction.path, (x, y), GREEN if prediction.right else None)
         label = f"{prediction.similarity:.3f}" + ("  right" if prediction.right else "")
-        draw.text((x, y + TILE + 8), label, GREEN if prediction.right else MUTED, _font(16))
+        draw.text((x, y + TILE + 8), label, GREEN if prediction.right else MUTED, font(16))
         x += TILE + GAP
 
 
@@ -118,24 +118,24 @@ def _draw_picture(canvas: Image.Image, row: PictureRow, top: int) -> None:
     for found in row.predictions:
         ink = GREEN if found.right else INK
         label = f"{found.similarity:.3f}" + ("  right" if found.right else "")
-        draw.text((number, y + 3), label, GREEN if found.right else MUTED, _font(16))
-        draw.text((sentence, y), _wrap(found.text, _font(19), room, lines=1)[0], ink, _font(19))
+        draw.text((number, y + 3), label, GREEN if found.right else MUTED, font(16))
+        draw.text((sentence, y), _wrap(found.text, font(19), room, lines=1)[0], ink, font(19))
         y += LEADING
     if not row.hit and row.own:
-        draw.text((number, y + 3), "wanted", MUTED, _font(16))
-        draw.text((sentence, y), _wrap(row.own[0], _font(19), room, lines=1)[0], MUTED, _font(19))
+        draw.text((number, y + 3), "wanted", MUTED, font(16))
+        draw.text((sentence, y), _wrap(row.own[0], font(19), room, lines=1)[0], MUTED, font(19))
 
 
 def _draw_rank(draw: ImageDraw.ImageDraw, row: PredictionRow | PictureRow, at: tuple[int, int]) -> None:
-    draw.text(at, f"rank {row.rank:,}", GREEN if row.hit else MUTED, _font(21), anchor="ra")
+    draw.text(at, f"rank {row.rank:,}", GREEN if row.hit else MUTED, font(21), anchor="ra")
 
 
 def _paste(canvas: Image.Image, path: Path, at: tuple[int, int], frame: str | None) -> None:
     """Paste with round corners, in a thick coloured or a thin grey frame."""
     border = 5 if frame else 1
     side = TILE + 2 * border
-    canvas.paste(frame or LINE, (at[0] - border, at[1] - border), _rounded(side, 8 + border))
-    canvas.paste(_tile(path), at, _rounded(TILE, 8))
+    canvas.paste(frame or LINE, (at[0] - border, at[1] - border), rounded(side, 8 + border))
+    canvas.paste(_tile(path), at, rounded(TILE, 8))
 
 
 @lru_cache(MOST_KEPT)
@@ -144,14 +144,16 @@ def _tile(path: Path) -> Image.Image:
 
 
 @cache
-def _rounded(side: int, radius: int) -> Image.Image:
+def rounded(side: int, radius: int) -> Image.Image:
+    """A mask with round corners, in pixels."""
     mask = Image.new("L", (4 * side, 4 * side))
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), 4 * radius, 255)
     return mask.resize((side, side), Image.Resampling.LANCZOS)  # Pillow itself does not smooth edges
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font in this size, in pixels."""
     return ImageFont.load_default(size)
 
 

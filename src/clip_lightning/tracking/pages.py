@@ -45,15 +45,20 @@ class Report:
     misses: Sequence[PredictionRow] = ()
 
 
-def write_page(report: Report, path: Path) -> None:
-    """Write the report as one HTML file, pictures inside."""
-    page = jinja2.Environment(
+def template(name: str) -> jinja2.Template:
+    """A page's template, which lies beside this file; it escapes what it is given."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    ).get_template("predictions.html.j2")
+    ).get_template(name)
+
+
+def write_page(report: Report, path: Path) -> None:
+    """Write the report as one HTML file, pictures inside."""
+    page = template("predictions.html.j2")
     html = page.render(
         report=report,
         sentences=[_with_moves(row, row.text_id, report.sentence_ranks) for row in report.sentences],
