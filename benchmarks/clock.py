@@ -68,14 +68,20 @@ class Process:
         paused = sum(max(0.0, min(end, moment) - start) for start, end in self.pauses)
         return moment - self.began - paused
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the clock stands still."""
+        return bool(self.pauses) and self.pauses[-1][1] == math.inf
+
     def stop(self, group: int) -> None:
         """Stop every process of the group."""
-        os.killpg(group, signal.SIGSTOP)
-        self.pauses.append([time.time(), math.inf])
+        if not self.stopped:
+            os.killpg(group, signal.SIGSTOP)
+            self.pauses.append([time.time(), math.inf])
 
     def go_on(self, group: int) -> None:
         """Let a stopped group run again."""
-        if self.pauses and self.pauses[-1][1] == math.inf:
+        if self.stopped:
             self.pauses[-1][1] = time.time()
             os.killpg(group, signal.SIGCONT)
 

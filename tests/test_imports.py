@@ -53,8 +53,10 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "data.scenes":         "data.datamodule",
     "data.transforms":     "data.datamodule",
     "data.sampler":        "data.datamodule",
+    # {data, tracking's looks} ← checking ← data_commands
+    "checking":            "towers model module cli tuning",
     # Data knows nothing of what is trained on it.
-    "data":                "towers model module losses optim extract evaluation tracking recorder cli",
+    "data":                "towers model module losses optim extract evaluation tracking checking recorder cli",
     # towers ← model ← module ← cli ← tuning
     "towers":              "lora model module cli tuning",
     # towers ← lora ← model

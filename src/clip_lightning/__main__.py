@@ -11,7 +11,7 @@ COMMANDS = {
     "fit": ("clip_lightning.cli", "train a model, or go on with a run (--ckpt_path last)"),
     "validate": ("clip_lightning.cli", "score a checkpoint on the validation split"),
     "test": ("clip_lightning.cli", "score a checkpoint on the test split"),
-    "data": ("clip_lightning.data_commands", "upload captioned pictures as a W&B artifact"),
+    "data": ("clip_lightning.data_commands", "check captioned pictures, or upload them as a W&B artifact"),
     "compare": ("clip_lightning.compare", "rank finished runs, from their folders or a W&B project"),
     "compare-backbones": (
         "clip_lightning.compare",

@@ -1,18 +1,107 @@
-"""`clip-lightning data upload`: captioned pictures as a W&B artifact."""
+"""`clip-lightning data check|upload`: what is wrong with captioned pictures, and giving them to W&B."""
 
 from __future__ import annotations
 
 import json as json_module
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clip_lightning.arguments import run_functions
+
+if TYPE_CHECKING:
+    from clip_lightning.checking.findings import CutCaptions
+    from clip_lightning.data.captions import CaptionSet
 
 
 def run(args: list[str]) -> None:
     """Run `data` with the words of the command line."""
-    run_functions({"upload": upload}, args, positional=True)
+    run_functions({"check": check, "upload": upload}, args, positional=True)
+
+
+def check(
+    root: Path,
+    *,
+    dataset: str = "auto",
+    val_share: float = 0.1,
+    test_share: float = 0.1,
+    split_seed: int = 0,
+    text_tower: str | None = None,
+    max_length: int | None = None,
+    num_workers: int | None = None,
+    out: Path | None = None,
+    fix: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Open every picture as the loader would, and say what is wrong with the data; status 1 on errors.
+
+    Errors are pictures that cannot be read, rows that cannot be used, and byte-identical pictures in more
+    than one split. Warnings are of pictures that look the same, and of repeated, shared or cut captions.
+
+    Args:
+        root: the data set's folder, or its annotation file.
+        dataset: how to read it: auto, flickr8k, flickr30k, captions or folder.
+        val_share: part of the pictures to validate on where the data has no splits, as for fit.
+        test_share: likewise, to test on.
+        split_seed: of that draw.
+        text_tower: name of a text tower; counts the captions that its tokenizer would cut.
+        max_length: tokens at which it cuts; 77 or the tower's own limit if not given.
+        num_workers: threads that open pictures; one for each core if not given.
+        out: folder for check.html, check.json and contact-sheet.png.
+        fix: name of a new CSV to write without what cannot be read, repeated captions, and the copies of
+            pictures that are in more than one split; give it to fit as --data.root.
+        json: print one JSON object instead.
+    """
+    from clip_lightning.checking.clean import check_target, write_cleaned
+    from clip_lightning.checking.findings import find
+    from clip_lightning.checking.pictures import open_all
+    from clip_lightning.checking.report import as_text, write_report
+    from clip_lightning.data.captions import split_by_image
+    from clip_lightning.data.formats import read_captions
+    from clip_lightning.errors import UserError
+
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"--num_workers {num_workers}: expected 1 or more")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    if fix is not None:
+        check_target(fix)
+    captions = read_captions(root, dataset)
+    try:
+        parts = split_by_image(captions, seed=split_seed, val_share=val_share, test_share=test_share)
+    except UserError as error:  # too few pictures, which are worth a look all the same
+        print(f"warning: {error}", file=sys.stderr)
+        parts = {}
+    cut = _cut(captions, text_tower, max_length)
+    findings = find(captions, parts, open_all([image.path for image in captions.images], num_workers), cut)
+    if out is not None:
+        write_report(findings, out)
+    cleaned = None if fix is None else write_cleaned(findings, fix)
+    if json:
+        fixed = {} if cleaned is None else {"fixed": {**asdict(cleaned), "path": str(cleaned.path)}}
+        print(json_module.dumps(findings.as_dict() | fixed))
+    else:
+        print(as_text(findings))
+        if cleaned is not None:
+            print(f"{cleaned.summary()}: clip-lightning fit --data.root {cleaned.path}")
+    if out is not None:
+        print(f"to look at: {out / 'check.html'}", file=sys.stderr)
+    if findings.errors():
+        raise SystemExit(1)
+
+
+def _cut(captions: CaptionSet, text_tower: str | None, max_length: int | None) -> CutCaptions | None:
+    if text_tower is None:
+        return None
+    from clip_lightning.checking.findings import CutCaptions
+    from clip_lightning.towers import TextTower
+
+    tokenize = TextTower.from_name(text_tower, max_length).tokenize
+    texts = [caption for image in captions.images for caption in image.captions]
+    tokens = tokenize.tokenizer(texts, verbose=False)["input_ids"]
+    return CutCaptions(text_tower, tokenize.max_length, sum(len(ids) > tokenize.max_length for ids in tokens))
 
 
 def upload(

@@ -45,10 +45,10 @@ class Report:
     misses: Sequence[PredictionRow] = ()
 
 
-def template(name: str) -> jinja2.Template:
-    """A page's template, which lies beside this file; it escapes what it is given."""
+def template(name: str, folder: Path = Path(__file__).parent) -> jinja2.Template:
+    """A page's template, which lies in `folder`, by default beside this file; it escapes what it is given."""
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -200,6 +200,26 @@ def _apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
     return moved
 
 
+def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
+    """How often which value occurs.
+
+    Args:
+        values: one or more.
+        title: of the plot.
+        counted: what there is one of for each value, in the plural.
+    """
+    with _figure(title) as (figure, buffer):
+        axes = figure.subplots()
+        low, high = min(values), max(values)
+        bins, span = min(40, high - low + 1), (low - 0.5, high + 0.5)
+        axes.hist(values, bins, range=span, color=GREEN, alpha=0.8)
+        axes.set_ylabel(counted)
+        axes.locator_params(axis="both", integer=True)
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+    return buffer.getvalue()
+
+
 def _legend(axes: Axes) -> None:
     """Between the title and the axes, where it covers nothing."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=3, columnspacing=1.2, handlelength=1.4)

@@ -1,0 +1,1 @@
+"""`data check`: what the loader would see of a data set, and what is wrong with it."""
