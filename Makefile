@@ -11,7 +11,7 @@ DEV := $(VENV)/.installed-dev
 # -qq hides warnings, not errors.
 INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
 
-.PHONY: help quickstart test test-faults check clean
+.PHONY: help quickstart test test-faults test-browser check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -26,6 +26,10 @@ test: $(DEV)  ## run the tests (PYTEST_ARGS="-k losses" chooses among them)
 
 test-faults: $(DEV)  ## run the tests that break things, for minutes
 	$(VENV)/bin/pytest -m faults $(PYTEST_ARGS)
+
+test-browser: $(DEV)  ## run the tests that need Chromium
+	@$(INSTALL) --editable ".[dev,browser]"
+	$(VENV)/bin/pytest -m browser $(PYTEST_ARGS)
 
 check: $(DEV)  ## lint, formatting, types
 	$(VENV)/bin/ruff check

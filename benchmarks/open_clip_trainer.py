@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import random
 import sys
 from pathlib import Path
@@ -26,64 +25,21 @@ if TYPE_CHECKING:  # the trainer's process loads nothing that open_clip does not
     from clip_lightning.data.captions import CaptionedImage
     from clip_lightning.model import CLIP
 
-CONTEXT_LENGTH = 77  # open_clip's default
-# open_clip's name of a part → ours
-PARTS = {
-    "visual.trunk.": "image_tower.backbone.",
-    "visual.head.proj.": "heads.image.1.",
-    "text.transformer.": "text_tower.backbone.",
-    "text.proj.": "heads.text.1.",
-    "logit_scale": "logit_scale",
-}
-
 
 def write_model(folder: Path, clip: CLIP) -> str:
-    """A folder that open_clip loads as `local-dir:FOLDER`: the weights of `clip` under open_clip's names.
-
-    `clip` has linear heads; only their shape is taken, open_clip draws their values as it does.
+    """A folder that open_clip loads as `local-dir:FOLDER`: the towers of `clip`, and fresh heads.
 
     Returns:
         The value of `--model`.
     """
-    import open_clip
-    from safetensors.torch import save_file
+    from clip_lightning.exporting.open_clip_folder import write_open_clip
 
-    folder.mkdir(parents=True)
-    transform = clip.transform
-    clip.text_tower.backbone.config.save_pretrained(folder)
-    clip.tokenize.tokenizer.save_pretrained(folder)
-    config = {
-        "model_cfg": {
-            "embed_dim": clip.config()["embed_dim"],
-            "vision_cfg": {
-                "timm_model_name": clip.image_tower.spec["architecture"],
-                "timm_pool": "",  # the architecture's own
-                "timm_proj": "linear",
-                "image_size": transform.size[0],
-            },
-            "text_cfg": {
-                "hf_model_name": str(folder),
-                "hf_tokenizer_name": str(folder),
-                "hf_proj_type": "linear",
-                "hf_pooler_type": "mean_pooler",
-                "context_length": CONTEXT_LENGTH,
-            },
-        },
-        "preprocess_cfg": {
-            "mean": transform.mean,
-            "std": transform.std,
-            "interpolation": transform.interpolation,
-        },
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
     torch.manual_seed(0)
-    name = f"local-dir:{folder}"
-    model = open_clip.create_model(name, pretrained_image=False, pretrained_text=False)
-    model.visual.trunk.load_state_dict(clip.image_tower.backbone.state_dict())
-    model.text.transformer.load_state_dict(clip.text_tower.backbone.state_dict())
-    weights = {key: tensor.clone().contiguous() for key, tensor in model.state_dict().items()}
-    save_file(weights, folder / "open_clip_model.safetensors")
-    return name
+    for head in (clip.heads.image, clip.heads.text):
+        head[1].reset_parameters()
+    folder.mkdir(parents=True)
+    write_open_clip(clip, folder, folder)
+    return f"local-dir:{folder}"
 
 
 def write_rows(file: Path, images: list[CaptionedImage], rows: int | None = None) -> None:
@@ -109,10 +65,12 @@ def load_into(clip: CLIP, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: a tensor that `clip` does not have, or does not get.
     """
+    from clip_lightning.exporting.open_clip_folder import PARTS
+
     own = {}
     for name, tensor in state.items():
-        prefix = next(prefix for prefix in PARTS if name.startswith(prefix))
-        own[PARTS[prefix] + name.removeprefix(prefix)] = tensor
+        ours, theirs = next(pair for pair in PARTS.items() if name.startswith(pair[1]))
+        own[ours + name.removeprefix(theirs)] = tensor
     answer = clip.load_state_dict(own, strict=False)
     missing = set(answer.missing_keys)
     if not any(name.startswith("image_tower.") for name in own):

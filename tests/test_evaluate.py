@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from clip_lightning import CLIP, retrieval_metrics
 from clip_lightning.__main__ import main
 from clip_lightning.data.formats import read_captions
 from clip_lightning.evaluation.tables import markdown
+
+if TYPE_CHECKING:
+    from wandb_server import WandbServer
 
 Printed = pytest.CaptureFixture[str]
 
@@ -71,7 +75,7 @@ def test_zero_shot(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         *("results.md", "results.csv", "results.json"),
-        *("classes.csv", "confused.csv", "confusion.png"),
+        *("classes.csv", "confused.csv", "confusion.png", "calibration.csv", "reliability.png"),
     }
     classes = table(out / "classes.csv")
     assert [row["class"] for row in classes] == ["blue circle", "green", "red square"]
@@ -98,6 +102,36 @@ def test_zero_shot_of_several(bundle: Path, pictures: Path, tmp_path: Path, caps
     assert "worst classes" in capsys.readouterr().out
 
 
+def test_runs_in_wandb(
+    wandb_server: WandbServer, bundle: Path, pictures: Path, scenes: Path, tmp_path: Path, capsys: Printed
+):
+    options = ("--out", tmp_path / "out", "--wandb", "p")
+    found, err = printed_json(capsys, "evaluate", "zero-shot", bundle, pictures, *options)
+    assert "W&B run: http" in err
+    (run,) = wandb_server.runs.values()
+    assert run.job_type == "evaluate" and run.display_name == f"{bundle} on {pictures}"[:120]
+    assert run.config["templates"] == "simple" and run.config["model"] == str(bundle)
+    assert run.config["images"] == 12
+    assert run.summary["zero_shot_top1"] == pytest.approx(found["zero_shot_top1"])
+    assert run.summary["zero_shot_classes"]["nrows"] == 3
+    assert run.summary["zero_shot_reliability"]["_type"] == "image-file"
+    words = ("evaluate", "retrieval", bundle, scenes, "--resamples", "10", *options)
+    found, _ = printed_json(capsys, *words)
+    other = next(each for each in wandb_server.runs.values() if "rsum" in each.summary)
+    assert other.summary["rsum"] == pytest.approx(found["rsum"]) and len(wandb_server.runs) == 2
+
+
+def test_a_run_without_an_account_stays_here(
+    bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    _, err = printed_json(capsys, "evaluate", "zero-shot", bundle, pictures, "--wandb", "me/p")
+    assert "W&B run: offline; `wandb sync runs/wandb/offline-run-" in err
+    assert len(list(tmp_path.glob("runs/wandb/offline-run-*/*.wandb"))) == 1
+    assert main(["evaluate", "zero-shot", str(bundle), str(pictures), "--wandb", "a/b/c"]) == 2
+    assert "expected PROJECT or ENTITY/PROJECT" in capsys.readouterr().err
+
+
 def test_retrieval_of_two_models(
     bundle: Path, make_clip: Callable[..., CLIP], scenes: Path, tmp_path: Path, capsys: Printed
 ):
@@ -118,6 +152,9 @@ def test_retrieval_of_two_models(
     assert second["rsum_difference"] == pytest.approx(second["rsum"] - first["rsum"])
     assert 0 < second["rsum_difference_p"] <= 1
     assert "fold1000_rsum" not in first
+    for k in (1, 5, 10):  # of five captions each
+        assert first[f"image_to_text_true_recall@{k}"] <= first[f"image_to_text_R@{k}"]
+        assert first[f"image_to_text_true_recall@{k}"] >= first[f"image_to_text_R@{k}"] / 5
     rows = table(tmp_path / "out" / "results.csv")
     assert float(rows[1]["rsum"]) == second["rsum"]
     assert main([*map(str, words), "--split", "all"]) == 0
@@ -174,7 +211,10 @@ def test_classify(
         ("zero-shot M D --split test", "no splits of its own"),
         ("zero-shot M D --names nothing.csv", "no such file"),
         ("zero-shot M nothing", "there is no folder or file nothing"),
-        ("zero-shot M torchvision:CIFAR10", "not fetched by name"),
+        ("zero-shot M torchvision:CIFAR10", "torchvision:CIFAR10 cannot be downloaded"),
+        ("zero-shot M torchvision:Cifar", "expected one of CIFAR10, CIFAR100"),
+        ("zero-shot M hf:some/where", "hf: some/where cannot be loaded"),
+        ("zero-shot M hf:a/b/c", "expected OWNER/NAME"),
         ("zero-shot D D", "no clip-lightning bundle"),
         ("zero-shot M D --out FILE", "is a file"),
         ("retrieval M D", "holds no picture with a caption"),

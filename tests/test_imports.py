@@ -56,9 +56,13 @@ MAY_NOT_IMPORT: dict[str, str] = {
     # {data, tracking's looks} ← checking ← data_commands
     "checking":            "towers model module cli tuning",
     # Data knows nothing of what is trained on it.
-    "data":                "towers model module losses optim extract evaluation tracking checking recorder cli",
+    "data":                "towers model module losses optim extract evaluation tracking checking recorder "
+                           "cli",
     # towers ← model ← module ← cli ← tuning
     "towers":              "lora model module cli tuning",
+    # {bundle, foreign} ← model
+    "bundle":              "data towers model module recorder cli tuning",
+    "foreign":             "model module tracking recorder cli tuning",
     # towers ← lora ← model
     "lora":                "model module extract tracking recorder cli tuning",
     "model":               "module tracking recorder cli tuning",
@@ -70,6 +74,8 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "gradcache":           "model init_from module tracking recorder cli tuning",
     "micro_batch":         "init_from module tracking recorder cli tuning",
     "init_from":           "module tracking recorder cli tuning",
+    "checkpoints":         "runs module tracking recorder cli tuning",
+    "guard":               "module tracking recorder cli tuning",
     "timing":              "module tracking recorder cli tuning",
     "optim":               "module tracking recorder cli tuning",
     "towers.base":         "towers.image towers.text",
@@ -79,32 +85,46 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "extract":             "module tracking recorder cli tuning",
     "evaluation":          "module tracking recorder cli tuning",
     # {model, evaluation, data.classes} ← embedding ← {evaluate, classify}
-    "data.classes":        "data.datasets data.datamodule",
-    "embedding":           "module tracking recorder cli tuning evaluate classify",
-    "evaluate":            "module tracking recorder cli tuning",
+    # classes ← {torchvision_sets, hub_classes} ← named
+    "data.classes":        "data.named data.hub_classes data.torchvision_sets data.datasets data.datamodule",
+    "data.torchvision_sets": "data.named data.datasets data.datamodule",
+    "data.hub_classes":    "data.named data.datasets data.datamodule",
+    "data.named":          "data.datasets data.datamodule",
+    "embedding":           "module tracking recorder cli tuning evaluate evaluating classify embed",
+    "evaluating":          "module tracking recorder cli tuning classify embed",
+    "embed":               "module tracking recorder cli tuning evaluate evaluating classify",
+    "evaluate":            "module recorder cli tuning",
     "classify":            "module tracking recorder cli tuning",
     "tracking":            "backbones cli compare tuning",
     "tracking.account":    "data towers model module extract recorder features",
     "tracking.artifacts":  "data towers model module extract recorder tracking.logger",
     "recorder":            "backbones cli compare tuning",
     "export":              "cli tuning",
+    "exporting":           "search cli tuning",
     "search.index":        "search.app",
     "search":              "module tracking recorder cli tuning",
 }
 ONLY_IN: dict[str, str] = {
     # package              may be imported by
     "wandb":               "tracking",
-    "lightning":           "module data.datamodule recorder tracking runs cli tuning.watch",
+    "lightning":           "module data.datamodule recorder guard checkpoints tracking runs embed cli "
+                           "tuning.watch",
     "pytorch_lightning":   "",  # the old name of the same package, with classes of its own
     "faiss":               "search",
     "peft":                "lora",
+    "gradio":              "search.page search.endpoints search.server",
+    "starlette":           "search.app search.guard search.server",
+    "onnxruntime":         "exporting search",
+    "onnxscript":          "exporting",
+    "open_clip":           "towers.open_clip foreign exporting",
     "datasets":            "data.hub",
 }
 EXCEPT = {
     # what fetches an artifact knows neither data nor models
     ("data.origin", "tracking.artifacts"),
     ("data.datamodule", "tracking.artifacts"),
-    ("model", "tracking.artifacts"),
+    ("bundle", "tracking.artifacts"),
+    ("evaluating.outputs", "tracking.evaluations"),
     # thumbnails, which need no run
     ("search.grid", "tracking.grids"),
 }
@@ -119,7 +139,7 @@ NEVER_IN: dict[str, str] = {
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 # Where the name that is imported is not the name of the package that is installed.
-DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu", "yaml": "pyyaml", "open_clip": "open_clip_torch"}
 
 Imports = dict[str, set[str]]
 

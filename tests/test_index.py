@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,24 @@ from clip_lightning.model import CLIP
 from clip_lightning.search import embed, vectors
 from clip_lightning.search.build import Options, Report, build_index
 from clip_lightning.search.store import Store
+from clip_lightning.search.text_tower import TextTowerFiles
+from clip_lightning.towers import ImageTower, TextTower
 
 SENTENCES = ["a red circle", "two blue squares", "a star"]
+WRITER = "clip_lightning.search.build.write_text_tower"
 # of fp16 vectors
 CLOSE = 2e-3
+
+
+@pytest.fixture(autouse=True)
+def no_export(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing a tower as ONNX takes seconds; only tests about that wait for it."""
+
+    def refuse(clip: CLIP, folder: Path) -> float:
+        raise UserError("not in this test")
+
+    if "exported" not in request.fixturenames:
+        monkeypatch.setattr(WRITER, refuse)
 
 
 @pytest.fixture
@@ -164,7 +179,7 @@ def test_recall_and_scores_of_each_type(kind: vectors.IndexType, tmp_path: Path)
 
 def test_the_type_goes_by_size() -> None:
     sizes = {count: vectors.chosen_type("auto", count) for count in (1, 99_999, 100_000, 10**6, 10**6 + 1)}
-    assert list(sizes.values()) == ["flat", "flat", "hnsw", "hnsw", "ivfpq"]
+    assert list(sizes.values()) == ["flat", "flat", "ivfpq", "ivfpq", "ivfpq"]
     with pytest.raises(UserError, match="use --type flat"):
         vectors.chosen_type("ivfpq", 50)
 
@@ -345,11 +360,26 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
     return False
 
 
+def stand_in(clip: CLIP, folder: Path) -> float:
+    """Files where the text tower's would be, in no time."""
+    (folder / "text.onnx").write_bytes(b"tower")
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    return 0.0
+
+
+def carried(out: Path) -> TextTowerFiles | None:
+    """The files of the text tower in the current version, if they are those that were written."""
+    version = Store(out).current()
+    assert version is not None
+    return version.text_tower()
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["first", "update"])
 def test_killed_anywhere_the_index_is_the_old_or_the_new_one(
     clip: CLIP, scenes: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
     monkeypatch.setattr(embed, "SHARD_ROWS", 4)
+    monkeypatch.setattr(WRITER, stand_in)
     shutil.copy(scenes / "captions.csv", photos)
     captions = (photos / "captions.csv").read_text()
     for number, name in enumerate(sorted(scenes.glob("*.*g"))[:9]):
@@ -381,6 +411,7 @@ def test_killed_anywhere_the_index_is_the_old_or_the_new_one(
             states.append("none")
         else:
             rows = contents(out)[0]
+            assert carried(out) is not None
             states.append("old" if rows == old else "new")
             assert rows in (old, new)
             assert len(ImageIndex.load(out, clip).search("a star", 50)[0]) == len(rows)
@@ -428,3 +459,109 @@ def test_pictures_of_all_modes(clip: CLIP, tmp_path: Path) -> None:
     index = ImageIndex.build(clip, tmp_path, tmp_path.with_name(tmp_path.name + "-idx"))
     assert {(hit.width, hit.height) for hit in index.search("a", 9)[0]} == {(20, 40)}
     assert len(index) == 4
+
+
+# the text tower in the index
+
+
+@pytest.fixture(scope="module")
+def exported(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundle `model`, its pictures `photos` and their index `idx`, with its text tower."""
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    towers = ImageTower.from_name("random:test_vit", 32), TextTower.from_name(f"random:{bert}")
+    CLIP(*towers, embed_dim=16).save_pretrained(folder / "model")
+    (folder / "photos").mkdir()
+    for number in range(6):
+        draw(0, number, 32).save(folder / "photos" / f"{number}.png")
+    report = build_index(folder / "model", folder / "photos", folder / "idx", Options())
+    assert report.text_tower == "onnx"
+    return folder
+
+
+@pytest.fixture
+def indexed(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the index, which a test may spoil."""
+    shutil.copytree(exported / "idx", tmp_path / "idx")
+    return tmp_path / "idx"
+
+
+QUERIES = [*SENTENCES, "a", "a red circle 🐶 " * 60, "Ünknown wörds"] * 20
+
+
+def test_the_text_tower_finds_what_the_model_finds(exported: Path) -> None:
+    light = ImageIndex.load(exported / "idx")
+    found = light.search(QUERIES, 6)
+    assert "clip" not in light.__dict__
+    expected = ImageIndex.load(exported / "idx", exported / "model").search(QUERIES, 6)
+    for hits, others in zip(found, expected, strict=True):
+        assert [hit.path for hit in hits] == [hit.path for hit in others]
+        assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in others], abs=1e-5)
+    assert light.search([]) == []
+
+
+def test_a_sentence_needs_neither_torch_nor_the_model(exported: Path, indexed: Path) -> None:
+    program = f"""
+import sys
+from clip_lightning.__main__ import main
+assert main(["search", {str(indexed)!r}, "a red circle", "--k", "2"]) == 0
+print("LOADED", *[name for name in ("torch", "transformers", "timm", "lightning") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *lines, loaded = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert loaded == "LOADED"
+
+
+def test_without_onnxruntime_the_model_answers(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ImageIndex.load(exported / "idx").search("a star")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    index = ImageIndex.load(exported / "idx")
+    found = index.search("a star")
+    assert "clip" in index.__dict__
+    assert [hit.path for hit in found[0]] == [hit.path for hit in expected[0]]
+
+
+def test_an_update_keeps_the_text_tower(
+    exported: Path, indexed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(exported / "photos", tmp_path / "photos")
+    monkeypatch.delattr(WRITER)  # it need not be written again
+    before = carried(indexed)
+    assert before is not None
+    block = (before.folder / "text.onnx").stat().st_ino
+    assert update(exported / "model", tmp_path / "photos", indexed).text_tower == "onnx"
+    after = carried(indexed)
+    assert after is not None and after.folder != before.folder
+    assert (after.folder / "text.onnx").stat().st_ino == block
+    assert update(exported / "model", tmp_path / "photos", indexed, onnx=False).text_tower == "--onnx false"
+    assert carried(indexed) is None
+    assert ImageIndex.load(indexed).manifest.text_tower is None
+
+
+@pytest.mark.parametrize("change", [b"another tower", None], ids=["changed", "lost"])
+def test_a_damaged_text_tower_is_named_and_mended(
+    exported: Path, indexed: Path, change: bytes | None
+) -> None:
+    files = carried(indexed)
+    assert files is not None
+    whole = files.digest
+    if change is None:
+        (files.folder / "text.onnx").unlink()
+    else:
+        (files.folder / "text.onnx").write_bytes(change)
+    with pytest.raises(UserError, match=r"text_tower is damaged; .* mends it"):
+        ImageIndex.load(indexed).search("a star")
+    assert ImageIndex.load(indexed, exported / "model").search("a star")
+    assert update(exported / "model", exported / "photos", indexed).text_tower == "onnx"
+    mended = carried(indexed)
+    assert mended is not None and mended.folder != files.folder
+    assert whole == mended.digest or ImageIndex.load(indexed).search("a star")
+
+
+def test_a_tower_that_cannot_be_exported_is_left_out(clip: CLIP, photos: Path, tmp_path: Path) -> None:
+    assert update(clip, photos, tmp_path / "idx").text_tower == "not in this test"
+    assert carried(tmp_path / "idx") is None
+    with pytest.raises(UserError, match="--onnx true: not in this test"):
+        update(clip, photos, tmp_path / "idx", onnx=True)

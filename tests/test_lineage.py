@@ -313,6 +313,15 @@ def test_a_loss_at_chance_is_told_when_it_stays_there() -> None:
     assert run.titles == ["the loss stays at ln(batch)"]
 
 
+def test_a_scale_that_collapses_is_told_once() -> None:
+    alerts, run, module = Alerts(), SpokenTo(), LightningModule()
+    alerts.on_train_batch_end(at_step(10, run, train__scale=9.0), module, None, None, 0)
+    with pytest.warns(UserWarning, match=r"the scale has collapsed to 1\.50 at step 20"):
+        alerts.on_train_batch_end(at_step(20, run, train__scale=1.5), module, None, None, 0)
+    alerts.on_train_batch_end(at_step(30, run, train__scale=1.0), module, None, None, 0)
+    assert run.titles == ["the scale has collapsed"]
+
+
 # W&B out of order ----------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-import clip_lightning.model as model_module
+import clip_lightning.bundle as bundle_module
 from clip_lightning.data.transforms import BrokenImage
 from clip_lightning.errors import UserError
 from clip_lightning.losses import info_nce
@@ -308,7 +308,7 @@ def test_a_failure_leaves_the_old_bundle_whole(
             return replace(*arguments)  # type: ignore[arg-type]
         raise OSError("no space left on device")
 
-    owner, name = (os, "replace") if step == "os.replace" else (model_module, step)
+    owner, name = (os, "replace") if step == "os.replace" else (bundle_module, step)
     monkeypatch.setattr(owner, name, fail)
     with pytest.raises(OSError, match="no space"):
         make_clip(head="mlp").save_pretrained(bundle)

@@ -24,7 +24,8 @@ def model(make_clip: Callable[..., CLIP], tmp_path: Path) -> Path:
 @pytest.fixture
 def index(model: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     out = tmp_path / "an index é"
-    assert main(["index", str(model), str(scenes), "--out", str(out), "--captions", "true"]) == 0
+    words = ["--captions", "true", "--onnx", "false"]  # to write it takes seconds
+    assert main(["index", str(model), str(scenes), "--out", str(out), *words]) == 0
     capsys.readouterr()
     return out
 
@@ -42,6 +43,7 @@ def test_index_and_search_print_one_object(
     report = printed(capsys, "index", model, scenes, "--out", out, "--json")
     assert report["pictures"] == report["added"] == report["embedded"] == 40
     assert report["index"] == str(out)
+    assert report["text_tower"] == "onnx"
     assert printed(capsys, "index", model, scenes, "--out", out, "--json", "--type", "hnsw")["embedded"] == 0
     found = printed(capsys, "search", out, "a red circle", "--k", 3, "--json")
     assert found == printed(capsys, "search", "--json", out, "--k=3", "--query", "a red circle")
@@ -66,7 +68,8 @@ def test_for_people(
     (scenes_copy := tmp_path / "few").mkdir()
     (scenes_copy / "text.jpg").write_text("no picture")
     Image.new("RGB", (9, 9)).save(scenes_copy / "a.png")
-    assert main(["index", str(model), str(scenes_copy), "--out", str(tmp_path / "b")]) == 0
+    words = ["--out", str(tmp_path / "b"), "--onnx", "false"]
+    assert main(["index", str(model), str(scenes_copy), *words]) == 0
     said = capsys.readouterr()
     assert "1 pictures (1 new, 1 left out), flat" in said.out
     assert "text.jpg: not a picture of a known format" in said.err

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from clip_lightning import CLIP, zero_shot_classifier
 from clip_lightning.data.classes import class_names, clean_name, read_classes
 from clip_lightning.errors import UserError
+from clip_lightning.evaluation.calibration import calibration, plot_calibration
 from clip_lightning.evaluation.prompts import TEMPLATES, fill, read_templates
-from clip_lightning.evaluation.zero_shot import calibration_error, classify, probabilities
+from clip_lightning.evaluation.zero_shot import classify, probabilities
 
 
 def test_a_class_is_the_normalised_mean_of_its_captions(make_clip: Callable[..., CLIP]):
@@ -80,9 +81,13 @@ def test_probabilities_are_read_as_the_model_was_trained():
 
 def test_calibration_by_hand():
     # two bins of the ten: (0.95, 0.95 → one right of two) and (0.25 → wrong)
-    found = calibration_error(torch.tensor([0.95, 0.95, 0.25]), torch.tensor([True, False, False]), bins=10)
-    assert found == pytest.approx(100 * (2 * 0.45 + 0.25) / 3)
-    assert calibration_error(torch.tensor([0.0, 1.0]), torch.tensor([False, True])) == 0.0
+    found = calibration(torch.tensor([0.95, 0.95, 0.25]), torch.tensor([True, False, False]), bins=10)
+    assert found.error == pytest.approx(100 * (2 * 0.45 + 0.25) / 3)
+    assert found.images.tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 0, 2]
+    assert found.confidence[[2, 9]].tolist() == pytest.approx([0.25, 0.95])
+    assert found.accuracy[[2, 9]].tolist() == [0.0, 0.5]
+    assert plot_calibration(found, "costs $5").startswith(b"\x89PNG")
+    assert calibration(torch.tensor([0.0, 1.0]), torch.tensor([False, True])).error == 0.0
 
 
 @pytest.mark.parametrize(
@@ -157,7 +162,7 @@ def test_folders_of_classes(tmp_path: Path):
     )
     found = read_classes(tmp_path)
     assert found.classes == ("a", "b") and found.labels == (0, 1, 1)
-    assert [path.name for path in found.paths] == ["x.jpg", "2.JPG", "1.png"]
+    assert [path.name for path in found.pictures] == ["x.jpg", "2.JPG", "1.png"]
     assert found.left_out == {"BACKGROUND_Google": "it is no class"}
     assert found.rows("all") == [0, 1, 2] and found.rows("test") == []
 

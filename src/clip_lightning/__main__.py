@@ -20,8 +20,17 @@ COMMANDS = {
     "sweep": ("clip_lightning.tuning", "search hyperparameters as a W&B sweep file says"),
     "index": ("clip_lightning.search.commands", "make an index of pictures, or bring one up to date"),
     "search": ("clip_lightning.search.commands", "find pictures in an index, by a sentence or a picture"),
+    "app": ("clip_lightning.search.app", "search pictures on a page in the browser"),
     "evaluate": ("clip_lightning.evaluate", "retrieval, zero-shot classification or a linear probe"),
     "classify": ("clip_lightning.classify", "say which labels fit a picture"),
+    "embed": (
+        "clip_lightning.embed.command",
+        "write embeddings of pictures and captions as sharded files",
+    ),
+    "export": (
+        "clip_lightning.export",
+        "write a model as a bundle, as ONNX, for open_clip, or to the hub",
+    ),
     "cache": ("clip_lightning.cache", "list or prune the cached features of frozen towers"),
 }
 _USAGE = """usage: clip-lightning COMMAND [options]
@@ -63,7 +72,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         _imported(COMMANDS[args[0]][0]).run(args)
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
@@ -87,9 +96,9 @@ def _usage() -> str:
     )
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(f"clip-lightning: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _status(stop: SystemExit) -> int:

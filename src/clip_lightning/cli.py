@@ -22,8 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_lightning.arguments import PlainErrors, named_configs, with_logger_folder
+from clip_lightning.checkpoints import SafeCheckpointIO
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
+from clip_lightning.guard import NonFinite
 from clip_lightning.module import CLIPModule
 from clip_lightning.recorder import MONITOR, BestCheckpoint, GracefulStop, RunRecorder, SaveConfig
 from clip_lightning.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
@@ -31,6 +33,7 @@ from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
 from clip_lightning.tracking.logger import finished_run
 from clip_lightning.tracking.tables import PredictionTable
+from clip_lightning.tracking.zero_shot import ZeroShot
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -116,6 +119,7 @@ class RunCLI(LightningCLI):
             }
         )
         parser.add_lightning_class_args(PredictionTable, "predictions")
+        parser.add_lightning_class_args(ZeroShot, "zero_shot")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data.image_size", "model.image_size")
         parser.link_arguments("model.transform", "data.transform", apply_on="instantiate")
@@ -183,6 +187,11 @@ class RunCLI(LightningCLI):
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         config["callbacks"] = [*given, *self._own_callbacks(config), *self.callers_callbacks]
+        if not isinstance(config.get("strategy"), str) or "fsdp" not in config["strategy"]:
+            # a strategy that shards its checkpoints writes them by itself
+            plugins = config.get("plugins") or []
+            plugins = plugins if isinstance(plugins, list) else [plugins]
+            config["plugins"] = [*plugins, SafeCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, ModuleNotFoundError) as error:  # an accelerator or strategy that is not there
@@ -194,12 +203,14 @@ class RunCLI(LightningCLI):
             return bar
         predictions = self._get(self.config_init, "predictions")
         predictions.folder = predictions.folder or self.run_folder
+        self._get(self.config_init, "zero_shot").folder = self.run_folder
         checkpoints = self.run_folder / "checkpoints"
         callbacks: list[Callback] = [
             *bar,
             SaveConfig(self.config_to_save, self.run_folder),
             RunRecorder(self.run_folder),
             Alerts(),
+            NonFinite(self.run_folder),
             GracefulStop(says_how=not self.callers_callbacks),
             # two policies: `last` is written at every epoch's end and when the run is interrupted
             BestCheckpoint(checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
@@ -268,6 +279,9 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
     console = Console()
     console.print(table)
     console.print(f"rsum {metrics['rsum']:.1f}")
+    if "zero_shot_top1" in metrics:
+        top1, top5 = metrics["zero_shot_top1"], metrics["zero_shot_top5"]
+        console.print(f"zero-shot top-1 {top1:.1f}, top-5 {top5:.1f}")
 
 
 def run(args: list[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from clip_lightning.data.classes import Picture
 from clip_lightning.data.transforms import BrokenImage, ImageTransform, decode_image
 from clip_lightning.model import CLIP
 
@@ -41,23 +42,23 @@ def best_device() -> torch.device:
 
 
 @torch.inference_mode()
-def encode_pictures(clip: CLIP, paths: Sequence[Path], *, progress: str = "") -> Pictures:
+def encode_pictures(clip: CLIP, pictures: Sequence[Picture], *, progress: str = "") -> Pictures:
     """Run the image tower over pictures; those that cannot be decoded are left out and named.
 
     Args:
         clip: the model, in eval mode.
-        paths: of the pictures.
+        pictures: files, or what else gives pixels.
         progress: what a bar on stderr says; none without it.
     """
     device = clip.logit_scale.device
     rows: list[int] = []
     parts = [torch.empty(0, clip.image_tower.width)]
     broken: dict[str, str] = {}
-    with tqdm(total=len(paths), desc=progress, unit="pictures", disable=not progress) as bar:
-        for start, decoded in _decoded(paths, clip.transform):
+    with tqdm(total=len(pictures), desc=progress, unit="pictures", disable=not progress) as bar:
+        for start, decoded in _decoded(pictures, clip.transform):
             good = [(start + i, found) for i, found in enumerate(decoded) if isinstance(found, Tensor)]
             broken |= {
-                str(paths[start + i]): str(found)
+                str(pictures[start + i]): str(found)
                 for i, found in enumerate(decoded)
                 if not isinstance(found, Tensor)
             }
@@ -76,24 +77,21 @@ def project_pictures(clip: CLIP, features: Tensor) -> Tensor:
 
 
 def _decoded(
-    paths: Sequence[Path], transform: ImageTransform
+    pictures: Sequence[Picture], transform: ImageTransform
 ) -> Iterator[tuple[int, list[Tensor | BrokenImage]]]:
     """Batches with their first position; the next one is decoded while the tower runs."""
 
-    def decode(path: Path) -> Tensor | BrokenImage:
+    def decode(picture: Picture) -> Tensor | BrokenImage:
         try:
-            return transform(decode_image(path))
+            return transform(decode_image(picture) if isinstance(picture, Path) else picture.pixels())
         except BrokenImage as error:
             return error
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        starts = range(0, len(paths), BATCH_SIZE)
-        waiting = [(at, threads.submit(decode, path)) for at, path in enumerate(paths[:BATCH_SIZE])]
+        starts = range(0, len(pictures), BATCH_SIZE)
+        waiting = [threads.submit(decode, picture) for picture in pictures[:BATCH_SIZE]]
         for start in starts:
             now = waiting
             after = start + BATCH_SIZE
-            waiting = [
-                (at, threads.submit(decode, path))
-                for at, path in enumerate(paths[after : after + BATCH_SIZE], after)
-            ]
-            yield start, [future.result() for _, future in now]
+            waiting = [threads.submit(decode, picture) for picture in pictures[after : after + BATCH_SIZE]]
+            yield start, [future.result() for future in now]

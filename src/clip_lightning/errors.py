@@ -1,8 +1,16 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""The exceptions whose messages are meant for the person at the keyboard."""
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: says what was given, what was expected and the remedy.
 
-    The command line prints it as one line without a traceback and exits with status 2.
+    The command line prints it as one line without a traceback and exits with `status`.
     """
+
+    status = 2
+
+
+class RunFailed(UserError):
+    """What the user gave was in order, and still it cannot go on: says why, and the remedy."""
+
+    status = 1

@@ -1,4 +1,4 @@
-"""`--model.init_from`: a bundle to go on training, and options that would contradict it."""
+"""`--model.init_from`: a model to go on training, and options that would contradict it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def load_to_train(
     image_size: int | None,
     max_length: int | None,
 ) -> CLIP:
-    """A trained model to go on with.
+    """A trained model to go on with: a bundle, or one of transformers or open_clip.
 
     Raises:
         UserError: it cannot be read, or another option contradicts it.
@@ -30,9 +30,12 @@ def load_to_train(
                 f"{tower.spec['name']}; leave the option out"
             )
     if (loss.init_bias is None) != (clip.logit_bias is None):
+        had, remedy = (
+            ("without", "InfoNCE") if clip.logit_bias is None else ("with", "SigLIP, the sigmoid loss")
+        )
         raise UserError(
-            f"--model.init_from {bundle} was trained {'with' if clip.logit_bias is not None else 'without'} "
-            f"a bias and does not fit {type(loss).__name__}; choose another --model.loss"
+            f"--model.init_from {bundle} was trained {had} a bias and does not fit {type(loss).__name__}; "
+            f"give --model.loss {remedy}"
         )
     if image_size is not None and clip.transform.size != (image_size, image_size):
         raise UserError(

@@ -5,41 +5,37 @@ B pictures, N texts, H, W pixels, L tokens, D the width of the shared embedding.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from clip_lightning import foreign
+from clip_lightning.bundle import (
+    BUNDLE_FORMAT,
+    WEIGHTS,
+    check_replaceable,
+    fetch_weights,
+    find_model,
+    read_bundle,
+    read_json,
+    write_bundle,
+)
 from clip_lightning.data.transforms import ImageTransform, decode_image
 from clip_lightning.errors import UserError
 from clip_lightning.lora import LoRAConfig, add_lora, merged_state
-from clip_lightning.model_card import model_card
 from clip_lightning.towers import ImageTower, TextTower
 
 HeadKind = Literal["linear", "mlp"]
+# What models of others have besides: a bias, two layers with a GELU between them, or no projection at all.
+SideHeadKind = Literal["linear", "mlp", "affine", "gelu", "none"]
 Freeze = Literal["none", "image", "text", "both"]
-BUNDLE_FORMAT = 1
 MAX_SCALE = 100.0
-# What a tokenizer saves, and what a download of a bundle therefore needs beside the weights.
-TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-# What transformers reads into a tokenizer wherever it finds it.
-TOKENIZER_NAMES = {
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
 
 
 class ResidualMLPHead(nn.Module):
@@ -62,25 +58,37 @@ class Heads(nn.Module):
     """Both projections into the shared space."""
 
     def __init__(
-        self, image_width: int, text_width: int, embed_dim: int, kind: HeadKind, dropout: float
+        self,
+        image_width: int,
+        text_width: int,
+        embed_dim: int,
+        kinds: Mapping[str, SideHeadKind],
+        dropout: float,
     ) -> None:
         super().__init__()
-        self.image = self._head(image_width, embed_dim, kind, dropout)
-        self.text = self._head(text_width, embed_dim, kind, dropout)
+        self.image = self._head(image_width, embed_dim, kinds["image"], dropout)
+        self.text = self._head(text_width, embed_dim, kinds["text"], dropout)
 
     @staticmethod
-    def _head(width: int, embed_dim: int, kind: HeadKind, dropout: float) -> nn.Module:
+    def _head(width: int, embed_dim: int, kind: SideHeadKind, dropout: float) -> nn.Module:
         if kind == "mlp":
             return ResidualMLPHead(width, embed_dim, dropout)
-        return nn.Sequential(nn.Dropout(dropout), nn.Linear(width, embed_dim, bias=False))
+        if kind == "none":
+            return nn.Identity()
+        if kind == "gelu":
+            hidden = (width + embed_dim) // 2
+            first, last = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, embed_dim, bias=False)
+            return nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), last)
+        return nn.Sequential(nn.Dropout(dropout), nn.Linear(width, embed_dim, bias=kind == "affine"))
 
 
-class CLIP(nn.Module):
+class CLIP(nn.Module, PyTorchModelHubMixin):
     """An image tower and a text tower whose embeddings of what belongs together are close.
 
     Attributes:
         transform: how a picture becomes the image tower's pixels.
         tokenize: texts → `input_ids` and `attention_mask`.
+        metadata: what its bundle says besides (metrics, loss, training data, licence).
     """
 
     def __init__(
@@ -89,7 +97,7 @@ class CLIP(nn.Module):
         text_tower: TextTower,
         *,
         embed_dim: int = 512,
-        head: HeadKind = "linear",
+        head: HeadKind | Mapping[str, SideHeadKind] = "linear",
         dropout: float = 0.0,
         init_scale: float = 1 / 0.07,
         init_bias: float | None = None,
@@ -100,7 +108,8 @@ class CLIP(nn.Module):
             image_tower: gives features of pictures.
             text_tower: gives features of texts.
             embed_dim: width of the shared space.
-            head: `linear`, or `mlp` with one residual block.
+            head: `linear`, or `mlp` with one residual block; or a kind for `image` and one for `text`, among
+                which `affine` (linear with a bias), `gelu` (two layers) and `none` too.
             dropout: share of features (linear) or hidden units (mlp) dropped in training.
             init_scale: where the learnable inverse temperature starts.
             init_bias: where the learnable bias on logits starts; None for no bias.
@@ -113,13 +122,20 @@ class CLIP(nn.Module):
             )
         self.image_tower = image_tower
         self.text_tower = text_tower
-        self.heads = Heads(image_tower.width, text_tower.width, embed_dim, head, dropout)
+        kinds: Mapping[str, SideHeadKind] = {"image": head, "text": head} if isinstance(head, str) else head
+        self.heads = Heads(image_tower.width, text_tower.width, embed_dim, kinds, dropout)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_scale)))
         self.logit_bias = None if init_bias is None else nn.Parameter(torch.tensor(init_bias))
         self.transform = image_tower.transform
         self.tokenize = text_tower.tokenize
+        self.metadata: dict[str, Any] = {}
         self._embed_dim = embed_dim
-        self._head_config: dict[str, Any] = {"embed_dim": embed_dim, "head": head, "dropout": dropout}
+        self._max_logit_scale = math.log(MAX_SCALE)
+        self._head_config: dict[str, Any] = {
+            "embed_dim": embed_dim,
+            "head": head if isinstance(head, str) else dict(head),
+            "dropout": dropout,
+        }
 
     @property
     def scale(self) -> Tensor:
@@ -128,11 +144,11 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Keep the scale at or below 100; call after each optimiser step.
+        """Keep the scale at or below 100, or what a loaded model came with; call after each optimiser step.
 
         The parameter itself is clamped: clamping in the forward pass would leave it without gradient, stuck.
         """
-        self.logit_scale.clamp_(max=math.log(MAX_SCALE))
+        self.logit_scale.clamp_(max=self._max_logit_scale)
 
     def freeze(self, which: Freeze) -> None:
         """Fix the weights of one tower, both or none."""
@@ -219,12 +235,14 @@ class CLIP(nn.Module):
             init_bias=0.0 if config["logit_bias"] else None,
         )
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         folder: str | Path,
         *,
         weights: dict[str, Tensor] | None = None,
         metadata: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
     ) -> Path:
         """Write the bundle: weights, configuration, tokenizer and model card, all or nothing.
 
@@ -232,6 +250,8 @@ class CLIP(nn.Module):
             folder: a bundle that is there already is replaced, once the new one is complete.
             weights: a complete state dict to write in place of the present weights (the best epoch's, say).
             metadata: `metrics`, `loss`, `training_data`, `license`, ...: kept in config.json and on the card.
+            config: the same, by the name under which `push_to_hub` hands it on.
+            model_card_kwargs: `place`, the name that the card loads the model by; from `push_to_hub`, too.
 
         Returns:
             The folder.
@@ -241,138 +261,71 @@ class CLIP(nn.Module):
             ValueError: `weights` are not those of this model.
         """
         folder = Path(folder).absolute()
-        _check_replaceable(folder)
+        check_replaceable(folder)
         state = self.state_dict() if weights is None else weights
         if wrong := state.keys() ^ self.state_dict().keys():
             raise ValueError(f"weights lack or add {len(wrong)} tensors, {min(wrong)} among them")
         if self.adapted:
             state = merged_state(self, state)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            self.tokenize.tokenizer.save_pretrained(draft)
-            config = self.config() | (metadata or {}) | {"tokenizer_files": _tokenizer_files(draft)}
-            (draft / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-            (draft / "README.md").write_text(model_card(config))
-            tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-            about = {"format": "pt", **_companions(draft, config)}
-            save_file(tensors, draft / "model.safetensors", metadata=about)
-            draft.chmod(0o755)  # mkdtemp makes it private
-            _replace_folder(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        values = self.config() | (metadata or config or {})
+        write_bundle(folder, self.tokenize.tokenizer, values, state, **(model_card_kwargs or {}))
         return folder
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> CLIP:
-        """Load a bundle, in eval mode.
+    def from_pretrained(cls, name: str | Path) -> CLIP:  # type: ignore[override]
+        """Load a bundle, or a model of transformers or open_clip with its own weights, in eval mode.
 
         Args:
-            name: a folder (no network is touched), a Hugging Face hub id, or a W&B artifact as
-                `wandb:ENTITY/PROJECT/NAME:ALIAS`.
+            name: a folder (no network is touched), a Hugging Face hub id, a W&B artifact as
+                `wandb:ENTITY/PROJECT/NAME:ALIAS`, or `open_clip:NAME/TAG`. A folder or hub repository holds a
+                bundle, a `CLIPModel`, `SiglipModel` or `VisionTextDualEncoderModel` of transformers, or an
+                open_clip model with its `open_clip_config.json`.
 
         Raises:
-            UserError: no bundle there, a damaged one, or one whose tokenizer or transform does not belong to
-                its weights.
+            UserError: no such model there, a damaged one, one of another kind, or a bundle whose tokenizer or
+                transform does not belong to its weights.
         """
-        folder = Path(name)
-        if not folder.is_dir():
-            folder = _from_wandb(str(name)) if str(name).startswith("wandb:") else _download(str(name))
-        weights, config_file = folder / "model.safetensors", folder / "config.json"
-        if not weights.is_file() or not config_file.is_file():
+        name = str(name)
+        if name.startswith("open_clip:"):
+            return cls._from_parts(foreign.load_open_clip(name))
+        folder = find_model(name)
+        config = read_json(folder / "config.json", name)
+        if kind := foreign.kind_of(folder, config, name):
+            fetch_weights(name, folder, *foreign.WEIGHTS[kind])
+            return cls._from_parts(foreign.load(kind, folder, name))
+        fetch_weights(name, folder, WEIGHTS)
+        if not config or not (folder / WEIGHTS).is_file():
             raise UserError(
-                f"{name} is no clip-lightning bundle: expected config.json and model.safetensors in it"
+                f"{name} is no clip-lightning bundle: expected config.json and {WEIGHTS} in it, or a CLIP of "
+                "transformers or open_clip"
             )
-        try:
-            config = json.loads(config_file.read_text())
-            recorded, state = _read_weights(weights)
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-            raise UserError(f"{name} is damaged ({error}); get it whole again") from error
-        if config.get("format") != BUNDLE_FORMAT:
-            raise UserError(
-                f"{name} has format {config.get('format')!r}, this version reads {BUNDLE_FORMAT}; "
-                "upgrade clip-lightning, or give a folder written by save_pretrained"
-            )
-        for part, digest in _companions(folder, config).items():
-            if recorded.get(part) != digest:
-                raise UserError(
-                    f"{name}: its {part} is not the one its weights were trained with; get it whole again"
-                )
+        state = read_bundle(folder, config, name)
         model = cls.from_config(config, folder)
         model.load_state_dict(state)
-        return model.eval()
+        own = {*model.config(), "tokenizer_files"}
+        model.metadata = {key: value for key, value in config.items() if key not in own}
+        return model._ready()
 
+    @classmethod
+    def _from_parts(cls, parts: foreign.Parts) -> CLIP:
+        model = cls(
+            parts.image_tower,
+            parts.text_tower,
+            embed_dim=parts.embed_dim,
+            head=parts.head,
+            init_bias=None if parts.logit_bias is None else 0.0,
+        )
+        model.heads.load_state_dict(parts.heads)
+        # a bundle's weights lie in memory of their own: beside a file's, the last bit of a product can differ
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        with torch.no_grad():
+            model.logit_scale.copy_(parts.logit_scale.reshape(()))
+            if model.logit_bias is not None and parts.logit_bias is not None:
+                model.logit_bias.copy_(parts.logit_bias.reshape(()))
+        return model._ready()
 
-def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-
-
-def _tokenizer_files(folder: Path) -> list[str]:
-    """Names of the files that a tokenizer may have saved there."""
-    return sorted(
-        file.name
-        for file in folder.iterdir()
-        if file.suffix in TOKENIZER_SUFFIXES and file.name != "config.json" and file.is_file()
-    )
-
-
-def _companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of what must not be exchanged under the weights: tokenizer and transform.
-
-    Of the folder's files, those count that were saved with the tokenizer, and those that one would read.
-    """
-    tokenizer = hashlib.sha256()
-    saved = set(config["tokenizer_files"])
-    for name in sorted(saved | {name for name in TOKENIZER_NAMES if (folder / name).is_file()}):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} lacks its tokenizer's file {name}; get it whole again")
-        tokenizer.update(name.encode() + b"\0" + (folder / name).read_bytes())
-    tokenizer.update(str(config["text_tower"]["max_length"]).encode())
-    transform = json.dumps(config["transform"], sort_keys=True).encode()
-    return {"tokenizer": tokenizer.hexdigest(), "transform": hashlib.sha256(transform).hexdigest()}
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Only a bundle or an empty folder may give way: everything in it will be gone."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} holds something else than a bundle; give a new or an empty folder")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give a new or an empty folder")
-
-
-def _replace_folder(draft: Path, folder: Path) -> None:
-    """Put `draft` in the place of `folder`; at no moment is there half a bundle."""
-    if not folder.exists():
-        os.replace(draft, folder)
-        return
-    attic = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    try:
-        os.replace(folder, attic / folder.name)
-        try:
-            os.replace(draft, folder)
-        except BaseException:
-            os.replace(attic / folder.name, folder)
-            raise
-    finally:
-        shutil.rmtree(attic)
-
-
-def _from_wandb(name: str) -> Path:
-    from clip_lightning.tracking.artifacts import ArtifactName, fetch
-
-    return fetch(ArtifactName.parse(name.removeprefix("wandb:"), "wandb:")).folder
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = [*(f"*{suffix}" for suffix in TOKENIZER_SUFFIXES), "model.safetensors", "README.md"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"no bundle at {name!r}: no such folder, and the Hugging Face hub did not give it; check the "
-            "path or the name"
-        ) from error
+    def _ready(self) -> CLIP:
+        """In eval mode, with room for the scale that the weights came with (SigLIP's own is 117)."""
+        self._max_logit_scale = max(self._max_logit_scale, self.logit_scale.item())
+        return self.eval()

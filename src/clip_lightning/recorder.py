@@ -18,9 +18,11 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors import SafetensorError
 
 import clip_lightning
 from clip_lightning.data.download import public
+from clip_lightning.errors import RunFailed
 from clip_lightning.files import write_atomically
 from clip_lightning.timing import Stopwatch
 from clip_lightning.tracking.costs import parameter_counts
@@ -215,7 +217,10 @@ class RunRecorder(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what there is, also when the run is interrupted."""
         if trainer.global_step > 0:
-            self._write(trainer, pl_module)
+            try:
+                self._write(trainer, pl_module)
+            except RunFailed as error:  # said, so that the first exception is the one that counts
+                print(error, file=sys.stderr)
 
     def _note_memory(self) -> None:
         """Every few seconds at most: to ask takes 20 ms a gigabyte."""
@@ -234,6 +239,15 @@ class RunRecorder(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         self.stopwatch.lap("other")
+        try:
+            self._write_files(trainer, pl_module)
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(
+                f"metrics and model cannot be written to {self.folder} ({error}); checkpoints that are there "
+                "stay: make room and go on with --ckpt_path last"
+            ) from error
+
+    def _write_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = getattr(trainer, "datamodule", None)
         seconds = self.stopwatch.seconds
         training = seconds["waiting_for_data"] + self.stopwatch.step_seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import secrets
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 
+from clip_lightning.checkpoints import LAST, PREVIOUS, damage
 from clip_lightning.errors import UserError
 
 
@@ -39,7 +41,7 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
             raise UserError(f"--ckpt_path {given} is a folder; expected a checkpoint file, `last` or `best`")
         if not Path(given).is_file():
             raise UserError(f"--ckpt_path {given}: no such file; expected a checkpoint, `last` or `best`")
-        return Path(given)
+        return _sound(Path(given), given)
     runs = [folder for folder in root.glob("*") if is_run(folder)]
     if not runs:
         raise UserError(
@@ -53,7 +55,25 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
             f"--ckpt_path {given}: the newest run, {newest}, has no {given}.ckpt; "
             "name the checkpoint of another run, or start anew without --ckpt_path"
         )
-    return checkpoint
+    return _sound(checkpoint, given)
+
+
+def _sound(checkpoint: Path, given: Any) -> Path:
+    """The checkpoint, or in place of a damaged last one the one before.
+
+    Raises:
+        UserError: it is damaged, and there is none to take in its place.
+    """
+    wrong = damage(checkpoint)
+    if wrong is None:
+        return checkpoint
+    before = checkpoint.with_name(PREVIOUS)
+    if checkpoint.name != LAST or not before.is_file() or damage(before) is not None:
+        raise UserError(
+            f"--ckpt_path {given}: {checkpoint} is damaged ({wrong}); name another checkpoint, or start anew"
+        )
+    print(f"{checkpoint} is damaged ({wrong}); the one before is taken, {before.name}", file=sys.stderr)
+    return before
 
 
 def check_fits(file: Path, model: LightningModule) -> None:

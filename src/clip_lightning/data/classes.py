@@ -1,4 +1,7 @@
-"""Pictures with a class each: folders of classes or a table, and what the classes are called."""
+"""Pictures with a class each: folders of classes or a table, and what the classes are called.
+
+Data sets by name are in `named.py`, which calls `read_classes` for everything else.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,29 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from clip_lightning.data.formats import SPLIT_WORDS
 from clip_lightning.data.readers import IMAGE_COLUMNS, PICTURE_SUFFIXES, read_lines
 from clip_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CLASS_COLUMNS = ("label", "class", "class_name", "category", "target")
 # Caltech-101's folder of whatever a search engine found: not a class, and left out by its authors' protocol.
 _NO_CLASS = {"BACKGROUND_Google", "__MACOSX"}
+
+
+class StoredPicture(Protocol):
+    """A picture within a larger file, read when it is asked for; `str()` names it."""
+
+    def pixels(self) -> Tensor:
+        """RGB, uint8 (3, H, W), or BrokenImage; called from several threads."""
+        ...
+
+
+Picture = Path | StoredPicture
 
 
 @dataclass(frozen=True)
@@ -24,14 +42,14 @@ class ClassSet:
     """Pictures of classes.
 
     Attributes:
-        paths: the pictures.
+        pictures: files, or what else gives pixels.
         labels: for each its class, a position in `classes`.
         splits: for each `train`, `val` or `test`, None where the source names none.
         classes: as the source calls them, in order.
         left_out: name → reason, for what could not be used.
     """
 
-    paths: tuple[Path, ...]
+    pictures: tuple[Picture, ...]
     labels: tuple[int, ...]
     splits: tuple[str | None, ...]
     classes: tuple[str, ...]

@@ -62,14 +62,30 @@ def fetch_hub(name: str, image: str | None = None, captions: str | None = None) 
     source = _Source.parse(name)
 
     def make(draft: Path) -> Path:
-        datasets = _import_datasets()
-        parts = _parts(name, _load(datasets, source), image, captions, datasets.Image(decode=False))
+        datasets = _import_datasets("--data.hub")
+        parts = _parts(
+            name, _load(datasets, source, "--data.hub"), image, captions, datasets.Image(decode=False)
+        )
         # A data set from elsewhere must not make us copy any picture of this machine.
         trusted = None if source.path else _hub_caches(datasets)
         materialise(name, parts, draft, trusted)
         return draft
 
     return make_once(hub_folder(name, image, captions), make)
+
+
+def load_splits(name: str, option: str) -> dict[str, Any]:
+    """The splits of a data set by their own names, as `datasets.Dataset`; nothing is decoded yet.
+
+    Args:
+        name: as for `fetch_hub`.
+        option: that named it, for messages.
+
+    Raises:
+        UserError: there is no such data set, or it cannot be fetched.
+    """
+    datasets = _import_datasets(option)
+    return _load(datasets, _Source.parse(name, option), option)
 
 
 @dataclass(frozen=True)
@@ -81,14 +97,14 @@ class _Source:
     """Of a local data set."""
 
     @classmethod
-    def parse(cls, name: str) -> _Source:
+    def parse(cls, name: str, option: str = "--data.hub") -> _Source:
         path = Path(name).expanduser()
         if name and path.exists():
             return cls(name, path=path.resolve())
         found = re.fullmatch(r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([\w.-]+))?(?:@([\w./-]+))?", name)
         if not found:
             raise UserError(
-                f"--data.hub {name}: expected OWNER/NAME, OWNER/NAME:SUBSET@REVISION, or a folder or Parquet "
+                f"{option} {name}: expected OWNER/NAME, OWNER/NAME:SUBSET@REVISION, or a folder or Parquet "
                 "file that exists"
             )
         return cls(found[1], found[2], found[3])
@@ -102,15 +118,15 @@ class _Source:
         return [str(self.path), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
 
 
-def _import_datasets() -> Any:
+def _import_datasets(option: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError("--data.hub needs the package datasets: pip install 'clip-lightning[hub]'") from None
+        raise UserError(f"{option} needs the package datasets: pip install 'clip-lightning[hub]'") from None
     return datasets
 
 
-def _load(datasets: Any, source: _Source) -> dict[str, Any]:
+def _load(datasets: Any, source: _Source, option: str) -> dict[str, Any]:
     """The data set's splits by name."""
     try:
         loaded = _load_any(datasets, source)
@@ -121,7 +137,7 @@ def _load(datasets: Any, source: _Source) -> dict[str, Any]:
             hint = f"the hub's own conversion may do: {source.name}@refs/convert/parquet"
         elif "onfig name" in reason:
             hint = f"name a subset: {source.name}:SUBSET"
-        raise UserError(f"--data.hub {source.name} cannot be loaded ({reason}); {hint}") from error
+        raise UserError(f"{option} {source.name} cannot be loaded ({reason}); {hint}") from error
     if isinstance(loaded, datasets.DatasetDict):
         return {str(split): data for split, data in loaded.items()}
     return {str(loaded.split or "train"): loaded}

@@ -28,6 +28,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _CROP_TRIES = 10
 _CROP_RATIO = 4 / 3
 _LONGEST_COVER = 4
+_EARLIER = {"fit": "crop", "shortest_edge": None}
 
 
 class BrokenImage(ValueError):
@@ -47,6 +48,15 @@ def decode_image(path: Path, *, max_pixels: int = 100_000_000) -> Tensor:
         data = path.read_bytes()
     except OSError as error:
         raise BrokenImage(error.strerror or "the file cannot be read") from error
+    return decode_bytes(data, max_pixels=max_pixels)
+
+
+def decode_bytes(data: bytes, *, max_pixels: int = 100_000_000) -> Tensor:
+    """Decode a file's content as `decode_image` does the file.
+
+    Raises:
+        BrokenImage: likewise.
+    """
     if not data:
         raise BrokenImage("the file is empty")
     # Files from elsewhere make decoders raise nearly every kind of error, and warn; both end here.
@@ -96,16 +106,23 @@ class ImageTransform:
         interpolation: how to resize; antialiased either way.
         mean: of red, green and blue, for pixels between 0 and 1; applied by the tower, on the device.
         std: likewise.
+        fit: `crop` keeps the proportions and the centre, `squash` the whole picture.
+        shortest_edge: that a picture is resized to before the centre is cropped; by default it just covers
+            `size`.
     """
 
     size: tuple[int, int]
     interpolation: Literal["bilinear", "bicubic"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fit: Literal["crop", "squash"] = "crop"
+    shortest_edge: int | None = None
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Resize uint8 (3, H, W) so that it just covers `size`, and keep the centre: uint8 (3, h, w)."""
-        height, width = self.size
+        """Resize uint8 (3, H, W) as `fit` says, and keep the centre: uint8 (3, h, w)."""
+        if self.fit == "squash":
+            return self.resize(image, self.size)
+        height, width = self.size if self.shortest_edge is None else (self.shortest_edge,) * 2
         # Only the centre survives, so that a panorama's ends need not be resized (1x5000 becomes 1x4).
         scale = max(height / image.shape[1], width / image.shape[2])
         image = _centre(
@@ -117,7 +134,7 @@ class ImageTransform:
             max(height, int(image.shape[1] * width / image.shape[2])),
             max(width, int(image.shape[2] * height / image.shape[1])),
         )
-        return _centre(self.resize(image, cover), height, width)
+        return _centre(self.resize(image, cover), *self.size)
 
     def resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize uint8 (3, H, W) to exactly `size`, whatever that does to its proportions."""
@@ -126,16 +143,24 @@ class ImageTransform:
         return functional.interpolate(image[None], size, mode=self.interpolation, antialias=True)[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return {
+        """The fields as JSON can hold them.
+
+        Without those that an earlier version did not have, where they are as it was: features and indexes
+        are found by what it wrote down.
+        """
+        fields = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+        }
+        return {
+            name: value for name, value in fields.items() if name not in _EARLIER or value != _EARLIER[name]
         }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ImageTransform:
         """The transform that `as_dict` described."""
         mean, std = tuple(fields["mean"]), tuple(fields["std"])
-        return cls(tuple(fields["size"]), fields["interpolation"], mean, std)
+        later = {name: fields[name] for name in _EARLIER if name in fields}
+        return cls(tuple(fields["size"]), fields["interpolation"], mean, std, **later)
 
 
 def _centre(image: Tensor, height: int, width: int) -> Tensor:

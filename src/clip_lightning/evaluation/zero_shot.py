@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clip_lightning.evaluation.calibration import Calibration, calibration
 from clip_lightning.evaluation.intervals import wilson
 from clip_lightning.evaluation.prompts import fill
 from clip_lightning.evaluation.retrieval import TIE
 
 if TYPE_CHECKING:
     from clip_lightning.model import CLIP
-
-CALIBRATION_BINS = 15
 
 
 def zero_shot_classifier(
@@ -64,10 +63,12 @@ class Classification:
         metrics: `zero_shot_top1` and `zero_shot_top5`, each with the `_low` and `_high` ends of Wilson's
             95 % interval; `mean_per_class_accuracy`; `expected_calibration_error`.
         confusion: (C, C) int64, images of each true class (rows) by the class they were taken for.
+        calibration: the model's probabilities for its answers, and how often these are right.
     """
 
     metrics: dict[str, float]
     confusion: Tensor
+    calibration: Calibration
 
     def per_class(self) -> list[tuple[int, int]]:
         """For each class how many images were right, of how many."""
@@ -123,12 +124,6 @@ def classify(
     shares = confusion.diag()[present].double() / confusion.sum(1)[present]
     metrics["mean_per_class_accuracy"] = 100 * shares.mean().item()
     confidence = probabilities(scores, scale, bias).gather(1, answer[:, None])[:, 0]
-    metrics["expected_calibration_error"] = calibration_error(confidence, answer == labels)
-    return Classification(metrics, confusion)
-
-
-def calibration_error(confidence: Tensor, right: Tensor, bins: int = CALIBRATION_BINS) -> float:
-    """Expected calibration error, in percent, of probabilities (I,) of answers, `right` (I,) or not."""
-    place = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, confidence.double() - right.double())
-    return 100 * gap.abs().sum().item() / len(confidence)
+    calibrated = calibration(confidence, answer == labels)
+    metrics["expected_calibration_error"] = calibrated.error
+    return Classification(metrics, confusion, calibrated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from clip_lightning.errors import UserError
+from clip_lightning.exporting.onnx_towers import write_text_tower
 from clip_lightning.model import CLIP
 from clip_lightning.search import vectors
 from clip_lightning.search.embed import Known, embed_captions, embed_pictures, load_pending
 from clip_lightning.search.identity import load_model, location, model_identity
 from clip_lightning.search.pictures import find_pictures
 from clip_lightning.search.store import DTYPE, Content, Manifest, Row, Store, Version
+from clip_lightning.search.text_tower import TextTowerFiles
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class Options:
         batch_size: pictures that the tower sees at once.
         num_workers: threads that read and decode; one a core if None.
         captions: whether captions are embedded, too; as it was if None, and at first not.
+        onnx: whether the index carries its text tower as ONNX; where that can be if None.
     """
 
     type: str = "auto"
     batch_size: int = 64
     num_workers: int | None = None
     captions: bool | None = None
+    onnx: bool | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -45,7 +50,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """What a build did; numbers of pictures, except `captions`, and `seconds` from end to end."""
+    """What a build did; numbers of pictures, except `captions`, and `seconds` from end to end.
+
+    `text_tower` is `onnx`, or why the index does not carry it; then a search loads torch and the model.
+    """
 
     pictures: int
     added: int
@@ -57,6 +65,7 @@ class Report:
     type: str
     seconds: float
     embedding_seconds: float
+    text_tower: str
     left_out: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
@@ -112,6 +121,8 @@ class _Builder:
                 "give that one, or another --out"
             )
         self.pending = store.pending(self.identity)
+        self.text_tower: TextTowerFiles | None = None
+        self.no_text_tower = "--onnx false"
 
     def build(self, captions_of: dict[str, tuple[str, ...]], left_out: dict[str, str]) -> Report:
         """Embed what is new and write a version, unless it would be the current one again."""
@@ -128,6 +139,7 @@ class _Builder:
             path, reason = next(iter(left_out.items()))
             raise UserError(f"none of {len(left_out):,} pictures can be read ({path}: {reason})")
         rows = [replace(row, captions=captions_of[path]) for path, row in found.items()]
+        self._find_text_tower()
         manifest = self._manifest(rows, len(next(iter(known.contents.values())).vector))
         if not self._is_current(manifest, rows, old_rows, left_out):
             self.store.write(self._content(manifest, rows, known, left_out))
@@ -146,6 +158,7 @@ class _Builder:
             type=manifest.type,
             seconds=0.0,
             embedding_seconds=round(seconds, 2),
+            text_tower="onnx" if self.text_tower is not None else self.no_text_tower,
             left_out=left_out,
         )
 
@@ -166,19 +179,41 @@ class _Builder:
         all_rows = {path: row or read.get(path) for path, row in rows.items()}
         return {path: row for path, row in all_rows.items() if row is not None}, embedded, left_out | broken
 
+    def _find_text_tower(self) -> None:
+        """Take the current version's text tower as ONNX, or write one where that can be."""
+        if self.options.onnx is False:
+            return
+        self.text_tower = self.old.text_tower() if self.old is not None else None
+        if self.text_tower is not None:
+            return
+        draft = self.pending / "text_tower"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        try:
+            write_text_tower(self.clip, draft)
+        except UserError as error:
+            if self.options.onnx:
+                raise UserError(f"--onnx true: {error}") from error
+            self.no_text_tower = str(error)
+        else:
+            self.text_tower = TextTowerFiles(draft)
+
     def _manifest(self, rows: Sequence[Row], width: int) -> Manifest:
         searched = self.options.captions
         if searched is None:
             searched = self.old is not None and self.old.manifest.captions > 0
         captions = len({text for row in rows for text in row.captions}) if searched else 0
         kind = vectors.chosen_type(self.options.type, len(rows))
-        return Manifest(self.identity, self.where, self.source, kind, len(rows), captions, width)
+        text_tower = self.text_tower.digest if self.text_tower is not None else None
+        return Manifest(self.identity, self.where, self.source, kind, len(rows), captions, width, text_tower)
 
     def _is_current(
         self, manifest: Manifest, rows: list[Row], old_rows: list[Row], left_out: dict[str, str]
     ) -> bool:
         if self.old is None or rows != old_rows or left_out != self.old.left_out():
             return False
+        if self.text_tower is not None and self.text_tower.folder.parent != self.old.folder:
+            return False  # a new one in place of one that is damaged
         return manifest == replace(self.old.manifest, created="")
 
     def _content(
@@ -187,7 +222,7 @@ class _Builder:
         stacked = np.stack([known.contents[row.sha256].vector for row in rows]).astype(DTYPE)
         index = vectors.build(manifest.type, stacked)
         if not manifest.captions:
-            return Content(manifest, rows, stacked, index, left_out)
+            return Content(manifest, rows, stacked, index, left_out, text_tower=self.text_tower)
         having: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             for text in dict.fromkeys(row.captions):
@@ -197,7 +232,16 @@ class _Builder:
         texts = np.stack([embedded[text] for text in having]).astype(DTYPE)
         text_index = vectors.build(vectors.chosen_type("auto", len(having)), texts)
         return Content(
-            manifest, rows, stacked, index, left_out, list(having), list(having.values()), texts, text_index
+            manifest,
+            rows,
+            stacked,
+            index,
+            left_out,
+            captions=list(having),
+            captions_of=list(having.values()),
+            caption_vectors=texts,
+            caption_index=text_index,
+            text_tower=self.text_tower,
         )
 
 

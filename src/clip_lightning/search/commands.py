@@ -46,6 +46,7 @@ def index(
     captions: bool | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
+    onnx: bool | None = None,
     json: bool = False,
 ) -> None:
     """Make an index of pictures, for `clip-lightning search`; the same command again brings it up to date.
@@ -63,14 +64,18 @@ def index(
         captions: embed the captions, too, so that search --captions true finds them; as it was if not given.
         batch_size: pictures that the image tower sees at once.
         num_workers: threads that read and decode pictures; one for each core if not given.
+        onnx: let the index carry its text tower as ONNX, so that search answers a sentence within a second or
+            two, without loading the model; where that can be if not given (it needs clip-lightning[export]).
         json: print one JSON object instead.
     """
     from clip_lightning.search.build import Options, build_index
 
-    report = build_index(model, source, out, Options(type, batch_size, num_workers, captions))
+    report = build_index(model, source, out, Options(type, batch_size, num_workers, captions, onnx))
     for number, (path, reason) in enumerate(report.left_out.items()):
         if number < MOST_NAMED:
             print(f"left out {path}: {reason}", file=sys.stderr)
+    if report.text_tower != "onnx" and onnx is None:
+        print(f"search will load the model for a sentence: {report.text_tower}", file=sys.stderr)
     if json:
         print(json_module.dumps({"index": str(out.resolve()), **asdict(report)}))
     else:

@@ -13,7 +13,7 @@ from clip_lightning.model import CLIP
 
 
 def load_model(name: str | Path) -> CLIP:
-    """The bundle of this name, in eval mode, on the GPU where there is one.
+    """The model that `CLIP.from_pretrained` finds by this name, on the GPU where there is one.
 
     Raises:
         UserError: there is none.
@@ -23,6 +23,9 @@ def load_model(name: str | Path) -> CLIP:
 
 def location(name: str | Path) -> str:
     """The name under which the model is found from any folder."""
+    prefix = "open_clip:local-dir:"
+    if str(name).startswith(prefix):
+        return prefix + str(Path(str(name).removeprefix(prefix)).resolve())
     return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 

@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from torch import Tensor
 
-from clip_lightning.data.transforms import BrokenImage
 from clip_lightning.errors import UserError
-from clip_lightning.model import CLIP
 from clip_lightning.search import vectors
-from clip_lightning.search.build import Options, build_index
-from clip_lightning.search.identity import load_model, model_identity
 from clip_lightning.search.store import Store, Version
+from clip_lightning.search.text_tower import OnnxTextTower
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a sentence may need none of it
+    from torch import Tensor
+
+    from clip_lightning.model import CLIP
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class ImageIndex:
         batch_size: int = 64,
         num_workers: int | None = None,
         captions: bool | None = None,
+        onnx: bool | None = None,
     ) -> Self:
         """Build the index of a folder of pictures or a data set, or bring it up to date.
 
@@ -98,11 +100,14 @@ class ImageIndex:
             batch_size: pictures that the tower sees at once.
             num_workers: threads that read and decode; one a core by default.
             captions: whether captions are searched, too; as it was by default, and at first not.
+            onnx: whether the index carries its text tower as ONNX; by default where that can be.
 
         Raises:
             UserError: no model, no pictures, an index of another model, another writer, or no room.
         """
-        options = Options(type, batch_size, num_workers, captions)
+        from clip_lightning.search.build import Options, build_index
+
+        options = Options(type, batch_size, num_workers, captions, onnx)
         build_index(model, Path(source), Path(out), options)
         return cls.load(out, model)
 
@@ -143,6 +148,9 @@ class ImageIndex:
         Raises:
             UserError: it is gone, or another one was given.
         """
+        from clip_lightning.model import CLIP
+        from clip_lightning.search.identity import load_model, model_identity
+
         model = self._model if self._model is not None else self.manifest.model
         if model is None:
             raise UserError("the index does not say where its model is; give --model")
@@ -172,10 +180,10 @@ class ImageIndex:
         """
         if isinstance(queries, str):
             queries = [queries]
-        if isinstance(queries, Tensor | np.ndarray):
+        if _is_array(queries):
             embeddings = self._checked(queries)
         else:
-            embeddings = self.clip.embed_texts(list(queries)).numpy()
+            embeddings = self._embedded_texts([str(query) for query in queries])
         _check_k(k)
         found = vectors.search(self._index, self.manifest.type, self._vectors, embeddings, k)
         return [self._pictures(hits) for hits in found]
@@ -200,17 +208,31 @@ class ImageIndex:
             raise UserError("the index has no captions to find; build it with --captions true")
         _check_k(k)
         index, table, stored = self._captions
-        if isinstance(pictures, Tensor | np.ndarray):
-            embeddings = self._checked(pictures)
-        else:
-            embeddings = self._embedded(pictures)
+        embeddings = self._checked(pictures) if _is_array(pictures) else self._embedded(pictures)
         kind = vectors.chosen_type("auto", len(stored))
         return [
             [self._caption(table, row, score) for row, score in hits]
             for hits in vectors.search(index, kind, stored, embeddings, k)
         ]
 
-    def _embedded(self, paths: Sequence[str | Path]) -> np.ndarray:
+    @cached_property
+    def _text_tower(self) -> OnnxTextTower | None:
+        """The text tower that the index carries; a model that was given is asked itself."""
+        if self._model is not None or "clip" in self.__dict__:
+            return None
+        return OnnxTextTower.of_version(self._version.folder, self.manifest.text_tower)
+
+    def _embedded_texts(self, sentences: list[str]) -> np.ndarray:
+        if not sentences:
+            return np.empty((0, self.manifest.width), np.float32)
+        if self._text_tower is not None:
+            return self._text_tower.embed(sentences)
+        embeddings: np.ndarray = self.clip.embed_texts(sentences).numpy()
+        return embeddings
+
+    def _embedded(self, paths: Any) -> np.ndarray:
+        from clip_lightning.data.transforms import BrokenImage
+
         found = []
         for path in paths:  # one by one, to know which is broken
             try:
@@ -220,7 +242,7 @@ class ImageIndex:
         return np.concatenate(found) if found else np.empty((0, self.manifest.width), np.float32)
 
     def _checked(self, embeddings: Any) -> np.ndarray:
-        array = np.asarray(embeddings.detach().cpu() if isinstance(embeddings, Tensor) else embeddings)
+        array = np.asarray(embeddings.detach().cpu() if hasattr(embeddings, "detach") else embeddings)
         if array.ndim != 2 or array.shape[1] != self.manifest.width:
             raise UserError(
                 f"embeddings of shape {array.shape}: expected (queries, {self.manifest.width}), of unit "
@@ -246,6 +268,11 @@ class ImageIndex:
         names = self._metadata["image_path"]
         paths = tuple(Path(names[number].as_py()) for number in table["pictures"][row].as_py())
         return FoundCaption(table["caption"][row].as_py(), score, paths)
+
+
+def _is_array(queries: Any) -> bool:
+    """Whether these are embeddings: a tensor or an array."""
+    return hasattr(queries, "ndim")
 
 
 def _check_k(k: int) -> None:

@@ -3,7 +3,8 @@
     IDX/current                 the name of the current version; replaced last, in one step
     IDX/versions/NAME/          manifest.json, left_out.json,
                                 image.index, metadata/metadata_0.parquet, img_emb/img_emb_0.npy,
-                                where captions are searched: captions.index, captions.parquet, captions.npy
+                                where captions are searched: captions.index, captions.parquet, captions.npy,
+                                where it can be exported: text_tower/text.onnx, text_tower/tokenizer.json
     IDX/pending/DIGEST/         embeddings of a build that has not finished, by the model that made them
 
 A version is never changed. So a build that is killed at any moment leaves the old index or the new one, and
@@ -33,6 +34,7 @@ from pyarrow import parquet
 
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
+from clip_lightning.search.text_tower import FOLDER, TextTowerFiles
 from clip_lightning.search.vectors import IndexType, read_index, write_index
 
 FORMAT = 1
@@ -75,6 +77,7 @@ class Manifest:
         pictures: their number.
         captions: number of the captions that are searched; 0 where none are.
         width: of the embeddings.
+        text_tower: digest of the text tower as ONNX, None where the version carries none.
     """
 
     identity: str
@@ -84,6 +87,7 @@ class Manifest:
     pictures: int
     captions: int
     width: int
+    text_tower: str | None = None
     created: str = ""
     format: int = FORMAT
 
@@ -134,6 +138,13 @@ class Version:
         vectors: np.ndarray = np.load(self.folder / "captions.npy", mmap_mode="r")
         return vectors
 
+    def text_tower(self) -> TextTowerFiles | None:
+        """The text tower as ONNX; None where there is none, or not the one that was written."""
+        if self.manifest.text_tower is None:
+            return None
+        files = TextTowerFiles(self.folder / FOLDER)
+        return files if files.digest == self.manifest.text_tower else None
+
     def left_out(self) -> dict[str, str]:
         """Path → reason, of pictures that could not be read."""
         found: dict[str, str] = json.loads((self.folder / "left_out.json").read_text(encoding="utf-8"))
@@ -153,6 +164,7 @@ class Content:
     captions_of: Sequence[Sequence[int]] = ()
     caption_vectors: np.ndarray | None = None
     caption_index: Any = None
+    text_tower: TextTowerFiles | None = None
 
 
 class Store:
@@ -230,6 +242,8 @@ class Store:
             _write_table(folder / "captions.parquet", pyarrow.table(columns))
             np.save(folder / "captions.npy", content.caption_vectors.astype(DTYPE))
             write_index(content.caption_index, folder / "captions.index")
+        if content.text_tower is not None:
+            content.text_tower.put_into(folder / FOLDER)
         _write_json(folder / "left_out.json", dict(content.left_out))
         manifest = replace(content.manifest, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         _write_json(folder / "manifest.json", asdict(manifest))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -100,6 +103,30 @@ class Tower(nn.Module):
 
 def _is_fixed(norm: _BatchNorm) -> bool:
     return norm.weight is not None and not norm.weight.requires_grad
+
+
+def numbered_layers(names: Iterable[str]) -> dict[str, int]:
+    """For each parameter the number of its layer, 0 next to the input, for models that number them in names.
+
+    What comes before the first number is layer 0, what belongs to none and comes later (a last norm, a
+    pooler) is of the top layer.
+
+    Args:
+        names: of all parameters, in the order in which the model has them.
+    """
+    layers, top = {}, 0
+    for name in names:
+        number = re.search(r"\.(\d+)\.", name)
+        top = int(number[1]) + 1 if number else top
+        layers[name] = top
+    return layers
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A configuration of transformers as JSON values, without the folder it happened to lie in."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)
+    return values
 
 
 def pypi_folder(package: str) -> Path:

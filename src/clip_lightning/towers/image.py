@@ -25,6 +25,8 @@ from clip_lightning.data.transforms import ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.towers.base import Tower, first_line, pypi_folder
 from clip_lightning.towers.depthwise import DepthwiseBackwardInFloat32
+from clip_lightning.towers.open_clip import OpenCLIPImage
+from clip_lightning.towers.transformers_image import TransformersImage
 
 IMAGE_POOLINGS = {"cls": "token", "avg": "avg", "max": "max", "avgmax": "avgmax", "map": "map"}
 PYPI_IMAGE_TOWERS = {
@@ -34,7 +36,7 @@ PYPI_IMAGE_TOWERS = {
 
 
 class ImageTower(Tower):
-    """A timm model without its classifier, with the pixel statistics it was trained on.
+    """A timm model without its classifier, or what behaves so, with the pixel statistics of its training.
 
     Attributes:
         spec: what `from_spec` needs to build the same architecture again, as plain JSON values.
@@ -102,9 +104,12 @@ class ImageTower(Tower):
     @classmethod
     def from_spec(cls, spec: dict[str, Any], transform: ImageTransform) -> ImageTower:
         """Build the architecture a bundle names, with fresh weights and no network."""
-        backbone = timm.create_model(
-            spec["architecture"], pretrained=False, num_classes=0, **spec["arguments"]
-        )
+        architecture, arguments = spec["architecture"], spec["arguments"]
+        if architecture == OpenCLIPImage.ARCHITECTURE:
+            return cls(OpenCLIPImage.from_config(arguments), spec, transform)
+        if architecture == TransformersImage.ARCHITECTURE:
+            return cls(TransformersImage.from_config(arguments), spec, transform)
+        backbone = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
         return cls(backbone, spec, transform)
 
 

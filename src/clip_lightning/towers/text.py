@@ -8,16 +8,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, SiglipTextModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -26,7 +25,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file
 
 from clip_lightning.errors import UserError
-from clip_lightning.towers.base import Tower, first_line, pypi_folder
+from clip_lightning.towers.base import Tower, first_line, numbered_layers, plain_config, pypi_folder
+from clip_lightning.towers.open_clip import OpenCLIPText, clean_text
 
 TextPooling = Literal["mean", "cls", "last", "pooler"]
 TEXT_POOLINGS = ("mean", "cls", "last", "pooler")
@@ -48,10 +48,13 @@ class TextTower(Tower):
         self.backbone = backbone
         self.tokenize = tokenize
         self.spec = spec
-        self.pooling: TextPooling = spec["pooling"]
-        if self.pooling != "pooler" and getattr(backbone, "pooler", None) is not None:
-            backbone.pooler = None  # an unused layer would stop data-parallel training
-        self.width = int(backbone.config.hidden_size)
+        self.pooling: TextPooling | Literal["own"] = spec["pooling"]
+        if self.pooling in ("mean", "cls", "last"):  # an unused layer would stop data-parallel training
+            if getattr(backbone, "pooler", None) is not None:
+                backbone.pooler = None
+            if isinstance(backbone, SiglipTextModel):
+                backbone.head = nn.Identity()  # type: ignore[assignment]
+        self.width = int(backbone.width if self.pooling == "own" else backbone.config.hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Features (N, width) of texts: `input_ids` and `attention_mask` (N, L), padded on the right.
@@ -70,19 +73,12 @@ class TextTower(Tower):
             return torch.cat(groups)[order.argsort()]
 
     def layers(self) -> dict[str, int]:
-        """For each parameter the number of its layer, 0 next to the input.
-
-        Transformers numbers them in the names; what comes before the first number is layer 0, what belongs to
-        none and comes later (a last norm, a pooler) is of the top layer.
-        """
-        layers, top = {}, 0
-        for name, _ in self.named_parameters():
-            number = re.search(r"\.(\d+)\.", name)
-            top = int(number[1]) + 1 if number else top
-            layers[name] = top
-        return layers
+        """For each parameter the number of its layer, 0 next to the input, as transformers numbers them."""
+        return numbered_layers(name for name, _ in self.named_parameters())
 
     def _pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.pooling == "own":
+            return self.run_backbone(input_ids)
         output = self.run_backbone(input_ids=input_ids, attention_mask=attention_mask)
         if self.pooling == "pooler":
             return output.pooler_output
@@ -91,7 +87,7 @@ class TextTower(Tower):
             return hidden[:, 0]
         if self.pooling == "last":
             last = (attention_mask.sum(dim=1) - 1).clamp(min=0)
-            return hidden[torch.arange(len(hidden), device=hidden.device), last]
+            return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
@@ -131,7 +127,7 @@ class TextTower(Tower):
             raise UserError(_no_text_tower(name, place, error)) from error
         spec: dict[str, Any] = {
             "name": name,
-            "config": _plain(config),
+            "config": plain_config(config),
             "pooling": pooling or _default_pooling(place, config),
             "max_length": _checked_max_length(max_length, backbone, tokenizer, name),
         }
@@ -144,27 +140,55 @@ class TextTower(Tower):
     def from_spec(cls, spec: dict[str, Any], tokenizer_folder: Path) -> TextTower:
         """Build the architecture a bundle names: fresh weights, the bundle's tokenizer, no network."""
         values = dict(spec["config"])
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        kind = values.pop("model_type")
+        if kind == OpenCLIPText.ARCHITECTURE:
+            backbone: Any = OpenCLIPText.from_config(values)
+        else:
+            backbone = _fresh(AutoConfig.for_model(kind, **values))
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        return cls(_fresh(config), Tokenize(tokenizer, spec["max_length"]), spec)
+        return cls(backbone, Tokenize(tokenizer, spec["max_length"], spec.get("tokenize")), spec)
+
+
+class TokenizeSettings(TypedDict, total=False):
+    """How a model of others wants its texts, where that is not our own way."""
+
+    clean: str
+    """In this way of open_clip's, before the tokenizer (`clean_text`)."""
+    padding_side: str
+    """Pad every text to the longest that the model takes, on this side; the model reads the padding too."""
+    pad_id: int
+    """What to pad with, where that is a token of its own."""
 
 
 class Tokenize:
     """A tokenizer with its settings; small enough to send to loader workers."""
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, settings: TokenizeSettings | None = None) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        tokenizer.padding_side = "right"
+        self.settings = settings or {}
+        tokenizer.padding_side = self.settings.get("padding_side", "right")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
     def __call__(self, texts: list[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, both (N, L), padded to the longest text, cut at `max_length`."""
+        if "clean" in self.settings:
+            texts = [clean_text(text, self.settings["clean"]) for text in texts]
+        reads_padding = "padding_side" in self.settings
         batch = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            texts,
+            padding="max_length" if reads_padding else True,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
         )
         ids, mask = batch["input_ids"].long(), batch["attention_mask"].long()
+        if "pad_id" in self.settings:
+            ids = ids.masked_fill(mask == 0, self.settings["pad_id"])
+        if reads_padding:
+            mask = torch.ones_like(mask)
         if ids.shape[1] == 0:  # nothing but empty texts, and a tokenizer that adds no special token
             ids = torch.full((len(texts), 1), self.tokenizer.pad_token_id)
             mask = torch.zeros_like(ids)
@@ -172,7 +196,8 @@ class Tokenize:
 
     def digest(self) -> str:
         """SHA-256 (hex) over everything that decides which tokens a text becomes."""
-        return hashlib.sha256(f"{self._rules} {self.max_length}".encode()).hexdigest()
+        settings = f" {json.dumps(self.settings, sort_keys=True)}" if self.settings else ""
+        return hashlib.sha256(f"{self._rules} {self.max_length}{settings}".encode()).hexdigest()
 
     @cached_property
     def _rules(self) -> str:
@@ -194,15 +219,10 @@ def _text_class(config: Any) -> Any:
     return AutoModelForTextEncoding if encoder else AutoModel
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """A config as JSON values, without the folder it happened to lie in."""
-    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    values.pop("_name_or_path", None)
-    return values
-
-
 def _fresh(config: Any) -> Any:
     """Fresh weights in fp32, whatever precision the config's own weights were saved in."""
+    if config.model_type == "siglip_text_model":  # none of the Auto classes knows it
+        return SiglipTextModel._from_config(config, dtype=torch.float32)
     return _text_class(config).from_config(config, dtype=torch.float32)
 
 

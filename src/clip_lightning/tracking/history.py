@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 BEST = {"rsum": "max", "R@1": "max", "R@5": "max", "R@10": "max", "median_rank": "min", "mean_rank": "min"}
+BEST |= {"zero_shot_top1": "max", "zero_shot_top5": "max"}
 
 
 class History:

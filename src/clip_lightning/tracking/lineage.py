@@ -19,6 +19,7 @@ from clip_lightning.tracking.logger import RunLogger
 
 CODE = str(Path(clip_lightning.__file__).parent)
 STALLED_SHARE, STALLED_STEPS = 0.98, 200
+COLLAPSED_SCALE = 2.0  # it begins at 14 (InfoNCE) or 10 (SigLIP)
 
 
 class Lineage(Checkpoint):
@@ -89,6 +90,14 @@ class Alerts(Callback):
                 trainer,
                 "the loss is not finite",
                 f"at step {trainer.global_step}; lower the learning rate, or look at the data",
+            )
+        scale = logged.get("train/scale")
+        if scale is not None and float(scale) < COLLAPSED_SCALE:
+            self._say(
+                trainer,
+                "the scale has collapsed",
+                f"to {float(scale):.2f} at step {step}: logits are all but equal; lower the learning rate, or "
+                "look at whether captions belong to their pictures",
             )
         share = logged.get("train/loss_over_ln_batch")
         at_chance = share is not None and STALLED_SHARE <= float(share) <= 2 - STALLED_SHARE
