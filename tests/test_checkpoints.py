@@ -64,6 +64,7 @@ def test_killed_at_any_moment_there_is_a_last_checkpoint(run: Path, call: str) -
         assert step_of(run / "last.ckpt") in (2, 3)
     SafeCheckpointIO().save_checkpoint(content(4), run / "last.ckpt")
     assert step_of(run / "last.ckpt") == 4
+    assert not list(run.glob(".last*")), "nor is anything left of those that were killed"
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -98,3 +99,11 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
     for given in ("best", run / "best.ckpt"):
         with pytest.raises(UserError, match=r"best.ckpt is damaged"):
             find_checkpoint(given, run.parents[1])
+
+
+def test_no_damage_is_a_traceback(run: Path) -> None:
+    whole = (run / "last.ckpt").read_bytes()
+    names = whole.index(b"PK\x01\x02")  # the table of contents, which no checksum covers
+    for place in range(names, len(whole)):
+        (run / "last.ckpt").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        damage(run / "last.ckpt")

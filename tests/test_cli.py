@@ -236,6 +236,12 @@ def test_a_csv_logger(command: Command, tmp_path: Path) -> None:
     assert len(rows) >= 2 * EPOCH / 2
 
 
+def test_a_way_of_ones_own_to_write_checkpoints(command: Command, tmp_path: Path) -> None:
+    plugin = "lightning.fabric.plugins.TorchCheckpointIO"
+    assert main(command("fit", tmp_path, trainer__plugins=plugin, trainer__max_epochs=1)) == 0
+    assert (the_run(tmp_path) / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_metrics_with_and_without_the_cache_are_nearly_equal(command: Command, tmp_path: Path) -> None:
     weights = []
     for cache in ("off", tmp_path / "cache"):
@@ -536,6 +542,9 @@ WRONG: dict[str, Wrong] = {
     "checkpoint is a folder": wrong(r"--ckpt_path FILES/empty is a folder", ckpt_path="FILES/empty"),
     "no such checkpoint": wrong(r"--ckpt_path FILES/none\.ckpt: no such file", ckpt_path="FILES/none.ckpt"),
     "no checkpoint at all": wrong(r"key\.yaml is damaged .it is cut off or no", ckpt_path="FILES/key.yaml"),
+    "sharded": wrong(
+        r"--trainer\.strategy fsdp: sharded training is not there yet", trainer__strategy="fsdp"
+    ),
     "another frozen tower": wrong(
         r"another frozen image_tower than .*--model options", ckpt_path="LAST", seed_everything=7
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -205,3 +206,48 @@ def test_too_few_pictures_to_split_are_checked(tmp_path: Path, capsys: pytest.Ca
     assert main(["data", "check", str(tmp_path), "--num_workers=0"]) == 2
     assert main(["data", "check", str(tmp_path), f"--out={tmp_path / 'a.txt'}"]) == 2
     assert main(["data", "check", str(tmp_path), f"--fix={tmp_path / 'a.txt'}"]) == 2
+
+
+def pairs(folder: Path, count: int = 4) -> None:
+    for number in range(count):
+        picture(number).save(folder / f"{number}.jpg")
+        (folder / f"{number}.txt").write_text(f"caption {number}")
+
+
+def test_a_fixed_table_that_takes_the_folders_place_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs(tmp_path)
+    assert main(["data", "check", str(tmp_path), f"--fix={tmp_path.parent / 'outside.csv'}"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path), f"--fix={tmp_path / 'clean.csv'}"]) == 0
+    assert "do not go before it" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_utf8_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs(tmp_path)
+    try:
+        (tmp_path / "3.jpg").rename(tmp_path / os.fsdecode(b"3\xff.jpg"))
+    except OSError:
+        pytest.skip("the file system takes only UTF-8")
+    status, found = check(tmp_path, capsys=capsys)
+    assert (status, found["pictures"]) == (1, 3)
+    assert found["left_out"] == {"3\ufffd.jpg": "its name is not UTF-8; rename it"}
+
+
+def test_many_copies_are_one_group_without_all_their_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clip_lightning.checking import findings
+
+    pairs(tmp_path, 6)
+    for number in range(1, 5):
+        shutil.copy(tmp_path / "0.jpg", tmp_path / f"{number}.jpg")
+    compared: list[int] = []
+    real = findings.alike
+    monkeypatch.setattr(
+        findings, "alike", lambda looks: compared.append(sum(one is not None for one in looks)) or real(looks)
+    )
+    _, found = check(tmp_path, capsys=capsys)
+    assert found["same"] == found["alike"] == [[f"{number}.jpg" for number in range(5)]]
+    assert compared == [2]

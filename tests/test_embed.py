@@ -101,6 +101,16 @@ def test_parquet_has_all_in_one_file(bundle: Path, pictures: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_parquet_of_nothing_but_broken_pictures_has_the_same_columns(
+    bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed
+):
+    out = tmp_path / "out"
+    embedded(capsys, bundle, pictures, "--out", out, "--format", "parquet", "--shard_size", 1)
+    tables = [parquet.read_table(file) for file in sorted(out.glob("*.parquet"))]
+    assert [len(table) for table in tables].count(0) == 1
+    assert all(table.schema.equals(tables[0].schema) for table in tables)
+
+
 def test_two_processes_write_what_one_does(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed):
     options = ("--what", "both", "--shard_size", "16", "--batch_size", "5")
     embedded(capsys, bundle, pictures, "--out", tmp_path / "one", *options)
@@ -180,6 +190,7 @@ def test_another_model_data_or_setting_is_refused(
         ("M D --out O --devices 0", "--devices 0"),
         ("M D --out D", "holds something else than embeddings"),
         ("M D --out D/captions.csv", "is a file"),
+        ("M D --out D/captions.csv/o", "cannot be written"),
         ("M nothing --out O", "no folder or file nothing"),
         ("M D/images --out O --what captions", "has no captions"),
         ("D D --out O", "no clip-lightning bundle"),
@@ -189,6 +200,7 @@ def test_mistakes(bundle: Path, pictures: Path, tmp_path: Path, words: str, said
     folder = read_captions(pictures).images[0].path.parent
     places = {"M": bundle, "D": pictures, "O": tmp_path / "o"}
     places |= {"D/captions.csv": pictures / "captions.csv", "D/images": folder}
+    places["D/captions.csv/o"] = pictures / "captions.csv" / "o"
     if folder == pictures and "D/images" in words:
         (pictures / "captions.csv").unlink()
     with pytest.raises(UserError, match=said):

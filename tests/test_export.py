@@ -327,6 +327,8 @@ def test_a_hub_that_refuses_is_one_line(
         (["MODEL", "--to", "hub", "--repo", "a/b", "--out", "new"], "no --out"),
         (["MODEL", "--to", "onnx", "--out", "full"], "there is something already"),
         (["MODEL", "--to", "bundle", "--out", "full"], "something else than a bundle"),
+        (["MODEL", "--to", "onnx", "--out", "full/mine/new"], "cannot be written"),
+        (["MODEL", "--to", "bundle", "--out", "full/mine/new"], "cannot be written"),
         (["nowhere", "--to", "onnx", "--out", "new"], "no model at 'nowhere'"),
     ],
 )

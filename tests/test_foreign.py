@@ -368,6 +368,27 @@ def test_embeddings_are_those_of_open_clip(tmp_path: Path, picture: Path, kind: 
         assert tower.layers().keys() == {name for name, _ in tower.named_parameters()}
 
 
+def test_weights_trained_with_quick_gelu_get_it(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """open_clip:ViT-B-32/openai, say: the tag knows it, the architecture's name does not."""
+    from open_clip import factory, pretrained
+
+    folder = write_open_clip(tmp_path / "clip", "clip")
+    content = json.loads((folder / "open_clip_config.json").read_text())
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", content["model_cfg"] | {"quick_gelu": False})
+    tag = pretrained._pcfg("nowhere", quick_gelu=True, **dict.fromkeys(["mean", "std"], (0.5, 0.4, 0.3)))
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny", {"tag": tag})
+    monkeypatch.setattr(
+        factory, "download_pretrained", lambda *_, **__: folder / "open_clip_model.safetensors"
+    )
+    clip, expected = CLIP.from_pretrained("open_clip:tiny/tag"), CLIP.from_pretrained(folder)
+    assert torch.equal(clip.embed_texts(TEXTS), expected.embed_texts(TEXTS))
+    again = CLIP.from_pretrained(clip.save_pretrained(tmp_path / "bundle"))
+    assert torch.equal(again.embed_texts(TEXTS), expected.embed_texts(TEXTS))
+    assert torch.equal(again.embed_images([picture]), clip.embed_images([picture]))
+
+
 def test_open_clip_by_name_of_the_folder(tmp_path: Path):
     folder = write_open_clip(tmp_path / "clip", "clip")
     named, plain = CLIP.from_pretrained(f"open_clip:local-dir:{folder}"), CLIP.from_pretrained(folder)
@@ -417,6 +438,7 @@ def change(folder: Path, file: str, **values: Any) -> None:
         ("clip", lambda f: (f / "model.safetensors").unlink(), "cannot be read as a CLIPModel"),
         ("clip", lambda f: (f / "model.safetensors").write_bytes(b"{}"), "cannot be read as a CLIPModel"),
         ("clip", lambda f: (f / "config.json").write_text("{"), "damaged"),
+        ("clip", lambda f: (f / "config.json").write_text("[]"), "damaged"),
         ("siglip", lambda f: change(f, "preprocessor_config.json", resample=1), "method 1"),
         ("siglip", lambda f: change(f, "preprocessor_config.json", do_resize=False), "does not resize"),
         (
@@ -439,6 +461,13 @@ def test_what_cannot_be_taken(
     with pytest.raises(UserError, match=message) as caught:
         CLIP.from_pretrained(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_it_is_not_replaced_by_a_bundle(models: Path, tmp_path: Path):
+    folder = shutil.copytree(models / "clip", tmp_path / "clip")
+    with pytest.raises(UserError, match="something else than a bundle"):
+        CLIP.from_pretrained(folder).save_pretrained(folder)
+    assert torch.isfinite(CLIP.from_pretrained(folder).embed_texts(TEXTS)).all()
 
 
 def test_a_pickle_runs_nothing(models: Path, tmp_path: Path):

@@ -51,8 +51,10 @@ class Weights(Callback):
 
 @pytest.fixture
 def fit(make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path) -> Fit:
-    def run(*callbacks: Callback, in_a_row: int = 3, **options: Any) -> tuple[CLIPModule, NonFinite]:
-        module = make_module(freeze="none")
+    def run(
+        *callbacks: Callback, in_a_row: int = 3, image_tower: str = "random:test_vit", **options: Any
+    ) -> tuple[CLIPModule, NonFinite]:
+        module = make_module(freeze="none", image_tower=image_tower)
         data = CaptionDataModule(
             module.transform, module.tokenize, scenes, batch_size=8, num_workers=0, cache="off"
         )
@@ -86,6 +88,23 @@ def test_it_is_said_once(fit: Fit) -> None:
     with pytest.warns(UserWarning, match=r"step 2 is left out, its gradient is not finite \(nan\)") as said:
         fit(Poison({1, 2}))
     assert sum("left out" in str(warning.message) for warning in said) == 1
+
+
+class PoisonForward(Callback):
+    """Makes a picture infinite, which the batch norms' statistics then are, too."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            batch["pixel_values"] = torch.full_like(batch["pixel_values"], math.inf, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:step . is left out")
+def test_batch_norms_forget_what_was_not_finite(fit: Fit) -> None:
+    module, guard = fit(PoisonForward(), image_tower="random:test_resnet")
+    assert guard.left_out == 1
+    statistics = [b for name, b in module.named_buffers() if "running" in name]
+    assert statistics
+    assert all(statistic.isfinite().all() for statistic in statistics)
 
 
 @pytest.mark.filterwarnings("ignore:step . is left out")

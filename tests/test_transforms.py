@@ -54,7 +54,9 @@ MODES = [
 
 @pytest.mark.parametrize(("suffix", "mode"), MODES)
 def test_modes_are_read_as_pillow_reads_them(suffix: str, mode: str, tmp_path: Path) -> None:
-    path = save(tmp_path / f"a.{suffix}", photograph(mode))
+    # Pillow 12 does not read the YCbCr that it writes without compression
+    options = {"compression": "tiff_lzw"} if suffix == "tif" else {}
+    path = save(tmp_path / f"a.{suffix}", photograph(mode), **options)
     with Image.open(path) as image:
         expected = pixels(image)
     assert difference(decode_image(path), expected) <= 3

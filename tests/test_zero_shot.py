@@ -52,6 +52,19 @@ def test_scores_by_hand():
     assert tied.metrics["zero_shot_top1"] == 0.0 and tied.confused() == [(2, 1, 1)]
 
 
+def test_an_embedding_that_is_not_finite_is_not_scored():
+    image = torch.full((2, 3), torch.nan)
+    with pytest.raises(ValueError, match="2 of 2 image embeddings hold NaN"):
+        classify(image, torch.eye(3), torch.tensor([0, 1]), scale=1.0)
+    with pytest.raises(ValueError, match="1 of 3 class embeddings hold NaN"):
+        classify(
+            torch.eye(3)[:2],
+            torch.eye(3) / torch.tensor([[0.0], [1.0], [1.0]]),
+            torch.tensor([0, 1]),
+            scale=1.0,
+        )
+
+
 def test_scores_equal_a_loop():
     generator = torch.Generator().manual_seed(3)
     image = F.normalize(torch.randn(200, 8, generator=generator), dim=1)
@@ -171,6 +184,8 @@ def test_folders_of_splits(tmp_path: Path):
     touch(*(tmp_path / split / kind / "1.jpg" for split in ("train", "validation") for kind in "ab"))
     found = read_classes(tmp_path)
     assert found.classes == ("a", "b") and found.splits == ("train", "train", "val", "val")
+    touch(tmp_path / "annotations" / "list.txt")  # else the splits would be taken for classes
+    assert read_classes(tmp_path) == found
     assert found.rows("val") == [2, 3]
 
 

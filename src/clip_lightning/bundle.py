@@ -99,6 +99,8 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{name} is damaged ({error}); get it whole again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{name} is damaged ({file.name} holds no JSON object); get it whole again")
     return values
 
 
@@ -108,7 +110,9 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         UserError: there is something else.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / WEIGHTS).is_file():
+    # a model of transformers has weights of that name, too
+    is_bundle = (folder / WEIGHTS).is_file() and "format" in read_json(folder / "config.json", str(folder))
+    if folder.is_dir() and any(folder.iterdir()) and not is_bundle:
         raise UserError(f"{folder} holds something else than a bundle; give a new or an empty folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a new or an empty folder")

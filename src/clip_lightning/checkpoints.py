@@ -35,6 +35,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+                left.unlink()
             with draft.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -71,6 +73,6 @@ def damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         return f"it is cut off or no checkpoint: {error}"
     return None if wrong is None else f"{wrong} in it does not match its checksum"

@@ -14,6 +14,7 @@ from typing import Any, TextIO, TypeVar
 import torch
 import transformers
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -187,10 +188,15 @@ class RunCLI(LightningCLI):
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         config["callbacks"] = [*given, *self._own_callbacks(config), *self.callers_callbacks]
-        if not isinstance(config.get("strategy"), str) or "fsdp" not in config["strategy"]:
-            # a strategy that shards its checkpoints writes them by itself
-            plugins = config.get("plugins") or []
-            plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if "fsdp" in str(config.get("strategy")).lower():
+            # gradients are clipped, and steps left out, by the norm of the rank's own shard
+            raise UserError(
+                "--trainer.strategy fsdp: sharded training is not there yet; give ddp, and "
+                "--model.micro_batch_size where memory is short"
+            )
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             config["plugins"] = [*plugins, SafeCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)

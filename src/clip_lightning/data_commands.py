@@ -54,7 +54,7 @@ def check(
             pictures that are in more than one split; give it to fit as --data.root.
         json: print one JSON object instead.
     """
-    from clip_lightning.checking.clean import check_target, write_cleaned
+    from clip_lightning.checking.clean import changes_reading, check_target, write_cleaned
     from clip_lightning.checking.findings import find
     from clip_lightning.checking.pictures import open_all
     from clip_lightning.checking.report import as_text, write_report
@@ -86,6 +86,12 @@ def check(
         print(as_text(findings))
         if cleaned is not None:
             print(f"{cleaned.summary()}: clip-lightning fit --data.root {cleaned.path}")
+    if fix is not None and changes_reading(fix, root, dataset):
+        print(
+            f"warning: {fix} lies in {root}, whose own annotations do not go before it: give the one that is "
+            "meant to --data.root, or move it",
+            file=sys.stderr,
+        )
     if out is not None:
         print(f"to look at: {out / 'check.html'}", file=sys.stderr)
     if findings.errors():
@@ -100,8 +106,11 @@ def _cut(captions: CaptionSet, text_tower: str | None, max_length: int | None) -
 
     tokenize = TextTower.from_name(text_tower, max_length).tokenize
     texts = [caption for image in captions.images for caption in image.captions]
-    tokens = tokenize.tokenizer(texts, verbose=False)["input_ids"]
-    return CutCaptions(text_tower, tokenize.max_length, sum(len(ids) > tokenize.max_length for ids in tokens))
+    count = 0
+    for start in range(0, len(texts), 10_000):  # the tokens of millions would not fit in memory
+        tokens = tokenize.tokenizer(texts[start : start + 10_000], verbose=False)["input_ids"]
+        count += sum(len(ids) > tokenize.max_length for ids in tokens)
+    return CutCaptions(text_tower, tokenize.max_length, count)
 
 
 def upload(

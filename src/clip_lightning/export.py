@@ -49,7 +49,12 @@ def export(
     else:
         if out is None or repo is not None or private is not None:
             raise UserError(f"--to {to} writes a folder: give --out FOLDER, and no --repo or --private")
-        difference = _write(model, to, out)
+        try:
+            difference = _write(model, to, out)
+        except OSError as error:
+            raise UserError(
+                f"--out {out} cannot be written ({error}); free some space there, or give another --out"
+            ) from error
         answer = {"out": str(out.resolve()), "max_difference": difference}
         close = "" if difference is None else f", embeddings within {difference:.1e} of PyTorch's"
         said = f"written to {out}{close}"

@@ -45,7 +45,7 @@ class NonFinite(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember what this rank is about to see."""
-        rows = batch["text_id"].tolist()
+        rows = batch["text_id"]  # asked for its numbers only at the end: a GPU would be waited for
         self._batches.append({"epoch": trainer.current_epoch, "batch": batch_idx, "captions": rows})
         del self._batches[:-MOST_BATCHES]
         self._step = trainer.global_step
@@ -85,14 +85,13 @@ class NonFinite(Callback):
         """What the batches held, by name; a file for each rank, which has seen its own."""
         rank = trainer.global_rank
         file = self.folder / (FILE if rank == 0 else FILE.replace(".", f"-rank{rank}."))
+        batches = [{**batch, "captions": batch["captions"].tolist()} for batch in self._batches]
         data: Any = getattr(trainer, "datamodule", None)
         if data is not None:
             captions, images = data.captions("train"), data.images("train")
             owner = [image.path for image in images for _ in image.captions]
-            for batch in self._batches:
+            for batch in batches:
                 rows = batch["captions"]
                 batch["captions"] = [{"picture": str(owner[row]), "caption": captions[row]} for row in rows]
-        write_atomically(
-            file, json.dumps(self._batches, indent=2, ensure_ascii=False).encode(errors="replace")
-        )
+        write_atomically(file, json.dumps(batches, indent=2, ensure_ascii=False).encode(errors="replace"))
         return file

@@ -133,6 +133,7 @@ class CLIPModule(LightningModule):
                 tower.compile_backbone()
         self.validation_embeddings: Embeddings | None = None
         self.gradient_norm = 0.0
+        self._good_statistics: list[Tensor] = []
         self._collector = EmbeddingCollector()
 
     @property
@@ -222,8 +223,15 @@ class CLIPModule(LightningModule):
         if not math.isfinite(self.gradient_norm):
             for parameter in parameters:
                 parameter.grad = None  # an optimiser passes over what has none
-        elif by_value:
+            torch._foreach_copy_(self._statistics(), self._good_statistics)
+            return
+        self._good_statistics = [statistic.clone() for statistic in self._statistics()]
+        if by_value:
             torch.nn.utils.clip_grad_value_(parameters, limit)
+
+    def on_train_start(self) -> None:
+        """Note the batch norms' statistics, which a step that is left out must not change either."""
+        self._good_statistics = [statistic.clone() for statistic in self._statistics()]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make the chance in a step (dropout) a function of seed, epoch, batch and rank.
@@ -298,6 +306,9 @@ class CLIPModule(LightningModule):
             "tokenizer": self.clip.tokenize.digest(),
             "LoRA": None if self.lora is None else asdict(self.lora),
         }
+
+    def _statistics(self) -> list[Tensor]:
+        return [buffer for buffer in self.clip.buffers() if buffer.is_floating_point()]
 
     def _towers(self) -> dict[str, Tower]:
         return {"clip.image_tower": self.clip.image_tower, "clip.text_tower": self.clip.text_tower}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_lightning.checking.findings import Findings
+from clip_lightning.data.formats import find_annotations
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
 
@@ -46,6 +47,16 @@ def check_target(path: Path) -> None:
         raise UserError(f"--fix {path}: expected the name of a new .csv file")
     if path.exists():
         raise UserError(f"--fix {path} exists; give the name of a new file, nothing is overwritten")
+
+
+def changes_reading(path: Path, root: Path, dataset: str) -> bool:
+    """Whether the folder would be read by the new file from now on, or not at all."""
+    if not root.is_dir():
+        return False
+    try:
+        return find_annotations(root.resolve(), dataset) == path.resolve()
+    except UserError:  # there are two files now
+        return True
 
 
 def write_cleaned(findings: Findings, path: Path) -> Cleaned:

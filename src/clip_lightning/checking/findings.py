@@ -223,7 +223,9 @@ def find(
     for row, picture in enumerate(pictures):
         if picture.sha256 and first.setdefault(picture.sha256, row) != row:
             same.append((first[picture.sha256], row))
-    pairs = alike([picture.looks for picture in pictures])
+    # of n copies one is compared: a crawl's thousands of the same "not available" would be n² pairs
+    copies = {row for _, row in same}
+    pairs = alike([None if row in copies else picture.looks for row, picture in enumerate(pictures)])
     return Findings(
         captions.root,
         entries,

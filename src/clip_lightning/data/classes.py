@@ -92,7 +92,7 @@ _Row = tuple[Path, str, str | None]
 
 
 def _folder_rows(root: Path, left_out: dict[str, str]) -> list[_Row]:
-    folders = _folders(root, left_out)
+    folders = [folder for folder in _folders(root, left_out) if _has_pictures(folder)]
     if folders and all(folder.name.lower() in SPLIT_WORDS for folder in folders):
         parts = [(SPLIT_WORDS[folder.name.lower()], _folders(folder, left_out)) for folder in folders]
         return [row for split, inner in parts for folder in inner for row in _pictures(folder, split)]
@@ -105,13 +105,18 @@ def _folders(root: Path, left_out: dict[str, str]) -> list[Path]:
     return [path for path in found if path.name not in _NO_CLASS]
 
 
+def _has_pictures(folder: Path) -> bool:
+    return any(_is_picture(file) for _, _, files in os.walk(folder) for file in files)
+
+
+def _is_picture(file: str) -> bool:
+    return file.lower().endswith(PICTURE_SUFFIXES) and not file.startswith(".")
+
+
 def _pictures(folder: Path, split: str | None) -> list[_Row]:
     """All pictures below a class's folder."""
     found = sorted(
-        Path(place, file)
-        for place, _, files in os.walk(folder)
-        for file in files
-        if file.lower().endswith(PICTURE_SUFFIXES) and not file.startswith(".")
+        Path(place, file) for place, _, files in os.walk(folder) for file in files if _is_picture(file)
     )
     return [(path, folder.name, split) for path in found]
 

@@ -52,7 +52,7 @@ def read_captions(root: Path, dataset: str = "auto") -> CaptionSet:
         raise UserError(f"there is no folder or file {root}; give the data set's folder to --data.root")
     # Only the root is resolved: a link below it may lead out of it, and names are relative to the root.
     root = root.resolve()
-    annotations = _find_annotations(root, dataset) if root.is_dir() else root
+    annotations = find_annotations(root, dataset) if root.is_dir() else root
     left_out: dict[str, str] = {}
     if annotations is None:
         folders, rows = [root], read_pairs(root, left_out)
@@ -80,8 +80,12 @@ def _nothing_usable(root: Path, left_out: dict[str, str]) -> str:
 # Which file ---------------------------------------------------------------------------------------------
 
 
-def _find_annotations(root: Path, dataset: str) -> Path | None:
-    """The folder's annotation file, or None where pairs of name.jpg and name.txt are to be read."""
+def find_annotations(root: Path, dataset: str) -> Path | None:
+    """The folder's annotation file, or None where pairs of name.jpg and name.txt are to be read.
+
+    Raises:
+        UserError: there are several, or none of the kind asked for.
+    """
     if dataset == "folder":
         return None
     names = _ANNOTATIONS.get(dataset) or tuple(dict.fromkeys(chain(*_ANNOTATIONS.values())))

@@ -180,6 +180,9 @@ def read_pairs(root: Path, left_out: dict[str, str]) -> Iterator[Row]:
             if suffix.lower() not in PICTURE_SUFFIXES:
                 continue
             name = os.path.relpath(os.path.join(folder, file), root)
+            if (told := os.fsencode(name).decode(errors="replace")) != name:
+                left_out[told] = "its name is not UTF-8; rename it"
+                continue
             if f"{stem}.txt" not in texts:
                 left_out[name] = f"there is no {stem}.txt beside it"
                 continue

@@ -27,7 +27,7 @@ import pyarrow
 from filelock import FileLock, Timeout
 from pyarrow import parquet
 
-from clip_lightning.embed.plan import Plan, Shard
+from clip_lightning.embed.plan import Kind, Plan, Shard
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
 
@@ -93,7 +93,7 @@ class Store:
         """Be the only command that writes there; for the first process of all.
 
         Raises:
-            UserError: another one writes, or the folder cannot be made.
+            UserError: another one writes, the folder cannot be made, or it is full.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -107,6 +107,10 @@ class Store:
             raise UserError(
                 f"another process is writing to {self.root}; wait for it, or give another --out"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"--out {self.root} cannot be written ({error}); free some space there, or give another --out"
+            ) from error
 
     def finished(self) -> dict[str, Record]:
         """Name → record of the shards that are there as they were written."""
@@ -137,7 +141,7 @@ class Store:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in about)
             write_atomically(self.root / f"{shard.name}.jsonl", "".join(lines).encode())
         else:
-            data = _parquet(about, vectors, self.plan.width)
+            data = _parquet(shard.kind, about, vectors, self.plan.width)
         file = f"{shard.name}.{self.plan.format}"
         write_atomically(self.root / file, data)
         record = Record(file, len(rows), len(data), hashlib.sha256(data).hexdigest(), broken)
@@ -190,9 +194,9 @@ def _other_settings(then: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def _parquet(rows: Sequence[dict[str, Any]], vectors: np.ndarray, width: int) -> bytes:
-    texts = "captions" if rows and "captions" in rows[0] else "caption"
-    kind = pyarrow.list_(pyarrow.string()) if texts == "captions" else pyarrow.string()
+def _parquet(shard: Kind, rows: Sequence[dict[str, Any]], vectors: np.ndarray, width: int) -> bytes:
+    texts = "captions" if shard == "images" else "caption"
+    kind = pyarrow.list_(pyarrow.string()) if shard == "images" else pyarrow.string()
     flat = pyarrow.array(vectors.astype(np.float32).reshape(-1))
     columns = {
         "path": pyarrow.array([row["path"] for row in rows], pyarrow.string()),

@@ -20,7 +20,7 @@ def finish(
     wandb: str | None,
     reports: Sequence[ClassReport] = (),
 ) -> None:
-    """Write, track and print the rows.
+    """Write, print and track the rows.
 
     Args:
         rows: one for each model and data set.
@@ -34,13 +34,13 @@ def finish(
     if out is not None:
         write_results(rows, out)
         say(f"results: {out}")
+    print_results(rows, as_json=json)  # before W&B, which may refuse them
     if wandb is not None:
         from clip_lightning.tracking.evaluations import track_evaluation
 
         for number, row in enumerate(rows):
             report = reports[number] if reports else None
             say(f"W&B run: {track_evaluation(wandb, row, out or Path('runs'), report)}")
-    print_results(rows, as_json=json)
 
 
 def slug(place: str) -> str:

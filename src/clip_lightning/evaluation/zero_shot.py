@@ -99,7 +99,8 @@ def classify(
         bias: the model's bias, None if it has none.
 
     Raises:
-        ValueError: no images, shapes that do not fit, or a label that is no class.
+        ValueError: no images, shapes that do not fit, a label that is no class, or an embedding that is not
+            finite.
     """
     if not len(image) or labels.shape != image.shape[:1] or image.shape[1:] != classifier.shape[1:]:
         raise ValueError(
@@ -109,6 +110,9 @@ def classify(
     classes = len(classifier)
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels must be between 0 and {classes - 1}")
+    for name, values in (("image", image), ("class", classifier)):
+        if broken := int((~values.isfinite().all(1)).sum()):  # no comparison with NaN would count against it
+            raise ValueError(f"{broken} of {len(values)} {name} embeddings hold NaN or infinity")
     scores = image.double() @ classifier.double().T
     rank = (scores >= scores.gather(1, labels[:, None]) - TIE).sum(1)  # its own class is the 1 of the rank
     others = scores.scatter(1, labels[:, None], -torch.inf)

@@ -78,14 +78,13 @@ def write_text_tower(clip: CLIP, folder: Path) -> float:
         UserError: packages are missing, or the tower cannot be exported, or not exactly.
     """
     clip = _on_cpu(clip)
+    _write_tokenizer(clip, folder / TOKENIZER_FILE)  # first: a refusal here is quick
     batches = [_tokens(clip, texts) for texts in EXAMPLES]
     both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     shapes = {"input_ids": both, "attention_mask": both}
     path = folder / TEXT_FILE
     _export(_TextEmbedder(clip), batches[2], shapes, path, _logits(clip))
-    difference = _check(path, clip.encode_text, batches, list(shapes))
-    _write_tokenizer(clip, folder / TOKENIZER_FILE)
-    return difference
+    return _check(path, clip.encode_text, batches, list(shapes))
 
 
 def _write_image(clip: CLIP, path: Path) -> float:

@@ -45,8 +45,15 @@ def load_named(place: str, name: str) -> Parts:
                 f"{name} is a CoCa model, whose text tower also writes captions; expected one with two "
                 "towers only"
             )
+        if tag and package.get_pretrained_cfg(architecture, tag).get("quick_gelu"):
+            config["quick_gelu"] = True  # as these weights were trained; open_clip itself only warns
         model = package.create_model(
-            architecture, tag, precision="fp32", force_custom_text=True, require_pretrained=True
+            architecture,
+            tag,
+            precision="fp32",
+            force_quick_gelu=config.get("quick_gelu", False),
+            force_custom_text=True,
+            require_pretrained=True,
         )
         tokenizer = package.get_tokenizer(architecture)
     except UserError:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_lightning.data.transforms import BrokenImage, ImageTransform, decode_image
+from clip_lightning.data.transforms import BrokenImage, ImageTransform, decode_bytes
 from clip_lightning.model import CLIP
 from clip_lightning.search.store import Row, load_shards, save_shard
 
@@ -174,10 +174,11 @@ def _read(path: str, known: Mapping[str, Embedded], transform: ImageTransform) -
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            data = file.read()
+        sha256 = hashlib.sha256(data).hexdigest()
         if sha256 in known:
             return _Read(path, _row(path, status, sha256, known[sha256]))
-        pixels = decode_image(Path(path))
+        pixels = decode_bytes(data)
         now = os.stat(path)
     except BrokenImage as error:
         return _Read(path, reason=str(error))

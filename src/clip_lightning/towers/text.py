@@ -145,7 +145,9 @@ class TextTower(Tower):
             backbone: Any = OpenCLIPText.from_config(values)
         else:
             backbone = _fresh(AutoConfig.for_model(kind, **values))
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_folder, local_files_only=True, trust_remote_code=False
+        )
         return cls(backbone, Tokenize(tokenizer, spec["max_length"], spec.get("tokenize")), spec)
 
 

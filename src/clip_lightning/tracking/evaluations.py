@@ -53,6 +53,6 @@ def track_evaluation(project: str, row: Row, folder: Path, report: ClassReport |
             return run.url or f"offline; `wandb sync {Path(run.dir).parent}` sends it"
     except Exception as error:  # the SDK has a dozen kinds
         raise UserError(
-            f"W&B did not take the evaluation ({' '.join(str(error).split())}); it is printed all the same "
-            "without --wandb, and WANDB_MODE=offline keeps the run on disk"
+            f"W&B did not take the evaluation ({' '.join(str(error).split())}); its figures are printed all "
+            "the same, and WANDB_MODE=offline keeps the run on disk"
         ) from error

@@ -96,8 +96,8 @@ class Alerts(Callback):
             self._say(
                 trainer,
                 "the scale has collapsed",
-                f"to {float(scale):.2f} at step {step}: logits are all but equal; lower the learning rate, or "
-                "look at whether captions belong to their pictures",
+                f"to {float(scale):.2f} at step {step}: logits are all but equal; lower the learning rate, "
+                "or look at whether captions belong to their pictures",
             )
         share = logged.get("train/loss_over_ln_batch")
         at_chance = share is not None and STALLED_SHARE <= float(share) <= 2 - STALLED_SHARE
