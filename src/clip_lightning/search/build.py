@@ -45,7 +45,7 @@ class Options:
         for name, value in (("batch_size", self.batch_size), ("num_workers", self.num_workers)):
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: expected 1 or more")
-        vectors.chosen_type(self.type, vectors.MOST_HNSW)
+        vectors.chosen_type(self.type, vectors.FEWEST_IVFPQ)  # an unknown type is told at once
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def index(
             fit --data.root takes it; its captions are kept.
         out: folder of the index.
         type: of the FAISS index: flat (exact), hnsw (a graph), ivfpq (compressed); auto takes flat below
-            100,000 pictures, hnsw up to 1,000,000 and ivfpq above.
+            100,000 pictures and ivfpq above.
         captions: embed the captions, too, so that search --captions true finds them; as it was if not given.
         batch_size: pictures that the image tower sees at once.
         num_workers: threads that read and decode pictures; one for each core if not given.

@@ -20,7 +20,6 @@ IndexType = Literal["flat", "hnsw", "ivfpq"]
 # minutes of building.
 MOST_FLAT = 100_000
 FEWEST_IVFPQ = 1_000
-MOST_HNSW = 1_000_000
 CHUNK = 65_536
 MOST_SCANNED = 1_000_000  # compressed vectors that a query passes over, some four milliseconds on a core
 # Queries at a time; and candidates, so that they stay in the processor's cache
