@@ -88,6 +88,22 @@ def test_zero_shot(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed
     assert json.loads((out / "results.json").read_text()) == [found]
 
 
+@pytest.mark.parametrize("command", ["retrieval", "zero-shot", "linear-probe"])
+def test_a_model_whose_training_failed_is_refused(
+    command: str,
+    make_clip: Callable[..., CLIP],
+    pictures: Path,
+    scenes: Path,
+    tmp_path: Path,
+    capsys: Printed,
+):
+    clip = make_clip()
+    clip.heads.text[1].weight.data[0, 0] = torch.nan
+    folder = clip.save_pretrained(tmp_path / "failed")
+    assert main(["evaluate", command, str(folder), str(scenes if command == "retrieval" else pictures)]) == 2
+    assert "has weights that are not finite (heads.text.1.weight)" in capsys.readouterr().err
+
+
 def test_zero_shot_of_several(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed):
     other = shutil.copytree(bundle, tmp_path / "two")
     table = pictures / "mine.csv"

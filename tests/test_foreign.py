@@ -493,7 +493,7 @@ def test_a_pickle_runs_nothing(models: Path, tmp_path: Path):
     [
         ("open_clip:ViT-B-3/laion2b_s34b_b79k", "near names: ViT-B-32"),
         ("open_clip:ViT-B-32/laion", "there are .*laion2b_s34b_b79k"),
-        ("open_clip:ViT-B-32", "there are .*openai"),
+        ("open_clip:ViT-B-32", "names no weights; add /TAG, one of .*openai"),
         ("open_clip:ViT-B-32/laion2b_s34b_b79k", "cannot load"),
         ("open_clip:coca_ViT-B-32/laion2b_s13b_b90k", "CoCa"),
         ("open_clip:local-dir:/nowhere", "cannot load"),

@@ -47,8 +47,8 @@ def write_bundle(
     try:
         tokenizer.save_pretrained(draft)
         config = config | {"tokenizer_files": _tokenizer_files(draft)}
-        (draft / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        (draft / "README.md").write_text(model_card(config, place))
+        (draft / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (draft / "README.md").write_text(model_card(config, place), "utf-8")
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", **_companions(draft, config)})
         draft.chmod(0o755)  # mkdtemp makes it private
@@ -96,7 +96,7 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values: dict[str, Any] = json.loads(file.read_text())
+        values: dict[str, Any] = json.loads(file.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{name} is damaged ({error}); get it whole again") from error
     if not isinstance(values, dict):

@@ -64,7 +64,7 @@ def write_onnx(clip: CLIP, folder: Path) -> dict[str, float]:
     differences = {IMAGE_FILE: _write_image(clip, folder / IMAGE_FILE)}
     differences |= {TEXT_FILE: write_text_tower(clip, folder)}
     config = {**clip.config(), **clip.metadata, **_logits(clip), "max_difference_to_pytorch": differences}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return differences
 
 

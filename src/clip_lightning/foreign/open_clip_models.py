@@ -79,9 +79,10 @@ def _architecture_and_tag(package: Any, place: str) -> tuple[str, str]:
         )
     tags = package.list_pretrained_tags_by_model(architecture)
     if tag not in tags and not Path(tag).is_file():
-        raise UserError(
-            f"open_clip has no weights {tag!r} of {architecture}; there are {', '.join(tags) or 'none'}"
-        )
+        known = ", ".join(tags) or "none"
+        if not tag:
+            raise UserError(f"open_clip:{architecture} names no weights; add /TAG, one of {known}")
+        raise UserError(f"open_clip has no weights {tag!r} of {architecture}; there are {known}")
     return architecture, tag
 
 
