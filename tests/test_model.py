@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import clip_lightning.bundle as bundle_module
+import clip_lightning.files as files_module
 from clip_lightning.data.transforms import BrokenImage
 from clip_lightning.errors import UserError
 from clip_lightning.losses import info_nce
@@ -308,7 +309,8 @@ def test_a_failure_leaves_the_old_bundle_whole(
             return replace(*arguments)  # type: ignore[arg-type]
         raise OSError("no space left on device")
 
-    owner, name = (os, "replace") if step == "os.replace" else (bundle_module, step)
+    owner = {"os.replace": os, "_replace_folder": files_module}.get(step, bundle_module)
+    name = step.removeprefix("os.")
     monkeypatch.setattr(owner, name, fail)
     with pytest.raises(OSError, match="no space"):
         make_clip(head="mlp").save_pretrained(bundle)

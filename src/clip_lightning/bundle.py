@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_lightning.errors import UserError
+from clip_lightning.files import whole_folder
 from clip_lightning.model_card import model_card
 
 BUNDLE_FORMAT = 1
@@ -42,19 +40,13 @@ def write_bundle(
         state: the weights.
         place: the name that the card loads the model by.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as draft:
         tokenizer.save_pretrained(draft)
         config = config | {"tokenizer_files": _tokenizer_files(draft)}
         (draft / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (draft / "README.md").write_text(model_card(config, place), "utf-8")
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", **_companions(draft, config)})
-        draft.chmod(0o755)  # mkdtemp makes it private
-        _replace_folder(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def read_bundle(folder: Path, config: dict[str, Any], name: str) -> dict[str, Tensor]:
@@ -189,20 +181,3 @@ def _companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         tokenizer.update(json.dumps(settings, sort_keys=True).encode())
     transform = json.dumps(config["transform"], sort_keys=True).encode()
     return {"tokenizer": tokenizer.hexdigest(), "transform": hashlib.sha256(transform).hexdigest()}
-
-
-def _replace_folder(draft: Path, folder: Path) -> None:
-    """Put `draft` in the place of `folder`; at no moment is there half a bundle."""
-    if not folder.exists():
-        os.replace(draft, folder)
-        return
-    attic = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    try:
-        os.replace(folder, attic / folder.name)
-        try:
-            os.replace(draft, folder)
-        except BaseException:
-            os.replace(attic / folder.name, folder)
-            raise
-    finally:
-        shutil.rmtree(attic)

@@ -57,13 +57,12 @@ def classify(
     if not pictures.rows:
         raise UserError(f"none of the {len(images)} pictures can be read; give others")
     similarity = project_pictures(clip, pictures.features) @ zero_shot_classifier(clip, names, sentences).T
-    bias = None if clip.logit_bias is None else clip.logit_bias.item()
-    found = probabilities(similarity, clip.scale.item(), bias)
+    found = probabilities(similarity, clip.scale.item(), clip.bias)
     results = [
         {"image": images[at], "label": names[int(row.argmax())], "probabilities": _by_label(names, row)}
         for at, row in zip(pictures.rows, found, strict=True)
     ]
-    _show(results, "softmax" if bias is None else "sigmoid", pictures.broken, json)
+    _show(results, "softmax" if clip.bias is None else "sigmoid", pictures.broken, json)
 
 
 def _templates(name: str) -> tuple[str, ...]:

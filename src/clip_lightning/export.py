@@ -63,12 +63,14 @@ def export(
 
 def _write(model: str, to: str, out: Path) -> float | None:
     """Write the folder; the largest difference to PyTorch's embeddings where another program runs it."""
-    from clip_lightning.exporting.drafts import whole_folder
+    from clip_lightning.files import whole_folder
 
     if to == "bundle":
         clip = _load(model)
         clip.save_pretrained(out, metadata=clip.metadata)
         return None
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: there is something already; give a new or an empty folder")
     with whole_folder(out) as draft:
         clip = _load(model)
         if to == "onnx":

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_lightning.errors import UserError
-from clip_lightning.files import write_atomically
+from clip_lightning.files import cache_folder, write_atomically
 
 SHARD_ROWS = 512
 IN_USE_SECONDS = 3600
@@ -67,8 +67,7 @@ class Features:
 
 def default_cache() -> Path:
     """Where features lie unless `--data.cache` says otherwise."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "clip-lightning" / "features"
+    return cache_folder("features")
 
 
 @dataclass(frozen=True)

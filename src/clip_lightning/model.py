@@ -142,6 +142,11 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
         """The inverse temperature, fp32."""
         return self.logit_scale.float().exp()
 
+    @property
+    def bias(self) -> float | None:
+        """What a sigmoid model adds to scaled similarities; None for a softmax model."""
+        return None if self.logit_bias is None else self.logit_bias.item()
+
     @torch.no_grad()
     def clamp_scale(self) -> None:
         """Keep the scale at or below 100, or what a loaded model came with; call after each optimiser step.
@@ -282,17 +287,17 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
                 open_clip model with its `open_clip_config.json`.
 
         Raises:
-            UserError: no such model there, a damaged one, one of another kind, or a bundle whose tokenizer or
-                transform does not belong to its weights.
+            UserError: no such model there, a damaged one, one of another kind, one whose weights are not
+                finite, or a bundle whose tokenizer or transform does not belong to its weights.
         """
         name = str(name)
         if name.startswith("open_clip:"):
-            return cls._from_parts(foreign.load_open_clip(name))
+            return cls._from_parts(foreign.load_open_clip(name), name)
         folder = find_model(name)
         config = read_json(folder / "config.json", name)
         if kind := foreign.kind_of(folder, config, name):
             fetch_weights(name, folder, *foreign.WEIGHTS[kind])
-            return cls._from_parts(foreign.load(kind, folder, name))
+            return cls._from_parts(foreign.load(kind, folder, name), name)
         fetch_weights(name, folder, WEIGHTS)
         if not config or not (folder / WEIGHTS).is_file():
             raise UserError(
@@ -304,10 +309,10 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
         model.load_state_dict(state)
         own = {*model.config(), "tokenizer_files"}
         model.metadata = {key: value for key, value in config.items() if key not in own}
-        return model._ready()
+        return model._ready(name)
 
     @classmethod
-    def _from_parts(cls, parts: foreign.Parts) -> CLIP:
+    def _from_parts(cls, parts: foreign.Parts, name: str) -> CLIP:
         model = cls(
             parts.image_tower,
             parts.text_tower,
@@ -323,9 +328,16 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
             model.logit_scale.copy_(parts.logit_scale.reshape(()))
             if model.logit_bias is not None and parts.logit_bias is not None:
                 model.logit_bias.copy_(parts.logit_bias.reshape(()))
-        return model._ready()
+        return model._ready(name)
 
-    def _ready(self) -> CLIP:
-        """In eval mode, with room for the scale that the weights came with (SigLIP's own is 117)."""
+    def _ready(self, name: str) -> CLIP:
+        """In eval mode, with room for the scale that the weights came with (SigLIP's own is 117).
+
+        Raises:
+            UserError: weights are not finite, and so would be all embeddings.
+        """
+        for weight, tensor in self.named_parameters():
+            if not tensor.isfinite().all():
+                raise UserError(f"{name} has weights that are not finite ({weight}): its training failed")
         self._max_logit_scale = max(self._max_logit_scale, self.logit_scale.item())
         return self.eval()

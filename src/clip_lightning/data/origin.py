@@ -11,7 +11,7 @@ from clip_lightning.data.archive import archive_folder, fetch_archive
 from clip_lightning.data.hub import fetch_hub, hub_folder
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
-from clip_lightning.features import default_cache
+from clip_lightning.files import cache_folder
 from clip_lightning.tracking.artifacts import ArtifactName, fetch, fetched
 
 SCENES, SCENE_SIZE = 2500, 224
@@ -59,7 +59,7 @@ def find_origin(
     if (hub_image or hub_captions) and hub is None:
         raise UserError("--data.hub_image and --data.hub_captions are columns of a --data.hub; give that too")
     if scenes:
-        return _scenes(root or default_cache().with_name("scenes") / f"{SCENES}-{SCENE_SIZE}")
+        return _scenes(root or cache_folder("scenes") / f"{SCENES}-{SCENE_SIZE}")
     if root is not None:
         return Origin(lambda: None, lambda: root)
     if artifact is not None:

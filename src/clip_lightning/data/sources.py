@@ -11,12 +11,12 @@ from pathlib import Path
 from filelock import FileLock
 
 from clip_lightning.errors import UserError
+from clip_lightning.files import cache_folder
 
 
 def default_folder() -> Path:
     """Where fetched data sets lie, each in a folder named by what it was made from."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "clip-lightning" / "data"
+    return cache_folder("data")
 
 
 def make_once(folder: Path, make: Callable[[Path], Path]) -> Path:

@@ -105,16 +105,15 @@ def _zero_shot(
     )
     tell_broken(pictures)
     labels = torch.tensor([data.labels[rows[at]] for at in pictures.rows])
-    bias = None if clip.logit_bias is None else clip.logit_bias.item()
     result = classify(
         project_pictures(clip, pictures.features),
         zero_shot_classifier(clip, names, templates),
         labels,
         scale=clip.scale.item(),
-        bias=bias,
+        bias=clip.bias,
     )
     values: Row = {"images": len(labels), "classes": len(names), "broken": len(pictures.broken)}
-    values["probabilities"] = "softmax" if bias is None else "sigmoid"
+    values["probabilities"] = "softmax" if clip.bias is None else "sigmoid"
     return values | result.metrics, result
 
 

@@ -44,7 +44,7 @@ class _TextEmbedder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # all texts at once: the tower's own groups by length would fix the number of texts
-        return self.clip.project_text(self.clip.text_tower._pooled(input_ids, attention_mask))
+        return self.clip.project_text(self.clip.text_tower.pool(input_ids, attention_mask))
 
 
 def write_onnx(clip: CLIP, folder: Path) -> dict[str, float]:
@@ -194,8 +194,7 @@ def _tokens(clip: CLIP, texts: list[str]) -> tuple[Tensor, ...]:
 
 def _logits(clip: CLIP) -> dict[str, float]:
     """What similarities are multiplied by, and what is added where there is a bias."""
-    bias = {} if clip.logit_bias is None else {"bias": clip.logit_bias.item()}
-    return {"scale": clip.scale.item(), **bias}
+    return {"scale": clip.scale.item()} | ({} if clip.bias is None else {"bias": clip.bias})
 
 
 def _on_cpu(clip: CLIP) -> CLIP:

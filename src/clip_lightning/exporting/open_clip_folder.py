@@ -117,8 +117,8 @@ def _write_config(clip: CLIP, folder: Path, text_model: Path) -> None:
             "context_length": clip.tokenize.max_length,
         },
     }
-    if clip.logit_bias is not None:
-        model["init_logit_bias"] = clip.logit_bias.item()
+    if clip.bias is not None:
+        model["init_logit_bias"] = clip.bias
     preprocessing = {
         "mean": transform.mean,
         "std": transform.std,

@@ -82,7 +82,7 @@ class Answers:
         with self._lock:
             classes = zero_shot_classifier(self.clip, names, TEMPLATES[templates])
             similarity = self._embed(picture) @ classes.T
-        bias = None if self.clip.logit_bias is None else self.clip.logit_bias.item()
+        bias = self.clip.bias
         shares = probabilities(similarity, self.clip.scale.item(), bias)[0].tolist()
         ordered = sorted(zip(names, shares, strict=True), key=lambda entry: -entry[1])
         return Probabilities("softmax" if bias is None else "sigmoid", dict(ordered))

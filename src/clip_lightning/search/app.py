@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from clip_lightning.arguments import Parser
 from clip_lightning.errors import UserError
+from clip_lightning.files import cache_folder
 
 if TYPE_CHECKING:
     from clip_lightning.search.index import ImageIndex
@@ -154,10 +155,9 @@ def _built(source: str, pictures: str, out: Path | None, model: str | None) -> I
 
 def _cache_of(model: str, pictures: str) -> Path:
     """One folder for each model and each place of pictures."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     places = [os.path.abspath(name) if os.path.exists(name) else name for name in (model, pictures)]
     digest = hashlib.sha256("\n".join(places).encode()).hexdigest()[:16]
-    return base / "clip-lightning" / "indexes" / f"{Path(pictures).resolve().name}-{digest}"
+    return cache_folder("indexes") / f"{Path(pictures).resolve().name}-{digest}"
 
 
 def _is_loopback(host: str) -> bool:

@@ -63,11 +63,11 @@ class TextTower(Tower):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             if input_ids.device.type != "cpu" or len(input_ids) <= CPU_GROUP:
-                return self._pooled(input_ids, attention_mask)
+                return self.pool(input_ids, attention_mask)
             lengths, order = attention_mask.sum(dim=1).sort()
             longest = torch.stack([group[-1] for group in lengths.split(CPU_GROUP)]).clamp(min=1).tolist()
             groups = [
-                self._pooled(input_ids[rows, :length], attention_mask[rows, :length])
+                self.pool(input_ids[rows, :length], attention_mask[rows, :length])
                 for rows, length in zip(order.split(CPU_GROUP), longest, strict=True)
             ]
             return torch.cat(groups)[order.argsort()]
@@ -76,7 +76,8 @@ class TextTower(Tower):
         """For each parameter the number of its layer, 0 next to the input, as transformers numbers them."""
         return numbered_layers(name for name, _ in self.named_parameters())
 
-    def _pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Features as `forward` gives them, of all texts in one go."""
         if self.pooling == "own":
             return self.run_backbone(input_ids)
         output = self.run_backbone(input_ids=input_ids, attention_mask=attention_mask)

@@ -20,8 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from clip_lightning.errors import UserError
-from clip_lightning.features import default_cache
-from clip_lightning.files import write_atomically
+from clip_lightning.files import cache_folder, write_atomically
 from clip_lightning.tracking.account import has_api_key
 
 PART = r"[\w. -]*\w[\w. -]*"
@@ -60,7 +59,7 @@ class ArtifactName:
     @property
     def home(self) -> Path:
         """The folder of all its versions on this machine."""
-        return default_cache().with_name("artifacts") / self.entity / self.project / self.name
+        return cache_folder("artifacts") / self.entity / self.project / self.name
 
     def __str__(self) -> str:
         return f"{self.entity}/{self.project}/{self.name}:{self.alias}"

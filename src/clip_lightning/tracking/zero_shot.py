@@ -140,14 +140,13 @@ class ZeroShot(Callback):
         if trainer.world_size > 1:
             shares = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, share)
-        bias = None if clip.logit_bias is None else clip.logit_bias.item()
         image, label = (torch.cat(parts) for parts in zip(*shares, strict=True))
         if not len(image):
             raise UserError(
                 f"--zero_shot.data {self.data}: none of its pictures can be read; give other data"
             )
         classifier = zero_shot_classifier(clip, self._names, self.templates)
-        return classify(image, classifier, label, scale=clip.scale.item(), bias=bias)
+        return classify(image, classifier, label, scale=clip.scale.item(), bias=clip.bias)
 
     def _features(self, trainer: Trainer, clip: CLIP, data: ClassSet) -> tuple[Tensor, Tensor]:
         """The image tower's features of this rank's share (I, width), and the labels (I,)."""
