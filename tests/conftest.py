@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import json
 import os
 import re
 import shutil
@@ -119,6 +120,34 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "scenes"
     write_scenes(folder, count=40, size=32, seed=0)
     return folder
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    return [f"--{name}={json.dumps(v) if v is None else v}" for name, v in options.items() if v is not ...]
+
+
+@pytest.fixture(scope="session")
+def command(bert: Path, scenes: Path) -> Callable[..., list[str]]:
+    """Builds the words of a small, quiet `fit`; keywords with two underscores for dots change them."""
+
+    def build(name: str, folder: Path, **changes: Any) -> list[str]:
+        options = {
+            "model.image_tower": "random:test_resnet",
+            "model.text_tower": f"random:{bert}",
+            "model.embed_dim": 16,
+            "data.root": scenes,
+            "data.image_size": 32,
+            "data.batch_size": 4,
+            "data.num_workers": 0,
+            "trainer.accelerator": "cpu",
+            "trainer.logger": "false",
+            "trainer.enable_progress_bar": "false",
+            "trainer.max_epochs": 2,
+            "trainer.default_root_dir": folder,
+        }
+        return [name, *words(options | {key.replace("__", "."): value for key, value in changes.items()})]
+
+    return build
 
 
 @pytest.fixture

@@ -72,34 +72,6 @@ class InValidation(Callback):
         raise KeyboardInterrupt
 
 
-def words(options: dict[str, Any]) -> list[str]:
-    return [f"--{name}={json.dumps(v) if v is None else v}" for name, v in options.items() if v is not ...]
-
-
-@pytest.fixture(scope="session")
-def command(bert: Path, scenes: Path) -> Command:
-    """Builds the words of a small, quiet `fit`; keywords with two underscores for dots change them."""
-
-    def build(name: str, folder: Path, **changes: Any) -> list[str]:
-        options = {
-            "model.image_tower": "random:test_resnet",
-            "model.text_tower": f"random:{bert}",
-            "model.embed_dim": 16,
-            "data.root": scenes,
-            "data.image_size": 32,
-            "data.batch_size": 4,
-            "data.num_workers": 0,
-            "trainer.accelerator": "cpu",
-            "trainer.logger": "false",
-            "trainer.enable_progress_bar": "false",
-            "trainer.max_epochs": 2,
-            "trainer.default_root_dir": folder,
-        }
-        return [name, *words(options | {key.replace("__", "."): value for key, value in changes.items()})]
-
-    return build
-
-
 def the_run(root: Path) -> Path:
     (folder,) = root.iterdir()
     return folder

@@ -44,38 +44,29 @@ class EndsAt(Callback):
 
 
 @pytest.fixture(scope="module")
-def fit(bert: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
+def fit(command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
     """Runs `fit` of a way in a process of its own; returns its exit status."""
     cache = tmp_path_factory.mktemp("cache")
 
     def run(way: str, folder: Path, *more: str, step: int | None = None, signum: int = 0) -> int:
         options = {
-            "model.image_tower": "random:test_resnet",
-            "model.text_tower": f"random:{bert}",
-            "model.embed_dim": 16,
-            "data.root": scenes,
-            "data.image_size": 32,
-            "data.batch_size": 4,
-            "data.num_workers": 0,
             "data.augmentation.min_scale": 0.5,
             "data.captions_per_image": 2,
             "data.cache": cache,
             "predictions.queries": 0,
-            "trainer.accelerator": "cpu",
-            "trainer.logger": "false",
-            "trainer.enable_progress_bar": "false",
             "trainer.max_epochs": EPOCHS,
             "trainer.default_root_dir": folder / "runs",
             "trainer.callbacks+": "test_resume_faults.EndsAt",
             "trainer.callbacks.notes": folder / "steps",
+            **WAYS[way],
         }
         if step is not None:
             options |= {"trainer.callbacks.step": step, "trainer.callbacks.signum": signum}
-        words = [f"--{name}={value}" for name, value in (options | WAYS[way]).items()]
+        words = [*command("fit", folder), *(f"--{name}={value}" for name, value in options.items())]
         path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-        command = [sys.executable, "-m", "clip_lightning", "fit", *words, *more]
+        line = [sys.executable, "-m", "clip_lightning", *words, *more]
         done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+            line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
         )
         (folder / "said").write_text(done.stderr)
         return done.returncode

@@ -109,31 +109,15 @@ def trainer_for(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
 
 
 def test_fit_says_what_evaluate_says_of_its_bundle(
-    bert: Path,
-    scenes: Path,
+    command: Callable[..., list[str]],
     pictures: Path,
     tmp_path: Path,
     encoded: list[int],
     capsys: pytest.CaptureFixture[str],
 ):
-    options = {
-        "model.image_tower": "random:test_resnet",
-        "model.text_tower": f"random:{bert}",
-        "model.embed_dim": 16,
-        "data.root": scenes,
-        "data.image_size": 32,
-        "data.batch_size": 4,
-        "data.num_workers": 0,
-        "data.cache": tmp_path / "cache",
-        "trainer.accelerator": "cpu",
-        "trainer.logger": "false",
-        "trainer.enable_progress_bar": "false",
-        "trainer.max_epochs": 3,
-        "trainer.default_root_dir": tmp_path / "runs",
-        "zero_shot.data": pictures,
-        "zero_shot.templates": "none",
-    }
-    assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    zero_shot = [f"--zero_shot.data={pictures}", "--zero_shot.templates=none"]
+    words = command("fit", tmp_path / "runs", data__cache=tmp_path / "cache", trainer__max_epochs=3)
+    assert main([*words, *zero_shot]) == 0
     assert "zero-shot top-1" in capsys.readouterr().out
     assert encoded == [21], "the frozen tower ran once for all validations"
     (run,) = (tmp_path / "runs").iterdir()
