@@ -46,7 +46,8 @@ class NonFinite(Callback):
     ) -> None:
         """Remember what this rank is about to see."""
         rows = batch["text_id"]  # asked for its numbers only at the end: a GPU would be waited for
-        self._batches.append({"epoch": trainer.current_epoch, "batch": batch_idx, "captions": rows})
+        seen = {"names": batch["names"]} if "names" in batch else {"captions": rows}
+        self._batches.append({"epoch": trainer.current_epoch, "batch": batch_idx, **seen})
         del self._batches[:-MOST_BATCHES]
         self._step = trainer.global_step
 
@@ -85,13 +86,20 @@ class NonFinite(Callback):
         """What the batches held, by name; a file for each rank, which has seen its own."""
         rank = trainer.global_rank
         file = self.folder / (FILE if rank == 0 else FILE.replace(".", f"-rank{rank}."))
-        batches = [{**batch, "captions": batch["captions"].tolist()} for batch in self._batches]
         data: Any = getattr(trainer, "datamodule", None)
-        if data is not None:
-            captions, images = data.captions("train"), data.images("train")
-            owner = [image.path for image in images for _ in image.captions]
-            for batch in batches:
-                rows = batch["captions"]
-                batch["captions"] = [{"picture": str(owner[row]), "caption": captions[row]} for row in rows]
+        captions, owner = ([], []) if data is None else _training_captions(data)
+        batches = [dict(batch) for batch in self._batches]
+        for batch in batches:
+            if "captions" in batch:
+                rows = batch["captions"].tolist()
+                batch["captions"] = [
+                    {"picture": owner[row], "caption": captions[row]} if captions else row for row in rows
+                ]
         write_atomically(file, json.dumps(batches, indent=2, ensure_ascii=False).encode(errors="replace"))
         return file
+
+
+def _training_captions(data: Any) -> tuple[list[str], list[str]]:
+    """Every caption of the training split, and the picture it belongs to."""
+    owner = [str(image.path) for image in data.images("train") for _ in image.captions]
+    return data.captions("train"), owner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections.abc import Callable
@@ -15,17 +16,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clip_lightning.data.captions import CaptionedImage, content_groups, split_by_image
+from clip_lightning.data.captions import CaptionedImage, CaptionSet, content_groups, split_by_image
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
 from clip_lightning.data.formats import read_captions
-from clip_lightning.data.origin import find_origin
+from clip_lightning.data.origin import Origin, find_origin
 from clip_lightning.data.sampler import EvalSampler, TrainSampler
 from clip_lightning.data.transforms import Augmentation, ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.features import FeatureCache, Features, default_cache
+from clip_lightning.shards.options import Reading, ShardOptions, TrainingSource, training_shards
 from clip_lightning.tracking.artifacts import Fetched, fetched
 
-DatasetName = Literal["auto", "flickr8k", "flickr30k", "captions", "folder", "scenes"]
+DatasetName = Literal["auto", "flickr8k", "flickr30k", "captions", "folder", "scenes", "shards"]
 EVAL_BATCH_SIZE = 64
 
 
@@ -46,7 +48,7 @@ class CaptionDataModule(LightningDataModule):
         self,
         transform: ImageTransform,
         tokenize: Callable[[list[str]], dict[str, Tensor]],
-        root: Path | str | None = None,
+        root: str | Path | None = None,
         artifact: str | None = None,
         hub: str | None = None,
         hub_image: str | None = None,
@@ -59,6 +61,7 @@ class CaptionDataModule(LightningDataModule):
         image_size: int | None = None,
         captions_per_image: int = 1,
         augmentation: Augmentation | None = None,
+        shards: ShardOptions = ShardOptions(),  # noqa: B008 (frozen, and shown by --help)
         max_broken: float = 0.01,
         val_share: float = 0.1,
         test_share: float = 0.1,
@@ -81,13 +84,15 @@ class CaptionDataModule(LightningDataModule):
             hub_captions: its column of captions, or several with commas between; by default told by name.
             url: .zip or .tar(.gz|.bz2|.xz) that holds such a folder; https://, http:// or file://.
             sha256: of that archive; required, `sha256sum FILE` prints it.
-            dataset: how to read `root`; `auto` looks. `scenes` are drawn, into `root` or the cache folder.
+            dataset: how to read `root`; `auto` looks. `scenes` are drawn, into `root` or the cache folder;
+                `shards` are streamed.
             batch_size: pictures per rank and step.
             num_workers: loader processes per rank; by default the number of usable cores, at most 8.
             image_size: side of the square input in pixels; the image tower's own by default.
             captions_per_image: different captions of each picture in a training batch.
             augmentation: flips, crops and colour; by default flips, and none for `scenes`, whose captions
                 say left and right.
+            shards: what is read of shards, and how.
             max_broken: largest share of unreadable pictures with which the run goes on, 0 to 1.
             val_share: share of the pictures held out for validation, where there is no official split.
             test_share: share of the pictures held out for testing, where there is no official split.
@@ -112,15 +117,23 @@ class CaptionDataModule(LightningDataModule):
             )
         self.transform = transform
         self.tokenize = tokenize
-        self.origin = find_origin(
-            root=None if root is None else Path(root),
-            scenes=dataset == "scenes",
-            artifact=artifact,
-            url=url,
-            sha256=sha256,
-            hub=hub,
-            hub_image=hub_image,
-            hub_captions=hub_captions,
+        self.shards = shards
+        if dataset != "shards" and shards != ShardOptions():
+            raise UserError("--data.shards.* are options of --data.dataset shards; give that too")
+        self._root = root
+        self.origin = (
+            Origin(lambda: None, Path)
+            if shards.sources
+            else find_origin(
+                root=None if root is None else Path(root),
+                scenes=dataset == "scenes",
+                artifact=artifact,
+                url=url,
+                sha256=sha256,
+                hub=hub,
+                hub_image=hub_image,
+                hub_captions=hub_captions,
+            )
         )
         self.root = Path()
         self.fetched: Fetched | None = None
@@ -142,6 +155,7 @@ class CaptionDataModule(LightningDataModule):
         self.broken: dict[str, str] = {}
         self._resume: dict[str, Any] = {}
         self._images: dict[str, list[CaptionedImage]] = {}
+        self._training: TrainingSource | None = None
         self._content: dict[str, list[int]] = {}
         self._picture_features: dict[str, list[Features]] = {}
         self._text_features: dict[str, Features] = {}
@@ -165,6 +179,17 @@ class CaptionDataModule(LightningDataModule):
         self.root = self.origin.folder()
         if self.origin.artifact is not None:
             self.fetched = fetched(self.origin.artifact)
+        if self.dataset == "shards":
+            self._read_shards(stage)
+        else:
+            self._read_captions()
+        self._check_ranks()
+        if stage == "fit":
+            if not self._images["train"] and self._training is None:
+                raise UserError(f"{self.root} has no train split; give data that has one to --data.root")
+            self._batches()  # complains of a batch that is too large before anything is computed
+
+    def _read_captions(self) -> None:
         captions = read_captions(self.root, "captions" if self.dataset == "scenes" else self.dataset)
         said = self.fetched.metadata.get("captions_digest") if self.fetched else None
         if self.fetched and said is not None and said != captions.digest():
@@ -175,15 +200,26 @@ class CaptionDataModule(LightningDataModule):
         self._images = split_by_image(
             captions, seed=self.split_seed, val_share=self.val_share, test_share=self.test_share
         )
-        if stage == "fit" and not self._images["train"]:
-            raise UserError(f"{self.root} has no train split; give data that has one to --data.root")
         # of the splits as they were drawn: scores on other splits are not comparable
         drawn = (replace(image, split=split) for split, part in self._images.items() for image in part)
         self.digest = replace(captions, images=tuple(drawn)).digest()
         self._note_broken(captions.left_out)
-        self._check_ranks()
-        if stage == "fit":
-            self._train_sampler()  # complains of a batch that is too large before anything is computed
+
+    def _read_shards(self, stage: str | None) -> None:
+        """Training is streamed; pictures to validate or test on become files like any others."""
+        # a URL is no path, which would lose one of its slashes
+        training = training_shards(self.shards, self._root or self.root)
+        parts = {split: training.held_out(split) for split in ("val", "test")}
+        if stage in ("fit", "validate") and not parts["val"]:
+            raise UserError(
+                "nothing to validate on: no source has a val split; give captioned pictures or shards to "
+                "--data.shards.val"
+            )
+        self._images = {"train": [], **parts}
+        self._training = training
+        drawn = [replace(image, split=split) for split, part in parts.items() for image in part]
+        evaluated = CaptionSet(self.root, tuple(drawn)).digest()
+        self.digest = hashlib.sha256(f"{training.digest}\0{evaluated}".encode()).hexdigest()
 
     def _check_ranks(self) -> None:
         """A name such as `latest` may mean something else to each of several machines."""
@@ -228,7 +264,30 @@ class CaptionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of an epoch in seeded order; after a resume, those that are still to come."""
+        dataset, sampler = self._batches()
+        epoch, done = self._position(sampler.batches)
+        sampler.set_epoch(epoch)
+        sampler.start_batch = done
+        whole = self._training is not None and not self._training.chunked  # a key is of a whole batch
+        return self._loader("train", dataset, sampler, None if whole else self.batch_size)
+
+    def _batches(self) -> tuple[Any, Any]:
+        """What a training loader reads, and in which order."""
+        if self._training is not None:
+            reading = Reading(
+                self.transform,
+                self.augmentation,
+                captions_per_image=self.captions_per_image,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                rank=self._rank,
+                world_size=self._world,
+            )
+            return self._training.loading(reading)
         images = self._images["train"]
+        sampler = TrainSampler(
+            len(images), self.batch_size, seed=self.seed, rank=self._rank, world_size=self._world
+        )
         dataset = TrainDataset(
             images,
             self.content_ids("train"),
@@ -238,15 +297,7 @@ class CaptionDataModule(LightningDataModule):
             seed=self.seed,
             views=self._picture_features.get("train", ()),
         )
-        sampler = self._train_sampler()
-        epoch, done = self._position(len(sampler) // self.batch_size)
-        sampler.set_epoch(epoch)
-        sampler.start_batch = done
-        return self._loader("train", dataset, sampler, self.batch_size)
-
-    def _train_sampler(self) -> TrainSampler:
-        size = len(self._images["train"])
-        return TrainSampler(size, self.batch_size, seed=self.seed, rank=self._rank, world_size=self._world)
+        return dataset, sampler
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every picture of `val` with all its captions."""
@@ -277,7 +328,7 @@ class CaptionDataModule(LightningDataModule):
         """Whether batches need neither pictures nor texts, only rows of features."""
         return split in self._picture_features and split in self._text_features
 
-    def _loader(self, split: str, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[Any]:
+    def _loader(self, split: str, dataset: Any, sampler: Any, batch_size: int | None) -> DataLoader[Any]:
         # reading cached rows is no work for another process
         workers = 0 if self._is_cached(split) else self.num_workers
         collate: Any = Collate(self.tokenize, self._text_features.get(split))  # takes what __getitems__ gives
@@ -298,6 +349,7 @@ class CaptionDataModule(LightningDataModule):
             return
         self.broken |= new
         usable = sum(len(images) for images in self._images.values())
+        usable += self._training.samples if self._training is not None else 0
         path, reason = next(iter(new.items()))
         if len(self.broken) > self.max_broken * max(usable, 1):
             raise UserError(

@@ -19,7 +19,7 @@ from clip_lightning.data.transforms import Augmentation, BrokenImage, ImageTrans
 from clip_lightning.errors import UserError
 from clip_lightning.features import Features
 
-_MOST_BROKEN_IN_A_ROW = 100
+MOST_BROKEN_IN_A_ROW = 100
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Samples:
         captions: of all these pictures, picture after picture.
         caption_rows: (N,) for each of them its row among all captions of the split.
         broken: path → reason, of the pictures that could not be decoded on the way to these samples.
+        names: of each picture, where its number among all pictures does not say which it is.
     """
 
     pictures: list[Tensor]
@@ -41,6 +42,7 @@ class Samples:
     captions: list[str]
     caption_rows: np.ndarray
     broken: dict[str, str]
+    names: list[str] | None = None
 
 
 class _Captions:
@@ -95,7 +97,7 @@ class TrainDataset(Dataset[Samples]):
         pictures: dict[int, Tensor] = {}  # by their place among the keys
         broken: dict[str, str] = {}
         keys, missing = list(keys), list(range(len(keys)))
-        most = min(len(self), _MOST_BROKEN_IN_A_ROW)
+        most = min(len(self), MOST_BROKEN_IN_A_ROW)
         for _ in range(most):
             for place, picture in zip(missing, self._pictures([keys[i] for i in missing]), strict=True):
                 if isinstance(picture, Tensor):
@@ -229,9 +231,12 @@ class Collate:
 
         `pixel_values` uint8 (B, 3, H, W) or `image_features` (B, D), `input_ids` and `attention_mask` (N, L)
         or `text_features` (N, D), `image_id` (B,), `text_image_id` (N,), `text_id` (N,) the captions' rows,
-        all int64, and `broken` path → reason. Where every picture is broken, B and N are 0.
+        all int64, and `broken` path → reason; of shards `names`, B of them. Where every picture is broken, B
+        and N are 0.
         """
+        named = {} if samples.names is None else {"names": samples.names}
         return {
+            **named,
             **_stack(samples.pictures),
             **self._texts(samples),
             "image_id": torch.from_numpy(samples.image_id),

@@ -47,17 +47,18 @@ class TrainSampler(Sampler[tuple[int, int]]):
 
     def __len__(self) -> int:
         """The samples of a whole epoch on this rank, whatever `start_batch` is."""
-        return self._batches * self.batch_size
+        return self.batches * self.batch_size
 
     @property
-    def _batches(self) -> int:
+    def batches(self) -> int:
+        """Those of a whole epoch."""
         return self.size // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield this rank's pairs, batch after batch."""
         epoch, start, self.start_batch = self.epoch, self.start_batch, 0
         order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-        for batch in range(start, self._batches):
+        for batch in range(start, self.batches):
             first = (batch * self.world_size + self.rank) * self.batch_size
             for index in order[first : first + self.batch_size].tolist():
                 yield epoch, index

@@ -24,7 +24,7 @@ from torchvision.transforms.v2.functional import adjust_brightness, adjust_contr
 from clip_lightning.errors import UserError
 
 # Not all that Pillow knows: it would start Ghostscript for a file that says it is PostScript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _CROP_TRIES = 10
 _CROP_RATIO = 4 / 3
 _LONGEST_COVER = 4
@@ -63,7 +63,7 @@ def decode_bytes(data: bytes, *, max_pixels: int = 100_000_000) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise BrokenImage(f"{image.width}x{image.height} pixels are more than {max_pixels}")
                 if image.format == "JPEG" and image.mode in ("RGB", "L") and _is_complete(data):

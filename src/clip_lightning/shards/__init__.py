@@ -1,0 +1,1 @@
+"""Captioned pictures in shards: written once, streamed by many machines."""
