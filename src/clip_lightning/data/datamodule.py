@@ -120,6 +120,10 @@ class CaptionDataModule(LightningDataModule):
         self.shards = shards
         if dataset != "shards" and shards != ShardOptions():
             raise UserError("--data.shards.* are options of --data.dataset shards; give that too")
+        if shards.sources and (root or artifact or hub or url):
+            raise UserError(
+                "--data.shards.sources and --data.root (or the like) each name data; give one of them"
+            )
         self._root = root
         self.origin = (
             Origin(lambda: None, Path)

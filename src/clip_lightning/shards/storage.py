@@ -118,9 +118,9 @@ def _glob(pattern: str) -> list[str]:
             return [pattern]
         base = Path(path.anchor) if path.is_absolute() else Path()
         return sorted(str(file) for file in base.glob(str(path.relative_to(path.anchor))))
+    system, name = _system(pattern)
     if "*" not in pattern and pattern.endswith(".tar"):
         return [pattern]
-    system, name = _system(pattern)
     try:
         names = system.glob(name if "*" in pattern else f"{name.rstrip('/')}/*.tar")
     except Exception as error:  # stores also raise what their libraries have

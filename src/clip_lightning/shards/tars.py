@@ -34,6 +34,8 @@ def read_tar(url: str, broken: dict[str, str]) -> Iterator[Record]:
                     yield Record.from_files(key, files, url)
                 except BrokenRecord as error:
                     broken[f"{url}#{key}"] = str(error)
+    except UserError:
+        raise
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         broken[url] = " ".join(str(error.args[0] if error.args else error).split())[:200]
 
