@@ -785,3 +785,24 @@ def test_what_is_said_of_wrong_options(
     ]
     assert main([*command("fit", tmp_path / "runs"), *given_words]) != 0
     assert said in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_fields_of_several_types_are_one_table_and_filter_alike(tmp_path: Path) -> None:
+    laion(tmp_path / "0.tar", range(4), score=lambda n: n if n else None, odd=lambda n: None)
+    laion(tmp_path / "1.tar", range(4, 8), score=float, odd=lambda n: "x", late=lambda n: True)
+    laion(tmp_path / "2.tar", range(8, 12), score=float, odd=lambda n: n)
+    how = settings("litdata")
+    convert(tars(str(tmp_path), "train"), how, tmp_path / "out", 1)
+    samples = records(tmp_path / "out", "train")
+    for text in (
+        "score > 2",
+        "score != 5",
+        "odd == x",
+        "odd >= 9",
+        "odd != x",
+        "late == 1",
+        "txt == 'text 3'",
+    ):
+        kept = [record.key for record in samples if Filter.parse(text)(record.fields)]
+        dataset = chunk_dataset(tmp_path / "out", text)
+        assert kept and [dataset.record(position).key for position in range(len(dataset))] == kept, text

@@ -380,7 +380,9 @@ class CaptionDataModule(LightningDataModule):
 
     def _must_agree(self) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint, or its batches would be others."""
+        window = {} if self._training is None else {"--data.shards.window": self.shards.window}
         return {
+            **window,
             "data (digest)": self.digest,
             "--seed_everything": self.seed,
             "--data.batch_size × ranks": self.batch_size * self._world,

@@ -19,7 +19,7 @@ from clip_lightning.data.transforms import Augmentation, BrokenImage, ImageTrans
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder, write_atomically
 from clip_lightning.shards.manifest import FIELDS_FILE, Manifest
-from clip_lightning.shards.record import BrokenRecord, CaptionChoice, Filter, Record, fields_of, passes
+from clip_lightning.shards.record import BrokenRecord, CaptionChoice, Filter, Record, fields_of
 from clip_lightning.shards.storage import Mirror, is_url, join, litdata, opened, read
 
 INDEX = "index.json"
@@ -102,12 +102,20 @@ class ChunkFolder:
             if lacking:
                 known = ", ".join(table.schema_arrow.names)
                 raise UserError(f"--data.shards.filters: no sample has {lacking[0]!r}; there are {known}")
-            kept = [
-                passes(filters, row)
-                for batch in table.iter_batches(columns=wanted)
-                for row in batch.to_pylist()
-            ]
-        return np.flatnonzero(kept)
+            kept = [_passing(batch, filters) for batch in table.iter_batches(columns=wanted)]
+        return np.flatnonzero(np.concatenate(kept))
+
+
+def _passing(batch: pa.RecordBatch, filters: Sequence[Filter]) -> np.ndarray:
+    """Which rows pass all filters."""
+    kept = np.ones(len(batch), bool)
+    for condition in filters:
+        column = batch[condition.field]
+        if pa.types.is_floating(column.type) and not isinstance(condition.value, str):
+            kept &= condition.of_numbers(column.to_numpy(zero_copy_only=False))
+        else:
+            kept &= [condition({condition.field: value}) for value in column.to_pylist()]
+    return kept
 
 
 class ChunkSampler(TrainSampler):

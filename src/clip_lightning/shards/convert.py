@@ -27,7 +27,7 @@ from clip_lightning.shards.manifest import FIELDS_FILE, FILE, Format, Manifest, 
 from clip_lightning.shards.record import BrokenRecord, Filter, Record, passes
 from clip_lightning.shards.storage import expand, identities
 from clip_lightning.shards.tars import read_tar
-from clip_lightning.shards.write import SUFFIX, checksum, sized, table, write_chunk, write_tar
+from clip_lightning.shards.write import SUFFIX, checksum, joined, sized, table, write_chunk, write_tar
 
 PENDING = "pending"
 
@@ -301,9 +301,7 @@ def _finish(
             continue
         splits[split] = tuple(Shard(**note["shard"]) for _, note in kept)
         tables = [pa.parquet.read_table(out / PENDING / f"{split}-{job.name}.parquet") for job, _ in kept]
-        pa.parquet.write_table(
-            pa.concat_tables(tables, promote_options="permissive"), out / split / FIELDS_FILE
-        )
+        pa.parquet.write_table(joined(tables), out / split / FIELDS_FILE)
         if settings.format == "litdata":
             _write_index(out / split, kept)
     if not splits:

@@ -211,6 +211,10 @@ class Filter:
         number = _number(value)
         return number is not None and _COMPARISONS[self.comparison](number, self.value)
 
+    def of_numbers(self, values: np.ndarray) -> np.ndarray:
+        """Likewise for many values (N,), NaN where a sample lacks the field."""
+        return _COMPARISONS[self.comparison](values, self.value) & np.isfinite(values)
+
 
 def passes(filters: Sequence[Filter], fields: Mapping[str, Any]) -> bool:
     """Whether a sample passes them all."""

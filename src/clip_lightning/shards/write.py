@@ -9,8 +9,7 @@ import math
 import os
 import shutil
 import tarfile
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,9 @@ def write_chunk(records: Iterable[Record], path: Path) -> dict[str, Any]:
     Returns:
         What an index of litdata has to say of it.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    folder = path.with_name(f"{path.name}.d")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    folder.mkdir()
     try:
         cache = litdata().streaming.Cache(str(folder), chunk_size=2**31)  # all in one chunk
         for number, record in enumerate(records):
@@ -169,8 +170,30 @@ def table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table({name: _column([row.get(name) for row in kept]) for name in names})
 
 
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """One after the other; a column that holds a text anywhere is one of texts."""
+    types: dict[str, pa.DataType] = {}
+    for part in tables:
+        for field in part.schema:
+            if types.get(field.name) != pa.string():
+                types[field.name] = pa.float64() if pa.types.is_null(field.type) else field.type
+    schema = pa.schema(types.items())
+    return pa.concat_tables(
+        pa.table(
+            [
+                part[name].cast(kind) if name in part.column_names else pa.nulls(len(part), kind)
+                for name, kind in types.items()
+            ],
+            schema=schema,
+        )
+        for part in tables
+    )
+
+
 def _column(values: list[Any]) -> pa.Array:
     """Of one type: numbers if all are, texts otherwise."""
+    if all(value is None for value in values):
+        return pa.nulls(len(values))
     if all(value is None or isinstance(value, int | float) for value in values):
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
     return pa.array([None if value is None else str(value) for value in values], pa.string())
