@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from clip_lightning import losses
+from clip_lightning import similarities
 from clip_lightning.errors import UserError
 from clip_lightning.losses import (
     ContrastiveLoss,
     InfoNCE,
     MaxViolation,
+    Pairs,
     SigLIP,
     info_nce,
     max_violation_loss,
@@ -147,7 +148,7 @@ def in_blocks(loss: Callable[..., Tensor], block: int) -> Callable[..., Tensor]:
 
     def wrapped(*args: Any, **options: Any) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(losses, "BLOCK", block)
+            patch.setattr(similarities, "BLOCK", block)
             return loss(*args, **options)
 
     return wrapped
@@ -197,7 +198,7 @@ def test_blocks_at_a_size_where_they_are_used() -> None:
     """2,100 × 2,100 similarities, with copies of pictures and of captions."""
     image, text, scale = unit(2100, 8, 0), unit(2100, 8, 1), torch.tensor(14.0)
     ids = torch.arange(2100) % 2000
-    assert len(image) * len(text) > losses.BLOCK
+    assert len(image) * len(text) > similarities.BLOCK
     smooth = partial(info_nce, image_id=ids, label_smoothing=0.1)
     blocks = value_and_gradients(smooth, image, text, scale)
     plain = value_and_gradients(in_blocks(smooth, 2**40), image, text, scale)
@@ -240,6 +241,61 @@ def test_no_array_of_all_similarities_is_kept(loss: ContrastiveLoss) -> None:
         assert max(kept) == 64 * 48
 
 
+class Custom(ContrastiveLoss):
+    """A user's own, which knows nothing of shares."""
+
+    def forward(
+        self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, *ids: Tensor
+    ) -> Tensor:
+        return (image @ text.T * scale).exp().mean()
+
+
+@given(
+    ranks=st.integers(1, 4),
+    images=st.integers(1, 4),
+    texts=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+    block=st.sampled_from([3, 20, 2**22]),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_shares_of_all_ranks_are_the_loss(
+    ranks: int, images: int, texts: int, seed: int, block: int, data: st.DataObject
+) -> None:
+    ids, text_ids = (
+        torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count)))
+        for count in (ranks * images, ranks * texts)
+    )
+    inputs = unit(ranks * images, 4, seed), unit(ranks * texts, 4, seed + 1), torch.tensor(5.0)
+
+    def joined(loss: ContrastiveLoss, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        everyone = Pairs(image, text, ids, text_ids)
+        parts = (image.chunk(ranks), text.chunk(ranks), ids.chunk(ranks), text_ids.chunk(ranks))
+        own = [Pairs(*part) for part in zip(*parts, strict=True)]
+        return torch.stack([loss.share(each, everyone, scale, None) for each in own]).mean()
+
+    for loss in (InfoNCE(), InfoNCE(0.1), SigLIP(), MaxViolation(0.3), Custom()):
+        whole = value_and_gradients(lambda *x, loss=loss: loss(*x, None, ids, text_ids), *inputs)
+        shares = value_and_gradients(in_blocks(partial(joined, loss), block), *inputs)
+        assert_equal_but_for_rounding(shares, whole, size=5)
+
+
+def test_a_share_holds_its_own_rows_only() -> None:
+    ids, kept = torch.arange(64), []
+    everyone = Pairs(unit(64, 4, 0).requires_grad_(), unit(64, 4, 1), ids, ids)
+    own = Pairs(everyone.image[:16], everyone.text[:16], ids[:16], ids[:16])
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    for loss in (InfoNCE(0.1), SigLIP(), MaxViolation()):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss.share(own, everyone, torch.tensor(10.0), torch.tensor(-3.0))
+        assert max(kept) == 16 * 64
+        kept.clear()
+
+
 def test_no_positive_at_all_is_no_loss() -> None:
     image, text = unit(3, 4, 0).requires_grad_(), unit(2, 4, 1)
     loss = info_nce(image, text, 10.0, image_id=torch.arange(3), text_image_id=torch.tensor([7, 8]))
@@ -258,12 +314,12 @@ def test_label_smoothing_is_torchs(count: int, width: int, seed: int, smoothing:
     torch.testing.assert_close(ours, torch.as_tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [losses.BLOCK, 1000])
+@pytest.mark.parametrize("block", [similarities.BLOCK, 1000])
 @pytest.mark.parametrize("loss", [InfoNCE(), InfoNCE(0.1), SigLIP()])
 def test_bf16_rounds_the_embeddings_and_nothing_else(
     loss: ContrastiveLoss, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "BLOCK", block)
+    monkeypatch.setattr(similarities, "BLOCK", block)
     image, text, ids = unit(64, 32, 0), unit(64, 32, 1), torch.arange(64)
     image = F.normalize(0.5 * image + 0.5 * text, dim=-1)
     scale, bias = torch.tensor(100.0), torch.tensor(-10.0)

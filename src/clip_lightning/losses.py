@@ -1,29 +1,46 @@
 """Contrastive losses as pure functions of embeddings, and thin modules to choose one by name.
 
 B images, N texts, D the embedding's width. Embeddings have unit length, `scale` is already exponentiated.
-No loss knows of ranks: what is gathered from other devices is simply more rows.
 
-Nor is a loss what limits the batch: beyond `BLOCK` similarities they are computed for a block of images at a
-time, and once more in the backward pass, so that no (B, N) array is ever held.
+With several ranks each computes its own rows against everybody's columns: a `share`, of which the mean over
+the ranks is the loss of all pairs together. Nor is a loss what limits the batch: see `similarities`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from clip_lightning.errors import UserError
+from clip_lightning.similarities import fits_in_a_block, for_blocks, log_sum_exp, similarities
 
-BLOCK = 2**22
-"""Similarities held at a time: 16 MB an array, of which a loss needs two to seven."""
 
-T = TypeVar("T")
+@dataclass(frozen=True)
+class Pairs:
+    """Embeddings of unit length and the pictures they belong to: of one rank, or of all.
+
+    Attributes:
+        image: (B, D).
+        text: (N, D).
+        image_id: (B,) which picture each row of `image` shows.
+        text_image_id: (N,) the picture that each text describes.
+    """
+
+    image: Tensor
+    text: Tensor
+    image_id: Tensor
+    text_image_id: Tensor
+
+    def float(self) -> Pairs:
+        """In fp32: bf16 has 3 digits, too few for close candidates and for sums of gradients over blocks."""
+        return Pairs(self.image.float(), self.text.float(), self.image_id, self.text_image_id)
+
+    def turned(self) -> Pairs:
+        """Texts in place of images, and images in place of texts."""
+        return Pairs(self.text, self.image, self.text_image_id, self.image_id)
 
 
 def info_nce(
@@ -54,11 +71,11 @@ def info_nce(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    image, text, image_id, text_image_id = _checked(image, text, image_id, text_image_id)
-    if image.shape[0] * text.shape[0] > BLOCK:
-        return _info_nce_in_blocks(image, text, scale, image_id, text_image_id, label_smoothing)
-    positive = image_id[:, None] == text_image_id
-    logits = _similarities(image, text) * scale
+    pairs = _checked(image, text, image_id, text_image_id)
+    if not fits_in_a_block(image, text):
+        return _info_nce_share(pairs, pairs, scale, label_smoothing)
+    positive = pairs.image_id[:, None] == pairs.text_image_id
+    logits = similarities(pairs.image, pairs.text) * scale
     one_way = _cross_entropy(logits, positive, label_smoothing)
     return (one_way + _cross_entropy(logits.T, positive.T, label_smoothing)) / 2
 
@@ -68,84 +85,32 @@ def _cross_entropy(logits: Tensor, positive: Tensor, label_smoothing: float) -> 
     count = positive.sum(dim=1, keepdim=True)
     target = positive / count.clamp(min=1) * (1 - label_smoothing) + label_smoothing / logits.shape[1]
     per_row = -(target * logits.log_softmax(dim=1)).sum(dim=1)
-    return _mean_where(per_row, count.squeeze(1) > 0)
+    chosen = count.squeeze(1) > 0
+    return (per_row * chosen).sum() / chosen.sum().clamp(min=1)
 
 
-def _info_nce_in_blocks(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor | float,
-    image_id: Tensor,
-    text_image_id: Tensor,
-    label_smoothing: float,
-) -> Tensor:
-    """`info_nce` from −Σ target · log p = log Σ exp(logit) − Σ target · logit.
+def _info_nce_share(own: Pairs, everyone: Pairs, scale: Tensor | float, label_smoothing: float) -> Tensor:
+    """`info_nce` of these rows from −Σ target · log p = log Σ exp(logit) − Σ target · logit.
 
     Only the first term needs all logits. In the second, a row's mean logit is the product of its embedding
     with the mean of the others' embeddings.
     """
-    present, member = torch.cat([image_id, text_image_id]).unique(return_inverse=True)
-    image_id, text_image_id = member.split([len(image), len(text)])
 
-    def one_way(log_sum: Tensor, rows: Tensor, columns: Tensor, row_id: Tensor, column_id: Tensor) -> Tensor:
-        count = column_id.bincount(minlength=len(present))[row_id]
-        total = columns.new_zeros(len(present), columns.shape[1]).index_add(0, column_id, columns)
-        mean = total[row_id] / count.clamp(min=1)[:, None]
+    def one_way(own: Pairs, everyone: Pairs) -> Tensor:
+        columns, column_id = everyone.text, everyone.text_image_id
+        present, member = torch.cat([own.image_id, column_id]).unique(return_inverse=True)
+        row_member, column_member = member.split([len(own.image), len(columns)])
+        count = column_member.bincount(minlength=len(present))[row_member]
+        total = columns.new_zeros(len(present), columns.shape[1]).index_add(0, column_member, columns)
+        mean = total[row_member] / count.clamp(min=1)[:, None]
         target = (1 - label_smoothing) * mean + label_smoothing * columns.mean(dim=0)
-        return _mean_where(log_sum - (rows * target).sum(dim=1), count > 0)
+        rows = own.image * scale
+        per_row = log_sum_exp(rows, columns) - (rows * target).sum(dim=1)
+        counted = (_count(everyone.image_id, column_id) > 0).sum().clamp(min=1)
+        return (per_row * (count > 0)).sum() / counted
 
-    image = image * scale
-    row_sums, column_sums = _LogSumExps.apply(image, text)
-    to_text = one_way(row_sums, image, text, image_id, text_image_id)
-    return (to_text + one_way(column_sums, text, image, text_image_id, image_id)) / 2
-
-
-class _LogSumExps(torch.autograd.Function):
-    """log Σ exp over the rows (B,) and over the columns (N,) of a bᵀ, which is computed twice and never held.
-
-    Blocks share their memory: allocated anew, they leave holes in the CPU's heap that none of them fits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        row_max, row_sum = a.new_empty(2, len(a))
-        column_max, column_sum = a.new_full((len(b),), -torch.inf), a.new_zeros(len(b))
-        for block, logits, spare in _LogSumExps.blocks(a, b):
-            row_max[block] = logits.amax(dim=1)
-            row_sum[block] = torch.sub(logits, row_max[block, None], out=spare).exp_().sum(dim=1)
-            largest = torch.maximum(column_max, logits.amax(dim=0))
-            column_sum *= (column_max - largest).exp_()
-            column_sum += torch.sub(logits, largest, out=spare).exp_().sum(dim=0)
-            column_max = largest
-        ctx.save_for_backward(a, b, row_max, row_sum, column_max, column_sum)
-        return row_max + row_sum.log(), column_max + column_sum.log()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, row_max, row_sum, column_max, column_sum = ctx.saved_tensors
-        row_weight, column_weight = grad_rows / row_sum, grad_columns / column_sum
-        grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
-        for block, logits, spare in _LogSumExps.blocks(a, b):
-            # the gradient of a log-sum-exp is the softmax
-            torch.sub(logits, row_max[block, None], out=spare).exp_().mul_(row_weight[block, None])
-            grad_logits = logits.sub_(column_max).exp_().mul_(column_weight).add_(spare)
-            with torch.autocast(a.device.type, enabled=False):
-                grad_a[block] = grad_logits @ b
-                grad_b.addmm_(grad_logits.T, a[block])
-        return grad_a, grad_b
-
-    @staticmethod
-    def blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Which rows, their part of a bᵀ, and as much memory again."""
-        size = min(len(a), max(1, BLOCK // len(b)))
-        space = a.new_empty(2, size, len(b))
-        for start in range(0, len(a), size):
-            block = slice(start, start + size)
-            logits, spare = space[:, : len(a[block])]
-            with torch.autocast(a.device.type, enabled=False):
-                torch.mm(a[block], b.T, out=logits)
-            yield block, logits, spare
+    both = one_way(own, everyone) + one_way(own.turned(), everyone.turned())
+    return both / 2 * _ranks(own, everyone)
 
 
 def siglip_loss(
@@ -161,14 +126,18 @@ def siglip_loss(
 
     Arguments and errors as for `info_nce`; `bias` is added to every scaled similarity.
     """
-    image, text, image_id, text_image_id = _checked(image, text, image_id, text_image_id)
+    pairs = _checked(image, text, image_id, text_image_id)
+    return _siglip_share(pairs, pairs, scale, bias)
 
+
+def _siglip_share(own: Pairs, everyone: Pairs, scale: Tensor | float, bias: Tensor | float) -> Tensor:
     def block(image: Tensor, image_id: Tensor) -> Tensor:
-        logits = _similarities(image, text) * scale + bias
-        sign = (image_id[:, None] == text_image_id).to(logits.dtype) * 2 - 1
+        logits = similarities(image, everyone.text) * scale + bias
+        sign = (image_id[:, None] == everyone.text_image_id).to(logits.dtype) * 2 - 1
         return -F.logsigmoid(sign * logits).sum()
 
-    return torch.stack(_for_blocks(block, len(text), image, image_id)).sum() / len(image)
+    sums = for_blocks(block, len(everyone.text), own.image, own.image_id)
+    return torch.stack(sums).sum() / len(own.image)
 
 
 def max_violation_loss(
@@ -184,51 +153,30 @@ def max_violation_loss(
     Arguments and errors as for `info_nce`, without a scale: cosines are compared with the `margin`. The mean
     over all positive pairs; a row or column without a negative has no violation.
     """
-    image, text, image_id, text_image_id = _checked(image, text, image_id, text_image_id)
-    pairs = _count(image_id, text_image_id).sum()
-    one_way = _violations(image, text, image_id, text_image_id, margin)
-    other_way = _violations(text, image, text_image_id, image_id, margin)
-    return (one_way + other_way) / pairs.clamp(min=1)
+    pairs = _checked(image, text, image_id, text_image_id)
+    return _max_violation_share(pairs, pairs, margin)
 
 
-def _violations(rows: Tensor, columns: Tensor, row_id: Tensor, column_id: Tensor, margin: float) -> Tensor:
-    """Sum over all positive pairs of the hinge against the row's hardest negative."""
+def _max_violation_share(own: Pairs, everyone: Pairs, margin: float) -> Tensor:
+    pairs = _count(everyone.image_id, everyone.text_image_id).sum()
+    both = _violations(own, everyone, margin) + _violations(own.turned(), everyone.turned(), margin)
+    return both / pairs.clamp(min=1) * _ranks(own, everyone)
+
+
+def _violations(own: Pairs, everyone: Pairs, margin: float) -> Tensor:
+    """Sum over the positive pairs of all own images of the hinge against the row's hardest negative."""
 
     def block(rows: Tensor, row_id: Tensor) -> Tensor:
-        positive = row_id[:, None] == column_id
-        cosine = _similarities(rows, columns)
+        positive = row_id[:, None] == everyone.text_image_id
+        cosine = similarities(rows, everyone.text)
         hardest = cosine.masked_fill(positive, -torch.inf).amax(dim=1, keepdim=True)
         return (margin - cosine + hardest).relu()[positive].sum()
 
-    return torch.stack(_for_blocks(block, len(columns), rows, row_id)).sum()
+    return torch.stack(for_blocks(block, len(everyone.text), own.image, own.image_id)).sum()
 
 
-def _for_blocks(block: Callable[..., T], columns: int, *rows: Tensor) -> list[T]:
-    """`block` of as many rows at a time as make `BLOCK` similarities, run again in the backward pass.
-
-    Where all rows make one block it is not run again.
-    """
-    size = max(1, BLOCK // max(1, columns))
-    if len(rows[0]) <= size:
-        return [block(*rows)]
-    parts = zip(*(tensor.split(size) for tensor in rows), strict=True)
-    return [checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-
-
-def _similarities(image: Tensor, text: Tensor) -> Tensor:
-    """Cosines (B, N) in fp32 under autocast too."""
-    with torch.autocast(image.device.type, enabled=False):
-        return image @ text.T
-
-
-def _checked(
-    image: Tensor, text: Tensor, image_id: Tensor | None, text_image_id: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The arguments of a loss with ids, (B,) and (N,): where they are equal, text describes image.
-
-    Embeddings become fp32: bf16 has 3 digits, too few for the logits of close candidates and for sums of
-    gradients over blocks.
-    """
+def _checked(image: Tensor, text: Tensor, image_id: Tensor | None, text_image_id: Tensor | None) -> Pairs:
+    """The arguments of a loss with ids, (B,) and (N,): where they are equal, text describes image."""
     if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
         raise ValueError(
             f"expected (B, D) and (N, D) embeddings, got {tuple(image.shape)} and {tuple(text.shape)}"
@@ -242,17 +190,18 @@ def _checked(
             f"{len(image)} images with {len(image_id)} ids and {len(text)} texts with {len(text_image_id)} "
             "ids; with other than one text an image, give text_image_id (N,)"
         )
-    return image.float(), text.float(), image_id, text_image_id
+    return Pairs(image, text, image_id, text_image_id).float()
+
+
+def _ranks(own: Pairs, everyone: Pairs) -> float:
+    """How many there are, each with as many images as the others."""
+    return len(everyone.image) / len(own.image)
 
 
 def _count(ids: Tensor, among: Tensor) -> Tensor:
     """How often each of `ids` (R,) occurs in `among`."""
     ordered = among.sort().values
     return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
-
-
-def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
-    return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 class ContrastiveLoss(nn.Module):
@@ -277,6 +226,19 @@ class ContrastiveLoss(nn.Module):
     ) -> Tensor:
         """The loss of `image` (B, D) and `text` (N, D) with the ids of the pictures they belong to."""
         raise NotImplementedError
+
+    def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """This rank's share of the loss; the mean of all ranks' shares is the loss of all pairs together.
+
+        Here every rank computes the whole; a loss that is a sum over rows needs only its own.
+
+        Args:
+            own: of this rank.
+            everyone: of all ranks, as many of each; with gradients, which return to the rank they are of.
+            scale: as for `forward`.
+            bias: likewise.
+        """
+        return self(everyone.image, everyone.text, scale, bias, everyone.image_id, everyone.text_image_id)
 
 
 class InfoNCE(ContrastiveLoss):
@@ -313,6 +275,10 @@ class InfoNCE(ContrastiveLoss):
             label_smoothing=self.label_smoothing,
         )
 
+    def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Of its own images and its own texts, against all."""
+        return _info_nce_share(own.float(), everyone.float(), scale, self.label_smoothing)
+
 
 class SigLIP(ContrastiveLoss):
     """The sigmoid loss; see `siglip_loss`. Scale and bias start where the paper has them."""
@@ -332,6 +298,10 @@ class SigLIP(ContrastiveLoss):
         """See `siglip_loss`."""
         offset = 0.0 if bias is None else bias
         return siglip_loss(image, text, scale, offset, image_id=image_id, text_image_id=text_image_id)
+
+    def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Of its own images, against all texts."""
+        return _siglip_share(own.float(), everyone.float(), scale, 0.0 if bias is None else bias)
 
 
 class MaxViolation(ContrastiveLoss):
@@ -359,3 +329,7 @@ class MaxViolation(ContrastiveLoss):
         """See `max_violation_loss`; `scale` and `bias` are not used, but keep a zero gradient."""
         loss = max_violation_loss(image, text, self.margin, image_id=image_id, text_image_id=text_image_id)
         return loss + 0 * scale  # data-parallel training waits for every parameter's gradient
+
+    def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Of its own images and its own texts, against all."""
+        return _max_violation_share(own.float(), everyone.float(), self.margin) + 0 * scale

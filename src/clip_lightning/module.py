@@ -25,7 +25,7 @@ from clip_lightning.extract import Extractor, cache_frozen_towers
 from clip_lightning.gradcache import encode_in_micro_batches
 from clip_lightning.init_from import load_to_train
 from clip_lightning.lora import LoRAConfig, adapter_state
-from clip_lightning.losses import ContrastiveLoss, InfoNCE
+from clip_lightning.losses import ContrastiveLoss, InfoNCE, Pairs
 from clip_lightning.micro_batch import SMALLEST, largest_for_batch
 from clip_lightning.model import CLIP, Freeze, HeadKind
 from clip_lightning.optim import OptimizerConfig, freeze_lower_layers, param_groups, warmup_cosine
@@ -163,15 +163,22 @@ class CLIPModule(LightningModule):
             self.micro_batch_size = self._largest_micro_batch(batch)
         image, text = self._encode(batch)
         self.stopwatch.lap("towers")
-        image, text = self._gather(image), self._gather(text)
-        if text.requires_grad:  # its gradient is the end of the loss's backward pass
-            text.register_hook(lambda _: self.stopwatch.lap("loss"))
-        image_id, text_image_id = self._gather(batch["image_id"]), self._gather(batch["text_image_id"])
-        loss = self.loss(image, text, self.clip.scale, self.clip.logit_bias, image_id, text_image_id)
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        if len(text) > 1:
+        own = Pairs(image, text, batch["image_id"], batch["text_image_id"])
+        everyone = self._of_all_ranks(own)
+        if everyone.text.requires_grad:  # its gradient is the end of the loss's backward pass
+            everyone.text.register_hook(lambda _: self.stopwatch.lap("loss"))
+        scale, bias = self.clip.scale, self.clip.logit_bias
+        if everyone is own:
+            loss = self.loss(image, text, scale, bias, own.image_id, own.text_image_id)
+        else:
+            loss = self.loss.share(own, everyone, scale, bias)
+        shared = everyone is not own
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=shared)
+        if len(everyone.text) > 1:
             # 1 is what chance gives: a loss that stays there has learnt nothing
-            self.log("train/loss_over_ln_batch", loss.detach() / math.log(len(text)))
+            self.log(
+                "train/loss_over_ln_batch", loss.detach() / math.log(len(everyone.text)), sync_dist=shared
+            )
         self.log("train/scale", self.clip.scale.detach())
         return loss
 
@@ -352,11 +359,12 @@ class CLIPModule(LightningModule):
             print(f"--model.micro_batch_size auto: {size:,} of {rows:,} rows at a time", file=sys.stderr)
         return size
 
-    def _gather(self, tensor: Tensor) -> Tensor:
-        """Rows of all ranks, in rank order, with gradients; every rank has the same number."""
+    def _of_all_ranks(self, own: Pairs) -> Pairs:
+        """The rows of all ranks, in rank order, with gradients; every rank has the same number."""
         if self.trainer.world_size == 1:
-            return tensor
-        return self.all_gather(tensor, sync_grads=tensor.is_floating_point()).flatten(0, 1)
+            return own
+        tensors = (own.image, own.text, own.image_id, own.text_image_id)
+        return Pairs(*(self.all_gather(t, sync_grads=t.is_floating_point()).flatten(0, 1) for t in tensors))
 
     def _collect(self, batch: Batch) -> None:
         if len(batch["image_id"]) == 0:  # every picture of the batch was broken
