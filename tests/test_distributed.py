@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 WAYS = ("info_nce", "siglip", "micro_batches")
+STEPS = 20
+LONG_WAYS = ("long", "long, micro_batches")
 # with two processes only, dropout on: micro-batches against the same ones held in one graph
 DROPOUT_WAYS = ("dropout", "dropout_in_one_graph")
 
@@ -60,9 +62,10 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
         torch.manual_seed(0)
         micro = 3 if "micro" in way or "dropout" in way else None
         module = CLIPModule(
-            "random:test_vit",
+            "random:test_resnet" if way in LONG_WAYS else "random:test_vit",
             f"random:{bert}",
             freeze="none",
+            fix_statistics=way in LONG_WAYS,
             embed_dim=16,
             image_size=32,
             loss=SigLIP() if way == "siglip" else InfoNCE(),
@@ -96,6 +99,14 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
         }
         if way == "info_nce":
             Trainer(**settings).validate(module, datamodule=data, verbose=False)
+        if way in LONG_WAYS:
+            settings |= {"max_steps": STEPS, "num_sanity_val_steps": 0}
+            before = module.clip.heads["image"][1].weight.detach().clone()
+            Trainer(**settings).fit(module, datamodule=data)
+            assert (module.clip.heads["image"][1].weight - before).abs().max() > 1e-3, "it has trained"
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                torch.save(module.state_dict(), out / f"weights-{way}-{devices}.pt")
+            return
         Trainer(**settings, limit_val_batches=0).fit(module, datamodule=data)
 
     # two processes first: torch's autograd cannot be forked once it has run
@@ -108,7 +119,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
         patch.setattr(micro_batch, "within_budget", lambda *_: room[torch.distributed.get_rank()])
         run("auto", 2)
     for devices in (2, 1):
-        for way in WAYS:
+        for way in (*WAYS, *LONG_WAYS):
             run(way, devices)
 
 
@@ -153,6 +164,19 @@ def test_gradients_are_those_of_one_process_with_the_joined_batch(results: Path,
             assert (two[name] - gradient).norm() < 1e-5 * size, name
     assert {"clip.logit_scale", "clip.heads.image.1.weight"} <= one.keys()
     assert ("clip.logit_bias" in one) == (way == "siglip")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", LONG_WAYS)
+def test_twenty_steps_are_those_of_one_process(results: Path, way: str) -> None:
+    import torch
+
+    one, two = (torch.load(results / f"weights-{way}-{devices}.pt", weights_only=True) for devices in (1, 2))
+    assert one.keys() == two.keys()
+    worst = {name: (one[name] - two[name]).abs().max().item() for name in one}
+    assert max(worst.values()) < 1e-5, max(worst.items(), key=lambda item: item[1])
+    metrics = [json.loads((results / f"metrics-{way}-{n}-0.json").read_text()) for n in (1, 2)]
+    assert metrics[0]["images"] == 7 and metrics[1] == pytest.approx(metrics[0], abs=1e-4)
 
 
 @pytest.mark.slow
