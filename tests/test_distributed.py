@@ -101,9 +101,9 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
             Trainer(**settings).validate(module, datamodule=data, verbose=False)
         if way in LONG_WAYS:
             settings |= {"max_steps": STEPS, "num_sanity_val_steps": 0}
-            before = module.clip.heads["image"][1].weight.detach().clone()
+            before = module.clip.heads.image[1].weight.detach().clone()
             Trainer(**settings).fit(module, datamodule=data)
-            assert (module.clip.heads["image"][1].weight - before).abs().max() > 1e-3, "it has trained"
+            assert (module.clip.heads.image[1].weight - before).abs().max() > 1e-3, "it has trained"
             if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
                 torch.save(module.state_dict(), out / f"weights-{way}-{devices}.pt")
             return
