@@ -76,6 +76,15 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "init_from":           "module tracking recorder cli tuning",
     "checkpoints":         "runs module tracking recorder cli tuning",
     "guard":               "module tracking recorder cli tuning",
+    # ranks ← stopping
+    "ranks":               "stopping module tracking recorder cli tuning",
+    "stopping":            "module tracking recorder cli tuning",
+    # storage ← manifest ← {chunks, tars} ← {held_out, training}; record ← {write, chunks, tars}
+    "shards.storage":      "shards.manifest shards.chunks shards.tars shards.training shards.convert",
+    "shards.record":       "shards.manifest shards.chunks shards.tars shards.training shards.convert",
+    "shards.chunks":       "shards.tars shards.held_out shards.training shards.convert",
+    "shards.tars":         "shards.chunks shards.held_out shards.training shards.convert",
+    "shards":              "data.datamodule towers model module tracking recorder cli tuning",
     "timing":              "module tracking recorder cli tuning",
     "optim":               "module tracking recorder cli tuning",
     "towers.base":         "towers.image towers.text",
@@ -107,8 +116,8 @@ MAY_NOT_IMPORT: dict[str, str] = {
 ONLY_IN: dict[str, str] = {
     # package              may be imported by
     "wandb":               "tracking",
-    "lightning":           "module data.datamodule recorder guard checkpoints tracking runs embed cli "
-                           "tuning.watch",
+    "lightning":           "module data.datamodule recorder guard checkpoints stopping ranks tracking runs "
+                           "embed cli tuning.watch",
     "pytorch_lightning":   "",  # the old name of the same package, with classes of its own
     "faiss":               "search",
     "peft":                "lora",

@@ -1,7 +1,8 @@
 """A run that is ended at a random step and goes on has the weights of one left alone, bit for bit.
 
-For pictures decoded anew with random crops, with and without gradient caching, and for cached features.
-SIGTERM leaves a checkpoint of that very step; after SIGKILL there is that of the last epoch.
+For pictures decoded anew with random crops, with and without gradient caching, for litdata's shards and for
+cached features. A chain of ten: the run that goes on is ended again further on. SIGTERM leaves a checkpoint
+of that very step; after SIGKILL there is the last one that was written by itself.
 """
 
 from __future__ import annotations
@@ -19,15 +20,26 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from clip_lightning.shards.convert import Settings, captioned, convert
+
 pytestmark = pytest.mark.faults
 
-EPOCH, EPOCHS, POINTS = 8, 3, 10
+EPOCH, EPOCHS, POINTS, EVERY = 8, 3, 10, 3
+TRAINED: dict[str, Any] = {"model.freeze": "none", "data.cache": "off", "data.num_workers": 2}
 WAYS: dict[str, dict[str, Any]] = {
-    "folder": {"model.freeze": "none", "data.cache": "off", "data.num_workers": 2},
-    "folder, micro-batches": {"model.freeze": "none", "data.cache": "off", "model.micro_batch_size": 2},
+    "folder": TRAINED,
+    "folder, micro-batches": TRAINED | {"model.micro_batch_size": 2, "checkpoint.every_n_steps": EVERY},
+    "litdata": TRAINED | {"data.dataset": "shards", "data.shards.window": 2},
+    "litdata, micro-batches": TRAINED
+    | {
+        "data.dataset": "shards",
+        "data.shards.window": 2,
+        "model.micro_batch_size": 2,
+        "checkpoint.every_n_steps": EVERY,
+    },
     "cached features": {"model.freeze": "both", "model.dropout": 0.2},
 }
-SIGNALS = {"SIGTERM": 143, "SIGKILL": -signal.SIGKILL}
+SIGNALS = {"SIGTERM": 143, "SIGUSR1": 143, "SIGKILL": -signal.SIGKILL}
 
 
 class EndsAt(Callback):
@@ -44,9 +56,14 @@ class EndsAt(Callback):
 
 
 @pytest.fixture(scope="module")
-def fit(command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
+def fit(
+    command: Callable[..., list[str]], scenes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., int]:
     """Runs `fit` of a way in a process of its own; returns its exit status."""
-    cache = tmp_path_factory.mktemp("cache")
+    cache, shards = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("shards") / "litdata"
+    how = Settings("litdata", 5, None, 92, ())
+    shares = {"val_share": 0.1, "test_share": 0.1, "split_seed": 0}
+    convert(captioned(scenes, how, dataset="auto", **shares), how, shards, 1)
 
     def run(way: str, folder: Path, *more: str, step: int | None = None, signum: int = 0) -> int:
         options = {
@@ -58,6 +75,7 @@ def fit(command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFact
             "trainer.default_root_dir": folder / "runs",
             "trainer.callbacks+": "test_resume_faults.EndsAt",
             "trainer.callbacks.notes": folder / "steps",
+            **({"data.root": shards} if "litdata" in way else {}),
             **WAYS[way],
         }
         if step is not None:
@@ -116,17 +134,24 @@ def test_it_goes_on_bit_for_bit(
     way: str,
     name: str,
 ) -> None:
-    # SIGKILL needs a checkpoint to go on from, which the first epoch leaves
-    first = EPOCH + 1 if name == "SIGKILL" else 1
-    for step in sorted(random.Random(f"{way} {name}").sample(range(first, EPOCHS * EPOCH - 1), POINTS)):
-        folder = tmp_path / str(step)
-        folder.mkdir()
-        status = fit(way, folder, step=step, signum=int(getattr(signal, name)))
-        assert status == SIGNALS[name], (folder / "said").read_text()
-        reached = last(folder)["global_step"]
-        assert reached in ((step, step + 1) if name == "SIGTERM" else (step // EPOCH * EPOCH,))
-        begun = len((folder / "steps").read_text().splitlines())
-        assert fit(way, folder, "--ckpt_path=last") == 0, (folder / "said").read_text()
-        steps = [int(line) for line in (folder / "steps").read_text().splitlines()[begun:]]
-        assert steps == list(range(reached, EPOCHS * EPOCH)), "it went on from where it was"
-        assert_same(last(folder), undisturbed(way))
+    # SIGKILL needs a checkpoint to go on from
+    every = WAYS[way].get("checkpoint.every_n_steps", EPOCH)
+    first = every + 1 if name == "SIGKILL" else 1
+    points = sorted(random.Random(f"{way} {name}").sample(range(first, EPOCHS * EPOCH - 1), POINTS))
+    reached, begun, more = 0, 0, ()
+    for step in points:
+        if step < reached:  # the batch in hand was finished
+            continue
+        status = fit(way, tmp_path, *more, step=step, signum=int(getattr(signal, name)))
+        assert status == SIGNALS[name], (tmp_path / "said").read_text()
+        steps = [int(line) for line in (tmp_path / "steps").read_text().splitlines()[begun:]]
+        assert steps == list(range(reached, step + 1)), "it went on from where it was"
+        begun += len(steps)
+        reached = last(tmp_path)["global_step"]
+        saved = max(step // every * every, step // EPOCH * EPOCH)
+        assert reached in ((saved,) if name == "SIGKILL" else (step, step + 1))
+        more = ("--ckpt_path=last",)
+    assert fit(way, tmp_path, *more) == 0, (tmp_path / "said").read_text()
+    steps = [int(line) for line in (tmp_path / "steps").read_text().splitlines()[begun:]]
+    assert steps == list(range(reached, EPOCHS * EPOCH)), "it went on from where it was"
+    assert_same(last(tmp_path), undisturbed(way))

@@ -2,18 +2,69 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 import zlib
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from clip_lightning.errors import RunFailed
+from clip_lightning.errors import RunFailed, UserError
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class WithinEpoch(ModelCheckpoint):
+    """Leaves out an epoch's last batch: from there Lightning would go on with the same epoch once more."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save, if it is time."""
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            super().on_train_batch_end(trainer, pl_module, *args)
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """When `last.ckpt` is written, beside the end of every epoch and an interruption.
+
+    Attributes:
+        every_minutes: at most this long after the last time; a kill without warning costs no more.
+        every_n_steps: after as many optimiser steps.
+    """
+
+    every_minutes: float | None = 30.0
+    every_n_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.every_minutes is not None and not 0 < self.every_minutes < math.inf:
+            raise UserError(f"--checkpoint.every_minutes {self.every_minutes}: expected more than 0, or null")
+        if self.every_n_steps is not None and self.every_n_steps < 1:
+            raise UserError(f"--checkpoint.every_n_steps {self.every_n_steps}: expected 1 or more, or null")
+
+    def callbacks(self, folder: Path) -> list[Callback]:
+        """That write it."""
+        name = LAST.removesuffix(".ckpt")
+        kinds: list[Callback] = []
+        if self.every_minutes is not None:
+            interval = timedelta(minutes=self.every_minutes)
+            kinds.append(
+                WithinEpoch(folder, name, train_time_interval=interval, enable_version_counter=False)
+            )
+        if self.every_n_steps is not None:
+            kinds.append(
+                WithinEpoch(
+                    folder, name, every_n_train_steps=self.every_n_steps, enable_version_counter=False
+                )
+            )
+        return kinds
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

@@ -14,22 +14,25 @@ from typing import Any, TextIO, TypeVar
 import torch
 import transformers
 from jsonargparse import Namespace
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
 from clip_lightning.arguments import PlainErrors, named_configs, with_logger_folder
-from clip_lightning.checkpoints import SafeCheckpointIO
+from clip_lightning.checkpoints import CheckpointOptions, SafeCheckpointIO
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.guard import NonFinite
 from clip_lightning.module import CLIPModule
-from clip_lightning.recorder import MONITOR, BestCheckpoint, GracefulStop, RunRecorder, SaveConfig
+from clip_lightning.ranks import lost_rank, watch_children
+from clip_lightning.recorder import MONITOR, BestCheckpoint, RunRecorder, SaveConfig
 from clip_lightning.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
+from clip_lightning.stopping import GracefulStop
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
 from clip_lightning.tracking.logger import finished_run
@@ -119,6 +122,7 @@ class RunCLI(LightningCLI):
                 "early_stopping.check_on_train_epoch_end": False,
             }
         )
+        parser.add_class_arguments(CheckpointOptions, "checkpoint")
         parser.add_lightning_class_args(PredictionTable, "predictions")
         parser.add_lightning_class_args(ZeroShot, "zero_shot")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -140,6 +144,7 @@ class RunCLI(LightningCLI):
         self.config_to_save = parser.dump(rerunnable, skip_unset=False)
         root = Path(config.trainer.default_root_dir)
         checkpoint = find_checkpoint(config.ckpt_path, root)
+        config.ckpt_path = None
         if checkpoint is not None:
             config.ckpt_path = str(checkpoint)
             config.weights_only = True  # a checkpoint may come from a stranger
@@ -197,7 +202,10 @@ class RunCLI(LightningCLI):
                 "--model.micro_batch_size where memory is short"
             )
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            config["plugins"] = [*plugins, SafeCheckpointIO()]
+            plugins = [*plugins, SafeCheckpointIO()]
+        if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in plugins):
+            plugins = [*plugins, SLURMEnvironment(auto_requeue=False)]  # `GracefulStop` does it
+        config["plugins"] = plugins
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, ModuleNotFoundError) as error:  # an accelerator or strategy that is not there
@@ -218,7 +226,7 @@ class RunCLI(LightningCLI):
             Alerts(),
             NonFinite(self.run_folder),
             GracefulStop(says_how=not self.callers_callbacks),
-            # two policies: `last` is written at every epoch's end and when the run is interrupted
+            # `last` is written at every epoch's end, when the run is interrupted, and as the options say
             BestCheckpoint(checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
             ModelCheckpoint(
                 checkpoints,
@@ -227,6 +235,7 @@ class RunCLI(LightningCLI):
                 save_on_exception=True,
                 enable_version_counter=False,
             ),
+            *self._get(self.config_init, "checkpoint").callbacks(checkpoints),
             Lineage(self.run_folder),
         ]
         if trainer_config.get("logger"):
@@ -395,7 +404,13 @@ def _run(words: list[str], callbacks: Sequence[Callback], kind: type[AnyCLI]) ->
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
+    watch_children()
     try:
         return kind(words, callbacks)
     except MisconfigurationException as error:  # Lightning's word for what its options cannot do
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        raise lost from error

@@ -1,15 +1,12 @@
-"""What a run leaves behind: metrics, timings, the bundle, the list of broken pictures; and how it stops."""
+"""What a run leaves behind: metrics, timings, the bundle, the list of broken pictures."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -17,7 +14,6 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors import SafetensorError
 
 import clip_lightning
@@ -30,52 +26,6 @@ from clip_lightning.tracking.costs import parameter_counts
 MONITOR = "val/rsum"
 MEMORY_SECONDS = 5
 VERSIONED = ("torch", "lightning", "timm", "transformers", "wandb")
-
-
-class GracefulStop(Callback):
-    """The first Ctrl-C lets the batch, or the validation, in hand finish; a second does not.
-
-    Args:
-        says_how: whether the run is the command itself, which then says how it goes on.
-    """
-
-    def __init__(self, says_how: bool = True) -> None:
-        self._says_how = says_how
-        self._asked = False
-        self._before: Any = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over Ctrl-C, which only the main thread may; W&B's agents train in another."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop here if asked; after an epoch's last batch its validation comes first."""
-        if self._asked and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            raise KeyboardInterrupt
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give Ctrl-C back."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how to go on."""
-        if not isinstance(exception, KeyboardInterrupt | SIGTERMException) or not trainer.is_global_zero:
-            return
-        if not self._says_how:
-            return
-        if trainer.global_step > 0:
-            print("stopped; the same command with --ckpt_path last goes on from here", file=sys.stderr)
-        else:
-            print("stopped before the first step", file=sys.stderr)
-
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -31,18 +31,26 @@ def is_run(folder: Path) -> bool:
 def find_checkpoint(given: Any, root: Path) -> Path | None:
     """The file that `--ckpt_path` means: a path, or `last` or `best` of the newest run under `root`.
 
+    `auto` is the newest `last` that there is, and None where there is none: for a job that is started again
+    by the same command.
+
     Raises:
         UserError: there is no such file; a run never starts over silently.
     """
     if given is None:
         return None
-    if str(given) not in ("last", "best"):
+    given = str(given)
+    if given not in ("last", "best", "auto"):
+        expected = "expected a checkpoint file, `last`, `best` or `auto`"
         if Path(given).is_dir():
-            raise UserError(f"--ckpt_path {given} is a folder; expected a checkpoint file, `last` or `best`")
+            raise UserError(f"--ckpt_path {given} is a folder; {expected}")
         if not Path(given).is_file():
-            raise UserError(f"--ckpt_path {given}: no such file; expected a checkpoint, `last` or `best`")
+            raise UserError(f"--ckpt_path {given}: no such file; {expected}")
         return _sound(Path(given), given)
     runs = [folder for folder in root.glob("*") if is_run(folder)]
+    if given == "auto":
+        saved = [file for folder in runs if (file := folder / "checkpoints" / LAST).is_file()]
+        return _sound(max(saved, key=lambda file: file.stat().st_mtime), given) if saved else None
     if not runs:
         raise UserError(
             f"--ckpt_path {given}: no run under {root}; start one without --ckpt_path, "
