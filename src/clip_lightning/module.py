@@ -61,6 +61,7 @@ class CLIPModule(LightningModule):
         image_size: int | None = None,
         max_length: int | None = None,
         micro_batch_size: int | Literal["auto"] | None = None,
+        activation_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
         """Build both towers and their heads.
@@ -87,6 +88,8 @@ class CLIPModule(LightningModule):
             max_length: longest text in tokens; 77 by default, or the text tower's limit where that is less.
             micro_batch_size: pictures, and captions, that a trained tower holds in memory at a time (gradient
                 caching); `auto` for as many as fit; by default the whole batch.
+            activation_checkpointing: whether trained towers keep only the inputs of their layers and run each
+                once more in the backward pass: less memory, a third more time.
             compile: whether trained towers go through torch.compile, a minute or two at the start.
         """
         super().__init__()
@@ -128,8 +131,10 @@ class CLIPModule(LightningModule):
             self.clip.add_lora(lora)
         freeze_lower_layers(self.clip, optimizer)
         self.stopwatch = Stopwatch()
-        for tower in self._towers().values() if compile else ():
-            if not tower.frozen:
+        for tower in self._towers().values():
+            if activation_checkpointing and not tower.frozen:
+                tower.checkpoint_activations()
+            if compile and not tower.frozen:
                 tower.compile_backbone()
         self.validation_embeddings: Embeddings | None = None
         self.gradient_norm = 0.0

@@ -64,6 +64,28 @@ class Tower(nn.Module):
         """Let torch.compile make the backbone faster; where it cannot, say so and go on without."""
         self.backbone.compile()
 
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of each layer in training, and run it once more in the backward pass.
+
+        Raises:
+            UserError: the backbone cannot, or has batch norms that would note every batch twice.
+        """
+        if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
+            raise UserError(
+                f"--model.activation_checkpointing: the batch norms of {self.spec['name']!r} would note every "
+                "batch twice; give --model.fix_statistics true, or --model.micro_batch_size N in its place"
+            )
+        try:
+            self._checkpoint_layers()
+        except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--model.activation_checkpointing: {self.spec['name']!r} has no way to do it; leave it out, or "
+                "give --model.micro_batch_size N in its place"
+            ) from error
+
+    def _checkpoint_layers(self) -> None:
+        raise NotImplementedError
+
     def run_backbone(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's output."""
         try:

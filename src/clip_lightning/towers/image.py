@@ -70,6 +70,9 @@ class ImageTower(Tower):
         groups = group_parameters(backbone, backbone.group_matcher(coarse=False))
         return {f"backbone.{name}": layer for layer, names in groups.items() for name in names}
 
+    def _checkpoint_layers(self) -> None:
+        self.backbone.set_grad_checkpointing(True)
+
     @classmethod
     def from_name(cls, name: str, image_size: int | None = None) -> ImageTower:
         """Build the tower called `name`, with its pretrained weights.

@@ -80,6 +80,10 @@ class OpenCLIPImage(nn.Module):
         inside = {f"visual.trunk.{name}": layer for layer, those in groups.items() for name in those}
         return lambda name: inside.get(name, max(groups))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As timm's models have it."""
+        self.visual.set_grad_checkpointing(enable)
+
     def take_projection(self) -> nn.Linear | None:
         """Take the linear projection off, so that features come before it; None where there is none."""
         visual = self.visual
@@ -126,6 +130,10 @@ class OpenCLIPText(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Features (N, width) of tokens (N, L)."""
         return self.text(input_ids)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As timm's models have it."""
+        self.text.set_grad_checkpointing(enable)
 
     def take_projection(self) -> nn.Linear | None:
         """Take the projection off, so that features come before it; None where there is none."""

@@ -76,6 +76,13 @@ class TextTower(Tower):
         """For each parameter the number of its layer, 0 next to the input, as transformers numbers them."""
         return numbered_layers(name for name, _ in self.named_parameters())
 
+    def _checkpoint_layers(self) -> None:
+        if self.pooling == "own":
+            self.backbone.set_grad_checkpointing(True)
+        else:
+            old = self.backbone.gradient_checkpointing_enable  # its name before transformers 5.23
+            getattr(self.backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Features as `forward` gives them, of all texts in one go."""
         if self.pooling == "own":
