@@ -164,6 +164,11 @@ class RunRecorder(Callback):
         self._finished = True
         self._write(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it now, where training was done already and writing it had failed."""
+        if not self._finished:
+            self.on_train_end(trainer, pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what there is, also when the run is interrupted."""
         if trainer.global_step > 0:
