@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +66,39 @@ def read_bundle(folder: Path, config: dict[str, Any], name: str) -> dict[str, Te
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             recorded = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{name} is damaged ({error}); get it whole again") from error
     if config.get("format") != BUNDLE_FORMAT:
         raise UserError(
             f"{name} has format {config.get('format')!r}, this version reads {BUNDLE_FORMAT}; "
             "upgrade clip-lightning, or give a folder written by save_pretrained"
         )
-    for part, digest in _companions(folder, config).items():
+    with refusing_damage(name):
+        companions = _companions(folder, config)
+    for part, digest in companions.items():
         if recorded.get(part) != digest:
             raise UserError(
                 f"{name}: its {part} is not the one its weights were trained with; get it whole again"
             )
     return state
+
+
+@contextlib.contextmanager
+def refusing_damage(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong with the content of the model called `name` into one line.
+
+    Raises:
+        UserError: something did.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise what they like for a configuration that is none
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(
+            f"{name} is damaged ({type(error).__name__}: {reason}); get it whole again"
+        ) from error
 
 
 def read_json(file: Path, name: str) -> dict[str, Any]:
@@ -89,7 +111,7 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
         return {}
     try:
         values: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is damaged ({error}); get it whole again") from error
     if not isinstance(values, dict):
         raise UserError(f"{name} is damaged ({file.name} holds no JSON object); get it whole again")

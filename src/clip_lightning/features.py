@@ -114,7 +114,7 @@ class FeatureCache:
         try:
             entry.mkdir(parents=True, exist_ok=True)
             manifest = entry / "manifest.json"
-            if not manifest.exists() or _read_manifest(manifest) is None:
+            if not manifest.exists() or _read_manifest(manifest) != (json.loads(text), count):
                 write_atomically(manifest, json.dumps({"key": key, "rows": count}, indent=2).encode())
             _touch(entry)
             features = Features(self._complete(entry, ranges, compute, title))
@@ -200,7 +200,7 @@ def _read_manifest(manifest: Path) -> tuple[dict[str, Any], int] | None:
     try:
         content = json.loads(manifest.read_text())
         return dict(content["key"]), int(content["rows"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -218,7 +218,7 @@ def _write_shard(entry: Path, i: int, values: np.ndarray) -> Path:
 def _shard_files(entry: Path) -> dict[int, list[Path]]:
     """Number of a shard → the files that say they are it."""
     files: dict[int, list[Path]] = {}
-    for file in entry.glob("*-*.npy"):
+    for file in entry.glob("[0-9]" * 6 + "-*.npy"):
         files.setdefault(int(file.name.partition("-")[0]), []).append(file)
     return files
 

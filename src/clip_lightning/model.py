@@ -24,6 +24,7 @@ from clip_lightning.bundle import (
     find_model,
     read_bundle,
     read_json,
+    refusing_damage,
     write_bundle,
 )
 from clip_lightning.data.transforms import ImageTransform, decode_image
@@ -305,8 +306,9 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
                 "transformers or open_clip"
             )
         state = read_bundle(folder, config, name)
-        model = cls.from_config(config, folder)
-        model.load_state_dict(state)
+        with refusing_damage(name):
+            model = cls.from_config(config, folder)
+            model.load_state_dict(state)
         own = {*model.config(), "tokenizer_files"}
         model.metadata = {key: value for key, value in config.items() if key not in own}
         return model._ready(name)

@@ -48,7 +48,7 @@ def read_captions(root: Path, dataset: str = "auto") -> CaptionSet:
     known = ("auto", *_ANNOTATIONS, "folder")
     if dataset not in known:
         raise UserError(f"there is no data set kind {dataset!r}; set --data.dataset to {', '.join(known)}")
-    if not root.exists():
+    if not os.path.exists(root):  # pathlib raises for a name that is too long
         raise UserError(f"there is no folder or file {root}; give the data set's folder to --data.root")
     # Only the root is resolved: a link below it may lead out of it, and names are relative to the root.
     root = root.resolve()
@@ -91,12 +91,14 @@ def find_annotations(root: Path, dataset: str) -> Path | None:
     names = _ANNOTATIONS.get(dataset) or tuple(dict.fromkeys(chain(*_ANNOTATIONS.values())))
     # Archives unpack to folders such as Flickr8k_text/ or flickr30k_images/flickr30k_images/.
     for depth, name in product(("", "*/", "*/*/"), names):
-        for path in sorted(root.glob(depth + name)):
+        for path in sorted(filter(Path.is_file, root.glob(depth + name))):
             return path
     if dataset.startswith("flickr"):
         raise UserError(f"{root} holds none of {', '.join(names)}; check --data.root and --data.dataset")
-    tables = sorted(path for path in root.iterdir() if path.suffix in TABLE_SUFFIXES)
-    tables += sorted(path for path in root.glob("*.json") if '"sentences"' in file_head(path))
+    tables = sorted(path for path in root.iterdir() if path.suffix in TABLE_SUFFIXES and path.is_file())
+    tables += sorted(
+        path for path in root.glob("*.json") if path.is_file() and '"sentences"' in file_head(path)
+    )
     if len(tables) > 1:
         found = ", ".join(path.name for path in tables)
         raise UserError(f"{root} holds several annotation files ({found}); give one of them to --data.root")
@@ -116,6 +118,9 @@ def _group(
     splits: dict[str, str] = {}
     for number, (name, caption, split) in enumerate(rows, start=1):
         name, caption = name.strip(), " ".join(caption.split())
+        if not (_is_text(name) and _is_text(caption)):
+            left_out[f"{source} row {number}"] = f"row {number} holds characters that are none"
+            continue
         if name and caption:
             captions.setdefault(name, []).append(caption)
         elif name or caption:
@@ -132,6 +137,15 @@ def _group(
                 )
             _put(splits, name, SPLIT_WORDS[word])
     return captions, splits
+
+
+def _is_text(word: str) -> bool:
+    """Whether it can be written down: JSON may hold halves of characters, and any format NUL."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in word
 
 
 def _put(splits: dict[str, str], name: str, split: str) -> None:

@@ -26,6 +26,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         UserError: when the file is none of the formats or broken; for most, while iterating.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file; give another --data.root")
     first_line = file_head(path).partition("\n")[0]
     for form in _FORMATS:
         if form.recognise(path.suffix.lower(), first_line):
@@ -110,13 +112,21 @@ def _read_token(path: Path) -> Iterator[Row]:
         yield name.rpartition("#")[0] or name, caption, None
 
 
+# what comes of JSON that is broken, too deep, or holds other things than expected
+_NO_RECORDS = (ValueError, RecursionError, KeyError, TypeError, AttributeError)
+
+
 def _read_karpathy(path: Path) -> Iterator[Row]:
+    text = "".join(read_lines(path))
     try:
-        for image in json.loads("".join(read_lines(path)))["images"]:
+        for image in json.loads(text)["images"]:
             name = os.path.join(image.get("filepath", ""), image["filename"])
             for sentence in image["sentences"] or ({"raw": ""},):
-                yield name, sentence["raw"], image.get("split")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+                caption, split = sentence["raw"], image.get("split")
+                if not (isinstance(caption, str) and isinstance(split, str | None)):
+                    raise TypeError
+                yield name, caption, split
+    except _NO_RECORDS:
         raise UserError(
             f"{path} is not a Karpathy JSON, an object with images that have a filename "
             "and sentences with raw; give another --data.root"
@@ -129,10 +139,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path} line {number} is not JSON ({error.msg}); mend it for --data.root"
-            ) from None
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(f"{path} line {number} is not JSON ({reason}); mend it for --data.root") from None
         if not isinstance(record, dict):
             raise UserError(f"{path} line {number} is not a JSON object; give another --data.root")
         yield from _record_rows(path, list(record.values()), _columns(path, list(record)))
@@ -149,8 +158,11 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         for batch in file.iter_batches(columns=names):
             for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 yield from _record_rows(path, values, places)
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
+    except UserError:
+        raise
+    # of a damaged file, Arrow says by any of these what is wrong
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is not a readable Parquet file ({reason}); check --data.root") from None
 
 
@@ -166,6 +178,11 @@ def _record_rows(path: Path, values: Sequence[Any], places: tuple[int, int, int 
             raise UserError(
                 f"{path} holds a {type(image).__name__} as image and a {type(caption).__name__} as caption, "
                 "expected a file's name and a sentence or a list of them; give another --data.root"
+            )
+        if not isinstance(split, str | None):
+            raise UserError(
+                f"{path} holds a {type(split).__name__} as split, expected train, val or test; correct it, "
+                "or leave the column out"
             )
         yield image, caption, split
 

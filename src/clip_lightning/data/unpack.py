@@ -46,6 +46,8 @@ _BROKEN = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile),
     # an encrypted member, a method of compression that is not built in, a header cut short
     *(EOFError, RuntimeError, NotImplementedError, struct.error),
+    # a name that is empty or not in the encoding that it claims, a size or a place that no file can have
+    *(IndexError, ValueError, OverflowError),
 )
 
 
@@ -74,6 +76,8 @@ def unpack(archive: Path, folder: Path) -> Path:
         for member in tqdm(_members(archive), desc="unpack", unit=" files", mininterval=1):
             writer.add(member)
         writer.copy_links()
+    except RefusedArchive:
+        raise
     except _BROKEN as error:
         raise RefusedArchive(f"the archive is broken ({_first_line(error)})") from error
     except OSError as error:

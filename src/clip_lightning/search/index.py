@@ -73,6 +73,9 @@ class ImageIndex:
         self._index = version.index()
         self._metadata = version.metadata()
         self._vectors = version.embeddings()
+        shapes = (self._index.ntotal, self._index.d), (self._metadata.num_rows, self.manifest.width)
+        if not shapes[0] == shapes[1] == self._vectors.shape == (self.manifest.pictures, self.manifest.width):
+            raise UserError(f"{version.folder} is damaged: its parts do not belong together; build it anew")
         self._captions: tuple[Any, Any, np.ndarray] | None = None
         if self.manifest.captions:
             self._captions = (version.caption_index(), version.caption_table(), version.caption_embeddings())
@@ -131,7 +134,7 @@ class ImageIndex:
                 )
             try:
                 return cls(version, model)
-            except (OSError, UserError) as error:
+            except (OSError, ValueError) as error:  # UserError among them, and what Arrow and numpy raise
                 # a writer may have replaced it meanwhile
                 if attempt == 2 or (version.folder / "manifest.json").exists():
                     raise UserError(f"the index {path} cannot be read: {error}") from error

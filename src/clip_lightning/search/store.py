@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from clip_lightning.search.vectors import IndexType, read_index, write_index
 FORMAT = 1
 # A cosine of two unit vectors changes by some 1e-5, which no search notices, and the files are half as large.
 DTYPE = np.dtype(np.float16)
+_VERSION = re.compile(r"v\d{6,}")
 KEPT_BY_US = {"current", "versions", "pending", ".lock"}
 
 
@@ -185,11 +187,20 @@ class Store:
                 name = (self.root / "current").read_text(encoding="utf-8").strip()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{self.root} is damaged ({error}); build it anew in another folder"
+                ) from error
+            if not _VERSION.fullmatch(name):
+                raise UserError(
+                    f"{self.root} is damaged: it names {name!r} as its version; build it anew in "
+                    "another folder"
+                )
             try:
                 return Version(self._versions / name)
             except FileNotFoundError:
                 time.sleep(0.05)  # a writer removed it between the two lines: there is a newer one
-            except (ValueError, TypeError) as error:
+            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(
@@ -227,7 +238,8 @@ class Store:
 
     def write(self, content: Content) -> None:
         """Make the content the current version."""
-        numbers = [int(folder.name.lstrip("v")) for folder in self._versions.glob("v*")]
+        names = (folder.name for folder in self._versions.glob("v*"))
+        numbers = [int(name[1:]) for name in names if _VERSION.fullmatch(name)]
         folder = self._versions / f"v{max(numbers, default=0) + 1:06d}"
         (folder / "metadata").mkdir(parents=True)
         (folder / "img_emb").mkdir()
