@@ -185,3 +185,9 @@ def packaged_config(name: str, kind: str = "") -> str:
                 return str(file)
     known = sorted(file.stem for folder in folders for file in folder.glob("*.yaml"))
     raise UserError(f"no configuration {name!r}: expected a file, or one of {', '.join(known)}")
+
+
+def complaint_within(error: ValueError) -> str | None:
+    """Our own complaint within what jsonargparse says of an option of several types, if there is one."""
+    lines = (line.strip().removeprefix("- ") for line in str(error).splitlines())
+    return next((line for line in lines if line.startswith("--")), None)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from clip_lightning.arguments import run_functions
+from clip_lightning.errors import UserError
 from clip_lightning.features import CacheEntry, FeatureCache, default_cache
 
 
@@ -33,6 +34,8 @@ def prune(keep_gb: float, folder: Path | None = None, json: bool = False) -> Non
         folder: the cache; the default one if not given.
         json: print one JSON object instead.
     """
+    if not keep_gb >= 0:
+        raise UserError(f"--keep_gb {keep_gb:g}: expected 0 or more gigabytes")
     _show(FeatureCache(folder or default_cache()).prune(keep_gb * 1e9), "removed", json)
 
 

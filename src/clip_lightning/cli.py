@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from clip_lightning.arguments import PlainErrors, named_configs, with_logger_folder
+from clip_lightning.arguments import PlainErrors, complaint_within, named_configs, with_logger_folder
 from clip_lightning.checkpoints import CheckpointOptions, SafeCheckpointIO
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
@@ -409,6 +409,13 @@ def _run(words: list[str], callbacks: Sequence[Callback], kind: type[AnyCLI]) ->
         return kind(words, callbacks)
     except MisconfigurationException as error:  # Lightning's word for what its options cannot do
         raise UserError(str(error)) from error
+    except UserError:
+        raise
+    except ValueError as error:
+        said = complaint_within(error)
+        if said is None:
+            raise
+        raise UserError(said) from error
     except RuntimeError as error:
         lost = lost_rank(error)
         if lost is None:

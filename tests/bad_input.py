@@ -1,0 +1,336 @@
+"""What people give wrongly, end to end: the cases, what they need, and the table of docs/reliability.md.
+
+`python tests/bad_input.py` runs them and writes the table anew; look at what it says before you keep it.
+"""
+
+# ruff: noqa: E501 (a case is a line)
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+DOC = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
+BEGIN, END = "<!-- bad input: begin -->", "<!-- bad input: end -->"
+FIT = "fit TOWERS --data.root DATA QUIET"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Words of a command line; names in capitals stand for what `Place` makes."""
+
+    what: str
+    words: str
+
+
+def case(what: str, words: str) -> Case:
+    return Case(what, words)
+
+
+CASES = [
+    # commands and options
+    case("an unknown command", "train DATA"),
+    case("a misspelt option", f"{FIT} --data.batchsize 8"),
+    case("an abbreviated option", f"{FIT} --data.batch 8"),
+    case("an option without its value", f"{FIT} --data.batch_size"),
+    case("a word for a number", f"{FIT} --data.batch_size many"),
+    case("a batch of zero", f"{FIT} --data.batch_size 0"),
+    case("a batch larger than the data", f"{FIT} --data.batch_size 4096"),
+    case("workers below zero", f"{FIT} --data.num_workers -1"),
+    case("captions per image: zero", f"{FIT} --data.captions_per_image 0"),
+    case("a share above one", f"{FIT} --data.val_share 1.5"),
+    case("a crop of nothing", f"{FIT} --data.augmentation.min_scale 0"),
+    case("a negative learning rate", f"{FIT} --model.optimizer.lr -1"),
+    case("warm-up longer than training", f"{FIT} --model.optimizer.warmup 2"),
+    case("label smoothing of one", f"{FIT} --model.loss InfoNCE --model.loss.label_smoothing 1"),
+    case("an unknown loss", f"{FIT} --model.loss TripletLoss"),
+    case("an unknown tower to freeze", f"{FIT} --model.freeze vision"),
+    case("an impossible micro-batch", f"{FIT} --model.micro_batch_size 0"),
+    case("a width of zero", f"{FIT} --model.embed_dim 0"),
+    case("training without an end", f"{FIT} --trainer.max_epochs -1"),
+    case("an accelerator that is not there", f"{FIT} --trainer.accelerator tpu"),
+    case("an unknown strategy", f"{FIT} --trainer.strategy warp"),
+    case("a precision that is none", f"{FIT} --trainer.precision 7"),
+    case("checkpoints every zero steps", f"{FIT} --checkpoint.every_n_steps 0"),
+    case("activation checkpointing with batch norms", f"{FIT} --model.freeze none --model.activation_checkpointing true"),
+    case("LoRA of rank zero", f"{FIT} --model.lora.rank 0"),
+    # configurations
+    case("a config that is not there", f"{FIT} --config nowhere.yaml"),
+    case("a config that is no YAML", f"{FIT} --config DIR/broken.yaml"),
+    case("a config with an unknown key", f"{FIT} --config DIR/unknown.yaml"),
+    # towers
+    case("no tower", "fit --data.root DATA QUIET"),
+    case("a misspelt image tower", f"{FIT} --model.image_tower random:resnet5O"),
+    case("a misspelt text tower", f"{FIT} --model.text_tower random:bert-bse"),
+    case("a folder that is no text tower", f"{FIT} --model.text_tower DIR/empty"),
+    case("a pooling that the tower lacks", f"{FIT} --model.image_tower random:test_resnet@map"),
+    case("a weights file that is not there", f"{FIT} --model.image_tower test_resnet=DIR/none.safetensors"),
+    case("texts longer than the tower can", f"{FIT} --model.max_length 4096"),
+    # data
+    case("no data", "fit TOWERS QUIET"),
+    case("data that is not there", "fit TOWERS QUIET --data.root nowhere"),
+    case("an empty folder", "fit TOWERS QUIET --data.root DIR/empty"),
+    case("a folder of pictures without captions", "fit TOWERS QUIET --data.root DIR/pictures"),
+    case("captions without their pictures", "fit TOWERS QUIET --data.root DIR/no-pictures"),
+    case("a table without an image column", "fit TOWERS QUIET --data.root DIR/columns.csv"),
+    case("a split with an unknown name", "fit TOWERS QUIET --data.root DIR/splits.csv"),
+    case("a picture in two splits", "fit TOWERS QUIET --data.root DIR/twice.csv"),
+    case("a table that is binary", "fit TOWERS QUIET --data.root DIR/binary.csv"),
+    case("too few pictures to divide", "fit TOWERS QUIET --data.root DIR/one.csv"),
+    case("every picture broken", "fit TOWERS QUIET --data.root DIR/all-broken"),
+    case("two sources of data", f"{FIT} --data.hub me/data"),
+    case("a layout that the data has not", f"{FIT} --data.dataset flickr30k"),
+    case("an artifact without a version", "fit TOWERS QUIET --data.artifact flickr8k"),
+    case("an archive without its checksum", "fit TOWERS QUIET --data.url https://example.org/a.zip"),
+    case("a checksum that is none", "fit TOWERS QUIET --data.url https://example.org/a.zip --data.sha256 12"),
+    case("shards that are none", "fit TOWERS QUIET --data.dataset shards --data.root DIR/empty"),
+    case("options of shards without shards", f"{FIT} --data.shards.window 4"),
+    case("a filter that is none", "fit TOWERS QUIET --data.dataset shards --data.root SHARDS "
+         "--data.shards.filters ['wide']"),
+    case("a filter on a field that is not there", "fit TOWERS QUIET --data.dataset shards --data.root SHARDS "
+         "--data.shards.filters ['similarity>0.3']"),
+    case("a damaged list of shards", "fit TOWERS QUIET --data.dataset shards --data.root DIR/damaged-shards"),
+    case("a shard that was cut off", "fit TOWERS QUIET --data.dataset shards --data.root DIR/cut-shards"),
+    case("an unknown protocol", "fit TOWERS QUIET --data.dataset shards --data.root nope://bucket/x"),
+    # checkpoints and models
+    case("a run to go on with where there is none", f"{FIT} --ckpt_path last"),
+    case("a checkpoint that is not there", f"{FIT} --ckpt_path DIR/none.ckpt"),
+    case("a file that is no checkpoint", f"{FIT} --ckpt_path DIR/columns.csv"),
+    case("a checkpoint that was cut off", f"{FIT} --ckpt_path DIR/cut.ckpt"),
+    case("a checkpoint of another model", f"{FIT} --model.embed_dim 8 --ckpt_path RUN/checkpoints/last.ckpt"),
+    case("a checkpoint of other data", "fit TOWERS QUIET --data.root OTHER --ckpt_path RUN/checkpoints/last.ckpt"),
+    case("another batch size than the checkpoint's", f"{FIT} --data.batch_size 8 --ckpt_path RUN/checkpoints/last.ckpt"),
+    case("a model to start from that is none", "fit QUIET --data.root DATA --model.init_from DIR/empty"),
+    case("a bundle that was cut off", "fit QUIET --data.root DATA --model.init_from DIR/cut-bundle"),
+    case("a bundle with another tokenizer", "evaluate retrieval DIR/mixed-bundle DATA"),
+    case("a tower beside a bundle", f"{FIT} --model.image_tower random:test_vit --model.init_from MODEL"),
+    case("nothing to score", "test TOWERS QUIET --data.root DATA"),
+    # using a model
+    case("a model that is not there", "evaluate retrieval nowhere DATA"),
+    case("a split that the data has not", "evaluate retrieval MODEL DATA --split dev"),
+    case("class folders that are captions", "evaluate zero-shot MODEL DIR/empty"),
+    case("unknown templates", "evaluate zero-shot MODEL DIR/classes --templates fancy"),
+    case("shots that are none", "evaluate linear-probe MODEL DIR/classes --shots 0"),
+    case("no labels", "classify MODEL DIR/pictures/a.png --labels ''"),
+    case("a picture that is none", "classify MODEL DIR/columns.csv --labels cat,dog"),
+    case("an index that is not there", "search nowhere cat"),
+    case("nothing to search for", "search INDEX"),
+    case("no answers asked for", "search INDEX cat --k 0"),
+    case("an index that was damaged", "search DIR/cut-index cat"),
+    case("pictures to index that are not there", "index MODEL nowhere --out DIR/new-index"),
+    case("an index of another model", "index OTHER_MODEL DIR/pictures --out INDEX"),
+    case("embeddings into a full folder", "embed MODEL DIR/pictures --out DIR/full"),
+    case("an unknown format to export to", "export MODEL --to tflite --out DIR/exported"),
+    case("no repository to export to", "export MODEL --to hub"),
+    case("a port that is none", "app INDEX --port 99999"),
+    # many runs
+    case("runs to compare that are not there", "compare DIR/empty"),
+    case("a sweep that is not there", "sweep nowhere.yaml --data.root DATA"),
+    case("a sweep without parameters", "sweep DIR/sweep.yaml --data.root DATA"),
+    case("a sweep over an unknown option", "sweep DIR/sweep-option.yaml --data.root DATA"),
+    case("no trials", "sweep heads --data.root DATA --trials 0"),
+    case("one tower to compare", "compare-backbones --data.root DATA --image_towers '' --text_towers x"),
+    case("a cache to prune to less than nothing", "cache prune --keep_gb -1"),
+    # data commands
+    case("data to check that is not there", "data check nowhere"),
+    case("a cleaned table over the original", "data check DATA --fix DATA/captions.csv"),
+    case("an unknown kind of shards", "data convert DATA --to zip --out DIR/new-shards"),
+    case("shards into a folder that is full", "data convert DATA --to litdata --out DIR/full"),
+    case("shards of no pixels", "data convert DATA --to litdata --out DIR/new-shards --short_side 0"),
+    case("an artifact's name that is none", "data upload DATA --artifact a/b/c/d"),
+]  # fmt: skip
+
+
+class Place:
+    """Everything that the cases name, in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from conftest import write_bert
+
+        self.folder = folder
+        self.bert = write_bert(folder / "bert")
+        self.names = {
+            "TOWERS": f"--model.image_tower random:test_resnet --model.text_tower random:{self.bert} "
+            "--model.embed_dim 16 --data.image_size 32",
+            "QUIET": "--trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false "
+            f"--trainer.max_epochs 1 --trainer.default_root_dir {folder / 'runs'} --data.num_workers 0 "
+            "--predictions.queries 0 --data.batch_size 4",
+            "OTHER_MODEL": str(folder / "other-model"),
+            "OTHER": str(folder / "other"),
+            "DATA": str(folder / "data"),
+            "SHARDS": str(folder / "shards"),
+            "INDEX": str(folder / "index"),
+            "DIR": str(folder / "dir"),
+        }
+        self._make()
+
+    def words(self, line: str) -> list[str]:
+        """The words of a case's line."""
+        import shlex
+
+        def put(match: re.Match[str]) -> str:
+            return self.names[match[0]]
+
+        line = line.replace("['", "\"['").replace("']", "']\"")
+        return shlex.split(re.sub(r"\b(" + "|".join(self.names) + r")\b", put, line))
+
+    def plain(self, text: str) -> str:
+        """A message with the names in place of this machine's folders."""
+        text = text.replace(str(self.folder / "runs"), "RUNS")
+        for name in ("MODEL", "RUN", "OTHER_MODEL", "OTHER", "DATA", "SHARDS", "INDEX", "DIR"):
+            text = text.replace(self.names[name], name)
+        text = text.replace(str(self.bert), "BERT")
+        text = text.replace(str(self.folder), "PLACE")
+        text = re.sub(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b", "ID", text)
+        return re.sub(r"\b[0-9a-f]{64}\b", "SHA256", text)
+
+    def run(self, line: str) -> tuple[int, str]:
+        """Status and stderr of a command, in this process."""
+        from clip_lightning.__main__ import main
+
+        if hasattr(self, "ready"):
+            shutil.rmtree(self.folder / "runs", ignore_errors=True)  # no case sees what another has left
+        err, out = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                status = main(self.words(line))
+            except Exception as error:
+                return 0, f"Traceback of {type(error).__name__}: {' '.join(str(error).split())}"
+        return status, err.getvalue()
+
+    def _make(self) -> None:
+        from PIL import Image
+
+        from clip_lightning.data.scenes import write_scenes
+
+        folder = self.folder
+        for name, seed in (("data", 0), ("other", 1)):
+            write_scenes(folder / name, count=40, size=32, seed=seed)
+        self._ok(FIT)
+        (run,) = (folder / "runs").iterdir()
+        run = run.rename(folder / "run")
+        self.names = {"MODEL": str(run / "model"), "RUN": str(run)} | self.names
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        self._ok(f"{FIT} --seed_everything 1")
+        (other,) = (folder / "runs").iterdir()
+        (other / "model").rename(folder / "other-model")
+        shutil.rmtree(folder / "runs")
+        here = folder / "dir"
+        for name in (
+            "empty",
+            "pictures",
+            "no-pictures",
+            "all-broken/images",
+            "full",
+            "classes/cat",
+            "classes/dog",
+        ):
+            (here / name).mkdir(parents=True)
+        (here / "full" / "mine").write_text("keep")
+        for name in ("pictures/a.png", "pictures/b.png", "classes/cat/a.png", "classes/dog/b.png"):
+            Image.new("RGB", (32, 32), "red" if "a." in name else "blue").save(here / name)
+        tables = {
+            "no-pictures/captions.csv": "image,caption\na.png,A\nb.png,B\n",
+            "all-broken/captions.csv": "image,caption\n" + "".join(f"images/{n}.png,A\n" for n in range(40)),
+            "columns.csv": "picture_of,sentence\na,b\n",
+            "splits.csv": "image,caption,split\npictures/a.png,A,training\n",
+            "twice.csv": "image,caption,split\npictures/a.png,A,train\npictures/a.png,B,val\n",
+            "one.csv": "image,caption\npictures/a.png,A\n",
+            "broken.yaml": "model: [unclosed\n",
+            "unknown.yaml": "model:\n  image_twoer: x\n",
+            "sweep.yaml": "method: random\nmetric: {name: val/rsum, goal: maximize}\n",
+            "sweep-option.yaml": "method: random\nmetric: {name: val/rsum, goal: maximize}\n"
+            "parameters: {model.embed_dims: {values: [8, 16]}}\n",
+        }
+        for name, content in tables.items():
+            (here / name).write_text(content)
+        for number in range(40):
+            (here / "all-broken" / "images" / f"{number}.png").write_bytes(b"no picture %d" % number)
+        (here / "binary.csv").write_bytes(bytes(range(256)) * 4)
+        last = run / "checkpoints" / "last.ckpt"
+        (here / "cut.ckpt").write_bytes(last.read_bytes()[:-1000])
+        for name, file in (("cut-bundle", "model.safetensors"), ("mixed-bundle", "tokenizer.json")):
+            shutil.copytree(run / "model", here / name)
+            content = (here / name / file).read_bytes()
+            cut = content[:-1000] if name == "cut-bundle" else content.replace(b"red", b"rad")
+            (here / name / file).write_bytes(cut)
+        self._ok("data convert DATA --to litdata --out SHARDS --num_workers 1")
+        for name in ("damaged-shards", "cut-shards"):
+            shutil.copytree(folder / "shards", here / name)
+        (here / "damaged-shards" / "shards.json").write_text("{")
+        shard = here / "cut-shards" / "train" / "00000.bin"
+        shard.write_bytes(shard.read_bytes()[:-10])
+        self._ok("index MODEL DIR/pictures --out INDEX")
+        shutil.copytree(folder / "index", here / "cut-index")
+        for file in (here / "cut-index" / "versions").rglob("*.npy"):
+            file.write_bytes(file.read_bytes()[:-8])
+        self.ready = True
+
+    def _ok(self, line: str) -> None:
+        status, said = self.run(line)
+        assert status == 0, f"{line}: {said}"
+
+
+@contextlib.contextmanager
+def place() -> Iterator[Place]:
+    """A place, with caches of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = {"XDG_CACHE_HOME": f"{folder}/cache", "WANDB_MODE": "offline"}
+        with mock.patch.dict(os.environ, cache), contextlib.chdir(folder):
+            yield Place(Path(folder))
+
+
+def documented() -> dict[str, str]:
+    """What the table says: case → line."""
+    text = DOC.read_text()
+    rows = text[text.index(BEGIN) : text.index(END)].splitlines()
+    cells = [re.split(r"(?<!\\)\|", row) for row in rows if row.startswith("| ")][1:]
+    return {row[1].strip(): row[3].strip().strip("`").replace("\\|", "|") for row in cells}
+
+
+def shown(line: str) -> str:
+    """A line as the table has it."""
+    return " ".join(line.removeprefix("clip-lightning: error: ").split()).replace("`", "'")
+
+
+def write(lines: dict[str, str]) -> None:
+    """Put the table into the page."""
+    text = DOC.read_text()
+    words = {c.what: c.words for c in CASES}
+    rows = ["", "| given | command | what the user sees |", "|---|---|---|"]
+    for what, line in lines.items():
+        command = words[what].replace("|", "\\|")
+        rows.append(f"| {what} | `{command}` | `{line.replace('|', chr(92) + '|')}` |")
+    rows.append("")
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    DOC.write_text(head + "\n".join(rows) + tail)
+
+
+def main(report: Callable[..., Any] = print) -> None:
+    lines: dict[str, str] = {}
+    with place() as where:
+        for number, each in enumerate(CASES):
+            status, said = where.run(each.words)
+            last = (said.splitlines() or [""])[-1]
+            wrong = status == 0 or "Traceback" in said or not last.startswith("clip-lightning: error: ")
+            report(json.dumps([number, "WRONG" if wrong else "", each.what, status, where.plain(last)]))
+            lines[each.what] = shown(where.plain(last))
+    write(lines)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()

@@ -1,0 +1,32 @@
+"""Every wrong input ends with one clear line: the one that docs/reliability.md shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import bad_input
+import pytest
+from bad_input import CASES, Case, Place, documented, shown
+
+
+def test_the_page_has_every_case() -> None:
+    assert len(CASES) >= 60
+    assert list(documented()) == [case.what for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    with bad_input.place() as where:
+        yield where
+
+
+@pytest.mark.faults
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
+def test_it_is_said_in_one_line(place: Place, case: Case) -> None:
+    status, said = place.run(case.words)
+    assert status in (1, 2)
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
+    assert last.startswith("clip-lightning: error: ")
+    assert shown(place.plain(last)) == documented()[case.what]
