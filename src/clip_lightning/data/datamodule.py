@@ -20,7 +20,7 @@ from clip_lightning.data.captions import CaptionedImage, CaptionSet, content_gro
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.origin import Origin, find_origin
-from clip_lightning.data.sampler import EvalSampler, TrainSampler
+from clip_lightning.data.sampler import EvalSampler, FirstEpoch, TrainSampler
 from clip_lightning.data.transforms import Augmentation, ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.features import FeatureCache, Features, default_cache
@@ -272,6 +272,8 @@ class CaptionDataModule(LightningDataModule):
         epoch, done = self._position(sampler.batches)
         sampler.set_epoch(epoch)
         sampler.start_batch = done
+        if self.trainer is not None and self.trainer.overfit_batches > 0:
+            sampler = FirstEpoch(sampler)
         whole = self._training is not None and not self._training.chunked  # a key is of a whole batch
         return self._loader("train", dataset, sampler, None if whole else self.batch_size)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 
 from clip_lightning.errors import UserError
 
@@ -64,7 +65,27 @@ class TrainSampler(Sampler[tuple[int, int]]):
                 yield epoch, index
 
 
-class EvalSampler(Sampler[int]):
+class FirstEpoch(SequentialSampler):
+    """The first epoch of another sampler in every epoch, for `--trainer.overfit_batches`.
+
+    Lightning takes it for one without shuffling, and does not put its own in its place.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        """Repeat `sampler`, which may be set to begin within an epoch."""
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        """As many as the sampler itself."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield what the sampler does in its first epoch."""
+        self.sampler.set_epoch(0)
+        return iter(self.sampler)
+
+
+class EvalSampler(SequentialSampler):
     """Every index in order, dealt to the ranks in turn, wrapped so that all ranks have as many.
 
     The few that come twice are removed, by image id, where the embeddings are gathered.
