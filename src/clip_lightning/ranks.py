@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies.launchers import subprocess_script
+from torch.utils.data._utils import signal_handling
 
 from clip_lightning.errors import RunFailed
 
@@ -25,6 +27,10 @@ _LOST = (
     "Broken pipe",
     "Timed out waiting",
     "timed out",
+)
+# What torch says when a process that reads data is gone.
+_LOST_WORKER = re.compile(
+    r"DataLoader worker \(pid.*?\d\) (?:is )?(killed by signal: [\w ]+|exited unexpectedly)"
 )
 
 
@@ -47,6 +53,11 @@ class Agreement:
 
 def lost_rank(error: BaseException) -> RunFailed | None:
     """What to say of an error that another process's end has brought about; None of any other."""
+    if isinstance(error, RuntimeError) and (worker := _LOST_WORKER.match(str(error))):
+        return RunFailed(
+            f"a loader process has ended ({worker[1]}); if memory was short, lower --data.num_workers; "
+            "then go on with --ckpt_path last"
+        )
     kinds = (torch.distributed.DistNetworkError, torch.distributed.DistBackendError)
     known = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
     if not isinstance(error, kinds) and not known:
@@ -58,10 +69,13 @@ def lost_rank(error: BaseException) -> RunFailed | None:
 
 
 def watch_children() -> None:
-    """Let the processes that Lightning starts be watched by `_Watch` in place of its own thread.
+    """Notice that a process has ended where nothing is cut short.
 
-    That one kills all with SIGKILL as soon as one has ended, in the middle of saving.
+    The thread by which Lightning watches ranks kills all with SIGKILL, in the middle of saving: `_Watch` is
+    in its place. The handler by which torch watches loaders raises in the middle of a step, and what is saved
+    then is half a step: without it, the next batch that is asked for tells, within seconds.
     """
+    signal_handling._SIGCHLD_handler_set = True
     subprocess_script._launch_process_observer = lambda children: _Watch(children).start()
 
 
