@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from clip_lightning import checkpoints
 from clip_lightning.checkpoints import SafeCheckpointIO, damage
@@ -107,3 +108,25 @@ def test_no_damage_is_a_traceback(run: Path) -> None:
     for place in range(names, len(whole)):
         (run / "last.ckpt").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         damage(run / "last.ckpt")
+
+
+class Loop:
+    """As much of a trainer as is asked for whether a step is in hand."""
+
+    def __init__(self, started: int, processed: int) -> None:
+        self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self
+        self.started, self.processed = started, processed
+
+
+@pytest.mark.parametrize(
+    ("processed", "there", "saved"), [(3, True, True), (3, False, True), (2, True, False), (2, False, True)]
+)
+def test_half_a_step_takes_the_place_of_no_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processed: int, there: bool, saved: bool
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(ModelCheckpoint, "on_exception", lambda *given: asked.append(given))
+    if there:
+        (tmp_path / "last.ckpt").touch()
+    checkpoints.WhenInterrupted(tmp_path, "last").on_exception(Loop(3, processed), None, MemoryError())
+    assert bool(asked) == saved

@@ -654,3 +654,8 @@ def test_too_many_broken_pictures_stop_the_run(
         assert main(command("fit", tmp_path / "mild", data__root=folder, data__max_broken=0.1)) == 0
     broken = json.loads((the_run(tmp_path / "mild") / "broken.json").read_text())
     assert sorted(Path(path).name for path in broken) == ["00000.jpg", "00001.jpg"]
+
+
+def test_a_name_does_not_steer_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", "\x1b[2Jx"]) == 2
+    assert "\x1b" not in capfd.readouterr().err

@@ -68,7 +68,8 @@ class Loop:
     """As much of a trainer as the callback asks."""
 
     def __init__(self, last: bool) -> None:
-        self.fit_loop = self.epoch_loop = self.batch_progress = self._signal_connector = self
+        self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self._signal_connector = self
+        self.started = self.processed = 3
         self.is_last_batch, self.received_sigterm = last, False
         self.is_global_zero, self.global_step = True, 3
 

@@ -97,7 +97,11 @@ def _usage() -> str:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    print(f"clip-lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    line = "".join(
+        each if each.isprintable() else "?" for each in line
+    )  # a name may hold what steers a terminal
+    print(f"clip-lightning: error: {line}", file=sys.stderr)
     return status
 
 

@@ -94,6 +94,8 @@ def refusing_damage(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except MemoryError:
+        raise
     except Exception as error:  # the libraries raise what they like for a configuration that is none
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(

@@ -21,6 +21,21 @@ from clip_lightning.errors import RunFailed, UserError
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
+def within_a_step(trainer: Trainer) -> bool:
+    """Whether a batch has been begun and not finished: part of it may be in the weights and statistics."""
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(current.started > current.processed)
+
+
+class WhenInterrupted(ModelCheckpoint):
+    """Saves at an exception between steps; half a step takes the place of no checkpoint that is whole."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save, unless the last checkpoint is the better one."""
+        if not within_a_step(trainer) or not Path(str(self.dirpath), LAST).is_file():
+            super().on_exception(trainer, pl_module, exception)
+
+
 class WithinEpoch(ModelCheckpoint):
     """Leaves out an epoch's last batch: from there Lightning would go on with the same epoch once more."""
 

@@ -16,7 +16,7 @@ import transformers
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_lightning.arguments import PlainErrors, complaint_within, named_configs, with_logger_folder
-from clip_lightning.checkpoints import CheckpointOptions, SafeCheckpointIO
+from clip_lightning.checkpoints import CheckpointOptions, SafeCheckpointIO, WhenInterrupted
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.guard import NonFinite
@@ -228,7 +228,7 @@ class RunCLI(LightningCLI):
             GracefulStop(says_how=not self.callers_callbacks),
             # `last` is written at every epoch's end, when the run is interrupted, and as the options say
             BestCheckpoint(checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
-            ModelCheckpoint(
+            WhenInterrupted(
                 checkpoints,
                 "last",
                 save_on_train_epoch_end=True,

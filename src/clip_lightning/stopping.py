@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from clip_lightning.checkpoints import within_a_step
 from clip_lightning.ranks import Agreement
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -69,7 +70,8 @@ class GracefulStop(Callback):
         if not self._says_how:
             return
         if trainer.global_step > 0:
-            print("stopped; the same command with --ckpt_path last goes on from here", file=sys.stderr)
+            place = "the last checkpoint" if within_a_step(trainer) else "here"
+            print(f"stopped; the same command with --ckpt_path last goes on from {place}", file=sys.stderr)
         else:
             print("stopped before the first step", file=sys.stderr)
 

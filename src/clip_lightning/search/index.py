@@ -134,10 +134,15 @@ class ImageIndex:
                 )
             try:
                 return cls(version, model)
-            except (OSError, ValueError) as error:  # UserError among them, and what Arrow and numpy raise
+            except MemoryError:
+                raise
+            except Exception as error:  # damaged files make Arrow, numpy and FAISS raise nearly every kind
                 # a writer may have replaced it meanwhile
                 if attempt == 2 or (version.folder / "manifest.json").exists():
-                    raise UserError(f"the index {path} cannot be read: {error}") from error
+                    reason = " ".join(str(error).split())
+                    raise UserError(
+                        f"the index {path} cannot be read: {reason}; build it anew in another folder"
+                    ) from error
         raise AssertionError("unreachable")
 
     def __len__(self) -> int:

@@ -72,14 +72,14 @@ class Tower(nn.Module):
         """
         if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
             raise UserError(
-                f"--model.activation_checkpointing: the batch norms of {self.spec['name']!r} would note every "
-                "batch twice; give --model.fix_statistics true, or --model.micro_batch_size N in its place"
+                f"--model.activation_checkpointing: the batch norms of {self.spec['name']!r} would note "
+                "every batch twice; give --model.fix_statistics true, or --model.micro_batch_size N instead"
             )
         try:
             self._checkpoint_layers()
         except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(
-                f"--model.activation_checkpointing: {self.spec['name']!r} has no way to do it; leave it out, or "
+                f"--model.activation_checkpointing: {self.spec['name']!r} cannot do it; leave it out, or "
                 "give --model.micro_batch_size N in its place"
             ) from error
 
@@ -149,6 +149,11 @@ def plain_config(config: Any) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)
     return values
+
+
+def own_values(config: dict[str, Any]) -> dict[str, Any]:
+    """A stranger's configuration without what makes transformers fetch code for its attention."""
+    return {name: value for name, value in config.items() if "attn_implementation" not in name}
 
 
 def pypi_folder(package: str) -> Path:

@@ -71,7 +71,8 @@ class ImageTower(Tower):
         return {f"backbone.{name}": layer for layer, names in groups.items() for name in names}
 
     def _checkpoint_layers(self) -> None:
-        self.backbone.set_grad_checkpointing(True)
+        backbone: Any = self.backbone
+        backbone.set_grad_checkpointing(True)
 
     @classmethod
     def from_name(cls, name: str, image_size: int | None = None) -> ImageTower:
@@ -112,8 +113,14 @@ class ImageTower(Tower):
             return cls(OpenCLIPImage.from_config(arguments), spec, transform)
         if architecture == TransformersImage.ARCHITECTURE:
             return cls(TransformersImage.from_config(arguments), spec, transform)
+        if not timm.is_model(architecture.partition(".")[0]) or _REACHING & arguments.keys():
+            raise ValueError(f"{architecture!r} with {arguments} is no architecture of timm's")
         backbone = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
         return cls(backbone, spec, transform)
+
+
+# What would make timm read other files, or a server, for a bundle that comes from a stranger.
+_REACHING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,14 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file
 
 from clip_lightning.errors import UserError
-from clip_lightning.towers.base import Tower, first_line, numbered_layers, plain_config, pypi_folder
+from clip_lightning.towers.base import (
+    Tower,
+    first_line,
+    numbered_layers,
+    own_values,
+    plain_config,
+    pypi_folder,
+)
 from clip_lightning.towers.open_clip import OpenCLIPText, clean_text
 
 TextPooling = Literal["mean", "cls", "last", "pooler"]
@@ -77,11 +84,12 @@ class TextTower(Tower):
         return numbered_layers(name for name, _ in self.named_parameters())
 
     def _checkpoint_layers(self) -> None:
+        backbone: Any = self.backbone
         if self.pooling == "own":
-            self.backbone.set_grad_checkpointing(True)
+            backbone.set_grad_checkpointing(True)
         else:
-            old = self.backbone.gradient_checkpointing_enable  # its name before transformers 5.23
-            getattr(self.backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
+            old = backbone.gradient_checkpointing_enable  # its name before transformers 5.23
+            getattr(backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Features as `forward` gives them, of all texts in one go."""
@@ -147,7 +155,7 @@ class TextTower(Tower):
     @classmethod
     def from_spec(cls, spec: dict[str, Any], tokenizer_folder: Path) -> TextTower:
         """Build the architecture a bundle names: fresh weights, the bundle's tokenizer, no network."""
-        values = dict(spec["config"])
+        values = own_values(spec["config"])
         kind = values.pop("model_type")
         if kind == OpenCLIPText.ARCHITECTURE:
             backbone: Any = OpenCLIPText.from_config(values)

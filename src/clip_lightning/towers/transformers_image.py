@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from clip_lightning.towers.base import numbered_layers
+from clip_lightning.towers.base import numbered_layers, own_values
 
 
 class TransformersImage(nn.Module):
@@ -36,6 +36,6 @@ class TransformersImage(nn.Module):
     @classmethod
     def from_config(cls, arguments: dict[str, Any]) -> Self:
         """The architecture with fresh weights in fp32, whatever precision its own weights were saved in."""
-        values = dict(arguments)
+        values = own_values(arguments)
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         return cls(AutoModel.from_config(config, dtype=torch.float32))

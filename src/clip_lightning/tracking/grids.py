@@ -182,5 +182,8 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
 
 
 def printable(text: str) -> str:
-    """Without the halves of broken emoji, which no font and no UTF-8 file takes."""
-    return text.encode(errors="replace").decode()
+    """Without halves of broken emoji, which no font and no UTF-8 file takes, and what steers a terminal."""
+    whole = text.encode(errors="replace").decode()
+    return "".join(
+        each if each.isprintable() or each.isspace() else "\N{REPLACEMENT CHARACTER}" for each in whole
+    )
