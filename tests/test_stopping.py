@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from clip_lightning.__main__ import _status
 from clip_lightning.checkpoints import CheckpointOptions
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.ranks import Agreement, lost_rank
@@ -110,6 +111,15 @@ def test_only_the_warning_before_the_end_asks_for_the_queue(number: int, calls: 
     ):
         stop.on_exception(Loop(False), None, SIGTERMException())
     assert asked == calls
+
+
+@pytest.mark.parametrize(
+    ("environment", "status"),
+    [({}, 143), ({"SLURM_PROCID": "0"}, 143), ({"SLURM_PROCID": "3"}, 0), ({"LOCAL_RANK": "1"}, 0)],
+)
+def test_the_first_rank_says_that_it_was_stopped(environment: dict[str, str], status: int) -> None:
+    with mock.patch.dict(os.environ, environment, clear=True):
+        assert _status(SIGTERMException()) == status
 
 
 def test_one_process_agrees_with_itself() -> None:

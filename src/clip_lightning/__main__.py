@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
 from types import ModuleType
 
@@ -33,6 +34,8 @@ COMMANDS = {
     ),
     "cache": ("clip_lightning.cache", "list or prune the cached features of frozen towers"),
 }
+# Which process of a run this is, as torchrun, SLURM and Lightning say it.
+_RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
 _USAGE = """usage: clip-lightning COMMAND [options]
 
 Any timm image tower and any Hugging Face text tower as a contrastive image-text model.
@@ -106,11 +109,14 @@ def _fail(message: str, status: int = 2) -> int:
 
 
 def _status(stop: SystemExit) -> int:
-    """Lightning leaves with 1 after Ctrl-C and 0 after SIGTERM; say which it was."""
+    """Lightning leaves with 1 after Ctrl-C and 0 after SIGTERM; say which it was.
+
+    Of several processes the first says it. `srun --kill-on-bad-exit` would else end it while it saves.
+    """
     if isinstance(stop.__context__, KeyboardInterrupt):
         return 130
     if type(stop).__name__ == "SIGTERMException":
-        return 143
+        return 143 if all(os.environ.get(name, "0") == "0" for name in _RANKS) else 0
     return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
