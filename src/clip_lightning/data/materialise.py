@@ -18,21 +18,12 @@ from tqdm import tqdm
 
 from clip_lightning.data.columns import Columns
 from clip_lightning.data.formats import SPLIT_WORDS
+from clip_lightning.data.transforms import PICTURE_FORMATS, PICTURE_SUFFIXES
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
 
 SHARD_ROWS = 256
 _PICTURES = "images"
-# Those that `decode_image` reads.
-_SUFFIXES = {
-    "JPEG": ".jpg",
-    "PNG": ".png",
-    "WEBP": ".webp",
-    "GIF": ".gif",
-    "BMP": ".bmp",
-    "TIFF": ".tif",
-    "PPM": ".ppm",
-}
 
 
 @dataclass(frozen=True)
@@ -176,8 +167,8 @@ def _suffix(data: bytes) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(data), formats=tuple(_SUFFIXES)) as image:
-                return _SUFFIXES.get(image.format or "", ".jpg")  # JPEG has relatives with other names
+            with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
+                return PICTURE_SUFFIXES.get(image.format or "", ".jpg")  # JPEG has relatives with other names
         except Exception as error:  # files from elsewhere make Pillow raise nearly every kind of error
             raise _NoPicture("not a picture of a known format") from error
 

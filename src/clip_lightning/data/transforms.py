@@ -24,7 +24,16 @@ from torchvision.transforms.v2.functional import adjust_brightness, adjust_contr
 from clip_lightning.errors import UserError
 
 # Not all that Pillow knows: it would start Ghostscript for a file that says it is PostScript.
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PICTURE_SUFFIXES = {
+    "JPEG": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+}
+PICTURE_FORMATS = tuple(PICTURE_SUFFIXES)
 _CROP_TRIES = 10
 _CROP_RATIO = 4 / 3
 _LONGEST_COVER = 4

@@ -36,6 +36,8 @@ def read_tar(url: str, broken: dict[str, str]) -> Iterator[Record]:
                     broken[f"{url}#{key}"] = str(error)
     except UserError:
         raise
+    except FileNotFoundError:
+        broken[url] = "there is no such file"
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         broken[url] = " ".join(str(error.args[0] if error.args else error).split())[:200]
 

@@ -18,20 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image, ImageOps
 
-from clip_lightning.data.transforms import PICTURE_FORMATS
+from clip_lightning.data.transforms import PICTURE_FORMATS, PICTURE_SUFFIXES
 from clip_lightning.shards.manifest import Format, Shard
 from clip_lightning.shards.record import BrokenRecord, Record
 from clip_lightning.shards.storage import litdata
 
-_SUFFIXES = {
-    "JPEG": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "GIF": "gif",
-    "BMP": "bmp",
-    "TIFF": "tif",
-    "PPM": "ppm",
-}
 _LONGEST_TEXT = 64
 _ORIENTATION, _FIRST_TURNED = 0x0112, 5  # EXIF's tag, and its first value for a quarter turn
 _MOST_PIXELS = 100_000_000
@@ -117,7 +108,7 @@ def picture_suffix(image: bytes) -> str:
     Raises:
         BrokenRecord: it is none that can be read.
     """
-    return _SUFFIXES.get(_opened(image).format or "", "jpg")
+    return PICTURE_SUFFIXES.get(_opened(image).format or "", ".jpg").removeprefix(".")
 
 
 def sized(image: bytes, short_side: int | None, quality: int) -> tuple[bytes, int, int]:
