@@ -17,6 +17,7 @@ from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import RunFailed
 from clip_lightning.guard import NonFinite
 from clip_lightning.module import CLIPModule
+from clip_lightning.shards.convert import Settings, captioned, convert
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning")
 Fit = Callable[..., tuple[CLIPModule, NonFinite]]
@@ -52,11 +53,22 @@ class Weights(Callback):
 @pytest.fixture
 def fit(make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path) -> Fit:
     def run(
-        *callbacks: Callback, in_a_row: int = 3, image_tower: str = "random:test_vit", **options: Any
+        *callbacks: Callback,
+        in_a_row: int = 3,
+        image_tower: str = "random:test_vit",
+        root: Path = scenes,
+        dataset: Any = "auto",
+        **options: Any,
     ) -> tuple[CLIPModule, NonFinite]:
         module = make_module(freeze="none", image_tower=image_tower)
         data = CaptionDataModule(
-            module.transform, module.tokenize, scenes, batch_size=8, num_workers=0, cache="off"
+            module.transform,
+            module.tokenize,
+            root,
+            dataset=dataset,
+            batch_size=8,
+            num_workers=0,
+            cache="off",
         )
         guard = NonFinite(tmp_path, in_a_row)
         settings: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0, "gradient_clip_val": 1.0}
@@ -118,6 +130,21 @@ def test_several_in_a_row_end_the_run_and_name_the_samples(fit: Fit, tmp_path: P
         for sample in batch["captions"]:
             assert Path(sample["picture"]).is_file()
             assert sample["caption"] in (scenes / "captions.csv").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:step . is left out")
+def test_samples_of_shards_are_named_too(
+    fit: Fit, tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    how = Settings("litdata", 5, None, 92, ())
+    shares = {"val_share": 0.1, "test_share": 0.1, "split_seed": 0}
+    convert(captioned(scenes, how, dataset="auto", **shares), how, tmp_path / "shards", 1)
+    with pytest.raises(RunFailed, match="3 steps in a row"):
+        fit(Poison({1, 2, 3}), root=tmp_path / "shards", dataset="shards")
+    batches = json.loads((tmp_path / "non-finite.json").read_text())
+    names = [name for batch in batches for name in batch["names"]]
+    assert len(set(names)) == 24 and all(".bin#" in name for name in names)
 
 
 @pytest.mark.filterwarnings("ignore:step . is left out")
