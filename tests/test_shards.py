@@ -721,6 +721,27 @@ def test_pictures_to_validate_on_are_files_with_every_caption(
     assert held_out(str(tmp_path / "0.tar"), "val", CaptionChoice())[0].captions == ("text 0",)
 
 
+def test_remote_pictures_to_validate_on_are_read_anew_when_they_change(
+    served: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "tars").mkdir()
+    url = f"{served(tmp_path / 'tars')}/0.tar"
+    for count in (3, 20):
+        laion(tmp_path / "tars" / "0.tar", range(count))
+        found = held_out(url, "val", CaptionChoice())
+        assert [image.captions for image in found] == [(f"text {n}",) for n in range(count)]
+    with pytest.raises(UserError, match=r"1\.tar cannot be read"):
+        held_out(url.replace("0.tar", "1.tar"), "val", CaptionChoice())
+
+
+def test_a_picture_with_an_odd_header_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    laion(tmp_path / "0.tar", range(3))
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: 1 / 0)
+    with pytest.raises(RunFailed, match="division by zero"):
+        convert(tars(str(tmp_path), "train"), settings("webdataset"), tmp_path / "out", 1)
+
+
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_commands(

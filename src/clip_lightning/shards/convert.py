@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -219,6 +220,11 @@ def _run(jobs: Sequence[Job], settings: Settings, out: Path, num_workers: int) -
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            "a process that wrote shards was killed, perhaps for memory; those that are there stay: give "
+            "the same command again, with fewer --num_workers"
+        ) from error
     except OSError as error:
         raise RunFailed(
             f"shards cannot be written to {out} ({error.strerror or error}); those that are there stay: make "

@@ -14,7 +14,7 @@ from clip_lightning.files import cache_folder, whole_folder
 from clip_lightning.shards.chunks import ChunkFolder
 from clip_lightning.shards.manifest import Manifest
 from clip_lightning.shards.record import BrokenRecord, CaptionChoice, Record
-from clip_lightning.shards.storage import expand, holds_tars, identities, join
+from clip_lightning.shards.storage import expand, holds_tars, join, size_of
 from clip_lightning.shards.tars import read_tar
 from clip_lightning.shards.write import picture_suffix
 
@@ -42,7 +42,7 @@ def held_out(source: str, split: str, choice: CaptionChoice) -> list[CaptionedIm
             return [image for image in captions.images if image.split == split]
         return list(captions.images)
     if manifest is None:
-        content = json.dumps(identities(expand(source)))
+        content = json.dumps([(url, size_of(url)) for url in expand(source)])
     else:
         content = json.dumps([shard.sha256 for shard in manifest.splits[split]])
     key = hashlib.sha256(json.dumps([content, dict(choice.probabilities)]).encode()).hexdigest()[:32]

@@ -106,6 +106,23 @@ def identities(files: Sequence[str]) -> list[tuple[str, int]]:
     return [(file, 0 if is_url(file) else Path(file).stat().st_size) for file in files]
 
 
+def size_of(source: str) -> int:
+    """Bytes of a file; of a remote one its store is asked.
+
+    Raises:
+        UserError: it is not there, or cannot be reached.
+    """
+    try:
+        if not is_url(source):
+            return Path(source).stat().st_size
+        system, path = _system(source)
+        return int(system.info(path)["size"] or 0)
+    except UserError:
+        raise
+    except Exception as error:  # stores also raise what their libraries have
+        raise UserError(f"{source} cannot be read: {_reason(error)}") from error
+
+
 def _glob(pattern: str) -> list[str]:
     """Files of a pattern without braces; of a folder its tars."""
     if not is_url(pattern):

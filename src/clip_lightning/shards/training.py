@@ -76,7 +76,7 @@ class TrainingShards:
         known: dict[str, Any] = {source: manifest.digest() for source, manifest in self.manifests.items()}
         for source, urls in self._urls.items():
             if source not in known:
-                known[source] = identities(urls)
+                known[source] = [(Path(url).name, size) for url, size in identities(urls)]
         # where they lie does not matter, what they hold does
         content = sorted(json.dumps(value) for value in known.values())
         chosen = [dict(self.choice.probabilities), [*self.options.filters]]

@@ -51,7 +51,7 @@ def write_tar(records: Iterable[Record], path: Path) -> None:
 
     The same samples make the same bytes.
     """
-    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for record in records:
             files = {picture_suffix(record.image): record.image}
             caption = _first_caption(record.fields)
@@ -123,25 +123,27 @@ def sized(image: bytes, short_side: int | None, quality: int) -> tuple[bytes, in
         BrokenRecord: it cannot be read.
     """
     picture = _opened(image)
-    width, height = picture.size
-    scale = min(1.0, (short_side or math.inf) / min(width, height))
-    stored = round(width * scale), round(height * scale)
-    turned = picture.getexif().get(_ORIENTATION, 1) >= _FIRST_TURNED
-    size = stored[::-1] if turned else stored
-    if scale == 1:
-        return image, *size
     try:
-        picture.draft("RGB", (2 * stored[0], 2 * stored[1]))
-        upright = ImageOps.exif_transpose(picture)
-        if upright.has_transparency_data:
-            upright = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-        small = upright.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-        encoded = io.BytesIO()
-        small.save(encoded, "JPEG", quality=quality)
+        width, height = picture.size
+        scale = min(1.0, (short_side or math.inf) / min(width, height))
+        stored = round(width * scale), round(height * scale)
+        turned = picture.getexif().get(_ORIENTATION, 1) >= _FIRST_TURNED
+        size = stored[::-1] if turned else stored
+        return (image if scale == 1 else _smaller(picture, stored, size, quality)), *size
     except Exception as error:  # files from elsewhere make Pillow raise nearly every kind of error
         raise BrokenRecord(" ".join(str(error).split())[:200] or type(error).__name__) from error
-    return encoded.getvalue(), *size
+
+
+def _smaller(picture: Image.Image, stored: tuple[int, int], size: tuple[int, int], quality: int) -> bytes:
+    """As an upright JPEG of this size, `stored` before it is turned."""
+    picture.draft("RGB", (2 * stored[0], 2 * stored[1]))
+    upright = ImageOps.exif_transpose(picture)
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    encoded = io.BytesIO()
+    upright.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=quality)
+    return encoded.getvalue()
 
 
 def _opened(image: bytes) -> Image.Image:
