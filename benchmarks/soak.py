@@ -118,7 +118,8 @@ class Soak:
         self.memory.append(process.memory_info().rss)
         status = self.break_something(fault, process)
         assert run.wait(LONGEST_WAIT) == status, f"{fault}: status {run.returncode}: {self.said()}"
-        assert "Traceback" not in self.said(), self.said()
+        if status >= 0:  # the loaders of a process that was killed may say that nobody answers them
+            assert "Traceback" not in self.said(), self.said()
         what, step = self.notes()[begun]
         assert (what, step) == ("begins", expected), f"{fault}: {what} {step}, the checkpoint has {expected}"
         steps = [number for kind, number in self.notes()[begun:] if kind == "step"]
