@@ -21,19 +21,9 @@ from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
+from clip_lightning.data.picture_formats import PICTURE_FORMATS
 from clip_lightning.errors import UserError
 
-# Not all that Pillow knows: it would start Ghostscript for a file that says it is PostScript.
-PICTURE_SUFFIXES = {
-    "JPEG": ".jpg",
-    "PNG": ".png",
-    "WEBP": ".webp",
-    "GIF": ".gif",
-    "BMP": ".bmp",
-    "TIFF": ".tif",
-    "PPM": ".ppm",
-}
-PICTURE_FORMATS = tuple(PICTURE_SUFFIXES)
 _CROP_TRIES = 10
 _CROP_RATIO = 4 / 3
 _LONGEST_COVER = 4

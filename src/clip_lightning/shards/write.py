@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image, ImageOps
 
-from clip_lightning.data.transforms import PICTURE_FORMATS, PICTURE_SUFFIXES
+from clip_lightning.data.picture_formats import PICTURE_FORMATS, PICTURE_SUFFIXES
 from clip_lightning.shards.manifest import Format, Shard
 from clip_lightning.shards.record import BrokenRecord, Record
 from clip_lightning.shards.storage import litdata
