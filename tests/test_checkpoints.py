@@ -113,6 +113,8 @@ def test_no_damage_is_a_traceback(run: Path) -> None:
 class Loop:
     """As much of a trainer as is asked for whether a step is in hand."""
 
+    strategy = None
+
     def __init__(self, started: int, processed: int) -> None:
         self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self
         self.started, self.processed = started, processed

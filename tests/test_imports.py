@@ -75,6 +75,9 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "micro_batch":         "init_from module tracking recorder cli tuning",
     "init_from":           "module tracking recorder cli tuning",
     "checkpoints":         "runs module tracking recorder cli tuning",
+    # sharded_checkpoints ← checkpoints ← sharding ← module
+    "sharded_checkpoints": "model checkpoints sharding runs module tracking recorder cli tuning",
+    "sharding":            "runs module tracking recorder cli tuning",
     "guard":               "module tracking recorder cli tuning",
     # ranks ← stopping
     "ranks":               "stopping module tracking recorder cli tuning",
@@ -116,8 +119,8 @@ MAY_NOT_IMPORT: dict[str, str] = {
 ONLY_IN: dict[str, str] = {
     # package              may be imported by
     "wandb":               "tracking",
-    "lightning":           "module data.datamodule recorder guard checkpoints stopping ranks tracking runs "
-                           "embed cli tuning.watch",
+    "lightning":           "module data.datamodule recorder guard checkpoints sharding stopping ranks "
+                           "tracking runs embed cli tuning.watch",
     "pytorch_lightning":   "",  # the old name of the same package, with classes of its own
     "faiss":               "search",
     "peft":                "lora",

@@ -39,8 +39,10 @@ class Dies(Callback):
             os.kill(os.getpid(), self.signum)
 
 
-@pytest.fixture
-def fit(command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+@pytest.fixture(params=["ddp", "fsdp"])
+def fit(
+    command: Callable[..., list[str]], tmp_path: Path, request: pytest.FixtureRequest
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `fit` on two processes."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
 
@@ -53,7 +55,7 @@ def fit(command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., subp
             "predictions__queries": 0,
             "trainer__max_epochs": EPOCHS,
             "trainer__devices": 2,
-            "trainer__strategy": "ddp",
+            "trainer__strategy": request.param,
             "trainer__callbacks+": "test_rank_faults.Dies",
             "trainer__callbacks__notes": tmp_path / "processes",
         }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +17,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.sharded_checkpoints import damage_of_shards, read_checkpoint, remove_old_shards
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -27,12 +32,25 @@ def within_a_step(trainer: Trainer) -> bool:
     return bool(current.started > current.processed)
 
 
+def all_ranks_save(trainer: Trainer, exception: BaseException) -> bool:
+    """Whether weights can be saved after an exception.
+
+    Where they are sharded all ranks have to give theirs: they do when they were asked to stop, and if one
+    alone has failed, waiting for it would never end.
+    """
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return True
+    asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+    return asked and not within_a_step(trainer)
+
+
 class WhenInterrupted(ModelCheckpoint):
     """Saves at an exception between steps; half a step takes the place of no checkpoint that is whole."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save, unless the last checkpoint is the better one."""
-        if not within_a_step(trainer) or not Path(str(self.dirpath), LAST).is_file():
+        no_better = not within_a_step(trainer) or not Path(str(self.dirpath), LAST).is_file()
+        if no_better and all_ranks_save(trainer, exception):
             super().on_exception(trainer, pl_module, exception)
 
 
@@ -100,24 +118,46 @@ class SafeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-                left.unlink()
-            with draft.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if path.name == LAST and path.exists():
-                _link(path, path.with_name(PREVIOUS))
-            os.replace(draft, path)
-        except (OSError, RuntimeError) as error:  # torch wraps what the file system says
-            reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
-            raise RunFailed(
-                f"the checkpoint {path} cannot be written ({reason}); what was saved before is still there: "
-                "make room and go on with --ckpt_path last"
-            ) from error
+            with told_if_not_written(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+                    left.unlink()
+                with draft.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if path.name == LAST and path.exists():
+                    _link(path, path.with_name(PREVIOUS))
+                os.replace(draft, path)
+                remove_old_shards(path.parent)
         finally:
             draft.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read the file, on the CPU, and what a sharded run has left beside it."""
+        return read_checkpoint(Path(path))
+
+
+@contextlib.contextmanager
+def told_if_not_written(checkpoint: Path) -> Iterator[None]:
+    """One line about a checkpoint that there is no room for, say.
+
+    Raises:
+        RunFailed: in place of what the file system, or torch around it, says.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
+        raise RunFailed(
+            f"the checkpoint {checkpoint} cannot be written ({reason}); what was saved before is still "
+            "there: make room and go on with --ckpt_path last"
+        ) from error
 
 
 def _link(path: Path, name: Path) -> None:
@@ -141,4 +181,4 @@ def damage(path: Path) -> str | None:
             wrong = archive.testzip()
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         return f"it is cut off or no checkpoint: {error}"
-    return None if wrong is None else f"{wrong} in it does not match its checksum"
+    return damage_of_shards(path) if wrong is None else f"{wrong} in it does not match its checksum"

@@ -32,6 +32,7 @@ from clip_lightning.module import CLIPModule
 from clip_lightning.ranks import lost_rank, watch_children
 from clip_lightning.recorder import MONITOR, BestCheckpoint, RunRecorder, SaveConfig
 from clip_lightning.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
+from clip_lightning.sharding import ShardedStrategy
 from clip_lightning.stopping import GracefulStop
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
@@ -60,6 +61,7 @@ QUIET = (
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.15
     ".*all_gather is deprecated.*",  # likewise
     ".*callbacks used to create the checkpoint need to be provided.*",  # not for scoring
+    ".*returned a view tensor.*",  # a sharded tower; its features are changed nowhere in place
     ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours skips what was done
 )
 
@@ -195,12 +197,10 @@ class RunCLI(LightningCLI):
         config["callbacks"] = [*given, *self._own_callbacks(config), *self.callers_callbacks]
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        if "fsdp" in str(config.get("strategy")).lower():
-            # gradients are clipped, and steps left out, by the norm of the rank's own shard
-            raise UserError(
-                "--trainer.strategy fsdp: sharded training is not there yet; give ddp, and "
-                "--model.micro_batch_size where memory is short"
-            )
+        if config.get("strategy") == "fsdp":
+            config["strategy"] = ShardedStrategy()
+        elif "fsdp" in str(config.get("strategy")).lower():
+            raise UserError(f"--trainer.strategy {config['strategy']}: expected fsdp, with nothing besides")
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, SafeCheckpointIO()]
         if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in plugins):

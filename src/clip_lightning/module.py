@@ -28,7 +28,22 @@ from clip_lightning.lora import LoRAConfig, adapter_state
 from clip_lightning.losses import ContrastiveLoss, InfoNCE, Pairs
 from clip_lightning.micro_batch import SMALLEST, largest_for_batch
 from clip_lightning.model import CLIP, Freeze, HeadKind
-from clip_lightning.optim import OptimizerConfig, freeze_lower_layers, param_groups, warmup_cosine
+from clip_lightning.optim import (
+    OptimizerConfig,
+    clip_gradients,
+    freeze_lower_layers,
+    param_groups,
+    warmup_cosine,
+)
+from clip_lightning.sharding import (
+    average_replicated,
+    check_shardable,
+    gather_towers,
+    release_towers,
+    shard_towers,
+    sharded_modules,
+    share_statistics,
+)
 from clip_lightning.timing import Stopwatch
 from clip_lightning.towers import ImageTower, TextTower, Tokenize, Tower
 
@@ -152,7 +167,13 @@ class CLIPModule(LightningModule):
         return self.clip.tokenize
 
     def setup(self, stage: str) -> None:
-        """Run frozen towers once over the splits of this stage, where the data module keeps a cache."""
+        """Run frozen towers once over the splits of this stage, where the data module keeps a cache.
+
+        Raises:
+            UserError: an option does not go with sharding.
+        """
+        if self.device_mesh is not None:
+            check_shardable(self.clip, self.micro_batch_size, self.trainer.precision)
         data = self.trainer.datamodule
         if getattr(data, "cache", None) is None:
             return
@@ -161,6 +182,14 @@ class CLIPModule(LightningModule):
         )
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             cache_frozen_towers(extractor, self.clip, data, split)
+
+    def configure_model(self) -> None:
+        """Shard the trained towers, where the strategy has given a mesh of ranks to shard them over."""
+        if self.device_mesh is None or sharded_modules(self.clip):
+            return
+        shard_towers(
+            self.clip, self.device_mesh["data_parallel"], half=self.trainer.precision == "bf16-mixed"
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of this rank's pairs against the pairs of all ranks."""
@@ -198,21 +227,27 @@ class CLIPModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted validation has left."""
         self._collector.clear()
+        gather_towers(self.clip)
 
     def on_test_epoch_start(self) -> None:
         """Forget what an interrupted test has left."""
         self._collector.clear()
+        gather_towers(self.clip)
 
     def on_validation_epoch_end(self) -> None:
         """Score retrieval over the whole split, logged under `val/`."""
+        release_towers(self.clip)
         self._score("val")
 
     def on_test_epoch_end(self) -> None:
         """Score retrieval over the whole split, logged under `test/`."""
+        release_towers(self.clip)
         self._score("test")
 
     def on_after_backward(self) -> None:
         """What comes now is clipping and the update."""
+        if sharded_modules(self.clip):
+            average_replicated(self.clip)
         self.stopwatch.lap("towers")
 
     def configure_gradient_clipping(
@@ -229,8 +264,7 @@ class CLIPModule(LightningModule):
         parameters = [p for p in self.parameters() if p.grad is not None]
         limit = gradient_clip_val or math.inf
         by_value = gradient_clip_algorithm == "value"
-        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if by_value else limit)
-        self.gradient_norm = float(norm)
+        self.gradient_norm = float(clip_gradients(parameters, limit, by_value))
         self.log("train/grad_norm", self.gradient_norm)
         if not math.isfinite(self.gradient_norm):
             for parameter in parameters:
@@ -238,8 +272,6 @@ class CLIPModule(LightningModule):
             torch._foreach_copy_(self._statistics(), self._good_statistics)
             return
         self._good_statistics = [statistic.clone() for statistic in self._statistics()]
-        if by_value:
-            torch.nn.utils.clip_grad_value_(parameters, limit)
 
     def on_train_start(self) -> None:
         """Note the batch norms' statistics, which a step that is left out must not change either."""
@@ -254,6 +286,8 @@ class CLIPModule(LightningModule):
         seed = getattr(self.trainer.datamodule, "seed", 0)
         key = (seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        if sharded_modules(self.clip):
+            share_statistics(self.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clamp the scale right after each step."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from clip_lightning.errors import UserError
 from clip_lightning.model import CLIP
@@ -106,6 +110,33 @@ def _no_weight_decay(model: nn.Module) -> set[str]:
         if callable(exempt):
             names |= {f"{prefix}.{name}" for name in exempt()}
     return names
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: bool = False) -> Tensor:
+    """Clip gradients in place, those that are cut up over ranks together with the others.
+
+    Args:
+        parameters: with a gradient each.
+        limit: of the 2-norm of all together, or of each number; infinity for none.
+        by_value: whether `limit` is that of each number.
+
+    Returns:
+        The norm before. Where it is not finite, so may be the gradients now.
+    """
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    whole = [gradient for gradient in found if not isinstance(gradient, DTensor)]
+    shares = [gradient.to_local() for gradient in found if isinstance(gradient, DTensor)]
+    norm = get_total_norm(whole)
+    if shares:
+        squares = get_total_norm(shares).square()
+        torch.distributed.all_reduce(squares)
+        norm = (norm.square() + squares).sqrt()
+    if by_value:
+        torch._foreach_clamp_min_(whole + shares, -limit)
+        torch._foreach_clamp_max_(whole + shares, limit)
+    else:
+        torch._foreach_mul_(whole + shares, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int) -> float:

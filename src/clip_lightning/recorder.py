@@ -17,9 +17,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
 
 import clip_lightning
+from clip_lightning.checkpoints import all_ranks_save
 from clip_lightning.data.download import public
 from clip_lightning.errors import RunFailed
 from clip_lightning.files import write_atomically
+from clip_lightning.sharded_checkpoints import read_checkpoint
+from clip_lightning.sharding import whole_weights
 from clip_lightning.timing import Stopwatch
 from clip_lightning.tracking.costs import parameter_counts
 
@@ -171,7 +174,7 @@ class RunRecorder(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what there is, also when the run is interrupted."""
-        if trainer.global_step > 0:
+        if trainer.global_step > 0 and all_ranks_save(trainer, exception):
             try:
                 self._write(trainer, pl_module)
             except RunFailed as error:  # said, so that the first exception is the one that counts
@@ -191,18 +194,23 @@ class RunRecorder(Callback):
         }
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if trainer.fast_dev_run:
+            return
+        weights = whole_weights(pl_module)  # if they are sharded, all ranks have to ask
+        if not trainer.is_global_zero:
             return
         self.stopwatch.lap("other")
         try:
-            self._write_files(trainer, pl_module)
+            self._write_files(trainer, pl_module, weights)
         except (OSError, SafetensorError) as error:
             raise RunFailed(
                 f"metrics and model cannot be written to {self.folder} ({error}); checkpoints that are there "
                 "stay: make room and go on with --ckpt_path last"
             ) from error
 
-    def _write_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _write_files(
+        self, trainer: Trainer, pl_module: LightningModule, weights: dict[str, torch.Tensor]
+    ) -> None:
         data: Any = getattr(trainer, "datamodule", None)
         seconds = self.stopwatch.seconds
         training = seconds["waiting_for_data"] + self.stopwatch.step_seconds
@@ -230,7 +238,7 @@ class RunRecorder(Callback):
             "training_data": _training_data(data) if data else {},
         }
         pl_module.clip.save_pretrained(
-            self.folder / "model", weights=_best_weights(trainer, pl_module), metadata=metadata
+            self.folder / "model", weights=_best_weights(trainer, weights), metadata=metadata
         )
 
 
@@ -245,20 +253,14 @@ def _training_data(data: Any) -> dict[str, str]:
     return said | ({"artifact": str(data.fetched.name)} if data.fetched else {})
 
 
-def _best_weights(trainer: Trainer, pl_module: LightningModule) -> dict[str, torch.Tensor]:
-    """The CLIP weights of the best checkpoint, or the present ones where there is none."""
-    weights = dict(pl_module.clip.state_dict())
+def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The CLIP weights of the best checkpoint, or the present ones, `weights`, where there is none."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, BestCheckpoint) and Path(callback.best_model_path).is_file():
-            checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
+            checkpoint = read_checkpoint(Path(callback.best_model_path))
             stored = checkpoint["state_dict"] | checkpoint.get("adapters", {})
-            # frozen towers are not in the checkpoint and have not changed since
-            weights |= {
-                name.removeprefix("clip."): tensor
-                for name, tensor in stored.items()
-                if name.startswith("clip.")
-            }
-    return weights
+            weights = weights | stored  # frozen towers are not in the checkpoint and have not changed since
+    return {name.removeprefix("clip."): weights[name] for name in weights if name.startswith("clip.")}
 
 
 def _memory_of_processes() -> int:

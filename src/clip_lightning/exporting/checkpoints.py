@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -14,6 +13,7 @@ from clip_lightning.errors import UserError
 from clip_lightning.model import CLIP
 from clip_lightning.module import CLIPModule
 from clip_lightning.runs import check_fits
+from clip_lightning.sharded_checkpoints import read_checkpoint
 
 
 def load_checkpoint(file: Path) -> CLIP:
@@ -37,7 +37,7 @@ def load_checkpoint(file: Path) -> CLIP:
     try:
         module = _build(model)
         check_fits(file, module)
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(file)
         module.on_load_checkpoint(checkpoint)
     except UserError as error:
         raise UserError(str(error).replace("--ckpt_path ", "")) from error

@@ -296,13 +296,15 @@ def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any])
     Returns:
         The bundle's artifact, None where there is no bundle.
     """
+    from clip_lightning.sharded_checkpoints import shards_of
+
     bundle, checkpoint = folder / "model", folder / "checkpoints" / "last.ckpt"
     logged = None
     if bundle.is_dir():
-        files = _pinned(sorted(bundle.iterdir()), folder)
+        files = _pinned(sorted(bundle.iterdir()), bundle, folder)
         logged = _log(run, name, MODEL_TYPE, files, metadata, ["best", "latest"])
     if checkpoint.is_file():
-        files = _pinned([checkpoint], folder)
+        files = _pinned([checkpoint, *shards_of(checkpoint)], checkpoint.parent, folder)
         _log(run, f"{name}-checkpoint", CHECKPOINT_TYPE, files, metadata, ["last", "latest"])
     return logged
 
@@ -331,16 +333,18 @@ def _log(run: Any, name: str, kind: str, files: Path, metadata: Mapping[str, Any
     raise AssertionError
 
 
-def _pinned(files: Sequence[Path], folder: Path) -> Path:
-    """A folder with hard links to the files (or copies), which stay when those are replaced.
+def _pinned(files: Sequence[Path], base: Path, folder: Path) -> Path:
+    """A folder with hard links to the files below `base` (or copies), which stay when those are replaced.
 
     W&B may read them long after: when it has uploaded the rest, or at `wandb sync`.
     """
     (folder / "wandb" / "logged").mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f"{files[0].parent.name}-", dir=folder / "wandb" / "logged"))
+    place = Path(tempfile.mkdtemp(prefix=f"{base.name}-", dir=folder / "wandb" / "logged"))
     for file in files:
+        link = place / file.relative_to(base)
+        link.parent.mkdir(exist_ok=True)
         try:
-            os.link(file, place / file.name)
+            os.link(file, link)
         except OSError:
-            shutil.copy2(file, place / file.name)
+            shutil.copy2(file, link)
     return place

@@ -1,0 +1,231 @@
+"""Sharded training (FSDP2): each rank keeps its share of the trained towers' weights, gradients and moments.
+
+The engine is torch's `fully_shard` (FSDP, Zhao et al. 2023) behind Lightning's `ModelParallelStrategy`. What
+is small or not trained (heads, scale, bias, adapters, frozen towers) is whole on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from clip_lightning.checkpoints import told_if_not_written
+from clip_lightning.errors import UserError
+from clip_lightning.gradcache import training_norms
+from clip_lightning.model import CLIP
+from clip_lightning.sharded_checkpoints import (
+    fill,
+    moment_name,
+    weight_name,
+    write_shards,
+)
+from clip_lightning.towers import Tower
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """`--trainer.strategy fsdp`: shards over all ranks, checkpoints too; reads those of other strategies."""
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1)
+        self._file = Path()  # that was loaded last
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands over what the checkpoint holds, as it does to other strategies."""
+        return True
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Before it: weights are sharded by then, and it makes loaders, which have to know the position."""
+        return False
+
+    def setup_environment(self) -> None:
+        """One dimension: all ranks share the data and the weights."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's share."""
+        return self._module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
+        """This rank's share."""
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state = own.state_dict()
+        # dictionaries of its own: a checkpoint takes tensors out of them
+        return {**state, "state": {number: dict(moments) for number, moments in state["state"].items()}}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Every rank writes its share, then the first the checkpoint that names them.
+
+        Raises:
+            RunFailed: there is no room, or the folder cannot be written; what was there stays.
+        """
+        file = Path(self.broadcast(filepath))
+        with told_if_not_written(file):
+            write_shards(checkpoint, file)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, file, storage_options=storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Everything but what is in shards, which follows when its place is known."""
+        self._file = Path(checkpoint_path)
+        checkpoint: dict[str, Any] = torch.load(self._file, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Each rank takes its share of the weights."""
+        own = self._module.state_dict()
+        state, targets = {}, {}
+        for name, value in checkpoint["state_dict"].items():
+            state[name] = share(value, own.get(name))
+            if state[name].is_meta:
+                state[name] = targets[weight_name(name)] = torch.empty_like(own[name])
+        if targets:
+            fill(targets, self._file, checkpoint)
+        self._module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each rank takes its share of the moments."""
+        targets = {}
+        for number, (optimizer, stored) in enumerate(
+            zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+        ):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            moments = {at: dict(values) for at, values in stored["state"].items()}
+            for at, values in moments.items():
+                for name in [name for name, value in values.items() if isinstance(value, Tensor)]:
+                    if values[name].is_meta:
+                        values[name] = torch.empty_like(parameters[at])
+                        targets[moment_name(number, at, name)] = values[name]
+                    elif values[name].shape == parameters[at].shape:
+                        values[name] = share(values[name], parameters[at])
+            if targets:
+                fill(targets, self._file, checkpoint)
+            optimizer.load_state_dict({**stored, "state": moments})
+
+    @property
+    def _module(self) -> nn.Module:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+
+def share(whole: Tensor, like: Tensor | None) -> Tensor:
+    """This rank's share of a tensor that every rank has whole, cut as `like` is; no rank is asked."""
+    if not isinstance(like, DTensor) or isinstance(whole, DTensor) or whole.is_meta:
+        return whole
+    return distribute_tensor(
+        whole.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+def check_shardable(clip: CLIP, micro_batch_size: int | str | None, precision: str | None) -> None:
+    """Refuse what does not go with sharding.
+
+    Raises:
+        UserError: says what, and what goes.
+    """
+    if not _trained_towers(clip):
+        raise UserError(
+            "--trainer.strategy fsdp shards the weights of trained towers, and none is trained; give ddp"
+        )
+    if micro_batch_size == "auto":
+        raise UserError(
+            "--model.micro_batch_size auto does not go with --trainer.strategy fsdp; give a number"
+        )
+    if precision not in ("32-true", "bf16-mixed"):
+        raise UserError(
+            f"--trainer.precision {precision} does not go with --trainer.strategy fsdp; give bf16-mixed or 32"
+        )
+
+
+def shard_towers(clip: CLIP, mesh: DeviceMesh, *, half: bool) -> None:
+    """Cut the weights of trained towers up, layer by layer, over the ranks of `mesh`.
+
+    Args:
+        clip: whole, with the same weights on every rank.
+        mesh: one dimension.
+        half: whether weights travel, and are used, in bf16; gradients are averaged in fp32 anyhow.
+    """
+    # inputs stay as autocast has them, as without sharding
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = precision if half else MixedPrecisionPolicy()
+    for tower in _trained_towers(clip):
+        for layer in _layers(tower.backbone):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        fully_shard(tower, mesh=mesh, mp_policy=policy)
+
+
+def _trained_towers(clip: CLIP) -> list[Tower]:
+    """Those whose own weights are trained, not only adapters beside them."""
+    return [tower for tower in (clip.image_tower, clip.text_tower) if not (tower.frozen or tower.adapted)]
+
+
+def _layers(backbone: nn.Module) -> Iterator[nn.Module]:
+    """What the outermost lists and sequences hold: a transformer's blocks, a convolutional tower's stages."""
+    for child in backbone.children():
+        if not isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from _layers(child)
+            continue
+        for layer in child:
+            if any(parameter.requires_grad for parameter in layer.parameters()):
+                yield layer
+
+
+def sharded_modules(clip: CLIP) -> list[FSDPModule]:
+    """Layers and towers whose weights are cut up; empty without sharding."""
+    return [module for module in clip.modules() if isinstance(module, FSDPModule)]
+
+
+def gather_towers(clip: CLIP) -> None:
+    """Whole towers on every rank until `release_towers`: each may then encode as many batches as it has."""
+    for module in sharded_modules(clip):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+
+
+def release_towers(clip: CLIP) -> None:
+    """Undo `gather_towers`."""
+    for module in sharded_modules(clip):
+        module.set_reshard_after_forward(not isinstance(module, Tower), recurse=False)
+        module.reshard()
+
+
+def average_replicated(clip: CLIP) -> None:
+    """Average over ranks the gradients of what every rank has whole; the others are averaged already."""
+    found = [parameter.grad for parameter in clip.parameters() if parameter.grad is not None]
+    whole = [gradient for gradient in found if not isinstance(gradient, DTensor)]
+    flat = torch.cat([gradient.flatten() for gradient in whole])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, average in zip(whole, flat.split([gradient.numel() for gradient in whole]), strict=True):
+        gradient.copy_(average.view_as(gradient))
+
+
+def share_statistics(clip: CLIP) -> None:
+    """Give every rank the first one's batch-norm statistics, as DDP does before each step."""
+    for norm in training_norms(clip):
+        for buffer in norm.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with whole tensors. Where weights are shared out, all ranks have to ask."""
+    return {
+        name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        for name, value in module.state_dict().items()
+    }

@@ -1,0 +1,314 @@
+"""Sharded training on two processes is that of one process: weights, moments, metrics, checkpoints.
+
+Run as a program (`python tests/test_sharding.py SCENES BERT OUT`, or by torchrun with two processes) this
+file trains each way and leaves what came of it in OUT; the tests read that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+
+pytestmark = pytest.mark.slow
+
+STEPS, HALF = 20, 10
+# what each way trains, and how
+WAYS: dict[str, dict[str, Any]] = {
+    "transformer": {},
+    "micro-batches": {"micro_batch_size": 3},
+    "activation checkpointing": {"activation_checkpointing": True},
+    "convolutions": {"image_tower": "random:test_resnet", "fix_statistics": True},
+    "one tower": {"freeze": "image"},
+    "lower layers frozen": {"layer_decay": 0.5, "freeze_below": 0.4},
+    "clipped by value": {"clip": "value"},
+    "bf16": {"precision": "bf16-mixed"},
+}
+# the first way again, from a checkpoint in the middle of an epoch
+RESUMED = "resumed"
+
+
+def run_everything(scenes: Path, bert: Path, out: Path) -> None:
+    import torch
+    from lightning.pytorch import LightningModule, seed_everything
+
+    from clip_lightning.checkpoints import SafeCheckpointIO
+    from clip_lightning.data.datamodule import CaptionDataModule
+    from clip_lightning.module import CLIPModule
+    from clip_lightning.optim import OptimizerConfig
+    from clip_lightning.sharding import ShardedStrategy, sharded_modules
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+
+    class Record(Callback):
+        """Writes the norm that each step was clipped by, the metrics, and how much of the weights is here."""
+
+        def __init__(self, way: str) -> None:
+            self.way = way
+            self.norms: list[float] = []
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: CLIPModule, *_: Any) -> None:
+            self.norms.append(pl_module.gradient_norm)
+            if self.way == next(iter(WAYS)) and trainer.global_step == HALF:
+                trainer.save_checkpoint(out / f"half-{ranks}.ckpt")
+
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            local = [getattr(p, "_local_tensor", p) for p in pl_module.parameters() if p.requires_grad]
+            whole = [p for p in pl_module.parameters() if p.requires_grad]
+            record = {
+                "norms": self.norms,
+                "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+                "share": sum(t.numel() for t in local) / sum(p.numel() for p in whole),
+                "sharded modules": len(sharded_modules(pl_module.clip)),
+            }
+            (out / f"{self.way}-{ranks}-{trainer.global_rank}.json").write_text(json.dumps(record))
+
+    for way, changes in [*WAYS.items(), (RESUMED, {})]:
+        seed_everything(0, verbose=False)
+        options = dict(changes)
+        rates = {name: options.pop(name) for name in ("layer_decay", "freeze_below") if name in options}
+        clip, precision = options.pop("clip", "norm"), options.pop("precision", "32-true")
+        if ranks == 1:
+            options.pop("micro_batch_size", None)
+        module = CLIPModule(
+            **{"image_tower": "random:test_vit", "freeze": "none"} | options,
+            text_tower=f"random:{bert}",
+            embed_dim=16,
+            image_size=32,
+            optimizer=OptimizerConfig(image_lr=1e-4, text_lr=1e-4, **rates),
+        )
+        for part in module.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+        if way == "bf16" and ranks == 1:
+            torch.save({n: p.detach().clone() for n, p in module.named_parameters()}, out / f"{way}-start.pt")
+        data = CaptionDataModule(
+            module.transform,
+            module.tokenize,
+            scenes,
+            batch_size=8 // ranks,
+            captions_per_image=2,
+            num_workers=0,
+            cache="off",
+        )
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=ranks,
+            strategy=ShardedStrategy() if ranks > 1 else "auto",
+            plugins=[SafeCheckpointIO()],
+            precision=precision,
+            gradient_clip_val=0.01 if clip == "value" else 0.5,
+            gradient_clip_algorithm=clip,
+            use_distributed_sampler=False,
+            max_steps=STEPS,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=out,
+            callbacks=[Record(way)],
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=out / f"half-{ranks}.ckpt" if way == RESUMED else None)
+        trainer.save_checkpoint(out / f"{way}-{ranks}.ckpt")
+
+
+def torchrun(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, **settings)
+
+
+@pytest.fixture(scope="module")
+def results(scenes: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sharding")
+    words = [__file__, str(scenes), str(bert), str(out)]
+    two = torchrun(*words)
+    assert two.returncode == 0, two.stderr
+    one = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert one.returncode == 0, one.stderr
+    return out
+
+
+def record(results: Path, way: str, ranks: int, rank: int = 0) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((results / f"{way}-{ranks}-{rank}.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_twenty_steps_are_those_of_one_process(results: Path, way: str) -> None:
+    import torch
+
+    from clip_lightning.sharded_checkpoints import read_checkpoint
+
+    one, two = (read_checkpoint(results / f"{way}-{ranks}.ckpt") for ranks in (1, 2))
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    if (
+        way == "bf16"
+    ):  # weights travel rounded, which autocast alone does not do: the way is the same, not the end
+        start = torch.load(results / f"{way}-start.pt", weights_only=True)
+        moved = [
+            torch.cat([(c["state_dict"][name] - start[name]).flatten() for name in start]) for c in (one, two)
+        ]
+        assert moved[0].norm() > 0.1
+        assert torch.cosine_similarity(*moved, dim=0) > 0.9
+        return
+    for stored in (one["state_dict"], two["state_dict"]):
+        for name in stored:
+            # attention does not depend on the keys' bias: its gradient is rounding, which Adam makes steps of
+            if name.endswith("qkv.bias"):
+                stored[name].chunk(3)[1].zero_()
+            if name.endswith("key.bias"):
+                stored[name].zero_()
+    worst = {
+        name: (one["state_dict"][name] - tensor).abs().max().item()
+        for name, tensor in two["state_dict"].items()
+    }
+    assert max(worst.values()) < 1e-5, max(worst.items(), key=lambda item: item[1])
+    moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, two)]
+    assert moments[0].keys() == moments[1].keys() and moments[0]
+    for number, moment in moments[0].items():
+        for name, tensor in moment.items():
+            assert (tensor - moments[1][number][name]).abs().max() < 1e-4, (number, name)
+    norms = [record(results, way, ranks)["norms"] for ranks in (1, 2)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert min(norms[0]) > 0.5, "they were clipped"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_rank_holds_half_of_the_trained_towers(results: Path, way: str) -> None:
+    shares = [record(results, way, 2, rank)["share"] for rank in range(2)]
+    # heads are whole on both, and of a few weights one rank has one more row than the other
+    assert sum(shares) == pytest.approx(1.05, abs=0.05)
+    assert max(shares) < 0.6
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_metrics_are_those_of_one_process(results: Path, way: str) -> None:
+    if way == "bf16":
+        pytest.skip("ranks of pictures that are close to each other change with rounding")
+    one = {k: v for k, v in record(results, way, 1)["metrics"].items() if k.startswith("val/")}
+    for rank in range(2):
+        two = {k: v for k, v in record(results, way, 2, rank)["metrics"].items() if k.startswith("val/")}
+        assert two == pytest.approx(one, abs=1e-4)
+    assert "val/rsum" in one
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_goes_on_exactly(results: Path, ranks: int) -> None:
+    import torch
+
+    from clip_lightning.sharded_checkpoints import read_checkpoint
+
+    whole, resumed = (read_checkpoint(results / f"{way}-{ranks}.ckpt") for way in ("transformer", RESUMED))
+    assert len(record(results, RESUMED, ranks)["norms"]) == STEPS - HALF
+    assert record(results, RESUMED, ranks)["norms"] == record(results, "transformer", ranks)["norms"][HALF:]
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, resumed["state_dict"][name]), name
+
+
+class Stops(Callback):
+    """Asks one rank to stop, as a scheduler does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.faults
+def test_a_run_that_is_stopped_goes_on_exactly_and_with_other_ranks(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from clip_lightning.exporting.checkpoints import load_checkpoint
+    from clip_lightning.model import CLIP
+    from clip_lightning.sharded_checkpoints import read_checkpoint
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]]))
+    options: dict[str, Any] = {
+        "model.image_tower": "random:test_vit",
+        "model.freeze": "none",
+        "model.dropout": 0.2,
+        "data.augmentation.min_scale": 0.5,
+        "data.cache": "off",
+        "predictions.queries": 0,
+    }
+
+    def fit(runs: str, *more: str, ranks: int = 2, strategy: str = "fsdp") -> int:
+        how = {"data.batch_size": 8 // ranks, "trainer.devices": ranks, "trainer.strategy": strategy}
+        line = [sys.executable, "-m", "clip_lightning", *command("fit", tmp_path / runs, **options | how)]
+        done = subprocess.run([*line, *more], capture_output=True, text=True, timeout=200)
+        assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
+        return done.returncode
+
+    def last(runs: str) -> Path:
+        (file,) = (tmp_path / runs).glob("*/checkpoints/last.ckpt")
+        return file
+
+    def difference(one: dict[str, Any], two: dict[str, Any]) -> float:
+        assert one["global_step"] == two["global_step"] == 8
+        assert one["state_dict"].keys() == two["state_dict"].keys()
+        pairs = [(one["state_dict"][name], two["state_dict"][name]) for name in one["state_dict"]]
+        states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, two)]
+        pairs += [(m[name], states[1][n][name]) for n, m in states[0].items() for name in m]
+        return max((a - b).abs().max().item() for a, b in pairs)
+
+    assert fit("whole") == 0
+    assert fit("parts", "--trainer.callbacks+=test_sharding.Stops", "--trainer.callbacks.step=5") == 143
+    stored = torch.load(last("parts"), weights_only=True)
+    assert stored["global_step"] in (5, 6)
+    assert any(value.is_meta for value in stored["state_dict"].values()), "it is sharded"
+    for name in ("one", "ddp"):
+        shutil.copytree(tmp_path / "parts", tmp_path / name)
+    for name, how in {
+        "parts": {},
+        "one": {"ranks": 1, "strategy": "auto"},
+        "ddp": {"strategy": "ddp"},
+    }.items():
+        assert fit(name, "--ckpt_path=last", **how) == 0
+    whole = read_checkpoint(last("whole"))
+    assert difference(whole, read_checkpoint(last("parts"))) == 0
+    assert difference(whole, read_checkpoint(last("ddp"))) < 1e-5
+    assert difference(whole, read_checkpoint(last("one"))) < 1  # its own dropout
+    assert fit("ddp", "--ckpt_path=last", "--trainer.max_epochs=3") == 0, "sharded again"
+    assert not list(last("parts").parent.glob(".*")), "no drafts are left"
+    # last, previous and best
+    assert len(list(last("parts").parent.glob("*.shards"))) == 3
+    bundle = CLIP.from_pretrained(last("parts").parents[1] / "model")
+    exported = load_checkpoint(last("parts").with_name("best.ckpt"))
+    for name, tensor in bundle.state_dict().items():
+        assert torch.equal(tensor, exported.state_dict()[name]), name
+
+
+def test_a_damaged_share_is_found(results: Path, tmp_path: Path) -> None:
+    from clip_lightning.checkpoints import damage
+    from clip_lightning.errors import UserError
+    from clip_lightning.sharded_checkpoints import read_checkpoint, shards_of
+
+    file = Path(shutil.copy(results / "transformer-2.ckpt", tmp_path))
+    assert "cannot be read (No such file or directory)" in str(damage(file))
+    with pytest.raises(UserError, match="is one part of a checkpoint"):
+        read_checkpoint(file)
+    (first, second) = shards_of(file)
+    shutil.copytree(shards_of(results / file.name)[0].parent, first.parent)
+    assert damage(file) is None
+    content = bytearray(second.read_bytes())
+    content[-1] ^= 1
+    second.write_bytes(content)
+    assert damage(file) == f"{second} does not match its checksum"
+
+
+if __name__ == "__main__":
+    run_everything(*map(Path, sys.argv[1:]))
