@@ -30,7 +30,7 @@ import numpy as np
 import report
 from PIL import Image
 
-from clip_lightning.recorder import _memory_of_processes
+from clip_lightning.recorder import memory_of_processes
 from clip_lightning.shards.convert import Settings, convert, tars
 from clip_lightning.shards.record import Record
 from clip_lightning.shards.write import write_tar
@@ -93,7 +93,7 @@ def read(arm: str, work: Path, samples: int, workers: int) -> dict[str, Any]:
         count += size
         if marks and count >= marks[0]:
             asked = time.perf_counter()
-            memory[marks.pop(0)] = _memory_of_processes()
+            memory[marks.pop(0)] = memory_of_processes()
             spent += time.perf_counter() - asked
     return {"samples_per_second": count / (time.perf_counter() - began - spent), "memory": memory}
 

@@ -359,18 +359,17 @@ def test_chunks_in_windows_every_sample_once_for_any_number_of_ranks(
     assert [p for batch in batches for part in batch for p in part.tolist()] == order[start * size :]
 
 
+def reading(**changes: Any) -> Reading:
+    options = {"captions_per_image": 1, "batch_size": 4, "seed": 0, "rank": 0, "world_size": 1} | changes
+    return Reading(**{"transform": TRANSFORM, "augmentation": Augmentation()} | options)
+
+
 def chunk_dataset(folder: Path, *filters: str, **changes: Any) -> ChunkDataset:
     manifest = Manifest.find(str(folder))
     assert manifest is not None
-    options = {"captions_per_image": 2, "seed": 0} | changes
-    return ChunkDataset(
-        [ChunkFolder(str(folder), manifest, "train", 4)],
-        TRANSFORM,
-        Augmentation(min_scale=0.5),
-        CaptionChoice(),
-        [Filter.parse(text) for text in filters],
-        **options,
-    )
+    folders = [ChunkFolder(str(folder), manifest, "train", 4)]
+    how = reading(**{"augmentation": Augmentation(min_scale=0.5), "captions_per_image": 2} | changes)
+    return ChunkDataset(folders, how, CaptionChoice(), [Filter.parse(text) for text in filters])
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_position(shards: dict[str, Path]) -> None:
@@ -565,17 +564,11 @@ def test_patterns_name_files_in_order(tmp_path: Path) -> None:
 # Tars ---------------------------------------------------------------------------------------------------
 
 
-def tar_dataset(sources: list[TarSource], *filters: str, **changes: Any) -> TarDataset:
-    options = {
-        "batch_size": 4,
-        "captions_per_image": 1,
-        "shuffle_buffer": 3,
-        "seed": 0,
-        "rank": 0,
-        "world_size": 1,
-    }
+def tar_dataset(
+    sources: list[TarSource], *filters: str, shuffle_buffer: int = 3, **changes: Any
+) -> TarDataset:
     conditions = [Filter.parse(text) for text in filters]
-    return TarDataset(sources, TRANSFORM, Augmentation(), CaptionChoice(), conditions, **options | changes)
+    return TarDataset(sources, reading(**changes), CaptionChoice(), conditions, shuffle_buffer=shuffle_buffer)
 
 
 def numbers(samples: Any) -> list[int]:
@@ -666,11 +659,6 @@ def test_copies_of_a_picture_have_one_id(tmp_path: Path) -> None:
 
 
 # The options ----------------------------------------------------------------------------------------------
-
-
-def reading(**changes: Any) -> Reading:
-    options = {"captions_per_image": 1, "batch_size": 4, "seed": 0, "rank": 0, "world_size": 1}
-    return Reading(TRANSFORM, Augmentation(), **options | changes)
 
 
 def test_how_many_samples_an_epoch_of_tars_has(tmp_path: Path) -> None:

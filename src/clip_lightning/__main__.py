@@ -72,6 +72,8 @@ def main(args: list[str] | None = None) -> int:
     from clip_lightning.errors import UserError
 
     keep_freed_memory()
+    if not os.environ.get("WANDB_MODE", "unset"):
+        del os.environ["WANDB_MODE"]  # empty, which W&B refuses
     try:
         _imported(COMMANDS[args[0]][0]).run(args)
     except UserError as error:
@@ -100,11 +102,9 @@ def _usage() -> str:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    line = " ".join(message.split())
-    line = "".join(
-        each if each.isprintable() else "?" for each in line
-    )  # a name may hold what steers a terminal
-    print(f"clip-lightning: error: {line}", file=sys.stderr)
+    from clip_lightning.terminal import one_line
+
+    print(f"clip-lightning: error: {one_line(message)}", file=sys.stderr)
     return status
 
 

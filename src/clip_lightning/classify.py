@@ -10,6 +10,7 @@ from typing import Any
 
 from clip_lightning.arguments import Parser
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import one_line
 
 _READINGS = {
     "softmax": "probabilities of the labels, one of which is taken to be right: they add up to 100 %",
@@ -53,7 +54,7 @@ def classify(
     clip = CLIP.from_pretrained(model).to(best_device())
     pictures = encode_pictures(clip, [Path(name) for name in images])
     for path, reason in pictures.broken.items():
-        print(f"skipped {path}: {reason}", file=sys.stderr)
+        print(one_line(f"skipped {path}: {reason}"), file=sys.stderr)
     if not pictures.rows:
         raise UserError(f"none of the {len(images)} pictures can be read; give others")
     similarity = project_pictures(clip, pictures.features) @ zero_shot_classifier(clip, names, sentences).T
@@ -98,7 +99,7 @@ def _show(results: list[dict[str, Any]], reading: str, broken: dict[str, str], j
         print(json_format.dumps(record, ensure_ascii=False))
         return
     for result in results:
-        print(result["image"])
+        print(one_line(result["image"]))
         for label, share in list(result["probabilities"].items())[:10]:
-            print(f"  {100 * share:5.1f} %  {label}")
+            print(f"  {100 * share:5.1f} %  {one_line(label)}")
     print(_READINGS[reading])

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -146,10 +147,14 @@ class CLIPModule(LightningModule):
             self.clip.add_lora(lora)
         freeze_lower_layers(self.clip, optimizer)
         self.stopwatch = Stopwatch()
-        for tower in self._towers().values():
-            if activation_checkpointing and not tower.frozen:
+        trained = [tower for tower in self._towers().values() if not tower.frozen]
+        asked = {"activation_checkpointing": activation_checkpointing, "compile": compile}
+        for option in (name for name, given in asked.items() if given and not trained):
+            rank_zero_warn(f"--model.{option} does nothing: it is for towers that are trained")
+        for tower in trained:
+            if activation_checkpointing:
                 tower.checkpoint_activations()
-            if compile and not tower.frozen:
+            if compile:
                 tower.compile_backbone()
         self.validation_embeddings: Embeddings | None = None
         self.gradient_norm = 0.0

@@ -26,7 +26,7 @@ _LOST = (
     "Connection reset by peer",
     "Broken pipe",
     "Timed out waiting",
-    "timed out",
+    "before timing out",
 )
 # What torch says when a process that reads data is gone.
 _LOST_WORKER = re.compile(
@@ -58,7 +58,8 @@ def lost_rank(error: BaseException) -> RunFailed | None:
             f"a loader process has ended ({worker[1]}); if memory was short, lower --data.num_workers; "
             "then go on with --ckpt_path last"
         )
-    kinds = (torch.distributed.DistNetworkError, torch.distributed.DistBackendError)
+    distributed = torch.distributed
+    kinds = (distributed.DistNetworkError, distributed.DistBackendError, distributed.DistStoreError)
     known = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
     if not isinstance(error, kinds) and not known:
         return None

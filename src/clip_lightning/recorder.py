@@ -184,7 +184,7 @@ class RunRecorder(Callback):
         """Every few seconds at most: to ask takes 20 ms a gigabyte."""
         if time.perf_counter() - self._memory_noted > MEMORY_SECONDS:
             self._memory_noted = time.perf_counter()
-            self._peak_memory = max(self._peak_memory, _memory_of_processes())
+            self._peak_memory = max(self._peak_memory, memory_of_processes())
 
     def _sums(self) -> dict[str, float]:
         return {
@@ -263,7 +263,7 @@ def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[st
     return {name.removeprefix("clip."): weights[name] for name in weights if name.startswith("clip.")}
 
 
-def _memory_of_processes() -> int:
+def memory_of_processes() -> int:
     """Resident bytes of this process and its workers; pages they share count once where Linux tells."""
     me = psutil.Process()
     total = 0

@@ -57,6 +57,8 @@ def write_shards(checkpoint: dict[str, Any], file: Path) -> None:
     try:
         distributed_checkpoint.save(tensors, storage_writer=writer)
     except CheckpointException as error:
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
         reason, _ = next(iter(error.failures.values()))
         raise OSError(
             getattr(reason, "errno", None), getattr(reason, "strerror", None) or str(reason)

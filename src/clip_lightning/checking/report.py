@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from clip_lightning.checking.findings import Entry, Findings, shortened
 from clip_lightning.files import write_atomically
-from clip_lightning.tracking.grids import MUTED, font, printable, rounded, thumbnail
+from clip_lightning.terminal import printable
+from clip_lightning.tracking.grids import MUTED, font, rounded, thumbnail
 from clip_lightning.tracking.pages import template
 from clip_lightning.tracking.plots import Plot, plot_counts
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from clip_lightning.arguments import run_functions
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import one_line
 
 MOST_NAMED = 5
 
@@ -73,7 +74,7 @@ def index(
     report = build_index(model, source, out, Options(type, batch_size, num_workers, captions, onnx))
     for number, (path, reason) in enumerate(report.left_out.items()):
         if number < MOST_NAMED:
-            print(f"left out {path}: {reason}", file=sys.stderr)
+            print(one_line(f"left out {path}: {reason}"), file=sys.stderr)
     if report.text_tower != "onnx" and onnx is None:
         print(f"search will load the model for a sentence: {report.text_tower}", file=sys.stderr)
     if json:
@@ -172,10 +173,12 @@ def _show(queries: Sequence[str | Path], found: Sequence[Sequence[Any]]) -> None
 
     for query, hits in zip(queries, found, strict=True):
         if len(queries) > 1:
-            print(query)
+            print(one_line(str(query)))
         for each in hits:
             if isinstance(each, FoundCaption):
-                print(f"{each.score:.3f}  {each.caption}")
+                print(f"{each.score:.3f}  {one_line(each.caption)}")
             else:
-                first = f"  {each.captions[0]}" if each.captions else ""
-                print(f"{each.score:.3f}  {each.path}{' (missing)' if each.missing else ''}{first}")
+                first = f"  {one_line(each.captions[0])}" if each.captions else ""
+                print(
+                    f"{each.score:.3f}  {one_line(str(each.path))}{' (missing)' if each.missing else ''}{first}"
+                )

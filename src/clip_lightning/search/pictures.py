@@ -9,6 +9,7 @@ from pathlib import Path
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.readers import PICTURE_SUFFIXES
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import one_line
 
 
 def find_pictures(source: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
@@ -43,11 +44,11 @@ def _captions(source: Path) -> dict[Path, tuple[str, ...]]:
         if not source.is_dir():
             raise
         if any(source.glob("captions.*")):  # they are meant to be captions, and something is wrong with them
-            print(f"without captions: {error}", file=sys.stderr)
+            print(one_line(f"without captions: {error}"), file=sys.stderr)
         return {}
     if not source.is_dir():
         for name, reason in data.left_out.items():
-            print(f"left out {name}: {reason}", file=sys.stderr)
+            print(one_line(f"left out {name}: {reason}"), file=sys.stderr)
     return {image.path: image.captions for image in data.images}
 
 

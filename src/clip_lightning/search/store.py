@@ -200,9 +200,9 @@ class Store:
                 return Version(self._versions / name)
             except FileNotFoundError:
                 time.sleep(0.05)  # a writer removed it between the two lines: there is a newer one
+            except UserError:
+                raise
             except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-                if isinstance(error, UserError):
-                    raise
                 raise UserError(
                     f"{self.root} is damaged ({error}); build it anew in another folder"
                 ) from error

@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 
 from clip_lightning.data.datasets import MOST_BROKEN_IN_A_ROW, Samples
 from clip_lightning.data.sampler import TrainSampler
-from clip_lightning.data.transforms import Augmentation, BrokenImage, ImageTransform, augment, decode_bytes
+from clip_lightning.data.transforms import BrokenImage, augment, decode_bytes
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder, write_atomically
 from clip_lightning.shards.manifest import FIELDS_FILE, Manifest
+from clip_lightning.shards.options import Reading
 from clip_lightning.shards.record import BrokenRecord, CaptionChoice, Filter, Record, fields_of
 from clip_lightning.shards.storage import Mirror, is_url, join, litdata, opened, read
 
@@ -167,21 +168,16 @@ class ChunkDataset(Dataset[Samples]):
     def __init__(
         self,
         folders: Sequence[ChunkFolder],
-        transform: ImageTransform,
-        augmentation: Augmentation,
+        reading: Reading,
         choice: CaptionChoice,
         filters: Sequence[Filter],
-        *,
-        captions_per_image: int,
-        seed: int,
     ) -> None:
         """Number the samples that pass the filters, folder after folder: their positions.
 
         Raises:
             UserError: none does.
         """
-        self.folders, self.transform, self.augmentation = folders, transform, augmentation
-        self.choice, self.captions_per_image, self.seed = choice, captions_per_image, seed
+        self.folders, self.reading, self.choice = folders, reading, choice
         self._rows = [folder.selected(filters) for folder in folders]
         self._first = np.cumsum([0, *map(len, self._rows)])
         if not len(self):
@@ -223,7 +219,7 @@ class ChunkDataset(Dataset[Samples]):
         order = sorted(range(len(keys)), key=lambda place: keys[place][1])
         found = {place: self._sample(*keys[place], broken) for place in order}
         samples = [found[place] for place in range(len(keys))]
-        each = np.full(len(keys), self.captions_per_image)
+        each = np.full(len(keys), self.reading.captions_per_image)
         return Samples(
             pictures=[pixels for pixels, _, _ in samples],
             image_id=np.array([record.image_id for _, _, record in samples]),
@@ -235,15 +231,16 @@ class ChunkDataset(Dataset[Samples]):
         )
 
     def _sample(self, epoch: int, position: int, broken: dict[str, str]) -> tuple[Tensor, list[str], Record]:
-        rng = np.random.default_rng((self.seed, epoch, position))
+        how = self.reading
+        rng = np.random.default_rng((how.seed, epoch, position))
         most = min(len(self), MOST_BROKEN_IN_A_ROW)
         for _ in range(most):
             name = f"sample {position}"
             try:
                 record = self.record(position)
                 name = record.name
-                texts = self.choice.draw(record.fields, self.captions_per_image, rng)
-                pixels = augment(decode_bytes(record.image), self.transform, self.augmentation, rng)
+                texts = self.choice.draw(record.fields, how.captions_per_image, rng)
+                pixels = augment(decode_bytes(record.image), how.transform, how.augmentation, rng)
                 return pixels, texts, record
             except (BrokenImage, BrokenRecord) as error:
                 broken[name] = str(error)

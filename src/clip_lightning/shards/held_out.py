@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from clip_lightning.data.captions import CaptionedImage
@@ -12,9 +12,9 @@ from clip_lightning.data.formats import read_captions
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder, whole_folder
 from clip_lightning.shards.chunks import ChunkFolder
-from clip_lightning.shards.manifest import Manifest
+from clip_lightning.shards.manifest import Manifest, tars
 from clip_lightning.shards.record import BrokenRecord, CaptionChoice, Record
-from clip_lightning.shards.storage import expand, holds_tars, join, size_of
+from clip_lightning.shards.storage import expand, holds_tars, size_of
 from clip_lightning.shards.tars import read_tar
 from clip_lightning.shards.write import picture_suffix
 
@@ -63,12 +63,7 @@ def _records(source: str, split: str, manifest: Manifest | None, broken: dict[st
         for row in range(len(chunks)):
             yield chunks[row]
         return
-    named: Sequence[str] = (
-        expand(source)
-        if manifest is None
-        else [join(source, split, shard.file) for shard in manifest.splits[split]]
-    )
-    for url in named:
+    for url in tars(source, manifest, split):
         yield from read_tar(url, broken)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from clip_lightning.data.captions import SPLITS
 from clip_lightning.errors import UserError
-from clip_lightning.shards.storage import join, read
+from clip_lightning.shards.storage import expand, join, read
 
 FILE = "shards.json"
 FIELDS_FILE = "fields.parquet"
@@ -99,6 +99,17 @@ class Manifest:
         if not sound:
             raise UserError(f"{source} is damaged; convert the data again")
         return cls(kind, shards, settings)
+
+
+def tars(source: str, manifest: Manifest | None, split: str) -> list[str]:
+    """The tars of a split, by its `shards.json`; of a source that has none all that it names.
+
+    Raises:
+        UserError: there is none.
+    """
+    if manifest is None:
+        return expand(source)
+    return [join(source, split, shard.file) for shard in manifest.splits[split]]
 
 
 def _is_sound(shard: Shard) -> bool:

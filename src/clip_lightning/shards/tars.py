@@ -13,8 +13,9 @@ from torch.utils.data import Dataset, Sampler
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from clip_lightning.data.datasets import MOST_BROKEN_IN_A_ROW, Samples
-from clip_lightning.data.transforms import Augmentation, BrokenImage, ImageTransform, augment, decode_bytes
+from clip_lightning.data.transforms import BrokenImage, augment, decode_bytes
 from clip_lightning.errors import UserError
+from clip_lightning.shards.options import Reading
 from clip_lightning.shards.record import BrokenRecord, CaptionChoice, Filter, Record, passes
 from clip_lightning.shards.storage import opened
 
@@ -102,23 +103,15 @@ class TarDataset(Dataset[Samples]):
     def __init__(
         self,
         sources: Sequence[TarSource],
-        transform: ImageTransform,
-        augmentation: Augmentation,
+        reading: Reading,
         choice: CaptionChoice,
         filters: Sequence[Filter],
         *,
-        batch_size: int,
-        captions_per_image: int,
         shuffle_buffer: int,
-        seed: int,
-        rank: int,
-        world_size: int,
     ) -> None:
-        self.sources, self.transform, self.augmentation = sources, transform, augmentation
+        self.sources, self.reading = sources, reading
         self.choice, self.filters = choice, filters
-        self.batch_size, self.captions_per_image = batch_size, captions_per_image
-        self.shuffle_buffer, self.seed = shuffle_buffer, seed
-        self.rank, self.world_size = rank, world_size
+        self.shuffle_buffer = shuffle_buffer
         self._broken: dict[str, str] = {}
         self._stream: Iterator[Record] | None = None
 
@@ -130,15 +123,16 @@ class TarDataset(Dataset[Samples]):
         """
         if self._stream is None:
             self._stream = self._mixed(key)
-        rng = np.random.default_rng((self.seed, key.epoch, key.batch, self.rank))
+        how = self.reading
+        rng = np.random.default_rng((how.seed, key.epoch, key.batch, how.rank))
         pictures: list[torch.Tensor] = []
         captions: list[str] = []
         ids, names, broken_in_a_row = [], [], 0
-        while len(pictures) < self.batch_size:
+        while len(pictures) < how.batch_size:
             record = next(self._stream)
             try:
-                drawn = self.choice.draw(record.fields, self.captions_per_image, rng)
-                pixels = augment(decode_bytes(record.image), self.transform, self.augmentation, rng)
+                drawn = self.choice.draw(record.fields, how.captions_per_image, rng)
+                pixels = augment(decode_bytes(record.image), how.transform, how.augmentation, rng)
             except (BrokenImage, BrokenRecord) as error:
                 self._broken[record.name] = str(error)
                 broken_in_a_row += 1
@@ -154,7 +148,7 @@ class TarDataset(Dataset[Samples]):
             names.append(record.name)
             broken_in_a_row = 0
         broken, self._broken = self._broken, {}
-        each = np.full(len(pictures), self.captions_per_image)
+        each = np.full(len(pictures), how.captions_per_image)
         rows = np.full(len(captions), -1)  # nobody has counted the captions
         return Samples(pictures, np.array(ids), each, captions, rows, broken, names)
 
@@ -162,11 +156,12 @@ class TarDataset(Dataset[Samples]):
         """Samples of all sources by their weights, each taken at random from a buffer."""
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        reader = self.rank * workers + worker
-        readers = self.world_size * workers
-        rng = np.random.default_rng((self.seed, key.epoch, key.first, reader))
+        reader = self.reading.rank * workers + worker
+        readers = self.reading.world_size * workers
+        seeds = (self.reading.seed, key.epoch, key.first)
+        rng = np.random.default_rng((*seeds, reader))
         streams = [
-            self._samples(source, (self.seed, key.epoch, key.first, number), reader, readers)
+            self._samples(source, (*seeds, number), reader, readers)
             for number, source in enumerate(self.sources)
         ]
         weights = np.array([source.weight for source in self.sources])

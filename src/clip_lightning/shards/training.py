@@ -14,10 +14,10 @@ from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.errors import UserError
 from clip_lightning.shards.chunks import ChunkDataset, ChunkFolder, ChunkSampler
 from clip_lightning.shards.held_out import held_out
-from clip_lightning.shards.manifest import Manifest
+from clip_lightning.shards.manifest import Manifest, tars
 from clip_lightning.shards.options import Reading, ShardOptions
 from clip_lightning.shards.record import CaptionChoice, Filter
-from clip_lightning.shards.storage import expand, identities, join, read
+from clip_lightning.shards.storage import identities, read
 from clip_lightning.shards.tars import BatchSampler, TarDataset, TarSource
 
 SPLIT = "train"
@@ -63,14 +63,8 @@ class TrainingShards:
                 "--data.shards.samples_per_epoch is for tars; an epoch of litdata's shards is every sample "
                 "once; --trainer.limit_train_batches ends it earlier"
             )
-        self._urls = {} if self.chunked else {source: self._tars(source) for source in self.weights}
+        self._urls = {} if self.chunked else {name: tars(name, its, SPLIT) for name, its in found.items()}
         self.digest = self._digest()
-
-    def _tars(self, source: str) -> list[str]:
-        manifest = self.manifests.get(source)
-        if manifest is None:
-            return expand(source)
-        return [join(source, SPLIT, shard.file) for shard in manifest.splits[SPLIT]]
 
     def _digest(self) -> str:
         known: dict[str, Any] = {source: manifest.digest() for source, manifest in self.manifests.items()}
@@ -101,32 +95,14 @@ class TrainingShards:
             )
         sources = [TarSource(tuple(urls), self.weights[source]) for source, urls in self._urls.items()]
         dataset = TarDataset(
-            sources,
-            reading.transform,
-            reading.augmentation,
-            self.choice,
-            self.filters,
-            batch_size=reading.batch_size,
-            captions_per_image=reading.captions_per_image,
-            shuffle_buffer=self.options.shuffle_buffer,
-            seed=reading.seed,
-            rank=reading.rank,
-            world_size=reading.world_size,
+            sources, reading, self.choice, self.filters, shuffle_buffer=self.options.shuffle_buffer
         )
         return dataset, BatchSampler(batches)
 
     def _chunks(self, reading: Reading) -> tuple[ChunkDataset, ChunkSampler]:
         keep = _COPIES_PER_WINDOW * self.options.window
         folders = [ChunkFolder(source, manifest, SPLIT, keep) for source, manifest in self.manifests.items()]
-        dataset = ChunkDataset(
-            folders,
-            reading.transform,
-            reading.augmentation,
-            self.choice,
-            self.filters,
-            captions_per_image=reading.captions_per_image,
-            seed=reading.seed,
-        )
+        dataset = ChunkDataset(folders, reading, self.choice, self.filters)
         sampler = ChunkSampler(
             dataset.chunk_sizes,
             reading.batch_size,

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clip_lightning.data.transforms import BrokenImage, decode_image
 from clip_lightning.files import write_atomically
+from clip_lightning.terminal import printable
 from clip_lightning.tracking.predictions import PictureRow, PredictionRow
 
 SIDE = 256
@@ -179,11 +180,3 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     """How many characters from the start fit in `width` pixels, at least one."""
     ends = range(2, len(text) + 1)
     return 1 + bisect_right(ends, width, key=lambda end: font.getlength(text[:end]))
-
-
-def printable(text: str) -> str:
-    """Without halves of broken emoji, which no font and no UTF-8 file takes, and what steers a terminal."""
-    whole = text.encode(errors="replace").decode()
-    return "".join(
-        each if each.isprintable() or each.isspace() else "\N{REPLACEMENT CHARACTER}" for each in whole
-    )

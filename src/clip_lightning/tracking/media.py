@@ -9,8 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from clip_lightning.terminal import printable
 from clip_lightning.tracking.diagnostics import Similarities
-from clip_lightning.tracking.grids import printable, thumbnail
+from clip_lightning.tracking.grids import thumbnail
 from clip_lightning.tracking.pages import Plot
 from clip_lightning.tracking.predictions import PictureRow, PredictionRow
 
