@@ -61,6 +61,7 @@ MAY_NOT_IMPORT: dict[str, str] = {
     # towers ← model ← module ← cli ← tuning
     "towers":              "lora model module cli tuning",
     # {bundle, foreign} ← model
+    "digest":              "bundle towers model module",
     "bundle":              "data towers model module recorder cli tuning",
     "foreign":             "model module tracking recorder cli tuning",
     # towers ← lora ← model

@@ -357,3 +357,28 @@ def test_freezing(make_clip: MakeClip, which: str) -> None:
         assert tower.training != frozen
         assert all(p.requires_grad != frozen for p in tower.parameters())
     assert all(p.requires_grad for p in (*clip.heads.parameters(), clip.logit_scale))
+
+
+def test_a_flipped_bit_in_the_weights_is_found(make_clip: MakeClip, tmp_path: Path) -> None:
+    file = make_clip().save_pretrained(tmp_path / "model") / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="its weights do not match their checksum"):
+        CLIP.from_pretrained(tmp_path / "model")
+
+
+def test_no_memory_is_taken_for_what_only_the_configuration_describes(
+    make_clip: MakeClip, tmp_path: Path
+) -> None:
+    folder = make_clip().save_pretrained(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"embed_dim": 10**12}, {"text_tower": config["text_tower"] | {"config": huge(config)}}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=r"is \(\d+.* in config.json, \(.*get it whole again"):
+            CLIP.from_pretrained(folder)
+
+
+def huge(config: dict[str, dict[str, dict[str, object]]]) -> dict[str, object]:
+    """The text tower's configuration with layers of a trillion."""
+    return {**config["text_tower"]["config"], "intermediate_size": 10**12}

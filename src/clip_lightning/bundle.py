@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
 from clip_lightning.files import whole_folder
 from clip_lightning.model_card import model_card
@@ -48,7 +49,8 @@ def write_bundle(
         (draft / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (draft / "README.md").write_text(model_card(config, place), "utf-8")
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", **_companions(draft, config)})
+        metadata = {"format": "pt", "weights": weights_digest(tensors), **_companions(draft, config)}
+        save_file(tensors, draft / WEIGHTS, metadata=metadata)
 
 
 def read_bundle(folder: Path, config: dict[str, Any], name: str) -> dict[str, Tensor]:
@@ -73,6 +75,8 @@ def read_bundle(folder: Path, config: dict[str, Any], name: str) -> dict[str, Te
             f"{name} has format {config.get('format')!r}, this version reads {BUNDLE_FORMAT}; "
             "upgrade clip-lightning, or give a folder written by save_pretrained"
         )
+    if recorded.get("weights", found := weights_digest(state)) != found:
+        raise UserError(f"{name} is damaged (its weights do not match their checksum); get it whole again")
     with refusing_damage(name):
         companions = _companions(folder, config)
     for part, digest in companions.items():

@@ -307,11 +307,31 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
             )
         state = read_bundle(folder, config, name)
         with refusing_damage(name):
+            cls._check_shapes(config, folder, state)
             model = cls.from_config(config, folder)
             model.load_state_dict(state)
         own = {*model.config(), "tokenizer_files"}
         model.metadata = {key: value for key, value in config.items() if key not in own}
         return model._ready(name)
+
+    @classmethod
+    def _check_shapes(cls, config: dict[str, Any], folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Compare the configuration with the weights before memory is taken for what it describes.
+
+        Raises:
+            ValueError: they do not belong together.
+        """
+        try:
+            with torch.device("meta"):
+                described = cls.from_config(config, folder).state_dict()
+        except UserError:
+            raise
+        except Exception:  # some architectures compute with values when they are built
+            return
+        for name, tensor in described.items():
+            if name not in state or state[name].shape != tensor.shape:
+                there = tuple(state[name].shape) if name in state else "missing"
+                raise ValueError(f"{name} is {tuple(tensor.shape)} in config.json, {there} in {WEIGHTS}")
 
     @classmethod
     def _from_parts(cls, parts: foreign.Parts, name: str) -> CLIP:

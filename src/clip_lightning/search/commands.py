@@ -178,7 +178,6 @@ def _show(queries: Sequence[str | Path], found: Sequence[Sequence[Any]]) -> None
             if isinstance(each, FoundCaption):
                 print(f"{each.score:.3f}  {one_line(each.caption)}")
             else:
+                path = one_line(str(each.path)) + (" (missing)" if each.missing else "")
                 first = f"  {one_line(each.captions[0])}" if each.captions else ""
-                print(
-                    f"{each.score:.3f}  {one_line(str(each.path))}{' (missing)' if each.missing else ''}{first}"
-                )
+                print(f"{each.score:.3f}  {path}{first}")

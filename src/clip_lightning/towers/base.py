@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import re
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
 
 
@@ -108,11 +108,7 @@ class Tower(nn.Module):
         """SHA-256 (hex) over the names and values of all weights and buffers, without adapters."""
         if (self.frozen or self.adapted) and self._frozen_digest is not None:
             return self._frozen_digest
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self._own_state().items()):
-            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        self._frozen_digest = sha.hexdigest()
+        self._frozen_digest = weights_digest(self._own_state())
         return self._frozen_digest
 
     def _own_state(self) -> dict[str, Tensor]:
