@@ -76,6 +76,7 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "micro_batch":         "init_from module tracking recorder cli tuning",
     "init_from":           "module tracking recorder cli tuning",
     "checkpoints":         "runs module tracking recorder cli tuning",
+    "checkpoint_content":  "init_from module runs tracking recorder cli tuning",
     # sharded_checkpoints ← checkpoints ← sharding ← module
     "sharded_checkpoints": "model checkpoints sharding runs module tracking recorder cli tuning",
     "sharding":            "runs module tracking recorder cli tuning",

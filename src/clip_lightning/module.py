@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from clip_lightning.checkpoint_content import leave_out_fixed_towers, put_back_fixed_towers
 from clip_lightning.data.transforms import ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.collect import EmbeddingCollector
@@ -25,7 +25,7 @@ from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
 from clip_lightning.extract import Extractor, cache_frozen_towers
 from clip_lightning.gradcache import encode_in_micro_batches
 from clip_lightning.init_from import load_to_train
-from clip_lightning.lora import LoRAConfig, adapter_state
+from clip_lightning.lora import LoRAConfig
 from clip_lightning.losses import ContrastiveLoss, InfoNCE, Pairs
 from clip_lightning.micro_batch import SMALLEST, largest_for_batch
 from clip_lightning.model import CLIP, Freeze, HeadKind
@@ -147,7 +147,7 @@ class CLIPModule(LightningModule):
             self.clip.add_lora(lora)
         freeze_lower_layers(self.clip, optimizer)
         self.stopwatch = Stopwatch()
-        trained = [tower for tower in self._towers().values() if not tower.frozen]
+        trained = [tower for tower in (self.clip.image_tower, self.clip.text_tower) if not tower.frozen]
         asked = {"activation_checkpointing": activation_checkpointing, "compile": compile}
         for option in (name for name, given in asked.items() if given and not trained):
             rank_zero_warn(f"--model.{option} does nothing: it is for towers that are trained")
@@ -316,13 +316,7 @@ class CLIPModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name fixed towers by their digest instead of storing them again; store the adapters beside them."""
-        checkpoint["preprocessing"] = self.preprocessing()
-        checkpoint["adapters"] = adapter_state(checkpoint["state_dict"]) if self.clip.adapted else {}
-        checkpoint["frozen_towers"] = {}
-        for name, tower in self._frozen_towers().items():
-            checkpoint["frozen_towers"][name] = tower.digest()
-            for key in tower.state_dict():
-                del checkpoint["state_dict"][f"{name}.{key}"]
+        leave_out_fixed_towers(checkpoint, self.clip, self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the fixed towers back, after checking that they are the same, and the adapters.
@@ -330,43 +324,10 @@ class CLIPModule(LightningModule):
         Raises:
             UserError: the checkpoint was trained on another frozen tower, or with other adapters.
         """
-        adapters, own = checkpoint.get("preprocessing", {}).get("LoRA"), self.preprocessing()["LoRA"]
-        if adapters != own:
-            raise UserError(
-                f"the checkpoint was trained with --model.lora {adapters}, here it is {own}; give the same"
-            )
-        towers = self._towers()
-        for name, digest in checkpoint.get("frozen_towers", {}).items():
-            tower = towers[name]
-            if tower.digest() != digest:
-                raise UserError(
-                    f"the checkpoint was trained on another frozen {name.removeprefix('clip.')} than "
-                    f"{tower.spec['name']!r}; give the same --model options as then"
-                )
-            checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in tower.state_dict().items()}
-        checkpoint["state_dict"] |= checkpoint.get("adapters", {})
-
-    def preprocessing(self) -> dict[str, Any]:
-        """What weights depend on and do not show: how pictures and texts reach the towers."""
-        image, text = self.clip.image_tower.spec, self.clip.text_tower.spec
-        return {
-            "image tower": [image["architecture"], image["arguments"]],
-            "pictures": self.clip.transform.as_dict(),
-            "text pooling": text["pooling"],
-            "longest text": text["max_length"],
-            "tokenizer": self.clip.tokenize.digest(),
-            "LoRA": None if self.lora is None else asdict(self.lora),
-        }
+        put_back_fixed_towers(checkpoint, self.clip, self.lora)
 
     def _statistics(self) -> list[Tensor]:
         return [buffer for buffer in self.clip.buffers() if buffer.is_floating_point()]
-
-    def _towers(self) -> dict[str, Tower]:
-        return {"clip.image_tower": self.clip.image_tower, "clip.text_tower": self.clip.text_tower}
-
-    def _frozen_towers(self) -> dict[str, Tower]:
-        """Those whose own weights stay as they are, adapters beside them or not."""
-        return {name: tower for name, tower in self._towers().items() if tower.frozen or tower.adapted}
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings (B, D) and (N, D) of this rank's pixels and tokens, or of cached features."""

@@ -14,6 +14,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 
+from clip_lightning.checkpoint_content import fixed_towers, preprocessing
 from clip_lightning.checkpoints import LAST, PREVIOUS, damage
 from clip_lightning.errors import UserError
 
@@ -93,11 +94,11 @@ def check_fits(file: Path, model: LightningModule) -> None:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         stored, frozen = checkpoint["state_dict"], checkpoint["frozen_towers"]
-        preprocessing = checkpoint["preprocessing"]
+        then = checkpoint["preprocessing"]
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
         raise UserError(f"--ckpt_path {file} is no checkpoint of `clip-lightning fit`") from error
     same = "give the same --model options as in training (they are in config.yaml of the run)"
-    if frozen.keys() != model._frozen_towers().keys():
+    if frozen.keys() != fixed_towers(model.clip).keys():
         were = " and ".join(name.removeprefix("clip.") for name in frozen) or "no tower"
         raise UserError(f"--ckpt_path {file} was trained with {were} frozen; {same}")
     own = {
@@ -107,9 +108,9 @@ def check_fits(file: Path, model: LightningModule) -> None:
     }
     if differing := _differing(stored, own):
         raise UserError(f"--ckpt_path {file} is of another model ({differing}); {same}")
-    for what, now in model.preprocessing().items():
-        if (then := preprocessing.get(what)) != now:
-            raise UserError(f"--ckpt_path {file}: its {what} is {then}, here {now}; {same}")
+    for what, now in preprocessing(model.clip, model.lora).items():
+        if then.get(what) != now:
+            raise UserError(f"--ckpt_path {file}: its {what} is {then.get(what)}, here {now}; {same}")
 
 
 def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
