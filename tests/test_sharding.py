@@ -73,7 +73,8 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
             (out / f"{self.way}-{ranks}-{trainer.global_rank}.json").write_text(json.dumps(record))
 
     for way, changes in [*WAYS.items(), (RESUMED, {})]:
-        seed_everything(0, verbose=False)
+        # every rank begins with the first one's weights, whatever it has drawn itself
+        seed_everything(int(os.environ.get("RANK", "0")), verbose=False)
         options = dict(changes)
         rates = {name: options.pop(name) for name in ("layer_decay", "freeze_below") if name in options}
         clip, precision = options.pop("clip", "norm"), options.pop("precision", "32-true")
@@ -151,15 +152,13 @@ def test_twenty_steps_are_those_of_one_process(results: Path, way: str) -> None:
 
     one, two = (read_checkpoint(results / f"{way}-{ranks}.ckpt") for ranks in (1, 2))
     assert one["state_dict"].keys() == two["state_dict"].keys()
-    if (
-        way == "bf16"
-    ):  # weights travel rounded, which autocast alone does not do: the way is the same, not the end
+    if way == "bf16":  # rounding makes another end of the same way
         start = torch.load(results / f"{way}-start.pt", weights_only=True)
         moved = [
             torch.cat([(c["state_dict"][name] - start[name]).flatten() for name in start]) for c in (one, two)
         ]
         assert moved[0].norm() > 0.1
-        assert torch.cosine_similarity(*moved, dim=0) > 0.9
+        assert torch.cosine_similarity(*moved, dim=0) > 0.9995
         return
     for stored in (one["state_dict"], two["state_dict"]):
         for name in stored:
@@ -234,7 +233,8 @@ def test_a_run_that_is_stopped_goes_on_exactly_and_with_other_ranks(
 
     from clip_lightning.exporting.checkpoints import load_checkpoint
     from clip_lightning.model import CLIP
-    from clip_lightning.sharded_checkpoints import read_checkpoint
+    from clip_lightning.runs import find_checkpoint
+    from clip_lightning.sharded_checkpoints import read_checkpoint, shards_of
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]]))
     options: dict[str, Any] = {
@@ -286,10 +286,101 @@ def test_a_run_that_is_stopped_goes_on_exactly_and_with_other_ranks(
     assert not list(last("parts").parent.glob(".*")), "no drafts are left"
     # last, previous and best
     assert len(list(last("parts").parent.glob("*.shards"))) == 3
+    _, second = shards_of(last("whole"))
+    second.write_bytes(second.read_bytes()[:-1])
+    assert find_checkpoint("last", tmp_path / "whole") == last("whole").with_name("previous.ckpt")
     bundle = CLIP.from_pretrained(last("parts").parents[1] / "model")
     exported = load_checkpoint(last("parts").with_name("best.ckpt"))
     for name, tensor in bundle.state_dict().items():
         assert torch.equal(tensor, exported.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        {"folder": "..", "files": {}},
+        {"folder": "/", "files": {}},
+        {"folder": 3, "files": {}},
+        {"folder": "a-01234567.shards", "files": {"../b.safetensors": 1}},
+        {"folder": "a-01234567.shards"},
+        [1],
+    ],
+)
+def test_a_strangers_checkpoint_names_no_other_place(results: Path, tmp_path: Path, shards: Any) -> None:
+    import torch
+
+    from clip_lightning.checkpoints import damage
+    from clip_lightning.errors import UserError
+    from clip_lightning.sharded_checkpoints import read_checkpoint, remove_old_shards
+
+    checkpoint = torch.load(results / "transformer-2.ckpt", weights_only=True)
+    checkpoint["shards"] = shards
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    assert "names shards as no checkpoint" in str(damage(tmp_path / "last.ckpt"))
+    with pytest.raises(UserError, match="names shards as no checkpoint"):
+        read_checkpoint(tmp_path / "last.ckpt")
+    (tmp_path / "a-01234567.shards").mkdir()
+    remove_old_shards(tmp_path)
+    assert (tmp_path / "a-01234567.shards").exists(), (
+        "nothing is removed where a checkpoint is not understood"
+    )
+
+
+def test_no_memory_is_taken_for_shapes_that_are_not_there(results: Path, tmp_path: Path) -> None:
+    import torch
+
+    from clip_lightning.errors import UserError
+    from clip_lightning.sharded_checkpoints import read_checkpoint, shards_of
+
+    folder = next(iter(shards_of(results / "transformer-2.ckpt"))).parent
+    shutil.copytree(folder, tmp_path / folder.name)
+    checkpoint = torch.load(results / "transformer-2.ckpt", weights_only=True)
+    name = next(name for name, value in checkpoint["state_dict"].items() if value.is_meta)
+    checkpoint["state_dict"][name] = torch.empty(10**12, device="meta")
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="in its shards"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_only_what_nothing_names_is_removed(tmp_path: Path) -> None:
+    import torch
+
+    from clip_lightning.sharded_checkpoints import remove_old_shards
+
+    names = ["last-00000001.shards", "last-00000002.shards", ".last-00000003.shards.tmp", "my.shards"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    torch.save({"shards": {"folder": names[0], "files": {}}}, tmp_path / "last.ckpt")
+    remove_old_shards(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last-00000001.shards",
+        "last.ckpt",
+        "my.shards",
+    ]
+
+
+def test_lightnings_own_strategy_is_refused(make_module: Callable[..., Any]) -> None:
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from clip_lightning.errors import UserError
+    from clip_lightning.sharding import check_shardable
+
+    trainer: Any = SimpleNamespace(strategy=ModelParallelStrategy(), precision="32-true", callbacks=[])
+    with pytest.raises(UserError, match="is not how this model is sharded"):
+        check_shardable(make_module(freeze="none").clip, None, trainer)
+
+
+def test_containers_and_single_numbers() -> None:
+    from torch import nn
+
+    from clip_lightning.sharding import _layers
+
+    block = nn.Linear(2, 2)
+    nested = nn.Module()
+    nested.blocks = nn.ModuleList([nn.ModuleList([block]), nn.Sequential(nn.ReLU(), nn.Linear(2, 2))])
+    assert list(_layers(nested)) == [block, nested.blocks[1]]
 
 
 def test_a_damaged_share_is_found(results: Path, tmp_path: Path) -> None:
@@ -301,8 +392,8 @@ def test_a_damaged_share_is_found(results: Path, tmp_path: Path) -> None:
     assert "cannot be read (No such file or directory)" in str(damage(file))
     with pytest.raises(UserError, match="is one part of a checkpoint"):
         read_checkpoint(file)
-    (first, second) = shards_of(file)
-    shutil.copytree(shards_of(results / file.name)[0].parent, first.parent)
+    first, second = shards_of(file)
+    shutil.copytree(next(iter(shards_of(results / file.name))).parent, first.parent)
     assert damage(file) is None
     content = bytearray(second.read_bytes())
     content[-1] ^= 1

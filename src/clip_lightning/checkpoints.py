@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.sharded_checkpoints import damage_of_shards, read_checkpoint, remove_old_shards
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -35,13 +33,11 @@ def within_a_step(trainer: Trainer) -> bool:
 def all_ranks_save(trainer: Trainer, exception: BaseException) -> bool:
     """Whether weights can be saved after an exception.
 
-    Where they are sharded all ranks have to give theirs: they do when they were asked to stop, and if one
+    Where they are sharded all ranks have to give theirs: they do when they have agreed to stop, and if one
     alone has failed, waiting for it would never end.
     """
-    if not isinstance(trainer.strategy, ModelParallelStrategy):
-        return True
-    asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-    return asked and not within_a_step(trainer)
+    agreed = isinstance(exception, AgreedStop | SIGTERMException)
+    return agreed or not isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 class WhenInterrupted(ModelCheckpoint):
@@ -118,18 +114,19 @@ class SafeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with told_if_not_written(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-                    left.unlink()
-                with draft.open("wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if path.name == LAST and path.exists():
-                    _link(path, path.with_name(PREVIOUS))
-                os.replace(draft, path)
-                remove_old_shards(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+                left.unlink()
+            with draft.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.name == LAST and path.exists():
+                _link(path, path.with_name(PREVIOUS))
+            os.replace(draft, path)
+            remove_old_shards(path.parent)
+        except (OSError, RuntimeError) as error:  # torch wraps what the file system says
+            raise not_written(path, error) from error
         finally:
             draft.unlink(missing_ok=True)
 
@@ -143,21 +140,13 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
-@contextlib.contextmanager
-def told_if_not_written(checkpoint: Path) -> Iterator[None]:
-    """One line about a checkpoint that there is no room for, say.
-
-    Raises:
-        RunFailed: in place of what the file system, or torch around it, says.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
-        raise RunFailed(
-            f"the checkpoint {checkpoint} cannot be written ({reason}); what was saved before is still "
-            "there: make room and go on with --ckpt_path last"
-        ) from error
+def not_written(checkpoint: Path, error: Exception) -> RunFailed:
+    """One line about what the file system, or torch around it, says."""
+    reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
+    return RunFailed(
+        f"the checkpoint {checkpoint} cannot be written ({reason}); what was saved before is still there: "
+        "make room and go on with --ckpt_path last"
+    )
 
 
 def _link(path: Path, name: Path) -> None:

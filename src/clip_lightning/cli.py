@@ -32,7 +32,7 @@ from clip_lightning.module import CLIPModule
 from clip_lightning.ranks import lost_rank, watch_children
 from clip_lightning.recorder import MONITOR, BestCheckpoint, RunRecorder, SaveConfig
 from clip_lightning.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
-from clip_lightning.sharding import ShardedStrategy
+from clip_lightning.sharding import ShardedStrategy, check_shardable
 from clip_lightning.stopping import GracefulStop
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
@@ -61,6 +61,7 @@ QUIET = (
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.15
     ".*all_gather is deprecated.*",  # likewise
     ".*callbacks used to create the checkpoint need to be provided.*",  # not for scoring
+    ".*WeightAveraging doesn't support sharding.*",  # which is refused with it
     ".*returned a view tensor.*",  # a sharded tower; its features are changed nowhere in place
     ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours skips what was done
 )
@@ -184,7 +185,9 @@ class RunCLI(LightningCLI):
             raise UserError(f"--seed_everything: {error}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Compare the model with the checkpoint before frozen towers run for minutes."""
+        """Look for what does not go together before ranks start and frozen towers run for minutes."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            check_shardable(self.model.clip, self.model.micro_batch_size, self.trainer)
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint is not None:
             check_fits(Path(checkpoint), self.model)

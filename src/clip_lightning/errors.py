@@ -14,3 +14,7 @@ class RunFailed(UserError):
     """What the user gave was in order, and still it cannot go on: says why, and the remedy."""
 
     status = 1
+
+
+class AgreedStop(KeyboardInterrupt):
+    """Ctrl-C, once every rank has finished the same batch and knows of it."""

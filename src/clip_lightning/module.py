@@ -178,7 +178,7 @@ class CLIPModule(LightningModule):
             UserError: an option does not go with sharding.
         """
         if self.device_mesh is not None:
-            check_shardable(self.clip, self.micro_batch_size, self.trainer.precision)
+            check_shardable(self.clip, self.micro_batch_size, self.trainer)
         data = self.trainer.datamodule
         if getattr(data, "cache", None) is None:
             return
@@ -189,12 +189,15 @@ class CLIPModule(LightningModule):
             cache_frozen_towers(extractor, self.clip, data, split)
 
     def configure_model(self) -> None:
-        """Shard the trained towers, where the strategy has given a mesh of ranks to shard them over."""
+        """Shard the trained towers, where the strategy has given a mesh of ranks to shard them over.
+
+        Raises:
+            UserError: an option does not go with sharding.
+        """
         if self.device_mesh is None or sharded_modules(self.clip):
             return
-        shard_towers(
-            self.clip, self.device_mesh["data_parallel"], half=self.trainer.precision == "bf16-mixed"
-        )
+        check_shardable(self.clip, self.micro_batch_size, self.trainer)
+        shard_towers(self.clip, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of this rank's pairs against the pairs of all ranks."""

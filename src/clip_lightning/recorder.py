@@ -257,7 +257,7 @@ def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[st
     """The CLIP weights of the best checkpoint, or the present ones, `weights`, where there is none."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, BestCheckpoint) and Path(callback.best_model_path).is_file():
-            checkpoint = read_checkpoint(Path(callback.best_model_path))
+            checkpoint = read_checkpoint(Path(callback.best_model_path), moments=False)
             stored = checkpoint["state_dict"] | checkpoint.get("adapters", {})
             weights = weights | stored  # frozen towers are not in the checkpoint and have not changed since
     return {name.removeprefix("clip."): weights[name] for name in weights if name.startswith("clip.")}

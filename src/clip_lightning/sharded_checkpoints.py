@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import secrets
 import shutil
 import warnings
@@ -29,10 +30,13 @@ from clip_lightning.errors import UserError
 
 SHARDS = "shards"
 SUFFIX = ".shards"
+_FOLDER = re.compile(r"[^/\\\0]*-[0-9a-f]{8}\.shards")
+_LEFT = re.compile(rf"{_FOLDER.pattern}|\.{_FOLDER.pattern}\.tmp")
+_FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
 _BLOCK = 1 << 24  # bytes
 
 
-def write_shards(checkpoint: dict[str, Any], file: Path) -> None:
+def write_shards(checkpoint: dict[str, Any], file: Path) -> Path:
     """Take the tensors that are shared out out of a checkpoint, into a folder beside `file`. On all ranks.
 
     Args:
@@ -40,8 +44,11 @@ def write_shards(checkpoint: dict[str, Any], file: Path) -> None:
             folder, and can be saved as any other.
         file: where it will be saved.
 
+    Returns:
+        The folder.
+
     Raises:
-        OSError: a rank has no room, or cannot write into the folder; on all ranks.
+        OSError: a rank has no room, cannot write into the folder or writes into another; on all ranks.
     """
     names = [f"{file.stem}-{secrets.token_hex(4)}{SUFFIX}"]
     torch.distributed.broadcast_object_list(names)
@@ -63,48 +70,74 @@ def write_shards(checkpoint: dict[str, Any], file: Path) -> None:
         raise OSError(
             getattr(reason, "errno", None), getattr(reason, "strerror", None) or str(reason)
         ) from error
-    ranks = torch.distributed.get_world_size()
     own = draft.glob(f"shard-{torch.distributed.get_rank() + 1:05d}-*")
-    sums: list[dict[str, int]] = [{} for _ in range(ranks)]
+    sums: list[dict[str, int]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(sums, {path.name: _checksum(path) for path in own})
-    if torch.distributed.get_rank() == 0:
-        os.replace(draft, file.with_name(names[0]))
     files = {name: checksum for each in sums for name, checksum in each.items()}
-    checkpoint[SHARDS] = {"folder": names[0], "files": files}
+    folder = file.with_name(names[0])
+    seen = [True]
+    if torch.distributed.get_rank() == 0:
+        seen = [all((draft / name).is_file() for name in files)]
+        if seen[0]:
+            os.replace(draft, folder)
+    torch.distributed.broadcast_object_list(seen)
+    if not seen[0]:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise OSError(None, "the machines do not see the same folder, and sharded checkpoints need that")
+    checkpoint[SHARDS] = {"folder": folder.name, "files": files}
+    return folder
 
 
 def remove_old_shards(folder: Path) -> None:
-    """Remove what no checkpoint in `folder` names any more, and what a process that was killed has left."""
-    places = [*folder.glob(f"*{SUFFIX}"), *folder.glob(f".*{SUFFIX}.tmp")]
-    if not places:
+    """Remove what no `*.ckpt` in `folder` names any more, and what a process that was killed has left."""
+    left = [place for place in folder.iterdir() if _LEFT.fullmatch(place.name)]
+    if not left:
         return
     try:
-        named = {_shards(file).get("folder") for file in folder.iterdir() if file.is_file()}
-    except OSError:  # a checkpoint that cannot be read now may name them
+        named = {_folder(file, _shards(file)) for file in folder.glob("*.ckpt")}
+    except (OSError, UserError):  # what cannot be read now may name them
         return
-    for place in places:
-        if place.name not in named:
+    for place in left:
+        if place not in named:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def shards_of(file: Path) -> list[Path]:
-    """The files beside the checkpoint `file` that belong to it."""
-    shards = _shards(file)
-    return [file.with_name(Path(shards["folder"]).name) / Path(name).name for name in shards.get("files", ())]
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint with whole tensors on the CPU, sharded or not.
+def shards_of(file: Path) -> dict[Path, int]:
+    """The files beside the checkpoint `file` that belong to it, and their CRC-32.
 
     Raises:
-        UserError: its folder is not beside it.
+        UserError: it is no checkpoint.
+    """
+    shards = _shards(file)
+    folder = _folder(file, shards)
+    return {} if folder is None else {folder / name: checksum for name, checksum in shards["files"].items()}
+
+
+def read_checkpoint(file: Path, *, moments: bool = True) -> dict[str, Any]:
+    """A checkpoint with whole tensors on the CPU, sharded or not.
+
+    Args:
+        file: of the checkpoint.
+        moments: whether the optimiser's are wanted, too; of a sharded one they stay without values otherwise.
+
+    Raises:
+        UserError: it is no checkpoint, or its folder is not beside it or holds something else.
     """
     checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     if SHARDS in checkpoint:
+        places = {
+            name: (holder, key)
+            for name, holder, key in _places(checkpoint)
+            if holder[key].is_meta and (moments or holder is checkpoint["state_dict"])
+        }
+        reader = _reader(file, checkpoint)
+        stored = reader.read_metadata().state_dict_metadata
         targets = {}
-        for name, holder, key in _places(checkpoint):
-            if holder[key].is_meta:
-                targets[name] = holder[key] = torch.empty_like(holder[key], device="cpu")
+        for name, (holder, key) in places.items():
+            size = getattr(stored.get(name), "size", None)
+            if size != holder[key].shape:  # before memory is taken for it
+                raise UserError(f"{file}: {name} is {tuple(holder[key].shape)}, and in its shards {size}")
+            targets[name] = holder[key] = torch.empty_like(holder[key], device="cpu")
         fill(targets, file, checkpoint)
     return checkpoint
 
@@ -120,21 +153,20 @@ def fill(targets: Mapping[str, Tensor], file: Path, checkpoint: Mapping[str, Any
     Raises:
         UserError: the folder is not there.
     """
-    folder = file.with_name(Path(checkpoint[SHARDS]["folder"]).name)
-    if not folder.is_dir():
-        raise UserError(f"{file} is one part of a checkpoint, {folder} is the other and not there; get both")
-    reader = HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is asked to be
-        distributed_checkpoint.load(dict(targets), storage_reader=reader, no_dist=True)
+        distributed_checkpoint.load(dict(targets), storage_reader=_reader(file, checkpoint), no_dist=True)
 
 
 def damage_of_shards(file: Path) -> str | None:
     """Why what the checkpoint names is not whole, None if it is, or if it names nothing."""
-    sums = _shards(file).get("files", {})
-    for part in shards_of(file):
+    try:
+        parts = shards_of(file)
+    except UserError as error:
+        return str(error)
+    for part, checksum in parts.items():
         try:
-            wrong = _checksum(part) != sums[part.name]
+            wrong = _checksum(part) != checksum
         except OSError as error:
             return f"{part} cannot be read ({error.strerror})"
         if wrong:
@@ -163,21 +195,42 @@ def _places(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, dict[Any, Any]
                 yield moment_name(number, parameter, key), moments, key
 
 
+def _reader(file: Path, checkpoint: Mapping[str, Any]) -> HuggingFaceStorageReader:
+    folder = _folder(file, _sound(file, checkpoint[SHARDS]))
+    if folder is None or not folder.is_dir():
+        raise UserError(f"{file} is one part of a checkpoint, {folder} is the other and not there; get both")
+    return HuggingFaceStorageReader(str(folder))
+
+
+def _folder(file: Path, shards: Mapping[str, Any]) -> Path | None:
+    return file.with_name(shards["folder"]) if shards else None
+
+
 def _shards(file: Path) -> dict[str, Any]:
+    """What the checkpoint names, empty where that is nothing.
+
+    Raises:
+        UserError: it is no checkpoint.
+        OSError: it cannot be read.
+    """
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         shards = checkpoint.get(SHARDS, {})
-        return {"folder": str(shards["folder"]), "files": dict(shards["files"])} if shards else {}
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ):
-        return {}  # what it is then is said elsewhere
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"{file} is no checkpoint of `clip-lightning fit`") from error
+    return _sound(file, shards) if shards else {}
+
+
+def _sound(file: Path, shards: Any) -> dict[str, Any]:
+    """The entry of a checkpoint that may be a stranger's: plain names, of files in a folder beside it."""
+    try:
+        folder, files = shards["folder"], dict(shards["files"])
+        sound = bool(_FOLDER.fullmatch(folder)) and all(map(_FILE.fullmatch, files))
+    except (TypeError, LookupError, ValueError):
+        sound = False
+    if not sound:
+        raise UserError(f"{file} names shards as no checkpoint of `clip-lightning fit` does")
+    return {"folder": folder, "files": files}
 
 
 def _checksum(file: Path) -> int:

@@ -6,21 +6,24 @@ is small or not trained (heads, scale, bias, adapters, frozen towers) is whole o
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from clip_lightning.checkpoints import told_if_not_written
-from clip_lightning.errors import UserError
+from clip_lightning.checkpoints import not_written
+from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.gradcache import training_norms
 from clip_lightning.model import CLIP
 from clip_lightning.sharded_checkpoints import (
@@ -74,10 +77,19 @@ class ShardedStrategy(ModelParallelStrategy):
             RunFailed: there is no room, or the folder cannot be written; what was there stays.
         """
         file = Path(self.broadcast(filepath))
-        with told_if_not_written(file):
-            write_shards(checkpoint, file)
+        try:
+            folder = write_shards(checkpoint, file)
+        except OSError as error:
+            raise not_written(file, error) from error
+        failure = None
         if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, file, storage_options=storage_options)
+            try:
+                self.checkpoint_io.save_checkpoint(checkpoint, file, storage_options=storage_options)
+            except RunFailed as error:
+                shutil.rmtree(folder)
+                failure = str(error)
+        if failure := self.broadcast(failure):  # the others are not left to wait
+            raise RunFailed(failure)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -133,12 +145,24 @@ def share(whole: Tensor, like: Tensor | None) -> Tensor:
     )
 
 
-def check_shardable(clip: CLIP, micro_batch_size: int | str | None, precision: str | None) -> None:
+def check_shardable(clip: CLIP, micro_batch_size: int | str | None, trainer: Trainer) -> None:
     """Refuse what does not go with sharding.
 
     Raises:
         UserError: says what, and what goes.
     """
+    if not isinstance(trainer.strategy, ShardedStrategy):
+        raise UserError(
+            f"{type(trainer.strategy).__name__} is not how this model is sharded; give --trainer.strategy "
+            "fsdp, or Trainer(strategy=ShardedStrategy())"
+        )
+    for tower in _trained_towers(clip):
+        scalars = [name for name, parameter in tower.named_parameters() if parameter.ndim == 0]
+        if scalars:
+            raise UserError(
+                f"--trainer.strategy fsdp cannot shard {tower.spec['name']!r}: {scalars[0]} is a single "
+                "number; give ddp"
+            )
     if not _trained_towers(clip):
         raise UserError(
             "--trainer.strategy fsdp shards the weights of trained towers, and none is trained; give ddp"
@@ -147,27 +171,29 @@ def check_shardable(clip: CLIP, micro_batch_size: int | str | None, precision: s
         raise UserError(
             "--model.micro_batch_size auto does not go with --trainer.strategy fsdp; give a number"
         )
-    if precision not in ("32-true", "bf16-mixed"):
+    if trainer.precision not in ("32-true", "bf16-mixed"):
         raise UserError(
-            f"--trainer.precision {precision} does not go with --trainer.strategy fsdp; give bf16-mixed or 32"
+            f"--trainer.precision {trainer.precision} does not go with --trainer.strategy fsdp; give "
+            "bf16-mixed or 32"
         )
+    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+        raise UserError("averaged weights do not go with --trainer.strategy fsdp; give ddp")
 
 
-def shard_towers(clip: CLIP, mesh: DeviceMesh, *, half: bool) -> None:
-    """Cut the weights of trained towers up, layer by layer, over the ranks of `mesh`.
+def shard_towers(clip: CLIP, mesh: DeviceMesh) -> None:
+    """Cut the weights of trained towers up, layer by layer, over the ranks of a mesh of one dimension.
 
-    Args:
-        clip: whole, with the same weights on every rank.
-        mesh: one dimension.
-        half: whether weights travel, and are used, in bf16; gradients are averaged in fp32 anyhow.
+    Every rank gets the first one's weights. They travel in fp32, so that steps in bf16 are those of autocast
+    without sharding; in bf16 the sums that they are added to would be rounded, too.
     """
-    # inputs stay as autocast has them, as without sharding
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = precision if half else MixedPrecisionPolicy()
+    for tensor in (*clip.parameters(), *clip.buffers()):
+        same = tensor.detach().to(mesh.device_type)
+        torch.distributed.broadcast(same, 0)
+        tensor.detach().copy_(same)
     for tower in _trained_towers(clip):
         for layer in _layers(tower.backbone):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-        fully_shard(tower, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(tower, mesh=mesh)
 
 
 def _trained_towers(clip: CLIP) -> list[Tower]:
@@ -175,15 +201,14 @@ def _trained_towers(clip: CLIP) -> list[Tower]:
     return [tower for tower in (clip.image_tower, clip.text_tower) if not (tower.frozen or tower.adapted)]
 
 
-def _layers(backbone: nn.Module) -> Iterator[nn.Module]:
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
     """What the outermost lists and sequences hold: a transformer's blocks, a convolutional tower's stages."""
-    for child in backbone.children():
-        if not isinstance(child, nn.ModuleList | nn.Sequential):
+    for child in module.children():
+        listed = isinstance(module, nn.ModuleList | nn.Sequential)
+        if not listed or isinstance(child, nn.ModuleList | nn.ModuleDict):  # which are never called
             yield from _layers(child)
-            continue
-        for layer in child:
-            if any(parameter.requires_grad for parameter in layer.parameters()):
-                yield layer
+        elif any(parameter.requires_grad for parameter in child.parameters()):
+            yield child
 
 
 def sharded_modules(clip: CLIP) -> list[FSDPModule]:
@@ -224,8 +249,11 @@ def share_statistics(clip: CLIP) -> None:
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tensors. Where weights are shared out, all ranks have to ask."""
-    return {
-        name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
-        for name, value in module.state_dict().items()
-    }
+    """The state dict. Where weights are shared out, all ranks have to ask, and the first has whole ones."""
+    state = module.state_dict()
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    for name, value in state.items():
+        if isinstance(value, DTensor):
+            whole = value.full_tensor()
+            state[name] = whole.cpu() if first else whole.new_empty(0)
+    return state

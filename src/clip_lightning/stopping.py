@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.checkpoints import within_a_step
+from clip_lightning.errors import AgreedStop
 from clip_lightning.ranks import Agreement
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -53,7 +54,7 @@ class GracefulStop(Callback):
             # Lightning raises when it has counted the batch; then a resumed run knows that it is done
             trainer._signal_connector.received_sigterm = True
         elif self._asked and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            raise KeyboardInterrupt
+            raise AgreedStop
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""

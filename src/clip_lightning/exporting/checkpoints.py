@@ -37,7 +37,7 @@ def load_checkpoint(file: Path) -> CLIP:
     try:
         module = _build(model)
         check_fits(file, module)
-        checkpoint = read_checkpoint(file)
+        checkpoint = read_checkpoint(file, moments=False)
         module.on_load_checkpoint(checkpoint)
     except UserError as error:
         raise UserError(str(error).replace("--ckpt_path ", "")) from error

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
+from clip_lightning.errors import UserError
 from clip_lightning.features import DTYPE
 from clip_lightning.model import CLIP
 
@@ -91,6 +93,15 @@ class CostRecorder(Callback):
     def __init__(self, latencies: dict[str, dict[str, Any]]) -> None:
         self.latencies = latencies
         self.costs: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a model of which no rank has all.
+
+        Raises:
+            UserError: it is sharded.
+        """
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise UserError("compare-backbones measures whole models; give --trainer.strategy ddp")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, and tell W&B."""
