@@ -68,7 +68,8 @@ MAY_NOT_IMPORT: dict[str, str] = {
     "lora":                "model module extract tracking recorder cli tuning",
     "model":               "module tracking recorder cli tuning",
     "module":              "cli tuning",
-    "cli":                 "backbones compare tuning",
+    "cli":                 "fitting backbones compare tuning",
+    "fitting":             "backbones compare tuning",
     "backbones":           "compare",
     # {losses, gradcache, optim, features, evaluation} ← module
     "losses":              "model module tracking recorder cli tuning",
@@ -122,7 +123,7 @@ ONLY_IN: dict[str, str] = {
     # package              may be imported by
     "wandb":               "tracking",
     "lightning":           "module data.datamodule recorder guard checkpoints sharding stopping ranks "
-                           "tracking runs embed cli tuning.watch",
+                           "tracking runs embed cli fitting tuning.watch",
     "pytorch_lightning":   "",  # the old name of the same package, with classes of its own
     "faiss":               "search",
     "peft":                "lora",

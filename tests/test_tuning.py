@@ -24,9 +24,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from clip_lightning.__main__ import main
-from clip_lightning.cli import rehearse
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
+from clip_lightning.fitting import rehearse
 from clip_lightning.tuning import split_words
 from clip_lightning.tuning.command import base_point
 from clip_lightning.tuning.file import Halving, read_sweep

@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from clip_lightning.cli import fit, rehearse
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
+from clip_lightning.fitting import fit, rehearse
 from clip_lightning.towers import ImageTower, TextTower
 from clip_lightning.tracking.compare import settings_of, short_names
 from clip_lightning.tracking.costs import CostRecorder

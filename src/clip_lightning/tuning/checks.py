@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from clip_lightning.cli import Rehearsal, rehearse
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.origin import find_origin
 from clip_lightning.errors import UserError
+from clip_lightning.fitting import Rehearsal, rehearse
 from clip_lightning.tracking.compare import settings_of
 from clip_lightning.tracking.run_records import flat
 from clip_lightning.tuning.file import SweepFile

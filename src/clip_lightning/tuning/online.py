@@ -83,7 +83,7 @@ def train(search: Search, options: dict[str, Any]) -> None:
     Raises:
         UserError: `fit` refuses them.
     """
-    from clip_lightning.cli import fit
+    from clip_lightning.fitting import fit
 
     try:
         fit(search.trial_words(option_words(options)), [NotesStop()], io.StringIO())

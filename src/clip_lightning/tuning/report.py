@@ -117,7 +117,7 @@ class Report:
         draw(self.file, self.study, self.folder)
 
     def _best_config(self, words: Callable[[dict[str, Any]], list[str]]) -> str:
-        from clip_lightning.cli import rehearse
+        from clip_lightning.fitting import rehearse
 
         assert self.best is not None
         row = self._row(self.best, False)

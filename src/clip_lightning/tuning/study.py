@@ -230,7 +230,7 @@ class Worker:
 
     def _try(self, trial: Trial) -> float:
         """Train with what is drawn; the best value of the metric."""
-        from clip_lightning.cli import fit
+        from clip_lightning.fitting import fit
         from clip_lightning.tuning.watch import Watch
 
         began, file, me = time.perf_counter(), self.search.file, psutil.Process()
