@@ -24,7 +24,7 @@ quickstart: $(QUICKSTART)  ## train a small CLIP on drawn scenes, in minutes, on
 test: $(DEV)  ## run the tests (PYTEST_ARGS="-k losses" chooses among them)
 	$(VENV)/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-test-faults: $(DEV)  ## run the tests that break things, for minutes
+test-faults: $(DEV)  ## run the tests that break things, for more than an hour
 	$(VENV)/bin/pytest -m faults $(PYTEST_ARGS)
 
 test-browser: $(DEV)  ## run the tests that need Chromium

@@ -103,7 +103,7 @@ def train(args: argparse.Namespace) -> None:
     for part in module.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
-    start = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+    start = {name: tensor.detach().clone() for name, tensor in module.named_parameters()} if rank == 0 else {}
     trainer = Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=ranks,
@@ -120,14 +120,16 @@ def train(args: argparse.Namespace) -> None:
     )
     data = Batches(args.batch, IMAGE_SIZE[args.towers], rank, ranks, args.steps)
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
-    weights = {name: tensor.cpu() for name, tensor in whole_weights(module).items() if name in start}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated()
+    weights = {name: tensor.cpu() for name, tensor in whole_weights(module).items() if name in start}
     if rank == 0:
         steps = [b - a for a, b in zip(seconds[WARM_UP:], seconds[WARM_UP + 1 :], strict=False)]
         row = {
             "ranks": ranks,
             "samples_per_second": args.batch / statistics.median(steps),
-            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
+            "peak_bytes": peak,
         }
         args.folder.joinpath("row.json").write_text(json.dumps(row))
         torch.save((start, weights), args.folder / "weights.pt")

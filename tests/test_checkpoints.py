@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning import checkpoints
 from clip_lightning.checkpoints import SafeCheckpointIO, damage
-from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.runs import find_checkpoint
+from clip_lightning.sharding import ShardedStrategy
 
 
 def content(step: int) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def test_no_damage_is_a_traceback(run: Path) -> None:
 class Loop:
     """As much of a trainer as is asked for whether a step is in hand."""
 
-    strategy = None
+    strategy: object = None
 
     def __init__(self, started: int, processed: int) -> None:
         self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self
@@ -132,3 +134,20 @@ def test_half_a_step_takes_the_place_of_no_whole_checkpoint(
         (tmp_path / "last.ckpt").touch()
     checkpoints.WhenInterrupted(tmp_path, "last").on_exception(Loop(3, processed), None, MemoryError())
     assert bool(asked) == saved
+
+
+@pytest.mark.parametrize(
+    ("exception", "saved"),
+    [
+        (AgreedStop(), True),
+        (SIGTERMException(), True),
+        (KeyboardInterrupt(), False),
+        (MemoryError(), False),
+        (RunFailed("too many steps"), False),
+    ],
+)
+def test_sharded_weights_are_saved_when_all_ranks_have_agreed(exception: BaseException, saved: bool) -> None:
+    trainer = Loop(3, 3)
+    assert checkpoints.all_ranks_save(trainer, exception)
+    trainer.strategy = ShardedStrategy()
+    assert checkpoints.all_ranks_save(trainer, exception) == saved

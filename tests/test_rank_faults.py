@@ -108,13 +108,16 @@ def test_without_the_first_rank_the_others_stop_too(fit: Callable[..., Any], tmp
 
 
 @pytest.mark.parametrize("every_rank", [False, True])
-def test_sigterm_saves_and_ends_all(fit: Callable[..., Any], tmp_path: Path, every_rank: bool) -> None:
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_all(
+    fit: Callable[..., Any], tmp_path: Path, signum: signal.Signals, status: int, every_rank: bool
+) -> None:
     done = fit(
         trainer__callbacks__rank=0,
-        trainer__callbacks__signum=int(signal.SIGTERM),
+        trainer__callbacks__signum=int(signum),
         trainer__callbacks__every_rank=str(every_rank).lower(),
     )
-    assert done.returncode == 143, done.stderr
+    assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     assert_all_gone(tmp_path)
     assert last(tmp_path)["global_step"] in (STEP, STEP + 1)

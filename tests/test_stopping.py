@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.__main__ import _status
 from clip_lightning.checkpoints import CheckpointOptions
-from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.ranks import Agreement, lost_rank
 from clip_lightning.runs import find_checkpoint
 from clip_lightning.stopping import GracefulStop, requeue, slurm_job
@@ -86,7 +86,7 @@ def test_signals_stop_after_the_batch(number: signal.Signals, last: bool) -> Non
         stop.on_train_batch_end(trainer, None)
         os.kill(os.getpid(), number)
         if number == signal.SIGINT and not last:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(AgreedStop):
                 stop.on_train_batch_end(trainer, None)
         else:
             stop.on_train_batch_end(trainer, None)

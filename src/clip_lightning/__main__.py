@@ -72,7 +72,7 @@ def main(args: list[str] | None = None) -> int:
     from clip_lightning.errors import UserError
 
     keep_freed_memory()
-    if not os.environ.get("WANDB_MODE", "unset"):
+    if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # empty, which W&B refuses
     try:
         _imported(COMMANDS[args[0]][0]).run(args)

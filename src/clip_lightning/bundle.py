@@ -75,7 +75,8 @@ def read_bundle(folder: Path, config: dict[str, Any], name: str) -> dict[str, Te
             f"{name} has format {config.get('format')!r}, this version reads {BUNDLE_FORMAT}; "
             "upgrade clip-lightning, or give a folder written by save_pretrained"
         )
-    if recorded.get("weights", found := weights_digest(state)) != found:
+    checksum = recorded.get("weights")  # bundles of before have none
+    if checksum is not None and checksum != weights_digest(state):
         raise UserError(f"{name} is damaged (its weights do not match their checksum); get it whole again")
     with refusing_damage(name):
         companions = _companions(folder, config)

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
@@ -183,7 +184,7 @@ class RunCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Look for what does not go together before ranks start and frozen towers run for minutes."""
-        if isinstance(self.trainer.strategy, ShardedStrategy):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
             check_shardable(self.model.clip, self.model.micro_batch_size, self.trainer)
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint is not None:

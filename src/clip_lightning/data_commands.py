@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from clip_lightning.arguments import run_functions
+from clip_lightning.terminal import one_line
 
 if TYPE_CHECKING:
     from clip_lightning.checking.findings import CutCaptions
@@ -72,7 +73,7 @@ def check(
     try:
         parts = split_by_image(captions, seed=split_seed, val_share=val_share, test_share=test_share)
     except UserError as error:  # too few pictures, which are worth a look all the same
-        print(f"warning: {error}", file=sys.stderr)
+        print(one_line(f"warning: {error}"), file=sys.stderr)
         parts = {}
     cut = _cut(captions, text_tower, max_length)
     findings = find(captions, parts, open_all([image.path for image in captions.images], num_workers), cut)
@@ -168,7 +169,7 @@ def convert(
     manifest, left_out = conversion.convert(source, settings, out, num_workers or usable_cores())
     if left_out:
         name, reason = next(iter(left_out.items()))
-        print(f"left out {len(left_out)} samples, the first: {name}: {reason}", file=sys.stderr)
+        print(one_line(f"left out {len(left_out)} samples, the first: {name}: {reason}"), file=sys.stderr)
     counts = {part: manifest.samples(part) for part in manifest.splits}
     if json:
         print(json_module.dumps({"out": str(out), "format": to, "samples": counts, "left_out": left_out}))

@@ -1,4 +1,4 @@
-"""What tells weights from others: a digest of their names and values."""
+"""A digest of weights, by their names and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fit` from within a process, for what trains many times, and what it would do without doing it."""
+"""Run `fit` from within a process, or only parse and check its options: for what trains many times."""
 
 from __future__ import annotations
 

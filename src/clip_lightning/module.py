@@ -38,12 +38,12 @@ from clip_lightning.optim import (
 )
 from clip_lightning.sharding import (
     average_replicated,
+    broadcast_statistics,
     check_shardable,
     gather_towers,
     release_towers,
     shard_towers,
     sharded_modules,
-    share_statistics,
 )
 from clip_lightning.timing import Stopwatch
 from clip_lightning.towers import ImageTower, TextTower, Tokenize, Tower
@@ -148,8 +148,8 @@ class CLIPModule(LightningModule):
         freeze_lower_layers(self.clip, optimizer)
         self.stopwatch = Stopwatch()
         trained = [tower for tower in (self.clip.image_tower, self.clip.text_tower) if not tower.frozen]
-        asked = {"activation_checkpointing": activation_checkpointing, "compile": compile}
-        for option in (name for name, given in asked.items() if given and not trained):
+        if not trained and (activation_checkpointing or compile):
+            option = "activation_checkpointing" if activation_checkpointing else "compile"
             rank_zero_warn(f"--model.{option} does nothing: it is for towers that are trained")
         for tower in trained:
             if activation_checkpointing:
@@ -172,13 +172,7 @@ class CLIPModule(LightningModule):
         return self.clip.tokenize
 
     def setup(self, stage: str) -> None:
-        """Run frozen towers once over the splits of this stage, where the data module keeps a cache.
-
-        Raises:
-            UserError: an option does not go with sharding.
-        """
-        if self.device_mesh is not None:
-            check_shardable(self.clip, self.micro_batch_size, self.trainer)
+        """Run frozen towers once over the splits of this stage, where the data module keeps a cache."""
         data = self.trainer.datamodule
         if getattr(data, "cache", None) is None:
             return
@@ -295,7 +289,7 @@ class CLIPModule(LightningModule):
         key = (seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         if sharded_modules(self.clip):
-            share_statistics(self.clip)
+            broadcast_statistics(self.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clamp the scale right after each step."""

@@ -113,7 +113,7 @@ def _no_weight_decay(model: nn.Module) -> set[str]:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: bool = False) -> Tensor:
-    """Clip gradients in place, those that are cut up over ranks together with the others.
+    """Clip gradients in place, sharded ones together with the others.
 
     Args:
         parameters: with a gradient each.

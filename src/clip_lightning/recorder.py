@@ -174,9 +174,9 @@ class RunRecorder(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what there is, also when the run is interrupted."""
-        if trainer.global_step > 0 and all_ranks_save(trainer, exception):
+        if trainer.global_step > 0:
             try:
-                self._write(trainer, pl_module)
+                self._write(trainer, pl_module, model=all_ranks_save(trainer, exception))
             except RunFailed as error:  # said, so that the first exception is the one that counts
                 print(error, file=sys.stderr)
 
@@ -193,10 +193,10 @@ class RunRecorder(Callback):
             "step": self.stopwatch.step_seconds,
         }
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule, *, model: bool = True) -> None:
         if trainer.fast_dev_run:
             return
-        weights = whole_weights(pl_module)  # if they are sharded, all ranks have to ask
+        weights = whole_weights(pl_module) if model else None  # if they are sharded, all ranks have to ask
         if not trainer.is_global_zero:
             return
         self.stopwatch.lap("other")
@@ -209,7 +209,7 @@ class RunRecorder(Callback):
             ) from error
 
     def _write_files(
-        self, trainer: Trainer, pl_module: LightningModule, weights: dict[str, torch.Tensor]
+        self, trainer: Trainer, pl_module: LightningModule, weights: dict[str, torch.Tensor] | None
     ) -> None:
         data: Any = getattr(trainer, "datamodule", None)
         seconds = self.stopwatch.seconds
@@ -232,6 +232,8 @@ class RunRecorder(Callback):
         write_json(self.folder / "metrics.json", record)
         if data and data.broken:
             write_json(self.folder / "broken.json", data.broken)
+        if weights is None:
+            return
         metadata = {
             "metrics": self.metrics,
             "loss": type(pl_module.loss).__name__,

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded runs: the file that every run has, and beside it a folder with each rank's share.
+"""Checkpoints of sharded runs: the file that every run has, and beside it a folder with each rank's shards.
 
 The file names the folder and its checksums, and takes its place when all is written. What is in the folder
 stands in the file as tensors without values ("meta"). The folder is torch's distributed checkpoint, as
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import RunFailed, UserError
 
 SHARDS = "shards"
 SUFFIX = ".shards"
@@ -34,10 +34,15 @@ _FOLDER = re.compile(r"[^/\\\0]*-[0-9a-f]{8}\.shards")
 _LEFT = re.compile(rf"{_FOLDER.pattern}|\.{_FOLDER.pattern}\.tmp")
 _FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
 _BLOCK = 1 << 24  # bytes
+# What torch raises for a file that is no checkpoint, beside OSError.
+_UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError),
+    *(AttributeError, LookupError, TypeError, ValueError),
+)
 
 
 def write_shards(checkpoint: dict[str, Any], file: Path) -> Path:
-    """Take the tensors that are shared out out of a checkpoint, into a folder beside `file`. On all ranks.
+    """Move the sharded tensors of a checkpoint into a folder beside `file`. On all ranks.
 
     Args:
         checkpoint: of Lightning, `state_dict` and `optimizer_states` among its keys; afterwards it names the
@@ -48,7 +53,8 @@ def write_shards(checkpoint: dict[str, Any], file: Path) -> Path:
         The folder.
 
     Raises:
-        OSError: a rank has no room, cannot write into the folder or writes into another; on all ranks.
+        OSError: a rank has no room, or cannot write into the folder; on all ranks.
+        RunFailed: ranks do not see the same folder.
     """
     names = [f"{file.stem}-{secrets.token_hex(4)}{SUFFIX}"]
     torch.distributed.broadcast_object_list(names)
@@ -83,7 +89,10 @@ def write_shards(checkpoint: dict[str, Any], file: Path) -> Path:
     torch.distributed.broadcast_object_list(seen)
     if not seen[0]:
         shutil.rmtree(draft, ignore_errors=True)
-        raise OSError(None, "the machines do not see the same folder, and sharded checkpoints need that")
+        raise RunFailed(
+            f"not all machines see the folder {file.parent}, which sharded checkpoints need; give a "
+            "--trainer.default_root_dir that they share"
+        )
     checkpoint[SHARDS] = {"folder": folder.name, "files": files}
     return folder
 
@@ -136,14 +145,17 @@ def read_checkpoint(file: Path, *, moments: bool = True) -> dict[str, Any]:
         for name, (holder, key) in places.items():
             size = getattr(stored.get(name), "size", None)
             if size != holder[key].shape:  # before memory is taken for it
-                raise UserError(f"{file}: {name} is {tuple(holder[key].shape)}, and in its shards {size}")
+                raise UserError(
+                    f"{file}: its shards have no {name} of shape {tuple(holder[key].shape)}; the two do not "
+                    "belong together: copy both again"
+                )
             targets[name] = holder[key] = torch.empty_like(holder[key], device="cpu")
         fill(targets, file, checkpoint)
     return checkpoint
 
 
 def fill(targets: Mapping[str, Tensor], file: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Read tensors, whole or this rank's share of them, from the folder that the checkpoint of `file` names.
+    """Read tensors, whole ones or this rank's shards, from the folder that the checkpoint of `file` names.
 
     Args:
         targets: by the names of `weight_name` and `moment_name`; written in place.
@@ -162,7 +174,7 @@ def damage_of_shards(file: Path) -> str | None:
     """Why what the checkpoint names is not whole, None if it is, or if it names nothing."""
     try:
         parts = shards_of(file)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return str(error)
     for part, checksum in parts.items():
         try:
@@ -216,7 +228,7 @@ def _shards(file: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         shards = checkpoint.get(SHARDS, {})
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, LookupError, TypeError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{file} is no checkpoint of `clip-lightning fit`") from error
     return _sound(file, shards) if shards else {}
 
@@ -229,7 +241,10 @@ def _sound(file: Path, shards: Any) -> dict[str, Any]:
     except (TypeError, LookupError, ValueError):
         sound = False
     if not sound:
-        raise UserError(f"{file} names shards as no checkpoint of `clip-lightning fit` does")
+        raise UserError(
+            f"{file} names shards as no checkpoint of `clip-lightning fit` does; copy it again, or name "
+            "another"
+        )
     return {"folder": folder, "files": files}
 
 

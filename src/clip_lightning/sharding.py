@@ -1,4 +1,4 @@
-"""Sharded training (FSDP2): each rank keeps its share of the trained towers' weights, gradients and moments.
+"""Sharded training (FSDP2): each rank keeps its shard of the trained towers' weights, gradients and moments.
 
 The engine is torch's `fully_shard` (FSDP, Zhao et al. 2023) behind Lightning's `ModelParallelStrategy`. What
 is small or not trained (heads, scale, bias, adapters, frozen towers) is whole on every rank.
@@ -58,11 +58,11 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This rank's share."""
+        """This rank's shards."""
         return self._module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
-        """This rank's share."""
+        """This rank's shards."""
         own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = own.state_dict()
         # dictionaries of its own: a checkpoint takes tensors out of them
@@ -71,7 +71,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Every rank writes its share, then the first the checkpoint that names them.
+        """Every rank writes its shards, then the first the checkpoint that names them.
 
         Raises:
             RunFailed: there is no room, or the folder cannot be written; what was there stays.
@@ -100,11 +100,11 @@ class ShardedStrategy(ModelParallelStrategy):
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Each rank takes its share of the weights."""
+        """Each rank takes its shards of the weights."""
         own = self._module.state_dict()
         state, targets = {}, {}
         for name, value in checkpoint["state_dict"].items():
-            state[name] = share(value, own.get(name))
+            state[name] = local_shard(value, own.get(name))
             if state[name].is_meta:
                 state[name] = targets[weight_name(name)] = torch.empty_like(own[name])
         if targets:
@@ -112,11 +112,11 @@ class ShardedStrategy(ModelParallelStrategy):
         self._module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each rank takes its share of the moments."""
-        targets = {}
+        """Each rank takes its shards of the moments."""
         for number, (optimizer, stored) in enumerate(
             zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
         ):
+            targets = {}
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             moments = {at: dict(values) for at, values in stored["state"].items()}
             for at, values in moments.items():
@@ -125,7 +125,7 @@ class ShardedStrategy(ModelParallelStrategy):
                         values[name] = torch.empty_like(parameters[at])
                         targets[moment_name(number, at, name)] = values[name]
                     elif values[name].shape == parameters[at].shape:
-                        values[name] = share(values[name], parameters[at])
+                        values[name] = local_shard(values[name], parameters[at])
             if targets:
                 fill(targets, self._file, checkpoint)
             optimizer.load_state_dict({**stored, "state": moments})
@@ -136,8 +136,8 @@ class ShardedStrategy(ModelParallelStrategy):
         return self.lightning_module
 
 
-def share(whole: Tensor, like: Tensor | None) -> Tensor:
-    """This rank's share of a tensor that every rank has whole, cut as `like` is; no rank is asked."""
+def local_shard(whole: Tensor, like: Tensor | None) -> Tensor:
+    """This rank's shard of a tensor that every rank has whole, sharded as `like` is; no rank is asked."""
     if not isinstance(like, DTensor) or isinstance(whole, DTensor) or whole.is_meta:
         return whole
     return distribute_tensor(
@@ -154,7 +154,7 @@ def check_shardable(clip: CLIP, micro_batch_size: int | str | None, trainer: Tra
     if not isinstance(trainer.strategy, ShardedStrategy):
         raise UserError(
             f"{type(trainer.strategy).__name__} is not how this model is sharded; give --trainer.strategy "
-            "fsdp, or Trainer(strategy=ShardedStrategy())"
+            "fsdp, or Trainer(strategy=clip_lightning.sharding.ShardedStrategy())"
         )
     for tower in _trained_towers(clip):
         scalars = [name for name, parameter in tower.named_parameters() if parameter.ndim == 0]
@@ -177,11 +177,13 @@ def check_shardable(clip: CLIP, micro_batch_size: int | str | None, trainer: Tra
             "bf16-mixed or 32"
         )
     if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
-        raise UserError("averaged weights do not go with --trainer.strategy fsdp; give ddp")
+        raise UserError(
+            "--trainer.callbacks with averaged weights does not go with --trainer.strategy fsdp; give ddp"
+        )
 
 
 def shard_towers(clip: CLIP, mesh: DeviceMesh) -> None:
-    """Cut the weights of trained towers up, layer by layer, over the ranks of a mesh of one dimension.
+    """Shard the weights of trained towers, layer by layer, over the ranks of a mesh of one dimension.
 
     Every rank gets the first one's weights. They travel in fp32, so that steps in bf16 are those of autocast
     without sharding; in bf16 the sums that they are added to would be rounded, too.
@@ -212,7 +214,7 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def sharded_modules(clip: CLIP) -> list[FSDPModule]:
-    """Layers and towers whose weights are cut up; empty without sharding."""
+    """Layers and towers that are sharded; none without sharding."""
     return [module for module in clip.modules() if isinstance(module, FSDPModule)]
 
 
@@ -231,7 +233,7 @@ def release_towers(clip: CLIP) -> None:
 
 
 def average_replicated(clip: CLIP) -> None:
-    """Average over ranks the gradients of what every rank has whole; the others are averaged already."""
+    """Average over ranks the gradients of what is replicated; the others are averaged already."""
     found = [parameter.grad for parameter in clip.parameters() if parameter.grad is not None]
     whole = [gradient for gradient in found if not isinstance(gradient, DTensor)]
     flat = torch.cat([gradient.flatten() for gradient in whole])
@@ -241,7 +243,7 @@ def average_replicated(clip: CLIP) -> None:
         gradient.copy_(average.view_as(gradient))
 
 
-def share_statistics(clip: CLIP) -> None:
+def broadcast_statistics(clip: CLIP) -> None:
     """Give every rank the first one's batch-norm statistics, as DDP does before each step."""
     for norm in training_norms(clip):
         for buffer in norm.buffers():
@@ -249,7 +251,10 @@ def share_statistics(clip: CLIP) -> None:
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict. Where weights are shared out, all ranks have to ask, and the first has whole ones."""
+    """The state dict with whole tensors.
+
+    If some are sharded, all ranks have to ask: the first has them whole, the others empty ones of shape (0,).
+    """
     state = module.state_dict()
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     for name, value in state.items():

@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from clip_lightning.checkpoints import within_a_step
+from clip_lightning.checkpoints import all_ranks_save, within_a_step
 from clip_lightning.errors import AgreedStop
 from clip_lightning.ranks import Agreement
 
@@ -71,7 +71,8 @@ class GracefulStop(Callback):
         if not self._says_how:
             return
         if trainer.global_step > 0:
-            place = "the last checkpoint" if within_a_step(trainer) else "here"
+            saved = all_ranks_save(trainer, exception) and not within_a_step(trainer)
+            place = "here" if saved else "the last checkpoint"
             print(f"stopped; the same command with --ckpt_path last goes on from {place}", file=sys.stderr)
         else:
             print("stopped before the first step", file=sys.stderr)

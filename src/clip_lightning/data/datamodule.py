@@ -25,6 +25,7 @@ from clip_lightning.data.transforms import Augmentation, ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.features import FeatureCache, Features, default_cache
 from clip_lightning.shards.options import Reading, ShardOptions, TrainingSource, training_shards
+from clip_lightning.terminal import one_line
 from clip_lightning.tracking.artifacts import Fetched, fetched
 
 DatasetName = Literal["auto", "flickr8k", "flickr30k", "captions", "folder", "scenes", "shards"]
@@ -363,7 +364,8 @@ class CaptionDataModule(LightningDataModule):
                 f"(the last: {path}: {reason}), more than --data.max_broken {self.max_broken:g}; mend them, "
                 "or raise the share"
             )
-        rank_zero_warn(f"left out {len(self.broken)} pictures or rows so far; the last: {path}: {reason}")
+        said = f"left out {len(self.broken)} pictures or rows so far; the last: {path}: {reason}"
+        rank_zero_warn(one_line(said))
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is, for the checkpoint.

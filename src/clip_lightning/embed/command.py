@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from clip_lightning.arguments import run_functions
 from clip_lightning.embed.plan import Plan, data_digest
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import one_line
 
 if TYPE_CHECKING:
     from clip_lightning.embed.store import Record, Store
@@ -168,7 +169,7 @@ def _report(
     for record in records.values():
         broken |= record.broken
     for path, reason in list(broken.items())[:MOST_NAMED]:
-        print(f"left out {path}: {reason}", file=sys.stderr)
+        print(one_line(f"left out {path}: {reason}"), file=sys.stderr)
     rows = {
         kind: sum(record.rows for name, record in records.items() if name.startswith(kind))
         for kind in ("images", "captions")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import one_line
 
 if TYPE_CHECKING:
     from clip_lightning.data.classes import ClassSet
@@ -83,4 +84,4 @@ def tell(what: str, reasons: Mapping[str, str], most: int = 5) -> None:
 
 def say(line: str) -> None:
     """On stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)

@@ -101,7 +101,7 @@ class CostRecorder(Callback):
             UserError: it is sharded.
         """
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise UserError("compare-backbones measures whole models; give --trainer.strategy ddp")
+            raise UserError("--trainer.strategy fsdp: compare-backbones measures whole models; give ddp")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, and tell W&B."""

@@ -20,6 +20,7 @@ from clip_lightning.evaluation.class_report import ClassReport
 from clip_lightning.evaluation.prompts import read_templates
 from clip_lightning.evaluation.zero_shot import Classification, classify, zero_shot_classifier
 from clip_lightning.model import CLIP
+from clip_lightning.terminal import one_line
 from clip_lightning.tracking.class_tables import class_media
 from clip_lightning.tracking.logger import RunLogger
 
@@ -159,7 +160,7 @@ class ZeroShot(Callback):
         )
         if found.broken and self._kept is None:
             path, reason = next(iter(found.broken.items()))
-            rank_zero_warn(f"zero-shot: skipped {len(found.broken)} pictures; {path}: {reason}")
+            rank_zero_warn(one_line(f"zero-shot: skipped {len(found.broken)} pictures; {path}: {reason}"))
         labels = torch.tensor([data.labels[rows[at]] for at in found.rows], dtype=torch.long)
         self._kept = found.features, labels
         return self._kept
