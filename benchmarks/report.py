@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -33,11 +34,17 @@ def machine() -> str:
 
 
 def save(folder: Path, name: str, head: dict[str, Any], rows: Any, lines: list[str]) -> None:
-    """Write the figures as JSON and `lines` as Markdown, replacing those of the same day.
+    """Write the figures as JSON and `lines` as Markdown, replacing those of the same day and machine.
 
     A benchmark that ran on a GPU has the setting `device="gpu"` in its header.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{name}_{head.get('device', 'cpu')}_{head['date']}"
-    stem.with_suffix(".json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    stem = f"{name}_{head.get('device', 'cpu')}_{head['date']}"
+    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+    stem = next(each for each in names if _machine_of(folder / f"{each}.json") in (None, head["machine"]))
+    (folder / f"{stem}.json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
+
+
+def _machine_of(file: Path) -> str | None:
+    return json.loads(file.read_text())["machine"] if file.exists() else None

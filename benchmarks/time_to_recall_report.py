@@ -19,10 +19,9 @@ def add(new: dict[str, Any], order: list[str], note: str, out: Path) -> None:
     All arms take hours: a run may be gone on with on another day. Each row says when it ran.
     """
     head = report.header("torch", "lightning", "open_clip_torch", "timm", "transformers")
-    files = sorted(out.glob(f"{NAME}_cpu_*.json"))
-    last = json.loads(files[-1].read_text()) if files else {}
-    same = all(last.get(key) == head[key] for key in ("machine", "versions"))
-    rows = (last["rows"] if same else {}) | new
+    earlier = [json.loads(file.read_text()) for file in out.glob(f"{NAME}_cpu_*.json")]
+    same = [run for run in earlier if all(run[key] == head[key] for key in ("machine", "versions"))]
+    rows = max(same, key=lambda run: str(run["date"]), default={"rows": {}})["rows"] | new
     rows = {name: rows[name] for name in order if name in rows}
     lines = [
         "# Time to recall",
