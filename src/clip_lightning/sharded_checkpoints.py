@@ -226,7 +226,8 @@ def _shards(file: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # about damage, of which a line is said
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         shards = checkpoint.get(SHARDS, {})
     except _UNREADABLE as error:
         raise UserError(f"{file} is no checkpoint of `clip-lightning fit`") from error
