@@ -27,10 +27,10 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from clip_lightning import CaptionDataModule, CLIPModule
 from clip_lightning.allocator import keep_freed_memory
-from clip_lightning.features import default_cache
-from clip_lightning.lora import LoRAConfig
-from clip_lightning.losses import InfoNCE, MaxViolation, SigLIP
-from clip_lightning.optim import OptimizerConfig
+from clip_lightning.data.features import default_cache
+from clip_lightning.model.lora import LoRAConfig
+from clip_lightning.training.losses import InfoNCE, MaxViolation, SigLIP
+from clip_lightning.training.optim import OptimizerConfig
 
 HELD_OUT = 1000
 BASELINE = {

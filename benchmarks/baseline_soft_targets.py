@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from clip_lightning.model import ResidualMLPHead
-from clip_lightning.towers import ImageTower, TextTower, Tokenize
+from clip_lightning.model.clip import ResidualMLPHead
+from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
 
 EMBED_DIM, DROPOUT, MAX_LENGTH = 256, 0.1, 200
 RATES = {"image_tower": 1e-4, "text_tower": 1e-5, "heads": 1e-3}

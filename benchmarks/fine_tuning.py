@@ -29,8 +29,8 @@ from clock import Process, python, run_capped, step_times, steps_per_second
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_lightning import CaptionDataModule, CLIPModule
-from clip_lightning.model import CLIP
-from clip_lightning.towers import ImageTower, TextTower
+from clip_lightning.model.clip import CLIP
+from clip_lightning.model.towers import ImageTower, TextTower
 
 DEFAULTS, FP32, BEST = "open_clip, defaults", "open_clip, defaults but fp32", "open_clip, best flags"
 SLOW = 2.0  # samples a second; a way that has less is run once

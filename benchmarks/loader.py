@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_lightning.data.transforms import ImageTransform, decode_image
+from clip_lightning.data.images import ImageTransform, decode_image
 
 OPEN_CLIP, OURS = "open_clip", "ours"
 

@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if TYPE_CHECKING:  # the trainer's process loads nothing that open_clip does not need
     from clip_lightning.data.captions import CaptionedImage
-    from clip_lightning.model import CLIP
+    from clip_lightning.model.clip import CLIP
 
 
 def write_model(folder: Path, clip: CLIP) -> str:
@@ -32,7 +32,7 @@ def write_model(folder: Path, clip: CLIP) -> str:
     Returns:
         The value of `--model`.
     """
-    from clip_lightning.exporting.open_clip_folder import write_open_clip
+    from clip_lightning.model.export.open_clip import write_open_clip
 
     torch.manual_seed(0)
     for head in (clip.heads.image, clip.heads.text):
@@ -65,7 +65,7 @@ def load_into(clip: CLIP, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: a tensor that `clip` does not have, or does not get.
     """
-    from clip_lightning.exporting.open_clip_folder import PARTS
+    from clip_lightning.model.export.open_clip import PARTS
 
     own = {}
     for name, tensor in state.items():

@@ -102,7 +102,7 @@ def step(batch: int, steps: int, ranks: int, folder: Path) -> None:
 
 def loss(ranks: int, own_rows: bool) -> dict[str, Any]:
     """The peak memory, above that of the embeddings, of InfoNCE forward and backward on one rank."""
-    from clip_lightning import losses
+    from clip_lightning.training import losses
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from clip_lightning import CaptionDataModule
-from clip_lightning.data.transforms import decode_image
+from clip_lightning.data.images import decode_image
 from clip_lightning.evaluation.retrieval import retrieval_metrics
-from clip_lightning.model import CLIP
-from clip_lightning.towers import ImageTower, TextTower
+from clip_lightning.model.clip import CLIP
+from clip_lightning.model.towers import ImageTower, TextTower
 
 IMAGE_TOWER, TEXT_TOWER = "pypi:efficientnet-lite0", "pypi:minilm-l6"
 EMBED_DIM = 1024  # that of configs/heads.yaml

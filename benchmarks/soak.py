@@ -30,7 +30,7 @@ import report
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from clip_lightning.checkpoints import damage
+from clip_lightning.training.checkpoints import damage
 from clip_lightning.data.scenes import write_scenes
 
 SIGNALS = {"SIGTERM": 143, "SIGUSR1": 143, "SIGKILL": -signal.SIGKILL}

@@ -18,9 +18,9 @@ import report
 import torch
 from torch import Tensor
 
-from clip_lightning import features
+from clip_lightning.data import features
 from clip_lightning.allocator import keep_freed_memory
-from clip_lightning.features import Features, default_cache
+from clip_lightning.data.features import Features, default_cache
 
 KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SETTINGS = ablation.BASELINE | {"captions": 5, "smoothing": 0.1, "embed_dim": 1024, "views": 1}

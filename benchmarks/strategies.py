@@ -75,8 +75,8 @@ def train(args: argparse.Namespace) -> None:
     from lightning.pytorch import Callback, Trainer, seed_everything
 
     from clip_lightning import CLIPModule
-    from clip_lightning.optim import OptimizerConfig
-    from clip_lightning.sharding import ShardedStrategy, whole_weights
+    from clip_lightning.training.optim import OptimizerConfig
+    from clip_lightning.training.sharding import ShardedStrategy, whole_weights
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -30,10 +30,10 @@ import numpy as np
 import report
 from PIL import Image
 
-from clip_lightning.recorder import memory_of_processes
-from clip_lightning.shards.convert import Settings, convert, tars
-from clip_lightning.shards.record import Record
-from clip_lightning.shards.write import write_tar
+from clip_lightning.training.recorder import memory_of_processes
+from clip_lightning.data.shards.convert import Settings, convert, tars
+from clip_lightning.data.shards.record import Record
+from clip_lightning.data.shards.write import write_tar
 
 BATCH, SIZE, SCALE, PER_TAR = 256, 224, 0.9, 2000
 LITDATA, TARS, NORMALISED, OPEN_CLIP = "ours, litdata", "ours, tars", "ours, tars, normalised", "open_clip"
@@ -103,9 +103,9 @@ def our_batches(arm: str, work: Path, workers: int) -> Iterator[int]:
     import torch
 
     from clip_lightning import CaptionDataModule
-    from clip_lightning.data.transforms import Augmentation, ImageTransform
-    from clip_lightning.shards.options import ShardOptions
-    from clip_lightning.towers import TextTower
+    from clip_lightning.data.images import Augmentation, ImageTransform
+    from clip_lightning.data.shards.options import ShardOptions
+    from clip_lightning.model.towers import TextTower
 
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     data = CaptionDataModule(

@@ -26,8 +26,8 @@ import pytest
 if TYPE_CHECKING:
     from wandb_server import WandbServer
 
-    from clip_lightning.model import CLIP
-    from clip_lightning.module import CLIPModule
+    from clip_lightning.model.clip import CLIP
+    from clip_lightning.training.module import CLIPModule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -176,8 +176,8 @@ def make_clip(bert: Path) -> Callable[..., CLIP]:
     """Builds a tiny CLIP for pictures of 32 pixels, the same for the same arguments."""
     import torch
 
-    from clip_lightning.model import CLIP
-    from clip_lightning.towers import ImageTower, TextTower
+    from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.towers import ImageTower, TextTower
 
     def make(image: str = "random:test_vit", text: str | None = None, **options: Any) -> CLIP:
         torch.manual_seed(0)
@@ -192,7 +192,7 @@ def make_module(bert: Path) -> Callable[..., CLIPModule]:
     """Builds a tiny CLIPModule for pictures of 32 pixels, the same for the same arguments."""
     import torch
 
-    from clip_lightning.module import CLIPModule
+    from clip_lightning.training.module import CLIPModule
 
     def make(**options: Any) -> CLIPModule:
         torch.manual_seed(0)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from clip_lightning import classify
-from clip_lightning.search import commands
+from clip_lightning.commands import classify
+from clip_lightning.commands import search as commands
 from clip_lightning.terminal import one_line, printable
 
 HARMFUL = "a\x1b[2J\x9b2J\nclip-lightning: error"

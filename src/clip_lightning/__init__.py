@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     from clip_lightning.data.datamodule import CaptionDataModule as CaptionDataModule
     from clip_lightning.evaluation.retrieval import retrieval_metrics as retrieval_metrics
     from clip_lightning.evaluation.zero_shot import zero_shot_classifier as zero_shot_classifier
-    from clip_lightning.losses import info_nce as info_nce
-    from clip_lightning.losses import siglip_loss as siglip_loss
-    from clip_lightning.model import CLIP as CLIP
-    from clip_lightning.module import CLIPModule as CLIPModule
+    from clip_lightning.training.losses import info_nce as info_nce
+    from clip_lightning.training.losses import siglip_loss as siglip_loss
+    from clip_lightning.model.clip import CLIP as CLIP
+    from clip_lightning.training.module import CLIPModule as CLIPModule
     from clip_lightning.search.index import ImageIndex as ImageIndex
 
 # Public names, imported when first used: importing torch alone takes two seconds.
 _HOME = {
-    "CLIP": "clip_lightning.model",
-    "CLIPModule": "clip_lightning.module",
+    "CLIP": "clip_lightning.model.clip",
+    "CLIPModule": "clip_lightning.training.module",
     "CaptionDataModule": "clip_lightning.data.datamodule",
     "ImageIndex": "clip_lightning.search.index",
-    "info_nce": "clip_lightning.losses",
+    "info_nce": "clip_lightning.training.losses",
     "retrieval_metrics": "clip_lightning.evaluation.retrieval",
-    "siglip_loss": "clip_lightning.losses",
+    "siglip_loss": "clip_lightning.training.losses",
     "zero_shot_classifier": "clip_lightning.evaluation.zero_shot",
 }
 

@@ -9,30 +9,30 @@ import sys
 from types import ModuleType
 
 COMMANDS = {
-    "fit": ("clip_lightning.cli", "train a model, or go on with a run (--ckpt_path last)"),
-    "validate": ("clip_lightning.cli", "score a checkpoint on the validation split"),
-    "test": ("clip_lightning.cli", "score a checkpoint on the test split"),
-    "data": ("clip_lightning.data_commands", "check captioned pictures, or upload them as a W&B artifact"),
-    "compare": ("clip_lightning.compare", "rank finished runs, from their folders or a W&B project"),
+    "fit": ("clip_lightning.training.cli", "train a model, or go on with a run (--ckpt_path last)"),
+    "validate": ("clip_lightning.training.cli", "score a checkpoint on the validation split"),
+    "test": ("clip_lightning.training.cli", "score a checkpoint on the test split"),
+    "data": ("clip_lightning.commands.data", "check captioned pictures, or upload them as a W&B artifact"),
+    "compare": ("clip_lightning.commands.compare", "rank finished runs, from their folders or a W&B project"),
     "compare-backbones": (
-        "clip_lightning.compare",
+        "clip_lightning.commands.compare",
         "train every pair of image and text towers, and rank them",
     ),
-    "sweep": ("clip_lightning.tuning", "search hyperparameters as a W&B sweep file says"),
-    "index": ("clip_lightning.search.commands", "make an index of pictures, or bring one up to date"),
-    "search": ("clip_lightning.search.commands", "find pictures in an index, by a sentence or a picture"),
-    "app": ("clip_lightning.search.app", "search pictures on a page in the browser"),
-    "evaluate": ("clip_lightning.evaluate", "retrieval, zero-shot classification or a linear probe"),
-    "classify": ("clip_lightning.classify", "say which labels fit a picture"),
+    "sweep": ("clip_lightning.commands.sweep", "search hyperparameters as a W&B sweep file says"),
+    "index": ("clip_lightning.commands.search", "make an index of pictures, or bring one up to date"),
+    "search": ("clip_lightning.commands.search", "find pictures in an index, by a sentence or a picture"),
+    "app": ("clip_lightning.commands.app", "search pictures on a page in the browser"),
+    "evaluate": ("clip_lightning.commands.evaluate", "retrieval, zero-shot classification or a linear probe"),
+    "classify": ("clip_lightning.commands.classify", "say which labels fit a picture"),
     "embed": (
-        "clip_lightning.embed.command",
+        "clip_lightning.commands.embed",
         "write embeddings of pictures and captions as sharded files",
     ),
     "export": (
-        "clip_lightning.export",
+        "clip_lightning.commands.export",
         "write a model as a bundle, as ONNX, for open_clip, or to the hub",
     ),
-    "cache": ("clip_lightning.cache", "list or prune the cached features of frozen towers"),
+    "cache": ("clip_lightning.commands.cache", "list or prune the cached features of frozen towers"),
 }
 # Which process of a run this is, as torchrun, SLURM and Lightning say it.
 _RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")

@@ -15,7 +15,7 @@ from clip_lightning.data.classes import ClassSet
 from clip_lightning.data.columns import is_image
 from clip_lightning.data.formats import SPLIT_WORDS
 from clip_lightning.data.hub import load_splits
-from clip_lightning.data.transforms import BrokenImage, decode_bytes, decode_image
+from clip_lightning.data.images import BrokenImage, decode_bytes, decode_image
 from clip_lightning.errors import UserError
 
 

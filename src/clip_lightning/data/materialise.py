@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from clip_lightning.data.columns import Columns
 from clip_lightning.data.formats import SPLIT_WORDS
-from clip_lightning.data.picture_formats import PICTURE_FORMATS, PICTURE_SUFFIXES
+from clip_lightning.data.image_formats import PICTURE_FORMATS, PICTURE_SUFFIXES
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
 

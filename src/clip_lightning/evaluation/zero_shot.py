@@ -19,7 +19,7 @@ from clip_lightning.evaluation.prompts import fill
 from clip_lightning.evaluation.retrieval import TIE
 
 if TYPE_CHECKING:
-    from clip_lightning.model import CLIP
+    from clip_lightning.model.clip import CLIP
 
 
 def zero_shot_classifier(

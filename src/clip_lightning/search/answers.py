@@ -11,7 +11,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from clip_lightning.data.transforms import BrokenImage, decode_image
+from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES
 from clip_lightning.evaluation.zero_shot import probabilities, zero_shot_classifier

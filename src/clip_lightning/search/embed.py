@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_lightning.data.transforms import BrokenImage, ImageTransform, decode_bytes
-from clip_lightning.model import CLIP
+from clip_lightning.data.images import BrokenImage, ImageTransform, decode_bytes
+from clip_lightning.model.clip import CLIP
 from clip_lightning.search.store import Row, load_shards, save_shard
 
 SHARD_ROWS = 512

@@ -22,7 +22,7 @@ from clip_lightning.search.text_tower import OnnxTextTower
 if TYPE_CHECKING:  # torch takes seconds to import, and a sentence may need none of it
     from torch import Tensor
 
-    from clip_lightning.model import CLIP
+    from clip_lightning.model.clip import CLIP
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +156,8 @@ class ImageIndex:
         Raises:
             UserError: it is gone, or another one was given.
         """
-        from clip_lightning.model import CLIP
-        from clip_lightning.search.identity import load_model, model_identity
+        from clip_lightning.model.clip import CLIP
+        from clip_lightning.model.identity import load_model, model_identity
 
         model = self._model if self._model is not None else self.manifest.model
         if model is None:
@@ -239,7 +239,7 @@ class ImageIndex:
         return embeddings
 
     def _embedded(self, paths: Any) -> np.ndarray:
-        from clip_lightning.data.transforms import BrokenImage
+        from clip_lightning.data.images import BrokenImage
 
         found = []
         for path in paths:  # one by one, to know which is broken

@@ -17,7 +17,7 @@ import gradio as gr
 import jinja2
 from PIL import Image, ImageOps
 
-from clip_lightning.data.transforms import BrokenImage, decode_image
+from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.search.answers import MOST_FOUND, Answers
 from clip_lightning.search.endpoints import MODEL, add_endpoints, reason, uploaded
 from clip_lightning.search.index import FoundPicture

@@ -296,7 +296,7 @@ def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any])
     Returns:
         The bundle's artifact, None where there is no bundle.
     """
-    from clip_lightning.sharded_checkpoints import shards_of
+    from clip_lightning.training.sharded_checkpoints import shards_of
 
     bundle, checkpoint = folder / "model", folder / "checkpoints" / "last.ckpt"
     logged = None

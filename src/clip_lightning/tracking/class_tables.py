@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from clip_lightning.evaluation.class_report import ClassReport
+from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.terminal import printable
 
 MOST_CONFUSED = 200

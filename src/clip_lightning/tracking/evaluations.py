@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_lightning.errors import UserError
-from clip_lightning.evaluation.class_report import ClassReport
-from clip_lightning.evaluation.tables import Row
+from clip_lightning.reports.class_report import ClassReport
+from clip_lightning.reports.tables import Row
 from clip_lightning.tracking.account import stays_offline
 from clip_lightning.tracking.class_tables import class_media
 

@@ -1,0 +1,253 @@
+"""Curves over a whole split, as PNG: similarities of pairs, recall at every k, recall over the epochs.
+
+Matplotlib is imported when something is drawn, and without pyplot, whose state belongs to the user.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
+from clip_lightning.evaluation.diagnostics import MOST_K, Similarities, recall_curve, similarities
+from clip_lightning.reports.grids import GREEN, INK, LINE, MUTED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE = "#2563eb"
+NAMES = {"text_to_image": "text → image", "image_to_text": "image → text"}
+COLOURS = {"text_to_image": GREEN, "image_to_text": BLUE}
+SIZE, DPI = (5.0, 3.5), 200  # inches; small, so that the words can be read on a phone
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A PNG, and what it shows in words."""
+
+    png: bytes
+    words: str
+
+    @property
+    def embedded(self) -> str:
+        """For `src` of a page."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+def plots_of_split(
+    embeddings: Embeddings, content: Sequence[int], history: Mapping[int, Mapping[str, float]], epoch: int
+) -> dict[str, Plot]:
+    """File name → plot: `similarities`, `recall`, and `recall-history` where there is more than one epoch.
+
+    Args:
+        embeddings: of the split.
+        content: for each picture of the split, the group of byte-identical pictures it is in.
+        history: epoch → `text_to_image_R@1` and so on → percent.
+        epoch: that the embeddings are of.
+
+    Raises:
+        ValueError: there is nothing to retrieve, or an embedding holds NaN or infinity.
+    """
+    found = similarities(embeddings, content)
+    text_ranks, image_ranks = retrieval_ranks(
+        embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id
+    )
+    candidates = len(embeddings.image)
+    most = min(MOST_K, candidates)
+    curves = {
+        "text_to_image": recall_curve(text_ranks, most),
+        "image_to_text": recall_curve(image_ranks, most),
+    }
+    plots = {
+        "similarities": Plot(
+            plot_similarities(found, f"Similarity of pairs, epoch {epoch}"),
+            f"Cosine similarity: {found.matched_mean:z.2f} on average for matched pairs, "
+            f"{found.unmatched_mean:z.2f} for unmatched ones; a matched pair is the more similar one "
+            f"in {found.separation:.1f} % of comparisons",
+        ),
+        "recall": Plot(
+            plot_recall(curves, candidates, f"Recall at k, epoch {epoch}"),
+            "; ".join(
+                f"{NAMES[name]}: "
+                + ", ".join(f"R@{k} {curve[k - 1]:.1f}" for k in (1, 5, 10, 50, 100) if k <= most)
+                for name, curve in curves.items()
+            ),
+        ),
+    }
+    if len(history) > 1:
+        first, *_, last = sorted(history)
+        plots["recall-history"] = Plot(
+            plot_history(history, "Recall over the epochs"),
+            f"R@1, R@5 and R@10 from epoch {first} to epoch {last}, both ways",
+        )
+    return plots
+
+
+def plot_similarities(found: Similarities, title: str) -> bytes:
+    """The share of matched and of unmatched pairs at each cosine."""
+    with _figure(title) as (figure, buffer):
+        axes = figure.subplots()
+        edges = found.edges.numpy()
+        kinds = (
+            ("matched", found.matched, found.matched_mean, GREEN),
+            ("unmatched", found.unmatched, found.unmatched_mean, MUTED),
+        )
+        for name, counts, mean, colour in kinds:
+            shares = 100 * counts.double().numpy() / max(int(counts.sum()), 1)
+            axes.stairs(shares, edges, fill=True, color=colour, alpha=0.25)
+            label = f"{name}, mean {mean:z.2f}" if counts.any() else f"no {name} pairs"
+            axes.stairs(shares, edges, color=colour, linewidth=1.2, label=label)
+        filled = (found.matched + found.unmatched).nonzero().flatten().tolist() or [0, len(edges) - 2]
+        axes.set_xlim(edges[max(filled[0] - 2, 0)], edges[min(filled[-1] + 3, len(edges) - 1)])
+        axes.locator_params(axis="x", nbins=6)
+        axes.set(xlabel="cosine similarity", ylabel="% of the pairs, in bins of 0.01")
+        _legend(axes)
+    return buffer.getvalue()
+
+
+def plot_recall(curves: Mapping[str, Tensor], candidates: int, title: str) -> bytes:
+    """R@k over k, on a logarithmic axis.
+
+    Args:
+        curves: `text_to_image` and `image_to_text` → R@1, R@2, ... in percent, of one length.
+        candidates: pictures, for the line that chance gives.
+        title: of the plot.
+    """
+    with _figure(title) as (figure, buffer):
+        axes = figure.subplots()
+        most = len(next(iter(curves.values())))
+        for name, curve in curves.items():
+            axes.plot(range(1, most + 1), curve, color=COLOURS[name], label=NAMES[name])
+        for k in (k for k in (1, 5, 10) if k <= most):
+            values = {name: float(curve[k - 1]) for name, curve in curves.items()}
+            for place, name in enumerate(sorted(values, key=lambda name: -values[name])):
+                axes.plot(k, values[name], "o", color=COLOURS[name], markersize=4)
+                _write_value(axes, k, values[name], COLOURS[name], above=place == 0)
+        chance = [min(100 * k / candidates, 100) for k in range(1, most + 1)]
+        axes.plot(range(1, most + 1), chance, "--", color=MUTED, linewidth=1, label="chance")
+        ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= most]
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [str(k) for k in ticks])
+        axes.minorticks_off()
+        axes.set(xlabel="k", ylabel="R@k, %", ylim=(0, 104), xlim=(0.7, 1.1 * max(most, 2)))
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        _legend(axes)
+    return buffer.getvalue()
+
+
+def _write_value(axes: Axes, k: int, value: float, colour: str, *, above: bool) -> None:
+    """The R@k beside its point, where neither curve passes."""
+    if above:
+        offset, across, upright = (-3, 3), "right", "bottom"
+    else:
+        offset, across, upright = (3, -3), "left", "top"
+    axes.annotate(
+        f"{value:.1f}",
+        (k, value),
+        offset,
+        textcoords="offset points",
+        color=colour,
+        fontsize="small",
+        ha=across,
+        va=upright,
+    )
+
+
+def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> bytes:
+    """R@1, R@5 and R@10 over the epochs, both ways.
+
+    Args:
+        history: epoch → `text_to_image_R@1` and so on → percent.
+        title: of the plot.
+    """
+    with _figure(title) as (figure, buffer):
+        panels: Any = figure.subplots(1, 2, sharey=True)
+        epochs = sorted(history)
+        for axes, (direction, name) in zip(panels, NAMES.items(), strict=True):
+            last = {}
+            for k, style in ((1, "-"), (5, "--"), (10, ":")):
+                values = [history[epoch].get(f"{direction}_R@{k}", math.nan) for epoch in epochs]
+                axes.plot(epochs, values, style, color=COLOURS[direction], marker="o", markersize=3)
+                last[f"R@{k} {values[-1]:.1f}"] = 0 if math.isnan(values[-1]) else values[-1]
+            for label, height in zip(last, _apart(list(last.values()), 8, 100), strict=True):
+                at = (epochs[-1], height)
+                axes.annotate(label, at, (6, 0), textcoords="offset points", fontsize="small", va="center")
+            axes.set(xlabel="epoch", ylim=(0, 104))
+            axes.set_xlim(right=epochs[-1] + 0.55 * (epochs[-1] - epochs[0]))  # room for the labels
+            axes.set_title(name, loc="left", fontsize="medium", color=COLOURS[direction])
+            axes.set_xticks([epochs[round(part * (len(epochs) - 1) / 3)] for part in range(4)])
+            axes.grid(axis="y", color=LINE, linewidth=0.8)
+        panels[0].set_ylabel("%")
+    return buffer.getvalue()
+
+
+def _apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Ascending heights moved to be `gap` apart, none above `top` while there is room below."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    for number in reversed(range(len(moved))):
+        moved[number] = min(moved[number], top)
+        top = moved[number] - gap
+    return moved
+
+
+def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
+    """How often which value occurs.
+
+    Args:
+        values: one or more.
+        title: of the plot.
+        counted: what there is one of for each value, in the plural.
+    """
+    with _figure(title) as (figure, buffer):
+        axes = figure.subplots()
+        low, high = min(values), max(values)
+        bins, span = min(40, high - low + 1), (low - 0.5, high + 0.5)
+        axes.hist(values, bins, range=span, color=GREEN, alpha=0.8)
+        axes.set_ylabel(counted)
+        axes.locator_params(axis="both", integer=True)
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+    return buffer.getvalue()
+
+
+def _legend(axes: Axes) -> None:
+    """Between the title and the axes, where it covers nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=3, columnspacing=1.2, handlelength=1.4)
+
+
+@contextmanager
+def _figure(title: str) -> Iterator[tuple[Figure, BytesIO]]:
+    """A figure with our looks, and the buffer that has it as PNG afterwards."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    looks: Any = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "text.color": INK,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+    }
+    buffer = BytesIO()
+    with matplotlib.rc_context(looks):
+        figure = Figure(SIZE, DPI, facecolor="white", layout="constrained")
+        figure.suptitle(title, x=0.02, ha="left", fontsize="large", fontweight="bold")
+        yield figure, buffer
+        figure.savefig(buffer, format="png", metadata={"Software": None})

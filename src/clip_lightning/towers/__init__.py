@@ -1,7 +1,0 @@
-"""The two towers: any timm image model and any Hugging Face text model, as features of known width."""
-
-from clip_lightning.towers.base import Tower
-from clip_lightning.towers.image import ImageTower
-from clip_lightning.towers.text import TextTower, Tokenize
-
-__all__ = ["ImageTower", "TextTower", "Tokenize", "Tower"]

@@ -1,0 +1,343 @@
+"""`fit`, `validate` and `test`: LightningCLI with our defaults, links, run folders and messages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import transformers
+from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.table import Table
+
+from clip_lightning.arguments import PlainErrors, complaint_within, named_configs, with_logger_folder
+from clip_lightning.training.checkpoints import CheckpointOptions, SafeCheckpointIO, WhenInterrupted
+from clip_lightning.data.datamodule import CaptionDataModule
+from clip_lightning.errors import UserError
+from clip_lightning.training.guard import NonFinite
+from clip_lightning.training.module import CLIPModule
+from clip_lightning.training.ranks import lost_rank, watch_children
+from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder, SaveConfig
+from clip_lightning.training.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
+from clip_lightning.training.sharding import ShardedStrategy, check_shardable
+from clip_lightning.training.stopping import GracefulStop
+from clip_lightning.tracking.history import go_back, history_file
+from clip_lightning.tracking.lineage import Alerts, Lineage
+from clip_lightning.tracking.prediction_panel import PredictionTable
+from clip_lightning.tracking.zero_shot_panel import ZeroShot
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "runs",
+    "max_epochs": 20,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # one line says it
+    "use_distributed_sampler": False,  # our samplers know of ranks
+    "logger": {"class_path": "clip_lightning.tracking.logger.RunLogger"},
+}
+
+
+# Warnings that say nothing to the user of a command.
+QUIET = (
+    ".*Checkpoint directory .* is not empty.*",  # a resumed run's
+    ".*module\\(s\\) in eval mode.*",  # frozen towers are meant to be
+    ".*smaller than the logging interval.*",
+    ".*The dirpath has changed.*",  # BestCheckpoint finds its file again
+    ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.15
+    ".*all_gather is deprecated.*",  # likewise
+    ".*callbacks used to create the checkpoint need to be provided.*",  # not for scoring
+    ".*WeightAveraging doesn't support sharding.*",  # which is refused with it
+    ".*returned a view tensor.*",  # a sharded tower; its features are changed nowhere in place
+    ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours skips what was done
+)
+
+
+class Parser(PlainErrors, LightningArgumentParser):
+    """LightningCLI's parser, with our complaints."""
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar on stderr, without the logger's version number."""
+
+    def __init__(self) -> None:
+        super().__init__(console_kwargs={"stderr": True})
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What the bar shows behind the time."""
+        shown = super().get_metrics(trainer, pl_module)
+        shown.pop("v_num", None)
+        return shown
+
+
+class RunCLI(LightningCLI):
+    """Builds model, data and trainer from the command line and gives the run its folder.
+
+    Args:
+        words: the command line, the command first.
+        callbacks: of the caller's own, beside those of every run.
+    """
+
+    run_folder: Path
+    config_to_save: str
+
+    def __init__(self, words: list[str], callbacks: Sequence[Callback] = ()) -> None:
+        self.callers_callbacks = callbacks
+        super().__init__(
+            CLIPModule,
+            CaptionDataModule,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=Parser,
+            args=with_logger_folder(named_configs(words)),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's methods that are commands, and their arguments that are none of the user's."""
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Callbacks with options, and what one part takes from another."""
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.set_defaults(
+            {
+                "early_stopping.monitor": MONITOR,
+                "early_stopping.mode": "max",
+                "early_stopping.patience": 5,
+                "early_stopping.check_on_train_epoch_end": False,
+            }
+        )
+        parser.add_class_arguments(CheckpointOptions, "checkpoint")
+        parser.add_lightning_class_args(PredictionTable, "predictions")
+        parser.add_lightning_class_args(ZeroShot, "zero_shot")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("data.image_size", "model.image_size")
+        parser.link_arguments("model.transform", "data.transform", apply_on="instantiate")
+        parser.link_arguments("model.tokenize", "data.tokenize", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words given; Lightning's own version warns of any that do not come from the process."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's folder, the checkpoint to start from, and where loggers write."""
+        config = self.config[self.subcommand]
+        # re-runnable, so taken before the run's own folder and id are put in
+        parser = self._parser(self.subcommand)
+        rerunnable = config.clone()
+        rerunnable.ckpt_path = None
+        self.config_to_save = parser.dump(rerunnable, skip_unset=False)
+        root = Path(config.trainer.default_root_dir)
+        checkpoint = find_checkpoint(config.ckpt_path, root)
+        config.ckpt_path = None
+        if checkpoint is not None:
+            config.ckpt_path = str(checkpoint)
+            config.weights_only = True  # a checkpoint may come from a stranger
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--trainer.default_root_dir {root} cannot be written ({error.strerror}); give another folder"
+            ) from error
+        resumed = checkpoint is not None and is_run(checkpoint.parent.parent) and self.subcommand == "fit"
+        self.run_folder = checkpoint.parent.parent if resumed and checkpoint else root / new_run_id()
+        if self.subcommand != "fit":
+            if checkpoint is None and config.model.init_from is None:
+                raise UserError(
+                    "nothing to score: give --ckpt_path FILE|last|best, or --model.init_from BUNDLE"
+                )
+            # a score is printed; it is no run of its own
+            config.trainer.logger = config.trainer.enable_checkpointing = config.verbose = False
+        if config.trainer.logger is True:
+            config.trainer.logger = parser.get_defaults().trainer.logger
+        loggers = config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, Namespace):
+                place_logger(logger, self.run_folder)
+        if resumed and checkpoint and checkpoint.name != "last.ckpt":
+            go_back(history_file(self.run_folder, self.run_folder.name))
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take hyperparameters from the checkpoint; ours are all in the configuration."""
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"--seed_everything: {error}") from error
+
+    def after_instantiate_classes(self) -> None:
+        """Look for what does not go together before ranks start and frozen towers run for minutes."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            check_shardable(self.model.clip, self.model.micro_batch_size, self.trainer)
+        checkpoint = self.config[self.subcommand].ckpt_path
+        if checkpoint is not None:
+            check_fits(Path(checkpoint), self.model)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the callbacks that every run has."""
+        config = self._get(self.config_init, "trainer")
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        config["callbacks"] = [*given, *self._own_callbacks(config), *self.callers_callbacks]
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if config.get("strategy") == "fsdp":
+            config["strategy"] = ShardedStrategy()
+        elif "fsdp" in str(config.get("strategy")).lower():
+            raise UserError(f"--trainer.strategy {config['strategy']}: expected fsdp, with nothing besides")
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, SafeCheckpointIO()]
+        if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in plugins):
+            plugins = [*plugins, SLURMEnvironment(auto_requeue=False)]  # `GracefulStop` does it
+        config["plugins"] = plugins
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, ModuleNotFoundError) as error:  # an accelerator or strategy that is not there
+            raise UserError(f"--trainer: {error}") from error
+
+    def _own_callbacks(self, trainer_config: Any) -> list[Callback]:
+        bar = [ProgressBar()] if trainer_config.get("enable_progress_bar") is not False else []
+        if self.subcommand != "fit":
+            return bar
+        predictions = self._get(self.config_init, "predictions")
+        predictions.folder = predictions.folder or self.run_folder
+        self._get(self.config_init, "zero_shot").folder = self.run_folder
+        checkpoints = self.run_folder / "checkpoints"
+        callbacks: list[Callback] = [
+            *bar,
+            SaveConfig(self.config_to_save, self.run_folder),
+            RunRecorder(self.run_folder),
+            Alerts(),
+            NonFinite(self.run_folder),
+            GracefulStop(says_how=not self.callers_callbacks),
+            # `last` is written at every epoch's end, when the run is interrupted, and as the options say
+            BestCheckpoint(checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
+            WhenInterrupted(
+                checkpoints,
+                "last",
+                save_on_train_epoch_end=True,
+                save_on_exception=True,
+                enable_version_counter=False,
+            ),
+            *self._get(self.config_init, "checkpoint").callbacks(checkpoints),
+            Lineage(self.run_folder),
+        ]
+        if trainer_config.get("logger"):
+            callbacks.append(LearningRateMonitor(logging_interval="step"))
+        return callbacks
+
+    def before_fit(self) -> None:
+        """Look at the data before a logger starts a run, then say where everything goes."""
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        if self.trainer.is_global_zero:
+            self.run_folder.mkdir(parents=True, exist_ok=True)  # W&B wants it to be there
+            sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+            trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+            print(f"training {trained:,} of {total:,} parameters", file=sys.stderr)
+            checkpoint = self.config["fit"].ckpt_path
+            print(f"run folder: {self.run_folder}", file=sys.stderr)
+            if checkpoint:
+                print(f"going on from {checkpoint}", file=sys.stderr)
+
+    def after_fit(self) -> None:
+        """Print the result."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            recorder = next(c for c in self.trainer.callbacks if isinstance(c, RunRecorder))
+            if recorder.metrics:
+                print_metrics(recorder.metrics, f"best epoch: {recorder.metrics['epoch']:.0f}")
+            print("run folder:", self.run_folder)
+            parts = (
+                f"{name.replace('_', ' ')} {spent:.0f} s"
+                for name, spent in recorder.stopwatch.seconds.items()
+            )
+            print("time:", ", ".join(parts))
+
+    def after_validate(self) -> None:
+        """Print the scores; Lightning's own table goes where the progress bar goes."""
+        self._print_scores("val")
+
+    def after_test(self) -> None:
+        """Print the scores."""
+        self._print_scores("test")
+
+    def _print_scores(self, split: str) -> None:
+        if self.trainer.is_global_zero:
+            logged = self.trainer.callback_metrics.items()
+            print_metrics({name.removeprefix(f"{split}/"): float(value) for name, value in logged}, split)
+
+
+def print_metrics(metrics: dict[str, float], title: str) -> None:
+    """Show retrieval metrics as a table on stdout."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", "R@1", "R@5", "R@10", "median rank", "mean rank"):
+        table.add_column(column, justify="right" if column else "left")
+    for direction in ("text_to_image", "image_to_text"):
+        values = [metrics[f"{direction}_{m}"] for m in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")]
+        table.add_row(direction.replace("_to_", " → "), *(f"{value:.1f}" for value in values))
+    console = Console()
+    console.print(table)
+    console.print(f"rsum {metrics['rsum']:.1f}")
+    if "zero_shot_top1" in metrics:
+        top1, top5 = metrics["zero_shot_top1"], metrics["zero_shot_top5"]
+        console.print(f"zero-shot top-1 {top1:.1f}, top-5 {top5:.1f}")
+
+
+def run(args: list[str]) -> None:
+    """Run `fit`, `validate` or `test` with the words of the command line, the command first.
+
+    Raises:
+        UserError: what was asked for cannot be done.
+    """
+    run_as(RunCLI, args)
+
+
+AnyCLI = TypeVar("AnyCLI", bound=RunCLI)
+
+
+def run_as(kind: type[AnyCLI], words: list[str], callbacks: Sequence[Callback] = ()) -> AnyCLI:
+    """Run the words of a command line, the command first, with callbacks of the caller's own besides.
+
+    Raises:
+        UserError: what was asked for cannot be done.
+    """
+    transformers.utils.logging.disable_progress_bar()  # of loading weights, over in a blink
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers tokenise, one core each
+    # Lightning's news of accelerators that are not there, and its advertisement; warnings stay
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message)
+    watch_children()
+    try:
+        return kind(words, callbacks)
+    except MisconfigurationException as error:  # Lightning's word for what its options cannot do
+        raise UserError(str(error)) from error
+    except UserError:
+        raise
+    except ValueError as error:
+        said = complaint_within(error)
+        if said is None:
+            raise
+        raise UserError(said) from error
+    except RuntimeError as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        raise lost from error

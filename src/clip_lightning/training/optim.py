@@ -1,0 +1,151 @@
+"""AdamW with a rate for each part of the model, and warm-up followed by a cosine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from clip_lightning.errors import UserError
+from clip_lightning.model.clip import CLIP
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How the weights are updated.
+
+    Args:
+        lr: peak learning rate of the projection heads, the scale and the bias.
+        image_lr: peak learning rate of the image tower, where it is not frozen.
+        text_lr: peak learning rate of the text tower, where it is not frozen.
+        weight_decay: of matrices; norms, biases and the scale have none.
+        layer_decay: the rate of each layer of a tower is this share of that of the layer above it, 0 to 1
+            (Clark et al. 2020, BEiT); the top layer has the tower's whole rate.
+        freeze_below: layers whose rate would be less than this share of the tower's are not trained, which
+            saves the backward pass through them.
+        warmup: share of all steps in which the rates rise from 0 to their peak.
+        betas: decay rates of AdamW's running averages.
+    """
+
+    lr: float = 1e-3
+    image_lr: float = 1e-5
+    text_lr: float = 1e-5
+    weight_decay: float = 0.1
+    layer_decay: float = 1.0
+    freeze_below: float = 0.0
+    warmup: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("lr", "image_lr", "text_lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--model.optimizer.{name} {getattr(self, name)}: expected 0 or more")
+        for name in ("layer_decay", "freeze_below"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(
+                    f"--model.optimizer.{name} {getattr(self, name)}: expected a share of the rate, 0 to 1"
+                )
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"--model.optimizer.warmup {self.warmup}: expected a share of all steps, 0 to 1")
+
+
+def freeze_lower_layers(clip: CLIP, config: OptimizerConfig) -> None:
+    """Fix the weights of the layers that `layer_decay` brings under `freeze_below`."""
+    for name, share in _layer_shares(clip, config).items():
+        if share < config.freeze_below:
+            clip.get_parameter(name).requires_grad_(False)
+    clip.train(clip.training)  # batch norms among them keep their statistics
+
+
+def param_groups(clip: CLIP, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by part (`image_tower`, `text_tower`, `heads`), by layer, and by decay.
+
+    What has fewer than two dimensions (norms, biases, scale) and what timm names in `no_weight_decay` is
+    not decayed. Groups without a parameter are left out.
+    """
+    rates = {"image_tower": config.image_lr, "text_tower": config.text_lr, "heads": config.lr}
+    undecayed_names = _no_weight_decay(clip)
+    shares = _layer_shares(clip, config)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in clip.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = name.partition(".")[0]
+        part = part if part in rates else "heads"
+        share = shares.get(name, 1.0)
+        decayed = parameter.ndim >= 2 and name not in undecayed_names
+        key = part + (f"_{share:.2g}" if share != 1 else "") + ("" if decayed else "_no_decay")
+        weight_decay = config.weight_decay if decayed else 0.0
+        group = groups.setdefault(
+            key, {"name": key, "params": [], "lr": rates[part] * share, "weight_decay": weight_decay}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer_shares(clip: CLIP, config: OptimizerConfig) -> dict[str, float]:
+    """Name of each parameter of a tower → share of the tower's rate that it has."""
+    shares: dict[str, float] = {}
+    for part, tower in (("image_tower", clip.image_tower), ("text_tower", clip.text_tower)):
+        if config.layer_decay == 1 or tower.frozen:
+            continue
+        layers = tower.layers()
+        top = max(layers.values())
+        shares |= {f"{part}.{name}": config.layer_decay ** (top - layer) for name, layer in layers.items()}
+    return shares
+
+
+def _no_weight_decay(model: nn.Module) -> set[str]:
+    """Full names of what a submodule itself exempts (timm: position embeddings and tokens)."""
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        exempt = getattr(module, "no_weight_decay", None)
+        if callable(exempt):
+            names |= {f"{prefix}.{name}" for name in exempt()}
+    return names
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: bool = False) -> Tensor:
+    """Clip gradients in place, sharded ones together with the others.
+
+    Args:
+        parameters: with a gradient each.
+        limit: of the 2-norm of all together, or of each number; infinity for none.
+        by_value: whether `limit` is that of each number.
+
+    Returns:
+        The norm before. Where it is not finite, so may be the gradients now.
+    """
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    whole = [gradient for gradient in found if not isinstance(gradient, DTensor)]
+    shares = [gradient.to_local() for gradient in found if isinstance(gradient, DTensor)]
+    norm = get_total_norm(whole)
+    if shares:
+        squares = get_total_norm(shares).square()
+        torch.distributed.all_reduce(squares)
+        norm = (norm.square() + squares).sqrt()
+    if by_value:
+        torch._foreach_clamp_min_(whole + shares, -limit)
+        torch._foreach_clamp_max_(whole + shares, limit)
+    else:
+        torch._foreach_mul_(whole + shares, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int) -> float:
+    """Factor on the peak rate at `step` (from 0): linear rise, then half a cosine down to 0 at the end.
+
+    The rise is counted so that no step has a rate of 0: step 0 has 1 / (warmup_steps + 1), and step
+    `warmup_steps` is the first with the whole rate.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

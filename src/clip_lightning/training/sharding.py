@@ -1,0 +1,264 @@
+"""Sharded training (FSDP2): each rank keeps its shard of the trained towers' weights, gradients and moments.
+
+The engine is torch's `fully_shard` (FSDP, Zhao et al. 2023) behind Lightning's `ModelParallelStrategy`. What
+is small or not trained (heads, scale, bias, adapters, frozen towers) is whole on every rank.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from clip_lightning.training.checkpoints import not_written
+from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.training.gradcache import training_norms
+from clip_lightning.model.clip import CLIP
+from clip_lightning.training.sharded_checkpoints import (
+    fill,
+    moment_name,
+    weight_name,
+    write_shards,
+)
+from clip_lightning.model.towers import Tower
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """`--trainer.strategy fsdp`: shards over all ranks, checkpoints too; reads those of other strategies."""
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1)
+        self._file = Path()  # that was loaded last
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands over what the checkpoint holds, as it does to other strategies."""
+        return True
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Before it: weights are sharded by then, and it makes loaders, which have to know the position."""
+        return False
+
+    def setup_environment(self) -> None:
+        """One dimension: all ranks share the data and the weights."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's shards."""
+        return self._module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
+        """This rank's shards."""
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state = own.state_dict()
+        # dictionaries of its own: a checkpoint takes tensors out of them
+        return {**state, "state": {number: dict(moments) for number, moments in state["state"].items()}}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Every rank writes its shards, then the first the checkpoint that names them.
+
+        Raises:
+            RunFailed: there is no room, or the folder cannot be written; what was there stays.
+        """
+        file = Path(self.broadcast(filepath))
+        try:
+            folder = write_shards(checkpoint, file)
+        except OSError as error:
+            raise not_written(file, error) from error
+        failure = None
+        if self.is_global_zero:
+            try:
+                self.checkpoint_io.save_checkpoint(checkpoint, file, storage_options=storage_options)
+            except RunFailed as error:
+                shutil.rmtree(folder)
+                failure = str(error)
+        if failure := self.broadcast(failure):  # the others are not left to wait
+            raise RunFailed(failure)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Everything but what is in shards, which follows when its place is known."""
+        self._file = Path(checkpoint_path)
+        checkpoint: dict[str, Any] = torch.load(self._file, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Each rank takes its shards of the weights."""
+        own = self._module.state_dict()
+        state, targets = {}, {}
+        for name, value in checkpoint["state_dict"].items():
+            state[name] = local_shard(value, own.get(name))
+            if state[name].is_meta:
+                state[name] = targets[weight_name(name)] = torch.empty_like(own[name])
+        if targets:
+            fill(targets, self._file, checkpoint)
+        self._module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each rank takes its shards of the moments."""
+        for number, (optimizer, stored) in enumerate(
+            zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+        ):
+            targets = {}
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            moments = {at: dict(values) for at, values in stored["state"].items()}
+            for at, values in moments.items():
+                for name in [name for name, value in values.items() if isinstance(value, Tensor)]:
+                    if values[name].is_meta:
+                        values[name] = torch.empty_like(parameters[at])
+                        targets[moment_name(number, at, name)] = values[name]
+                    elif values[name].shape == parameters[at].shape:
+                        values[name] = local_shard(values[name], parameters[at])
+            if targets:
+                fill(targets, self._file, checkpoint)
+            optimizer.load_state_dict({**stored, "state": moments})
+
+    @property
+    def _module(self) -> nn.Module:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+
+def local_shard(whole: Tensor, like: Tensor | None) -> Tensor:
+    """This rank's shard of a tensor that every rank has whole, sharded as `like` is; no rank is asked."""
+    if not isinstance(like, DTensor) or isinstance(whole, DTensor) or whole.is_meta:
+        return whole
+    return distribute_tensor(
+        whole.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+def check_shardable(clip: CLIP, micro_batch_size: int | str | None, trainer: Trainer) -> None:
+    """Refuse what does not go with sharding.
+
+    Raises:
+        UserError: says what, and what goes.
+    """
+    if not isinstance(trainer.strategy, ShardedStrategy):
+        raise UserError(
+            f"{type(trainer.strategy).__name__} is not how this model is sharded; give --trainer.strategy "
+            "fsdp, or Trainer(strategy=clip_lightning.training.sharding.ShardedStrategy())"
+        )
+    for tower in _trained_towers(clip):
+        scalars = [name for name, parameter in tower.named_parameters() if parameter.ndim == 0]
+        if scalars:
+            raise UserError(
+                f"--trainer.strategy fsdp cannot shard {tower.spec['name']!r}: {scalars[0]} is a single "
+                "number; give ddp"
+            )
+    if not _trained_towers(clip):
+        raise UserError(
+            "--trainer.strategy fsdp shards the weights of trained towers, and none is trained; give ddp"
+        )
+    if micro_batch_size == "auto":
+        raise UserError(
+            "--model.micro_batch_size auto does not go with --trainer.strategy fsdp; give a number"
+        )
+    if trainer.precision not in ("32-true", "bf16-mixed"):
+        raise UserError(
+            f"--trainer.precision {trainer.precision} does not go with --trainer.strategy fsdp; give "
+            "bf16-mixed or 32"
+        )
+    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+        raise UserError(
+            "--trainer.callbacks with averaged weights does not go with --trainer.strategy fsdp; give ddp"
+        )
+
+
+def shard_towers(clip: CLIP, mesh: DeviceMesh) -> None:
+    """Shard the weights of trained towers, layer by layer, over the ranks of a mesh of one dimension.
+
+    Every rank gets the first one's weights. They travel in fp32, so that steps in bf16 are those of autocast
+    without sharding; in bf16 the sums that they are added to would be rounded, too.
+    """
+    for tensor in (*clip.parameters(), *clip.buffers()):
+        same = tensor.detach().to(mesh.device_type)
+        torch.distributed.broadcast(same, 0)
+        tensor.detach().copy_(same)
+    for tower in _trained_towers(clip):
+        for layer in _layers(tower.backbone):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(tower, mesh=mesh)
+
+
+def _trained_towers(clip: CLIP) -> list[Tower]:
+    """Those whose own weights are trained, not only adapters beside them."""
+    return [tower for tower in (clip.image_tower, clip.text_tower) if not (tower.frozen or tower.adapted)]
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """What the outermost lists and sequences hold: a transformer's blocks, a convolutional tower's stages."""
+    for child in module.children():
+        listed = isinstance(module, nn.ModuleList | nn.Sequential)
+        if not listed or isinstance(child, nn.ModuleList | nn.ModuleDict):  # which are never called
+            yield from _layers(child)
+        elif any(parameter.requires_grad for parameter in child.parameters()):
+            yield child
+
+
+def sharded_modules(clip: CLIP) -> list[FSDPModule]:
+    """Layers and towers that are sharded; none without sharding."""
+    return [module for module in clip.modules() if isinstance(module, FSDPModule)]
+
+
+def gather_towers(clip: CLIP) -> None:
+    """Whole towers on every rank until `release_towers`: each may then encode as many batches as it has."""
+    for module in sharded_modules(clip):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+
+
+def release_towers(clip: CLIP) -> None:
+    """Undo `gather_towers`."""
+    for module in sharded_modules(clip):
+        module.set_reshard_after_forward(not isinstance(module, Tower), recurse=False)
+        module.reshard()
+
+
+def average_replicated(clip: CLIP) -> None:
+    """Average over ranks the gradients of what is replicated; the others are averaged already."""
+    found = [parameter.grad for parameter in clip.parameters() if parameter.grad is not None]
+    whole = [gradient for gradient in found if not isinstance(gradient, DTensor)]
+    flat = torch.cat([gradient.flatten() for gradient in whole])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, average in zip(whole, flat.split([gradient.numel() for gradient in whole]), strict=True):
+        gradient.copy_(average.view_as(gradient))
+
+
+def broadcast_statistics(clip: CLIP) -> None:
+    """Give every rank the first one's batch-norm statistics, as DDP does before each step."""
+    for norm in training_norms(clip):
+        for buffer in norm.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with whole tensors.
+
+    If some are sharded, all ranks have to ask: the first has them whole, the others empty ones of shape (0,).
+    """
+    state = module.state_dict()
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    for name, value in state.items():
+        if isinstance(value, DTensor):
+            whole = value.full_tensor()
+            state[name] = whole.cpu() if first else whole.new_empty(0)
+    return state

@@ -1,0 +1,112 @@
+"""How a run is asked to stop: Ctrl-C, SIGTERM, SIGUSR1; every rank after the same batch, and saved."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from clip_lightning.training.checkpoints import all_ranks_save, within_a_step
+from clip_lightning.errors import AgreedStop
+from clip_lightning.training.ranks import Agreement
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class GracefulStop(Callback):
+    """The first signal lets the batch, or the validation, in hand finish; a second Ctrl-C does not.
+
+    It is enough that one rank receives it. SIGUSR1 is what schedulers send some time before a job's end: in a
+    job of SLURM it is put back into the queue.
+
+    Args:
+        says_how: whether the run is the command itself, which then says how it goes on.
+    """
+
+    def __init__(self, says_how: bool = True) -> None:
+        self._says_how = says_how
+        self._asked = 0  # the signal's number
+        self._before: dict[int, Any] = {}
+        self._agreement = Agreement()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A warning that comes while frozen towers run does not end the process."""
+        self._take_over(signal.SIGUSR1)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals, also from Lightning, which would have ranks stop at different batches."""
+        for number in _SIGNALS:
+            self._take_over(number)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stop here if asked; after an epoch's last batch, Ctrl-C lets its validation come first."""
+        self._asked = self._agreement.largest(self._asked)
+        if self._asked in (signal.SIGTERM, signal.SIGUSR1):
+            # Lightning raises when it has counted the batch; then a resumed run knows that it is done
+            trainer._signal_connector.received_sigterm = True
+        elif self._asked and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            raise AgreedStop
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how to go on, or have the scheduler do so."""
+        if not isinstance(exception, KeyboardInterrupt | SIGTERMException) or not trainer.is_global_zero:
+            return
+        if self._asked == signal.SIGUSR1 and (job := slurm_job()):
+            atexit.register(requeue, job)  # when everything is saved
+        if not self._says_how:
+            return
+        if trainer.global_step > 0:
+            saved = all_ranks_save(trainer, exception) and not within_a_step(trainer)
+            place = "here" if saved else "the last checkpoint"
+            print(f"stopped; the same command with --ckpt_path last goes on from {place}", file=sys.stderr)
+        else:
+            print("stopped before the first step", file=sys.stderr)
+
+    def _take_over(self, number: signal.Signals) -> None:
+        """Only the main thread may; W&B's agents train in another."""
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != self._ask:
+            before = signal.signal(number, self._ask)
+            self._before.setdefault(number, before)
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        if self._asked == signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = signum
+        again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
+        print(f"\nstopping after this batch{again}", file=sys.stderr)
+
+
+def slurm_job() -> str | None:
+    """The job that this process is part of, as `scontrol` names it; None outside of one."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+    return job if re.fullmatch(r"\d+(_\d+)?", job) else None
+
+
+def requeue(job: str) -> None:
+    """Put the job back into the queue; its command goes on with `--ckpt_path auto`."""
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    except OSError as error:
+        print(f"the job {job} is not put back into the queue: scontrol: {error.strerror}", file=sys.stderr)
+        return
+    said = " ".join((done.stderr or done.stdout).split())
+    if done.returncode:
+        print(f"the job {job} is not put back into the queue: scontrol: {said}", file=sys.stderr)
+    else:
+        print(f"the job {job} is back in the queue", file=sys.stderr)

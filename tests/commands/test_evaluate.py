@@ -1,0 +1,287 @@
+"""`evaluate` and `classify` on tiny bundles and drawn scenes, as a user calls them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from PIL import Image
+
+from clip_lightning import CLIP, retrieval_metrics
+from clip_lightning.__main__ import main
+from clip_lightning.data.formats import read_captions
+from clip_lightning.reports.tables import markdown
+
+if TYPE_CHECKING:
+    from wandb_server import WandbServer
+
+Printed = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def bundle(make_clip: Callable[..., CLIP], tmp_path: Path) -> Path:
+    return make_clip().save_pretrained(tmp_path / "one")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three classes of plain colours, four pictures each; and one file that is no picture."""
+    root = tmp_path / "pictures"
+    colours = {"red_square": (255, 0, 0), "blue_circle": (0, 0, 255), "green": (0, 200, 0)}
+    for name, colour in colours.items():
+        (root / name).mkdir(parents=True)
+        for i in range(4):
+            darker = tuple(max(value - 20 * i, 0) for value in colour)
+            Image.new("RGB", (40, 32), darker).save(root / name / f"{i}.png")
+    (root / "green" / "broken.jpg").write_bytes(b"nothing")
+    return root
+
+
+def printed_json(capsys: Printed, *words: str | Path) -> tuple[dict, str]:
+    assert main([*map(str, words), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1
+    return json.loads(out), err
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_zero_shot(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed):
+    found, err = printed_json(
+        capsys,
+        "evaluate",
+        "zero-shot",
+        bundle,
+        pictures,
+        "--templates",
+        "imagenet",
+        "--out",
+        tmp_path / "out",
+    )
+    assert found["images"] == 12 and found["classes"] == 3 and found["broken"] == 1
+    assert found["split"] == "all" and found["probabilities"] == "softmax"
+    assert "broken.jpg: not a picture" in err
+    assert not any(isinstance(value, (dict, list)) for value in found.values())
+    assert 0 <= found["zero_shot_top1_low"] <= found["zero_shot_top1"] <= found["zero_shot_top1_high"]
+    assert found["zero_shot_top5"] == 100  # there are but three classes
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        *("results.md", "results.csv", "results.json"),
+        *("classes.csv", "confused.csv", "confusion.png", "calibration.csv", "reliability.png"),
+    }
+    classes = table(out / "classes.csv")
+    assert [row["class"] for row in classes] == ["blue circle", "green", "red square"]
+    right = sum(int(row["right"]) for row in classes)
+    assert found["zero_shot_top1"] == pytest.approx(100 * right / 12)
+    wrong = sum(int(row["images"]) for row in table(out / "confused.csv"))
+    assert wrong == 12 - right
+    with Image.open(out / "confusion.png") as picture:
+        assert picture.format == "PNG" and picture.width > 500
+    assert json.loads((out / "results.json").read_text()) == [found]
+
+
+@pytest.mark.parametrize("command", ["retrieval", "zero-shot", "linear-probe"])
+def test_a_model_whose_training_failed_is_refused(
+    command: str,
+    make_clip: Callable[..., CLIP],
+    pictures: Path,
+    scenes: Path,
+    tmp_path: Path,
+    capsys: Printed,
+):
+    clip = make_clip()
+    clip.heads.text[1].weight.data[0, 0] = torch.nan
+    folder = clip.save_pretrained(tmp_path / "failed")
+    assert main(["evaluate", command, str(folder), str(scenes if command == "retrieval" else pictures)]) == 2
+    assert "has weights that are not finite (heads.text.1.weight)" in capsys.readouterr().err
+
+
+def test_zero_shot_of_several(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed):
+    other = shutil.copytree(bundle, tmp_path / "two")
+    table = pictures / "mine.csv"
+    table.write_text("image,label\nred_square/0.png,red\ngreen/1.png,green\n")
+    words = ("evaluate", "zero-shot", f"{bundle},{other}", f"{pictures},{table}")
+    found, _ = printed_json(capsys, *words, "--out", tmp_path / "out")
+    assert [(row["model"], row["data"]) for row in found] == [
+        (str(model), str(data)) for model in (bundle, other) for data in (pictures, table)
+    ]
+    assert len(list((tmp_path / "out").glob("*/confusion.png"))) == 4
+    assert main([*words]) == 0
+    assert "worst classes" in capsys.readouterr().out
+
+
+def test_runs_in_wandb(
+    wandb_server: WandbServer, bundle: Path, pictures: Path, scenes: Path, tmp_path: Path, capsys: Printed
+):
+    options = ("--out", tmp_path / "out", "--wandb", "p")
+    found, err = printed_json(capsys, "evaluate", "zero-shot", bundle, pictures, *options)
+    assert "W&B run: http" in err
+    (run,) = wandb_server.runs.values()
+    assert run.job_type == "evaluate" and run.display_name == f"{bundle} on {pictures}"[:120]
+    assert run.config["templates"] == "simple" and run.config["model"] == str(bundle)
+    assert run.config["images"] == 12
+    assert run.summary["zero_shot_top1"] == pytest.approx(found["zero_shot_top1"])
+    assert run.summary["zero_shot_classes"]["nrows"] == 3
+    assert run.summary["zero_shot_reliability"]["_type"] == "image-file"
+    words = ("evaluate", "retrieval", bundle, scenes, "--resamples", "10", *options)
+    found, _ = printed_json(capsys, *words)
+    other = next(each for each in wandb_server.runs.values() if "rsum" in each.summary)
+    assert other.summary["rsum"] == pytest.approx(found["rsum"]) and len(wandb_server.runs) == 2
+
+
+def test_a_run_without_an_account_stays_here(
+    bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    _, err = printed_json(capsys, "evaluate", "zero-shot", bundle, pictures, "--wandb", "me/p")
+    assert "W&B run: offline; `wandb sync runs/wandb/offline-run-" in err
+    assert len(list(tmp_path.glob("runs/wandb/offline-run-*/*.wandb"))) == 1
+    assert main(["evaluate", "zero-shot", str(bundle), str(pictures), "--wandb", "a/b/c"]) == 2
+    out, err = capsys.readouterr()
+    assert "expected PROJECT or ENTITY/PROJECT" in err
+    assert "top1" in out, "what was computed is not lost"
+
+
+def test_retrieval_of_two_models(
+    bundle: Path, make_clip: Callable[..., CLIP], scenes: Path, tmp_path: Path, capsys: Printed
+):
+    other = make_clip(embed_dim=8).save_pretrained(tmp_path / "two")
+    words = ("evaluate", "retrieval", f"{bundle},{other}", scenes, "--out", tmp_path / "out")
+    (first, second), _ = printed_json(capsys, *words, "--split", "all")
+    images = read_captions(scenes).images
+    clip = CLIP.from_pretrained(bundle)
+    expected = retrieval_metrics(
+        clip.embed_images([image.path for image in images]),
+        clip.embed_texts([caption for image in images for caption in image.captions]),
+        torch.arange(len(images)).repeat_interleave(5),
+    )
+    assert {name: first[name] for name in expected} == pytest.approx(expected)
+    assert first["images"] == 40 and first["captions"] == 200 and "compared_with" not in first
+    assert first["rsum_low"] <= first["rsum"] <= first["rsum_high"]
+    assert second["compared_with"] == str(bundle)
+    assert second["rsum_difference"] == pytest.approx(second["rsum"] - first["rsum"])
+    assert 0 < second["rsum_difference_p"] <= 1
+    assert "fold1000_rsum" not in first
+    for k in (1, 5, 10):  # of five captions each
+        assert first[f"image_to_text_true_recall@{k}"] <= first[f"image_to_text_R@{k}"]
+        assert first[f"image_to_text_true_recall@{k}"] >= first[f"image_to_text_R@{k}"] / 5
+    rows = table(tmp_path / "out" / "results.csv")
+    assert float(rows[1]["rsum"]) == second["rsum"]
+    assert main([*map(str, words), "--split", "all"]) == 0
+    assert "rsum difference" in capsys.readouterr().out
+
+
+def test_default_split_is_the_tests_own(bundle: Path, scenes: Path, capsys: Printed):
+    found, _ = printed_json(capsys, "evaluate", "retrieval", bundle, scenes)
+    assert found["split"] == "test" and found["images"] == 4
+
+
+def test_linear_probe(bundle: Path, pictures: Path, capsys: Printed):
+    found, _ = printed_json(capsys, "evaluate", "linear-probe", bundle, pictures, "--shots", "1,2,16")
+    assert found["train_images"] == 6 and found["test_images"] == 6
+    assert 0 <= found["linear_probe_top1"] <= 100
+    assert {name for name in found if name.startswith("few_shot")} == {
+        *("few_shot_1", "few_shot_1_sd", "few_shot_2", "few_shot_2_sd"),
+    }
+
+
+@pytest.mark.parametrize("bias", [None, -3.0])
+def test_classify(
+    make_clip: Callable[..., CLIP], pictures: Path, tmp_path: Path, capsys: Printed, bias: float | None
+):
+    clip = make_clip(init_bias=bias)
+    bundle = clip.save_pretrained(tmp_path / "model")
+    paths = [str(pictures / "green" / "0.png"), str(pictures / "red_square" / "1.png")]
+    broken = str(pictures / "green" / "broken.jpg")
+    found, err = printed_json(
+        capsys, "classify", bundle, *paths, broken, "--labels", "red square, green ,blue"
+    )
+    assert list(found["broken"]) == [broken] and broken in err
+    texts = clip.embed_texts([f"a photo of a {name}." for name in ("red square", "green", "blue")])
+    logits = clip.scale.item() * clip.embed_images(paths) @ texts.T
+    expected = logits.softmax(1) if bias is None else (logits + bias).sigmoid()
+    assert found["reading"] == ("softmax" if bias is None else "sigmoid")
+    for result, path, row in zip(found["results"], paths, expected, strict=True):
+        shares = dict(zip(("red square", "green", "blue"), row.tolist(), strict=True))
+        assert result["image"] == path
+        assert result["probabilities"] == pytest.approx(shares, abs=1e-5)
+        assert result["label"] == next(iter(result["probabilities"])) == max(shares, key=shares.get)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("red square\ngreen\n")
+    assert main(["classify", str(bundle), "--labels", str(labels), "--templates", "none", paths[0]]) == 0
+    out = capsys.readouterr().out
+    assert "%  green" in out and ("add up to 100 %" in out) == (bias is None)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("zero-shot M D --templates odd", "--templates odd"),
+        ("zero-shot M D --split dev", "--split dev"),
+        ("zero-shot M D --split test", "no splits of its own"),
+        ("zero-shot M D --names nothing.csv", "no such file"),
+        ("zero-shot M nothing", "there is no folder or file nothing"),
+        ("zero-shot M torchvision:CIFAR10", "torchvision:CIFAR10 cannot be downloaded"),
+        ("zero-shot M torchvision:Cifar", "expected one of CIFAR10, CIFAR100"),
+        ("zero-shot M hf:some/where", "hf: some/where cannot be loaded"),
+        ("zero-shot M hf:a/b/c", "expected OWNER/NAME"),
+        ("zero-shot D D", "no clip-lightning bundle"),
+        ("zero-shot M D --out FILE", "is a file"),
+        ("retrieval M D", "holds no picture with a caption"),
+        ("retrieval M D --resamples 0", "--resamples 0"),
+        ("retrieval , D", "names no model"),
+        ("linear-probe M D --test_share 1", "--test_share 1"),
+        ("linear-probe M D --shots 1,x", "--shots 1,x"),
+        ("linear-probe M D --seeds 0", "--seeds 0"),
+        ("classify M P --labels ,", "names nothing"),
+        ("classify M nothing.jpg --labels a", "there is no file nothing.jpg"),
+        ("classify M BROKEN --labels a", "none of the 1 pictures"),
+        ("classify M P", "labels"),
+        ("classify M --labels a", "images"),
+        ("zero-shot M", "data"),
+    ],
+)
+def test_mistakes_are_one_line(
+    bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed, words: str, said: str
+):
+    (tmp_path / "file").touch()
+    places = {"M": bundle, "D": pictures, "P": pictures / "green" / "0.png", "FILE": tmp_path / "file"}
+    places["BROKEN"] = pictures / "green" / "broken.jpg"
+    given = [str(places.get(word, word)) for word in words.split()]
+    assert main(given if given[0] == "classify" else ["evaluate", *given]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("clip-lightning: error: ") and said in line
+
+
+@pytest.mark.parametrize(
+    "words", [["evaluate"], ["evaluate", "retrieval"], ["evaluate", "zero-shot"], ["classify"]]
+)
+def test_help(words: list[str], capsys: Printed):
+    assert main([*words, "--help"]) == 0
+    assert "usage: clip-lightning" in capsys.readouterr().out
+
+
+def test_markdown_has_a_table_for_each_data_set():
+    rows = [
+        {"model": "a|b", "data": "x", "images": 1000, "top1": 50.0, "top1_low": 40.0, "top1_high": 60.0},
+        {"model": "c", "data": "y", "gain": -1.25, "gain_p": 0.04},
+    ]
+    assert markdown(rows).splitlines() == [
+        *(
+            "## x",
+            "",
+            "|  | a\\|b |",
+            "| --- | --: |",
+            "| images | 1,000 |",
+            "| top1 | 50.0 (40.0 to 60.0) |",
+        ),
+        *("", "## y", "", "|  | c |", "| --- | --: |", "| gain | -1.2, p 0.040 |"),
+    ]

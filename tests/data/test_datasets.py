@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from clip_lightning.data.captions import CaptionedImage
+from clip_lightning.data.datasets import Collate, EvalDataset, Samples, TrainDataset
+from clip_lightning.data.sampler import TrainSampler
+from clip_lightning.data.scenes import draw
+from clip_lightning.data.images import Augmentation, ImageTransform
+from clip_lightning.errors import UserError
+from clip_lightning.data.features import FeatureCache, Features
+
+TRANSFORM = ImageTransform((16, 16), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def tokenize(texts: list[str]) -> dict[str, Tensor]:
+    """A token a character."""
+    assert texts, "real tokenizers fail on an empty list"
+    length = max(1, *map(len, texts)) if len(texts) > 1 else max(1, len(texts[0]))
+    ids = torch.tensor([[ord(letter) for letter in text.ljust(length, "\0")] for text in texts])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def pictures(folder: Path, captions: list[int], broken: set[int] = frozenset()) -> list[CaptionedImage]:  # type: ignore[assignment]
+    """As many captions a picture as `captions` says."""
+    images = []
+    for index, count in enumerate(captions):
+        path = folder / f"{index}.jpg"
+        if index in broken:
+            path.write_bytes(b"\xff\xd8 broken")
+        else:
+            draw(0, index, 24).save(path, quality=92)
+        images.append(CaptionedImage(path, tuple(f"{index}.{caption}" for caption in range(count))))
+    return images
+
+
+def train_dataset(
+    images: list[CaptionedImage],
+    captions_per_image: int = 2,
+    image_ids: list[int] | None = None,
+    views: list[Features] | None = None,
+    seed: int = 0,
+) -> TrainDataset:
+    return TrainDataset(
+        images,
+        range(len(images)) if image_ids is None else image_ids,
+        TRANSFORM,
+        Augmentation(min_scale=0.5, colour=0.2),
+        captions_per_image=captions_per_image,
+        seed=seed,
+        views=views or (),
+    )
+
+
+def cached(folder: Path, values: np.ndarray) -> Features:
+    return FeatureCache(folder / "cache").get(
+        {"sum": repr(values.sum())}, len(values), lambda rows: values[rows.start : rows.stop], "rows"
+    )
+
+
+def two_views(folder: Path, count: int, broken: set[int] = frozenset()) -> list[Features]:  # type: ignore[assignment]
+    """Rows (3,) of two views that say whose they are: index, -index - 1."""
+    values = np.arange(count, dtype=np.float32)[:, None].repeat(3, axis=1)
+    values[sorted(broken), 1:] = np.nan
+    return [cached(folder / "0", values), cached(folder / "1", -1 - values)]
+
+
+def same(one: Samples, other: Samples) -> bool:
+    return (
+        one.captions == other.captions
+        and len(one.pictures) == len(other.pictures)
+        and all(
+            np.array_equal(getattr(one, name), getattr(other, name))
+            for name in ("image_id", "counts", "caption_rows")
+        )
+        and all(torch.equal(mine, yours) for mine, yours in zip(one.pictures, other.pictures, strict=True))
+    )
+
+
+def test_samples_are_functions_of_seed_epoch_and_index(tmp_path: Path) -> None:
+    images = pictures(tmp_path, [5] * 4)
+    keys = [(epoch, index) for epoch in range(3) for index in range(4)]
+    for views in (None, two_views(tmp_path, 4)):
+        one, other = train_dataset(images, views=views), train_dataset(images, views=views)
+        expected = {key: one.__getitems__([key]) for key in keys}
+        for key in reversed(keys):
+            assert same(other.__getitems__([key]), expected[key])
+        for change in (one.__getitems__([(1, 1)]), train_dataset(images, seed=1).__getitems__([(0, 1)])):
+            assert not same(expected[0, 1], change)
+
+
+def test_a_batch_is_its_samples_put_together(tmp_path: Path) -> None:
+    images = pictures(tmp_path, [5, 1, 3, 2, 4, 5], broken={2})
+    texts = cached(tmp_path, np.arange(20, dtype=np.float32)[:, None])
+    collate = Collate(tokenize, texts)
+
+    def check(dataset: TrainDataset | EvalDataset, keys: list[Any]) -> None:
+        whole = collate(dataset.__getitems__(keys))
+        parts = [collate(dataset.__getitems__([key])) for key in keys]
+        assert list(whole.pop("broken")) == [path for part in parts for path in part.pop("broken")]
+        parts = [part for part in parts if len(part["image_id"])]
+        assert whole.keys() == parts[0].keys()
+        for name, values in whole.items():
+            assert torch.equal(values, torch.cat([part[name] for part in parts])), name
+
+    for views in ([], two_views(tmp_path, 6, broken={2})):
+        check(train_dataset(images, 3, views=views), [(3, 4), (3, 2), (3, 0), (2, 1), (3, 5)])
+        check(EvalDataset(images, TRANSFORM, views[0] if views else None), [0, 1, 2, 3, 4, 5])
+
+
+def test_every_view_and_every_choice_of_captions_is_drawn_as_often(tmp_path: Path) -> None:
+    images = pictures(tmp_path, [4] * 4)
+    dataset = train_dataset(images, views=two_views(tmp_path, 4))
+    drawn = [dataset.__getitems__([(epoch, index) for index in range(4)]) for epoch in range(600)]
+    for index in range(4):
+        views = [float(samples.pictures[index][0]) >= 0 for samples in drawn]
+        assert 0.42 < np.mean(views) < 0.58
+        ordered = [tuple(samples.caption_rows[2 * index : 2 * index + 2] - 4 * index) for samples in drawn]
+        share = {pair: ordered.count(pair) / 600 for pair in set(ordered)}
+        assert len(share) == 12 and all(0.04 < part < 0.13 for part in share.values())
+        # the view says nothing of the captions
+        assert 0.35 < np.mean([view for view, pair in zip(views, ordered, strict=True) if 0 in pair]) < 0.65
+    pairs = [(samples.caption_rows[0], samples.caption_rows[2] - 4) for samples in drawn]
+    assert len(set(pairs)) == 16  # nor a picture's choice of its neighbour's
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    dataset = train_dataset(pictures(tmp_path, [5] * 12))
+
+    def batches(workers: int) -> list[dict[str, Any]]:
+        sampler = TrainSampler(12, 3, seed=0)
+        sampler.set_epoch(2)
+        return list(
+            DataLoader(
+                dataset, batch_size=3, sampler=sampler, num_workers=workers, collate_fn=Collate(tokenize)
+            )
+        )
+
+    for one, other in zip(batches(0), batches(2), strict=True):
+        assert one.pop("broken") == other.pop("broken") == {}
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_captions_are_a_pictures_own_and_different_while_there_are_enough(tmp_path: Path) -> None:
+    dataset = train_dataset(pictures(tmp_path, [5, 1, 3]), captions_per_image=4)
+    seen: set[str] = set()
+    for epoch in range(30):
+        samples = dataset.__getitems__([(epoch, index) for index in range(3)])
+        assert samples.counts.tolist() == [4, 4, 4]
+        for index, count in enumerate([5, 1, 3]):
+            captions = samples.captions[4 * index : 4 * index + 4]
+            assert len(set(captions)) == min(4, count)
+            rows = samples.caption_rows[4 * index : 4 * index + 4] - [0, 5, 6][index]
+            assert captions == [f"{index}.{row}" for row in rows]
+            seen.update(captions)
+    assert len(seen) == 9
+
+
+def test_copies_of_a_picture_share_their_id(tmp_path: Path) -> None:
+    dataset = train_dataset(pictures(tmp_path, [1, 1, 1]), image_ids=[0, 1, 0], captions_per_image=2)
+    batch = Collate(tokenize)(dataset.__getitems__([(0, index) for index in range(3)]))
+    assert batch["image_id"].tolist() == [0, 1, 0]
+    assert batch["text_image_id"].tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_a_broken_picture_gives_way_to_the_next_one(tmp_path: Path) -> None:
+    images = pictures(tmp_path, [2] * 5, broken={1, 2, 4})
+    for views in (None, two_views(tmp_path, 5, broken={1, 2, 4})):
+        dataset = train_dataset(images, views=views)
+        samples = dataset.__getitems__([(3, 1), (3, 3), (3, 4)])
+        assert same(samples, dataset.__getitems__([(3, 3), (3, 3), (3, 0)]))
+        assert sorted(samples.broken) == [str(images[index].path) for index in (1, 2, 4)]
+        assert all(samples.broken.values())
+        assert dataset.__getitems__([(3, 3)]).broken == {}
+
+
+def test_nothing_but_broken_pictures(tmp_path: Path) -> None:
+    images = pictures(tmp_path, [1, 1], broken={0, 1})
+    for views in (None, two_views(tmp_path, 2, broken={0, 1})):
+        with pytest.raises(UserError, match=r"2 pictures in a row cannot be decoded.*0\.jpg.*--data\.root"):
+            train_dataset(images, views=views).__getitems__([(0, 0), (0, 1)])
+    with pytest.raises(UserError, match=r"--data\.captions_per_image is 0"):
+        train_dataset([], captions_per_image=0)
+
+
+def test_evaluation_has_every_picture_and_every_caption(tmp_path: Path) -> None:
+    images = pictures(tmp_path, [1, 3, 2, 1], broken={2})
+    dataset = EvalDataset(images, TRANSFORM)
+    batch = Collate(tokenize)(dataset.__getitems__(range(4)))
+    assert batch["pixel_values"].shape == (3, 3, 16, 16)
+    assert batch["pixel_values"].dtype == torch.uint8
+    assert batch["image_id"].tolist() == [0, 1, 3]
+    assert batch["text_image_id"].tolist() == [0, 1, 1, 1, 3]
+    assert batch["text_id"].tolist() == [0, 1, 2, 3, 6]
+    assert list(batch["broken"]) == [str(images[2].path)]
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, 3)
+    assert "".join(map(chr, batch["input_ids"][2])) == "1.1"
+    assert torch.equal(batch["pixel_values"][1], dataset.__getitems__([1]).pictures[0])
+
+
+def test_a_batch_without_a_whole_picture(tmp_path: Path) -> None:
+    images = pictures(tmp_path, [1, 3], broken={0, 1})
+    for features in (None, two_views(tmp_path, 2, broken={0, 1})[0]):
+        dataset = EvalDataset(images, TRANSFORM, features)
+        batch = Collate(tokenize)(dataset.__getitems__([0, 1]))
+        assert {name: len(value) for name, value in batch.items()} == dict.fromkeys(batch, 0) | {"broken": 2}
+        types = {name: value.dtype for name, value in batch.items() if name != "broken"}
+        assert types == dict.fromkeys(types, torch.int64) | {"pixel_values": torch.uint8}
+        assert batch["pixel_values"].ndim == 4 and batch["input_ids"].ndim == 2
+
+
+def test_datasets_and_collate_travel_to_workers(tmp_path: Path) -> None:
+    images = pictures(tmp_path, [2, 2])
+    for thing in (train_dataset(images), EvalDataset(images, TRANSFORM), Collate(tokenize)):
+        assert type(pickle.loads(pickle.dumps(thing))) is type(thing)
+
+
+def test_captions_of_any_kind_are_passed_on(tmp_path: Path) -> None:
+    draw(0, 0, 24).save(tmp_path / "a.png")
+    texts = ("👩‍🚒 a 'quoted' \"one\"", "word " * 10_000, "")
+    dataset = EvalDataset([CaptionedImage(tmp_path / "a.png", texts)], TRANSFORM)
+    samples = dataset.__getitems__([0])
+    assert samples.captions == [*texts]
+    assert Collate(tokenize)(samples)["input_ids"].shape == (3, 50_000)
+
+
+@pytest.mark.real
+def test_real_photographs(shared_data: Path) -> None:
+    paths = sorted((shared_data / "flickr8k" / "Images_original").iterdir())[:8]
+    with Image.open(paths[0]) as image:
+        assert min(image.size) > 224
+    dataset = train_dataset([CaptionedImage(path, ("a", "b")) for path in paths])
+    batch = Collate(tokenize)(dataset.__getitems__([(0, index) for index in range(8)]))
+    assert batch["pixel_values"].shape == (8, 3, 16, 16)
+    assert batch["broken"] == {}

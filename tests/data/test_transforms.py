@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import io
+import json
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as reference
+
+from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_image
+from clip_lightning.errors import UserError
+
+NORMALISATION: Any = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+SQUARE = ImageTransform((32, 32), "bicubic", *NORMALISATION)
+
+
+def photograph(mode: str = "RGB", size: tuple[int, int] = (48, 32)) -> Image.Image:
+    """Smooth, so that JPEG keeps it, and different in every corner and channel."""
+    y, x = np.mgrid[0 : 1 : size[1] * 1j, 0 : 1 : size[0] * 1j]
+    pixels = np.stack([x, y, (1 - x) * (1 - y)], axis=-1)
+    return Image.fromarray((pixels * 255).astype(np.uint8)).convert(mode)
+
+
+def save(path: Path, image: Image.Image, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def difference(one: Tensor, other: Tensor) -> int:
+    assert one.shape == other.shape and one.dtype == other.dtype == torch.uint8
+    return int((one.int() - other.int()).abs().max())
+
+
+MODES = [
+    *[("jpg", mode) for mode in ("RGB", "L", "CMYK")],
+    *[("png", mode) for mode in ("RGB", "L", "P", "1")],
+    *[("webp", "RGB"), ("gif", "P"), ("bmp", "RGB"), ("tif", "CMYK"), ("tif", "YCbCr"), ("ppm", "RGB")],
+]
+
+
+@pytest.mark.parametrize(("suffix", "mode"), MODES)
+def test_modes_are_read_as_pillow_reads_them(suffix: str, mode: str, tmp_path: Path) -> None:
+    # Pillow 12 does not read the YCbCr that it writes without compression
+    options = {"compression": "tiff_lzw"} if suffix == "tif" else {}
+    path = save(tmp_path / f"a.{suffix}", photograph(mode), **options)
+    with Image.open(path) as image:
+        expected = pixels(image)
+    assert difference(decode_image(path), expected) <= 3
+
+
+def test_inverted_cmyk(tmp_path: Path) -> None:
+    """Adobe's YCCK: what Photoshop writes; Pillow's own writer marks its CMYK in the same way."""
+    path = save(tmp_path / "a.jpg", photograph("CMYK"), quality=95)
+    assert b"Adobe" in path.read_bytes()
+    assert difference(decode_image(path), pixels(photograph())) <= 40
+    assert (decode_image(path).float() - pixels(photograph()).float()).abs().mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_transparency_is_laid_on_white(mode: str, suffix: str, tmp_path: Path) -> None:
+    image = photograph().convert(mode)
+    opaque = Image.new("L", image.size, 0)
+    opaque.paste(255, (0, 0, 8, 32))
+    image.putalpha(opaque)
+    options = {"lossless": True} if suffix == "webp" else {}
+    decoded = decode_image(save(tmp_path / f"a.{suffix}", image, **options))
+    assert (decoded[:, :, 8:] == 255).all()
+    assert difference(decoded[:, :, :8], pixels(photograph().convert(mode))[:, :, :8]) == 0
+
+
+def test_a_transparent_palette_colour(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((0, 0), 0)
+    decoded = decode_image(save(tmp_path / "a.png", image, transparency=1))
+    assert decoded[:, 0, 0].tolist() == [10, 20, 30]
+    assert (decoded[:, 1:] == 255).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_to_eight(suffix: str, tmp_path: Path) -> None:
+    values = np.array([[0, 128, 257, 32768, 65535]], dtype=np.uint16)
+    decoded = decode_image(save(tmp_path / f"a.{suffix}", Image.fromarray(values)))
+    assert decoded.tolist() == [[[0, 0, 1, 128, 255]]] * 3
+
+
+def test_the_first_picture_of_several_as_phones_take_them(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "a.jpg", photograph(), format="MPO", save_all=True, append_images=[photograph("L")]
+    )
+    with Image.open(path) as image:
+        assert image.format == "MPO"
+        assert difference(decode_image(path), pixels(image)) <= 3
+
+
+def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "blue")]
+    path = save(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert decode_image(path)[:, 2, 2].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_pictures_stand_upright(suffix: str, orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / f"a.{suffix}", photograph(), exif=exif)
+    with Image.open(path) as image:
+        expected = pixels(ImageOps.exif_transpose(image))
+    assert difference(decode_image(path), expected) <= 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 2), (32, 32), (31, 47)])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_any_size_is_brought_to_the_towers(suffix: str, size: tuple[int, int], tmp_path: Path) -> None:
+    path = save(tmp_path / f"a.{suffix}", Image.new("RGB", size, (200, 100, 50)))
+    image = decode_image(path)
+    assert image.shape == (3, size[1], size[0])
+    for transform in (SQUARE, ImageTransform((7, 19), "bilinear", *NORMALISATION)):
+        result = transform(image)
+        assert result.shape == (3, *transform.size)
+        assert result.dtype == torch.uint8
+        assert difference(result, image[:, :1, :1].expand_as(result)) <= 2
+        rng = np.random.default_rng(0)
+        assert augment(image, transform, Augmentation(min_scale=0.2), rng).shape == result.shape
+
+
+def test_a_truncated_picture_is_broken_wherever_it_is_cut(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for options in (
+        {"format": "JPEG"},
+        {"format": "JPEG", "progressive": True},
+        {"format": "PNG"},
+        {"format": "WEBP"},
+        {"format": "GIF"},
+        {"format": "BMP"},
+    ):
+        whole = io.BytesIO()
+        noise.save(whole, **options)
+        data = whole.getvalue()
+        for share in (0.0, 0.01, 0.1, 0.5, 0.9, 0.98):
+            path = tmp_path / "cut"
+            path.write_bytes(data[: int(len(data) * share)])
+            with pytest.raises(BrokenImage) as error:
+                decode_image(path)
+            assert "\n" not in str(error.value) and 0 < len(str(error.value)) <= 200
+
+
+def test_bytes_after_the_end_do_not_break_a_picture(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", photograph())
+    expected = decode_image(path)
+    for tail in (b"\0" * 10, b"\r\n", b"something else"):
+        (tmp_path / "b.jpg").write_bytes(path.read_bytes() + tail)
+        assert difference(decode_image(tmp_path / "b.jpg"), expected) <= 3
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_damaged_pictures_decode_or_say_that_they_are_broken(
+    data: st.DataObject, tmp_path_factory: Any
+) -> None:
+    suffix = data.draw(st.sampled_from(["jpg", "png", "webp", "gif", "tif", "bmp"]))
+    path = save(tmp_path_factory.getbasetemp() / f"damaged.{suffix}", photograph(size=(16, 16)))
+    content = bytearray(path.read_bytes())
+    for position, byte in data.draw(
+        st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)))
+    ):
+        content[position] = byte
+    path.write_bytes(content)
+    try:
+        assert decode_image(path, max_pixels=10**6).dtype == torch.uint8
+    except BrokenImage:
+        pass
+
+
+def png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+        + b"\0\0\0\0IDAT"
+    )
+
+
+def test_what_is_no_picture(tmp_path: Path) -> None:
+    for content, reason in (
+        (b"", "the file is empty"),
+        (b"<html>not found</html>", "not a picture of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture of a known format"),
+        (png_header(12_000, 9_000), "12000x9000 pixels are more than 100000000"),
+        (png_header(60_000, 60_000), "decompression bomb"),
+    ):
+        (tmp_path / "a.jpg").write_bytes(content)
+        with pytest.raises(BrokenImage, match=reason):
+            decode_image(tmp_path / "a.jpg")
+    with pytest.raises(BrokenImage, match="No such file"):
+        decode_image(tmp_path / "missing.jpg")
+    with pytest.raises(BrokenImage, match="floating-point"):
+        decode_image(save(tmp_path / "a.tif", Image.new("F", (2, 2))))
+    with pytest.raises(BrokenImage, match="48x32 pixels are more than 1000"):
+        decode_image(save(tmp_path / "b.jpg", photograph()), max_pixels=1000)
+
+
+def test_decoding_leaves_the_warnings_of_others_alone(tmp_path: Path) -> None:
+    filters, limit = list(warnings.filters), Image.MAX_IMAGE_PIXELS
+    decode_image(save(tmp_path / "a.png", photograph()))
+    assert (list(warnings.filters), Image.MAX_IMAGE_PIXELS) == (filters, limit)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(48, 32), (200, 90), (33, 101), (20, 24)])
+def test_the_transform_is_the_usual_resize_and_centre_crop(interpolation: Any, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    image = torch.from_numpy(noise).permute(2, 0, 1)
+    mode = reference.InterpolationMode(interpolation)
+    transform = ImageTransform((32, 32), interpolation, *NORMALISATION)
+    expected = reference.center_crop(reference.resize(image, [32], interpolation=mode), [32, 32])
+    assert difference(transform(image), expected) == 0
+    by_pillow = reference.center_crop(
+        reference.resize(Image.fromarray(noise), [32], interpolation=mode), [32, 32]
+    )
+    assert (transform(image).float() - pixels(by_pillow).float()).abs().mean() < 0.5
+    assert difference(transform(image.contiguous()), expected) <= 1
+
+
+def test_a_transform_survives_json() -> None:
+    assert ImageTransform.from_dict(json.loads(json.dumps(SQUARE.as_dict()))) == SQUARE
+
+
+def test_chance_comes_from_the_generator_only() -> None:
+    image = pixels(photograph())
+    augmentation = Augmentation(flip=True, min_scale=0.3, colour=0.4)
+
+    def results() -> list[Tensor]:
+        return [augment(image, SQUARE, augmentation, np.random.default_rng(seed)) for seed in range(6)]
+
+    first, second = results(), results()
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert all(result.shape == (3, 32, 32) and result.dtype == torch.uint8 for result in first)
+    assert len({result.numpy().tobytes() for result in first}) == 6
+
+
+def test_what_is_switched_off_does_not_happen() -> None:
+    image = pixels(photograph())
+    plain = SQUARE(image)
+    off = [augment(image, SQUARE, Augmentation(flip=False), np.random.default_rng(seed)) for seed in range(8)]
+    assert all(torch.equal(result, plain) for result in off)
+    flips = [augment(image, SQUARE, Augmentation(), np.random.default_rng(seed)) for seed in range(40)]
+    mirrored = [torch.equal(result, plain.flip(-1)) for result in flips]
+    assert all(torch.equal(result, plain) for result, flip in zip(flips, mirrored, strict=True) if not flip)
+    assert 10 < sum(mirrored) < 30
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("min_scale", 0.0), ("min_scale", 1.5), ("colour", -0.1), ("colour", 2.0)]
+)
+def test_augmentation_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"--data\.augmentation\.{name} is {value}"):
+        Augmentation(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.real
+def test_photographs_are_decoded_as_pillow_does(shared_data: Path) -> None:
+    for path in sorted((shared_data / "flickr8k" / "Images_original").iterdir())[:10]:
+        with Image.open(path) as image:
+            assert difference(decode_image(path), pixels(image)) <= 3

@@ -1,0 +1,530 @@
+"""`compare-backbones` and `compare` as a person runs them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from wandb_server import WandbServer
+
+from clip_lightning.experiments import backbones
+from clip_lightning.__main__ import main
+from clip_lightning.data.features import FeatureCache
+from clip_lightning.model.clip import CLIP
+from clip_lightning.experiments.costs import image_latency, parameter_counts
+from clip_lightning.experiments.run_records import RECALLS
+
+# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+Words = Callable[..., list[str]]
+IMAGES = "random:test_resnet,random:test_vit"
+FILES = {
+    "comparison.md",
+    "comparison.csv",
+    "comparison.json",
+    "heatmap.png",
+    "recall_latency.png",
+    "index.html",
+}
+
+
+class At(Callback):
+    """Ctrl-C when a step begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="session")
+def words(bert: Path, scenes: Path) -> Words:
+    """Builds the words of a small comparison of 2 × 2 towers; keywords with two underscores for dots."""
+
+    def build(out: Path | None, **changes: Any) -> list[str]:
+        options = {
+            "image_towers": IMAGES,
+            "text_towers": f"{bert},{bert}@cls",
+            "data.root": scenes,
+            "data.image_size": 32,
+            "data.batch_size": 8,
+            "data.num_workers": 0,
+            "data.captions_per_image": 1,
+            "model.embed_dim": 16,
+            "trainer.accelerator": "cpu",
+            "trainer.precision": 32,
+            "trainer.logger": "false",
+            "trainer.enable_progress_bar": "false",
+            "trainer.max_epochs": 1,
+            "trainer.check_val_every_n_epoch": 1,
+            "predictions.queries": 0,
+            **({} if out is None else {"out": out, "data.cache": out.parent / "features"}),
+        }
+        options |= {name.replace("__", "."): value for name, value in changes.items()}
+        return [f"--{name}={value}" for name, value in options.items() if value is not ...]
+
+    return build
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "comparison.json").read_text())
+
+
+def runs_of(folder: Path) -> dict[str, Path]:
+    """Name of a pair's folder without the digest → its only run."""
+    return {config.parents[1].name[:-9]: config.parent for config in folder.glob("runs/*/*/config.yaml")}
+
+
+# every pair of towers
+
+
+@pytest.fixture(scope="module")
+def finished(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A comparison of 2 × 2 towers."""
+    folder = tmp_path_factory.mktemp("comparison") / "finished"
+    assert main(["compare-backbones", *words(folder)]) == 0
+    yield folder
+
+
+def test_every_pair_is_trained_once_on_features_computed_once(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == FILES | {"runs", "command.json"}
+    names = [
+        f"{image}_x_{text}-0"
+        for image in ("random_test_resnet", "random_test_vit")
+        for text in ("bert", "bert@cls")
+    ]
+    assert sorted(runs_of(finished)) == names
+    keys = [entry.key for entry in FeatureCache(finished.parent / "features").entries()]
+    images = [(key["name"], key["view"]) for key in keys if key["kind"] == "image"]
+    assert sorted(images) == sorted(
+        (name, view) for name in IMAGES.split(",") for view in (0, 0, 1)
+    )  # train, val
+    texts = [key["name"].rpartition("/")[2] for key in keys if key["kind"] == "text"]
+    assert sorted(texts) == ["bert", "bert", "bert@cls", "bert@cls"]
+
+
+def test_the_table_says_what_the_runs_say(finished: Path) -> None:
+    rows = result(finished)["rows"]
+    assert [row["rsum"] for row in rows] == sorted((row["rsum"] for row in rows), reverse=True)
+    for row in rows:
+        (place,) = row["places"]
+        metrics = json.loads(Path(place, "metrics.json").read_text())
+        clip = CLIP.from_pretrained(Path(place, "model"))
+        assert {name: row[name] for name in RECALLS} == {name: round(metrics[name], 4) for name in RECALLS}
+        assert row["parameters"] == sum(p.numel() for p in clip.parameters())
+        trained = [*clip.heads.parameters(), clip.logit_scale]
+        assert row["parameters_trained"] == sum(p.numel() for p in trained)
+        assert row["feature_bytes_per_picture"] == 2 * clip.image_tower.width
+        # 32 pictures to train with in two views, 4 to validate; all have five captions
+        features = 2 * (clip.image_tower.width * (2 * 32 + 4) + clip.text_tower.width * 5 * 36)
+        assert features < row["feature_bytes"] <= features + 5 * 128  # a header a file
+        assert 0 <= row["training_seconds"] <= metrics["seconds"]
+    latencies = {row["image_tower"]: row["image_latency_ms"] for row in rows}
+    assert all(row["image_latency_ms"] == latencies[row["image_tower"]] > 0 for row in rows)
+    assert result(finished)["latency_conditions"] == ["one picture, fp32, CPU with 1 threads"]
+
+
+def test_the_same_command_again_trains_nothing(
+    finished: Path, words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backbones, "fit", lambda *_: pytest.fail("trained again"))
+    before = result(finished)
+    assert main(["compare-backbones", "--json", *words(finished)]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == before | {"folder": str(finished)}
+    assert err.count("finished before") == 4
+    assert "pair 3 of 4: random:test_vit × bert\n" in err
+
+
+def test_other_settings_or_data_are_trained_anew(
+    finished: Path, words: Words, monkeypatch: pytest.MonkeyPatch, scenes: Path, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(backbones, "fit", lambda words, _: asked.append(words))
+    folder, fewer = tmp_path / "c", tmp_path / "fewer"
+    shutil.copytree(finished, folder)
+    shutil.copytree(scenes, fewer)
+    for changes, trainings in (
+        ({}, 0),  # the folder of the cache is another one
+        ({"data__num_workers": 1, "predictions__queries": 3}, 0),
+        ({"seeds": 2}, 4),
+        ({"model__dropout": 0.2}, 4),
+        ({"image_towers": "random:test_resnet@max,random:test_vit"}, 2),
+        ({"data__root": fewer}, 0),  # the same data elsewhere
+        ({"data__val_share": 0.2}, 4),
+    ):
+        asked.clear()
+        main(["compare-backbones", *words(folder, **changes)])
+        assert len(asked) == trainings, changes
+
+
+def test_without_out_the_same_command_finds_its_folder(
+    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = words(None, image_towers="random:test_resnet", data__cache=tmp_path / "features")
+    assert main(["compare-backbones", *given]) == 0
+    (folder,) = Path("runs").iterdir()
+    assert main(["compare-backbones", *given]) == 0
+    assert list(Path("runs").iterdir()) == [folder]
+    assert f"going on in {folder}" in capsys.readouterr().err
+
+
+def test_a_tower_that_is_not_there_is_listed_as_failed(
+    words: Words, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words(tmp_path / "c", image_towers="random:nosuch,random:test_resnet", text_towers=bert)
+    assert main(["compare-backbones", *given]) == 1
+    out, err = capsys.readouterr()
+    assert err.index("random:nosuch cannot be compared") < err.index("pair 1 of 2")
+    assert "1 of 2 pairs failed" in err
+    assert "random:test_resnet × bert" in out
+    (failed,) = result(tmp_path / "c")["failed"]
+    assert failed["name"] == "random:nosuch × bert"
+    assert "unknown image tower 'nosuch'" in failed["reason"]
+    assert len(result(tmp_path / "c")["rows"]) == 1
+    assert "unknown image tower" in (tmp_path / "c" / "index.html").read_text()
+
+
+def test_a_pair_that_breaks_ends_nothing_and_is_tried_again(
+    words: Words,
+    bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fit, asked = backbones.fit, []
+
+    def breaks_first(words: list[str], callbacks: Any) -> Path:
+        asked.append(words)
+        if len(asked) == 1:
+            raise RuntimeError("the disk\nis full")
+        return fit(words, callbacks)
+
+    monkeypatch.setattr(backbones, "fit", breaks_first)
+    given = words(tmp_path / "c", text_towers=bert)
+    assert main(["compare-backbones", *given]) == 1
+    (failed,) = result(tmp_path / "c")["failed"]
+    assert failed == {"name": "random:test_resnet × bert", "reason": "RuntimeError: the disk is full"}
+    assert "Traceback" in capsys.readouterr().err
+    assert main(["compare-backbones", *given]) == 0
+    assert len(asked) == 3
+    assert len(result(tmp_path / "c")["rows"]) == 2
+
+
+def test_ctrl_c_saves_the_pair_and_the_same_command_goes_on_with_it(
+    words: Words, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, asked = backbones.fit, []
+
+    def interrupted_second(words: list[str], callbacks: list[Callback]) -> Path:
+        asked.append(words)
+        return fit(words, [*callbacks, *([At(6)] if len(asked) == 2 else [])])
+
+    monkeypatch.setattr(backbones, "fit", interrupted_second)
+    given = words(tmp_path / "c", text_towers=bert, trainer__max_epochs=2)
+    assert main(["compare-backbones", *given]) == 130
+    assert [row["name"] for row in result(tmp_path / "c")["rows"]] == ["random:test_resnet × bert"]
+    assert main(["compare-backbones", *given]) == 0
+    assert len(asked) == 3  # the finished pair is not asked for again
+    stopped = runs_of(tmp_path / "c")["random_test_vit_x_bert-0"]
+    assert asked[2][-1] == f"--ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"
+    assert torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+    assert len(result(tmp_path / "c")["rows"]) == 2
+
+
+def test_a_file_says_the_same_and_the_command_line_goes_before_it(
+    words: Words, bert: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(backbones, "fit", lambda words, _: asked.append(words))
+    content = {
+        "image_towers": ["random:test_resnet", "random:test_vit"],
+        "text_towers": str(bert),
+        "config": "heads",
+        "seeds": 2,
+        "data": {"root": str(scenes), "image_size": 32, "batch_size": 8},
+        "data.num_workers": 0,
+        "model": {"loss": {"class_path": "InfoNCE", "init_args": {"label_smoothing": 0.2}}, "embed_dim": 16},
+        "trainer": {"logger": False},
+    }
+    (tmp_path / "towers.yaml").write_text(yaml.safe_dump(content))
+    given = [
+        f"--file={tmp_path / 'towers.yaml'}",
+        f"--out={tmp_path / 'c'}",
+        "--image_towers",
+        "random:test_vit",
+    ]
+    main(["compare-backbones", *given, "--model.embed_dim=8"])
+    assert len(asked) == 2
+    assert [
+        word for word in asked[1] if word.startswith(("--seed", "--model.embed", "--config", "--model.image"))
+    ] == [
+        "--config=heads",
+        "--model.embed_dim=16",
+        "--model.embed_dim=8",
+        "--model.image_tower=random:test_vit",
+        "--seed_everything=1",
+    ]
+    assert '--model.loss={"class_path": "InfoNCE", "init_args": {"label_smoothing": 0.2}}' in asked[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"image_towers": ...}, "--image_towers: expected names separated by commas"),
+        ({"text_towers": "a,,b"}, "--text_towers: expected names separated by commas"),
+        ({"seeds": 0}, "--seeds 0: expected 1 or more"),
+        ({"seeds": "x"}, "seeds"),
+        ({"data.root": "nowhere"}, "nowhere"),
+        ({"model.embed_dims": 3}, "did you mean --model.embed_dim?"),
+        ({"model.init_from": "bundle"}, "--model.init_from has towers already"),
+        ({"ckpt_path": "last"}, "--ckpt_path"),
+        ({"trainer.devices": 2}, "--trainer.devices"),
+        ({"config": "nosuch"}, "no configuration 'nosuch'"),
+        ({"file": "nowhere.yaml"}, "--file nowhere.yaml cannot be read"),
+        ({"seeds": "true"}, "seeds"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], expected: str
+) -> None:
+    given = words(tmp_path / "c", **{name.replace(".", "__"): value for name, value in changes.items()})
+    assert main(["compare-backbones", *given]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("clip-lightning: error: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"image_towers": 5}, "--image_towers: expected names"),
+        ({"image_towers": ["a", 5]}, "--image_towers: expected names"),
+        ({"image_towers": {"a": "b"}}, "--image_towers: expected names"),
+        ({"out": 5}, "--out 5: expected the name of a folder"),
+        ({"config": 5}, "config: expected a name or a list of names, got 5"),
+        ({"config": [5]}, "config: expected a name or a list of names, got [5]"),
+        ({"seeds": True}, "--seeds true: expected 1 or more"),
+        ({"seeds": datetime.date(2026, 1, 1)}, '--seeds "2026-01-01": expected 1 or more'),
+        ({5: "a"}, "expected names of options, got 5"),
+        ({"model": {"embed_dim": datetime.date(2026, 1, 1)}}, "embed_dim"),
+        (["a"], "expected options and their values"),
+    ],
+)
+def test_wrong_values_in_a_file_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, expected: str
+) -> None:
+    if isinstance(content, dict):
+        content = {"image_towers": "random:test_vit", "text_towers": "x"} | content
+    (tmp_path / "towers.yaml").write_text(yaml.safe_dump(content))
+    assert main(["compare-backbones", f"--file={tmp_path / 'towers.yaml'}"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("clip-lightning: error: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("compare", "usage: clip-lightning compare RUN [RUN ...] [options]"),
+        ("compare", "--group"),
+        ("compare-backbones", "[options of fit]"),
+        ("compare-backbones", "--seeds"),
+    ],
+)
+def test_help_lists_the_options(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert option in said and "--out" in said and "--json" in said
+
+
+# finished runs
+
+
+def write_run(folder: Path, rsum: float | None, digest: str = "d" * 64, **model: Any) -> Path:
+    """What a run leaves behind, as far as a comparison reads it."""
+    folder.mkdir(parents=True)
+    config = {"seed_everything": 0, "model": {"image_tower": "a", "text_tower": "x", **model}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    if rsum is not None:
+        recalls = dict.fromkeys(RECALLS, rsum / 6)
+        times = {"seconds": 50.0, "seconds_preparation": 30.0, "data_digest": digest}
+        (folder / "metrics.json").write_text(json.dumps({**recalls, "rsum": rsum, **times}))
+    return folder
+
+
+def test_finished_runs_are_measured_and_compared(finished: Path, tmp_path: Path) -> None:
+    """Of a run that was no part of a comparison, only the bundle is there to be measured."""
+    plain = tmp_path / "plain"
+    shutil.copytree(next(iter(runs_of(finished).values())), plain)
+    (plain / "costs.json").unlink()
+    assert main(["compare", str(finished), str(plain), f"--out={tmp_path / 'c'}"]) == 0
+    assert {path.name for path in (tmp_path / "c").iterdir()} == FILES
+    rows = {row["name"]: row for row in result(tmp_path / "c")["rows"]}
+    assert len(rows) == 4
+    (twice,) = (row for row in rows.values() if row["runs"] == 2)
+    assert str(plain) in twice["places"]
+    alone = {row["name"]: row for row in result(finished)["rows"]}[twice["name"]]
+    assert twice["rsum"] == alone["rsum"] and twice["std"]["rsum"] == 0
+    assert twice["parameters"] == alone["parameters"]
+    assert twice["parameters_trained"] == alone["parameters_trained"]
+    assert twice["image_latency_ms"] > 0
+
+
+def test_options_that_differ_are_columns_and_runs_without_results_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "runs" / "1", 100, dropout=0.1, loss={"class_path": "b.SigLIP", "init_args": {}})
+    write_run(tmp_path / "runs" / "2", 200, dropout=0.3, loss={"class_path": "b.SigLIP", "init_args": {}})
+    write_run(tmp_path / "runs" / "3", None)
+    (write_run(tmp_path / "runs" / "4", 1) / "metrics.json").write_text('{"seconds": 1}')
+    (write_run(tmp_path / "runs" / "5", 1) / "metrics.json").write_text("{")
+    assert main(["compare", "--json", str(tmp_path / "runs"), "--out", str(tmp_path / "c")]) == 0
+    out, err = capsys.readouterr()
+    table = json.loads(out)
+    assert main(["compare", "--json", "true", str(tmp_path / "runs"), "--out", str(tmp_path / "c")]) == 0
+    assert json.loads(capsys.readouterr().out) == table
+    options = [(row["rsum"], row["options"], row["training_seconds"]) for row in table["rows"]]
+    assert options == [(200, {"model.dropout": 0.3}, 20), (100, {"model.dropout": 0.1}, 20)]
+    reasons = [each["reason"] for each in table["left_out"]]
+    assert [reason.split()[:3] for reason in reasons] == [
+        ["it", "has", "no"],
+        ["it", "has", "no"],
+        ["its", "files", "cannot"],
+    ]
+    assert err.count("left out") == 3
+    assert "model.dropout" in (tmp_path / "c" / "comparison.md").read_text()
+
+
+def test_a_run_says_whether_it_was_interrupted(
+    words: Words, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = {"image_towers": ..., "text_towers": ..., "model.image_tower": "random:test_vit"}
+    fit = words(None, **pair, **{"model.text_tower": bert, "trainer.max_epochs": 2, "data.cache": tmp_path})
+    for step in (6, 99):
+        folder = tmp_path / str(step)
+        at = ["--trainer.callbacks=test_compare.At", f"--trainer.callbacks.step={step}"]
+        assert main(["fit", "--config=heads", *fit, f"--trainer.default_root_dir={folder}", *at]) in (0, 130)
+    capsys.readouterr()
+    given = [str(tmp_path / "6"), str(tmp_path / "99")]
+    assert main(["compare", "--json", *given, f"--out={tmp_path / 'c'}"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)["rows"]
+    assert {(Path(row["places"][0]).parent.name, row["unfinished"]) for row in rows} == {
+        ("6", "interrupted"),
+        ("99", ""),
+    }
+    assert "(interrupted)" in err
+    plain = {"parameters", "parameters_trained", "training_seconds", "feature_bytes_per_picture"}
+    assert all(row.keys() > plain | {"image_latency_ms"} for row in rows)  # which no comparison has trained
+
+
+def test_runs_on_different_data_are_flagged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / "1", 100), write_run(tmp_path / "2", 200, digest="e" * 64)]
+    assert main(["compare", *map(str, runs), f"--out={tmp_path / 'c'}"]) == 0
+    assert "WARNING: these runs were scored on 2 different data sets" in capsys.readouterr().err
+    assert [row["rank"] for row in result(tmp_path / "c")["rows"]] == [1, 1]
+    assert "2 different data sets" in (tmp_path / "c" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "nothing to compare: give the folders of runs"),
+        (["nowhere"], "nowhere is no folder"),
+        (["empty"], "empty holds no run"),
+        (["unfinished"], "unfinished is left out, it has no metrics.json"),
+        (["run", "--group=g"], "--group chooses among the runs of a W&B project"),
+        (["run", "--out=file"], "--out file cannot be made"),
+        (["run", "--seeds=2"], "seeds"),
+        (["run", "--out"], "--out"),
+        (["--out", "--json", "run"], "--out"),
+        (["wandb:project"], "expected wandb:ENTITY/PROJECT"),
+        (["wandb:entity/project"], "no W&B key is configured"),
+    ],
+)
+def test_mistakes_in_runs_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("file").touch()
+    write_run(Path("unfinished"), None)
+    write_run(Path("run"), 1)
+    assert main(["compare", *given]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("clip-lightning: error: ")
+    assert expected in line
+
+
+# Weights & Biases
+
+
+def test_pairs_are_runs_of_one_group_which_can_be_compared(
+    words: Words,
+    bert: Path,
+    wandb_server: WandbServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = words(tmp_path / "ours", text_towers=bert, trainer__logger=..., trainer__max_epochs=2)
+    assert main(["compare-backbones", *given]) == 0
+    runs = list(wandb_server.runs.values())
+    assert [run.display_name for run in runs] == ["random:test_resnet × bert", "random:test_vit × bert"]
+    assert {(run.group, run.state) for run in runs} == {("ours", "finished")}
+    capsys.readouterr()
+    theirs = ["compare", "--json", f"--out={tmp_path / 'theirs'}"]
+    assert main([*theirs, "wandb:tester/clip-lightning", "--group=ours"]) == 0
+    table, local = json.loads(capsys.readouterr().out), result(tmp_path / "ours")
+    for ours, online in zip(local["rows"], table["rows"], strict=True):
+        same = ours.keys() - {"places", "training_seconds"}
+        assert {name: online[name] for name in same} == {name: ours[name] for name in same}
+        assert online["training_seconds"] == pytest.approx(ours["training_seconds"], abs=1)
+    assert main([*theirs, f"wandb:tester/clip-lightning/{runs[0].id}"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    together = [str(tmp_path / "ours"), "wandb:tester/clip-lightning"]
+    assert main([*theirs, *together]) == 0  # the same runs twice, as if they were seeds
+    mixed = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["runs"], row["options"], row["std"]["rsum"]) for row in mixed] == [(2, {}, 0)] * 2
+    wandb_server.runs["tester", "clip-lightning", runs[0].id].state = "crashed"
+    assert main([*theirs, f"wandb:tester/clip-lightning/{runs[0].id}"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["unfinished"] == "crashed"
+    assert row["places"] == [f"wandb:tester/clip-lightning/{runs[0].id}"]
+    for place, group in (("tester/nosuch", []), ("tester/clip-lightning", ["--group=nosuch"])):
+        assert main([*theirs, f"wandb:{place}", *group]) == 2
+        assert f"wandb:{place}" in capsys.readouterr().err
+
+
+# costs
+
+
+def test_latency_leaves_the_model_as_it_was(make_clip: Callable[..., CLIP]) -> None:
+    clip = make_clip().train()
+    before = {name: value.clone() for name, value in clip.state_dict().items()}
+    began = time.perf_counter()
+    measured = image_latency(clip)
+    spent = 1000 * (time.perf_counter() - began)
+    assert clip.training
+    assert all(torch.equal(value, before[name]) for name, value in clip.state_dict().items())
+    assert 0 < measured["image_latency_ms"] < spent / 5  # there were five runs at least
+    assert clip.logit_scale.grad is None
+    counts = parameter_counts(clip)
+    clip.freeze("both")
+    assert parameter_counts(clip)["parameters"] == counts["parameters"] == counts["parameters_trained"]

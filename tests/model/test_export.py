@@ -1,0 +1,358 @@
+"""What is exported gives the same embeddings in the programs that it is for, or is refused and not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from huggingface_hub import HfApi
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from clip_lightning.__main__ import main
+from clip_lightning.data.scenes import draw
+from clip_lightning.errors import UserError
+from clip_lightning.commands.export import run
+from clip_lightning.model.export import onnx as onnx_towers
+from clip_lightning.model.export import open_clip as open_clip_folder
+from clip_lightning.model.clip import CLIP
+
+SENTENCES = ["a red circle", "two blue squares, a star", "a", "a green cross " * 40]
+EXACT = 1e-4
+
+
+def bundle(clip: CLIP, tmp_path: Path) -> Path:
+    """The bundle of a model whose scale is not the one that every model starts with."""
+    with torch.no_grad():
+        clip.logit_scale.fill_(3.25)
+        if clip.logit_bias is not None:
+            clip.logit_bias.fill_(-7.5)
+    return clip.save_pretrained(tmp_path / "model", metadata={"metrics": {"rsum": 12.5}, "license": "mit"})
+
+
+def export(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    """The JSON object that the command prints, alone."""
+    capsys.readouterr()
+    run(["export", *map(str, words), "--json"])
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def assert_nothing_left(folder: Path, *expected: str) -> None:
+    assert {path.name for path in folder.iterdir()} == set(expected)
+
+
+# a checkpoint of ours
+
+
+@pytest.fixture(scope="module")
+def trained(bert: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose text tower was frozen and whose image tower was trained."""
+    root = tmp_path_factory.mktemp("runs")
+    towers = ["--model.image_tower=random:test_resnet", f"--model.text_tower={bert}", "--model.freeze=text"]
+    options = ["--model.embed_dim=16", f"--data.root={scenes}", "--data.image_size=32", "--data.batch_size=4"]
+    quiet = ["--trainer.logger=false", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+    where = [f"--trainer.default_root_dir={root}", "--data.num_workers=0", "--data.cache=off"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["clip-lightning"])
+        assert main(["fit", *towers, *options, *quiet, *where]) == 0
+    (run_folder,) = root.iterdir()
+    return run_folder
+
+
+LIGHTNING = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+
+@LIGHTNING
+def test_a_checkpoint_becomes_the_bundle_that_its_run_wrote(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = export(capsys, trained / "checkpoints" / "best.ckpt", "--to", "bundle", "--out", tmp_path / "b")
+    assert answer == {"to": "bundle", "out": str(tmp_path / "b"), "max_difference": None}
+    for name in ("config.json", "README.md"):
+        assert (tmp_path / "b" / name).read_text() == (trained / "model" / name).read_text()
+    own, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "b", trained / "model"))
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+    last = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    export(capsys, trained / "checkpoints" / "last.ckpt", "--to", "bundle", "--out", tmp_path / "l")
+    of_last = load_file(tmp_path / "l" / "model.safetensors")
+    assert torch.equal(of_last["heads.image.1.weight"], last["state_dict"]["clip.heads.image.1.weight"])
+
+
+@LIGHTNING
+def test_a_checkpoint_that_does_not_belong_is_refused(trained: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "run"
+    shutil.copytree(trained, moved)
+    words = ["--to", "bundle", "--out", str(tmp_path / "out")]
+    best = moved / "checkpoints" / "best.ckpt"
+    content = torch.load(best, weights_only=True)
+    content["frozen_towers"]["clip.text_tower"] = "0" * 64
+    torch.save(content, best)
+    with pytest.raises(UserError, match="another frozen text_tower"):
+        run(["export", str(best), *words])
+    best.write_text("no checkpoint")
+    with pytest.raises(UserError, match="is no checkpoint"):
+        run(["export", str(best), *words])
+    (moved / "config.yaml").unlink()
+    with pytest.raises(UserError, match="not in the folder of its run"):
+        run(["export", str(best), *words])
+    assert_nothing_left(tmp_path, "run")
+
+
+# ONNX
+
+
+@pytest.mark.parametrize(
+    ("image", "pooling", "options"),
+    [
+        ("random:test_vit", "mean", {}),
+        ("random:test_resnet", "last", {"head": "mlp", "init_bias": -10.0}),
+    ],
+    ids=["vit", "resnet"],
+)
+def test_onnx_gives_the_same_embeddings(
+    make_clip: Callable[..., CLIP],
+    bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    image: str,
+    pooling: str,
+    options: dict[str, Any],
+) -> None:
+    clip = make_clip(image, f"random:{bert}@{pooling}", **options)
+    answer = export(capsys, bundle(clip, tmp_path), "--to", "onnx", "--out", tmp_path / "onnx")
+    assert answer["max_difference"] <= EXACT
+    assert_nothing_left(tmp_path / "onnx", "image.onnx", "text.onnx", "tokenizer.json", "config.json")
+    clip = CLIP.from_pretrained(tmp_path / "model")
+
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "image.onnx")
+    for count in (1, 2, 7, 33):
+        pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+        (found,) = session.run(None, {"pixel_values": pixels.numpy()})
+        assert found.dtype == np.float32 and found.shape == (count, 16)
+        assert np.linalg.norm(found, axis=1) == pytest.approx(1, abs=1e-5)
+        with torch.inference_mode():
+            np.testing.assert_allclose(found, clip.encode_image(pixels), atol=EXACT)
+    logits = session.get_modelmeta().custom_metadata_map
+    assert float(logits["scale"]) == pytest.approx(np.exp(3.25))
+    assert ("bias" in logits) == ("init_bias" in options)
+
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "text.onnx")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "onnx" / "tokenizer.json"))
+    for texts in (SENTENCES, SENTENCES[:1], SENTENCES * 30):  # more than the tower takes in one group
+        encoded = tokenizer.encode_batch(texts)
+        ids = np.array([each.ids for each in encoded])
+        mask = np.array([each.attention_mask for each in encoded])
+        (found,) = session.run(None, {"input_ids": ids, "attention_mask": mask})
+        np.testing.assert_allclose(found, clip.embed_texts(texts), atol=EXACT)
+
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    assert config["transform"] == clip.transform.as_dict()
+    assert config["scale"] == pytest.approx(np.exp(3.25))
+    assert config["license"] == "mit"
+
+
+def test_what_onnx_does_not_give_exactly_is_refused(
+    make_clip: Callable[..., CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bundle(make_clip("random:test_resnet"), tmp_path)
+    words = ["export", str(model), "--to", "onnx", "--out", str(tmp_path / "onnx")]
+    monkeypatch.setattr(onnx_towers, "TOLERANCE", 0.0)
+    with pytest.raises(UserError, match=r"image\.onnx differs from PyTorch by .*, more than 0\.0"):
+        run(words)
+    assert_nothing_left(tmp_path, "model")
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"pip install 'clip-lightning\[export\]'"):
+        run(words)
+    assert_nothing_left(tmp_path, "model")
+
+
+# open_clip
+
+
+@pytest.mark.parametrize(
+    ("pooling", "options"),
+    [("mean", {}), ("cls", {"init_bias": -10.0}), ("pooler", {})],
+)
+def test_open_clip_gives_the_same_embeddings(
+    make_clip: Callable[..., CLIP],
+    bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    pooling: str,
+    options: dict[str, Any],
+) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    clip = make_clip("random:test_resnet", f"random:{bert}@{pooling}", **options)
+    out = tmp_path / "open clip"
+    answer = export(capsys, bundle(clip, tmp_path), "--to", "open_clip", "--out", out)
+    assert answer["max_difference"] <= EXACT
+    clip = CLIP.from_pretrained(tmp_path / "model")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    model.eval()
+    tokenize = open_clip.get_tokenizer(f"local-dir:{out}")
+    draw(0, 1, 48).resize((90, 48)).save(tmp_path / "wide.png")
+    with torch.inference_mode(), Image.open(tmp_path / "wide.png") as picture:
+        texts = model.encode_text(tokenize(SENTENCES), normalize=True)
+        torch.testing.assert_close(texts, clip.embed_texts(SENTENCES), atol=EXACT, rtol=0)
+        theirs = model.encode_image(preprocess(picture.convert("RGB"))[None], normalize=True)
+        ours = clip.embed_images([tmp_path / "wide.png"])
+        assert (theirs @ ours.T).item() > 0.999  # Pillow resizes a little differently
+    assert model.logit_scale.exp().item() == pytest.approx(clip.scale.item())
+    assert (model.logit_bias is None) == (clip.logit_bias is None)
+    if clip.logit_bias is not None:
+        assert model.logit_bias.item() == -7.5
+
+
+def test_what_open_clip_cannot_express_is_refused(
+    make_clip: Callable[..., CLIP], bert: Path, tmp_path: Path
+) -> None:
+    reasons = {
+        "heads are not linear": make_clip("random:test_resnet", head="mlp"),
+        "pooled by 'last'": make_clip("random:test_resnet", f"random:{bert}@last"),
+        "built with {'img_size': 32}": make_clip("random:test_vit"),
+    }
+    for reason, clip in reasons.items():
+        model = bundle(clip, tmp_path)
+        with pytest.raises(UserError) as raised:
+            run(["export", str(model), "--to", "open_clip", "--out", str(tmp_path / "out")])
+        assert reason in str(raised.value) and "\n" not in str(raised.value)
+        assert_nothing_left(tmp_path, "model")
+    clip = make_clip("random:test_resnet")
+    assert open_clip_folder.inexpressible(clip) is None
+    clip.text_tower.spec["config"]["model_type"] = "gpt2"
+    assert "text tower is a gpt2" in str(open_clip_folder.inexpressible(clip))
+    clip.transform = replace(clip.transform, size=(32, 48))
+    assert "32x48 pixels are not square" in str(open_clip_folder.inexpressible(clip))
+    clip.image_tower.spec["architecture"] = "transformers"
+    assert "not timm's" in str(open_clip_folder.inexpressible(clip))
+
+
+def test_open_clip_that_gives_other_embeddings_is_refused(
+    make_clip: Callable[..., CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(
+            {**state, "text.proj.weight": state["text.proj.weight"].flip(0).contiguous()}, path, metadata
+        )
+
+    model = bundle(make_clip("random:test_resnet"), tmp_path)
+    monkeypatch.setattr(open_clip_folder, "save_file", damaged)
+    with pytest.raises(UserError, match="open_clip's embeddings of this model differ"):
+        run(["export", str(model), "--to", "open_clip", "--out", str(tmp_path / "out")])
+    assert_nothing_left(tmp_path, "model")
+
+
+# the hub
+
+
+class Hub:
+    """Answers the two calls of huggingface_hub's mixin, and keeps what it was sent."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+        self.created: dict[str, Any] = {}
+        self.uploaded: dict[str, Any] = {}
+        self.kept = kept
+        monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+        monkeypatch.setattr(HfApi, "create_repo", lambda _, **options: self._create(**options))
+        monkeypatch.setattr(HfApi, "upload_folder", lambda _, **options: self._upload(**options))
+
+    def _create(self, **options: Any) -> Any:
+        self.created = options
+        return type("RepoUrl", (), {"repo_id": options["repo_id"]})
+
+    def _upload(self, **options: Any) -> str:
+        self.uploaded = options
+        shutil.copytree(options["folder_path"], self.kept)
+        return f"https://hub/{options['repo_id']}/commit/1"
+
+
+def test_the_hub_gets_the_bundle_and_its_card(
+    make_clip: Callable[..., CLIP],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub = Hub(monkeypatch, tmp_path / "hub")
+    model = bundle(make_clip(), tmp_path)
+    answer = export(capsys, model, "--to", "hub", "--repo", "me/scenes", "--private", "true")
+    assert answer == {"to": "hub", "repo": "me/scenes", "url": "https://hub/me/scenes/commit/1"}
+    assert (hub.created["repo_id"], hub.created["private"]) == ("me/scenes", True)
+    assert (hub.uploaded["repo_id"], hub.uploaded["repo_type"]) == ("me/scenes", "model")
+    assert {path.name for path in hub.kept.iterdir()} == {path.name for path in model.iterdir()}
+    assert (hub.kept / "config.json").read_text() == (model / "config.json").read_text()
+    card = (hub.kept / "README.md").read_text()
+    assert 'CLIP.from_pretrained("me/scenes")' in card
+    assert "license: mit" in card and "| rsum | 12.50 |" in card
+    again, before = CLIP.from_pretrained(hub.kept), CLIP.from_pretrained(model)
+    assert torch.equal(again.embed_texts(SENTENCES), before.embed_texts(SENTENCES))
+
+    shutil.rmtree(hub.kept)
+    assert make_clip().push_to_hub("me/other") == "https://hub/me/other/commit/1"  # in Python
+    assert CLIP.from_pretrained(hub.kept).metadata == {}
+
+
+def test_a_hub_that_refuses_is_one_line(
+    make_clip: Callable[..., CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bundle(make_clip(), tmp_path)
+    words = ["export", str(model), "--to", "hub", "--repo", "me/scenes"]
+    with pytest.raises(UserError, match="needs a Hugging Face token"):
+        run(words)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    with pytest.raises(UserError, match=r"--repo me/scenes: the Hugging Face hub did not take it .*offline"):
+        run(words)
+    with pytest.raises(UserError, match="did not take it"):
+        run([*words[:-1], "no such/name/at all"])
+
+
+# words
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["MODEL", "--to", "onnx"], "give --out FOLDER"),
+        (["MODEL", "--to", "bundle", "--out", "new", "--repo", "a/b"], "no --repo"),
+        (["MODEL", "--to", "hub"], "give --repo OWNER/NAME"),
+        (["MODEL", "--to", "hub", "--repo", "a/b", "--out", "new"], "no --out"),
+        (["MODEL", "--to", "onnx", "--out", "full"], "there is something already"),
+        (["MODEL", "--to", "bundle", "--out", "full"], "something else than a bundle"),
+        (["MODEL", "--to", "onnx", "--out", "full/mine/new"], "cannot be written"),
+        (["MODEL", "--to", "bundle", "--out", "full/mine/new"], "cannot be written"),
+        (["nowhere", "--to", "onnx", "--out", "new"], "no model at 'nowhere'"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: list[str],
+    expected: str,
+    make_clip: Callable[..., CLIP],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    model = bundle(make_clip(), tmp_path)
+    with pytest.raises(UserError) as raised:
+        run(["export", *(str(model) if word == "MODEL" else word for word in words)])
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert_nothing_left(tmp_path, "full", "model")
+
+
+def test_an_unknown_format_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["export", "model", "--to", "tflite", "--out", "new"])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "bundle or onnx or open_clip or hub" in said

@@ -1,0 +1,239 @@
+"""Changed files of models, caches, checkpoints, indices: what they held, or one line; no other answer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fuzz import EDITS, JSON, Edits, edited
+
+from clip_lightning.training.checkpoints import SafeCheckpointIO, damage
+from clip_lightning.errors import UserError
+from clip_lightning.data.features import FeatureCache
+from clip_lightning.model.clip import CLIP
+
+QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+LONG = settings(max_examples=1000, deadline=None)
+BOTH = [pytest.param(QUICK, id="quick"), pytest.param(LONG, id="long", marks=pytest.mark.faults)]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value within a JSON value."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """The value with another one in one place."""
+    changed = copy.deepcopy(value)
+    holder = changed
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = new
+    return changed
+
+
+@pytest.fixture(scope="module")
+def bundle(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from clip_lightning.model.towers import ImageTower, TextTower
+
+    torch.manual_seed(0)
+    towers = ImageTower.from_name("random:test_vit", 32), TextTower.from_name(f"random:{bert}")
+    folder = tmp_path_factory.mktemp("bundle") / "model"
+    CLIP(*towers, embed_dim=16).save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor] | None:
+    """The weights of what lies there; None where it is refused in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return CLIP.from_pretrained(folder).state_dict()
+        except UserError as error:
+            assert "\n" not in str(error)
+            return None
+
+
+@pytest.mark.parametrize("examples", BOTH)
+def test_a_bundle_with_another_configuration(bundle: Path, examples: settings) -> None:
+    config = json.loads((bundle / "config.json").read_text())
+    weights = loaded(bundle)
+    assert weights is not None
+
+    # not the sizes: a number of layers drawn at random may take hours to build
+    numbers = (
+        st.integers(-3, 40)
+        | st.floats(-3, 40)
+        | st.sampled_from(["", "x", "../x", "hf-hub:a/b", None, [], {}])
+    )
+
+    @examples
+    @given(path=st.sampled_from([*places(config)]), new=numbers)
+    def check(path: tuple[Any, ...], new: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            copied = Path(folder) / "model"
+            shutil.copytree(bundle, copied)
+            (copied / "config.json").write_text(json.dumps(replaced(config, path, new)))
+            found = loaded(copied)
+            if found is not None:
+                assert found.keys() == weights.keys()
+                assert all(torch.equal(value, found[name]) for name, value in weights.items())
+
+    check()
+
+
+@pytest.mark.parametrize("examples", BOTH)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_bundle_with_other_bytes(bundle: Path, examples: settings, name: str) -> None:
+    content, weights = (bundle / name).read_bytes(), loaded(bundle)
+    assert weights is not None
+
+    @examples
+    @given(edits=EDITS)
+    def check(edits: Edits) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            copied = Path(folder) / "model"
+            shutil.copytree(bundle, copied)
+            changed = edited(content, edits)
+            (copied / name).write_bytes(changed)
+            found = loaded(copied)
+            if found is not None and name != "model.safetensors":
+                assert all(torch.equal(value, found[key]) for key, value in weights.items())
+            if found is not None and name == "tokenizer.json":
+                assert changed == content, "another tokenizer is refused"
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": "hf-hub:timm/resnet18.a1_in1k"},
+        {"arguments": {"checkpoint_path": "/etc/passwd"}},
+        {"arguments": {"pretrained_cfg": {"url": "https://example.org/x"}}},
+        {"arguments": {"cache_dir": "/tmp"}},
+    ],
+)
+def test_a_bundle_that_reaches_for_other_files(bundle: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    shutil.copytree(bundle, tmp_path / "model")
+    config = json.loads((bundle / "config.json").read_text())
+    config["image_tower"] |= change
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is no architecture of timm's"):
+        CLIP.from_pretrained(tmp_path / "model")
+
+
+# The cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("examples", BOTH)
+def test_a_cache_with_other_bytes_gives_what_was_computed(examples: settings, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    key = {"kind": "image", "name": "x"}
+
+    def rows(folder: Path) -> torch.Tensor:
+        found = FeatureCache(folder).get(key, len(values), lambda part: values[part.start : part.stop], "x")
+        return found.rows(range(len(values)))
+
+    truth = rows(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix in (".npy", ".json")]
+    assert {path.suffix for path in files} == {".npy", ".json"}
+
+    @examples
+    @given(file=st.sampled_from(files), edits=EDITS, value=JSON)
+    def check(file: Path, edits: Edits, value: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            copied = Path(folder) / "cache"
+            shutil.copytree(tmp_path, copied)
+            target = copied / file.relative_to(tmp_path)
+            target.write_bytes(edited(file.read_bytes(), edits))
+            assert torch.equal(rows(copied), truth)
+            if file.suffix == ".json":
+                target.write_text(json.dumps(value))
+                assert torch.equal(rows(copied), truth)
+
+    check()
+
+
+# Checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("examples", BOTH)
+def test_a_checkpoint_with_other_bytes(examples: settings, tmp_path: Path) -> None:
+    content = {"weights": torch.arange(50.0), "step": 3}
+    SafeCheckpointIO().save_checkpoint(content, tmp_path / "last.ckpt")
+    whole = (tmp_path / "last.ckpt").read_bytes()
+    target = tmp_path / "other.ckpt"
+
+    @examples
+    @given(
+        edits=st.lists(
+            st.tuples(st.integers(0, len(whole)), st.integers(0, 9), st.binary(max_size=9)), max_size=3
+        )
+    )
+    def check(edits: Edits) -> None:
+        target.write_bytes(edited(whole, edits))
+        if damage(target) is None:
+            try:
+                found = torch.load(target, weights_only=True)
+            except (
+                Exception
+            ):  # its table of contents is not covered by the checksums, and `check_fits` refuses it
+                return
+            assert torch.equal(found["weights"], content["weights"]) and found["step"] == content["step"]
+
+    check()
+
+
+# The index ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("examples", BOTH)
+def test_an_index_with_other_bytes(
+    bundle: Path, scenes: Path, examples: settings, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from clip_lightning.__main__ import main
+    from clip_lightning.search.index import ImageIndex
+
+    root = tmp_path_factory.mktemp("index") / "index"
+    assert main(["index", str(bundle), str(scenes), "--out", str(root)]) == 0
+    query = np.load(next(root.rglob("img_emb*.npy")), allow_pickle=False)[:1].astype(np.float32)
+    small = [
+        path
+        for path in root.rglob("*")
+        if path.is_file() and path.suffix in (".json", "", ".npy", ".parquet")
+    ]
+    known = {path.name for path in scenes.rglob("*.jpg")}
+
+    @examples
+    @given(file=st.sampled_from(sorted(small)), edits=EDITS)
+    def check(file: Path, edits: Edits) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            copied = Path(folder) / "index"
+            shutil.copytree(root, copied)
+            (copied / file.relative_to(root)).write_bytes(edited(file.read_bytes(), edits))
+            try:
+                index = ImageIndex.load(copied)
+                hits = index.search(query, 3)
+            except UserError as error:
+                assert "\n" not in str(error)
+                return
+            assert len(hits) == 1 and len(hits[0]) == 3
+            if file.suffix != ".parquet":
+                assert {Path(hit.path).name for hit in hits[0]} <= known
+
+    check()

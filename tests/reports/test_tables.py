@@ -1,0 +1,369 @@
+"""Pictures of every validation and of the end: on disk, in W&B, through a resume, never worth a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+
+from clip_lightning.data.captions import CaptionedImage, content_groups
+from clip_lightning.errors import UserError
+from clip_lightning.evaluation.retrieval import Embeddings
+from clip_lightning.reports.grids import thumbnail
+from clip_lightning.tracking.prediction_panel import PredictionTable
+
+if TYPE_CHECKING:
+    from wandb_server import WandbServer
+
+AT_THE_END = {"misses.png", "recall-history.png", "recall.png", "similarities.png"}
+
+
+def draw_pictures(folder: Path, count: int) -> list[CaptionedImage]:
+    """Pictures of one colour each, with two captions that say whose they are."""
+    images = []
+    for n in range(count):
+        images.append(CaptionedImage(folder / f"{n}.png", (f"picture {n} first", f"picture {n} second")))
+        Image.new("RGB", (60, 40), (200, 12 * n, 40)).save(images[n].path)
+    return images
+
+
+def perfect(count: int) -> Embeddings:
+    """Every picture on an axis of its own, with its two captions."""
+    axes, pictures = torch.eye(count), torch.arange(count)
+    owner = pictures.repeat_interleave(2)
+    return Embeddings(axes, axes[owner], pictures, owner, torch.arange(2 * count))
+
+
+class Stub(LightningModule):
+    """Embeds nothing: its embeddings are given, and made in the hook where the real module makes them."""
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        super().__init__()
+        self.given = embeddings
+        self.validation_embeddings: Embeddings | None = None
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: object, index: int) -> torch.Tensor:
+        return self.weight * 1
+
+    def validation_step(self, batch: object, index: int) -> None:
+        pass
+
+    def on_validation_epoch_end(self) -> None:
+        self.validation_embeddings = self.given
+        self.log_dict({"val/text_to_image_R@1": 100.0, "val/image_to_text_R@1": 50.0, "val/rsum": 600.0})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Pictures(LightningDataModule):
+    def __init__(self, images: list[CaptionedImage]) -> None:
+        super().__init__()
+        self.given = images
+
+    def images(self, split: str) -> list[CaptionedImage]:
+        assert split == "val"
+        return self.given
+
+    def content_ids(self, split: str) -> list[int]:
+        return content_groups(self.images(split))
+
+    def train_dataloader(self) -> list[int]:
+        return [0, 1]
+
+    val_dataloader = train_dataloader
+
+
+def stub_trainer(
+    images: list[CaptionedImage], root: Path, *, epoch: int = 0, **changes: object
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{
+            "state": SimpleNamespace(fn="fit"),
+            "sanity_checking": False,
+            "is_global_zero": True,
+            "datamodule": Pictures(images),
+            "current_epoch": epoch,
+            "global_step": 10 * epoch,
+            "default_root_dir": str(root),
+            "loggers": [],
+            "callback_metrics": {
+                "val/text_to_image_R@1": torch.tensor(25.0),
+                "val/rsum": torch.tensor(300.0),
+            },
+        }
+        | changes
+    )
+
+
+def test_nothing_is_written_outside_a_fit_and_on_other_ranks(tmp_path: Path) -> None:
+    images = draw_pictures(tmp_path, 3)
+    module = SimpleNamespace(validation_embeddings=perfect(3))
+    root = tmp_path / "run"
+    for change in (
+        {"sanity_checking": True},
+        {"is_global_zero": False},
+        {"state": SimpleNamespace(fn="validate")},
+        {"datamodule": None},
+    ):
+        PredictionTable().on_validation_end(stub_trainer(images, root, **change), module)
+    PredictionTable(queries=0).on_validation_end(stub_trainer(images, root), module)
+    PredictionTable().on_validation_end(
+        stub_trainer(images, root), SimpleNamespace(validation_embeddings=None)
+    )
+    assert not root.exists()
+    for arguments, name in (({"queries": -1}, "queries"), ({"top_k": 0}, "top_k")):
+        with pytest.raises(UserError, match=f"--predictions.{name}"):
+            PredictionTable(**arguments)
+
+
+def written(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "predictions").iterdir()}
+
+
+def test_history_survives_a_resume(tmp_path: Path) -> None:
+    images = draw_pictures(tmp_path, 3)
+    module = SimpleNamespace(validation_embeddings=perfect(3))
+    folder = tmp_path / "run"
+    for epoch in (0, 1, 2, 3, 2):  # stopped after epoch 3, gone on from the checkpoint of epoch 1
+        PredictionTable(folder=folder).on_validation_end(stub_trainer(images, tmp_path, epoch=epoch), module)
+    history = json.loads((folder / "predictions" / "history.json").read_text())
+    assert history.keys() == {"text_to_image", "image_to_text", "recall"}
+    for part in history.values():
+        assert list(part) == ["0", "1", "2"]
+    for direction in ("text_to_image", "image_to_text"):
+        ranks = list(history[direction].values())
+        assert len(ranks[0]) == 3 and set(ranks[0].values()) == {1}
+        assert ranks == ranks[:1] * 3  # the same rows in every epoch
+    assert history["recall"]["2"] == {"text_to_image_R@1": 25.0}
+    page = (folder / "predictions.html").read_text(encoding="utf-8")
+    assert page.count("epoch 0: <b>1</b> → 1: <b>1</b> → 2: <b>1</b>") == 6
+    assert not list(folder.rglob(".*"))
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"0": {"3": 1}}'])
+def test_a_broken_history_starts_anew(tmp_path: Path, content: str) -> None:
+    images = draw_pictures(tmp_path, 3)
+    record = tmp_path / "predictions" / "history.json"
+    record.parent.mkdir()
+    record.write_text(content)
+    module = SimpleNamespace(validation_embeddings=perfect(3))
+    PredictionTable().on_validation_end(stub_trainer(images, tmp_path, epoch=4), module)
+    assert list(json.loads(record.read_text())["text_to_image"]) == ["4"]
+
+
+def shuffled(count: int) -> Embeddings:
+    """Pictures on axes of their own, captions on those of others."""
+    whole = perfect(count)
+    return Embeddings(whole.image, whole.text.roll(2, 0), whole.image_id, whole.text_image_id, whole.text_id)
+
+
+@pytest.mark.parametrize("end", ["finished", "interrupted"])
+def test_the_whole_split_is_shown_once_at_the_end(tmp_path: Path, end: str) -> None:
+    images = draw_pictures(tmp_path, 12)
+    module = SimpleNamespace(validation_embeddings=shuffled(12))
+    callback = PredictionTable(queries=3, top_k=2)
+    for epoch in range(2):
+        callback.on_validation_end(stub_trainer(images, tmp_path, epoch=epoch), module)
+    assert not AT_THE_END & written(tmp_path)
+    trainer = stub_trainer(images, tmp_path, epoch=2)
+    module.validation_embeddings = None  # an unfinished validation changes nothing
+    if end == "finished":
+        callback.on_train_end(trainer, module)
+    else:
+        callback.on_exception(trainer, module, KeyboardInterrupt())
+    assert written(tmp_path) >= AT_THE_END
+    page = (tmp_path / "predictions.html").read_text(encoding="utf-8")
+    assert "What the model finds, epoch 1" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert page[page.index('id="misses"') :].count("<article>") == 3
+
+    (tmp_path / "predictions" / "misses.png").unlink()
+    callback.on_exception(trainer, module, RuntimeError("after the end"))
+    assert not (tmp_path / "predictions" / "misses.png").exists()
+
+
+def test_an_end_without_a_validation_shows_nothing(tmp_path: Path) -> None:
+    callback = PredictionTable(folder=tmp_path / "run")
+    callback.on_train_end(stub_trainer([], tmp_path), SimpleNamespace())
+    callback.on_exception(stub_trainer([], tmp_path), SimpleNamespace(), RuntimeError())
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_picture_and_none(tmp_path: Path) -> None:
+    for count in (0, 1):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        images = draw_pictures(folder, count)
+        callback = PredictionTable()
+        module = SimpleNamespace(validation_embeddings=perfect(count))
+        callback.on_validation_end(stub_trainer(images, folder), module)
+        assert {"epoch=00.png", "epoch=00-captions.png"} <= written(folder)
+        if count:
+            callback.on_train_end(stub_trainer(images, folder), module)
+            assert written(folder) >= AT_THE_END - {"recall-history.png"}
+        else:
+            with pytest.warns(UserWarning, match="nothing to retrieve"):
+                callback.on_train_end(stub_trainer(images, folder), module)
+        assert (folder / "predictions.html").exists()
+
+
+def test_what_cannot_be_shown_is_told_once(tmp_path: Path) -> None:
+    images = draw_pictures(tmp_path, 3)
+    broken = perfect(3)
+    broken.image[:, 0] = math.nan
+    module = SimpleNamespace(validation_embeddings=broken)
+    callback = PredictionTable()
+    with pytest.warns(UserWarning, match="could not be shown: ValueError: .*NaN") as caught:
+        for epoch in range(2):
+            callback.on_validation_end(stub_trainer(images, tmp_path, epoch=epoch), module)
+    assert len(caught) == 1
+    (tmp_path / "predictions").write_text("a file where the folder should be")
+    module.validation_embeddings = perfect(3)
+    with pytest.warns(UserWarning, match="could not be shown: .*Error") as caught:
+        PredictionTable().on_validation_end(stub_trainer(images, tmp_path), module)
+    assert len(caught) == 1
+
+
+def test_the_table_reaches_wandb_and_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = draw_pictures(tmp_path, 8)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
+    logger = WandbLogger(save_dir=tmp_path, mode="offline", project="tables")
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=logger,
+        callbacks=[PredictionTable(queries=4, top_k=3, folder=tmp_path / "run")],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=1,
+    )
+    trainer.fit(Stub(perfect(8)), datamodule=Pictures(images))
+    logger.experiment.finish()
+
+    names = sorted(path.name for path in (tmp_path / "run" / "predictions").iterdir())
+    assert names == sorted(
+        {"epoch=00-captions.png", "epoch=00.png", "epoch=01-captions.png", "epoch=01.png", "history.json"}
+        | AT_THE_END
+    )
+    run = next(tmp_path.glob("wandb/offline-run-*/files"))
+    shown = [
+        json.loads(path.read_text()) for path in run.glob("media/table/val/predictions_[0-9]*.table.json")
+    ]
+    columns = [
+        "epoch",
+        "query",
+        "rank",
+        "hit@3",
+        "true image",
+        "prediction 1",
+        "prediction 2",
+        "prediction 3",
+    ]
+    assert [table["columns"] for table in shown] == [columns] * 2
+    assert sorted(row[0] for table in shown for row in table["data"]) == [0] * 4 + [1] * 4
+    # The pictures themselves wait for `wandb sync` in an artifact.
+    files = {sha256(path.read_bytes()).hexdigest(): path for path in (tmp_path / "staged").rglob("tmp*")}
+    staged = [json.loads(path.read_text()) for path in files.values() if path.read_bytes().startswith(b"{")]
+    tables = [table for table in staged if table.get("_type") == "table"]
+    rows = [row for table in tables if table["columns"] == columns for row in table["data"]]
+    assert len(rows) == 8
+    for _epoch, query, rank, hit, wanted, *found in rows:
+        assert (rank, hit) == (1, True)
+        path = tmp_path / f"{query.split()[1]}.png"
+        assert (wanted["caption"], found[0]["caption"]) == (path.name, "1.000")
+        assert len({picture["sha256"] for picture in found}) == 3
+        for picture in (wanted, found[0]):
+            with Image.open(files[picture["sha256"]]) as image:
+                pixel, colour = image.getpixel((99, 99)), thumbnail(path).getpixel((99, 99))
+                assert all(abs(a - b) < 5 for a, b in zip(pixel, colour, strict=True))
+
+
+def test_a_refusing_wandb_warns_once_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(WandbLogger):
+        def __init__(self) -> None:
+            pass
+
+        @property
+        def experiment(self) -> object:
+            raise ConnectionError("server away")
+
+    images = draw_pictures(tmp_path, 3)
+    module = SimpleNamespace(validation_embeddings=perfect(3))
+    callback = PredictionTable()
+    with pytest.warns(UserWarning, match="server away") as caught:
+        for epoch in range(2):
+            trainer = stub_trainer(images, tmp_path, epoch=epoch, loggers=[Refusing()])
+            callback.on_validation_end(trainer, module)
+    assert len(caught) == 1
+    assert (tmp_path / "predictions" / "epoch=01.png").exists()
+
+
+def test_everything_reaches_the_server(wandb_server: WandbServer, tmp_path: Path) -> None:
+    images = draw_pictures(tmp_path, 6)
+    logger = WandbLogger(save_dir=tmp_path, project="p", id="one")
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=logger,
+        callbacks=[PredictionTable(queries=2, top_k=3)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Stub(shuffled(6)), datamodule=Pictures(images))
+    logger.experiment.finish()
+
+    (run,) = wandb_server.runs.values()
+    for name, times in {
+        "val/predictions": 2,
+        "val/predictions_image_to_text": 2,
+        "val/similarity_matched": 2,
+        "val/similarity_unmatched": 2,
+        "val/worst_misses": 1,
+        "val/similarities": 1,
+        "val/recall": 1,
+        "val/recall_history": 1,
+    }.items():
+        assert len([row for row in run.history if name in row]) == times, name
+    histogram = run.summary["val/similarity_matched"]
+    assert (histogram["_type"], histogram["values"]) == ("histogram", [12])  # all at right angles
+    assert histogram["bins"] == pytest.approx([0, 0.01])
+    histogram = run.summary["val/similarity_unmatched"]
+    assert histogram["values"] == [48, *[0] * 98, 12]
+    assert histogram["bins"] == pytest.approx([n / 100 for n in range(101)])
+    pictures = {name for name in run.files if name.startswith("media/images/val/") and name.endswith(".png")}
+    assert len(pictures) == 3
+    tables = [json.loads(content) for name, content in run.files.items() if f"{CAPTIONS}_" in name]
+    assert sorted(table["data"][0][0] for table in tables) == [0, 1]
+    rows = {}
+    for table in tables:
+        assert table["columns"] == ["epoch", "image", "rank", "hit@3", "own captions", *FOUND]
+        for epoch, _image, rank, hit, own, *found in table["data"]:
+            number = int(own.split()[1])
+            assert own == f"picture {number} first\npicture {number} second"
+            # The captions of the next picture lie on its axis; all others are level with its own, and win.
+            assert [each.split()[2] for each in found[:2]] == [str((number + 1) % 6)] * 2
+            assert (rank, hit) == (11, False)
+            assert not any("✓" in each for each in found)
+            rows.setdefault(epoch, []).append(own)
+    assert len(rows[0]) == 2 and rows[0] == rows[1]  # the same pictures in every epoch
+
+
+CAPTIONS = "media/table/val/predictions_image_to_text"
+FOUND = [f"prediction {n}" for n in (1, 2, 3)]

@@ -1,0 +1,268 @@
+"""Data and models as artifacts, through the real SDK: from one machine to another, online, offline, later."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from wandb_server import API_KEY, WandbServer
+
+from clip_lightning.errors import UserError
+from clip_lightning.model.clip import CLIP
+from clip_lightning.tracking.artifacts import ArtifactName, fetch, fetched
+
+Fit = Callable[..., Path]
+DATA = "tester/clip-lightning/scenes"
+
+
+def clip_lightning(*words: object, cache: Path, expect: int = 0, **environment: str) -> str:
+    """The command in a process of its own, on a machine with this cache folder."""
+    command = [sys.executable, "-m", "clip_lightning", *map(str, words)]
+    own = {"XDG_CACHE_HOME": str(cache), **environment}
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def fit(bert: Path, tmp_path: Path) -> Fit:
+    """Trains a small model with W&B; gives the run's folder."""
+
+    def train(data: dict[str, Any], *more: str, root: Path = tmp_path / "runs", **environment: str) -> Path:
+        options = {
+            "model.image_tower": "random:test_resnet",
+            "model.text_tower": f"random:{bert}",
+            "model.embed_dim": 16,
+            "data.image_size": 32,
+            "data.batch_size": 8,
+            "data.num_workers": 0,
+            "trainer.accelerator": "cpu",
+            "trainer.max_epochs": 1,
+            "trainer.log_every_n_steps": 1,
+            "trainer.enable_progress_bar": "false",
+            "trainer.default_root_dir": root,
+            **data,
+        }
+        words = [f"--{name}={value}" for name, value in options.items()]
+        clip_lightning("fit", *words, *more, cache=tmp_path / "trainer", **environment)
+        return max(root.iterdir(), key=lambda folder: folder.stat().st_mtime)
+
+    return train
+
+
+@pytest.fixture
+def uploaded(wandb_server: WandbServer, scenes: Path, tmp_path: Path) -> str:
+    """The scenes as an artifact: the name of its version."""
+    said = clip_lightning(
+        "data", "upload", scenes, "--artifact=scenes", "--json", cache=tmp_path / "uploader"
+    )
+    answer = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    assert (answer["artifact"], answer["pictures"], answer["captions"]) == (f"{DATA}:v0", 40, 200)
+    return str(answer["artifact"])
+
+
+@pytest.mark.slow
+def test_from_data_to_a_model_on_another_machine(
+    wandb_server: WandbServer,
+    uploaded: str,
+    scenes: Path,
+    fit: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = ["--trainer.logger.group=g", "--trainer.logger.tags=[a, b]", "--trainer.logger.notes=why so"]
+    run = fit({"data.artifact": f"{DATA}:latest"}, *labels, "--trainer.logger.job_type=train")
+
+    online = wandb_server.runs["tester", "clip-lightning", run.name]
+    assert (online.group, online.tags, online.notes, online.job_type) == ("g", ["a", "b"], "why so", "train")
+    assert online.config["data_artifact"] == uploaded
+    assert "finished" in [alert["title"] for alert in online.alerts]
+    # lineage: data → run → model
+    data = wandb_server.artifact(uploaded)
+    assert data.used_by == [online.key]
+    model = wandb_server.artifact(f"tester/clip-lightning/model-{run.name}:best")
+    assert model.logged_by == online.key
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert model.metadata["rsum"] == metrics["rsum"]
+    assert (model.metadata["data_artifact"], model.metadata["data_digest"]) == (
+        uploaded,
+        metrics["data_digest"],
+    )
+    assert model.metadata["image_tower"] == "random:test_resnet"
+    last = wandb_server.artifact(f"tester/clip-lightning/model-{run.name}-checkpoint:last")
+    assert list(last.contents) == ["last.ckpt"]
+    code = [home for home in wandb_server.collections.values() if home.type == "code"]
+    assert "module.py" in code[0].versions[0].contents
+
+    # a second machine, where nothing is cached
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    here = CLIP.from_pretrained(run / "model")
+    there = CLIP.from_pretrained(f"wandb:tester/clip-lightning/model-{run.name}:best")
+    texts = ["a large red circle", "a small blue square left of it"]
+    assert torch.equal(here.embed_texts(texts), there.embed_texts(texts))
+    pictures = sorted(scenes.glob("*.jpg"))[:5]
+    assert torch.equal(here.embed_images(pictures), there.embed_images(pictures))
+    # and without a network, the version that is there
+    wandb_server.stop()
+    again = CLIP.from_pretrained(f"wandb:tester/clip-lightning/model-{run.name}:v0")
+    assert torch.equal(again.embed_texts(texts), here.embed_texts(texts))
+    with pytest.raises(UserError, match="complete copies of it here: v0"):
+        fetch(ArtifactName.parse(f"tester/clip-lightning/model-{run.name}:v7", "wandb:"))
+    for file in run.rglob("*"):
+        assert not file.is_file() or API_KEY.encode() not in file.read_bytes(), file
+
+
+@pytest.fixture
+def dev_split(shared_data: Path, tmp_path: Path) -> Path:
+    """Flickr8k's dev split in Kaggle's layout."""
+    source, folder = shared_data / "flickr8k", tmp_path / "flickr8k-dev"
+    (folder / "Images").mkdir(parents=True)
+    names = set((source / "Flickr_8k.devImages.txt").read_text().split())
+    for name in names:
+        shutil.copy(source / "Images" / name, folder / "Images")
+    with (source / "captions.txt").open(newline="") as rows, (folder / "captions.txt").open("w") as kept:
+        kept.writelines(row for n, row in enumerate(rows) if n == 0 or row.partition(",")[0] in names)
+    return folder
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_flickr8k_from_its_artifact(
+    wandb_server: WandbServer, dev_split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Photographs and pretrained towers: upload, train elsewhere, load on a third machine, bit for bit."""
+    clip_lightning("data", "upload", dev_split, "--artifact=flickr8k-dev", cache=tmp_path / "uploader")
+    version = "tester/clip-lightning/flickr8k-dev:v0"
+    trainer = tmp_path / "trainer"
+    if mode == "offline":  # fetched while there was a network
+        monkeypatch.setenv("XDG_CACHE_HOME", str(trainer))
+        fetch(ArtifactName.parse(version, "--data.artifact"))
+    options = [
+        "--data.artifact",
+        version,
+        "--trainer.max_epochs=4",
+        f"--trainer.default_root_dir={tmp_path}/runs",
+    ]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    clip_lightning("fit", "--config", "heads", *options, *quiet, cache=trainer, WANDB_MODE=mode)
+    (run,) = (tmp_path / "runs").iterdir()
+    if mode == "offline":
+        (part,) = run.glob("wandb/offline-run-*")
+        command = [sys.executable, "-m", "wandb", "sync", str(part)]
+        assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    model = wandb_server.artifact(f"tester/clip-lightning/model-{run.name}:best")
+    assert model.logged_by in wandb_server.artifact(version).used_by
+    assert model.metadata["data_artifact"] == version
+    assert model.metadata["text_to_image_R@1"] > 5  # of 100 pictures, chance is 1
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    here = CLIP.from_pretrained(run / "model")
+    there = CLIP.from_pretrained(f"wandb:tester/clip-lightning/model-{run.name}:best")
+    pictures = sorted((dev_split / "Images").iterdir())[:8]
+    assert torch.equal(here.embed_images(pictures), there.embed_images(pictures))
+    texts = ["a dog runs on the beach", "two children on a swing"]
+    assert torch.equal(here.embed_texts(texts), there.embed_texts(texts))
+
+
+@pytest.mark.slow
+def test_offline_and_synced_later_it_is_the_same(
+    wandb_server: WandbServer, uploaded: str, fit: Fit, tmp_path: Path
+) -> None:
+    fetch(ArtifactName.parse(uploaded, "--data.artifact"))
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "clip-lightning" / "artifacts"
+    shutil.copytree(cache, tmp_path / "trainer" / "clip-lightning" / "artifacts")
+    asked = len(wandb_server.operations)
+    run = fit({"data.artifact": uploaded}, WANDB_MODE="offline")
+    assert len(wandb_server.operations) == asked  # nobody called
+    (offline,) = run.glob("wandb/offline-run-*")
+    command = [sys.executable, "-m", "wandb", "sync", str(offline)]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    online = wandb_server.runs["tester", "clip-lightning", run.name]
+    data = wandb_server.artifact(uploaded)
+    assert data.used_by == [online.key]
+    assert len(data.home.versions) == 1  # recognised, not uploaded again
+    model = wandb_server.artifact(f"tester/clip-lightning/model-{run.name}:best")
+    assert (model.logged_by, model.metadata["data_artifact"]) == (online.key, uploaded)
+    there = CLIP.from_pretrained(f"wandb:tester/clip-lightning/model-{run.name}:best")
+    texts = ["a large red circle"]
+    assert torch.equal(there.embed_texts(texts), CLIP.from_pretrained(run / "model").embed_texts(texts))
+
+
+def test_a_download_goes_on_and_damage_is_found(
+    wandb_server: WandbServer, uploaded: str, scenes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    name = ArtifactName.parse(f"{DATA}:latest", "--data.artifact")
+    folder = name.home / "v0"
+    shutil.copytree(scenes, folder)  # most of it came before the process was killed
+    missing, spoiled = sorted(folder.glob("*.jpg"))[:2]
+    wanted = {path.relative_to(scenes): path.read_bytes() for path in scenes.rglob("*") if path.is_file()}
+    missing.unlink()
+    spoiled.write_bytes(b"half")
+    with pytest.raises(UserError, match="not on this machine"):
+        fetched(name)
+    found = fetch(name)
+    assert found.folder == folder
+    assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == wanted
+    assert str(fetched(name).name) == uploaded
+    assert found.metadata["splits"] == fetched(name).metadata["splits"]
+
+
+def test_a_reference_is_followed(wandb_server: WandbServer, scenes: Path, tmp_path: Path) -> None:
+    clip_lightning("data", "upload", scenes, "--artifact=there", "--reference=true", cache=tmp_path)
+    contents = wandb_server.artifact("tester/clip-lightning/there:v0").contents
+    assert all(entry["ref"].startswith("file://") for entry in contents.values())
+    folder = fetch(ArtifactName.parse("tester/clip-lightning/there:v0", "--data.artifact")).folder
+    assert (folder / "captions.csv").read_bytes() == (scenes / "captions.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["flickr8k", "a/b", "a/b/c:d:e", "../b/c", "a/../c:v0", "a/b/..:v0", "a/b/c:.."]
+)
+def test_other_names_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="expected ENTITY/PROJECT/NAME:ALIAS"):
+        ArtifactName.parse(text, "--data.artifact")
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"WANDB_API_KEY": ""}, "no W&B API key is configured"),
+        ({"WANDB_MODE": "offline"}, "WANDB_MODE says offline"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_one_line(
+    wandb_server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    environment: dict[str, str],
+    line: str,
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=line):
+        fetch(ArtifactName.parse(f"{DATA}:latest", "--data.artifact"))
+
+
+def test_an_artifact_that_is_not_there(wandb_server: WandbServer) -> None:
+    with pytest.raises(UserError, match="W&B did not give the artifact"):
+        fetch(ArtifactName.parse("tester/clip-lightning/none:latest", "--data.artifact"))
+
+
+def test_one_source_of_data(make_module: Callable[..., Any], scenes: Path) -> None:
+    from clip_lightning import CaptionDataModule
+
+    module = make_module()
+    with pytest.raises(UserError, match="give one of them"):
+        CaptionDataModule(module.transform, module.tokenize, root=scenes, artifact=DATA)

@@ -1,0 +1,347 @@
+"""A run in W&B that is killed, resumed, cut off from its server: one run, every step once, nothing lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from wandb_server import API_KEY, Run, WandbServer
+from wandb_store import content_path
+
+from clip_lightning.tracking import lineage
+from clip_lightning.tracking.history import History, go_back
+from clip_lightning.tracking.lineage import Alerts
+from clip_lightning.tracking.logger import RunLogger
+
+STEPS = 4  # batches of 8 of the 32 training scenes
+EPOCHS = 5
+
+
+class Linger(Callback):
+    """Once a step is reached, says so in a file, and waits to be killed, or for the file to be removed."""
+
+    def __init__(self, step: int, note: str) -> None:
+        self.step, self.note = step, note
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            time.sleep(2)  # what was logged is on its way
+            Path(self.note).touch()
+            while Path(self.note).exists():
+                time.sleep(0.05)
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(bert: Path, scenes: Path, tmp_path: Path) -> Start:
+    """Starts a small `fit` that logs every step; `at` is the step at which it lingers."""
+
+    def begin(root: Path, *more: str, at: int | None = None, **environment: str) -> subprocess.Popen[str]:
+        options: dict[str, Any] = {
+            "model.image_tower": "random:test_resnet",
+            "model.text_tower": f"random:{bert}",
+            "model.embed_dim": 16,
+            "data.root": scenes,
+            "data.image_size": 32,
+            "data.batch_size": 8,
+            "data.num_workers": 0,
+            "predictions.queries": 0,
+            "trainer.accelerator": "cpu",
+            "trainer.max_epochs": EPOCHS,
+            "trainer.log_every_n_steps": 1,
+            "trainer.enable_progress_bar": "false",
+            "trainer.default_root_dir": root,
+        }
+        if at is not None:
+            options |= {
+                "trainer.callbacks+": "test_lineage.Linger",
+                "trainer.callbacks.step": at,
+                "trainer.callbacks.note": root / f"at-{at}",
+            }
+        words = [f"--{name}={value}" for name, value in options.items()]
+        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+        own = {"PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
+        command = [sys.executable, "-m", "clip_lightning", "fit", *words, *more]
+        return subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True)
+
+    return begin
+
+
+def kill_at(start: Start, root: Path, step: int, *more: str, **environment: str) -> None:
+    """Kill the run with -9 in the step after `step`."""
+    with start(root, *more, at=step, **environment) as process:
+        deadline = time.monotonic() + 120
+        while not (root / f"at-{step}").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+
+
+def finish(start: Start, root: Path, *more: str, **environment: str) -> str:
+    """Run to the end; gives what stderr says."""
+    with start(root, *more, **environment) as process:
+        said = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, said
+    assert "Traceback" not in said, said
+    return said
+
+
+def curve(run: Run, name: str) -> list[tuple[int, float]]:
+    return [(row["trainer/global_step"], row[name]) for row in run.history if name in row]
+
+
+def folder_of(root: Path) -> Path:
+    (folder,) = (path for path in root.iterdir() if path.is_dir())
+    return folder
+
+
+@pytest.mark.slow
+def test_killed_twice_and_resumed_it_is_one_run(
+    wandb_server: WandbServer, start: Start, tmp_path: Path
+) -> None:
+    finish(start, tmp_path / "undisturbed")
+    kill_at(start, tmp_path / "runs", 2 * STEPS + 2)
+    kill_at(start, tmp_path / "runs", 4 * STEPS + 1, "--ckpt_path=last")
+    finish(start, tmp_path / "runs", "--ckpt_path=last")
+
+    runs = {key[2]: run for key, run in wandb_server.runs.items()}
+    assert len(runs) == 2
+    whole, resumed = (runs[folder_of(tmp_path / root).name] for root in ("undisturbed", "runs"))
+    assert resumed.state == "finished"
+    names = ("train/loss", "train/scale", "lr-AdamW", "val/rsum", "val/text_to_image_R@1")
+    names = tuple(name for name in names if any(name in row for row in whole.history))
+    assert {"train/loss", "val/rsum"} <= set(names)
+    for name in names:
+        assert curve(resumed, name) == curve(whole, name), name
+    assert len(curve(whole, "train/loss")) == EPOCHS * STEPS
+    assert resumed.summary["val/rsum"] == whole.summary["val/rsum"]
+    metrics = [
+        json.loads((folder_of(tmp_path / r) / "metrics.json").read_text()) for r in ("undisturbed", "runs")
+    ]
+    assert metrics[0]["rsum"] == metrics[1]["rsum"]
+
+
+@pytest.mark.slow
+def test_begun_offline_it_goes_on_online(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
+    kill_at(start, tmp_path / "runs", 2 * STEPS + 2, WANDB_MODE="offline")
+    assert not wandb_server.runs
+    finish(start, tmp_path / "runs", "--ckpt_path=last")
+    (run,) = wandb_server.runs.values()
+    assert [step for step, _ in curve(run, "train/loss")] == [*range(EPOCHS * STEPS)]
+    assert [step for step, _ in curve(run, "val/rsum")] == [STEPS * (n + 1) - 1 for n in range(EPOCHS)]
+
+
+@pytest.mark.slow
+def test_two_offline_parts_sync_to_one_run(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
+    kill_at(start, tmp_path / "runs", 3 * STEPS + 1, WANDB_MODE="offline")
+    finish(start, tmp_path / "runs", "--ckpt_path=last", WANDB_MODE="offline")
+    parts = sorted((folder_of(tmp_path / "runs") / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    assert not wandb_server.runs  # a key is there, and yet nobody called
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, parts)]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    (run,) = wandb_server.runs.values()
+    assert [step for step, _ in curve(run, "train/loss")] == [*range(EPOCHS * STEPS)]
+    assert run.state == "finished"
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_run(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4"]
+    finish(start, tmp_path / "runs", *options, "--trainer.max_epochs=2")
+    (run,) = wandb_server.runs.values()
+    assert [step for step, _ in curve(run, "train/loss")] == [*range(2 * STEPS)]
+    assert len(wandb_server.collections[(*run.key[:2], f"model-{run.id}")].versions) == 1
+
+
+@pytest.mark.slow
+def test_a_preempted_run_says_so_and_leaves_its_model(
+    wandb_server: WandbServer, start: Start, tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    registry = "--trainer.logger.link_to=wandb-registry-model/retrieval"
+    with start(root, registry, at=STEPS + 2) as process:
+        deadline = time.monotonic() + 120
+        while not (root / f"at-{STEPS + 2}").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        (root / f"at-{STEPS + 2}").unlink()
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, said
+    (run,) = wandb_server.runs.values()
+    assert run.preempting
+    assert "stopped" in [alert["title"] for alert in run.alerts]
+    model = wandb_server.artifact(f"tester/clip-lightning/model-{run.id}:best")
+    last = wandb_server.artifact(f"tester/clip-lightning/model-{run.id}-checkpoint:last")
+    stored = wandb_server.blobs[content_path(last.contents["last.ckpt"]["digest"])]
+    assert (
+        torch.load(io.BytesIO(stored), weights_only=True)["global_step"] > STEPS
+    )  # of now, not of the epoch
+    linked = wandb_server.collections["test-organization", "wandb-registry-model", "retrieval"]
+    assert linked.find("latest") is model
+    finish(start, root, "--ckpt_path=last")
+    assert [step for step, _ in curve(run, "train/loss")] == [*range(EPOCHS * STEPS)]
+
+
+@pytest.mark.slow
+def test_online_then_cut_off_then_offline_then_online(
+    wandb_server: WandbServer, start: Start, tmp_path: Path
+) -> None:
+    """The server lacks the end of an online part; an offline part must not take its place."""
+    root = tmp_path / "runs"
+    with start(root, at=STEPS + 2, WANDB_FINISH_TIMEOUT="5") as process:
+        while not (root / f"at-{STEPS + 2}").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        wandb_server.stop()
+        (root / f"at-{STEPS + 2}").unlink()
+        deadline = time.monotonic() + 60
+        history = folder_of(root) / "wandb" / f"history-{folder_of(root).name}.jsonl"
+        while f'"step": {3 * STEPS}' not in history.read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.kill()
+    kill_at(start, root, 4 * STEPS + 1, "--ckpt_path=last", WANDB_MODE="offline")
+    wandb_server.recover()
+    finish(start, root, "--ckpt_path=last")
+    (run,) = wandb_server.runs.values()
+    assert [step for step, _ in curve(run, "train/loss")] == [*range(EPOCHS * STEPS)]
+
+
+# what is logged twice ------------------------------------------------------------------------------------
+
+
+def test_history_lets_each_step_through_once(tmp_path: Path) -> None:
+    file = tmp_path / "wandb" / "history.jsonl"
+    history = History(file)
+    assert history.new({"loss": 1.0, "lr": 0.1}, 0) == {"loss": 1.0, "lr": 0.1}
+    assert history.new({"rsum": 5.0, "table": object()}, 0).keys() == {"rsum", "table"}
+    assert history.new({"loss": 0.5}, 1) == {"loss": 0.5}
+    with file.open("a") as cut:
+        cut.write('{"step": 2, "lo')
+    resumed = History(file)
+    assert resumed.new({"loss": 0.5, "lr": 0.1}, 1) == {"lr": 0.1}
+    assert resumed.new({"loss": 0.5}, 1) == {}
+    assert resumed.new({"loss": 0.4, "rsum": 4.0}, 2) == {"loss": 0.4, "rsum": 4.0}
+    assert resumed.best({"loss": 1, "rsum": 4.0}) == {"rsum": 5.0}
+    assert list(History(file).rows()) == [
+        (0, {"loss": 1.0, "lr": 0.1}),
+        (0, {"rsum": 5.0, "table": None}),
+        (1, {"loss": 0.5}),
+        (1, {"lr": 0.1}),
+        (2, {"loss": 0.4, "rsum": 4.0}),
+    ]
+    with file.open("a") as torn:
+        torn.write('{"step": 3, "lo\n')
+    assert len(list(History(file).rows())) == 5
+    go_back(file)
+    assert History(file).new({"loss": 0.45}, 2) == {"loss": 0.45}
+    assert len(list(History(file).rows())) == 6
+
+
+# alerts --------------------------------------------------------------------------------------------------
+
+
+class SpokenTo:
+    """A run that notes its alerts."""
+
+    id = "x"
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.titles.append(title)
+
+
+def at_step(step: int, run: SpokenTo, **logged: float) -> Any:
+    logger = RunLogger.__new__(RunLogger)
+    logger._experiment = run
+    return SimpleNamespace(
+        global_step=step,
+        log_every_n_steps=10,
+        is_global_zero=True,
+        fast_dev_run=False,
+        loggers=[logger],
+        callback_metrics={name.replace("__", "/"): torch.tensor(value) for name, value in logged.items()},
+    )
+
+
+def test_a_loss_that_is_not_finite_is_told_once() -> None:
+    alerts, run, module = Alerts(), SpokenTo(), LightningModule()
+    alerts.on_train_batch_end(at_step(10, run, train__loss=1.0), module, None, None, 0)
+    assert run.titles == []
+    with pytest.warns(UserWarning, match="not finite at step 20"):
+        alerts.on_train_batch_end(at_step(20, run, train__loss=math.nan), module, None, None, 0)
+    alerts.on_train_batch_end(at_step(30, run, train__loss=math.inf), module, None, None, 0)
+    assert run.titles == ["the loss is not finite"]
+
+
+def test_a_loss_at_chance_is_told_when_it_stays_there() -> None:
+    alerts, run, module = Alerts(), SpokenTo(), LightningModule()
+
+    def until(first: int, last: int, share: float) -> None:
+        for step in range(first, last, 10):
+            alerts.on_train_batch_end(
+                at_step(step, run, train__loss=3.0, train__loss_over_ln_batch=share), module, None, None, 0
+            )
+
+    for _ in range(20):  # micro-batches of one step are one step
+        until(10, 20, 1.0)
+    until(20, lineage.STALLED_STEPS, 1.0)
+    until(lineage.STALLED_STEPS, lineage.STALLED_STEPS + 10, 0.9)  # it learns: the count starts anew
+    until(210, 400, 0.99)
+    assert run.titles == []
+    with pytest.warns(UserWarning, match=r"stays at ln\(batch\)"):
+        until(400, 420, 1.01)
+    assert run.titles == ["the loss stays at ln(batch)"]
+
+
+def test_a_scale_that_collapses_is_told_once() -> None:
+    alerts, run, module = Alerts(), SpokenTo(), LightningModule()
+    alerts.on_train_batch_end(at_step(10, run, train__scale=9.0), module, None, None, 0)
+    with pytest.warns(UserWarning, match=r"the scale has collapsed to 1\.50 at step 20"):
+        alerts.on_train_batch_end(at_step(20, run, train__scale=1.5), module, None, None, 0)
+    alerts.on_train_batch_end(at_step(30, run, train__scale=1.0), module, None, None, 0)
+    assert run.titles == ["the scale has collapsed"]
+
+
+# W&B out of order ----------------------------------------------------------------------------------------
+
+
+def no_key_in(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        assert not file.is_file() or API_KEY.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_keeps_the_run_offline(
+    wandb_server: WandbServer, start: Start, tmp_path: Path
+) -> None:
+    wandb_server.stop()
+    said = finish(start, tmp_path / "runs", "--trainer.max_epochs=1", WANDB_INIT_TIMEOUT="10")
+    assert "W&B did not start the run online" in " ".join(said.split())
+    folder = folder_of(tmp_path / "runs")
+    (part,) = (folder / "wandb").glob("offline-run-*")
+    no_key_in(folder)
+    wandb_server.recover()
+    command = [sys.executable, "-m", "wandb", "sync", str(part)]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    (run,) = wandb_server.runs.values()
+    assert len(curve(run, "train/loss")) == STEPS

@@ -1,0 +1,254 @@
+"""Zero-shot accuracy during `fit`: what `evaluate zero-shot` says of the bundle, on any number of ranks.
+
+Run as a program, this file validates with one process and with two, for the test of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+
+from clip_lightning.__main__ import main
+from clip_lightning.data.datamodule import CaptionDataModule
+from clip_lightning.errors import UserError
+from clip_lightning.training.module import CLIPModule
+from clip_lightning.tracking import zero_shot_panel as zero_shot
+from clip_lightning.tracking.zero_shot_panel import METRICS, ZeroShot
+
+if TYPE_CHECKING:
+    from wandb_server import WandbServer
+
+# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+COLOURS = {"red": (220, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 220), "yellow": (230, 220, 0)}
+COLOURS |= {"white": (250, 250, 250), "black": (5, 5, 5), "purple": (150, 0, 160)}
+
+
+def draw(root: Path) -> Path:
+    """Seven classes of plain colours, three pictures each."""
+    for name, colour in COLOURS.items():
+        (root / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (40, 32), tuple(max(value - 25 * i, 0) for value in colour)).save(
+                root / name / f"{i}.png"
+            )
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return draw(tmp_path / "colours")
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures went through the image tower each time."""
+    counts: list[int] = []
+    encode = zero_shot.encode_pictures
+
+    def count(clip: Any, pictures: Any, **options: Any) -> Any:
+        counts.append(len(pictures))
+        return encode(clip, pictures, **options)
+
+    monkeypatch.setattr(zero_shot, "encode_pictures", count)
+    return counts
+
+
+class Note(Callback):
+    """Remembers the figures after each validation."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = trainer.callback_metrics
+        self.seen.append({name: float(logged[f"val/{name}"]) for name in METRICS if f"val/{name}" in logged})
+
+
+class Swap(Callback):
+    """Puts other weights in for the validation, as averaging does."""
+
+    def _swap(self, module: Any) -> None:
+        with torch.no_grad():
+            module.clip.heads.text[1].weight.neg_()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+
+def data_for(module: CLIPModule, scenes: Path, batch_size: int = 8) -> CaptionDataModule:
+    return CaptionDataModule(
+        module.transform, module.tokenize, scenes, batch_size=batch_size, num_workers=0, cache="off"
+    )
+
+
+def trainer_for(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(
+        accelerator="cpu",
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **{"devices": 1, **quiet, **options},
+    )
+
+
+def test_fit_says_what_evaluate_says_of_its_bundle(
+    command: Callable[..., list[str]],
+    pictures: Path,
+    tmp_path: Path,
+    encoded: list[int],
+    capsys: pytest.CaptureFixture[str],
+):
+    zero_shot = [f"--zero_shot.data={pictures}", "--zero_shot.templates=none"]
+    words = command("fit", tmp_path / "runs", data__cache=tmp_path / "cache", trainer__max_epochs=3)
+    assert main([*words, *zero_shot]) == 0
+    assert "zero-shot top-1" in capsys.readouterr().out
+    assert encoded == [21], "the frozen tower ran once for all validations"
+    (run,) = (tmp_path / "runs").iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    words = [run / "model", pictures, "--templates", "none", "--json"]
+    assert main(["evaluate", "zero-shot", *map(str, words)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: metrics[name] for name in METRICS} == pytest.approx({name: found[name] for name in METRICS})
+    assert {path.name for path in (run / "zero_shot").iterdir()} == {
+        *("classes.csv", "confused.csv", "confusion.png", "calibration.csv", "reliability.png")
+    }
+    assert (run / "zero_shot" / "classes.csv").read_text().count("\n") == 8
+    words = [
+        "validate",
+        f"--config={run / 'config.yaml'}",
+        f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}",
+    ]
+    assert main(words) == 0
+    assert f"zero-shot top-1 {metrics['zero_shot_top1']:.1f}" in capsys.readouterr().out
+
+
+def test_every_second_validation_and_a_trained_tower(
+    make_module: Callable[..., CLIPModule],
+    scenes: Path,
+    pictures: Path,
+    tmp_path: Path,
+    encoded: list[int],
+):
+    module, note = make_module(freeze="none"), Note()
+    callback = ZeroShot(str(pictures), every=2)
+    trainer_for(tmp_path, callback, note, max_epochs=5).fit(module, data_for(module, scenes))
+    assert [sorted(seen) for seen in note.seen] == [[], sorted(METRICS), [], sorted(METRICS), []]
+    assert encoded == [21, 21]
+    assert callback.state_dict() == {"validations": 5}
+
+
+def test_the_weights_are_those_of_the_validation(
+    make_module: Callable[..., CLIPModule], scenes: Path, pictures: Path, tmp_path: Path
+):
+    def figures(*callbacks: Callback) -> dict[str, float]:
+        module, note = make_module(), Note()
+        trainer_for(tmp_path, *callbacks, note).validate(module, data_for(module, scenes), verbose=False)
+        return note.seen[0]
+
+    plain = figures(ZeroShot(str(pictures)))
+    swapped = figures(ZeroShot(str(pictures)), Swap())
+    assert swapped == figures(Swap(), ZeroShot(str(pictures))) != plain
+
+
+def test_tables_in_wandb(
+    wandb_server: WandbServer,
+    make_module: Callable[..., CLIPModule],
+    scenes: Path,
+    pictures: Path,
+    tmp_path: Path,
+):
+    import wandb
+
+    from clip_lightning.tracking.logger import RunLogger
+
+    module = make_module(freeze="none")
+    logger = RunLogger(project="p", id="one", save_dir=str(tmp_path), log_model=False)
+    trainer_for(tmp_path, ZeroShot(str(pictures)), logger=logger, max_epochs=1).fit(
+        module, data_for(module, scenes)
+    )
+    wandb.finish()
+    (run,) = wandb_server.runs.values()
+    assert run.summary["val/zero_shot_classes"]["nrows"] == 7
+    assert run.summary["val/zero_shot_confused"]["_type"] == "table-file"
+    assert run.summary["val/zero_shot_reliability"]["_type"] == "image-file"
+    assert len([row for row in run.history if "val/zero_shot_top1" in row]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data": "nothing"}, "there is no folder or file nothing"),
+        ({"every": 0}, "--zero_shot.every 0"),
+        ({"split": "dev"}, "--zero_shot.split dev"),
+        ({"data": ".", "templates": "odd"}, "--templates odd"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], said: str):
+    with pytest.raises(UserError, match=said):
+        ZeroShot(**options)
+
+
+def test_a_split_that_is_not_there(
+    make_module: Callable[..., CLIPModule], scenes: Path, pictures: Path, tmp_path: Path
+):
+    module = make_module()
+    trainer = trainer_for(tmp_path, ZeroShot(str(pictures), split="test"), max_epochs=1)
+    with pytest.raises(UserError, match=r"--zero_shot\.split test: .* has no such split"):
+        trainer.fit(module, data_for(module, scenes))
+
+
+# Ranks ----------------------------------------------------------------------------------------------------
+
+
+def validate_on_ranks(scenes: Path, bert: Path, pictures: Path, out: Path) -> None:
+    for devices in (2, 1):
+        torch.manual_seed(0)
+        module = CLIPModule("random:test_vit", f"random:{bert}", embed_dim=16, image_size=32)
+
+        class Write(Callback):
+            def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+                logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+                file = out / f"{trainer.world_size}-{trainer.global_rank}.json"
+                file.write_text(json.dumps({name: logged[f"val/{name}"] for name in METRICS}))
+
+        options = {"devices": devices, "strategy": "ddp_fork" if devices > 1 else "auto"}
+        trainer = trainer_for(out, ZeroShot(str(pictures)), Write(), max_epochs=2, **options)
+        trainer.validate(module, data_for(module, scenes), verbose=False)
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_figures_of_one(scenes: Path, bert: Path, pictures: Path, tmp_path: Path):
+    (pictures / "red" / "broken.png").write_bytes(b"")
+    done = subprocess.run(
+        [sys.executable, __file__, str(scenes), str(bert), str(pictures), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "It is recommended to use" not in done.stderr
+    one = json.loads((tmp_path / "1-0.json").read_text())
+    assert set(one) == set(METRICS)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"2-{rank}.json").read_text()) == one
+
+
+if __name__ == "__main__":
+    validate_on_ranks(*map(Path, sys.argv[1:]))

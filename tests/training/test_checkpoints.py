@@ -1,0 +1,153 @@
+"""Checkpoint files through kills, full disks and damage."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from clip_lightning.training import checkpoints
+from clip_lightning.training.checkpoints import SafeCheckpointIO, damage
+from clip_lightning.errors import AgreedStop, RunFailed, UserError
+from clip_lightning.training.runs import find_checkpoint
+from clip_lightning.training.sharding import ShardedStrategy
+
+
+def content(step: int) -> dict[str, Any]:
+    return {"step": step, "weights": torch.full((1000,), float(step))}
+
+
+def step_of(path: Path) -> int:
+    return torch.load(path, weights_only=True)["step"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with a last checkpoint of step 2, and that of step 1 before it; its folder of checkpoints."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (1, 2):
+        SafeCheckpointIO().save_checkpoint(content(step), folder / "last.ckpt")
+    SafeCheckpointIO().save_checkpoint(content(1), folder / "best.ckpt")
+    return folder
+
+
+def test_the_one_before_is_kept(run: Path) -> None:
+    assert sorted(path.name for path in run.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert (step_of(run / "last.ckpt"), step_of(run / "previous.ckpt")) == (2, 1)
+    assert damage(run / "last.ckpt") is None
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync", "link"])
+def test_killed_at_any_moment_there_is_a_last_checkpoint(run: Path, call: str) -> None:
+    for nth in range(1, 3):
+        child = os.fork()
+        if not child:
+            real, calls = getattr(os, call), iter(range(1, 99))
+
+            def killed(*args: Any, nth: int = nth, real: Any = real, calls: Any = calls) -> Any:
+                if next(calls) == nth:
+                    os._exit(9)
+                return real(*args)
+
+            setattr(os, call, killed)
+            SafeCheckpointIO().save_checkpoint(content(3), run / "last.ckpt")
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) in (0, 9)
+        assert damage(run / "last.ckpt") is None
+        assert damage(run / "previous.ckpt") is None
+        assert step_of(run / "last.ckpt") in (2, 3)
+    SafeCheckpointIO().save_checkpoint(content(4), run / "last.ckpt")
+    assert step_of(run / "last.ckpt") == 4
+    assert not list(run.glob(".last*")), "nor is anything left of those that were killed"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_loses_nothing(run: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.os, call, full)
+    with pytest.raises(RunFailed, match=r"cannot be written \(No space left on device\).*--ckpt_path last"):
+        SafeCheckpointIO().save_checkpoint(content(3), run / "last.ckpt")
+    monkeypatch.undo()
+    assert step_of(run / "last.ckpt") == 2
+    assert not [path for path in run.iterdir() if path.suffix == ".tmp"]
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = run / "last.ckpt"
+    whole = last.read_bytes()
+    assert find_checkpoint("last", run.parents[1]) == last
+    at = whole.index(torch.full((8,), 2.0).numpy().tobytes())
+    for damaged in (whole[:-100], whole[:2000], b"", whole[:at] + b"\xff" + whole[at + 1 :]):
+        last.write_bytes(damaged)
+        assert find_checkpoint("last", run.parents[1]) == run / "previous.ckpt"
+        assert f"{last} is damaged" in (said := capsys.readouterr().err)
+        assert "the one before is taken, previous.ckpt" in said
+    (run / "previous.ckpt").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"last.ckpt is damaged .*; name another checkpoint"):
+        find_checkpoint("last", run.parents[1])
+    (run / "best.ckpt").write_bytes(whole[:-1])
+    for given in ("best", run / "best.ckpt"):
+        with pytest.raises(UserError, match=r"best.ckpt is damaged"):
+            find_checkpoint(given, run.parents[1])
+
+
+def test_no_damage_is_a_traceback(run: Path) -> None:
+    whole = (run / "last.ckpt").read_bytes()
+    names = whole.index(b"PK\x01\x02")  # the table of contents, which no checksum covers
+    for place in range(names, len(whole)):
+        (run / "last.ckpt").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        damage(run / "last.ckpt")
+
+
+class Loop:
+    """As much of a trainer as is asked for whether a step is in hand."""
+
+    strategy: object = None
+
+    def __init__(self, started: int, processed: int) -> None:
+        self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self
+        self.started, self.processed = started, processed
+
+
+@pytest.mark.parametrize(
+    ("processed", "there", "saved"), [(3, True, True), (3, False, True), (2, True, False), (2, False, True)]
+)
+def test_half_a_step_takes_the_place_of_no_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processed: int, there: bool, saved: bool
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(ModelCheckpoint, "on_exception", lambda *given: asked.append(given))
+    if there:
+        (tmp_path / "last.ckpt").touch()
+    checkpoints.WhenInterrupted(tmp_path, "last").on_exception(Loop(3, processed), None, MemoryError())
+    assert bool(asked) == saved
+
+
+@pytest.mark.parametrize(
+    ("exception", "saved"),
+    [
+        (AgreedStop(), True),
+        (SIGTERMException(), True),
+        (KeyboardInterrupt(), False),
+        (MemoryError(), False),
+        (RunFailed("too many steps"), False),
+    ],
+)
+def test_sharded_weights_are_saved_when_all_ranks_have_agreed(exception: BaseException, saved: bool) -> None:
+    trainer = Loop(3, 3)
+    assert checkpoints.all_ranks_save(trainer, exception)
+    trainer.strategy = ShardedStrategy()
+    assert checkpoints.all_ranks_save(trainer, exception) == saved

@@ -1,0 +1,426 @@
+"""The losses against open_clip's, against loops written from the definitions, and at their limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor
+
+from clip_lightning.training import similarities
+from clip_lightning.errors import UserError
+from clip_lightning.training.losses import (
+    ContrastiveLoss,
+    InfoNCE,
+    MaxViolation,
+    Pairs,
+    SigLIP,
+    info_nce,
+    max_violation_loss,
+    siglip_loss,
+)
+
+SIZES = {"count": st.integers(1, 17), "width": st.integers(1, 20), "seed": st.integers(0, 2**32 - 1)}
+
+
+def unit(count: int, width: int, seed: int) -> Tensor:
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(rows, dim=-1)
+
+
+def value_and_gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def assert_equal_but_for_rounding(ours: list[Tensor], theirs: list[Tensor], size: float = 0.0) -> None:
+    """Relative to the tensor's own size, or to `size`, the terms of which a gradient near 0 is made."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert (one - other).norm() <= 1e-6 * max(other.norm().item(), size)
+
+
+@given(**SIZES, scale=st.floats(0.5, 100))
+@settings(max_examples=60, deadline=None)
+def test_info_nce_and_its_gradients_are_open_clips(count: int, width: int, seed: int, scale: float) -> None:
+    inputs = unit(count, width, seed), unit(count, width, seed + 1), torch.tensor(scale)
+    assert_equal_but_for_rounding(
+        value_and_gradients(info_nce, *inputs), value_and_gradients(ClipLoss(), *inputs), size=max(1, scale)
+    )
+
+
+@given(**SIZES, scale=st.floats(0.5, 100), bias=st.floats(-20, 20))
+@settings(max_examples=60, deadline=None)
+def test_siglip_and_its_gradients_are_open_clips(
+    count: int, width: int, seed: int, scale: float, bias: float
+) -> None:
+    inputs = unit(count, width, seed), unit(count, width, seed + 1), torch.tensor(scale), torch.tensor(bias)
+    assert_equal_but_for_rounding(
+        value_and_gradients(siglip_loss, *inputs),
+        value_and_gradients(SigLipLoss(), *inputs),
+        size=max(1, scale),
+    )
+
+
+def logits_by_hand(image: Tensor, text: Tensor, scale: float) -> list[list[float]]:
+    return [
+        [scale * sum(x * y for x, y in zip(a, b, strict=True)) for b in text.tolist()] for a in image.tolist()
+    ]
+
+
+def info_nce_by_hand(image: Tensor, text: Tensor, scale: float, ids: list[int], text_ids: list[int]) -> float:
+    """For each row with positives the mean of -log p over them; of these rows the mean; both ways."""
+
+    def one_way(logits: list[list[float]], mine: list[int], others: list[int]) -> float:
+        rows = []
+        for row, own in zip(logits, mine, strict=True):
+            total = sum(math.exp(x - max(row)) for x in row)
+            minus_log_p = [math.log(total) + max(row) - x for x in row]
+            positives = [p for p, other in zip(minus_log_p, others, strict=True) if other == own]
+            if positives:
+                rows.append(sum(positives) / len(positives))
+        return sum(rows) / len(rows) if rows else 0.0
+
+    logits = logits_by_hand(image, text, scale)
+    transposed = [list(column) for column in zip(*logits, strict=True)]
+    return (one_way(logits, ids, text_ids) + one_way(transposed, text_ids, ids)) / 2
+
+
+def siglip_by_hand(
+    image: Tensor, text: Tensor, scale: float, bias: float, ids: list[int], text_ids: list[int]
+) -> float:
+    total = 0.0
+    for i, row in enumerate(logits_by_hand(image, text, scale)):
+        for j, logit in enumerate(row):
+            signed = (logit + bias) * (1 if ids[i] == text_ids[j] else -1)
+            total += max(-signed, 0) + math.log1p(math.exp(-abs(signed)))
+    return total / len(ids)
+
+
+@st.composite
+def multi_positive(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """Copies of pictures, several captions or none a picture, captions of pictures that are not there."""
+    ids = draw(st.lists(st.integers(0, 5), min_size=1, max_size=8))
+    text_ids = draw(st.lists(st.integers(0, 7), min_size=1, max_size=12))
+    seed = draw(st.integers(0, 2**32 - 1))
+    return unit(len(ids), 4, seed), unit(len(text_ids), 4, seed + 1), ids, text_ids
+
+
+@given(case=multi_positive(), scale=st.floats(0.5, 100))
+@settings(max_examples=60, deadline=None)
+def test_several_positives_against_loops(
+    case: tuple[Tensor, Tensor, list[int], list[int]], scale: float
+) -> None:
+    image, text, ids, text_ids = case
+    options = {"image_id": torch.tensor(ids), "text_image_id": torch.tensor(text_ids)}
+    ours = info_nce(image, text, scale, **options).item()
+    assert ours == pytest.approx(info_nce_by_hand(image, text, scale, ids, text_ids), rel=1e-5, abs=1e-5)
+    ours = siglip_loss(image, text, scale, -3.0, **options).item()
+    assert ours == pytest.approx(siglip_by_hand(image, text, scale, -3.0, ids, text_ids), rel=1e-5, abs=1e-5)
+
+
+@given(case=multi_positive(), seed=st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_a_batch_does_not_matter(
+    case: tuple[Tensor, Tensor, list[int], list[int]], seed: int
+) -> None:
+    image, text, ids, text_ids = case[0], case[1], torch.tensor(case[2]), torch.tensor(case[3])
+    torch.manual_seed(seed)
+    i, j = torch.randperm(len(image)), torch.randperm(len(text))
+    for loss in (InfoNCE(), InfoNCE(0.1), SigLIP()):
+        scale, bias = torch.tensor(20.0), torch.tensor(-5.0)
+        straight = loss(image, text, scale, bias, ids, text_ids)
+        shuffled = loss(image[i], text[j], scale, bias, ids[i], text_ids[j])
+        torch.testing.assert_close(shuffled, straight, rtol=1e-5, atol=1e-5)
+
+
+def in_blocks(loss: Callable[..., Tensor], block: int) -> Callable[..., Tensor]:
+    """The loss with at most so many similarities held at a time."""
+
+    def wrapped(*args: Any, **options: Any) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(similarities, "BLOCK", block)
+            return loss(*args, **options)
+
+    return wrapped
+
+
+@given(**SIZES, scale=st.floats(0.5, 5), block=st.integers(1, 100))
+@settings(max_examples=60, deadline=None)
+def test_blocks_give_open_clips_values_and_gradients(
+    count: int, width: int, seed: int, scale: float, block: int
+) -> None:
+    inputs = unit(count, width, seed), unit(count, width, seed + 1), torch.tensor(scale)
+    assert_equal_but_for_rounding(
+        value_and_gradients(in_blocks(info_nce, block), *inputs),
+        value_and_gradients(ClipLoss(), *inputs),
+        size=max(1, scale),
+    )
+    inputs = *inputs, torch.tensor(-3.0)
+    assert_equal_but_for_rounding(
+        value_and_gradients(in_blocks(siglip_loss, block), *inputs),
+        value_and_gradients(SigLipLoss(), *inputs),
+        size=max(1, scale),
+    )
+
+
+@given(case=multi_positive(), block=st.integers(1, 60), smoothing=st.sampled_from([0.0, 0.1]))
+@settings(max_examples=60, deadline=None)
+def test_blocks_give_the_same_with_several_positives(
+    case: tuple[Tensor, Tensor, list[int], list[int]], block: int, smoothing: float
+) -> None:
+    image, text, ids, text_ids = case
+    options = {"image_id": torch.tensor(ids), "text_image_id": torch.tensor(text_ids)}
+    smooth = options | {"label_smoothing": smoothing}
+    scale, bias, margin = torch.tensor(5.0), torch.tensor(-5.0), torch.tensor(0.3)
+    for loss, rest, given_ids in (
+        (info_nce, (scale,), smooth),
+        (siglip_loss, (scale, bias), options),
+        (max_violation_loss, (margin,), options),
+    ):
+        plain, blocks = (
+            value_and_gradients(partial(form, **given_ids), image, text, *rest)
+            for form in (loss, in_blocks(loss, block))
+        )
+        assert_equal_but_for_rounding(blocks, plain, size=5)
+
+
+def test_blocks_at_a_size_where_they_are_used() -> None:
+    """2,100 × 2,100 similarities, with copies of pictures and of captions."""
+    image, text, scale = unit(2100, 8, 0), unit(2100, 8, 1), torch.tensor(14.0)
+    ids = torch.arange(2100) % 2000
+    assert len(image) * len(text) > similarities.BLOCK
+    smooth = partial(info_nce, image_id=ids, label_smoothing=0.1)
+    blocks = value_and_gradients(smooth, image, text, scale)
+    plain = value_and_gradients(in_blocks(smooth, 2**40), image, text, scale)
+    assert_equal_but_for_rounding(blocks, plain, size=14)
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP(), MaxViolation()])
+def test_blocks_under_autocast_take_the_same_gradients(loss: ContrastiveLoss) -> None:
+    ids = torch.arange(64) % 50
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def mixed(image: Tensor, text: Tensor) -> Tensor:
+        return loss(image, text, torch.tensor(100.0), torch.tensor(-10.0), ids, ids)
+
+    inputs = unit(64, 32, 0), unit(64, 32, 1)
+    plain, blocks = (value_and_gradients(form, *inputs) for form in (mixed, in_blocks(mixed, 500)))
+    assert_equal_but_for_rounding(blocks, plain, size=100)
+    # gradients of embeddings in bf16 are rounded once, not once for each block
+    rounded = [tensor.bfloat16().float() for tensor in inputs]
+    _, *exact = value_and_gradients(mixed, *rounded)
+    _, *blocks = value_and_gradients(in_blocks(lambda a, b: mixed(a.bfloat16(), b.bfloat16()), 500), *rounded)
+    for one, other in zip(blocks, exact, strict=True):
+        assert (one - other).norm() <= 2**-9 * other.norm()
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP(), MaxViolation()])
+def test_no_array_of_all_similarities_is_kept(loss: ContrastiveLoss) -> None:
+    image, text, ids, kept = unit(64, 4, 0).requires_grad_(), unit(48, 4, 1), torch.arange(64), []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    arguments = image, text, torch.tensor(10.0), torch.tensor(-3.0), ids, ids[:48]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        in_blocks(loss, 256)(*arguments)
+        assert max(kept) < 64 * 48 / 4
+        kept.clear()
+        loss(*arguments)
+        assert max(kept) == 64 * 48
+
+
+class Custom(ContrastiveLoss):
+    """A user's own, which knows nothing of shares."""
+
+    def forward(
+        self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, *ids: Tensor
+    ) -> Tensor:
+        return (image @ text.T * scale).exp().mean()
+
+
+@given(
+    ranks=st.integers(1, 4),
+    images=st.integers(1, 4),
+    texts=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+    block=st.sampled_from([3, 20, 2**22]),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_shares_of_all_ranks_are_the_loss(
+    ranks: int, images: int, texts: int, seed: int, block: int, data: st.DataObject
+) -> None:
+    ids, text_ids = (
+        torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count)))
+        for count in (ranks * images, ranks * texts)
+    )
+    inputs = unit(ranks * images, 4, seed), unit(ranks * texts, 4, seed + 1), torch.tensor(5.0)
+
+    def joined(loss: ContrastiveLoss, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        everyone = Pairs(image, text, ids, text_ids)
+        parts = (image.chunk(ranks), text.chunk(ranks), ids.chunk(ranks), text_ids.chunk(ranks))
+        own = [Pairs(*part) for part in zip(*parts, strict=True)]
+        return torch.stack([loss.share(each, everyone, scale, None) for each in own]).mean()
+
+    for loss in (InfoNCE(), InfoNCE(0.1), SigLIP(), MaxViolation(0.3), Custom()):
+        whole = value_and_gradients(lambda *x, loss=loss: loss(*x, None, ids, text_ids), *inputs)
+        shares = value_and_gradients(in_blocks(partial(joined, loss), block), *inputs)
+        assert_equal_but_for_rounding(shares, whole, size=5)
+
+
+def test_a_share_holds_its_own_rows_only() -> None:
+    ids, kept = torch.arange(64), []
+    everyone = Pairs(unit(64, 4, 0).requires_grad_(), unit(64, 4, 1), ids, ids)
+    own = Pairs(everyone.image[:16], everyone.text[:16], ids[:16], ids[:16])
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    for loss in (InfoNCE(0.1), SigLIP(), MaxViolation()):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss.share(own, everyone, torch.tensor(10.0), torch.tensor(-3.0))
+        assert max(kept) == 16 * 64
+        kept.clear()
+
+
+def test_no_positive_at_all_is_no_loss() -> None:
+    image, text = unit(3, 4, 0).requires_grad_(), unit(2, 4, 1)
+    loss = info_nce(image, text, 10.0, image_id=torch.arange(3), text_image_id=torch.tensor([7, 8]))
+    loss.backward()
+    assert loss == 0
+    assert image.grad is not None and not image.grad.any()
+
+
+@given(**SIZES, smoothing=st.floats(0, 0.9))
+@settings(max_examples=30, deadline=None)
+def test_label_smoothing_is_torchs(count: int, width: int, seed: int, smoothing: float) -> None:
+    image, text, target = unit(count, width, seed), unit(count, width, seed + 1), torch.arange(count)
+    logits = 30 * image @ text.T
+    expected = sum(F.cross_entropy(x, target, label_smoothing=smoothing) for x in (logits, logits.T)) / 2
+    ours = info_nce(image, text, 30.0, label_smoothing=smoothing)
+    torch.testing.assert_close(ours, torch.as_tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [similarities.BLOCK, 1000])
+@pytest.mark.parametrize("loss", [InfoNCE(), InfoNCE(0.1), SigLIP()])
+def test_bf16_rounds_the_embeddings_and_nothing_else(
+    loss: ContrastiveLoss, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(similarities, "BLOCK", block)
+    image, text, ids = unit(64, 32, 0), unit(64, 32, 1), torch.arange(64)
+    image = F.normalize(0.5 * image + 0.5 * text, dim=-1)
+    scale, bias = torch.tensor(100.0), torch.tensor(-10.0)
+    exact = loss(image, text, scale, bias, ids, ids)
+    rounded = loss(image.bfloat16().float(), text.bfloat16().float(), scale, bias, ids, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = loss(image.bfloat16(), text.bfloat16(), scale, bias, ids, ids)
+        inside = loss(image, text, scale, bias, ids, ids)
+    assert mixed.dtype == torch.float32
+    assert mixed == rounded
+    assert inside == exact
+    torch.testing.assert_close(mixed, exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(), InfoNCE(0.1), SigLIP()])
+@pytest.mark.parametrize("scale", [100.0, 1e4])
+def test_identical_and_opposite_embeddings_give_finite_numbers(loss: ContrastiveLoss, scale: float) -> None:
+    same = unit(1, 8, 0).expand(16, -1)
+    for text in (same, -same):
+        leaves = [same.clone().requires_grad_(), text.clone().requires_grad_()]
+        factor, bias = torch.tensor(scale, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+        value = loss(*leaves, factor, bias, torch.arange(16), torch.arange(16))
+        value.backward()
+        assert value.isfinite()
+        for leaf in (*leaves, factor, bias):
+            assert leaf.grad is None or leaf.grad.isfinite().all()
+    assert info_nce(same, same, 100.0).item() == pytest.approx(math.log(16), rel=1e-6)
+
+
+def test_modules_are_the_functions() -> None:
+    image, text = unit(3, 4, 0), unit(5, 4, 1)
+    ids, text_ids = torch.tensor([4, 2, 9]), torch.tensor([2, 2, 4, 9, 1])
+    scale, bias = torch.tensor(9.0), torch.tensor(-2.0)
+    options = {"image_id": ids, "text_image_id": text_ids}
+    nce = InfoNCE(label_smoothing=0.2)(image, text, scale, None, ids, text_ids)
+    assert nce == info_nce(image, text, scale, **options, label_smoothing=0.2)
+    sigmoid = SigLIP()(image, text, scale, bias, ids, text_ids)
+    assert sigmoid == siglip_loss(image, text, scale, bias, **options)
+    assert SigLIP()(image, text, scale, None, ids, text_ids) == siglip_loss(
+        image, text, scale, 0.0, **options
+    )
+    assert (InfoNCE().init_bias, SigLIP().init_scale, SigLIP().init_bias) == (None, 10.0, -10.0)
+    assert InfoNCE().init_scale == pytest.approx(14.2857, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "options"),
+    [
+        ((3, 4), (3, 5), {}),
+        ((3, 4), (2, 4), {}),
+        ((12,), (3, 4), {}),
+        ((3, 4), (3, 4, 1), {}),
+        ((3, 4), (3, 4), {"image_id": torch.arange(2)}),
+        ((3, 4), (5, 4), {"image_id": torch.arange(3)}),
+        ((3, 4), (5, 4), {"image_id": torch.arange(3), "text_image_id": torch.arange(3)}),
+    ],
+)
+def test_shapes_that_do_not_belong_together(
+    image: tuple[int, ...], text: tuple[int, ...], options: dict[str, Tensor]
+) -> None:
+    for loss, rest in ((info_nce, ()), (siglip_loss, (0.0,))):
+        with pytest.raises(ValueError, match=r"expected|images with"):
+            loss(torch.zeros(image), torch.zeros(text), 1.0, *rest, **options)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, 3.0])
+def test_label_smoothing_is_a_share(smoothing: float) -> None:
+    with pytest.raises(UserError, match="label_smoothing"):
+        InfoNCE(label_smoothing=smoothing)
+
+
+def test_max_violation_follows_its_definition() -> None:
+    torch.manual_seed(0)
+    image, text = unit(4, 8, 0), unit(6, 8, 1)
+    image_id, text_image_id = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 3, 0])
+    cosine = (image @ text.T).tolist()
+    costs = []
+    for i in range(4):
+        for j in range(6):
+            if image_id[i] != text_image_id[j]:
+                continue
+            texts = [cosine[i][k] for k in range(6) if image_id[i] != text_image_id[k]]
+            images = [cosine[k][j] for k in range(4) if image_id[k] != text_image_id[j]]
+            costs.append(max(0, 0.3 - cosine[i][j] + max(texts)) + max(0, 0.3 - cosine[i][j] + max(images)))
+    loss = max_violation_loss(image, text, 0.3, image_id=image_id, text_image_id=text_image_id)
+    assert loss.item() == pytest.approx(sum(costs) / len(costs), rel=1e-5)
+    module = MaxViolation(0.3)(image, text, torch.tensor(1.0), None, image_id, text_image_id)
+    assert module.item() == pytest.approx(loss.item())
+
+
+def test_max_violation_needs_a_negative() -> None:
+    """Where a batch has none there is nothing to violate, nor to learn from."""
+    image, ids = unit(1, 8, 0).requires_grad_(), torch.zeros(4, dtype=torch.long)
+    text = -image.detach().expand(4, -1)
+    loss = max_violation_loss(image, text, 0.2, image_id=ids[:1], text_image_id=ids)
+    loss.backward()
+    assert loss == 0
+    assert image.grad is not None and not image.grad.any()
+    # the row has a negative, the columns of its positives have none
+    text = torch.cat([text, image.detach()])
+    loss = max_violation_loss(image, text, 0.2, image_id=ids[:1], text_image_id=torch.tensor([0, 0, 0, 0, 1]))
+    assert loss.item() == pytest.approx(0.2 + 1 + 1)
+    nothing = max_violation_loss(image, text, 0.2, image_id=ids[:1], text_image_id=torch.ones(5))
+    assert nothing == 0

@@ -1,0 +1,143 @@
+"""Parameter groups, the schedule and one step, each against an independent reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import get_cosine_schedule_with_warmup
+
+from clip_lightning.errors import UserError
+from clip_lightning.training.losses import siglip_loss
+from clip_lightning.model.clip import CLIP
+from clip_lightning.training.optim import OptimizerConfig, freeze_lower_layers, param_groups, warmup_cosine
+
+MakeClip = Callable[..., CLIP]
+CONFIG = OptimizerConfig(lr=1e-3, image_lr=2e-4, text_lr=3e-5, weight_decay=0.2)
+
+
+def expected_of(name: str, parameter: torch.nn.Parameter) -> tuple[float, float]:
+    """Rate and decay that a parameter should have, from its name alone."""
+    rate = {"image_tower": 2e-4, "text_tower": 3e-5}.get(name.split(".")[0], 1e-3)
+    plain = (
+        ".bias",
+        "norm.weight",
+        "norm1.weight",
+        "norm2.weight",
+        "LayerNorm.weight",
+        "logit_scale",
+        "logit_bias",
+    )
+    own = ("pos_embed", "cls_token", "reg_token")
+    undecayed = name.endswith((*plain, *own)) or ".bn" in name or "downsample.1" in name
+    assert undecayed or parameter.ndim >= 2, f"{name}: the test does not know it"
+    return rate, 0.0 if undecayed else 0.2
+
+
+@pytest.mark.parametrize("tower", ["test_vit", "test_vit@cls"])
+@pytest.mark.parametrize("freeze", ["none", "image", "text", "both"])
+def test_each_trainable_parameter_is_in_one_group(make_clip: MakeClip, tower: str, freeze: str) -> None:
+    clip = make_clip(image=f"random:{tower}", head="mlp", init_bias=-10.0)
+    clip.freeze(freeze)  # type: ignore[arg-type]
+    groups = param_groups(clip, CONFIG)
+    placed = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(placed) == sum(len(group["params"]) for group in groups)
+    expected = {id(p): expected_of(n, p) for n, p in clip.named_parameters() if p.requires_grad}
+    assert placed == expected
+    assert all(group["params"] for group in groups)
+    names = [group["name"] for group in groups]
+    assert len(set(names)) == len(names)
+    for part in ("image", "text"):
+        assert (f"{part}_tower" in names) == (freeze not in (part, "both"))
+    assert {"heads", "heads_no_decay"} <= set(names)
+
+
+def test_rates_fall_from_layer_to_layer(make_clip: MakeClip) -> None:
+    clip = make_clip(image="random:resnet18")
+    groups = param_groups(clip, replace(CONFIG, layer_decay=0.5))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    placed = {name: rates[id(p)] for name, p in clip.named_parameters()}
+    assert len(rates) == len(placed) == sum(len(group["params"]) for group in groups)
+    assert placed["image_tower.backbone.layer4.1.conv2.weight"] == 2e-4
+    assert placed["image_tower.backbone.layer4.0.conv2.weight"] == 1e-4
+    assert placed["image_tower.backbone.conv1.weight"] == 2e-4 / 2**8
+    assert placed["text_tower.backbone.encoder.layer.1.output.dense.weight"] == 3e-5
+    assert placed["text_tower.backbone.embeddings.word_embeddings.weight"] == 3e-5 / 4
+    assert placed["heads.text.1.weight"] == placed["logit_scale"] == 1e-3
+
+
+def test_layers_below_the_threshold_are_fixed(make_clip: MakeClip) -> None:
+    clip = make_clip(image="random:resnet18")
+    config = replace(CONFIG, layer_decay=0.5, freeze_below=0.25)
+    freeze_lower_layers(clip, config)
+    trained = {name for name, p in clip.named_parameters() if p.requires_grad}
+    image = {".".join(name.split(".")[2:4]) for name in trained if name.startswith("image_tower")}
+    assert image == {"layer3.1", "layer4.0", "layer4.1"}  # shares of 1/4, 1/2 and 1
+    assert "text_tower.backbone.embeddings.word_embeddings.weight" in trained  # 1/4
+    assert {id(p) for g in param_groups(clip, config) for p in g["params"]} == {
+        id(p) for p in clip.parameters() if p.requires_grad
+    }
+
+
+def test_weights_after_one_step_by_hand(make_clip: MakeClip) -> None:
+    clip = make_clip(init_bias=-10.0, init_scale=10.0).eval()
+    tokens = clip.tokenize(["a large red circle", "a star above a heart", "a square"])
+    image = clip.encode_image(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    siglip_loss(image, clip.encode_text(**tokens), clip.scale, clip.logit_bias).backward()
+    expected = {}
+    for name, parameter in clip.named_parameters():
+        rate, decay = expected_of(name, parameter)
+        assert parameter.grad is not None, name
+        weights, gradient = parameter.detach().double(), parameter.grad.double()
+        # both running averages, corrected for their start at 0, are the first gradient and its square
+        expected[name] = weights * (1 - rate * decay) - rate * gradient / (gradient.abs() + 1e-8)
+    torch.optim.AdamW(param_groups(clip, CONFIG), betas=CONFIG.betas).step()
+    for name, parameter in clip.named_parameters():
+        torch.testing.assert_close(
+            parameter.detach().double(), expected[name], rtol=1e-5, atol=2e-7, msg=name
+        )
+
+
+def test_a_schedule_by_hand() -> None:
+    rates = [warmup_cosine(step, warmup_steps=3, total_steps=7) for step in range(9)]
+    half = 0.5 + math.sqrt(0.5) / 2
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, half, 0.5, 1 - half, 0, 0])
+    assert warmup_cosine(0, warmup_steps=0, total_steps=1) == 1
+
+
+@given(total=st.integers(1, 60), share=st.floats(0, 1))
+def test_the_schedule_is_transformers_shifted_by_one_in_the_warm_up(total: int, share: float) -> None:
+    warmup = round(share * total)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
+    def theirs(warmup: int, step: int) -> float:
+        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
+        return schedule.lr_lambdas[0](step)
+
+    for step in range(total):
+        ours = warmup_cosine(step, warmup_steps=warmup, total_steps=total)
+        assert 0 < ours <= 1
+        assert ours == pytest.approx(theirs(warmup + 1, step + 1) if step < warmup else theirs(warmup, step))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"image_lr": -1.0}, "image_lr"),
+        ({"text_lr": -1e-9}, "text_lr"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"layer_decay": 1.1}, "layer_decay"),
+        ({"freeze_below": -0.1}, "freeze_below"),
+        ({"warmup": 1.5}, "warmup"),
+        ({"warmup": -0.5}, "warmup"),
+    ],
+)
+def test_values_out_of_range(options: dict[str, float], name: str) -> None:
+    with pytest.raises(UserError, match=rf"--model\.optimizer\.{name} "):
+        OptimizerConfig(**options)  # type: ignore[arg-type]
