@@ -26,13 +26,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from clip_lightning.commands.export import run as export
 from clip_lightning.data.classes import class_names, read_classes
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import decode_image
 from clip_lightning.evaluation.prompts import TEMPLATES
 from clip_lightning.evaluation.retrieval import retrieval_metrics
 from clip_lightning.evaluation.zero_shot import zero_shot_classifier
-from clip_lightning.commands.export import run as export
 from clip_lightning.model.clip import CLIP
 
 BATCH = 50

@@ -30,8 +30,8 @@ import report
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from clip_lightning.training.checkpoints import damage
 from clip_lightning.data.scenes import write_scenes
+from clip_lightning.training.checkpoints import damage
 
 SIGNALS = {"SIGTERM": 143, "SIGUSR1": 143, "SIGKILL": -signal.SIGKILL}
 FAULTS = (*SIGNALS, "a loader killed", "a picture overwritten", "last.ckpt flipped")

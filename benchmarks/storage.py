@@ -18,8 +18,8 @@ import report
 import torch
 from torch import Tensor
 
-from clip_lightning.data import features
 from clip_lightning.allocator import keep_freed_memory
+from clip_lightning.data import features
 from clip_lightning.data.features import Features, default_cache
 
 KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -30,10 +30,10 @@ import numpy as np
 import report
 from PIL import Image
 
-from clip_lightning.training.recorder import memory_of_processes
 from clip_lightning.data.shards.convert import Settings, convert, tars
 from clip_lightning.data.shards.record import Record
 from clip_lightning.data.shards.write import write_tar
+from clip_lightning.training.recorder import memory_of_processes
 
 BATCH, SIZE, SCALE, PER_TAR = 256, 224, 0.9, 2000
 LITDATA, TARS, NORMALISED, OPEN_CLIP = "ours, litdata", "ours, tars", "ours, tars, normalised", "open_clip"

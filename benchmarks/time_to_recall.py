@@ -39,10 +39,10 @@ from time_to_recall_report import COLD, NAME, WARM
 from torch import Tensor
 
 from clip_lightning import CaptionDataModule
-from clip_lightning.data.images import Augmentation
-from clip_lightning.training.extract import Extractor
 from clip_lightning.data.features import default_cache
+from clip_lightning.data.images import Augmentation
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.extract import Extractor
 
 WARM_RUNS = 3
 CHECKPOINTS = 22  # of an arm that runs until the cap

@@ -30,126 +30,29 @@ PUBLIC_NAMES = {
     "zero_shot_classifier",
 }
 
-# A name below stands for that module or, if it is a package, for everything in it.
+# A room may import from the rooms named before it; search stands beside tracking, which it does not import.
+# The modules that lie flat in the package are the ground.
+ROOMS = "ground data model evaluation reports tracking training experiments search commands".split()
+MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)}
+MAY_IMPORT["search"] -= {"tracking", "training", "experiments"}
 
-# fmt: off
-MAY_NOT_IMPORT: dict[str, str] = {
-    # importer             may not import
-    "errors":              "data towers model module losses optim features evaluation tracking cli",
-    # {captions, readers} ← formats ← datasets ← datamodule, and features ← datasets
-    "data.captions":       "data.readers data.formats data.datasets data.datamodule",
-    "data.readers":        "data.formats data.datasets data.datamodule",
-    "data.formats":        "data.datasets data.datamodule",
-    # sources ← download ← archive, sources ← unpack ← archive, columns ← materialise ← hub
-    "data.sources":        "data.download data.unpack data.archive data.columns data.materialise data.hub",
-    "data.download":       "data.unpack data.archive data.datasets data.datamodule",
-    "data.unpack":         "data.download data.archive data.datasets data.datamodule",
-    "data.archive":        "data.hub data.datasets data.datamodule",
-    "data.columns":        "data.materialise data.hub data.datasets data.datamodule",
-    "data.materialise":    "data.hub data.datasets data.datamodule",
-    "data.hub":            "data.archive data.datasets data.datamodule",
-    "data.origin":         "data.datasets data.datamodule",
-    "data.datasets":       "data.datamodule",
-    "data.scenes":         "data.datamodule",
-    "data.transforms":     "data.datamodule",
-    "data.sampler":        "data.datamodule",
-    # {data, tracking's looks} ← checking ← data_commands
-    "checking":            "towers model module cli tuning",
-    # Data knows nothing of what is trained on it.
-    "data":                "towers model module losses optim extract evaluation tracking checking recorder "
-                           "cli",
-    # towers ← model ← module ← cli ← tuning
-    "towers":              "lora model module cli tuning",
-    # {bundle, foreign} ← model
-    "digest":              "bundle towers model module",
-    "bundle":              "data towers model module recorder cli tuning",
-    "foreign":             "model module tracking recorder cli tuning",
-    # towers ← lora ← model
-    "lora":                "model module extract tracking recorder cli tuning",
-    "model":               "module tracking recorder cli tuning",
-    "module":              "cli tuning",
-    "cli":                 "fitting backbones compare tuning",
-    "fitting":             "backbones compare tuning",
-    "backbones":           "compare",
-    # {losses, gradcache, optim, features, evaluation} ← module
-    "losses":              "model module tracking recorder cli tuning",
-    "gradcache":           "model init_from module tracking recorder cli tuning",
-    "micro_batch":         "init_from module tracking recorder cli tuning",
-    "init_from":           "module tracking recorder cli tuning",
-    "checkpoints":         "runs module tracking recorder cli tuning",
-    "checkpoint_content":  "init_from module runs tracking recorder cli tuning",
-    # sharded_checkpoints ← checkpoints ← sharding ← module
-    "sharded_checkpoints": "model checkpoints sharding runs module tracking recorder cli tuning",
-    "sharding":            "runs module tracking recorder cli tuning",
-    "guard":               "module tracking recorder cli tuning",
-    # ranks ← stopping
-    "ranks":               "stopping module tracking recorder cli tuning",
-    "stopping":            "module tracking recorder cli tuning",
-    # storage ← manifest ← {chunks, tars} ← {held_out, training}; record ← {write, chunks, tars}
-    "shards.storage":      "shards.manifest shards.chunks shards.tars shards.training shards.convert",
-    "shards.record":       "shards.manifest shards.chunks shards.tars shards.training shards.convert",
-    "shards.chunks":       "shards.tars shards.held_out shards.training shards.convert",
-    "shards.tars":         "shards.chunks shards.held_out shards.training shards.convert",
-    "shards":              "data.datamodule towers model module tracking recorder cli tuning",
-    "timing":              "module tracking recorder cli tuning",
-    "optim":               "module tracking recorder cli tuning",
-    "towers.base":         "towers.image towers.text",
-    "towers.image":        "towers.text",
-    "towers.text":         "towers.image",
-    "features":            "data towers model module extract tracking recorder cli tuning",
-    "extract":             "module tracking recorder cli tuning",
-    "evaluation":          "module tracking recorder cli tuning",
-    # {model, evaluation, data.classes} ← embedding ← {evaluate, classify}
-    # classes ← {torchvision_sets, hub_classes} ← named
-    "data.classes":        "data.named data.hub_classes data.torchvision_sets data.datasets data.datamodule",
-    "data.torchvision_sets": "data.named data.datasets data.datamodule",
-    "data.hub_classes":    "data.named data.datasets data.datamodule",
-    "data.named":          "data.datasets data.datamodule",
-    "embedding":           "module tracking recorder cli tuning evaluate evaluating classify embed",
-    "evaluating":          "module tracking recorder cli tuning classify embed",
-    "embed":               "module tracking recorder cli tuning evaluate evaluating classify",
-    "evaluate":            "module recorder cli tuning",
-    "classify":            "module tracking recorder cli tuning",
-    "tracking":            "backbones cli compare tuning",
-    "tracking.account":    "data towers model module extract recorder features",
-    "tracking.artifacts":  "data towers model module extract recorder tracking.logger",
-    "recorder":            "backbones cli compare tuning",
-    "export":              "cli tuning",
-    "exporting":           "search cli tuning",
-    "search.index":        "search.app",
-    "search":              "module tracking recorder cli tuning",
-}
 ONLY_IN: dict[str, str] = {
     # package              may be imported by
-    "wandb":               "tracking",
-    "lightning":           "module data.datamodule recorder guard checkpoints sharding stopping ranks "
-                           "tracking runs embed cli fitting tuning.watch",
-    "pytorch_lightning":   "",  # the old name of the same package, with classes of its own
-    "faiss":               "search",
-    "peft":                "lora",
-    "gradio":              "search.page search.endpoints search.server",
-    "starlette":           "search.app search.guard search.server",
-    "onnxruntime":         "exporting search",
-    "onnxscript":          "exporting",
-    "open_clip":           "towers.open_clip foreign exporting",
-    "datasets":            "data.hub",
+    "wandb": "wandb_fetch tracking experiments",
+    "lightning": "data.datamodule tracking training experiments search commands",
+    "pytorch_lightning": "",  # the old name of the same package, with classes of its own
+    "torch": "data model evaluation reports tracking training experiments search commands digest timing",
+    "faiss": "search",
+    "peft": "model.lora",
+    "gradio": "search",
+    "starlette": "search commands.app",
+    "onnxruntime": "model.export search",
+    "onnxscript": "model.export",
+    "open_clip": "model",
+    "datasets": "data",
+    "optuna": "experiments",
+    "matplotlib": "reports experiments evaluation",
 }
-EXCEPT = {
-    # what fetches an artifact knows neither data nor models
-    ("data.origin", "tracking.artifacts"),
-    ("data.datamodule", "tracking.artifacts"),
-    ("bundle", "tracking.artifacts"),
-    ("evaluating.outputs", "tracking.evaluations"),
-    # thumbnails, which need no run
-    ("search.grid", "tracking.grids"),
-}
-NEVER_IN: dict[str, str] = {
-    # module               may not import
-    "errors":              "torch numpy",
-    "data.captions":       "torch numpy",  # records: names and words
-    "data.sources":        "torch numpy",
-}
-# fmt: on
 
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
@@ -201,23 +104,27 @@ def within(name: str, modules: str | Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in listed)
 
 
+def room_of(module: str) -> str:
+    """The folder of a module of the package, as `data` for `data.captions`; `ground` for a flat one."""
+    first = module.partition(".")[0]
+    return first if first in ROOMS else "ground"
+
+
 def violations(imports: Mapping[str, set[str]]) -> list[str]:
-    """One line for each import that the tables forbid."""
+    """Return one line for each import that leads up, or to a package that another room owns."""
     found = []
     for module, names in imports.items():
+        here = room_of(module)
         for name in sorted(names):
-            own = name.removeprefix("clip_lightning.") if within(name, "clip_lightning") else None
-            banned = MAY_NOT_IMPORT if own is not None else NEVER_IN
-            wrong = not any(
-                module == importer and within(own or name, target) for importer, target in EXCEPT
-            ) and any(
-                within(module, importer) and within(own or name, targets)
-                for importer, targets in banned.items()
-            )
-            misplaced = own is None and any(
-                within(name, package) and not within(module, places) for package, places in ONLY_IN.items()
-            )
-            if wrong or misplaced:
+            if within(name, "clip_lightning"):
+                there = room_of(name.removeprefix("clip_lightning").removeprefix("."))
+                wrong = there != here and there not in MAY_IMPORT[here]
+            else:
+                wrong = any(
+                    within(name, package) and not within(module, places)
+                    for package, places in ONLY_IN.items()
+                )
+            if wrong:
                 found.append(f"{module} imports {name}")
     return found
 
@@ -229,17 +136,15 @@ def test_imports_go_in_one_direction():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("data.captions", "from clip_lightning.data.formats import read"),
-        ("data.captions", "from . import datamodule"),
-        ("data.formats", "from .datasets import CaptionDataset"),
-        ("data.datamodule", "from clip_lightning import towers"),
-        ("data.datasets", "def f():\n    from ..model import CLIP"),
-        ("model", "import clip_lightning.training.module"),
-        ("losses", "from clip_lightning.training.module import CLIPModule"),
-        ("model", "import lightning.pytorch as pl"),
-        ("module", "def f():\n    import wandb"),
-        ("module", "from pytorch_lightning import LightningModule"),
-        ("data.captions", "import torch.utils.data"),
+        ("files", "from clip_lightning.data import captions"),
+        ("data.captions", "from clip_lightning import model"),
+        ("data.datasets", "def f():\n    from ..model.clip import CLIP"),
+        ("model.clip", "import clip_lightning.training.module"),
+        ("model.clip", "import lightning.pytorch as pl"),
+        ("training.module", "def f():\n    import wandb"),
+        ("training.module", "from pytorch_lightning import LightningModule"),
+        ("search.index", "from clip_lightning.tracking import logger"),
+        ("reports.plots", "from clip_lightning.commands import fit"),
     ],
 )
 def test_a_wrong_direction_is_seen(module: str, source: str):
@@ -250,14 +155,20 @@ def test_a_wrong_direction_is_seen(module: str, source: str):
     ("module", "source"),
     [
         ("data.datamodule", "from .datasets import CaptionDataset\nimport lightning.pytorch as pl"),
-        ("module", "from clip_lightning.model.clip import CLIP"),
-        ("modules", "import numpy"),
+        ("training.module", "from clip_lightning.model.clip import CLIP\nfrom clip_lightning import errors"),
+        ("files", "import numpy"),
         ("tracking.logger", "import wandb"),
-        ("cli", "from lightning.pytorch.cli import LightningCLI\nfrom .module import CLIPModule"),
+        ("commands.index", "def f():\n    from clip_lightning.search import build"),
     ],
 )
 def test_a_right_direction_is_let_through(module: str, source: str):
     assert violations({module: imported_names(source, module, is_package=False)}) == []
+
+
+def test_there_are_nine_rooms_and_at_most_ten_flat_modules():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders == {*ROOMS} - {"ground"}
+    assert len([path for path in PACKAGE.glob("*.py") if not path.name.startswith("__")]) <= 10
 
 
 def test_modules_import_from_where_a_name_is_defined():

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from clip_lightning.data.datamodule import CaptionDataModule as CaptionDataModule
     from clip_lightning.evaluation.retrieval import retrieval_metrics as retrieval_metrics
     from clip_lightning.evaluation.zero_shot import zero_shot_classifier as zero_shot_classifier
+    from clip_lightning.model.clip import CLIP as CLIP
+    from clip_lightning.search.index import ImageIndex as ImageIndex
     from clip_lightning.training.losses import info_nce as info_nce
     from clip_lightning.training.losses import siglip_loss as siglip_loss
-    from clip_lightning.model.clip import CLIP as CLIP
     from clip_lightning.training.module import CLIPModule as CLIPModule
-    from clip_lightning.search.index import ImageIndex as ImageIndex
 
 # Public names, imported when first used: importing torch alone takes two seconds.
 _HOME = {

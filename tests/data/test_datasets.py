@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.datasets import Collate, EvalDataset, Samples, TrainDataset
+from clip_lightning.data.features import FeatureCache, Features
+from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.data.sampler import TrainSampler
 from clip_lightning.data.scenes import draw
-from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.data.features import FeatureCache, Features
 
 TRANSFORM = ImageTransform((16, 16), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

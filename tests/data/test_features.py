@@ -21,16 +21,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_lightning.training import extract as extract_module
-from clip_lightning.data import features as features_module
 from clip_lightning.__main__ import main
+from clip_lightning.data import features as features_module
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.datamodule import CaptionDataModule
+from clip_lightning.data.features import SHARD_ROWS, FeatureCache, Features
 from clip_lightning.data.images import Augmentation, decode_image
 from clip_lightning.errors import UserError
-from clip_lightning.training.extract import Extractor, cache_frozen_towers
-from clip_lightning.data.features import SHARD_ROWS, FeatureCache, Features
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training import extract as extract_module
+from clip_lightning.training.extract import Extractor, cache_frozen_towers
 
 MakeClip = Callable[..., CLIP]
 PLAIN = Augmentation(flip=True)

@@ -22,11 +22,11 @@ from PIL import Image
 
 from clip_lightning import CLIP
 from clip_lightning.__main__ import main
+from clip_lightning.data.images import BrokenImage
 from clip_lightning.data.named import find_classes
 from clip_lightning.data.torchvision_sets import SETS
-from clip_lightning.data.images import BrokenImage
-from clip_lightning.model.encode import encode_pictures
 from clip_lightning.errors import UserError
+from clip_lightning.model.encode import encode_pictures
 
 CLASSES = ["airplane", "big_cat", "ship"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)

@@ -27,7 +27,6 @@ from clip_lightning.__main__ import main
 from clip_lightning.data.captions import split_by_image
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import Augmentation, ImageTransform
-from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.data.shards.chunks import ChunkDataset, ChunkFolder, ChunkSampler
 from clip_lightning.data.shards.convert import Settings, captioned, convert, tars
 from clip_lightning.data.shards.held_out import held_out
@@ -37,6 +36,7 @@ from clip_lightning.data.shards.record import BrokenRecord, CaptionChoice, Filte
 from clip_lightning.data.shards.storage import expand
 from clip_lightning.data.shards.tars import BatchKey, TarDataset, TarSource, read_tar
 from clip_lightning.data.shards.training import TrainingShards
+from clip_lightning.errors import RunFailed, UserError
 
 FORMATS = ("litdata", "webdataset")
 SPLITS = {"dataset": "auto", "val_share": 0.1, "test_share": 0.1, "split_seed": 0}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics, retrieval_ranks
 from clip_lightning.evaluation import diagnostics
 from clip_lightning.evaluation.diagnostics import recall_curve, similarities, worst_queries
+from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics, retrieval_ranks
 
 
 def embed(image: list[list[float]], text: list[list[float]], owner: list[int]) -> Embeddings:

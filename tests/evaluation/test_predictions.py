@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import normalize, one_hot
 
 from clip_lightning.data.captions import CaptionedImage
-from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 from clip_lightning.evaluation.predictions import (
     FoundCaption,
     Prediction,
@@ -18,6 +17,7 @@ from clip_lightning.evaluation.predictions import (
     picture_rows,
     prediction_rows,
 )
+from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 
 COUNTS = [1, 5, 0, 2, 7, 3]
 

@@ -16,12 +16,12 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from wandb_server import WandbServer
 
-from clip_lightning.experiments import backbones
 from clip_lightning.__main__ import main
 from clip_lightning.data.features import FeatureCache
-from clip_lightning.model.clip import CLIP
-from clip_lightning.experiments.costs import image_latency, parameter_counts
+from clip_lightning.experiments import backbones
+from clip_lightning.experiments.costs import image_latency
 from clip_lightning.experiments.run_records import RECALLS
+from clip_lightning.model.clip import CLIP, parameter_counts
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

@@ -17,12 +17,12 @@ from PIL import Image
 from rich.console import Console
 
 from clip_lightning.experiments import charts as comparison_pictures
+from clip_lightning.experiments.charts import pareto_front, recall_latency
 from clip_lightning.experiments.compare import Comparison, compared, short_names
 from clip_lightning.experiments.pages import page, write_comparison
-from clip_lightning.experiments.charts import pareto_front, recall_latency
+from clip_lightning.experiments.run_records import RECALLS, LeftOut, RunRecord, flat
 from clip_lightning.experiments.tables import cells, csv_table, header, markdown, shown
 from clip_lightning.experiments.terminal import print_tables
-from clip_lightning.experiments.run_records import RECALLS, LeftOut, RunRecord, flat
 
 CONDITIONS = "one picture, fp32, CPU with 2 threads"
 

@@ -17,11 +17,11 @@ from wandb_server import WandbServer
 
 from clip_lightning.__main__ import main
 from clip_lightning.errors import UserError
-from clip_lightning.experiments.sweeps.wandb_sweep import SweepRun, create_sweep, sweep_runs
 from clip_lightning.experiments.sweeps.file import read_sweep
 from clip_lightning.experiments.sweeps.online import as_study
 from clip_lightning.experiments.sweeps.report import Report
 from clip_lightning.experiments.sweeps.study import Search
+from clip_lightning.experiments.sweeps.wandb_sweep import SweepRun, create_sweep, sweep_runs
 from clip_lightning.experiments.sweeps.watch import NotesStop
 
 LR = "model.optimizer.lr"

@@ -24,14 +24,14 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from clip_lightning.__main__ import main
+from clip_lightning.commands.sweep import split_words
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
-from clip_lightning.training.fitting import rehearse
-from clip_lightning.commands.sweep import split_words
-from clip_lightning.experiments.sweeps.run import base_point
 from clip_lightning.experiments.sweeps.file import Halving, read_sweep
+from clip_lightning.experiments.sweeps.run import base_point
 from clip_lightning.experiments.sweeps.sampler import NumberedSampler
 from clip_lightning.experiments.sweeps.space import parameter, word
+from clip_lightning.training.fitting import rehearse
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SWEEPS = sorted((REPOSITORY / "configs" / "sweeps").glob("*.yaml"))

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from clip_lightning.__main__ import main
+from clip_lightning.commands.export import run
 from clip_lightning.data.scenes import draw
 from clip_lightning.errors import UserError
-from clip_lightning.commands.export import run
+from clip_lightning.model.clip import CLIP
 from clip_lightning.model.export import onnx as onnx_towers
 from clip_lightning.model.export import open_clip as open_clip_folder
-from clip_lightning.model.clip import CLIP
 
 SENTENCES = ["a red circle", "two blue squares, a star", "a", "a green cross " * 40]
 EXACT = 1e-4

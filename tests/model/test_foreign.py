@@ -43,13 +43,13 @@ from transformers import (
 from clip_lightning.__main__ import main
 from clip_lightning.data.images import ImageTransform, decode_image
 from clip_lightning.errors import UserError
+from clip_lightning.model.clip import CLIP
+from clip_lightning.model.identity import model_identity
 from clip_lightning.model.pretrained.open_clip import simple_tokenizer
+from clip_lightning.model.towers import Tokenize
 from clip_lightning.training.init_from import load_to_train
 from clip_lightning.training.losses import InfoNCE, SigLIP
-from clip_lightning.model.clip import CLIP
 from clip_lightning.training.optim import OptimizerConfig, freeze_lower_layers, param_groups
-from clip_lightning.model.identity import model_identity
-from clip_lightning.model.towers import Tokenize
 
 TEXTS = ["a dog", "two cats on a Red mat and more words than there is room for", "", "it's 12 &amp; café"]
 LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

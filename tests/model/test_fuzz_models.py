@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fuzz import EDITS, JSON, Edits, edited
 
-from clip_lightning.training.checkpoints import SafeCheckpointIO, damage
-from clip_lightning.errors import UserError
 from clip_lightning.data.features import FeatureCache
+from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.checkpoints import SafeCheckpointIO, damage
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 LONG = settings(max_examples=1000, deadline=None)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from clip_lightning.__main__ import main
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
-from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.optim import OptimizerConfig
 

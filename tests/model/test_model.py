@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-import clip_lightning.model.bundle as bundle_module
 import clip_lightning.files as files_module
+import clip_lightning.model.bundle as bundle_module
 from clip_lightning.data.images import BrokenImage
 from clip_lightning.errors import UserError
-from clip_lightning.training.losses import info_nce
 from clip_lightning.model.clip import CLIP, ResidualMLPHead
+from clip_lightning.training.losses import info_nce
 
 MakeClip = Callable[..., CLIP]
 TEXTS = ["a large red circle left of a small blue square", "a star", "", "🦆"]

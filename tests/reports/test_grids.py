@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from clip_lightning.reports.grids import draw_captions, draw_predictions
 from clip_lightning.evaluation.predictions import FoundCaption, PictureRow, Prediction, PredictionRow
+from clip_lightning.reports.grids import draw_captions, draw_predictions
 
 GREEN = (22, 163, 74)
 STRANGE = ["", "<b> & 🐶👩‍👩‍👧 日本語 \0 \ud83d", "كلب على الشاطئ", "word " * 10_000, "x" * 10_000]

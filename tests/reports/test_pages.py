@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clip_lightning.evaluation.predictions import FoundCaption, PictureRow, Prediction, PredictionRow
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.pages import Report, write_page
 from clip_lightning.reports.plots import Plot
-from clip_lightning.evaluation.predictions import FoundCaption, PictureRow, Prediction, PredictionRow
 
 STRANGE = ("", "<script>alert(1)</script> & 🐶👩‍👩‍👧 日本語 \0 \ud83d", "كلب على الشاطئ", "x" * 10_000)
 

@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 
 from clip_lightning import CLIP, ImageIndex
+from clip_lightning.commands.app import _is_loopback, run
 from clip_lightning.data.scenes import draw
 from clip_lightning.errors import UserError
-from clip_lightning.commands.app import _is_loopback, run
-from clip_lightning.search.run_record import read_run
 from clip_lightning.model.towers import ImageTower, TextTower
+from clip_lightning.search.run_record import read_run
 
 gradio_client = pytest.importorskip("gradio_client")
 

@@ -18,10 +18,10 @@ import pytest
 from pyarrow import parquet
 
 from clip_lightning import CLIP
-from clip_lightning.data.formats import read_captions
 from clip_lightning.commands.embed import run
-from clip_lightning.search.predict import Embedder
+from clip_lightning.data.formats import read_captions
 from clip_lightning.errors import UserError
+from clip_lightning.search.predict import Embedder
 
 Printed = pytest.CaptureFixture[str]
 

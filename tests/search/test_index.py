@@ -19,11 +19,11 @@ from clip_lightning import ImageIndex
 from clip_lightning.data.scenes import draw
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.search import embed, vectors
 from clip_lightning.search.build import Options, Report, build_index
 from clip_lightning.search.store import Store
 from clip_lightning.search.text_tower import TextTowerFiles
-from clip_lightning.model.towers import ImageTower, TextTower
 
 SENTENCES = ["a red circle", "two blue squares", "a star"]
 WRITER = "clip_lightning.search.build.write_text_tower"

@@ -17,7 +17,7 @@ from wandb_server import API_KEY, WandbServer
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
-from clip_lightning.tracking.artifacts import ArtifactName, fetch, fetched
+from clip_lightning.wandb_fetch import ArtifactName, fetch, fetched
 
 Fit = Callable[..., Path]
 DATA = "tester/clip-lightning/scenes"

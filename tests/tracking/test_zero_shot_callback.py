@@ -20,9 +20,9 @@ from PIL import Image
 from clip_lightning.__main__ import main
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
-from clip_lightning.training.module import CLIPModule
 from clip_lightning.tracking import zero_shot_panel as zero_shot
 from clip_lightning.tracking.zero_shot_panel import METRICS, ZeroShot
+from clip_lightning.training.module import CLIPModule
 
 if TYPE_CHECKING:
     from wandb_server import WandbServer

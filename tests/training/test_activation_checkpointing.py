@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from clip_lightning.errors import UserError
-from clip_lightning.training.losses import info_nce
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.losses import info_nce
 from clip_lightning.training.module import CLIPModule
 
 

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.training import checkpoints
 from clip_lightning.training.checkpoints import SafeCheckpointIO, damage
-from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.training.runs import find_checkpoint
 from clip_lightning.training.sharding import ShardedStrategy
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from clip_lightning.training.sharded_checkpoints import read_checkpoint
+from clip_lightning.model.sharded_checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.faults
 

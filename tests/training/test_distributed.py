@@ -27,9 +27,8 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from clip_lightning.training import gradcache
-    from clip_lightning.training import micro_batch
     from clip_lightning.data.datamodule import CaptionDataModule
+    from clip_lightning.training import gradcache, micro_batch
     from clip_lightning.training.losses import InfoNCE, SigLIP
     from clip_lightning.training.module import CLIPModule
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clip_lightning.model.clip import CLIP
 from clip_lightning.training.gradcache import encode_in_micro_batches
 from clip_lightning.training.losses import info_nce
-from clip_lightning.model.clip import CLIP
 
 MakeClip = Callable[..., CLIP]
 ROWS, LENGTH = 10, 7

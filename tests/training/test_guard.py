@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from clip_lightning.data.datamodule import CaptionDataModule
+from clip_lightning.data.shards.convert import Settings, captioned, convert
 from clip_lightning.errors import RunFailed
 from clip_lightning.training.guard import NonFinite
 from clip_lightning.training.module import CLIPModule
-from clip_lightning.data.shards.convert import Settings, captioned, convert
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning")
 Fit = Callable[..., tuple[CLIPModule, NonFinite]]

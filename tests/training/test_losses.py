@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from clip_lightning.training import similarities
 from clip_lightning.errors import UserError
+from clip_lightning.training import similarities
 from clip_lightning.training.losses import (
     ContrastiveLoss,
     InfoNCE,

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from clip_lightning.training import micro_batch
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
+from clip_lightning.model.clip import CLIP
+from clip_lightning.training import micro_batch
 from clip_lightning.training.gradcache import encode_in_micro_batches
 from clip_lightning.training.losses import info_nce
 from clip_lightning.training.micro_batch import (
@@ -24,7 +25,6 @@ from clip_lightning.training.micro_batch import (
     sizes,
     within_budget,
 )
-from clip_lightning.model.clip import CLIP
 from clip_lightning.training.module import CLIPModule
 
 MakeClip = Callable[..., CLIP]

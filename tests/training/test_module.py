@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.retrieval import retrieval_metrics
-from clip_lightning.training.losses import SigLIP
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.losses import SigLIP
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.optim import OptimizerConfig, warmup_cosine
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import get_cosine_schedule_with_warmup
 
 from clip_lightning.errors import UserError
-from clip_lightning.training.losses import siglip_loss
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.losses import siglip_loss
 from clip_lightning.training.optim import OptimizerConfig, freeze_lower_layers, param_groups, warmup_cosine
 
 MakeClip = Callable[..., CLIP]

@@ -42,9 +42,9 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
     import torch
     from lightning.pytorch import LightningModule, seed_everything
 
-    from clip_lightning.training.checkpoints import SafeCheckpointIO
     from clip_lightning.data.datamodule import CaptionDataModule
     from clip_lightning.model.lora import LoRAConfig
+    from clip_lightning.training.checkpoints import SafeCheckpointIO
     from clip_lightning.training.module import CLIPModule
     from clip_lightning.training.optim import OptimizerConfig
     from clip_lightning.training.sharding import ShardedStrategy, broadcast_statistics, sharded_modules
@@ -161,7 +161,7 @@ def record(results: Path, way: str, ranks: int, rank: int = 0) -> dict[str, Any]
 def test_twenty_steps_are_those_of_one_process(results: Path, way: str) -> None:
     import torch
 
-    from clip_lightning.training.sharded_checkpoints import read_checkpoint
+    from clip_lightning.model.sharded_checkpoints import read_checkpoint
 
     one, two = (read_checkpoint(results / f"{way}-{ranks}.ckpt") for ranks in (1, 2))
     for checkpoint in (one, two):
@@ -219,7 +219,7 @@ def test_metrics_are_those_of_one_process(results: Path, way: str) -> None:
 def test_a_run_goes_on_exactly(results: Path) -> None:
     import torch
 
-    from clip_lightning.training.sharded_checkpoints import read_checkpoint
+    from clip_lightning.model.sharded_checkpoints import read_checkpoint
 
     whole, resumed = (read_checkpoint(results / f"{way}-2.ckpt") for way in ("transformer", RESUMED))
     assert record(results, RESUMED, 2)["norms"] == record(results, "transformer", 2)["norms"][HALF:]
@@ -228,7 +228,7 @@ def test_a_run_goes_on_exactly(results: Path) -> None:
 
 
 def test_one_process_goes_on_from_a_checkpoint_of_two(results: Path) -> None:
-    from clip_lightning.training.sharded_checkpoints import read_checkpoint
+    from clip_lightning.model.sharded_checkpoints import read_checkpoint
 
     whole, resumed = (read_checkpoint(results / f"{way}-1.ckpt") for way in ("transformer", RESUMED))
     assert len(record(results, RESUMED, 1)["norms"]) == STEPS - HALF
@@ -253,12 +253,14 @@ def test_a_run_that_is_stopped_goes_on_exactly_and_by_ddp(
 ) -> None:
     import torch
 
-    from clip_lightning.model.exported_checkpoint import load_checkpoint
     from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.sharded_checkpoints import read_checkpoint, shards_of
     from clip_lightning.training.runs import find_checkpoint
-    from clip_lightning.training.sharded_checkpoints import read_checkpoint, shards_of
+    from clip_lightning.training.trained_model import load_checkpoint
 
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+    )
     options: dict[str, Any] = {
         "model.image_tower": "random:test_vit",
         "model.freeze": "none",
@@ -325,9 +327,9 @@ def test_a_run_that_is_stopped_goes_on_exactly_and_by_ddp(
 def test_a_strangers_checkpoint_names_no_other_place(results: Path, tmp_path: Path, shards: Any) -> None:
     import torch
 
-    from clip_lightning.training.checkpoints import damage
     from clip_lightning.errors import UserError
-    from clip_lightning.training.sharded_checkpoints import read_checkpoint, remove_old_shards
+    from clip_lightning.model.sharded_checkpoints import read_checkpoint, remove_old_shards
+    from clip_lightning.training.checkpoints import damage
 
     checkpoint = torch.load(results / "transformer-2.ckpt", weights_only=True)
     checkpoint["shards"] = shards
@@ -346,7 +348,7 @@ def test_no_memory_is_taken_for_shapes_that_are_not_there(results: Path, tmp_pat
     import torch
 
     from clip_lightning.errors import UserError
-    from clip_lightning.training.sharded_checkpoints import read_checkpoint, shards_of
+    from clip_lightning.model.sharded_checkpoints import read_checkpoint, shards_of
 
     folder = next(iter(shards_of(results / "transformer-2.ckpt"))).parent
     shutil.copytree(folder, tmp_path / folder.name)
@@ -361,7 +363,7 @@ def test_no_memory_is_taken_for_shapes_that_are_not_there(results: Path, tmp_pat
 def test_only_what_nothing_names_is_removed(tmp_path: Path) -> None:
     import torch
 
-    from clip_lightning.training.sharded_checkpoints import remove_old_shards
+    from clip_lightning.model.sharded_checkpoints import remove_old_shards
 
     names = ["last-00000001.shards", "last-00000002.shards", ".last-00000003.shards.tmp", "my.shards"]
     for name in names:
@@ -438,9 +440,9 @@ def test_containers_are_not_sharded_themselves() -> None:
 
 
 def test_a_damaged_share_is_found(results: Path, tmp_path: Path) -> None:
-    from clip_lightning.training.checkpoints import damage
     from clip_lightning.errors import UserError
-    from clip_lightning.training.sharded_checkpoints import read_checkpoint, shards_of
+    from clip_lightning.model.sharded_checkpoints import read_checkpoint, shards_of
+    from clip_lightning.training.checkpoints import damage
 
     file = Path(shutil.copy(results / "transformer-2.ckpt", tmp_path))
     assert "cannot be read (No such file or directory)" in str(damage(file))

@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.__main__ import _status
-from clip_lightning.training.checkpoints import CheckpointOptions
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
+from clip_lightning.training.checkpoints import CheckpointOptions
 from clip_lightning.training.ranks import Agreement, lost_rank
 from clip_lightning.training.runs import find_checkpoint
 from clip_lightning.training.stopping import GracefulStop, requeue, slurm_job

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from clip_lightning.arguments import run_functions
-from clip_lightning.errors import UserError
 from clip_lightning.data.features import CacheEntry, FeatureCache, default_cache
+from clip_lightning.errors import UserError
 
 
 def run(args: list[str]) -> None:

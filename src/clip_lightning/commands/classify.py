@@ -47,9 +47,9 @@ def classify(
     names, sentences = _labels(labels), _templates(templates)
     if missing := [name for name in images if not Path(name).is_file()]:
         raise UserError(f"there is no file {missing[0]}; give files of pictures after the model")
-    from clip_lightning.model.encode import best_device, encode_pictures, project_pictures
     from clip_lightning.evaluation.zero_shot import probabilities, zero_shot_classifier
     from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.encode import best_device, encode_pictures, project_pictures
 
     clip = CLIP.from_pretrained(model).to(best_device())
     pictures = encode_pictures(clip, [Path(name) for name in images])

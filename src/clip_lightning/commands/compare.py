@@ -81,8 +81,8 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
 
 def _measured(records: Sequence[RunRecord]) -> list[RunRecord]:
     """With what a bundle tells, where it is at hand: latency, parameters, bytes of features."""
-    from clip_lightning.model.clip import CLIP
-    from clip_lightning.experiments.costs import best_device, frozen_features, image_latency, parameter_counts
+    from clip_lightning.experiments.costs import best_device, frozen_features, image_latency
+    from clip_lightning.model.clip import CLIP, parameter_counts
 
     latencies: dict[str, dict[str, Any]] = {}
     found = []
@@ -220,8 +220,8 @@ def _finish(comparison: Comparison, out: Path, json: bool) -> None:
     from rich.console import Console
 
     from clip_lightning.experiments.pages import write_comparison
-    from clip_lightning.experiments.terminal import print_tables
     from clip_lightning.experiments.run_records import make_folder
+    from clip_lightning.experiments.terminal import print_tables
 
     write_comparison(comparison, make_folder(out))
     for warning in comparison.warnings:

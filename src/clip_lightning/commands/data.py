@@ -13,8 +13,8 @@ from clip_lightning.arguments import run_functions
 from clip_lightning.terminal import one_line
 
 if TYPE_CHECKING:
-    from clip_lightning.data.checking.findings import CutCaptions
     from clip_lightning.data.captions import CaptionSet
+    from clip_lightning.data.checking.findings import CutCaptions
 
 
 def run(args: list[str]) -> None:
@@ -55,13 +55,13 @@ def check(
             pictures that are in more than one split; give it to fit as --data.root.
         json: print one JSON object instead.
     """
+    from clip_lightning.data.captions import split_by_image
     from clip_lightning.data.checking.clean import changes_reading, check_target, write_cleaned
     from clip_lightning.data.checking.findings import find
     from clip_lightning.data.checking.images import open_all
-    from clip_lightning.reports.data_check import as_text, write_report
-    from clip_lightning.data.captions import split_by_image
     from clip_lightning.data.formats import read_captions
     from clip_lightning.errors import UserError
+    from clip_lightning.reports.data_check import as_text, write_report
 
     if num_workers is not None and num_workers < 1:
         raise UserError(f"--num_workers {num_workers}: expected 1 or more")

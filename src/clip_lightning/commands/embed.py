@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_lightning.arguments import run_functions
-from clip_lightning.search.plan import Plan, data_digest
 from clip_lightning.errors import UserError
+from clip_lightning.search.plan import Plan, data_digest
 from clip_lightning.terminal import one_line
 
 if TYPE_CHECKING:
-    from clip_lightning.search.embeddings import Record, Store
     from clip_lightning.model.clip import CLIP
+    from clip_lightning.search.embeddings import Record, Store
 
 MOST_NAMED = 5
 # Warnings of Lightning that say nothing to the user of a command.
@@ -81,9 +81,9 @@ def embed(
     if num_workers is not None and num_workers < 0:
         raise UserError(f"--num_workers {num_workers}: expected 0 or more")
     from clip_lightning.data.datamodule import usable_cores
-    from clip_lightning.search.embeddings import Store
     from clip_lightning.model.clip import CLIP
     from clip_lightning.model.identity import location, model_identity
+    from clip_lightning.search.embeddings import Store
     from clip_lightning.search.images import find_pictures
 
     started = time.perf_counter()

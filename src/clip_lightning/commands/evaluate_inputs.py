@@ -12,8 +12,8 @@ from clip_lightning.terminal import one_line
 
 if TYPE_CHECKING:
     from clip_lightning.data.classes import ClassSet
-    from clip_lightning.model.encode import Pictures
     from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.encode import Pictures
 
 SPLITS = ("all", "train", "val", "test")
 
@@ -28,8 +28,8 @@ def listed(text: str) -> list[str]:
 
 def load_model(name: str) -> CLIP:
     """In eval mode, on a GPU where there is one."""
-    from clip_lightning.model.encode import best_device
     from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.encode import best_device
 
     return CLIP.from_pretrained(name).to(best_device())
 

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_lightning.errors import UserError
-from clip_lightning.commands.evaluate_inputs import check_options, listed, load_classes, load_model, tell_broken
+from clip_lightning.commands.evaluate_inputs import (
+    check_options,
+    listed,
+    load_classes,
+    load_model,
+    tell_broken,
+)
 from clip_lightning.commands.evaluate_outputs import finish
+from clip_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from clip_lightning.data.classes import ClassSet
@@ -68,8 +74,8 @@ def _linear_probe(
 ) -> dict[str, Any]:
     import torch
 
-    from clip_lightning.model.encode import encode_pictures
     from clip_lightning.evaluation.linear_probe import few_shot, held_out, linear_probe
+    from clip_lightning.model.encode import encode_pictures
 
     pictures = encode_pictures(clip, data.pictures, progress=title)
     tell_broken(pictures)

@@ -6,15 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_lightning.errors import UserError
-from clip_lightning.commands.evaluate_inputs import check_options, choose_split, listed, load_model, tell_broken
+from clip_lightning.commands.evaluate_inputs import (
+    check_options,
+    choose_split,
+    listed,
+    load_model,
+    tell_broken,
+)
 from clip_lightning.commands.evaluate_outputs import finish
+from clip_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from clip_lightning.data.captions import CaptionedImage
     from clip_lightning.evaluation.intervals import Hits
-    from clip_lightning.reports.tables import Row
     from clip_lightning.model.clip import CLIP
+    from clip_lightning.reports.tables import Row
 
 
 def retrieval(
@@ -76,11 +82,11 @@ def _retrieval(
 ) -> tuple[dict[str, Any], Hits]:
     import torch
 
-    from clip_lightning.model.encode import encode_pictures, project_pictures
     from clip_lightning.evaluation.folds import fold_metrics
     from clip_lightning.evaluation.intervals import bootstrap_intervals, hits
     from clip_lightning.evaluation.retrieval import retrieval_metrics, retrieval_ranks
     from clip_lightning.evaluation.true_recall import true_recall
+    from clip_lightning.model.encode import encode_pictures, project_pictures
 
     pictures = encode_pictures(clip, [image.path for image in images], progress=title)
     tell_broken(pictures)

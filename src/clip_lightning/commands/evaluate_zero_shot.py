@@ -19,10 +19,10 @@ from clip_lightning.commands.evaluate_outputs import finish, slug
 
 if TYPE_CHECKING:
     from clip_lightning.data.classes import ClassSet
-    from clip_lightning.reports.class_report import ClassReport
-    from clip_lightning.reports.tables import Row
     from clip_lightning.evaluation.zero_shot import Classification
     from clip_lightning.model.clip import CLIP
+    from clip_lightning.reports.class_report import ClassReport
+    from clip_lightning.reports.tables import Row
 
 
 def zero_shot(
@@ -59,8 +59,8 @@ def zero_shot(
         json: print one JSON object instead, of several models or data sets a list.
     """
     from clip_lightning.data.classes import class_names
-    from clip_lightning.reports.class_report import ClassReport
     from clip_lightning.evaluation.prompts import read_templates
+    from clip_lightning.reports.class_report import ClassReport
 
     check_options(split, out)
     models, sentences = listed(model), read_templates(templates)
@@ -96,8 +96,8 @@ def _zero_shot(
 ) -> tuple[dict[str, Any], Classification]:
     import torch
 
-    from clip_lightning.model.encode import encode_pictures, project_pictures
     from clip_lightning.evaluation.zero_shot import classify, zero_shot_classifier
+    from clip_lightning.model.encode import encode_pictures, project_pictures
 
     rows = data.rows(about["split"])
     pictures = encode_pictures(

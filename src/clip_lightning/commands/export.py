@@ -84,7 +84,7 @@ def _write(model: str, to: str, out: Path) -> float | None:
 
 def _load(model: str) -> CLIP:
     if Path(model).is_file():
-        from clip_lightning.model.exported_checkpoint import load_checkpoint
+        from clip_lightning.training.trained_model import load_checkpoint
 
         return load_checkpoint(Path(model))
     from clip_lightning.model.clip import CLIP

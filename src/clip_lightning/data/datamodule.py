@@ -18,15 +18,15 @@ from torch.utils.data import DataLoader
 
 from clip_lightning.data.captions import CaptionedImage, CaptionSet, content_groups, split_by_image
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
+from clip_lightning.data.features import FeatureCache, Features, default_cache
 from clip_lightning.data.formats import read_captions
+from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.data.origin import Origin, find_origin
 from clip_lightning.data.sampler import EvalSampler, FirstEpoch, TrainSampler
-from clip_lightning.data.images import Augmentation, ImageTransform
-from clip_lightning.errors import UserError
-from clip_lightning.data.features import FeatureCache, Features, default_cache
 from clip_lightning.data.shards.options import Reading, ShardOptions, TrainingSource, training_shards
+from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
-from clip_lightning.tracking.artifacts import Fetched, fetched
+from clip_lightning.wandb_fetch import Fetched, fetched
 
 DatasetName = Literal["auto", "flickr8k", "flickr30k", "captions", "folder", "scenes", "shards"]
 EVAL_BATCH_SIZE = 64

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clip_lightning.data.captions import CaptionedImage
+from clip_lightning.data.features import Features
 from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_image
 from clip_lightning.errors import UserError
-from clip_lightning.data.features import Features
 
 MOST_BROKEN_IN_A_ROW = 100
 

@@ -12,7 +12,7 @@ from clip_lightning.data.hub import fetch_hub, hub_folder
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder
-from clip_lightning.tracking.artifacts import ArtifactName, fetch, fetched
+from clip_lightning.wandb_fetch import ArtifactName, fetch, fetched
 
 SCENES, SCENE_SIZE = 2500, 224
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from clip_lightning.data.classes import ClassSet
-from clip_lightning.data.sources import default_folder, make_once
 from clip_lightning.data.images import BrokenImage
+from clip_lightning.data.sources import default_folder, make_once
 from clip_lightning.errors import UserError
 
 Splits = Mapping[str | None, Mapping[str, Any]]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 from clip_lightning.evaluation.predictions import different_pictures
+from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 
 BINS = 200
 MOST_IMAGES, MOST_TEXTS = 1000, 5000  # whose pairs stand for all unmatched ones

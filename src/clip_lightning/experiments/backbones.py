@@ -18,9 +18,6 @@ from typing import Any
 import yaml
 
 from clip_lightning.errors import UserError
-from clip_lightning.files import write_atomically
-from clip_lightning.training.fitting import fit, rehearse
-from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.experiments.compare import settings_of, short_names
 from clip_lightning.experiments.costs import CostRecorder
 from clip_lightning.experiments.run_records import (
@@ -32,6 +29,9 @@ from clip_lightning.experiments.run_records import (
     read_folder,
     run_folders,
 )
+from clip_lightning.files import write_atomically
+from clip_lightning.model.towers import ImageTower, TextTower
+from clip_lightning.training.fitting import fit, rehearse
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from clip_lightning.errors import UserError
 from clip_lightning.data.features import DTYPE
-from clip_lightning.model.clip import CLIP
+from clip_lightning.errors import UserError
+from clip_lightning.model.clip import CLIP, parameter_counts
 
 WARM_UP, FEWEST, MOST, ENOUGH_SECONDS = 3, 5, 30, 3.0
-
-
-def parameter_counts(clip: CLIP) -> dict[str, int]:
-    """`parameters` in all, and `parameters_trained` of them."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in clip.parameters()]
-    return {
-        "parameters": sum(size for size, _ in sizes),
-        "parameters_trained": sum(size for size, trained in sizes if trained),
-    }
 
 
 def best_device() -> torch.device:

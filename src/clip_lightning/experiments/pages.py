@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from clip_lightning.files import write_atomically
-from clip_lightning.experiments.compare import Comparison, data_name
 from clip_lightning.experiments.charts import heatmap, recall_latency
+from clip_lightning.experiments.compare import Comparison, data_name
 from clip_lightning.experiments.tables import cells, csv_table, header, markdown, notes
+from clip_lightning.files import write_atomically
 from clip_lightning.reports.pages import template
 
 ABOUT = {

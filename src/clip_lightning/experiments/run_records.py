@@ -182,7 +182,7 @@ def read_wandb(place: str, group: str | None = None) -> list[RunRecord | LeftOut
         raise UserError(f"{place}: expected wandb:ENTITY/PROJECT or wandb:ENTITY/PROJECT/RUN_ID")
     import wandb
 
-    from clip_lightning.tracking.account import has_api_key
+    from clip_lightning.wandb_fetch import has_api_key
 
     if not has_api_key():
         raise UserError(f"{place}: no W&B key is configured; run `wandb login`, or give the runs' folders")

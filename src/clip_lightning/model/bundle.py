@@ -151,7 +151,7 @@ def find_model(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.startswith("wandb:"):
-        from clip_lightning.tracking.artifacts import ArtifactName, fetch
+        from clip_lightning.wandb_fetch import ArtifactName, fetch
 
         return fetch(ArtifactName.parse(name.removeprefix("wandb:"), "wandb:")).folder
     return _download(name, [*(f"*{suffix}" for suffix in TOKENIZER_SUFFIXES), "README.md"])

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from clip_lightning.errors import UserError
-from clip_lightning.model.lora import LoRAConfig, adapter_state
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.lora import LoRAConfig, adapter_state
 from clip_lightning.model.towers import Tower
 
 

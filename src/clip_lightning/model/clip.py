@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from clip_lightning.data.images import ImageTransform, decode_image
+from clip_lightning.errors import UserError
 from clip_lightning.model import pretrained as foreign
 from clip_lightning.model.bundle import (
     BUNDLE_FORMAT,
@@ -27,8 +29,6 @@ from clip_lightning.model.bundle import (
     refusing_damage,
     write_bundle,
 )
-from clip_lightning.data.images import ImageTransform, decode_image
-from clip_lightning.errors import UserError
 from clip_lightning.model.lora import LoRAConfig, add_lora, merged_state
 from clip_lightning.model.towers import ImageTower, TextTower
 
@@ -363,3 +363,12 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
                 raise UserError(f"{name} has weights that are not finite ({weight}): its training failed")
         self._max_logit_scale = max(self._max_logit_scale, self.logit_scale.item())
         return self.eval()
+
+
+def parameter_counts(clip: CLIP) -> dict[str, int]:
+    """`parameters` in all, and `parameters_trained` of them."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in clip.parameters()]
+    return {
+        "parameters": sum(size for size, _ in sizes),
+        "parameters_trained": sum(size for size, trained in sizes if trained),
+    }

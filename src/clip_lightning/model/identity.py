@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from clip_lightning.model.lora import merged_state
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.lora import merged_state
 
 
 def load_model(name: str | Path) -> CLIP:

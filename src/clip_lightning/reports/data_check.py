@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw
 
 from clip_lightning.data.checking.findings import Entry, Findings, shortened
 from clip_lightning.files import write_atomically
-from clip_lightning.terminal import printable
 from clip_lightning.reports.grids import MUTED, font, rounded, thumbnail
 from clip_lightning.reports.pages import template
 from clip_lightning.reports.plots import Plot, plot_counts
+from clip_lightning.terminal import printable
 
 SHEET, COLUMNS, TILE, GAP, LABEL, MARGIN = 48, 8, 150, 12, 36, 16
 MOST_GROUPS, MOST_ROWS, MOST_SHARED = 24, 200, 20

@@ -13,9 +13,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clip_lightning.data.images import BrokenImage, decode_image
+from clip_lightning.evaluation.predictions import PictureRow, PredictionRow
 from clip_lightning.files import write_atomically
 from clip_lightning.terminal import printable
-from clip_lightning.evaluation.predictions import PictureRow, PredictionRow
 
 SIDE = 256
 TILE, GAP, APART, MARGIN = 160, 16, 64, 48

@@ -13,10 +13,10 @@ from typing import Any
 
 import jinja2
 
+from clip_lightning.evaluation.predictions import PictureRow, PredictionRow
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.grids import MOST_KEPT, headline, thumbnail
 from clip_lightning.reports.plots import Plot
-from clip_lightning.evaluation.predictions import PictureRow, PredictionRow
 
 Ranks = Mapping[int, Mapping[str, int]]
 """Epoch → caption row or position of a picture, as JSON has it → rank."""

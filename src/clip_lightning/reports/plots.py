@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 from clip_lightning.evaluation.diagnostics import MOST_K, Similarities, recall_curve, similarities
+from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 from clip_lightning.reports.grids import GREEN, INK, LINE, MUTED
 
 if TYPE_CHECKING:

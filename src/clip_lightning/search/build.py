@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from clip_lightning.errors import UserError
-from clip_lightning.model.export.onnx import write_text_tower
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.export.onnx import write_text_tower
+from clip_lightning.model.identity import load_model, location, model_identity
 from clip_lightning.search import vectors
 from clip_lightning.search.embed import Known, embed_captions, embed_pictures, load_pending
-from clip_lightning.model.identity import load_model, location, model_identity
 from clip_lightning.search.images import find_pictures
 from clip_lightning.search.store import DTYPE, Content, Manifest, Row, Store, Version
 from clip_lightning.search.text_tower import TextTowerFiles

@@ -27,9 +27,9 @@ import pyarrow
 from filelock import FileLock, Timeout
 from pyarrow import parquet
 
-from clip_lightning.search.plan import Kind, Plan, Shard
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
+from clip_lightning.search.plan import Kind, Plan, Shard
 
 _DIFFERENCES = {"model": "another model", "data": "other data, or data that has changed since"}
 

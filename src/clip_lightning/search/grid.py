@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from clip_lightning.files import write_atomically
+from clip_lightning.reports.grids import INK, LINE, MARGIN, MUTED, font, rounded, thumbnail
 from clip_lightning.search.index import FoundPicture
 from clip_lightning.terminal import printable
-from clip_lightning.reports.grids import INK, LINE, MARGIN, MUTED, font, rounded, thumbnail
 
 TILE, GAP, LABEL, HEADING = 240, 20, 62, 108
 MOST_COLUMNS = 6

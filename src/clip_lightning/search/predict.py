@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clip_lightning.data.images import BrokenImage, ImageTransform, decode_image
-from clip_lightning.search.plan import Plan, Shard
-from clip_lightning.search.embeddings import Store
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.towers import Tokenize
+from clip_lightning.search.embeddings import Store
+from clip_lightning.search.plan import Plan, Shard
 
 Batch = dict[str, Any]
 """`shard` (position), `last` of the shard or not, number `read`, `rows` that could be, `broken`, and what the

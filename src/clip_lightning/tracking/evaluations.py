@@ -8,8 +8,8 @@ from typing import Any
 from clip_lightning.errors import UserError
 from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.reports.tables import Row
-from clip_lightning.tracking.account import stays_offline
 from clip_lightning.tracking.class_tables import class_media
+from clip_lightning.wandb_fetch import stays_offline
 
 
 def track_evaluation(project: str, row: Row, folder: Path, report: ClassReport | None = None) -> str:

@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from clip_lightning.tracking.account import has_api_key, stays_offline
 from clip_lightning.tracking.artifacts import check_names
 from clip_lightning.tracking.history import History, goal_of, history_file, mend_parts
+from clip_lightning.wandb_fetch import has_api_key, stays_offline
 
 SYNC_SECONDS = FINISH_SECONDS = 600
 EARLIER_PART = "take the earlier part of the run, so that this part stays offline too,"

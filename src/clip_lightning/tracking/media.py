@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from clip_lightning.terminal import printable
 from clip_lightning.evaluation.diagnostics import Similarities
+from clip_lightning.evaluation.predictions import PictureRow, PredictionRow
 from clip_lightning.reports.grids import thumbnail
 from clip_lightning.reports.pages import Plot
-from clip_lightning.evaluation.predictions import PictureRow, PredictionRow
+from clip_lightning.terminal import printable
 
 
 def pictures_table(rows: Sequence[PredictionRow], epoch: int) -> Any:

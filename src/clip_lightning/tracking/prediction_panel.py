@@ -15,15 +15,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.errors import UserError
+from clip_lightning.evaluation.diagnostics import similarities, worst_queries
+from clip_lightning.evaluation.predictions import (
+    choose_pictures,
+    choose_queries,
+    picture_rows,
+    prediction_rows,
+)
 from clip_lightning.evaluation.retrieval import Embeddings
 from clip_lightning.files import write_atomically
-from clip_lightning.evaluation.diagnostics import similarities, worst_queries
 from clip_lightning.reports.grids import draw_captions, draw_predictions
-from clip_lightning.tracking.logger import RunLogger
-from clip_lightning.tracking.media import captions_table, histograms, pictures_table, plot_images
 from clip_lightning.reports.pages import Report, write_page
 from clip_lightning.reports.plots import Plot, plots_of_split
-from clip_lightning.evaluation.predictions import choose_pictures, choose_queries, picture_rows, prediction_rows
+from clip_lightning.tracking.logger import RunLogger
+from clip_lightning.tracking.media import captions_table, histograms, pictures_table, plot_images
 
 History = Mapping[str, Mapping[int, Mapping[Any, Any]]]
 """`text_to_image`, `image_to_text`: epoch → row → rank; `recall`: epoch → metric → percent."""

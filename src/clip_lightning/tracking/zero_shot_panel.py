@@ -14,12 +14,12 @@ from torch import Tensor
 
 from clip_lightning.data.classes import ClassSet, class_names
 from clip_lightning.data.named import check_name, find_classes
-from clip_lightning.model.encode import encode_pictures, project_pictures
 from clip_lightning.errors import UserError
-from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.evaluation.prompts import read_templates
 from clip_lightning.evaluation.zero_shot import Classification, classify, zero_shot_classifier
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.encode import encode_pictures, project_pictures
+from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.terminal import one_line
 from clip_lightning.tracking.class_tables import class_media
 from clip_lightning.tracking.logger import RunLogger

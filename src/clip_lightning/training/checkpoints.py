@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
-from clip_lightning.training.sharded_checkpoints import damage_of_shards, read_checkpoint, remove_old_shards
+from clip_lightning.model.sharded_checkpoints import damage_of_shards, read_checkpoint, remove_old_shards
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 

@@ -23,9 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_lightning.arguments import PlainErrors, complaint_within, named_configs, with_logger_folder
-from clip_lightning.training.checkpoints import CheckpointOptions, SafeCheckpointIO, WhenInterrupted
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
+from clip_lightning.tracking.history import go_back, history_file
+from clip_lightning.tracking.lineage import Alerts, Lineage
+from clip_lightning.tracking.prediction_panel import PredictionTable
+from clip_lightning.tracking.zero_shot_panel import ZeroShot
+from clip_lightning.training.checkpoints import CheckpointOptions, SafeCheckpointIO, WhenInterrupted
 from clip_lightning.training.guard import NonFinite
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.ranks import lost_rank, watch_children
@@ -33,10 +37,6 @@ from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorde
 from clip_lightning.training.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
 from clip_lightning.training.sharding import ShardedStrategy, check_shardable
 from clip_lightning.training.stopping import GracefulStop
-from clip_lightning.tracking.history import go_back, history_file
-from clip_lightning.tracking.lineage import Alerts, Lineage
-from clip_lightning.tracking.prediction_panel import PredictionTable
-from clip_lightning.tracking.zero_shot_panel import ZeroShot
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from clip_lightning.data.captions import CaptionedImage
-from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_image
 from clip_lightning.data.features import FeatureCache, Features
+from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_image
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.towers import ImageTower, TextTower
 

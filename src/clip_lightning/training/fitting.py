@@ -12,8 +12,8 @@ from typing import TextIO
 import torch
 from lightning.pytorch import Callback
 
-from clip_lightning.training.cli import RunCLI, run_as
 from clip_lightning.tracking.logger import finished_run
+from clip_lightning.training.cli import RunCLI, run_as
 
 
 def fit(words: list[str], callbacks: Sequence[Callback] = (), out: TextIO | None = None) -> Path:

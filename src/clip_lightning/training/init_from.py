@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from clip_lightning.errors import UserError
-from clip_lightning.training.losses import ContrastiveLoss
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.losses import ContrastiveLoss
 
 
 def load_to_train(

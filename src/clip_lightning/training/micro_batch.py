@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_lightning.training.gradcache import statistics_kept, training_norms
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.gradcache import statistics_kept, training_norms
 
 SMALLEST = 8
 """Rows below which a micro-batch is not worth its overhead."""

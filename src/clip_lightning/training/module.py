@@ -17,18 +17,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from clip_lightning.model.checkpoint import leave_out_fixed_towers, put_back_fixed_towers
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.collect import EmbeddingCollector
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
+from clip_lightning.model.checkpoint import leave_out_fixed_towers, put_back_fixed_towers
+from clip_lightning.model.clip import CLIP, Freeze, HeadKind
+from clip_lightning.model.lora import LoRAConfig
+from clip_lightning.model.towers import ImageTower, TextTower, Tokenize, Tower
+from clip_lightning.timing import Stopwatch
 from clip_lightning.training.extract import Extractor, cache_frozen_towers
 from clip_lightning.training.gradcache import encode_in_micro_batches
 from clip_lightning.training.init_from import load_to_train
-from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs
 from clip_lightning.training.micro_batch import SMALLEST, largest_for_batch
-from clip_lightning.model.clip import CLIP, Freeze, HeadKind
 from clip_lightning.training.optim import (
     OptimizerConfig,
     clip_gradients,
@@ -45,8 +47,6 @@ from clip_lightning.training.sharding import (
     shard_towers,
     sharded_modules,
 )
-from clip_lightning.timing import Stopwatch
-from clip_lightning.model.towers import ImageTower, TextTower, Tokenize, Tower
 
 Batch = dict[str, Any]
 

@@ -17,14 +17,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
 
 import clip_lightning
-from clip_lightning.training.checkpoints import all_ranks_save
 from clip_lightning.data.download import public
 from clip_lightning.errors import RunFailed
 from clip_lightning.files import write_atomically
-from clip_lightning.training.sharded_checkpoints import read_checkpoint
-from clip_lightning.training.sharding import whole_weights
+from clip_lightning.model.clip import parameter_counts
+from clip_lightning.model.sharded_checkpoints import read_checkpoint
 from clip_lightning.timing import Stopwatch
-from clip_lightning.experiments.costs import parameter_counts
+from clip_lightning.training.checkpoints import all_ranks_save
+from clip_lightning.training.sharding import whole_weights
 
 MONITOR = "val/rsum"
 MEMORY_SECONDS = 5

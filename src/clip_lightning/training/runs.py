@@ -14,9 +14,9 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 
+from clip_lightning.errors import UserError
 from clip_lightning.model.checkpoint import fixed_towers, preprocessing
 from clip_lightning.training.checkpoints import LAST, PREVIOUS, damage
-from clip_lightning.errors import UserError
 
 
 def new_run_id() -> str:

@@ -22,17 +22,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from clip_lightning.training.checkpoints import not_written
 from clip_lightning.errors import RunFailed, UserError
-from clip_lightning.training.gradcache import training_norms
 from clip_lightning.model.clip import CLIP
-from clip_lightning.training.sharded_checkpoints import (
+from clip_lightning.model.sharded_checkpoints import (
     fill,
     moment_name,
     weight_name,
     write_shards,
 )
 from clip_lightning.model.towers import Tower
+from clip_lightning.training.checkpoints import not_written
+from clip_lightning.training.gradcache import training_norms
 
 
 class ShardedStrategy(ModelParallelStrategy):

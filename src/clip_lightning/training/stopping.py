@@ -15,8 +15,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from clip_lightning.training.checkpoints import all_ranks_save, within_a_step
 from clip_lightning.errors import AgreedStop
+from clip_lightning.training.checkpoints import all_ranks_save, within_a_step
 from clip_lightning.training.ranks import Agreement
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

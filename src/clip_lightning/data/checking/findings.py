@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.data.checking.near_duplicates import alike, groups
-from clip_lightning.data.checking.images import Picture
 from clip_lightning.data.captions import CaptionedImage, CaptionSet
+from clip_lightning.data.checking.images import Picture
+from clip_lightning.data.checking.near_duplicates import alike, groups
 
 SMALLEST = 32  # pixels of the short side; below that there is little to see
 MOST_NAMED = 5

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clip_lightning.data.datasets import MOST_BROKEN_IN_A_ROW, Samples
-from clip_lightning.data.sampler import TrainSampler
 from clip_lightning.data.images import BrokenImage, augment, decode_bytes
-from clip_lightning.errors import UserError
-from clip_lightning.files import cache_folder, write_atomically
+from clip_lightning.data.sampler import TrainSampler
 from clip_lightning.data.shards.manifest import FIELDS_FILE, Manifest
 from clip_lightning.data.shards.options import Reading
 from clip_lightning.data.shards.record import BrokenRecord, CaptionChoice, Filter, Record, fields_of
 from clip_lightning.data.shards.storage import Mirror, is_url, join, litdata, opened, read
+from clip_lightning.errors import UserError
+from clip_lightning.files import cache_folder, write_atomically
 
 INDEX = "index.json"
 

@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from clip_lightning.data.captions import CaptionedImage, split_by_image
 from clip_lightning.data.formats import read_captions
-from clip_lightning.errors import RunFailed, UserError
-from clip_lightning.files import write_atomically
 from clip_lightning.data.shards.manifest import FIELDS_FILE, FILE, Format, Manifest, Shard
 from clip_lightning.data.shards.record import BrokenRecord, Filter, Record, passes
 from clip_lightning.data.shards.storage import expand, identities
 from clip_lightning.data.shards.tars import read_tar
 from clip_lightning.data.shards.write import SUFFIX, checksum, joined, sized, table, write_chunk, write_tar
+from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.files import write_atomically
 
 PENDING = "pending"
 

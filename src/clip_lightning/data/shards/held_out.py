@@ -9,14 +9,14 @@ from pathlib import Path
 
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.formats import read_captions
-from clip_lightning.errors import UserError
-from clip_lightning.files import cache_folder, whole_folder
 from clip_lightning.data.shards.chunks import ChunkFolder
 from clip_lightning.data.shards.manifest import Manifest, tars
 from clip_lightning.data.shards.record import BrokenRecord, CaptionChoice, Record
 from clip_lightning.data.shards.storage import expand, holds_tars, size_of
 from clip_lightning.data.shards.tars import read_tar
 from clip_lightning.data.shards.write import picture_suffix
+from clip_lightning.errors import UserError
+from clip_lightning.files import cache_folder, whole_folder
 
 _COPIES = 2
 

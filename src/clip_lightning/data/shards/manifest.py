@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from clip_lightning.data.captions import SPLITS
-from clip_lightning.errors import UserError
 from clip_lightning.data.shards.storage import expand, join, read
+from clip_lightning.errors import UserError
 
 FILE = "shards.json"
 FIELDS_FILE = "fields.parquet"

@@ -14,10 +14,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from clip_lightning.data.datasets import MOST_BROKEN_IN_A_ROW, Samples
 from clip_lightning.data.images import BrokenImage, augment, decode_bytes
-from clip_lightning.errors import UserError
 from clip_lightning.data.shards.options import Reading
 from clip_lightning.data.shards.record import BrokenRecord, CaptionChoice, Filter, Record, passes
 from clip_lightning.data.shards.storage import opened
+from clip_lightning.errors import UserError
 
 _EMPTY_PASSES = 3
 

@@ -11,7 +11,6 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 
 from clip_lightning.data.captions import CaptionedImage
-from clip_lightning.errors import UserError
 from clip_lightning.data.shards.chunks import ChunkDataset, ChunkFolder, ChunkSampler
 from clip_lightning.data.shards.held_out import held_out
 from clip_lightning.data.shards.manifest import Manifest, tars
@@ -19,6 +18,7 @@ from clip_lightning.data.shards.options import Reading, ShardOptions
 from clip_lightning.data.shards.record import CaptionChoice, Filter
 from clip_lightning.data.shards.storage import identities, read
 from clip_lightning.data.shards.tars import BatchSampler, TarDataset, TarSource
+from clip_lightning.errors import UserError
 
 SPLIT = "train"
 _COPIES_PER_WINDOW = 2  # the next window is begun while the last one is finished

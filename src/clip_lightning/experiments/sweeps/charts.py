@@ -13,9 +13,9 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from clip_lightning.files import write_atomically
 from clip_lightning.experiments.sweeps.file import SweepFile
 from clip_lightning.experiments.sweeps.space import Parameter
+from clip_lightning.files import write_atomically
 
 
 def draw(file: SweepFile, study: optuna.Study, folder: Path) -> None:

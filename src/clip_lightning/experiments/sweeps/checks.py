@@ -13,10 +13,10 @@ from jsonargparse import Namespace
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.origin import find_origin
 from clip_lightning.errors import UserError
-from clip_lightning.training.fitting import Rehearsal, rehearse
 from clip_lightning.experiments.compare import settings_of
 from clip_lightning.experiments.run_records import flat
 from clip_lightning.experiments.sweeps.file import SweepFile
+from clip_lightning.training.fitting import Rehearsal, rehearse
 
 
 def check(file: SweepFile, words: list[str]) -> Rehearsal:

@@ -13,7 +13,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from clip_lightning.errors import UserError
-from clip_lightning.files import write_atomically
+from clip_lightning.experiments.sweeps.checks import wanted_trials
+from clip_lightning.experiments.sweeps.file import SweepFile, option_words
+from clip_lightning.experiments.sweeps.study import Search
 from clip_lightning.experiments.sweeps.wandb_sweep import (
     SweepRun,
     create_sweep,
@@ -21,10 +23,8 @@ from clip_lightning.experiments.sweeps.wandb_sweep import (
     sweep_runs,
     sweep_state,
 )
-from clip_lightning.experiments.sweeps.checks import wanted_trials
-from clip_lightning.experiments.sweeps.file import SweepFile, option_words
-from clip_lightning.experiments.sweeps.study import Search
 from clip_lightning.experiments.sweeps.watch import NotesStop
+from clip_lightning.files import write_atomically
 
 
 def begin(search: Search, words: tuple[str, ...], entity: str | None, project: str) -> str:

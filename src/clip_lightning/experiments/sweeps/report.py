@@ -13,10 +13,10 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from clip_lightning.files import write_atomically
-from clip_lightning.experiments.sweeps.file import SweepFile
 from clip_lightning.experiments.sweeps.charts import draw
+from clip_lightning.experiments.sweeps.file import SweepFile
 from clip_lightning.experiments.sweeps.queue import interrupted
+from clip_lightning.files import write_atomically
 
 COLUMNS = ("rsum", "text_to_image_R@1", "image_to_text_R@1")
 """Metrics of a trial that the tables show."""

@@ -230,8 +230,8 @@ class Worker:
 
     def _try(self, trial: Trial) -> float:
         """Train with what is drawn; the best value of the metric."""
-        from clip_lightning.training.fitting import fit
         from clip_lightning.experiments.sweeps.watch import Watch
+        from clip_lightning.training.fitting import fit
 
         began, file, me = time.perf_counter(), self.search.file, psutil.Process()
         trial.set_user_attr("worker", [socket.gethostname(), me.pid, me.create_time()])

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from clip_lightning.errors import UserError
-from clip_lightning.tracking.account import stays_offline
+from clip_lightning.wandb_fetch import stays_offline
 
 Answer = TypeVar("Answer")
 

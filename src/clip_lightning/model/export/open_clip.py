@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_lightning.errors import UserError
-from clip_lightning.model.export.onnx import EXAMPLES, TOLERANCE
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.export.onnx import EXAMPLES, TOLERANCE
 from clip_lightning.model.towers.base import first_line
 
 # Our name of a part → open_clip's

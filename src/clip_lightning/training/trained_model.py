@@ -11,9 +11,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.sharded_checkpoints import read_checkpoint
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.runs import check_fits
-from clip_lightning.training.sharded_checkpoints import read_checkpoint
 
 
 def load_checkpoint(file: Path) -> CLIP:
