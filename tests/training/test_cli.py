@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from clip_lightning import __version__
 from clip_lightning.__main__ import main
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.cli import RunCLI, run_as
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -180,6 +181,17 @@ def test_the_config_starts_the_same_run_anew(finished: Path, tmp_path: Path) -> 
     rerun = yaml.safe_load((folder / "config.yaml").read_text())
     assert rerun["model"] == config["model"]
     assert rerun["data"] == config["data"]
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_a_cpu_without_fast_bf16_trains_in_fp32(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, precision: str
+) -> None:
+    monkeypatch.setattr("clip_lightning.training.cli.cpu_computes_in_bf16", lambda: fast)
+    words = command("fit", tmp_path, trainer__precision="bf16-mixed", trainer__fast_dev_run="true")
+    ran = run_as(RunCLI, words)
+    assert ran.trainer.precision == precision
+    assert yaml.safe_load(ran.config_to_save)["trainer"]["precision"] == "bf16-mixed"
 
 
 def test_validate_and_test_print_and_leave_nothing(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -196,6 +197,11 @@ class RunCLI(LightningCLI):
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         config["callbacks"] = [*given, *self._own_callbacks(config), *self.callers_callbacks]
+        if config.get("precision") == "bf16-mixed" and runs_on_cpu(config) and not cpu_computes_in_bf16():
+            print(
+                "this CPU has no fast bf16: training in fp32 (--trainer.precision 32-true)", file=sys.stderr
+            )
+            config["precision"] = "32-true"
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if config.get("strategy") == "fsdp":
@@ -282,6 +288,20 @@ class RunCLI(LightningCLI):
         if self.trainer.is_global_zero:
             logged = self.trainer.callback_metrics.items()
             print_metrics({name.removeprefix(f"{split}/"): float(value) for name, value in logged}, split)
+
+
+def runs_on_cpu(trainer: Any) -> bool:
+    """Return whether a trainer with these arguments runs on a CPU."""
+    accelerator = trainer.get("accelerator")
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Return whether torch has fast kernels in bf16 for this CPU.
+
+    Without AVX-512 or its like, a convolution in bf16 takes up to a hundred times as long as in fp32.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def print_metrics(metrics: dict[str, float], title: str) -> None:
