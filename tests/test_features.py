@@ -624,6 +624,22 @@ def test_list_and_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "1 entries" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["thesis", "d41d8cd98f00b204e9800998ecf8427e"])
+@pytest.mark.parametrize("manifest", ['{"key": {"kind": "image"}, "rows": 3}', '{"files": []}', "no JSON"])
+def test_folders_of_others_are_neither_listed_nor_removed(
+    cache: FeatureCache, name: str, manifest: str
+) -> None:
+    theirs = cache.root / name
+    theirs.mkdir(parents=True)
+    (theirs / "manifest.json").write_text(manifest)
+    np.save(theirs / "images-00000-of-00001.npy", np.zeros(9))  # as `embed` names its shards
+    cache.budget_bytes = 0
+    cache.get({"kind": "image"}, 10, noise, "rows")
+    assert [entry.rows for entry in cache.entries()] == [10]
+    assert [entry.rows for entry in cache.prune(0)] == [10]
+    assert len(list(theirs.iterdir())) == 2
+
+
 def test_an_empty_or_missing_cache_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "list", "--folder", str(tmp_path / "none"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"entries": [], "bytes": 0}

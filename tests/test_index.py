@@ -298,6 +298,14 @@ def test_only_one_writes(clip: CLIP, photos: Path, tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_left_alone(clip: CLIP, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="something else than an index"):
         update(clip, photos, photos)
+    for name in ("versions/v1.0/notes", "versions/v20240101/notes", "pending/todo", "current/notes"):
+        theirs = tmp_path / name.partition("/")[0] / name
+        theirs.parent.mkdir(parents=True)
+        theirs.write_text("mine")
+        with pytest.raises(UserError, match=r"something else than an index|is damaged"):
+            update(clip, photos, tmp_path / name.partition("/")[0])
+        assert theirs.read_text() == "mine"
+        shutil.rmtree(tmp_path / name.partition("/")[0])
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(UserError, match="is a file"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import secrets
 import sys
 import time
@@ -25,8 +26,9 @@ def new_run_id() -> str:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has left its configuration there."""
-    return (folder / "config.yaml").is_file()
+    """Return whether the folder holds the configuration of a run; other programs have a `config.yaml` too."""
+    file = folder / "config.yaml"
+    return file.is_file() and re.search(rb"^trainer:", file.read_bytes(), re.MULTILINE) is not None
 
 
 def find_checkpoint(given: Any, root: Path) -> Path | None:
