@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import os
 import re
@@ -198,6 +200,34 @@ def test_validate_and_test_print_and_leave_nothing(
         assert name == "test" or float(rsum) == pytest.approx(metrics["rsum"], abs=0.05)
         assert ("val" if name == "validate" else "test") in printed.splitlines()[0]
         assert the_run(finished.parent) == finished
+
+
+def test_keys_in_a_url_are_recorded_nowhere(
+    command: Command, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    archive = Path(shutil.make_archive(str(tmp_path / "scenes"), "zip", scenes))
+    words = command(
+        "fit",
+        tmp_path / "runs",
+        data__root=...,
+        trainer__logger=...,
+        trainer__max_epochs=1,
+    )
+    words += [
+        f"--data.url=file://{archive}?X-Signature=secret",
+        f"--data.sha256={hashlib.sha256(archive.read_bytes()).hexdigest()}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["clip-lightning", *words])
+    assert main(words) == 0
+    wandb = importlib.import_module("wandb")
+    wandb.finish()
+    assert sys.argv[1:] == words
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    (log,) = (file for file in files if file.suffix == ".wandb")
+    assert b"scenes.zip" in log.read_bytes()
+    assert not [file for file in files if b"X-Signature" in file.read_bytes()]
 
 
 def test_a_csv_logger(command: Command, tmp_path: Path) -> None:
@@ -423,13 +453,17 @@ def test_last_is_the_newest_run(command: Command, tmp_path: Path, capsys: pytest
         file = tmp_path / name / "checkpoints" / "last.ckpt"
         file.parent.mkdir(parents=True)
         file.write_bytes(b"")
-        (tmp_path / name / "config.yaml").touch()
+        (tmp_path / name / "config.yaml").write_text("trainer:\n")
         os.utime(tmp_path / name / "config.yaml", (time.time() - age, time.time() - age))
     assert main(command("fit", tmp_path, ckpt_path="last")) == 2
     assert f"{tmp_path / 'newer'}/checkpoints/last.ckpt is damaged (it is cut off" in capsys.readouterr().err
     (tmp_path / "newer" / "checkpoints" / "last.ckpt").unlink()
     assert main(command("fit", tmp_path, ckpt_path="last")) == 2
     assert f"the newest run, {tmp_path / 'newer'}, has no last.ckpt" in capsys.readouterr().err
+    # of another program: a run that resumes there would overwrite it
+    (tmp_path / "newer" / "config.yaml").write_text("title: my pages\n")
+    assert main(command("fit", tmp_path, ckpt_path="last")) == 2
+    assert f"{tmp_path / 'older'}/checkpoints/last.ckpt is damaged" in capsys.readouterr().err
 
 
 # wrong input

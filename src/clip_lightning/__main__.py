@@ -102,9 +102,9 @@ def _usage() -> str:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    from clip_lightning.terminal import one_line
+    from clip_lightning.terminal import one_line, public
 
-    print(f"clip-lightning: error: {one_line(message)}", file=sys.stderr)
+    print(f"clip-lightning: error: {one_line(public(message))}", file=sys.stderr)
     return status
 
 

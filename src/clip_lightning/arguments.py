@@ -13,6 +13,7 @@ import jsonargparse
 import yaml
 
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import public
 
 
 class PlainErrors:
@@ -90,7 +91,7 @@ def _refuse_misspelt(option: str, names: Sequence[str]) -> None:
 
 def complain(parser: jsonargparse.ArgumentParser, message: str) -> NoReturn:
     """Print what is wrong with the words given to `parser`, and leave with status 2."""
-    line = " ".join(message.split())
+    line = " ".join(public(message).split())
     print(f"clip-lightning: error: {_plain(line)}{_near_option(parser, line)}", file=sys.stderr)
     sys.exit(2)
 

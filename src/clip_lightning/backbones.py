@@ -20,6 +20,7 @@ import yaml
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
 from clip_lightning.fitting import fit, rehearse
+from clip_lightning.terminal import public
 from clip_lightning.towers import ImageTower, TextTower
 from clip_lightning.tracking.compare import settings_of, short_names
 from clip_lightning.tracking.costs import CostRecorder
@@ -91,7 +92,8 @@ class Backbones:
         self._options = [*options, "--trainer.devices=1"]
         self._has_group = _is_wandb(config.trainer.logger)
         self._wrong = _wrong_towers(images, texts, config)
-        command = {"image_towers": images, "text_towers": texts, "options": options, "seeds": seeds}
+        recorded = [*map(public, options)]
+        command = {"image_towers": images, "text_towers": texts, "options": recorded, "seeds": seeds}
         self.folder = make_folder(out or _earlier(Path(config.trainer.default_root_dir), command))
         settings = settings_of(flat(yaml.safe_load(rehearsal.config_to_save)))
         usable_images, usable_texts = (

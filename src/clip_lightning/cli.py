@@ -33,6 +33,7 @@ from clip_lightning.recorder import MONITOR, BestCheckpoint, RunRecorder, SaveCo
 from clip_lightning.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
 from clip_lightning.sharding import ShardedStrategy, check_shardable
 from clip_lightning.stopping import GracefulStop
+from clip_lightning.terminal import public
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
 from clip_lightning.tracking.tables import PredictionTable
@@ -142,6 +143,8 @@ class RunCLI(LightningCLI):
         parser = self._parser(self.subcommand)
         rerunnable = config.clone()
         rerunnable.ckpt_path = None
+        for name, value in list(rerunnable.items()):
+            rerunnable[name] = _without_keys(value)
         self.config_to_save = parser.dump(rerunnable, skip_unset=False)
         root = Path(config.trainer.default_root_dir)
         checkpoint = find_checkpoint(config.ckpt_path, root)
@@ -282,6 +285,15 @@ class RunCLI(LightningCLI):
         if self.trainer.is_global_zero:
             logged = self.trainer.callback_metrics.items()
             print_metrics({name.removeprefix(f"{split}/"): float(value) for name, value in logged}, split)
+
+
+def _without_keys(value: Any) -> Any:
+    """Return a value of the configuration as it may be recorded: its URLs may hold keys."""
+    if isinstance(value, dict):
+        return {_without_keys(key): _without_keys(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [*map(_without_keys, value)]
+    return public(value) if isinstance(value, str) else value
 
 
 def print_metrics(metrics: dict[str, float], title: str) -> None:
