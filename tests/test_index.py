@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -323,6 +324,12 @@ def test_a_damaged_index_is_named(clip: CLIP, photos: Path, tmp_path: Path) -> N
     (version.folder / "image.index").write_bytes(b"half")
     with pytest.raises(UserError, match="damaged"):
         ImageIndex.load(tmp_path / "idx")
+    manifest = version.folder / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    for change in ({"source": 5}, {"type": "tree"}, {"width": -1}):
+        manifest.write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match=r"damaged \(manifest\.json holds"):
+            ImageIndex.load(tmp_path / "idx")
 
 
 def test_without_faiss_there_is_one_line(

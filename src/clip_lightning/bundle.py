@@ -84,6 +84,7 @@ def read_bundle(folder: Path, config: dict[str, Any], name: str) -> dict[str, Te
     if checksum is not None and checksum != weights_digest(state):
         raise UserError(f"{name} is damaged (its weights do not match their checksum); get it whole again")
     with refusing_damage(name):
+        _check_values(config)
         companions = _companions(folder, config)
     for part, digest in companions.items():
         if recorded.get(part) != digest:
@@ -198,6 +199,20 @@ def _tokenizer_files(folder: Path) -> list[str]:
         for file in folder.iterdir()
         if file.suffix in TOKENIZER_SUFFIXES and file.name != "config.json" and file.is_file()
     )
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """Check what is used of a stranger's configuration before, or long after, the model is built from it.
+
+    Raises:
+        ValueError: a tokenizer's file is not in the bundle, or the card could not be written again.
+    """
+    for name in config["tokenizer_files"]:
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"{name!r} in tokenizer_files is not the name of a file in the bundle")
+    metrics, data = config.get("metrics") or {}, config.get("training_data") or {}
+    if not isinstance(data, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError("metrics or training_data in config.json are of another kind")
 
 
 def _companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow
@@ -94,6 +94,18 @@ class Manifest:
     text_tower: str | None = None
     created: str = ""
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        """Check the values; a stranger may have written them.
+
+        Raises:
+            ValueError: one is of another kind.
+        """
+        texts = self.identity, self.source, self.created, self.model or "", self.text_tower or ""
+        numbers = self.pictures, self.captions, self.width
+        sound = all(isinstance(each, str) for each in texts) and self.type in get_args(IndexType)
+        if not sound or not all(isinstance(each, int) and each >= 0 for each in numbers):
+            raise ValueError("manifest.json holds values of another kind")
 
 
 class Version:
