@@ -356,7 +356,11 @@ def test_other_sites_cannot_send_anything(served: Served, headers: dict[str, str
 
 def test_this_page_and_programs_can_upload(served: Served) -> None:
     here = urlsplit(served.url).netloc
-    for headers in ({}, {"Origin": f"http://{here}"}, {"Sec-Fetch-Site": "same-origin", "Origin": "http://x"}):
+    for headers in (
+        {},
+        {"Origin": f"http://{here}"},
+        {"Sec-Fetch-Site": "same-origin", "Origin": "http://x"},
+    ):
         assert served.upload("a.txt", b"mine", **headers)[0] == 200
 
 

@@ -24,6 +24,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from clip_lightning import __version__
 from clip_lightning.__main__ import main
+from clip_lightning.errors import UserError
+from clip_lightning.fitting import rehearse
 from clip_lightning.model import CLIP
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
@@ -112,6 +114,7 @@ def finished(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def test_metrics_are_flat_and_complete(finished: Path) -> None:
+    assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{8}", finished.name)
     metrics = json.loads((finished / "metrics.json").read_text())
     assert METRICS < set(metrics)
     assert all(0 <= metrics[name] <= 100 for name in METRICS if "R@" in name)
@@ -228,6 +231,30 @@ def test_keys_in_a_url_are_recorded_nowhere(
     (log,) = (file for file in files if file.suffix == ".wandb")
     assert b"scenes.zip" in log.read_bytes()
     assert not [file for file in files if b"X-Signature" in file.read_bytes()]
+
+
+@pytest.mark.parametrize("words", [["--data.root", ""], ["--data.root="], ["--data.cache="]])
+def test_an_empty_option_is_no_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *words]) == 2
+    assert f"{words[0].rstrip('=')} is empty; give a value" in capsys.readouterr().err
+
+
+def test_home_is_found_wherever_a_path_is_given(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {root: ~/scenes}\nzero_shot: {data: ~/classes, names: ~/names.txt}")
+    config = rehearse([f"--config={file}", *command("", Path("~/runs"), data__root=...)[1:]]).config["fit"]
+    assert (config.data.root, config.zero_shot.data) == (f"{tmp_path}/scenes", f"{tmp_path}/classes")
+    assert config.zero_shot.names == tmp_path / "names.txt"
+    assert main(command("fit", Path("~/runs"), model__image_tower="test_vit=~/weights.pth")) == 2
+    assert f"no weights file '{tmp_path}/weights.pth'" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "runs"]
+    file.write_text("data: {root: ''}")
+    with pytest.raises(UserError, match=r"^--data\.root is empty in a configuration"):
+        rehearse([f"--config={file}", *command("", tmp_path, data__root=...)[1:]])
 
 
 def test_a_csv_logger(command: Command, tmp_path: Path) -> None:

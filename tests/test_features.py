@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -640,6 +641,20 @@ def test_folders_of_others_are_neither_listed_nor_removed(
     assert len(list(theirs.iterdir())) == 2
 
 
-def test_an_empty_or_missing_cache_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cache", "list", "--folder", str(tmp_path / "none"), "--json"]) == 0
+def test_the_default_cache_may_be_missing_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["cache", "list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"entries": [], "bytes": 0}
+    assert main(["cache", "list", "--folder", str(tmp_path / "none")]) == 2
+    assert f"--folder {tmp_path / 'none'}: no such folder" in capsys.readouterr().err
+
+
+def test_a_terminal_that_knows_few_letters(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.get({"kind": "image", "name": "Bär → 熊"}, 1, noise, "rows")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["cache", "list", "--folder", str(cache.root)]) == 0
+    terminal.seek(0)
+    assert "B?r ? ?" in terminal.read()

@@ -22,7 +22,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from clip_lightning.arguments import PlainErrors, complaint_within, named_configs, with_logger_folder
+from clip_lightning.arguments import (
+    PlainErrors,
+    changed_strings,
+    complaint_within,
+    named_configs,
+    with_home,
+    with_logger_folder,
+)
 from clip_lightning.checkpoints import CheckpointOptions, SafeCheckpointIO, WhenInterrupted
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
@@ -135,6 +142,11 @@ class RunCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words given; Lightning's own version warns of any that do not come from the process."""
         self.config = parser.parse_args(args)
+        for name, value in list(self.config.items()):
+            if value == "":
+                option = name.removeprefix(f"{self.config.subcommand}.")
+                raise UserError(f"--{option} is empty in a configuration; give a value, or leave it out")
+            self.config[name] = changed_strings(value, with_home)
 
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder, the checkpoint to start from, and where loggers write."""
@@ -144,7 +156,7 @@ class RunCLI(LightningCLI):
         rerunnable = config.clone()
         rerunnable.ckpt_path = None
         for name, value in list(rerunnable.items()):
-            rerunnable[name] = _without_keys(value)
+            rerunnable[name] = changed_strings(value, public)  # a URL may hold a key
         self.config_to_save = parser.dump(rerunnable, skip_unset=False)
         root = Path(config.trainer.default_root_dir)
         checkpoint = find_checkpoint(config.ckpt_path, root)
@@ -285,15 +297,6 @@ class RunCLI(LightningCLI):
         if self.trainer.is_global_zero:
             logged = self.trainer.callback_metrics.items()
             print_metrics({name.removeprefix(f"{split}/"): float(value) for name, value in logged}, split)
-
-
-def _without_keys(value: Any) -> Any:
-    """Return a value of the configuration as it may be recorded: its URLs may hold keys."""
-    if isinstance(value, dict):
-        return {_without_keys(key): _without_keys(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [*map(_without_keys, value)]
-    return public(value) if isinstance(value, str) else value
 
 
 def print_metrics(metrics: dict[str, float], title: str) -> None:

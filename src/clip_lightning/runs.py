@@ -22,7 +22,7 @@ from clip_lightning.errors import UserError
 
 def new_run_id() -> str:
     """Sorts by time, and is unlikely to meet another run's."""
-    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(4)
 
 
 def is_run(folder: Path) -> bool:

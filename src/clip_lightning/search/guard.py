@@ -2,8 +2,8 @@
 
 Gradio serves more than this page needs: other sites through a proxy, files of the working folder's cache,
 downloads of any address that a request names in place of an uploaded picture. Here a request passes only if
-it is on the list, and names no file but one that was uploaded to this page. What changes something (POST) has to
-come from this page or from a program: a browser sends it for pages of other sites too, without asking.
+it is on the list, and names no file but one that was uploaded to this page. What changes something (POST) has
+to come from this page or from a program: a browser sends it for pages of other sites too, without asking.
 """
 
 from __future__ import annotations
