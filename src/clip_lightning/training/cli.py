@@ -23,9 +23,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from clip_lightning.arguments import PlainErrors, complaint_within, named_configs, with_logger_folder
+from clip_lightning.arguments import (
+    PlainErrors,
+    changed_strings,
+    complaint_within,
+    named_configs,
+    with_home,
+    with_logger_folder,
+)
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import public
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
 from clip_lightning.tracking.prediction_panel import PredictionTable
@@ -135,6 +143,11 @@ class RunCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words given; Lightning's own version warns of any that do not come from the process."""
         self.config = parser.parse_args(args)
+        for name, value in list(self.config.items()):
+            if value == "":
+                option = name.removeprefix(f"{self.config.subcommand}.")
+                raise UserError(f"--{option} is empty in a configuration; give a value, or leave it out")
+            self.config[name] = changed_strings(value, with_home)
 
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder, the checkpoint to start from, and where loggers write."""
@@ -143,6 +156,8 @@ class RunCLI(LightningCLI):
         parser = self._parser(self.subcommand)
         rerunnable = config.clone()
         rerunnable.ckpt_path = None
+        for name, value in list(rerunnable.items()):
+            rerunnable[name] = changed_strings(value, public)  # a URL may hold a key
         self.config_to_save = parser.dump(rerunnable, skip_unset=False)
         root = Path(config.trainer.default_root_dir)
         checkpoint = find_checkpoint(config.ckpt_path, root)
