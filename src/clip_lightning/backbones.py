@@ -19,7 +19,7 @@ import yaml
 
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
-from clip_lightning.fitting import fit, rehearse
+from clip_lightning.fitting import check_validates, fit, rehearse
 from clip_lightning.towers import ImageTower, TextTower
 from clip_lightning.tracking.compare import settings_of, short_names
 from clip_lightning.tracking.costs import CostRecorder
@@ -170,6 +170,7 @@ def _pairs(
 
 def _check(config: Any) -> None:
     """Refuse options of `fit` that a comparison cannot have."""
+    check_validates(config)
     if config.ckpt_path is not None:
         raise UserError("--ckpt_path belongs to one run; the same comparison again goes on by itself")
     if config.model.init_from is not None:

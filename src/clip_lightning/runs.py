@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
-from lightning.pytorch import LightningModule
+import yaml
+from jsonargparse import Namespace, dict_to_namespace
+from lightning.pytorch import LightningDataModule, LightningModule
 
-from clip_lightning.checkpoint_content import fixed_towers, preprocessing
+from clip_lightning.checkpoint_content import check_fixed_towers, fixed_towers, preprocessing
 from clip_lightning.checkpoints import LAST, PREVIOUS, damage
 from clip_lightning.errors import UserError
+from clip_lightning.optim import param_groups
 
 
 def new_run_id() -> str:
@@ -111,6 +113,50 @@ def check_fits(file: Path, model: LightningModule) -> None:
     for what, now in preprocessing(model.clip, model.lora).items():
         if then.get(what) != now:
             raise UserError(f"--ckpt_path {file}: its {what} is {then.get(what)}, here {now}; {same}")
+    check_fixed_towers(frozen, model.clip)
+
+
+def check_resumes(file: Path, model: LightningModule, data: LightningDataModule, ranks: int) -> None:
+    """Refuse to resume with other data, batches or groups of weights, before anything is computed or written.
+
+    Args:
+        file: a checkpoint that `check_fits` has accepted.
+        model: to train.
+        data: after its `setup`.
+        ranks: how many will train.
+
+    Raises:
+        UserError: says what is different.
+    """
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    data.check_resumes(checkpoint.get(type(data).__qualname__, {}), ranks)
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        stored = [(group["name"], len(group["params"])) for group in optimizer["param_groups"]]
+        own = [(group["name"], len(group["params"])) for group in param_groups(model.clip, model.optimizer)]
+        if stored != own:
+            raise UserError(
+                f"--ckpt_path {file} was trained with other groups of weights ({_listed(stored)}; here "
+                f"{_listed(own)}); give the same --model.optimizer.layer_decay and freeze_below as then"
+            )
+
+
+def _listed(groups: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in groups)
+
+
+def changed_options(before: str, now: str) -> list[str]:
+    """List the options that differ between two configurations in YAML, a line for each.
+
+    A resumed run takes the new values, unless the line says that it ignores one.
+    """
+    old, new = (vars(dict_to_namespace(yaml.safe_load(text)).as_flat()) for text in (before, now))
+    ignored = ("model.init_from", "model.loss.init_args.init_")
+    return [
+        f"--{name} {value} (was {old[name]})"
+        + ("; ignored, since the checkpoint has these weights" if name.startswith(ignored) else "")
+        for name, value in new.items()
+        if name in old and old[name] != value
+    ]
 
 
 def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:

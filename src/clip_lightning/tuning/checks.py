@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.origin import find_origin
 from clip_lightning.errors import UserError
-from clip_lightning.fitting import Rehearsal, rehearse
+from clip_lightning.fitting import Rehearsal, check_validates, rehearse
 from clip_lightning.tracking.compare import settings_of
 from clip_lightning.tracking.run_records import flat
 from clip_lightning.tuning.file import SweepFile
@@ -32,6 +32,7 @@ def check(file: SweepFile, words: list[str]) -> Rehearsal:
     for row in range(max(map(len, ends.values()), default=1)):
         drawn = {label: values[min(row, len(values) - 1)] for label, values in ends.items()}
         rehearsal = rehearse([*words, *file.words(drawn)])
+        check_validates(rehearsal.config["fit"])
     return rehearsal
 
 
