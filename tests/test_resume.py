@@ -174,13 +174,14 @@ def test_changed_options_hold_after_a_resume(
 
 
 def test_options_that_a_resume_ignores_are_named() -> None:
-    before = "model: {init_from: a, loss: {class_path: X, init_args: {init_scale: 1, smoothing: 0}}}"
-    now = "model: {init_from: b, loss: {class_path: X, init_args: {init_scale: 2, smoothing: 1}}, new: 3}"
+    before = "model: {init_from: a, loss: {init_args: {init_scale: 1, smoothing: 0}}}"
+    now = "model: {init_from: b, loss: {init_args: {init_scale: 2, smoothing: 1}}, lora: {r: 2}}"
     ignored = "; ignored, since the checkpoint has these weights"
     assert changed_options(before, now) == [
-        f"--model.init_from b (was a){ignored}",
+        f'--model.init_from "b" (was "a"){ignored}',
         f"--model.loss.init_args.init_scale 2 (was 1){ignored}",
         "--model.loss.init_args.smoothing 1 (was 0)",
+        "--model.lora.r 2 (was null)",
     ]
 
 

@@ -34,7 +34,7 @@ def within_a_step(trainer: Trainer) -> bool:
 
 
 def accumulates(trainer: Trainer) -> bool:
-    """Return whether gradients of finished batches wait for later ones before the optimiser takes its step."""
+    """Return whether gradients of finished batches wait for those of later ones."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     done = progress.current.processed
     at_end = progress.is_last_batch and done == progress.current.ready

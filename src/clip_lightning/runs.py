@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from clip_lightning.checkpoint_content import check_fixed_towers, fixed_towers, preprocessing
@@ -149,14 +150,22 @@ def changed_options(before: str, now: str) -> list[str]:
 
     A resumed run takes the new values, unless the line says that it ignores one.
     """
-    old, new = (vars(dict_to_namespace(yaml.safe_load(text)).as_flat()) for text in (before, now))
+    old, new = (dict(_flat(yaml.safe_load(text))) for text in (before, now))
     ignored = ("model.init_from", "model.loss.init_args.init_")
     return [
-        f"--{name} {value} (was {old[name]})"
+        f"--{name} {json.dumps(new.get(name))} (was {json.dumps(old.get(name))})"
         + ("; ignored, since the checkpoint has these weights" if name.startswith(ignored) else "")
-        for name, value in new.items()
-        if name in old and old[name] != value
+        for name in {**new, **old}
+        if old.get(name) != new.get(name)
     ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:

@@ -109,9 +109,9 @@ class EarlyStopping(callbacks.EarlyStopping):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop before the first step if the checkpoint is of a run that had stopped."""
-        if self.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED and self.wait_count < self.patience:
-            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
-        if self.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+        out_of_patience = self.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
+        has_more_now = out_of_patience and self.wait_count < self.patience
+        if self.stopping_reason != EarlyStoppingReason.NOT_STOPPED and not has_more_now:
             trainer.should_stop = True
             if trainer.is_global_zero:
                 print(
