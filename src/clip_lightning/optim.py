@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -165,7 +164,8 @@ class WarmupCosine(LambdaLR):
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
         before, now = max(state_dict["_last_lr"]), max(self._last_lr)
-        if before != now and rank_zero_only.rank == 0:
+        is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if before != now and is_first:
             print(
                 f"the learning rate of step {self.last_epoch} of {self.total_steps} is {now:.3g}; the "
                 f"checkpoint had {before:.3g}, since its options or its number of steps were others",
