@@ -1,7 +1,7 @@
 """Sharded training on two processes is that of one process: weights, moments, metrics, checkpoints.
 
-Run as a program (`python tests/training/test_sharding.py SCENES BERT OUT`, or by torchrun with two processes) this
-file trains each way and leaves what came of it in OUT; the tests read that.
+Run as a program (`python tests/training/test_sharding.py SCENES BERT OUT`, or by torchrun with two processes)
+this file trains each way and leaves the results in OUT, where the tests read them.
 """
 
 from __future__ import annotations

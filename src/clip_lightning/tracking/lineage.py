@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 import clip_lightning
-from clip_lightning.tracking.artifacts import log_model, use_data
+from clip_lightning.tracking.artifacts import log_model, use_data, why_not_best
 from clip_lightning.tracking.logger import RunLogger
 
 CODE = str(Path(clip_lightning.__file__).parent)
@@ -59,10 +59,17 @@ class Lineage(Checkpoint):
 
     def _log_model_of(self, run: Any, logger: RunLogger) -> None:
         name = logger.model_name or f"model-{run.id}"
-        model = log_model(run, self.folder, name=name, metadata=_metadata(self.folder))
-        if logger.link_to is None or model is None:
+        about = _metadata(self.folder)
+        reason = why_not_best(run, about, logger.model_name)
+        model = log_model(run, self.folder, name=name, metadata=about, is_best=reason is None)
+        if model is None:
             return
-        if run.offline:
+        if reason is not None:
+            link = f" and without a link to {logger.link_to}" if logger.link_to else ""
+            rank_zero_warn(f"the model {name} is logged without the alias `best`{link}: {reason}")
+        elif logger.link_to is None:
+            return
+        elif run.offline:
             rank_zero_warn(f"the model is not linked to {logger.link_to}: that takes a run that is online")
         else:
             run.link_artifact(model, logger.link_to)

@@ -42,7 +42,7 @@ class ZeroShot(Callback):
         names: file of the names of classes, as for evaluate zero-shot.
         split: all, train, val or test; by default the data's own val split (test, if it has no val), and all
             where it has none.
-        every: validations from one time to the next.
+        every: validations from one time to the next; those of the last epoch always count.
         data_cache: folder for what torchvision downloads; the user's cache folder by default.
 
     Attributes:
@@ -109,7 +109,8 @@ class ZeroShot(Callback):
         if self._set is None or batch_idx or trainer.sanity_checking:
             return
         self._validations += 1
-        if trainer.state.fn == "fit" and self._validations % self.every:
+        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.state.fn == "fit" and self._validations % self.every and not last_epoch:
             return
         clip: Any = pl_module.clip
         self._now = self._classify(trainer, clip, self._set)

@@ -62,8 +62,7 @@ class SaveConfig(Callback):
         """Runs after the data module's setup, so that the data's digest is known."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(self.config)
+        write_atomically(self.folder / "config.yaml", self.config.encode())
         datamodule: Any = getattr(trainer, "datamodule", None)
         content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
         if datamodule.fetched:

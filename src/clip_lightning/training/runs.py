@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from clip_lightning.errors import UserError
-from clip_lightning.model.checkpoint import fixed_towers, preprocessing
+from clip_lightning.model.checkpoint import check_fixed_towers, fixed_towers, preprocessing
 from clip_lightning.training.checkpoints import LAST, PREVIOUS, damage
+from clip_lightning.training.optim import param_groups
 
 
 def new_run_id() -> str:
@@ -113,6 +116,58 @@ def check_fits(file: Path, model: LightningModule) -> None:
     for what, now in preprocessing(model.clip, model.lora).items():
         if then.get(what) != now:
             raise UserError(f"--ckpt_path {file}: its {what} is {then.get(what)}, here {now}; {same}")
+    check_fixed_towers(frozen, model.clip)
+
+
+def check_resumes(file: Path, model: LightningModule, data: LightningDataModule, ranks: int) -> None:
+    """Refuse to resume with other data, batches or groups of weights, before anything is computed or written.
+
+    Args:
+        file: a checkpoint that `check_fits` has accepted.
+        model: to train.
+        data: after its `setup`.
+        ranks: how many will train.
+
+    Raises:
+        UserError: says what is different.
+    """
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    data.check_resumes(checkpoint.get(type(data).__qualname__, {}), ranks)
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        stored = [(group["name"], len(group["params"])) for group in optimizer["param_groups"]]
+        own = [(group["name"], len(group["params"])) for group in param_groups(model.clip, model.optimizer)]
+        if stored != own:
+            raise UserError(
+                f"--ckpt_path {file} was trained with other groups of weights ({_listed(stored)}; here "
+                f"{_listed(own)}); give the same --model.optimizer.layer_decay and freeze_below as then"
+            )
+
+
+def _listed(groups: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in groups)
+
+
+def changed_options(before: str, now: str) -> list[str]:
+    """List the options that differ between two configurations in YAML, a line for each.
+
+    A resumed run takes the new values, unless the line says that it ignores one.
+    """
+    old, new = (dict(_flat(yaml.safe_load(text))) for text in (before, now))
+    ignored = ("model.init_from", "model.loss.init_args.init_")
+    return [
+        f"--{name} {json.dumps(new.get(name))} (was {json.dumps(old.get(name))})"
+        + ("; ignored, since the checkpoint has these weights" if name.startswith(ignored) else "")
+        for name in {**new, **old}
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
