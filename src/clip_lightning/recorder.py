@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from clip_lightning.sharded_checkpoints import read_checkpoint
 from clip_lightning.sharding import whole_weights
 from clip_lightning.timing import Stopwatch
 from clip_lightning.tracking.costs import parameter_counts
+from clip_lightning.tracking.logger import RunLogger
 
 MONITOR = "val/rsum"
 MEMORY_SECONDS = 5
@@ -67,6 +69,7 @@ class SaveConfig(Callback):
         (self.folder / "config.yaml").write_text(self.config)
         datamodule: Any = getattr(trainer, "datamodule", None)
         content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
+        content["model"]["loss"] = content["model"]["loss"] or type(pl_module.loss).__name__
         if content["data"].get("url"):
             content["data"]["url"] = public(content["data"]["url"])  # a key may be in it
         if datamodule.fetched:
@@ -160,7 +163,9 @@ class RunRecorder(Callback):
             if name.startswith("val/")
         }
         if "rsum" in now and now["rsum"] > self.metrics.get("rsum", float("-inf")):
+            gone = self.metrics.keys() - now.keys()
             self.metrics = {**now, "epoch": trainer.current_epoch, "step": trainer.global_step}
+            self._summarise(trainer, {}, gone)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything."""
@@ -230,6 +235,7 @@ class RunRecorder(Callback):
         if torch.cuda.is_available():
             record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
         write_json(self.folder / "metrics.json", record)
+        self._summarise(trainer, {name: record[name] for name in record.keys() - self.metrics.keys()})
         if data and data.broken:
             write_json(self.folder / "broken.json", data.broken)
         if weights is None:
@@ -242,6 +248,14 @@ class RunRecorder(Callback):
         pl_module.clip.save_pretrained(
             self.folder / "model", weights=_best_weights(trainer, weights), metadata=metadata
         )
+
+    def _summarise(self, trainer: Trainer, costs: dict[str, Any], gone: Iterable[str] = ()) -> None:
+        """Let the summary of the W&B run be what `metrics.json` is: the best epoch's values, and costs."""
+        best = {f"val/{name}": value for name, value in self.metrics.items() if name not in ("epoch", "step")}
+        best |= {"best_epoch": self.metrics["epoch"]} if self.metrics else {}
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.summarise(best | costs, [f"val/{name}" for name in gone])
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -157,6 +157,7 @@ def _record(
     if "rsum" not in values:
         return LeftOut(place, "it has no recalls: no validation was finished")
     options = flat(config)
+    options["model.loss"] = options.get("model.loss") or "InfoNCE"  # null is the default
     image_tower, text_tower = (
         name or str(options.get(f"model.{kind}") or options.get("model.init_from") or "unknown")
         for name, kind in zip(towers, ("image_tower", "text_tower"), strict=True)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_lightning.errors import UserError
+from clip_lightning.tracking.account import default_project
 from clip_lightning.tuning import online
 from clip_lightning.tuning.checks import base_point, check, shared_settings, wanted_trials
 from clip_lightning.tuning.file import option_words, read_sweep
@@ -106,7 +107,8 @@ def _offline(plan: Search, config: Namespace, options: Options, tell: Callable[[
 def _online(plan: Search, config: Namespace, options: Options, tell: Callable[[Report], None]) -> None:
     logger = _run_logger(config)
     assert logger is not None
-    sweep = options.sweep_id or online.begin(plan, options.words, logger.entity, logger.project)
+    project = logger.project or default_project()
+    sweep = options.sweep_id or online.begin(plan, options.words, logger.entity, project)
     try:
         if options.sweep_id or online.has_work(sweep):
             print(f"sweep {sweep}; from other machines: wandb agent {sweep}", file=sys.stderr)
