@@ -87,7 +87,7 @@ def test_from_data_to_a_model_on_another_machine(
     online = wandb_server.runs["tester", "clip-lightning", run.name]
     assert (online.group, online.tags, online.notes, online.job_type) == ("g", ["a", "b"], "why so", "train")
     assert online.config["data_artifact"] == uploaded
-    assert "finished" in [alert["title"] for alert in online.alerts]
+    assert online.alerts == []
     # lineage: data → run → model
     data = wandb_server.artifact(uploaded)
     assert data.used_by == [online.key]
@@ -102,8 +102,6 @@ def test_from_data_to_a_model_on_another_machine(
     assert model.metadata["image_tower"] == "random:test_resnet"
     last = wandb_server.artifact(f"tester/clip-lightning/model-{run.name}-checkpoint:last")
     assert list(last.contents) == ["last.ckpt"]
-    code = [home for home in wandb_server.collections.values() if home.type == "code"]
-    assert "module.py" in code[0].versions[0].contents
 
     # a second machine, where nothing is cached
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))

@@ -105,6 +105,7 @@ class CaptionDataModule(LightningDataModule):
             seed: of the order, the captions and the augmentation.
         """
         super().__init__()
+        self.options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         _check(batch_size=batch_size, captions_per_image=captions_per_image, views=views)
         _check_shares(max_broken=max_broken, val_share=val_share, test_share=test_share)
         if num_workers is not None and num_workers < 0:

@@ -126,6 +126,7 @@ class ZeroShot(Callback):
         # equal on all ranks already; sync_dist only spares Lightning's advice
         pl_module.log_dict({f"val/{name}": result.metrics[name] for name in METRICS}, sync_dist=True)
         title = f"{self.data}, epoch {trainer.current_epoch}"
+        self._step = trainer.global_step - 1  # as Lightning counts it for the metrics of this validation
         self._last = ClassReport(title, [entry[0] for entry in self._names], result)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,14 +175,14 @@ class ZeroShot(Callback):
         try:
             if self.folder is not None and not trainer.fast_dev_run:
                 report.write(self.folder / "zero_shot")
-            self._log(trainer, report, [each for each in trainer.loggers if isinstance(each, WandbLogger)])
+            self._log(report, [each for each in trainer.loggers if isinstance(each, WandbLogger)])
         except Exception as error:
             rank_zero_warn(f"the zero-shot classes could not be shown: {type(error).__name__}: {error}")
 
-    def _log(self, trainer: Trainer, report: ClassReport, runs: Sequence[WandbLogger]) -> None:
+    def _log(self, report: ClassReport, runs: Sequence[WandbLogger]) -> None:
         content = class_media(report, "val/") if runs else {}
         for logger in runs:
             if isinstance(logger, RunLogger):
-                logger.log_row(content, trainer.global_step)
+                logger.log_row(content, self._step)
             else:  # No step=: W&B drops rows whose step lies behind, as after a resume.
-                logger.experiment.log({**content, "trainer/global_step": trainer.global_step})
+                logger.experiment.log({**content, "trainer/global_step": self._step})

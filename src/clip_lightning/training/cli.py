@@ -49,8 +49,10 @@ from clip_lightning.training.runs import (
     check_resumes,
     find_checkpoint,
     is_run,
+    keep_scores,
     new_run_id,
     place_logger,
+    run_of,
 )
 from clip_lightning.training.sharding import ShardedStrategy, check_shardable
 from clip_lightning.training.stopping import EarlyStopping, GracefulStop
@@ -186,7 +188,9 @@ class RunCLI(LightningCLI):
                 raise UserError(
                     "nothing to score: give --ckpt_path FILE|last|best, or --model.init_from BUNDLE"
                 )
-            # a score is printed; it is no run of its own
+            # a score belongs to the run that it is of; it is no run of its own
+            self.scored_run = run_of(checkpoint or config.model.init_from)
+            self.tracks_scores = config.trainer.logger is not False
             config.trainer.logger = config.trainer.enable_checkpointing = config.verbose = False
         if config.trainer.logger is True:
             config.trainer.logger = parser.get_defaults().trainer.logger
@@ -317,17 +321,24 @@ class RunCLI(LightningCLI):
             print("time:", ", ".join(parts))
 
     def after_validate(self) -> None:
-        """Print the scores; Lightning's own table goes where the progress bar goes."""
-        self._print_scores("val")
+        """Print and keep the scores; Lightning's own table goes where the progress bar goes."""
+        self._finish_scores("val")
 
     def after_test(self) -> None:
-        """Print the scores."""
-        self._print_scores("test")
+        """Print and keep the scores."""
+        self._finish_scores("test")
 
-    def _print_scores(self, split: str) -> None:
-        if self.trainer.is_global_zero:
-            logged = self.trainer.callback_metrics.items()
-            print_metrics({name.removeprefix(f"{split}/"): float(value) for name, value in logged}, split)
+    def _finish_scores(self, split: str) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        logged = self.trainer.callback_metrics.items()
+        scores = {name.removeprefix(f"{split}/"): float(value) for name, value in logged}
+        print_metrics(scores, split)
+        if self.scored_run is not None and not self.trainer.fast_dev_run:
+            config = self.config[self.subcommand]
+            scored = str(config.ckpt_path or config.model.init_from)
+            about = {"scored": scored, "data_digest": self.datamodule.digest}
+            keep_scores(self.scored_run, self.subcommand, scores, about, track=self.tracks_scores)
 
 
 def runs_on_cpu(trainer: Any) -> bool:

@@ -110,6 +110,7 @@ class CLIPModule(LightningModule):
             compile: whether trained towers go through torch.compile, a minute or two at the start.
         """
         super().__init__()
+        self.options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if micro_batch_size not in (None, "auto") and not (
             isinstance(micro_batch_size, int) and micro_batch_size >= 1
         ):

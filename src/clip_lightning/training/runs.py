@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import secrets
@@ -18,9 +19,13 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from clip_lightning.errors import UserError
+from clip_lightning.files import write_atomically
 from clip_lightning.model.checkpoint import check_fixed_towers, fixed_towers, preprocessing
+from clip_lightning.tracking.history import history_file
+from clip_lightning.tracking.logger import RunLogger
 from clip_lightning.training.checkpoints import LAST, PREVIOUS, damage
 from clip_lightning.training.optim import param_groups
+from clip_lightning.wandb_fetch import default_project, stays_offline
 
 
 def new_run_id() -> str:
@@ -188,9 +193,44 @@ def place_logger(logger: Namespace, folder: Path) -> None:
     settings = logger.init_args
     kind = logger.class_path.rpartition(".")[2]
     if kind in ("RunLogger", "WandbLogger"):
-        settings.update(Namespace(save_dir=str(folder), id=settings.get("id") or folder.name))
+        run_id = settings.get("id") or os.environ.get("WANDB_RUN_ID") or folder.name
+        settings.update(Namespace(save_dir=str(folder), id=run_id))
+    if kind == "WandbLogger":  # Lightning's, which asks for a key, and refuses to log models offline
+        settings.project = settings.get("project") or default_project()
+        if settings.get("offline") or stays_offline(None):
+            settings.update(Namespace(mode="offline", log_model=False))
     elif kind in ("CSVLogger", "TensorBoardLogger"):
         # Lightning's CSVLogger deletes what it finds: a resumed run gets a folder of its own
         earlier = (folder / "metrics.csv").exists()
         version = f"resumed-{len(list(folder.glob('resumed-*'))) + 1}" if earlier else ""
         settings.update(Namespace(save_dir=str(folder), name="", version=version))
+
+
+def run_of(place: str | Path | None) -> Path | None:
+    """Return the folder of the run that has left a checkpoint or a bundle at this place, if it is one's."""
+    folders = Path(place).absolute().parents[:2] if place is not None and Path(place).exists() else ()
+    return next((folder for folder in folders if is_run(folder)), None)
+
+
+def keep_scores(
+    folder: Path, name: str, scores: Mapping[str, float], about: Mapping[str, str], *, track: bool
+) -> None:
+    """Keep the scores of `test` or `validate` as `NAME.json` in a run's folder, and in its W&B run.
+
+    Args:
+        folder: of the run.
+        name: of the command.
+        scores: by their plain names.
+        about: what was scored, and on which data.
+        track: whether the W&B run, if there is one, gets them in its summary.
+    """
+    content = json.dumps({**scores, **about}, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / f"{name}.json", content.encode())
+    loggers = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["logger"]
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if track and isinstance(logger, dict) and str(logger.get("class_path")).endswith(".RunLogger"):
+            settings = logger.get("init_args") or {}
+            run_id = settings.get("id") or os.environ.get("WANDB_RUN_ID") or folder.name
+            if history_file(folder, run_id).is_file():  # else W&B was disabled
+                run = RunLogger(**{**settings, "save_dir": str(folder), "id": run_id})
+                run.summarise({f"{name}/{metric}": score for metric, score in scores.items()})
