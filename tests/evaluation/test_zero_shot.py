@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from clip_lightning import CLIP, zero_shot_classifier
 from clip_lightning.data.classes import class_names, clean_name, read_classes
 from clip_lightning.errors import UserError
-from clip_lightning.evaluation.calibration import calibration, plot_calibration
+from clip_lightning.evaluation.calibration import calibration
 from clip_lightning.evaluation.prompts import TEMPLATES, fill, read_templates
 from clip_lightning.evaluation.zero_shot import classify, probabilities
+from clip_lightning.reports.plots import plot_calibration
 
 
 def test_a_class_is_the_normalised_mean_of_its_captions(make_clip: Callable[..., CLIP]):

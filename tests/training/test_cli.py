@@ -150,10 +150,9 @@ def test_the_bundle_is_the_best_epoch(finished: Path) -> None:
 
 
 def test_predictions_can_be_looked_at(finished: Path) -> None:
-    pictures = sorted(file.name for file in (finished / "predictions").glob("*.png"))
-    grids = [f"epoch=0{n}{kind}.png" for n in (0, 1) for kind in ("-captions", "")]
-    assert pictures == [*grids, "misses.png", "recall-history.png", "recall.png", "similarities.png"]
-    assert "<html" in (finished / "predictions.html").read_text().lower()
+    page = (finished / "predictions.html").read_text()
+    assert "<html" in page.lower()
+    assert 'id="misses"' in page
 
 
 def test_the_wandb_run_has_the_config_and_the_digest(finished: Path) -> None:
