@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import RunFailed, UserError
 
 SPLITS = ("train", "val", "test")
 
@@ -47,7 +47,7 @@ class CaptionSet:
         for image in sorted(self.images, key=lambda image: _name(image.path, self.root)):
             row = (
                 _name(image.path, self.root),
-                str(image.path.stat().st_size),
+                str(_size(image.path)),
                 image.split or "",
                 *image.captions,
             )
@@ -60,6 +60,21 @@ def _name(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
+def unreadable(path: Path, reason: object) -> RunFailed:
+    """Return the error for a file that was there and cannot be read, as when a disk is away."""
+    return RunFailed(
+        f"{path} cannot be read at the moment ({reason}); nothing computed is lost: give the same command "
+        "again when the file is back"
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise unreadable(path, error.strerror) from error
+
+
 def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
     """For each picture the position of the first picture with the same bytes.
 
@@ -67,14 +82,18 @@ def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
     """
     by_size: dict[int, list[int]] = {}
     for index, image in enumerate(images):
-        by_size.setdefault(image.path.stat().st_size, []).append(index)
+        by_size.setdefault(_size(image.path), []).append(index)
     groups = list(range(len(images)))
     for candidates in by_size.values():
         if len(candidates) == 1:
             continue
         first: dict[bytes, int] = {}
         for index in candidates:
-            key = hashlib.sha256(images[index].path.read_bytes()).digest()
+            path = images[index].path
+            try:
+                key = hashlib.sha256(path.read_bytes()).digest()
+            except OSError as error:
+                raise unreadable(path, error.strerror) from error
             groups[index] = first.setdefault(key, index)
     return groups
 

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from clip_lightning.data.captions import unreadable
 from clip_lightning.data.columns import Columns
 from clip_lightning.data.formats import SPLIT_WORDS
 from clip_lightning.data.picture_formats import PICTURE_FORMATS, PICTURE_SUFFIXES
@@ -148,8 +149,10 @@ def _picture(value: Any, trusted: Sequence[Path] | None) -> bytes:
         raise _NoPicture("its picture is not in the data set")
     try:
         return resolved.read_bytes()
-    except OSError as error:
-        raise _NoPicture(error.strerror or "its picture cannot be read") from error
+    except FileNotFoundError as error:
+        raise _NoPicture(error.strerror) from error
+    except OSError as error:  # which says nothing about the data set
+        raise unreadable(resolved, error.strerror) from error
 
 
 def _store(data: bytes, folder: Path, split: str | None) -> str:

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
-from clip_lightning.data.captions import CaptionedImage, split_by_image
+from clip_lightning.data.captions import CaptionedImage, split_by_image, unreadable
 from clip_lightning.data.formats import read_captions
+from clip_lightning.data.transforms import UnreadableFile, read_file
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.files import write_atomically
 from clip_lightning.shards.manifest import FIELDS_FILE, FILE, Format, Manifest, Shard
@@ -262,7 +263,7 @@ def _noted(records: Iterator[Record], rows: list[dict[str, Any]]) -> Iterator[Re
 def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator[Record]:
     """The samples of a shard that can be used and pass the filters."""
     filters = [Filter.parse(text) for text in settings.filters]
-    samples = _pictures(job, left_out) if job.tar is None else read_tar(job.tar, left_out)
+    samples = _pictures(job) if job.tar is None else read_tar(job.tar, left_out)
     for record in samples:
         try:
             image, width, height = sized(record.image, settings.short_side, settings.quality)
@@ -275,13 +276,12 @@ def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator
             yield Record(record.key, image, fields)
 
 
-def _pictures(job: Job, left_out: dict[str, str]) -> Iterator[Record]:
+def _pictures(job: Job) -> Iterator[Record]:
     for number, image in enumerate(job.images, job.first):
         try:
-            data = image.path.read_bytes()
-        except OSError as error:
-            left_out[str(image.path)] = error.strerror or "the file cannot be read"
-            continue
+            data = read_file(image.path)
+        except UnreadableFile as error:
+            raise unreadable(image.path, error) from error
         yield Record(f"{number:09d}", data, {"captions": [*image.captions], "name": image.path.name})
 
 
