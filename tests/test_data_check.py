@@ -114,7 +114,7 @@ def test_everything_that_is_wrong_is_found(root: Path, capsys: pytest.CaptureFix
     status, found = check(root, capsys=capsys)
     assert status == 1
     assert list(found["broken"]) == ["3.jpg"]
-    assert found["left_out"] == {"gone.jpg": "there is no such picture", "2.jpg": "row 18 has no caption"}
+    assert found["left_out"] == {"gone.jpg": "there is no such image", "2.jpg": "row 18 has no caption"}
     assert found["leaks"] == found["same"] == [["0.jpg", "copy.jpg"]]
     assert found["alike_leaks"] == [["1.jpg", "smaller.jpg"]]
     assert (found["captions_repeated"], found["captions_shared"]) == (1, 1)

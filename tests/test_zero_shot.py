@@ -176,7 +176,10 @@ def test_folders_of_classes(tmp_path: Path):
     found = read_classes(tmp_path)
     assert found.classes == ("a", "b") and found.labels == (0, 1, 1)
     assert [path.name for path in found.pictures] == ["x.jpg", "2.JPG", "1.png"]
-    assert found.left_out == {"BACKGROUND_Google": "it is no class"}
+    assert found.left_out == {
+        "BACKGROUND_Google": "it is not a class",
+        "1 .hidden folders": "they are passed over",
+    }
     assert found.rows("all") == [0, 1, 2] and found.rows("test") == []
 
 
@@ -200,8 +203,8 @@ def test_a_table(tmp_path: Path):
     assert found.classes == ("9", "10") and found.labels == (1, 0, 0)  # numbers in their order
     assert found.splits == ("val", None, "test")
     assert found.left_out == {
-        "mine.csv line 4": "it has no image or no label",
-        "no.jpg": "there is no such picture",
+        "mine.csv row 3": "it has no image or no label",
+        "no.jpg": "there is no such image",
     }
 
 

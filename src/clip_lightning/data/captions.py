@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,8 @@ from pathlib import Path
 from clip_lightning.errors import RunFailed, UserError
 
 SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {"train": "train", "restval": "train", "test": "test"}
+SPLIT_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,30 @@ class CaptionSet:
         images: one record a picture; no two share a path.
         has_official_splits: true when the source itself names splits; pictures it puts
             in none of them then belong to no split.
-        left_out: name → reason, for pictures and rows that could not be used.
+        left_out: name → reason, for images and rows that could not be used.
+        source: the files that were read, relative to `root`, with their number of rows.
+        warnings: a line for each kind of thing that is probably not meant, and what was passed over.
     """
 
     root: Path
     images: tuple[CaptionedImage, ...]
     has_official_splits: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
+    source: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """Describe in one line what was read."""
+        captions = sum(len(image.captions) for image in self.images)
+        counts = Counter(image.split for image in self.images)
+        splits = ", ".join(
+            f"{split or 'in no split'} {counts[split]:,}" for split in (*SPLITS, None) if counts[split]
+        )
+        return (
+            f"read {self.source} in {self.root}: {len(self.images):,} images with {captions:,} captions"
+            + (f" ({splits})" if self.has_official_splits else "")
+            + f"; {len(self.left_out):,} rows or images left out"
+        )
 
     def digest(self) -> str:
         """SHA-256 (hex) over names, captions, splits and file sizes, the same on every machine."""

@@ -20,8 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
-from clip_lightning.data.captions import CaptionedImage, split_by_image, unreadable
-from clip_lightning.data.formats import read_captions
+from clip_lightning.data.captions import CaptionedImage, CaptionSet, split_by_image, unreadable
 from clip_lightning.data.transforms import UnreadableFile, read_file
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.files import write_atomically
@@ -104,14 +103,13 @@ class Source:
 
 
 def captioned(
-    root: Path, settings: Settings, *, dataset: str, val_share: float, test_share: float, split_seed: int
+    captions: CaptionSet, settings: Settings, *, val_share: float, test_share: float, split_seed: int
 ) -> Source:
-    """Captioned pictures, divided as `fit` divides them; those of `train` in an order drawn once.
+    """Divide captioned images as `fit` divides them, those of `train` in an order drawn once.
 
     Raises:
-        UserError: they cannot be read or divided.
+        UserError: they cannot be divided.
     """
-    captions = read_captions(root, dataset)
     parts = split_by_image(captions, seed=split_seed, val_share=val_share, test_share=test_share)
     # neighbours in a folder resemble each other, and a reader mixes only samples that lie close together
     order = np.random.default_rng(split_seed).permutation(len(parts["train"]))
