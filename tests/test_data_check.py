@@ -92,6 +92,7 @@ def test_sound_data_has_status_0(root: Path, capsys: pytest.CaptureFixture[str])
     assert main(["data", "check", str(root), "--num_workers", "1"]) == 0
     said = capsys.readouterr().out
     assert "12: train 10, val 2 (official splits)" in said
+    assert "read      captions.csv (12 rows), 0 rows or images left out" in said
     assert "72 on the short side" in said
     assert said.endswith("no errors\n")
 
