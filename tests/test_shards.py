@@ -217,6 +217,24 @@ def test_broken_pictures_are_named_and_left_out(tmp_path: Path) -> None:
     assert left_out == {"b.jpg": "not a picture of a known format"}
 
 
+def test_a_file_that_is_away_for_a_moment_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_lightning.data.transforms.time.sleep", lambda seconds: None)
+    rows = [f"{number}.jpg,A,train" for number in range(2)]
+    for row in rows:
+        (tmp_path / row.split(",")[0]).write_bytes(picture())
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption,split", *rows]))
+    how = settings("webdataset")
+    source = captioned(read_captions(tmp_path), how, **{**SPLITS, "val_share": 0.0})
+    (tmp_path / "1.jpg").rename(tmp_path / "away")
+    with pytest.raises(RunFailed, match=r"1\.jpg cannot be read at the moment"):
+        convert(source, how, tmp_path / "out", 1)
+    (tmp_path / "away").rename(tmp_path / "1.jpg")
+    manifest, left_out = convert(source, how, tmp_path / "out", 1)
+    assert (manifest.samples("train"), left_out) == (2, {})
+
+
 def test_tars_become_chunks_with_their_fields_and_a_filter(tmp_path: Path) -> None:
     for number in range(3):
         laion(tmp_path / f"{number}.tar", range(4 * number, 4 * number + 4), similarity=lambda n: n / 10)
