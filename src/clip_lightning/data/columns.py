@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,8 +164,8 @@ def _type(feature: Any) -> str:
 # What a cell holds --------------------------------------------------------------------------------------
 
 
-def sentences(value: Any) -> Iterator[str]:
-    """Yield the captions of a cell.
+def sentences(value: Any) -> list[str]:
+    """Return the captions of a cell.
 
     A cell may hold a sentence, a list of them (also as pandas and NumPy write lists into tables),
     dictionaries with `raw` as in COCO's splits, or a conversation, of which the answers are captions.
@@ -174,18 +174,17 @@ def sentences(value: Any) -> Iterator[str]:
         TypeError: it holds something else.
     """
     if isinstance(value, str):
-        yield from _written_list(value)
-    elif isinstance(value, list):
-        for item in value:
-            yield from sentences(item)
-    elif isinstance(value, dict):
+        return _written_list(value) if "[" in value else [value]
+    if isinstance(value, list):
+        return [sentence for item in value for sentence in sentences(item)]
+    if isinstance(value, dict):
         speaker = value.get("from", value.get("role"))
         if speaker is None:
-            yield from sentences(value["raw"])
-        elif speaker in ("gpt", "assistant"):
-            yield from sentences(value.get("value", value.get("content")))
-    elif not (value is None or value != value):  # NaN
-        raise TypeError(type(value).__name__)
+            return sentences(value["raw"])
+        return sentences(value.get("value", value.get("content"))) if speaker in ("gpt", "assistant") else []
+    if value is None or value != value:  # NaN
+        return []
+    raise TypeError(type(value).__name__)
 
 
 def _written_list(text: str) -> list[str]:

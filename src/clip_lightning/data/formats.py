@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice, product
 from pathlib import Path
+from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
 
@@ -39,6 +40,7 @@ _IMAGE_FOLDERS = (
     *("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images"),
     *("train2014", "val2014", "train2017", "val2017", "test2017", "VG_100K", "VG_100K_2"),
 )
+_PART = re.compile(r"\d{5,}(-of-\d+)?")
 _SPLIT_LISTS = {"train": "trainImages", "val": "devImages", "test": "testImages"}
 _EXPECTED = (
     "; expected captions.txt, Flickr8k.token.txt, results.csv, COCO's or Karpathy's JSON or a CSV, TSV, "
@@ -53,19 +55,14 @@ class NothingFound(UserError):
     """There are no captions, or none that can be used."""
 
 
-@dataclass(frozen=True)
-class Annotations:
+class Annotations(NamedTuple):
     """An annotation file, and the split that its name or its folder's name says."""
 
     path: Path
-    split: str | None = None
+    split: str | None
 
 
-def read_captions(
-    root: Path,
-    dataset: str = "auto",
-    options: ReadOptions = RECOGNISED,
-) -> CaptionSet:
+def read_captions(root: Path, dataset: str = "auto", options: ReadOptions = RECOGNISED) -> CaptionSet:
     """Read the images and captions below `root`.
 
     Captions are stripped and their whitespace collapsed, nothing else. Rows without a caption, and
@@ -90,7 +87,7 @@ def read_captions(
     passed_over: Counter[str] = Counter()
     files = {folder: names for folder, names in walk(root, passed_over)} if root.is_dir() else {}
     if len(paths) > 1 or not root.is_dir():
-        annotations = _joined([Annotations(path, _split_word(path, root)) for path in paths], root)
+        annotations = _joined(paths, root)
     else:
         annotations = find_annotations(root, dataset, files, options, passed_over)
     base = root if root.is_dir() else root.parent
@@ -112,14 +109,8 @@ def read_captions(
         CaptionedImage(path, tuple(texts), found.splits.get(str(path)))
         for path, texts in found.captions.items()
     )
-    return CaptionSet(
-        base,
-        tuple(images),
-        found.official,
-        found.left_out,
-        ", ".join(found.sources),
-        found.warnings(passed_over),
-    )
+    source, warnings = ", ".join(found.sources), found.warnings(passed_over)
+    return CaptionSet(base, tuple(images), found.official, found.left_out, source, warnings)
 
 
 def _nothing_usable(root: Path, left_out: dict[str, str], passed_over: Counter[str]) -> str:
@@ -178,9 +169,7 @@ def find_annotations(
         for path in sorted(set(tables) - set(readable)):
             passed_over[f"table without images and captions, {os.path.relpath(path, root)}"] += 1
     # a table that cannot be used says why, unless there are pairs to read
-    return _joined(
-        [Annotations(path, _split_word(path, root)) for path in readable or tables * (not with_pairs)], root
-    )
+    return _joined(readable or ([] if with_pairs else tables), root)
 
 
 def _tables(root: Path, files: Mapping[str, list[str]]) -> Iterator[Path]:
@@ -223,16 +212,15 @@ def _split_word(path: Path, root: Path) -> str | None:
     return None
 
 
-def _joined(files: list[Annotations], root: Path) -> list[Annotations]:
+def _joined(paths: list[Path], root: Path) -> list[Annotations]:
     """The files, if they are the parts of a table (`00000.parquet`), or a table (or its parts) per split."""
-    tables = {
-        (file.split, file.path.parent, re.sub(r"\d{5,}(-of-\d+)?", "", file.path.name)) for file in files
-    }
+    files = [Annotations(path, _split_word(path, root)) for path in paths]
+    tables = {(file.split, file.path.parent, _PART.sub("", file.path.name)) for file in files}
     splits = [split for split, _, _ in tables]
     if len(set(splits)) < len(splits) or (len(splits) > 1 and None in splits):
         raise UserError(
-            f"{root} holds several annotation files ({_names([file.path for file in files], root)}), not "
-            "one for each split; give the one that is meant to --data.root, or several separated by commas"
+            f"{root} holds several annotation files ({_names(paths, root)}), not one "
+            "for each split; give the one that is meant to --data.root, or several separated by commas"
         )
     # all in one split is how data that is not split is called
     return [Annotations(file.path, file.split if len(splits) > 1 else None) for file in files]
@@ -325,7 +313,7 @@ def _group(
         if not (_is_text(name) and _is_text(caption)):
             left_out[f"{source} row {number}"] = f"row {number} holds invalid characters"
             continue
-        if caption.lower() in _MISSING:
+        if len(caption) <= 4 and caption.lower() in _MISSING:
             missing_words[caption] += 1
         if name and caption:
             captions.setdefault(name, []).append(caption)
@@ -398,6 +386,8 @@ class Finder:
 
     def find(self, name: str) -> Path | None:
         """Find the file, however a system spells its name; in an `image_folder` also by its last parts."""
+        if found := self._look_up(name):  # nearly always
+            return found
         spellings = dict.fromkeys(_spellings(name))
         if found := next(filter(None, map(self._look_up, spellings)), None):
             return found

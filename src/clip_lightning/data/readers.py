@@ -99,7 +99,7 @@ def _record_rows(path: Path, records: Iterator[Record], options: ReadOptions) ->
         image, split = record[columns.image], record[columns.split] if columns.split else None
         texts = [record[name] for name in columns.captions]
         try:
-            captions = list(chain.from_iterable(map(sentences, texts)))
+            captions: list[str] | None = [caption for text in texts for caption in sentences(text)]
         except (TypeError, KeyError, AttributeError, RecursionError):
             captions = None
         if captions is None or not isinstance(image, str | None):
@@ -115,9 +115,8 @@ def _record_rows(path: Path, records: Iterator[Record], options: ReadOptions) ->
                 "or leave the column out"
             )
         # of several columns or list entries some may be empty
-        yield from ((image or "", caption, split) for caption in filter(str.strip, captions))
-        if not any(map(str.strip, captions)):
-            yield image or "", "", split
+        for caption in [caption for caption in captions if caption.strip()] or ("",):
+            yield image or "", caption, split
 
 
 # Formats: a file → records of named columns -------------------------------------------------------------
@@ -155,7 +154,7 @@ def read_table(path: Path, choose: Callable[[Record], Columns]) -> Iterator[Reco
             rows, names = chain([names], reader), _assumed_names(names)
         start = reader.line_num
         for row in rows:
-            record = dict(zip(names, row[: len(names)] + [""] * (len(names) - len(row)), strict=True))
+            record = dict(zip(names, row + [""] * (len(names) - len(row)), strict=False))
             columns = columns or choose(record)
             if len(row) > len(names):
                 if columns.captions[-1:] != tuple(names[-1:]):
@@ -358,14 +357,14 @@ def read_pairs(root: Path, files: Mapping[str, list[str]], left_out: dict[str, s
     """
     texts = {folder: _texts(folder, names) for folder, names in files.items()}
     for folder, names in files.items():
-        beside = {**_texts_apart(root, folder, texts), **texts[folder]}
+        below, beside = os.path.relpath(folder, root), {**_texts_apart(root, folder, texts), **texts[folder]}
         for file in filter(is_image, names):
-            name = os.path.relpath(os.path.join(folder, file), root)
-            if (told := os.fsencode(name).decode(errors="replace")) != name:
+            name = file if below == "." else os.path.join(below, file)
+            if not name.isascii() and (told := os.fsencode(name).decode(errors="replace")) != name:
                 left_out[told] = "its name is not UTF-8; rename it"
                 continue
             stem = os.path.splitext(file)[0]
-            wanted = [f"{base}{suffix}" for suffix in TEXT_SUFFIXES for base in (stem, file)]
+            wanted = [f"{base}{suffix}" for suffix in TEXT_SUFFIXES for base in (stem, file) if beside]
             text = next((beside[key] for key in (*wanted, *map(str.lower, wanted)) if key in beside), None)
             if text is None:
                 left_out[name] = f"there is no {stem}.txt beside it"
