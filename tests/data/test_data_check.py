@@ -92,6 +92,7 @@ def test_sound_data_has_status_0(root: Path, capsys: pytest.CaptureFixture[str])
     assert main(["data", "check", str(root), "--num_workers", "1"]) == 0
     said = capsys.readouterr().out
     assert "12: train 10, val 2 (official splits)" in said
+    assert "read      captions.csv (12 rows), 0 rows or images left out" in said
     assert "72 on the short side" in said
     assert said.endswith("no errors\n")
 
@@ -114,7 +115,7 @@ def test_everything_that_is_wrong_is_found(root: Path, capsys: pytest.CaptureFix
     status, found = check(root, capsys=capsys)
     assert status == 1
     assert list(found["broken"]) == ["3.jpg"]
-    assert found["left_out"] == {"gone.jpg": "there is no such picture", "2.jpg": "row 18 has no caption"}
+    assert found["left_out"] == {"gone.jpg": "there is no such image", "2.jpg": "row 18 has no caption"}
     assert found["leaks"] == found["same"] == [["0.jpg", "copy.jpg"]]
     assert found["alike_leaks"] == [["1.jpg", "smaller.jpg"]]
     assert (found["captions_repeated"], found["captions_shared"]) == (1, 1)

@@ -15,7 +15,14 @@ from clip_lightning.data.origin import Origin, find_origin
 from clip_lightning.errors import UserError
 
 NOTHING: dict[str, Any] = dict.fromkeys(
-    ("root", "artifact", "url", "sha256", "hub", "hub_image", "hub_captions"), None
+    (
+        "root",
+        "artifact",
+        "url",
+        "sha256",
+        "hub",
+    ),
+    None,
 )
 
 
@@ -31,7 +38,6 @@ def origin(**options: Any) -> Origin:
         ({"hub": "a/b", "url": "file:///a.zip"}, "--data.url and --data.hub each name data"),
         ({"scenes": True, "hub": "a/b"}, "scenes needs no --data.hub"),
         ({"sha256": "0" * 64}, "give its --data.url too"),
-        ({"hub_captions": "text"}, "columns of a --data.hub"),
         ({"artifact": "flickr8k"}, "--data.artifact 'flickr8k': expected ENTITY/PROJECT/NAME:ALIAS"),
         ({"url": "file:///a.zip"}, "sha256"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,7 +181,10 @@ def test_folders_of_classes(tmp_path: Path):
     found = read_classes(tmp_path)
     assert found.classes == ("a", "b") and found.labels == (0, 1, 1)
     assert [path.name for path in found.pictures] == ["x.jpg", "2.JPG", "1.png"]
-    assert found.left_out == {"BACKGROUND_Google": "it is no class"}
+    assert found.left_out == {
+        "BACKGROUND_Google": "it is not a class",
+        "1 .hidden folders": "they are passed over",
+    }
     assert found.rows("all") == [0, 1, 2] and found.rows("test") == []
 
 
@@ -204,8 +208,8 @@ def test_a_table(tmp_path: Path):
     assert found.classes == ("9", "10") and found.labels == (1, 0, 0)  # numbers in their order
     assert found.splits == ("val", None, "test")
     assert found.left_out == {
-        "mine.csv line 4": "it has no image or no label",
-        "no.jpg": "there is no such picture",
+        "mine.csv row 3": "it has no image or no label",
+        "no.jpg": "there is no such image",
     }
 
 
@@ -230,6 +234,34 @@ def test_too_few_classes(tmp_path: Path):
     touch(tmp_path / "a" / "1.jpg")
     with pytest.raises(UserError, match="holds 1 classes"):
         read_classes(tmp_path)
+
+
+def test_names_by_line_follow_the_natural_order_and_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    touch(*(tmp_path / "data" / f"class_{number}" / "1.jpg" for number in range(12)))
+    (tmp_path / "names.txt").write_text("\n".join(f"name {number}" for number in range(12)))
+    found = read_classes(tmp_path / "data")
+    assert class_names(found.classes, tmp_path / "names.txt")[10] == ["name 10"]
+    assert found.classes[10] == "class_10"
+    assert "class_1 = name 1, class_2 = name 2, " in capsys.readouterr().err
+
+
+def test_names_as_imagenet_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    classes = ["n01440764", "n02123045"]
+    assert class_names(classes) == [[name] for name in classes]
+    assert "classes are called by numbers (n01440764, n02123045, ...)" in capsys.readouterr().err
+    index = {"0": ["n01440764", "tench"], "1": ["n02123045", "tabby"], "2": ["n3", "other"]}
+    (tmp_path / "imagenet_class_index.json").write_text(json.dumps(index))
+    (tmp_path / "map.txt").write_text("n01440764 tench, Tinca tinca\nn02123045 tabby\nn3 other\n")
+    assert class_names(classes, tmp_path / "imagenet_class_index.json") == [["tench"], ["tabby"]]
+    assert class_names(classes, tmp_path / "map.txt") == [["tench", "Tinca tinca"], ["tabby"]]
+
+
+def test_tables_with_semicolons(tmp_path: Path):
+    touch(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    (tmp_path / "t.csv").write_text("\ufeffImage;Label\na.jpg;x\nb.jpg;y\n", encoding="utf-8")
+    assert read_classes(tmp_path / "t.csv").classes == ("x", "y")
 
 
 @pytest.mark.parametrize(

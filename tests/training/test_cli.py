@@ -722,7 +722,7 @@ def test_too_many_broken_pictures_stop_the_run(
     for name in ("00000.jpg", "00001.jpg"):
         (folder / name).write_bytes(b"")
     assert main(command("fit", tmp_path / "strict", data__root=folder, trainer__max_epochs=1)) == 2
-    assert "--data.max_broken 0.01; mend them" in capsys.readouterr().err.splitlines()[-1]
+    assert "--data.max_broken 0.01; fix them" in capsys.readouterr().err.splitlines()[-1]
     with pytest.warns(UserWarning, match="left out"):
         assert main(command("fit", tmp_path / "mild", data__root=folder, data__max_broken=0.1)) == 0
     broken = json.loads((the_run(tmp_path / "mild") / "broken.json").read_text())

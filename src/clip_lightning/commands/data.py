@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from clip_lightning.arguments import run_functions
+from clip_lightning.data.columns import RECOGNISED, ReadOptions
 from clip_lightning.terminal import one_line
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def check(
     root: Path,
     *,
     dataset: str = "auto",
+    read: ReadOptions = RECOGNISED,
     val_share: float = 0.1,
     test_share: float = 0.1,
     split_seed: int = 0,
@@ -44,6 +46,7 @@ def check(
     Args:
         root: the data set's folder, or its annotation file.
         dataset: how to read it: auto, flickr8k, flickr30k, captions or folder.
+        read: columns and image folder, if they are not recognised.
         val_share: part of the pictures to validate on where the data has no splits, as for fit.
         test_share: likewise, to test on.
         split_seed: of that draw.
@@ -69,7 +72,7 @@ def check(
         raise UserError(f"--out {out} is a file; give a folder")
     if fix is not None:
         check_target(fix)
-    captions = read_captions(root, dataset)
+    captions = read_captions(root, dataset, read)
     try:
         parts = split_by_image(captions, seed=split_seed, val_share=val_share, test_share=test_share)
     except UserError as error:  # too few pictures, which are worth a look all the same
@@ -105,6 +108,7 @@ def convert(
     to: Literal["litdata", "webdataset"],
     out: Path,
     dataset: str = "auto",
+    read: ReadOptions = RECOGNISED,
     val_share: float = 0.1,
     test_share: float = 0.1,
     split_seed: int = 0,
@@ -127,6 +131,7 @@ def convert(
             that other programs read too.
         out: new folder for the shards.
         dataset: how to read root: auto, flickr8k, flickr30k, captions or folder.
+        read: columns and image folder, if they are not recognised.
         val_share: part of the pictures to validate on where the data has no splits, as for fit.
         test_share: likewise, to test on.
         split_seed: of that draw, and of the order that training pictures are written in.
@@ -141,6 +146,7 @@ def convert(
     """
     from clip_lightning.data.captions import SPLITS
     from clip_lightning.data.datamodule import usable_cores
+    from clip_lightning.data.formats import read_captions
     from clip_lightning.errors import UserError
 
     try:
@@ -159,9 +165,8 @@ def convert(
         source = conversion.tars(root, split)
     else:
         source = conversion.captioned(
-            Path(root),
+            read_captions(Path(root), dataset, read),
             settings,
-            dataset=dataset,
             val_share=val_share,
             test_share=test_share,
             split_seed=split_seed,
@@ -198,6 +203,7 @@ def upload(
     *,
     artifact: str,
     dataset: str = "auto",
+    read: ReadOptions = RECOGNISED,
     project: str | None = None,
     entity: str | None = None,
     reference: bool = False,
@@ -209,6 +215,7 @@ def upload(
         root: the data set's folder; all of it is uploaded, in its layout.
         artifact: name of the artifact.
         dataset: how to read it: auto, flickr8k, flickr30k, captions or folder.
+        read: columns and image folder, if they are not recognised.
         project: W&B project; WANDB_PROJECT or clip-lightning by default.
         entity: W&B user or team; your default one if not given.
         reference: upload where the files lie and their checksums instead of the files; for machines that
@@ -223,7 +230,7 @@ def upload(
     check_upload(artifact)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give the data set's folder")
-    captions = read_captions(root, dataset)
+    captions = read_captions(root, dataset, read)
     about = {
         "captions_digest": captions.digest(),
         "pictures": len(captions.images),

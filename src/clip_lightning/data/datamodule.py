@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clip_lightning.data.captions import CaptionedImage, CaptionSet, content_groups, split_by_image
+from clip_lightning.data.columns import RECOGNISED, ReadOptions
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
 from clip_lightning.data.features import FeatureCache, Features, default_cache
-from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.data.origin import Origin, find_origin
 from clip_lightning.data.sampler import EvalSampler, FirstEpoch, TrainSampler
@@ -52,8 +53,7 @@ class CaptionDataModule(LightningDataModule):
         root: str | Path | None = None,
         artifact: str | None = None,
         hub: str | None = None,
-        hub_image: str | None = None,
-        hub_captions: str | None = None,
+        read: ReadOptions = RECOGNISED,
         url: str | None = None,
         sha256: str | None = None,
         dataset: DatasetName = "auto",
@@ -77,12 +77,11 @@ class CaptionDataModule(LightningDataModule):
         Args:
             transform: the image tower's.
             tokenize: the text tower's.
-            root: folder or annotation file of the pictures and captions.
+            root: folder or annotation file of the images and captions, or several files separated by commas.
             artifact: W&B artifact that holds such a folder, ENTITY/PROJECT/NAME:ALIAS; downloaded once a
                 machine, and again only where the alias means a version that is not there.
             hub: Hugging Face data set, OWNER/NAME or OWNER/NAME:SUBSET@REVISION, or a local one.
-            hub_image: its column of pictures; by default told by type and name.
-            hub_captions: its column of captions, or several with commas between; by default told by name.
+            read: columns and image folder of tables and data sets, if they are not recognised.
             url: .zip or .tar(.gz|.bz2|.xz) that holds such a folder; https://, http:// or file://.
             sha256: of that archive; required, `sha256sum FILE` prints it.
             dataset: how to read `root`; `auto` looks. `scenes` are drawn, into `root` or the cache folder;
@@ -94,7 +93,7 @@ class CaptionDataModule(LightningDataModule):
             augmentation: flips, crops and colour; by default flips, and none for `scenes`, whose captions
                 say left and right.
             shards: what is read of shards, and how.
-            max_broken: largest share of unreadable pictures with which the run goes on, 0 to 1.
+            max_broken: largest fraction of all images that may be unusable, 0 to 1; more end the run.
             val_share: share of the pictures held out for validation, where there is no official split.
             test_share: share of the pictures held out for testing, where there is no official split.
             split_seed: of the drawing of these shares; keep it fixed to compare runs.
@@ -137,8 +136,7 @@ class CaptionDataModule(LightningDataModule):
                 url=url,
                 sha256=sha256,
                 hub=hub,
-                hub_image=hub_image,
-                hub_captions=hub_captions,
+                read=read,
             )
         )
         self.root = Path()
@@ -159,6 +157,7 @@ class CaptionDataModule(LightningDataModule):
         self.seed = seed
         self.digest = ""
         self.broken: dict[str, str] = {}
+        self._unusable = 0
         self._resume: dict[str, Any] = {}
         self._images: dict[str, list[CaptionedImage]] = {}
         self._training: TrainingSource | None = None
@@ -196,7 +195,10 @@ class CaptionDataModule(LightningDataModule):
             self._batches()  # complains of a batch that is too large before anything is computed
 
     def _read_captions(self) -> None:
-        captions = read_captions(self.root, "captions" if self.dataset == "scenes" else self.dataset)
+        captions = self.origin.read(self.dataset)
+        if self._rank == 0:
+            for line in (captions.summary(), *(f"warning: {line}" for line in captions.warnings)):
+                print(one_line(line), file=sys.stderr)
         said = self.fetched.metadata.get("captions_digest") if self.fetched else None
         if self.fetched and said is not None and said != captions.digest():
             raise UserError(
@@ -209,6 +211,7 @@ class CaptionDataModule(LightningDataModule):
         # of the splits as they were drawn: scores on other splits are not comparable
         drawn = (replace(image, split=split) for split, part in self._images.items() for image in part)
         self.digest = replace(captions, images=tuple(drawn)).digest()
+        self._unusable = len(captions.left_out)
         self._note_broken(captions.left_out)
 
     def _read_shards(self, stage: str | None) -> None:
@@ -356,16 +359,16 @@ class CaptionDataModule(LightningDataModule):
         if not new:
             return
         self.broken |= new
-        usable = sum(len(images) for images in self._images.values())
-        usable += self._training.samples if self._training is not None else 0
+        total = self._unusable + sum(len(images) for images in self._images.values())
+        total += self._training.samples if self._training is not None else 0
         path, reason = next(iter(new.items()))
-        if len(self.broken) > self.max_broken * max(usable, 1):
+        if len(self.broken) > self.max_broken * total:
             raise UserError(
-                f"{len(self.broken)} of {usable} pictures or rows in {self.root} are unusable "
-                f"(the last: {path}: {reason}), more than --data.max_broken {self.max_broken:g}; mend them, "
-                "or raise the share"
+                f"{len(self.broken)} of {total} images or rows in {self.root} are unusable "
+                f"(the last: {path}: {reason}), more than --data.max_broken {self.max_broken:g}; fix them, "
+                "or raise that fraction"
             )
-        said = f"left out {len(self.broken)} pictures or rows so far; the last: {path}: {reason}"
+        said = f"left out {len(self.broken)} images or rows so far; the last: {path}: {reason}"
         rank_zero_warn(one_line(said))
 
     def state_dict(self) -> dict[str, Any]:

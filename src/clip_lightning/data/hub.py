@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.data.columns import find_columns, is_image
-from clip_lightning.data.formats import SPLIT_WORDS
+from clip_lightning.data.captions import SPLIT_WORDS
+from clip_lightning.data.columns import ReadOptions, find_typed_columns, is_image_type
 from clip_lightning.data.materialise import Part, materialise
 from clip_lightning.data.sources import default_folder, make_once
 from clip_lightning.errors import UserError
@@ -175,8 +175,8 @@ def _parts(
         loaded = {part: data for part, data in loaded.items() if words[part]}
     parts = []
     for part, data in loaded.items():
-        columns = find_columns(data.features, image, captions)
-        if is_image(data.features[columns.image]):
+        columns = find_typed_columns(f"--data.hub {name}", data.features, ReadOptions(image, captions))
+        if is_image_type(data.features[columns.image]):
             data = data.cast_column(columns.image, undecoded)
         parts.append(Part(part, data.select_columns(columns.names()), columns, words[part]))
     return parts

@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from clip_lightning.data.archive import archive_folder, fetch_archive
+from clip_lightning.data.captions import CaptionSet
+from clip_lightning.data.columns import RECOGNISED, ReadOptions
+from clip_lightning.data.formats import read_captions
 from clip_lightning.data.hub import fetch_hub, hub_folder
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
@@ -25,11 +28,17 @@ class Origin:
         fetch: puts it on this machine, once; may use the network.
         folder: where it lies then, on every rank; no network is used.
         artifact: the W&B artifact that it is, if it is one.
+        options: how its tables are read.
     """
 
     fetch: Callable[[], object]
     folder: Callable[[], Path]
     artifact: ArtifactName | None = None
+    options: ReadOptions = RECOGNISED
+
+    def read(self, dataset: str) -> CaptionSet:
+        """Read the captions and find the images, as `read_captions` does."""
+        return read_captions(self.folder(), "captions" if dataset == "scenes" else dataset, self.options)
 
 
 def find_origin(
@@ -40,8 +49,7 @@ def find_origin(
     url: str | None,
     sha256: str | None,
     hub: str | None,
-    hub_image: str | None,
-    hub_captions: str | None,
+    read: ReadOptions = RECOGNISED,
 ) -> Origin:
     """What the options say of the data; `scenes` are drawn into `root` or the cache folder.
 
@@ -56,24 +64,21 @@ def find_origin(
         raise UserError(f"--data.dataset scenes needs no {given[0]}; leave it out")
     if sha256 is not None and url is None:
         raise UserError("--data.sha256 is the checksum of an archive; give its --data.url too")
-    if (hub_image or hub_captions) and hub is None:
-        raise UserError("--data.hub_image and --data.hub_captions are columns of a --data.hub; give that too")
     if scenes:
         return _scenes(root or cache_folder("scenes") / f"{SCENES}-{SCENE_SIZE}")
     if root is not None:
-        return Origin(lambda: None, lambda: root)
+        return Origin(lambda: None, lambda: root, None, read)
     if artifact is not None:
         name = ArtifactName.parse(artifact, "--data.artifact")
-        return Origin(partial(fetch, name), lambda: fetched(name).folder, name)
+        return Origin(partial(fetch, name), lambda: fetched(name).folder, name, read)
     if url is not None:
         archive_folder(url, sha256)  # complains of what is malformed
-        return Origin(partial(fetch_archive, url, sha256), partial(archive_folder, url, sha256))
+        fetch_url, folder = partial(fetch_archive, url, sha256), partial(archive_folder, url, sha256)
+        return Origin(fetch_url, folder, None, read)
     if hub is not None:
-        hub_folder(hub, hub_image, hub_captions)
-        return Origin(
-            partial(fetch_hub, hub, hub_image, hub_captions),
-            partial(hub_folder, hub, hub_image, hub_captions),
-        )
+        columns = read.image_column, read.caption_column
+        hub_folder(hub, *columns)
+        return Origin(partial(fetch_hub, hub, *columns), partial(hub_folder, hub, *columns))
     raise UserError(
         "no data: give --data.root FOLDER, --data.artifact, --data.hub, --data.url, or --data.dataset scenes "
         "for drawn ones"

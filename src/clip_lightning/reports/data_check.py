@@ -31,6 +31,7 @@ def as_text(findings: Findings) -> str:
     how = "official splits" if findings.official else "drawn as fit does by default"
     lines = [
         f"{findings.root}",
+        f"  read      {findings.source}, {len(findings.left_out):,} rows or images left out",
         f"  pictures  {about['pictures']:,}: {splits} ({how})",
         f"  captions  {about['captions']:,}: {_range(about['captions_per_picture'])} a picture, "
         f"{_range(about['words_per_caption'])} words each",

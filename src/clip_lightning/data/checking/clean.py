@@ -54,7 +54,7 @@ def changes_reading(path: Path, root: Path, dataset: str) -> bool:
     if not root.is_dir():
         return False
     try:
-        return find_annotations(root.resolve(), dataset) == path.resolve()
+        return [file.path for file in find_annotations(root.resolve(), dataset)] == [path.resolve()]
     except UserError:  # there are two files now
         return True
 

@@ -55,6 +55,8 @@ class Findings:
         same: groups of positions in `entries` of files with the same bytes.
         alike: groups of positions of pictures that look the same, byte-identical ones among them.
         cut: what a tokenizer would cut, where one was named.
+        source: the files that were read.
+        noted: warnings from reading them.
     """
 
     root: Path
@@ -64,6 +66,8 @@ class Findings:
     same: list[list[int]]
     alike: list[list[int]]
     cut: CutCaptions | None
+    source: str = ""
+    noted: tuple[str, ...] = ()
 
     @property
     def broken(self) -> dict[str, str]:
@@ -123,7 +127,7 @@ class Findings:
 
     def warnings(self) -> list[str]:
         """A line for each kind of thing to know of."""
-        lines = []
+        lines = [*self.noted]
         if self.alike_leaks:
             remedy = "" if self.official else "; the split is drawn, and --fix FILE writes one without them"
             lines.append(
@@ -169,6 +173,7 @@ class Findings:
         """Everything as plain JSON values."""
         return {
             "root": str(self.root),
+            "source": self.source,
             "errors": self.errors(),
             "warnings": self.warnings(),
             "pictures": sum(entry.readable for entry in self.entries),
@@ -234,6 +239,8 @@ def find(
         groups(same),
         groups([*pairs, *same]),
         cut,
+        captions.source,
+        captions.warnings,
     )
 
 

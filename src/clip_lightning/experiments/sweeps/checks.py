@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from clip_lightning.data.formats import read_captions
+from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.origin import find_origin
 from clip_lightning.errors import UserError
 from clip_lightning.experiments.compare import settings_of
@@ -80,12 +80,13 @@ def shared_settings(file: SweepFile, trial: Rehearsal) -> dict[str, Any]:
 
 
 def _data_digest(options: Namespace) -> str:
-    names = ("artifact", "url", "sha256", "hub", "hub_image", "hub_captions")
+    names = ("artifact", "url", "sha256", "hub")
     scenes = options.dataset == "scenes"
     root = None if options.root is None else Path(options.root)
-    origin = find_origin(root=root, scenes=scenes, **{name: options[name] for name in names})
+    given = {name: options[name] for name in names}
+    origin = find_origin(root=root, scenes=scenes, read=ReadOptions(**options.read), **given)
     origin.fetch()
-    return read_captions(origin.folder(), "captions" if scenes else options.dataset).digest()
+    return origin.read(options.dataset).digest()
 
 
 def wanted_trials(file: SweepFile, given: int | None) -> int:
