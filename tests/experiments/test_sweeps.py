@@ -1,215 +1,419 @@
-"""`sweep` online, on the test server: made, worked for in this process and by `wandb agent`, and told."""
+"""`sweep`: trials, stopping and resuming, what is left in the folder, and the same file on W&B's agents."""
 
 from __future__ import annotations
 
+import csv
 import json
-import math
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
-from wandb.agents import pyagent
+from lightning.pytorch import Callback, LightningModule, Trainer
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
 from wandb_server import WandbServer
 
 from clip_lightning.__main__ import main
-from clip_lightning.errors import UserError
-from clip_lightning.experiments.sweeps.file import read_sweep
-from clip_lightning.experiments.sweeps.online import as_study
-from clip_lightning.experiments.sweeps.report import Report
-from clip_lightning.experiments.sweeps.study import Search
-from clip_lightning.experiments.sweeps.wandb_sweep import SweepRun, create_sweep, sweep_runs
-from clip_lightning.experiments.sweeps.watch import NotesStop
+from clip_lightning.data.scenes import write_scenes
+from clip_lightning.errors import Diverged
 
-LR = "model.optimizer.lr"
+LR, DROPOUT = "model.optimizer.lr", "model.dropout"
+HALVING = {"early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 2}}
+INFINITE: dict[str, Any] = {"method": "random", "parameters": {LR: {"min": 0.001, "max": 0.01}}}
 
 pytestmark = [
     # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
-    # wandb.sweep calls what wandb has deprecated; wandb.agent does not close the file of a run's parameters.
-    pytest.mark.filterwarnings("ignore:Read the `app_url` setting:DeprecationWarning"),
-    pytest.mark.filterwarnings(
-        r"ignore:Exception ignored in.*config-sweep\d+-\d+.yaml:pytest.PytestUnraisableExceptionWarning"
-    ),
+    # Optuna calls heartbeats experimental.
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
 ]
 
 
+class Touches(Callback):
+    """At a step, writes a file and is slow from then on; without a file it presses Ctrl-C."""
+
+    def __init__(self, step: int, note: str | None = None) -> None:
+        self.step, self.note = step, note
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step < self.step:
+            return
+        if self.note is None:
+            raise KeyboardInterrupt
+        Path(self.note).touch()
+        time.sleep(60)
+
+
+class Diverges(Callback):
+    """Diverges when the learning rate is 1."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.optimizers and trainer.optimizers[0].param_groups[0]["initial_lr"] == 1:
+            raise Diverged("training has diverged at step 4; lower the learning rate")
+
+
+Search = Callable[..., list[str]]
+
+
 @pytest.fixture
-def sweep_file(bert: Path, scenes: Path, tmp_path: Path) -> Path:
-    """A grid of two small runs."""
+def search(bert: Path, scenes: Path, tmp_path: Path) -> Search:
+    """Builds the arguments of `sweep` for a file of this content, with its results under tmp_path."""
     options = {
         "model.image_tower": "random:test_resnet",
         "model.text_tower": f"random:{bert}",
+        "model.embed_dim": 16,
         "data.root": scenes,
         "data.image_size": 32,
         "data.batch_size": 8,
         "data.num_workers": 0,
         "predictions.queries": 0,
         "trainer.accelerator": "cpu",
-        "trainer.max_epochs": 1,
+        "trainer.logger": "false",
+        "trainer.max_epochs": 2,
         "trainer.default_root_dir": tmp_path / "runs",
     }
-    words = [f"--{name}={value}" for name, value in options.items()]
-    content = {
-        "method": "grid",
-        "project": "p",
-        "program": "clip-lightning",
-        "command": ["clip-lightning", "fit", *words, "${args}"],
-        "metric": {"name": "val/rsum", "goal": "maximize"},
-        "parameters": {LR: {"values": [0.001, 0.01]}, "model.embed_dim": {"value": 16}},
+
+    def build(content: dict[str, Any], *more: str, **changes: Any) -> list[str]:
+        fixed = {name: value for name, value in {**options, **changes}.items() if value is not None}
+        base = [f"--{name}={value}" for name, value in fixed.items()]
+        file = tmp_path / "tiny.yaml"
+        content = {"command": ["clip-lightning", "fit", *base, "${args}"], **content}
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+        return ["sweep", str(file), *more]
+
+    return build
+
+
+def grid(**parameters: list[Any]) -> dict[str, Any]:
+    names = {"lr": LR, "dropout": DROPOUT}
+    return {"method": "grid", "parameters": {names[key]: {"values": v} for key, v in parameters.items()}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of the study `tiny`."""
+    return tmp_path / "runs" / "sweep-tiny"
+
+
+def study_of(folder: Path) -> optuna.Study:
+    return optuna.load_study(study_name="tiny", storage=f"sqlite:///{folder / 'study.db'}")
+
+
+def states(folder: Path) -> list[str]:
+    return [trial.state.name for trial in study_of(folder).trials]
+
+
+def test_a_search_and_what_it_leaves(
+    search: Search, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters = {
+        LR: {"distribution": "log_uniform_values", "min": 1e-4, "max": 0.1},
+        "model.embed_dim": {"distribution": "q_log_uniform_values", "min": 8, "max": 64, "q": 8},
     }
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return file
-
-
-def learning_rates(server: WandbServer) -> list[Any]:
-    """The rates in the runs' complete configurations, where each stands once, as the sweep has it."""
-    (sweep,) = server.sweeps.values()
-    runs = [run for run in server.runs.values() if run.sweep == sweep.id]
-    assert all(run.state == "finished" for run in runs)
-    assert not any("lr" in run.config["model"]["optimizer"] for run in runs)
-    return [run.config[LR] for run in runs]
-
-
-def test_a_sweep_is_made_and_worked_for(
-    wandb_server: WandbServer,
-    sweep_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(pyagent.Agent, "HEARTBEAT_SLEEP_SECONDS", 0.05)
-    assert main(["sweep", str(sweep_file), "--model.optimizer.weight_decay", "0.2", "--json"]) == 0
+    content = {"method": "bayes", "run_cap": 2, "parameters": parameters}
+    assert main(search(content, "--json")) == 0
     found = json.loads(capsys.readouterr().out)
-    assert learning_rates(wandb_server) == [0.001, 0.01]
-    (sweep,) = wandb_server.sweeps.values()
-    assert sweep.config["command"][-3:] == ["--model.optimizer.weight_decay", "0.2", "${args}"]
-    assert {run.config["model"]["optimizer"]["weight_decay"] for run in wandb_server.runs.values()} == {0.2}
-    assert "model" not in {found.type for found in wandb_server.collections.values()}
-
     assert [trial["state"] for trial in found["trials"]] == ["finished"] * 2
-    values = [run.summary["val/rsum"] for run in wandb_server.runs.values()]
-    values = [value["max"] if isinstance(value, dict) else value for value in values]
-    assert sorted((trial["value"] for trial in found["trials"]), reverse=True) == sorted(values, reverse=True)
-    folder = tmp_path / "runs" / "sweep-tiny"
-    best = yaml.safe_load((folder / "best.yaml").read_text())
-    assert (
-        best["model"]["optimizer"] | {"weight_decay": 0.2, "lr": found["best"]["parameters"][LR]}
-        == (best["model"]["optimizer"])
-    )
-    assert len((folder / "trials.md").read_text().splitlines()) == 8
+    values = [trial["value"] for trial in found["trials"]]
+    assert values == sorted(values, reverse=True)
+    assert found["best"] == found["trials"][0]
+    assert found["best"]["value"] == found["best"]["metrics"]["rsum"]
+    first = next(trial for trial in found["trials"] if trial["trial"] == 0)
+    assert first["parameters"] == {LR: 1e-3, "model.embed_dim": 16}, "the base command comes first"
+    assert all(trial["parameters"]["model.embed_dim"] % 8 == 0 for trial in found["trials"])
+    runs = {run.name for run in (folder / "trials").iterdir()}
+    assert {Path(trial["run"]).name for trial in found["trials"]} == runs
 
-    again = ["sweep", str(sweep_file), "--model.optimizer.weight_decay", "0.2"]
-    assert main([*again, "--trials", "1"]) == 2
-    assert "the sweep tester/p/sweep000 was made for 2, and W&B does not" in capsys.readouterr().err
-    assert main([*again, "--model.dropout=0.5"]) == 2
-    assert "was begun with other model.dropout; give --study NAME" in capsys.readouterr().err
-    assert main([*again, "--json"]) == 0, "it goes on with the sweep, which has nothing left"
+    files = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
+    plots = {"history.png", "importance.png", "parallel.png"}
+    assert files == plots | {"best.yaml", "study.db", "trials", "trials.csv", "trials.json", "trials.md"}
+    assert json.loads((folder / "trials.json").read_text()) == found
+    rows = list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))
+    assert [int(row["trial"]) for row in rows] == [trial["trial"] for trial in found["trials"]]
+    assert float(rows[0][LR]) == found["best"]["parameters"][LR]
+    assert (folder / "trials.md").read_text().count("| finished |") == 2
+
+    # one more trial repeats nothing
+    assert main(search(content, "--trials", "3", "--json")) == 0
+    more = json.loads(capsys.readouterr().out)
+    assert len(more["trials"]) == 3
+    assert [trial for trial in more["trials"] if trial["trial"] < 2] == found["trials"]
+
+    # the best configuration gives the best result again
+    again = ["--trainer.default_root_dir", str(tmp_path / "again")]
+    assert main(["fit", "--config", str(folder / "best.yaml"), *again]) == 0
+    (run,) = (tmp_path / "again").iterdir()
+    assert json.loads((run / "metrics.json").read_text())["rsum"] == more["best"]["value"]
+
+
+def test_a_grid_is_trained_in_its_order_and_resumed(
+    search: Search, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = grid(lr=[0.001, 0.01], dropout=[0.0, 0.5])
+    for trials in (1, 3):
+        assert main(search(content, "--trials", str(trials))) == 0
+        assert "exhausted" not in capsys.readouterr().err
+    drawn = [tuple(trial.params.values()) for trial in study_of(folder).trials]
+    assert drawn == [(0.001, 0.0), (0.001, 0.5), (0.01, 0.0)]
+    assert main(search(content)) == 0
+    assert len(states(folder)) == 4
+    assert "the search space is exhausted: all 4 points have been tried" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_a_finite_space_ends(method: str, search: Search, folder: Path, capsys: Any) -> None:
+    content = {**grid(lr=[0.001, 0.01], dropout=[0.0]), "method": method}
+    assert main(search(content, "--trials", "9")) == 0
+    assert "all 2 points have been tried" in capsys.readouterr().err
+    assert sorted(trial.params[LR] for trial in study_of(folder).trials) == [0.001, 0.01]
+
+
+def test_a_failed_trial_is_told_and_tried_again_by_the_next_command(
+    search: Search, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As is one that was interrupted any number of times."""
+    arguments = search(grid(lr=[0.01]))
+    touches = "--trainer.callbacks=test_sweeps.Touches"
+    failing = [touches, "--trainer.callbacks.step=0", "--trainer.callbacks.note=/none/there"]
+    assert main([*arguments, *failing, "--json"]) == 1
     said = capsys.readouterr()
-    assert "sweep tester/p/sweep000 has ended" in said.err
-    assert json.loads(said.out) == found
-    assert len(wandb_server.sweeps) == 1
-    assert len(learning_rates(wandb_server)) == 2
-    assert "WANDB_SWEEP_ID" not in os.environ
+    (row,) = json.loads(said.out)["trials"]
+    assert row["state"] == "failed"
+    assert row["error"].startswith("FileNotFoundError")
+    assert "trial 0 failed: FileNotFoundError" in said.err
+    assert "0 of 1 trials finished; trial 0 failed: FileNotFoundError" in said.err.splitlines()[-1]
+    for _ in range(2):
+        assert main([*arguments, touches, "--trainer.callbacks.step=2"]) == 130
+        said = capsys.readouterr()
+        assert "the same command again resumes the search" in said.err
+        assert "--ckpt_path last" not in said.err, "which is of a run alone"
+        assert "search tiny" in said.out, "what there is, is reported"
+    assert states(folder) == ["FAIL"] * 3 + ["WAITING"]
+    assert main(arguments) == 0
+    assert states(folder) == ["FAIL"] * 3 + ["COMPLETE"]
+    rows = json.loads((folder / "trials.json").read_text())["trials"]
+    assert sorted(row["state"] for row in rows) == ["failed", "finished", "interrupted", "interrupted"]
 
 
-def test_a_sweep_is_joined_for_some_runs_of_which_one_fails(
-    wandb_server: WandbServer,
-    sweep_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_failed_point_of_a_grid_does_not_end_the_search(search: Search, capsys: Any) -> None:
+    assert main(search(grid(dropout=[2.0, 0.0]), "--json")) == 1, "a point of the grid is missing"
+    said = capsys.readouterr()
+    assert [trial["state"] for trial in json.loads(said.out)["trials"]] == ["finished", "failed"]
+    assert "1 of 2 trials finished; trial 0 failed: --model.embed_dim 16 and" in said.err.splitlines()[-1]
+    assert "Traceback" not in said.err
+    assert "rsum" not in said.err.replace("val/rsum", ""), "the tables of runs are not printed"
+
+
+def test_a_diverged_trial_is_the_worst_result(search: Search, folder: Path, capsys: Any) -> None:
+    content = {**grid(lr=[1.0, 0.01]), **HALVING}
+    arguments = search(content, "--json", "--trainer.callbacks=test_sweeps.Diverges")
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    good, bad = json.loads(said.out)["trials"]
+    assert (good["state"], bad["state"], bad["value"]) == ("finished", "diverged", 0.0)
+    assert bad["error"] == "training has diverged at step 4; lower the learning rate"
+    assert "Traceback" not in said.err
+    assert "trial 0 diverged: training has diverged at step 4" in said.err
+    assert study_of(folder).best_trial.number == good["trial"]
+    assert main(arguments) == 0
+    assert len(states(folder)) == 2, "it is not tried again"
+
+
+def test_nothing_but_diverged_trials_is_a_failure(search: Search, capsys: Any) -> None:
+    content = {**grid(lr=[1.0]), "metric": {"name": "val/text_to_image_mean_rank", "goal": "minimize"}}
+    assert main(search(content, "--json", "--trainer.callbacks=test_sweeps.Diverges")) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["trials"][0]["value"] is None
+    assert "0 of 1 trials finished; trial 0 diverged: " in said.err.splitlines()[-1]
+
+
+def test_other_data_or_options_are_another_study(
+    search: Search, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pyagent.Agent, "HEARTBEAT_SLEEP_SECONDS", 0.05)
-    content = yaml.safe_load(sweep_file.read_text()) | {"method": "bayes"}
-    content["parameters"]["model.dropout"] = {"values": [2.0, 0.0, 0.1]}
-    del content["parameters"][LR]
-    sweep_file.write_text(yaml.safe_dump(content))
-    wandb_server.create_sweep("tester", "p", yaml.safe_dump(content | {"method": "grid"}))
-    join = ["sweep", str(sweep_file), "--sweep_id", "tester/p/sweep000"]
-    assert main([*join, "--trials", "2", "--json"]) == 0, "without run_cap, which joining does not need"
-    good = json.loads(capsys.readouterr().out)["best"]
-    assert (good["parameters"], good["state"]) == ({"model.dropout": 0.0}, "finished")
-    assert good["seconds"] is not None
-    (sweep,) = wandb_server.sweeps.values()
-    assert len(sweep.runs) == 2
-
-
-def test_a_wrong_id_is_told(
-    wandb_server: WandbServer, sweep_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["sweep", str(sweep_file), "--sweep_id", "sweep000"]) == 2
-    assert "--sweep_id sweep000: expected ENTITY/PROJECT/ID" in capsys.readouterr().err
-
-
-def test_runs_of_a_sweep_as_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = {"method": "random", "parameters": {LR: {"min": 0.1, "max": 0.2}, "x": {"values": [None, 1]}}}
-    file = tmp_path / "f.yaml"
-    file.write_text(yaml.safe_dump(content))
-
-    def run(state: str, rsum: float | None, lr: float, stopped: bool = False) -> SweepRun:
-        metrics = {} if rsum is None else {"val/rsum": rsum}
-        return SweepRun("e/p/r", state, {LR: lr, "x": None}, metrics, 90.0, stopped, "https://page")
-
-    runs = [
-        run("finished", 200.0, 0.1),
-        run("failed", 190.0, 0.2, stopped=True),
-        run("finished", math.nan, 0.2),
-        run("crashed", 210.0, 0.3),
-        run("running", 205.0, 0.1),
-        run("killed", None, 0.1, stopped=True),
-    ]
-    monkeypatch.setattr("clip_lightning.experiments.sweeps.online.sweep_runs", lambda sweep: runs)
-    search = Search(read_sweep(str(file)), (), tmp_path, "s", None, 9, 1, {})
-    report = Report(search.file, tmp_path, as_study(search, "e/p/s"))
-    assert report.best is not None
-    assert report.best.number == 0
-    rows = sorted(report.rows(), key=lambda row: row["trial"])
-    states = ["finished", "stopped early", "failed", "failed", "running", "failed"]
-    assert [row["state"] for row in rows] == states
-    assert [rows[0]["seconds"], rows[0]["parameters"]] == [90, {LR: 0.1, "x": None}]
-    assert rows[1]["value"] == 190.0
-    assert "never a number" in rows[2]["error"]
-    assert rows[3]["error"] == "W&B calls the run crashed, its log is at https://page"
-    assert rows[3]["parameters"] == {"x": None}, "0.3 is not in the file"
-
-
-@pytest.mark.parametrize(("error", "notes"), [(Exception(), 1), (Exception("x"), 0), (ValueError(), 0)])
-def test_the_agents_stop_is_noted(error: Exception, notes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    noted: list[int] = []
-    monkeypatch.setattr("clip_lightning.experiments.sweeps.watch.note_stop", lambda: noted.append(1))
-    NotesStop().on_exception(None, None, error)  # type: ignore[arg-type]
-    assert len(noted) == notes
-
-
-def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionError("gone\naway")
-
-    monkeypatch.setattr("wandb.Api", refuse)
-    monkeypatch.setattr("wandb.sweep", refuse)
-    with pytest.raises(UserError, match=r"e/p/s cannot be read from W&B \(gone away\); the same command"):
-        sweep_runs("e/p/s")
-    with pytest.raises(
-        UserError, match=r"did not make the sweep \(gone away\).*--trainer.logger.offline true"
+    """Else trials that cannot be compared would be ranked, and best.yaml would contain what never ran."""
+    content = grid(lr=[0.01])
+    assert main(search(content)) == 0
+    before = (folder / "best.yaml").read_text()
+    other = tmp_path / "other"
+    write_scenes(other, count=30, size=32, seed=1)
+    for changed, option, named in (
+        (content, f"--data.root={other}", "data"),
+        (content, "--model.dropout=0.5", "model.dropout"),
+        (grid(lr=[0.02]), "--json", "parameters"),
+        (content | {"method": "random", "run_cap": 2}, "--json", "method"),
     ):
-        create_sweep({}, None, "p")
+        assert main(search(changed, option)) == 2
+        said = capsys.readouterr().err
+        assert f"the study 'tiny' was begun with other {named}; give --study NAME to begin another" in said
+    assert (folder / "best.yaml").read_text() == before
+    assert main(search(content, "--model.dropout=0.5", "--study=other one")) == 0
+    assert "dropout: 0.5" in (tmp_path / "runs" / "sweep-other-one" / "best.yaml").read_text()
+
+
+def test_nothing_but_failures_ends_it(search: Search, folder: Path, capsys: Any) -> None:
+    assert main(search(grid(dropout=[2.0, 3.0, 4.0, 5.0]))) == 1
+    assert "the search stops because 3 trials in a row failed" in capsys.readouterr().err
+    assert states(folder) == ["FAIL"] * 3
+
+
+def test_hopeless_trials_are_stopped_early(
+    search: Search, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What does not learn at all is behind what does after the first validation."""
+    arguments = search({**grid(lr=[0.01, 0.0]), **HALVING}, "--json", "--trainer.max_epochs=3")
+    assert main(arguments) == 0
+    good, bad = json.loads(capsys.readouterr().out)["trials"]
+    assert (good["state"], bad["state"]) == ("finished", "stopped early")
+    assert bad["metrics"]["epoch"] == 0
+    assert [len(trial.intermediate_values) for trial in study_of(folder).trials] == [3, 1]
+    assert (folder / bad["run"] / "model" / "model.safetensors").is_file()
+    assert main(arguments) == 0
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == 2, "a trial that was stopped early counts"
 
 
 @pytest.mark.slow
-def test_the_same_file_on_wandbs_own_command_line(
-    wandb_server: WandbServer, sweep_file: Path, tmp_path: Path
+def test_a_killed_search_is_resumed(
+    search: Search, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    arguments = search({**INFINITE, "run_cap": 2})
+    assert main([*arguments, "--trials", "1"]) == 0
+    before = study_of(folder).trials
+    note = tmp_path / "note"
+    stuck = ["--trainer.callbacks=test_sweeps.Touches", "--trainer.callbacks.step=1"]
+    command = [sys.executable, "-m", "clip_lightning", *arguments, *stuck, f"--trainer.callbacks.note={note}"]
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]]
+    )
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not note.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert states(folder) == ["COMPLETE", "RUNNING"]
+    monkeypatch.setattr("clip_lightning.experiments.sweeps.study.GRACE_SECONDS", 1)
+    assert main(arguments) == 0
+    after = study_of(folder).trials
+    assert [trial.state.name for trial in after] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert after[0].value == before[0].value
+    assert after[2].params == after[1].params, "what it was trying is tried again"
+
+
+def test_the_trial_of_another_machine_that_is_gone_is_tried_again(
+    search: Search, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("clip_lightning.experiments.sweeps.study.GRACE_SECONDS", 1)
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    arguments = search(grid(lr=[0.001, 0.01]), "--storage", url)
+    assert main([*arguments, "--trials", "1"]) == 0
+    study = optuna.load_study(study_name="tiny", storage=url)
+    study.enqueue_trial({LR: 0.01})
+    lost = study.ask({LR: CategoricalDistribution([0.001, 0.01])})
+    optuna.storages.get_storage(url)._backend.record_heartbeat(lost._trial_id)
+    assert main(arguments) == 0
+    assert "waiting for trials that other workers have begun" in capsys.readouterr().err
+    found = [(trial.state, trial.params[LR]) for trial in study.trials]
+    assert found == [(TrialState.COMPLETE, 0.001), (TrialState.FAIL, 0.01), (TrialState.COMPLETE, 0.01)]
+    assert not (folder / "study.db").exists()
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "unknown parameter": (
+        {"method": "grid", "parameters": {"model.optimizer.ler": {"values": [1]}}},
+        [],
+        "did you mean --model.optimizer.lr",
+    ),
+    "a choice of another kind": (
+        {"method": "grid", "parameters": {"model.embed_dim": {"values": [16, "wide"]}}},
+        [],
+        "--model.embed_dim: expected a whole number, got wide",
+    ),
+    "unknown option": (grid(lr=[1]), ["--data.rot=x"], "--data.rot"),
+    "no number of trials": (INFINITE, [], "--trials N: how many"),
+    "no data": (grid(lr=[1]), ["--data.root=/none"], "/none"),
+    "no validation": (grid(lr=[1]), ["--trainer.limit_val_batches=0"], "limit_val_batches 0: a run without"),
+    "no database": (grid(lr=[1]), ["--storage", "nonsense"], "--storage"),
+}
+
+
+@pytest.mark.parametrize(("content", "more", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_found_before_the_first_trial(
+    content: dict[str, Any], more: list[str], message: str, search: Search, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(search(content, *more)) == 2
+    said = capsys.readouterr()
+    (line,) = [line for line in said.err.splitlines() if "error:" in line]
+    assert message in line
+    assert said.out == ""
+    assert not list(tmp_path.glob("runs/*/trials"))
+
+
+@pytest.mark.slow
+def test_workers_side_by_side(search: Search, folder: Path) -> None:
+    # long enough for the other process to arrive
+    long = ["--trainer.max_epochs=60", "--early_stopping.patience=60", "--trainer.check_val_every_n_epoch=20"]
+    assert main(search({**INFINITE, "run_cap": 5}, "--parallel", "2", *long)) == 0
+    trials = study_of(folder).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 5
+    assert len({trial.params[LR] for trial in trials}) == 5
+    starts, ends = ([getattr(t, f"datetime_{end}") for t in trials] for end in ("start", "complete"))
+    assert any(start < end for start, end in zip(starts[1:], ends, strict=False))
+
+
+@pytest.mark.slow
+def test_two_ranks_in_every_trial(search: Search, folder: Path) -> None:
+    """Both get the trial's options, agree on when to stop, and the next trial starts two again."""
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4", "--trainer.max_epochs=3"]
+    arguments = search({**grid(lr=[0.01, 0.0]), **HALVING}, *ranks, "--json")
+    command = [sys.executable, "-m", "clip_lightning", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    good, bad = json.loads(done.stdout)["trials"]
+    assert (good["state"], bad["state"]) == ("finished", "stopped early")
+    metrics = json.loads((folder / bad["run"] / "metrics.json").read_text())
+    assert metrics["step"] == 4, "32 scenes in an epoch of two ranks with 4 each"
+
+
+# W&B
+
+
+def test_trials_are_runs_of_one_group(
+    wandb_server: WandbServer, search: Search, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = search(grid(lr=[0.001, 0.01]), **{"trainer.logger": None, "trainer.max_epochs": 1})
+    assert main(arguments) == 0
+    runs = list(wandb_server.runs.values())
+    assert [run.config["model"]["optimizer"]["lr"] for run in runs] == [0.001, 0.01]
+    assert {(run.group, run.state, run.sweep) for run in runs} == {("sweep-tiny", "finished", None)}
+    assert "model" not in {found.type for found in wandb_server.collections.values()}
+    assert "wandb:" not in capfd.readouterr().err
+    assert not wandb_server.sweeps
+
+
+@pytest.mark.slow
+def test_the_same_file_works_with_wandb_sweep_and_wandb_agent(
+    wandb_server: WandbServer, search: Search, tmp_path: Path
+) -> None:
+    parameters = {LR: {"values": [0.001, 0.01]}, "model.embed_dim": {"value": 8}}
+    content = {"method": "grid", "project": "p", "program": "clip-lightning", "parameters": parameters}
+    search(content, **{"trainer.logger": None, "trainer.max_epochs": 1, "model.embed_dim": None})
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    for words in (["sweep", sweep_file.name], ["agent", "--count", "1", "tester/p/sweep000"]):
-        command = [sys.executable, "-m", "wandb", *words]
+    for arguments in (["sweep", "tiny.yaml"], ["agent", "--count", "1", "tester/p/sweep000"]):
+        command = [sys.executable, "-m", "wandb", *arguments]
         environment = os.environ | {"PATH": path}
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    assert learning_rates(wandb_server) == [0.001]
-    assert {run.config["model.embed_dim"] for run in wandb_server.runs.values()} == {16}
+    (run,) = [run for run in wandb_server.runs.values() if run.sweep]
+    assert (run.state, run.config[LR], run.config["model.embed_dim"]) == ("finished", 0.001, 8)

@@ -1,8 +1,10 @@
-"""A W&B sweep file, read and checked."""
+"""Reads and checks a W&B sweep file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +13,11 @@ import yaml
 from clip_lightning.arguments import packaged_config
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.metrics import METRICS
-from clip_lightning.experiments.sweeps.space import Parameter, flat, near, parameter, word
+from clip_lightning.experiments.sweeps import space
 
 METHODS = ("grid", "random", "bayes")
-KEYS = (
-    "name", "description", "project", "entity", "method", "metric", "parameters", "early_terminate",
-    "run_cap", "command", "program",
-)  # fmt: skip
-DEFAULT_METRIC = {"name": "val/rsum", "goal": "maximize"}
-ARGS = "${args}"
-
-
-@dataclass(frozen=True)
-class Halving:
-    """Which runs go on after which validation: the best 1/`eta` of those that got so far (W&B's `hyperband`).
-
-    Attributes:
-        first: validations before the first decision; the next come after `eta` times as many each.
-        eta: see above.
-    """
-
-    first: int
-    eta: int
+KEYS = ("name", "description", "project", "entity", "method", "metric", "parameters", "early_terminate",
+    "run_cap", "command", "program")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,68 +25,65 @@ class SweepFile:
     """What a search tries.
 
     Attributes:
-        name: of the study.
+        name: name of the study.
         method: `grid`, `random` or `bayes`.
-        metric: as the run logs it, `val/rsum`.
-        maximize: whether more of it is better.
-        parameters: what is varied.
+        metric: metric as the run logs it, `val/rsum`.
+        maximize: whether a greater value is better.
+        parameters: the options that vary.
         constants: options of `fit` that are the same in every trial.
-        base: the words of `fit` that the file's `command` fixes.
-        early: whether and how runs are stopped early.
+        base: arguments of `fit` in the file's `command`.
+        halving: (n, eta): the best 1/eta of the trials continue after n validations, after n * eta, and so on
+            (W&B's `hyperband`); None if no trial is stopped early.
         run_cap: how many trials the file asks for.
-        content: the file, as W&B takes it.
+        identity: what must not change while a study is resumed.
     """
 
     name: str
     method: str
     metric: str
     maximize: bool
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[space.Parameter, ...]
     constants: dict[str, Any]
     base: tuple[str, ...]
-    early: Halving | None
+    halving: tuple[int, int] | None
     run_cap: int | None
-    content: dict[str, Any] = field(repr=False)
+    identity: dict[str, Any]
 
-    def words(self, drawn: dict[str, Any]) -> list[str]:
-        """The words of `fit` for a trial, constants and what was drawn, by the parameters' labels."""
-        varied = {one.name: one.value(drawn[one.label]) for one in self.parameters if one.label in drawn}
-        return option_words(self.constants | varied)
+    @property
+    def points(self) -> float:
+        """How many points the search space has; may be infinite."""
+        return math.prod(math.inf if one.every is None else len(one.every) for one in self.parameters)
+
+    def values(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of the options for what was drawn, by the names of the parameters."""
+        return {one.name: one.value(drawn[one.name]) for one in self.parameters if one.name in drawn}
+
+    def arguments(self, drawn: Mapping[str, Any]) -> list[str]:
+        """Return the arguments of `fit` for what was drawn, and the constants."""
+        return option_arguments(self.constants | self.values(drawn))
 
     def short_names(self) -> dict[str, str]:
-        """The last part of each parameter's name, where no other ends alike."""
-        ends = [one.name.rpartition(".")[2] for one in self.parameters]
-        return {
-            one.name: end if ends.count(end) == 1 else one.name
-            for one, end in zip(self.parameters, ends, strict=True)
-        }
-
-    def identity(self) -> dict[str, Any]:
-        """What must stay the same while a study goes on."""
-        return {
-            "method": self.method,
-            "metric": [self.metric, self.maximize],
-            "parameters": flat(self.content["parameters"]),
-            "early_terminate": self.content.get("early_terminate"),
-        }
+        """Return the last part of each parameter's name, or all of it if another name ends like it."""
+        ends = {one.name: one.name.rpartition(".")[2] for one in self.parameters}
+        return {name: end if [*ends.values()].count(end) == 1 else name for name, end in ends.items()}
 
 
-def option_words(options: dict[str, Any]) -> list[str]:
-    """Options of `fit` by their names, as words."""
-    return [f"--{name}={word(value)}" for name, value in options.items()]
+def option_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Return options of `fit` as arguments of the command line."""
+    return [f"--{name}={space.argument(value)}" for name, value in options.items()]
 
 
 def read_sweep(given: str) -> SweepFile:
-    """Read a sweep file, or the packaged one of this name.
+    """Read a sweep file, or the packaged sweep file of this name.
 
     Raises:
-        UserError: there is none, or something in it is wrong or cannot be searched; says what.
+        UserError: the file does not exist, or something in it is wrong or cannot be searched.
     """
     path = Path(packaged_config(given, "sweeps"))
     try:
         return _sweep(yaml.safe_load(path.read_text()), path.stem)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -109,111 +91,92 @@ def read_sweep(given: str) -> SweepFile:
 def _sweep(content: Any, stem: str) -> SweepFile:
     if not isinstance(content, dict):
         raise UserError("expected a W&B sweep file, with `method` and `parameters`")
-    for key in content:
-        if key not in KEYS:
-            raise UserError(f"unknown key {key!r}{near(str(key), list(KEYS))}")
-    for key in ("method", "parameters"):
-        if key not in content:
-            raise UserError(
-                f"{key} is missing" + (f"; give one of {', '.join(METHODS)}" if key == "method" else "")
-            )
-    method = content["method"]
+    space.refuse_unknown(content, KEYS)
+    method = content.get("method")
     if method not in METHODS:
-        raise UserError(f"unknown method {method!r}{near(str(method), list(METHODS))}")
-    specs = flat(content["parameters"])
-    constants = {name: spec["value"] for name, spec in specs.items() if _is_constant(name, spec)}
-    parameters = tuple(parameter(name, spec) for name, spec in specs.items() if name not in constants)
-    for one in parameters:
-        if method == "grid":
-            one.every()
-        if method != "random" and one.weights is not None:
-            raise UserError(
-                f"parameters.{one.name}.probabilities: {method} does not draw by them, only random does"
-            )
-    metric, maximize = _metric(content.get("metric", DEFAULT_METRIC))
+        wrong = "method is missing" if method is None else f"unknown method {method!r}"
+        raise UserError(f"{wrong}{space.did_you_mean(str(method), METHODS)}")
+    if "parameters" not in content:
+        raise UserError("parameters is missing")
+    constants: dict[str, Any] = {}
+    parameters: list[space.Parameter] = []
+    for name, spec in (specs := space.flatten(content["parameters"])).items():
+        try:
+            if "value" in spec or spec.get("distribution") == "constant":
+                constants[name] = _constant(spec)
+            else:
+                parameters.append(space.parameter(name, spec, method))
+        except UserError as error:
+            raise UserError(f"parameters.{name}: {error}") from error
+    metric, maximize = _metric(content.get("metric", {"name": "val/rsum", "goal": "maximize"}))
     return SweepFile(
         name=str(content.get("name") or stem),
         method=method,
         metric=metric,
         maximize=maximize,
-        parameters=parameters,
+        parameters=tuple(parameters),
         constants=constants,
         base=_base(content.get("command")),
-        early=_early(content.get("early_terminate")),
-        run_cap=_count(content.get("run_cap"), "run_cap"),
-        content=content,
+        halving=_halving(content.get("early_terminate")),
+        run_cap=_count(content, "run_cap"),
+        identity={
+            "method": method,
+            "metric": [metric, maximize],
+            "parameters": specs,
+            "early_terminate": content.get("early_terminate"),
+        },
     )
 
 
-def _is_constant(name: str, spec: Any) -> bool:
-    if "value" not in spec and spec.get("distribution") != "constant":
-        return False
-    if unknown := sorted(spec.keys() - {"value", "distribution"}):
-        raise UserError(f"parameters.{name}: unknown {unknown[0]!r} beside `value`")
+def _constant(spec: space.Spec) -> Any:
+    space.refuse_unknown(spec, ("value", "distribution"), "a constant: ")
     if "value" not in spec or spec.get("distribution", "constant") != "constant":
-        raise UserError(f"parameters.{name}: a constant has `value`, got {spec}")
-    return True
+        raise UserError(f"a constant has `value`, got {spec}")
+    return spec["value"]
 
 
 def _metric(given: Any) -> tuple[str, bool]:
-    if not isinstance(given, dict) or not isinstance(given.get("name"), str):
-        raise UserError(
-            f"metric: expected name and goal, as in `metric: {{name: val/rsum, goal: maximize}}`, got {given}"
-        )
-    if unknown := sorted(given.keys() - {"name", "goal"}):
-        raise UserError(f"metric.{unknown[0]} is not supported; name and goal are")
-    goal = given.get("goal", "minimize")
+    if not isinstance(given, dict):
+        raise UserError(f"metric: expected `{{name: val/rsum, goal: maximize}}`, got {given}")
+    space.refuse_unknown(given, ("name", "goal"), "metric: ")
+    name, goal = given.get("name"), given.get("goal", "minimize")
+    known = [f"val/{metric}" for metric in METRICS]
+    if name not in known:
+        raise UserError(f"metric.name: no run logs {name!r}{space.did_you_mean(str(name), known)}")
     if goal not in ("maximize", "minimize"):
         raise UserError(f"metric.goal: expected maximize or minimize, got {goal!r}")
-    known = metric_names()
-    if given["name"] not in known:
-        raise UserError(f"metric.name: no run logs {given['name']!r}{near(given['name'], known)}")
-    return given["name"], goal == "maximize"
-
-
-def metric_names() -> list[str]:
-    """Return what every validation logs."""
-    return [f"val/{name}" for name in METRICS]
+    return name, goal == "maximize"
 
 
 def _base(command: Any) -> tuple[str, ...]:
-    """The words that the command gives `fit` beside the parameters."""
+    """Return the arguments that the command gives `fit` besides the parameters."""
     if command is None:
         return ()
-    remedy = "; write `command: [clip-lightning, fit, --config, heads, '${args}']`"
-    if not isinstance(command, list) or "fit" not in command:
-        raise UserError(f"command: expected a list with `fit` in it, got {command}{remedy}")
-    words = [str(item) for item in command[command.index("fit") + 1 :]]
-    if ARGS not in words:
-        raise UserError(f"command: nothing says where the parameters go, {command}{remedy}")
-    if other := [item for item in words if item.startswith("${") and item != ARGS]:
-        raise UserError(f"command: {other[0]} is not supported, ${{args}} is{remedy}")
-    return tuple(item for item in words if item != ARGS)
+    arguments = [str(item) for item in command[command.index("fit") + 1 :]] if "fit" in command else []
+    macros = [item for item in arguments if item.startswith("${")]
+    if not isinstance(command, list) or macros != ["${args}"]:
+        example = "[clip-lightning, fit, --config, heads, '${args}']"
+        raise UserError(
+            f"command: expected a list with `fit` and only ${{args}} after it, {example}; got {command}"
+        )
+    return tuple(item for item in arguments if item != "${args}")
 
 
-def _early(given: Any) -> Halving | None:
+def _halving(given: Any) -> tuple[int, int] | None:
     if given is None:
         return None
     if not isinstance(given, dict) or given.get("type") != "hyperband":
         raise UserError(f"early_terminate: expected `type: hyperband`, got {given}")
-    known = ["type", "min_iter", "max_iter", "s", "eta", "strict"]
-    for key in given:
-        if key not in known:
-            raise UserError(f"early_terminate: unknown key {key!r}{near(str(key), known)}")
-    eta = _count(given.get("eta", 3), "early_terminate.eta", least=2) or 3
-    first = _count(given.get("min_iter"), "early_terminate.min_iter")
-    last = _count(given.get("max_iter"), "early_terminate.max_iter")
-    if (first is None) == (last is None):
+    space.refuse_unknown(given, ("type", "min_iter", "max_iter", "s", "eta", "strict"), "early_terminate: ")
+    eta = _count({"eta": 3, **given}, "eta", least=2) or 3
+    first, last, steps = (_count(given, key) for key in ("min_iter", "max_iter", "s"))
+    if (first is None) == (last is None or steps is None):
         raise UserError("early_terminate: give either min_iter, or max_iter and s")
-    if last is not None:
-        steps = _count(given.get("s"), "early_terminate.s")
-        if steps is None:
-            raise UserError("early_terminate.s is missing: how often max_iter is divided by eta")
-        first = max(1, last // eta**steps)
-    return Halving(first or 1, eta)
+    return first or max(1, (last or 1) // eta ** (steps or 0)), eta
 
 
-def _count(given: Any, name: str, least: int = 1) -> int | None:
-    if given is not None and (type(given) is not int or given < least):
-        raise UserError(f"{name}: expected a whole number of {least} or more, got {given!r}")
-    return given
+def _count(given: Mapping[str, Any], name: str, least: int = 1) -> int | None:
+    value = given.get(name)
+    if value is not None and (type(value) is not int or value < least):
+        raise UserError(f"{name}: expected a whole number of {least} or more, got {value!r}")
+    return value

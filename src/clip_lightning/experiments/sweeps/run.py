@@ -1,193 +1,182 @@
-"""One search from the words of `sweep` to its result: on W&B's server, or on Optuna."""
+"""Runs a search: checks everything that can be known before the first trial, trains, and reports."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
+import torch
+import yaml
 from jsonargparse import Namespace
-from rich.console import Console
-from rich.table import Table
+from optuna.trial import TrialState
 
-from clip_lightning.errors import UserError
-from clip_lightning.experiments.sweeps import online
-from clip_lightning.experiments.sweeps.checks import base_point, check, shared_settings, wanted_trials
-from clip_lightning.experiments.sweeps.file import option_words, read_sweep
-from clip_lightning.experiments.sweeps.queue import try_failed_again
-from clip_lightning.experiments.sweeps.report import Report, shown
-from clip_lightning.experiments.sweeps.study import Search, TooManyFailures, open_study, work
-from clip_lightning.wandb_fetch import default_project
-
-SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Options:
-    """Of the command; see `sweep --help`."""
-
-    file: str
-    words: tuple[str, ...]
-    trials: int | None
-    parallel: int
-    study: str | None
-    storage: str | None
-    sweep_id: str | None
-    json: bool
+from clip_lightning.allocator import keep_freed_memory
+from clip_lightning.data.columns import ReadOptions
+from clip_lightning.data.origin import find_origin
+from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.experiments.compare import settings_of
+from clip_lightning.experiments.run_records import flat
+from clip_lightning.experiments.sweeps.file import SweepFile, option_arguments
+from clip_lightning.experiments.sweeps.report import draw_plots, print_table, summarize, write_tables
+from clip_lightning.experiments.sweeps.study import Worker, count_finished, open_study
+from clip_lightning.files import write_atomically
+from clip_lightning.training.fitting import Rehearsal, check_validates, rehearse
 
 
-def search(options: Options) -> None:
-    """Search, write what was found and print it.
+def search(
+    file: SweepFile,
+    given: list[str],
+    trials: int | None,
+    parallel: int,
+    study: str | None,
+    storage: str | None,
+    as_json: bool,
+) -> None:
+    """Search, then write and print the results. `sweep --help` describes the arguments.
 
     Raises:
-        UserError: what was asked for cannot be done.
-        SystemExit: the options of `fit` are wrong, or trials that were wanted are missing, which was said.
-        KeyboardInterrupt: Ctrl-C, after the trials in hand were saved.
+        UserError: an argument or the data cannot be used, or too few trials have finished.
+        SystemExit: `fit` does not accept an option, which was printed.
+        KeyboardInterrupt: Ctrl-C, after the running trials were saved.
     """
-    for name in ("trials", "parallel"):
-        if (given := getattr(options, name)) is not None and given < 1:
-            raise UserError(f"--{name} {given}: expected 1 or more")
-    if options.storage and options.sweep_id:
-        raise UserError("--storage is Optuna's and --sweep_id is W&B's; give one of them")
-    file = read_sweep(options.file)
-    words = [*file.base, *options.words]
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it is in every config
-    trial = check(file, words)
-    config = trial.config["fit"]
-    name = options.study or file.name
-    plan = Search(
-        file=file,
-        words=(*_quiet_logger(config, name), *words),
-        folder=Path(config.trainer.default_root_dir, "sweep-" + re.sub(r"[^\w.-]+", "-", name)),
-        study=name,
-        storage=options.storage,
-        # a sweep that is joined ends where it was made to
-        trials=1 if options.sweep_id else wanted_trials(file, options.trials),
-        parallel=options.parallel,
-        settings=shared_settings(file, trial),
-    )
-    goes_online = _goes_online(config, options)
-    print(f"search {name}: {plan.folder}", file=sys.stderr)
-
-    def tell(report: Report) -> None:
-        report.write(lambda drawn: [*words, *file.words(drawn)])
-        if options.json:
-            print(json.dumps(report.summary(), ensure_ascii=False))
-        else:
-            show(report)
-
-    (_online if goes_online else _offline)(plan, config, options, tell)
-
-
-def _offline(plan: Search, config: Namespace, options: Options, tell: Callable[[Report], None]) -> None:
-    if _run_logger(config) is not None:
-        from clip_lightning.experiments.sweeps.wandb_sweep import silence
-
-        silence()
-    study = open_study(plan, base_point(plan.file, list(plan.words)))
-    is_grid = plan.file.method == "grid"
-    if is_grid:
-        try_failed_again(study)
-    report = Report(plan.file, plan.folder, study)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    arguments, name = [*file.base, *given], study or file.name
+    rehearsal = _rehearse_ends(file, arguments)
+    config = rehearsal.config["fit"]
+    wanted = min(trials or file.run_cap or math.inf, file.points)
+    if wanted == math.inf:
+        raise UserError("--trials N: how many? The search space is infinite, and the file has no run_cap")
+    folder = Path(config.trainer.default_root_dir, "sweep-" + re.sub(r"[^\w.-]+", "-", name))
+    settings = _shared_settings(file, rehearsal)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = open_study(file, name, storage or f"sqlite:///{(folder / 'study.db').resolve()}")
+    _begin(found, file.identity | settings, None if file.method == "grid" else base_point(file, arguments))
+    print(f"search {name}: {wanted} trials in {folder}", file=sys.stderr)
+    failed = {trial.number for trial in found.trials if trial.state == TrialState.FAIL}
+    for_logger = _logger_arguments(config, name)
+    worker = Worker(file, found, failed, (*for_logger, *arguments), folder, int(wanted))
     try:
-        _share(plan, work, plan)
-    finally:  # also what there is after Ctrl-C, and when too many trials fail
-        tell(report)
-    _expect(report, plan.trials if is_grid else 1)
-
-
-def _online(plan: Search, config: Namespace, options: Options, tell: Callable[[Report], None]) -> None:
-    logger = _run_logger(config)
-    assert logger is not None
-    project = logger.project or default_project()
-    sweep = options.sweep_id or online.begin(plan, options.words, logger.entity, project)
-    try:
-        if options.sweep_id or online.has_work(sweep):
-            print(f"sweep {sweep}; from other machines: wandb agent {sweep}", file=sys.stderr)
-            _share(plan, online.work, plan, sweep, options.trials if options.sweep_id else None)
+        _work(worker, parallel)
+    finally:  # also after Ctrl-C, and when too many trials fail
+        report = summarize(file, found, folder)
+        if best := report["best"]:
+            chosen = rehearse(
+                [*arguments, *file.arguments(found.trials[best["trial"]].params)]
+            ).config_to_save
+            head = (
+                f"# Trial {best['trial']} of the search {name}: {file.metric} {best['value']:.2f}, the best"
+            )
+            command = f"# command:  clip-lightning fit --config {folder / 'best.yaml'}"
+            write_atomically(folder / "best.yaml", f"{head}\n{command}\n{chosen}".encode())
+        write_tables(file, report, folder)
+        draw_plots(file, found, folder)
+        if as_json:
+            print(json.dumps(report, ensure_ascii=False))
         else:
-            print(f"sweep {sweep} has ended on W&B's server; its runs:", file=sys.stderr)
-    except KeyboardInterrupt:
-        tell(Report(plan.file, plan.folder, online.as_study(plan, sweep)))
-        raise
-    report = Report(plan.file, plan.folder, online.as_study(plan, sweep))
-    tell(report)
-    _expect(report, 1)
+            print_table(file, report)
+    finished = count_finished(file, found)
+    if finished == file.points:
+        print(f"the search space is exhausted: all {finished} points have been tried", file=sys.stderr)
+    least = wanted if file.method == "grid" else 1
+    if finished < least or not any(row["metrics"] for row in report["trials"]):
+        wrong = [row for row in report["trials"] if row["error"]]
+        last = max(wrong, key=lambda row: row["trial"], default=None)
+        why = f"; trial {last['trial']} {last['state']}: {last['error']}" if last else ""
+        raise RunFailed(f"{finished} of {least} trials finished{why}")
 
 
-def _expect(report: Report, wanted: int) -> None:
-    """Leave with status 1 where fewer trials have finished, and say why the last one has not."""
-    rows = report.rows()
-    finished = sum(row["state"] in ("finished", "stopped early") for row in rows)
-    if finished >= wanted:
-        return
-    failed = max((row for row in rows if row["error"]), key=lambda row: row["trial"], default=None)
-    why = f"; trial {failed['trial']} failed: {failed['error']}" if failed else ""
-    print(f"clip-lightning: error: {finished} of {wanted} trials finished{why}", file=sys.stderr)
-    sys.exit(1)
+def _rehearse_ends(file: SweepFile, arguments: list[str]) -> Rehearsal:
+    """Let `fit` parse every choice and both ends of every range, and return the last rehearsal."""
+    ends = {one.name: one.ends() for one in file.parameters}
+    for row in range(max(map(len, ends.values()), default=1)):
+        drawn = {name: values[min(row, len(values) - 1)] for name, values in ends.items()}
+        rehearsal = rehearse([*arguments, *file.arguments(drawn)])
+        check_validates(rehearsal.config["fit"])
+    return rehearsal
 
 
-def _run_logger(config: Namespace) -> Namespace | None:
-    """The settings of our W&B logger, if it is the run's."""
-    logger = config.trainer.logger
-    ours = isinstance(logger, Namespace) and logger.class_path.endswith(".RunLogger")
-    return logger.init_args if ours else None
+def base_point(file: SweepFile, arguments: list[str]) -> dict[str, Any] | None:
+    """Return what to draw for the options as they are without the search; None if it cannot be drawn."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            options = _options(rehearse([*arguments, *file.arguments({})]))
+        return {one.name: one.drawn(options[_plain(one.name)]) for one in file.parameters}
+    except (LookupError, SystemExit):  # the latter if the arguments are incomplete without the parameters
+        return None
 
 
-def _quiet_logger(config: Namespace, name: str) -> list[str]:
-    """Words that put the trials' W&B runs into one group, without an artifact of every model."""
-    logger = _run_logger(config)
-    if logger is None:
-        return []
-    group = {} if logger.group else {"trainer.logger.init_args.group": f"sweep-{name}"}
-    return option_words(group | {"trainer.logger.init_args.log_model": False})
+def _shared_settings(file: SweepFile, rehearsal: Rehearsal) -> dict[str, Any]:
+    """Return the options that all trials share, and the digest of the data, which is read for it."""
+    config, varied = rehearsal.config["fit"], {_plain(one.name) for one in file.parameters}
+    options = settings_of(_options(rehearsal))
+    options |= {f"model.{kind}_tower": config.model[f"{kind}_tower"] for kind in ("image", "text")}
+    shared = {name: value for name, value in options.items() if _plain(name) not in varied}
+    shared = {name: value for name, value in shared.items() if not name.startswith("trainer.callbacks")}
+    data, scenes = config.data, config.data.dataset == "scenes"
+    given = {name: data[name] for name in ("artifact", "url", "sha256", "hub")}
+    root = None if data.root is None else Path(data.root)
+    origin = find_origin(root=root, scenes=scenes, read=ReadOptions(**data.read), **given)
+    origin.fetch()
+    return shared | {"data": origin.read(data.dataset).digest()}
 
 
-def _goes_online(config: Namespace, options: Options) -> bool:
-    from clip_lightning.experiments.sweeps.wandb_sweep import is_online
-
-    logger = _run_logger(config)
-    possible = logger is not None and is_online(logger.offline)
-    if options.sweep_id and not possible:
+def _begin(study: optuna.Study, identity: dict[str, Any], first: dict[str, Any] | None) -> None:
+    """Give a new study its identity and first point; refuse a study whose trials would not be comparable."""
+    identity = json.loads(json.dumps(identity, default=str))
+    begun = study.user_attrs.get("identity", identity)
+    if changed := [key for key in begun | identity if begun.get(key) != identity.get(key)]:
         raise UserError(
-            f"--sweep_id {options.sweep_id}: joining needs W&B online, with an API key and our own logger"
+            f"the study {study.study_name!r} was begun with other {', '.join(sorted(changed))}; "
+            "give --study NAME to begin another"
         )
-    return possible and options.storage is None
+    study.set_user_attr("identity", identity)
+    if first is not None and not study.trials:
+        study.enqueue_trial(first)
 
 
-def _share(plan: Search, worker: Callable[..., None], *arguments: Any) -> None:
-    """Run the worker in this process and, side by side, in others.
+def _options(rehearsal: Rehearsal) -> dict[str, Any]:
+    return flat(yaml.safe_load(rehearsal.config_to_save))
 
-    Raises:
-        SystemExit: too many trials failed, which was said.
-    """
+
+def _plain(name: str) -> str:
+    """Return an option's name as it is in a flat configuration."""
+    return name.replace(".init_args", "")
+
+
+def _logger_arguments(config: Namespace, name: str) -> list[str]:
+    """Return arguments that put the trials' W&B runs into one group, and log no artifact of every model."""
+    logger = config.trainer.logger
+    if not isinstance(logger, Namespace) or not logger.class_path.endswith(".RunLogger"):
+        return []
+    group = {} if logger.init_args.group else {"trainer.logger.init_args.group": f"sweep-{name}"}
+    return option_arguments(group | {"trainer.logger.init_args.log_model": False})
+
+
+def _work(worker: Worker, parallel: int) -> None:
+    """Train trials in this process and, if the search is parallel, in others."""
     processes = []
-    if plan.parallel > 1:
+    if parallel > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, cores // plan.parallel)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # the others' as they start
-        import torch
-
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel)))  # for the others
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         spawn = multiprocessing.get_context("spawn")
-        processes = [
-            spawn.Process(target=_in_process, args=(worker, arguments)) for _ in range(plan.parallel - 1)
-        ]
+        processes = [spawn.Process(target=_work_beside, args=(worker,)) for _ in range(1, parallel)]
     for process in processes:
         process.start()
     try:
-        worker(*arguments)
-    except TooManyFailures as error:
-        print(f"clip-lightning: error: the search stops, {error}", file=sys.stderr)
-        sys.exit(1)
+        worker.work()
     except BaseException:
         for process in processes:
             if process.is_alive() and process.pid:
@@ -198,36 +187,14 @@ def _share(plan: Search, worker: Callable[..., None], *arguments: Any) -> None:
             process.join()
 
 
-def _in_process(worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """What another worker's process does; away from the terminal, whose Ctrl-C is handed on to it once."""
+def _work_beside(worker: Worker) -> None:
+    """Work in another process, apart from the terminal, so that Ctrl-C reaches it once: from `_work`."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    from clip_lightning.allocator import keep_freed_memory
-
     keep_freed_memory()
     try:
-        worker(*arguments)
-    except TooManyFailures:
+        worker.work()
+    except UserError:  # the first process stops for the same reason
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def show(report: Report) -> None:
-    """Print the best trials."""
-    rows = report.rows()
-    short = report.file.short_names()
-    table = Table(title=f"search {report.study.study_name}, {len(rows)} trials", title_justify="left")
-    for column in ("trial", "state", report.file.metric, "seconds", "options"):
-        right = column not in ("state", "options")
-        table.add_column(column, justify="right" if right else "left", no_wrap=column != "options")
-    for row in rows[:SHOWN]:
-        options = [f"{short[name]} {shown(value)}" for name, value in row["parameters"].items()]
-        numbers = [shown(row["value"], ".2f"), shown(row["seconds"], ".0f")]
-        table.add_row(str(row["trial"]), row["state"], *numbers, ", ".join(options))
-    console = Console()
-    console.print(table)
-    if len(rows) > SHOWN:
-        console.print(f"and {len(rows) - SHOWN} more in {report.folder / 'trials.md'}")
-    if report.best is not None:
-        console.print(f"best: clip-lightning fit --config {report.folder / 'best.yaml'}", soft_wrap=True)

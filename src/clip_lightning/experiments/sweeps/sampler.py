@@ -1,70 +1,78 @@
-"""Draws that depend on the study's name and the trial's number alone, besides what trials have found."""
+"""Draws the points of a search with Optuna's samplers, and no point of a finite space twice."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from clip_lightning.experiments.sweeps.file import SweepFile
 
-class NumberedSampler(BaseSampler):
-    """TPE or random draws, seeded anew for each trial.
+ATTEMPTS = 20
+"""How often a point that has been tried is drawn again, before the next untried point is taken."""
+Space = dict[str, BaseDistribution]
+Drawn = dict[str, Any]
 
-    A study that goes on then neither repeats what it drew before nor draws otherwise than it would have,
-    and workers side by side draw different things.
+
+class UntriedSampler(RandomSampler):
+    """Draws all parameters of a trial at once, by the method of the sweep file.
+
+    A draw depends on the results so far, the study's name and the trial's number alone. A resumed study draws
+    what it would have drawn without the interruption, and parallel workers draw different points.
 
     Args:
-        method: `bayes` or `random`.
-        weights: the probabilities of a parameter's choices, by its label.
+        file: the sweep file.
+        failed: numbers of the failed trials whose points may be drawn again: those of earlier commands.
     """
 
-    def __init__(self, method: str, weights: Mapping[str, Sequence[float]]) -> None:
-        self.method = method
-        self.weights = weights
-        self._sampler: BaseSampler = RandomSampler()
-        self._random = np.random.default_rng(0)
+    def __init__(self, file: SweepFile, failed: Collection[int] = ()) -> None:
+        super().__init__()
+        self.file, self.failed = file, failed
 
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Seed."""
-        seed = zlib.crc32(f"{study.study_name} {trial.number}".encode())
-        self._random = np.random.default_rng(seed)
-        self._sampler = TPESampler(seed=seed) if self.method == "bayes" else RandomSampler(seed=seed)
-        self._sampler.before_trial(study, trial)
+    def tried(self, study: Study) -> set[tuple[str, ...]]:
+        """Return the points that need no further trial, each as the arguments of `fit`."""
+        return {
+            tuple(self.file.arguments(trial.params))
+            for trial in study.get_trials(deepcopy=False)
+            if len(trial.params) == len(self.file.parameters)
+            and not (trial.state == TrialState.FAIL and trial.number in self.failed)
+        }
 
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return self._sampler.infer_relative_search_space(study, trial)
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Space:
+        """Return the complete space."""
+        return {one.name: one.distribution for one in self.file.parameters}
 
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._sampler.sample_relative(study, trial, search_space)
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: Space) -> Drawn:
+        """Draw a point; if the space is finite, a point that has not been tried."""
+        points, wishes = self.file.points, self._draws(study, trial, search_space)
+        if points == math.inf:
+            return next(wishes)
+        grid = [[(one.name, drawn) for drawn in one.every or []] for one in self.file.parameters]
+        if self.file.method == "grid":  # several machines that begin a grid at once begin at different points
+            wishes = map(dict, itertools.islice(itertools.product(*grid), trial.number % int(points), None))
+        tried = self.tried(study)
+        candidates = itertools.chain(itertools.islice(wishes, ATTEMPTS), map(dict, itertools.product(*grid)))
+        return next((one for one in candidates if tuple(self.file.arguments(one)) not in tried), {})
 
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        if param_name in self.weights and isinstance(param_distribution, CategoricalDistribution):
-            weights = np.asarray(self.weights[param_name], dtype=float)
-            row = self._random.choice(len(weights), p=weights / weights.sum())
-            return param_distribution.choices[row]
-        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
-
-    def after_trial(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-    ) -> None:
-        self._sampler.after_trial(study, trial, state, values)
+    def _draws(self, study: Study, trial: FrozenTrial, space: Space) -> Iterator[Drawn]:
+        """Draw again and again, from TPE or at random: the first ten trials and those of method `random`."""
+        several = {name: found for name, found in space.items() if not found.single()}
+        for attempt in itertools.count():
+            seed = zlib.crc32(f"{study.study_name} {trial.number} {attempt}".encode())
+            generator, uniform = np.random.default_rng(seed), RandomSampler(seed=seed)
+            drawn = {name: uniform.sample_independent(study, trial, name, space[name]) for name in space}
+            if self.file.method == "bayes":
+                drawn |= TPESampler(seed=seed).sample_relative(study, trial, several)
+            for one in self.file.parameters:
+                if one.weights and one.every:
+                    drawn[one.name] = generator.choice(np.array(one.every, object), p=one.weights)
+            # a quantised value as itself, and not as the number that was rounded
+            yield {one.name: one.drawn(one.value(drawn[one.name])) for one in self.file.parameters}

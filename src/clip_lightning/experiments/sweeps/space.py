@@ -1,26 +1,27 @@
-"""The parameters of a W&B sweep file as distributions that Optuna draws from."""
+"""The parameters of a W&B sweep file, as distributions that Optuna draws from."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+import yaml
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import Trial
 
 from clip_lightning.errors import UserError
 
-INEXACT = ("normal", "q_normal", "log_normal", "q_log_normal", "beta", "q_beta")
-"""Distributions of W&B's that Optuna does not have."""
+CHOICES = ("categorical", "categorical_w_probabilities")
+QUANTISED = ("q_uniform", "q_log_uniform", "q_log_uniform_values")
+RANGES = ("int_uniform", "uniform", "log_uniform", "log_uniform_values", "inv_log_uniform",
+    "inv_log_uniform_values", *QUANTISED)  # fmt: skip
+UNBOUNDED = ("normal", "q_normal", "log_normal", "q_log_normal", "beta", "q_beta")
+"""Distributions that W&B has and Optuna does not."""
 
 Spec = Mapping[str, Any]
 
@@ -30,258 +31,180 @@ class Parameter:
     """An option of `fit` that the search varies.
 
     Attributes:
-        name: the option, with dots and without its two hyphens.
-        distribution: what is drawn.
-        quantum: the option is the drawn whole number times this; None where it is the drawn value itself.
-        weights: probability of each choice; None where all are alike.
+        name: name of the option, with dots and without the two hyphens.
+        distribution: distribution that Optuna draws from.
+        quantum: the option's value is the multiple of this that is nearest to the drawn number; None if the
+            value is what was drawn.
+        weights: probability of each choice; None if all are equally likely.
     """
 
     name: str
-    distribution: BaseDistribution
+    distribution: CategoricalDistribution | FloatDistribution
     quantum: float | None = None
     weights: tuple[float, ...] | None = None
 
-    @property
-    def label(self) -> str:
-        """Its name in a study: what is drawn there."""
-        return self.name if self.quantum is None else f"{self.name} / {self.quantum:g}"
-
     def value(self, drawn: Any) -> Any:
-        """The option's value."""
-        if self.quantum is not None:
-            drawn *= self.quantum
-        return round(drawn, 12) if isinstance(drawn, float) and self._is_stepped() else drawn
+        """Return the option's value for what was drawn."""
+        if self.quantum is None:
+            return drawn
+        value = round(drawn / self.quantum) * self.quantum
+        return round(value, 12) if isinstance(value, float) else value
 
     def drawn(self, value: Any) -> Any:
-        """What must be drawn for the option to have this value.
+        """Return what must be drawn for the option to have this value.
 
         Raises:
-            LookupError: it cannot be drawn.
+            LookupError: the search cannot draw it.
         """
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(self.distribution, CategoricalDistribution):
-            # a whole number is the same with a point and without
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            same = [c for c in self.distribution.choices if word(c) == word(value)]
-            same += [c for c in self.distribution.choices if number and type(c) is not bool and c == value]
+            same = [choice for choice in self.distribution.choices if argument(choice) == argument(value)]
+            # 1 and 1.0 are the same number to `fit`
+            same += [c for c in self.distribution.choices if is_number and type(c) is not bool and c == value]
             return same[0]
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        drawn = min(max(value, self.distribution.low), self.distribution.high) if is_number else None
+        if drawn is None or self.value(drawn) != value:
             raise LookupError(value)
-        if self.quantum is not None:
-            value = round(value / self.quantum, 9)
-        if isinstance(self.distribution, IntDistribution):
-            if value != int(value):
-                raise LookupError(value)
-            value = int(value)
-        if not self.distribution._contains(value):
-            raise LookupError(value)
-        return value
+        return drawn
+
+    @cached_property
+    def every(self) -> list[Any] | None:
+        """Everything that can be drawn, once per value; None if there are infinitely many values."""
+        if isinstance(self.distribution, CategoricalDistribution):
+            return list(self.distribution.choices)
+        if self.quantum is None:
+            return None
+        low, high = self.distribution.low, self.distribution.high
+        first, last = round(low / self.quantum), round(high / self.quantum)
+        return [min(max(n * self.quantum, low), high) for n in range(first, last + 1)]
+
+    def ends(self) -> list[Any]:
+        """Return all choices, or both ends of a range: if `fit` accepts these, it accepts every draw."""
+        if isinstance(self.distribution, CategoricalDistribution):
+            return list(self.distribution.choices)
+        return [self.distribution.low, self.distribution.high]
 
     def suggest(self, trial: Trial) -> Any:
         """Draw in a trial."""
         found = self.distribution
         if isinstance(found, CategoricalDistribution):
-            return trial.suggest_categorical(self.label, found.choices)
-        if isinstance(found, IntDistribution):
-            return trial.suggest_int(self.label, found.low, found.high, step=found.step, log=found.log)
-        assert isinstance(found, FloatDistribution)
-        return trial.suggest_float(self.label, found.low, found.high, step=found.step, log=found.log)
-
-    def every(self) -> list[Any]:
-        """All that can be drawn.
-
-        Raises:
-            UserError: that is infinitely many.
-        """
-        found = self.distribution
-        if isinstance(found, CategoricalDistribution):
-            return list(found.choices)
-        if isinstance(found, IntDistribution):
-            return list(range(found.low, found.high + 1, found.step))
-        if isinstance(found, FloatDistribution) and found.step is not None:
-            return [
-                found.low + i * found.step for i in range(round((found.high - found.low) / found.step) + 1)
-            ]
-        raise UserError(f"parameters.{self.name}: method grid needs `values`, whole numbers or `q`")
-
-    def ends(self) -> list[Any]:
-        """Drawn values that show whether `fit` takes them: all choices, or both ends."""
-        if isinstance(self.distribution, CategoricalDistribution):
-            return list(self.distribution.choices)
-        return [self.distribution.low, self.distribution.high]  # type: ignore[attr-defined]
-
-    def _is_stepped(self) -> bool:
-        return self.quantum is not None or getattr(self.distribution, "step", None) is not None
+            return trial.suggest_categorical(self.name, found.choices)
+        return trial.suggest_float(self.name, found.low, found.high, step=found.step, log=found.log)
 
 
-def word(value: Any) -> str:
-    """A value as a word of the command line."""
+def argument(value: Any) -> str:
+    """Return a value as it is written on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def flat(parameters: Any, prefix: str = "") -> dict[str, Spec]:
-    """Nested `parameters` under dotted names.
+def flatten(parameters: Any, prefix: str = "parameters") -> dict[str, Spec]:
+    """Return nested `parameters` under dotted names.
 
     Raises:
-        UserError: something in it is no parameter.
+        UserError: an entry does not describe a parameter.
     """
-    where = f"parameters.{prefix}".rstrip(".")
     if not isinstance(parameters, dict) or not parameters:
-        raise UserError(f"{where}: expected options of fit and what to try for each, got {parameters!r}")
+        raise UserError(f"{prefix}: expected options of fit and what to try for each, got {parameters!r}")
     found: dict[str, Spec] = {}
     for name, spec in parameters.items():
         if not isinstance(spec, dict):
-            raise UserError(
-                f"parameters.{prefix}{name}: expected `value`, `values`, or `min` and `max`, got {spec!r}"
-            )
-        inner = spec.get("parameters")
-        found |= {f"{prefix}{name}": spec} if inner is None else flat(inner, f"{prefix}{name}.")
+            raise UserError(f"{prefix}.{name}: expected `value`, `values`, or `min` and `max`, got {spec!r}")
+        inner = flatten(spec["parameters"], f"{prefix}.{name}") if "parameters" in spec else {"": spec}
+        found |= {f"{name}.{end}".rstrip("."): one for end, one in inner.items()}
     return found
 
 
-def parameter(name: str, spec: Spec) -> Parameter:
-    """The Optuna parameter that draws what W&B would draw.
+def parameter(name: str, spec: Spec, method: str) -> Parameter:
+    """Return the parameter that Optuna draws as W&B would.
 
     Raises:
-        UserError: this is no parameter of W&B's, or Optuna cannot draw it.
+        UserError: W&B has no such parameter, or Optuna cannot draw it by the method.
     """
-    kind = _kind(name, spec)
-    if kind == "categorical":
-        return _choice(name, spec)
-    known = {"distribution", "min", "max", *(["q"] if kind.startswith("q_") else [])}
-    if unknown := sorted(spec.keys() - known):
-        raise UserError(f"parameters.{name}: {kind} has no {unknown[0]!r}")
-    low, high = _number(name, spec, "min"), _number(name, spec, "max")
-    if low > high:
-        raise UserError(f"parameters.{name}: min {low} is more than max {high}")
-    if kind == "int_uniform":
-        if not (isinstance(low, int) and isinstance(high, int)):
-            raise UserError(f"parameters.{name}: int_uniform needs whole numbers, got {low} and {high}")
-        return Parameter(name, IntDistribution(low, high))
-    if kind == "uniform":
-        return Parameter(name, FloatDistribution(low, high))
-    if kind == "q_uniform":
-        return _stepped(name, low, high, _quantum(name, spec))
-    low, high = _of_exponents(kind, low, high)
-    if low <= 0:
-        raise UserError(f"parameters.{name}: {kind} needs min above 0, got {low}")
-    if not kind.startswith("q_"):
-        return Parameter(name, FloatDistribution(low, high, log=True))
-    quantum = _quantum(name, spec)
-    first, last = round(low / quantum), round(high / quantum)
-    if first < 1:
-        raise UserError(f"parameters.{name}: {kind} would draw 0 here; give min of at least q, {quantum}")
-    multiple = IntDistribution(first, last, log=True)
-    return Parameter(name, multiple, None if quantum == 1 and isinstance(quantum, int) else quantum)
-
-
-RANGES = (
-    "int_uniform",
-    "uniform",
-    "q_uniform",
-    "log_uniform",
-    "log_uniform_values",
-    "inv_log_uniform",
-    "inv_log_uniform_values",
-    "q_log_uniform",
-    "q_log_uniform_values",
-)
-
-
-def _kind(name: str, spec: Spec) -> str:
-    """The distribution, by the name that is given or by what else is."""
     kind = spec.get("distribution")
+    if kind is None and "values" not in spec and not {"min", "max"} <= spec.keys():
+        raise UserError(f"expected `value`, `values`, or `min` and `max`, got {spec}")
     if kind is None:
-        if "values" in spec:
-            return "categorical"
-        if "min" in spec and "max" in spec:
-            whole = type(spec["min"]) is int and type(spec["max"]) is int
-            return "int_uniform" if whole else "uniform"
+        integers = type(spec.get("min")) is type(spec.get("max")) is int
+        kind = "categorical" if "values" in spec else "int_uniform" if integers else "uniform"
+    if kind in UNBOUNDED:
         raise UserError(
-            f"parameters.{name}: expected `value`, `values`, or `min` and `max`, got {dict(spec)}"
+            f"only W&B draws from {kind}, Optuna does not; use uniform or log_uniform_values, or search with "
+            "`wandb sweep` and `wandb agent`"
         )
-    if kind in INEXACT:
-        raise UserError(
-            f"parameters.{name}: distribution {kind} is W&B's alone, Optuna has none; "
-            "take uniform or log_uniform_values, or search online"
-        )
-    if kind in ("categorical", "categorical_w_probabilities"):
-        return "categorical"
-    if kind not in RANGES:
-        raise UserError(
-            f"parameters.{name}: unknown distribution {kind!r}{near(kind, [*RANGES, 'categorical'])}"
-        )
-    return kind
+    if kind not in (*CHOICES, *RANGES):
+        raise UserError(f"unknown distribution {kind!r}{did_you_mean(str(kind), (*RANGES, CHOICES[0]))}")
+    keys = ("values", "probabilities") if kind in CHOICES else ("min", "max")
+    refuse_unknown(spec, ("distribution", *keys, *(["q"] if kind in QUANTISED else [])), f"{kind}: ")
+    found = _choice(name, spec) if kind in CHOICES else _range(name, kind, spec)
+    if method == "grid" and found.every is None:
+        raise UserError("method grid needs `values`, whole numbers or `q`")
+    if method != "random" and found.weights is not None:
+        raise UserError(f"probabilities: method {method} does not use them, only random does")
+    return found
 
 
 def _choice(name: str, spec: Spec) -> Parameter:
-    if unknown := sorted(spec.keys() - {"distribution", "values", "probabilities"}):
-        raise UserError(f"parameters.{name}: unknown {unknown[0]!r} beside `values`")
     values, weights = spec.get("values"), spec.get("probabilities")
     if not isinstance(values, list) or not values:
-        raise UserError(f"parameters.{name}.values: expected a list, got {values!r}")
-    plain = (str, int, float, type(None))  # a bool is an int
-    choices = [value if isinstance(value, plain) else json.dumps(value) for value in values]
-    if len({word(choice) for choice in choices}) < len(choices):
-        raise UserError(f"parameters.{name}.values: {values} has a value twice")
-    if weights is not None and (
-        len(weights) != len(values) or min(weights) < 0 or not math.isclose(sum(weights), 1, abs_tol=1e-6)
-    ):
-        raise UserError(
-            f"parameters.{name}.probabilities: expected {len(values)} that add up to 1, got {weights}"
-        )
-    if weights is not None and len(set(weights)) == 1:
-        weights = None
-    return Parameter(name, CategoricalDistribution(choices), None, weights and tuple(weights))
+        raise UserError(f"values: expected a list, got {values!r}")
+    # Optuna stores text, numbers, true, false and null
+    choices = [v if isinstance(v, str | int | float | None) else json.dumps(v) for v in values]
+    if len(set(map(argument, choices))) < len(choices):
+        raise UserError(f"values: {values} contains a value twice")
+    if weights is None:
+        return Parameter(name, CategoricalDistribution(choices))
+    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and w >= 0 for w in weights)
+    if not numbers or len(weights) != len(values) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise UserError(f"probabilities: expected {len(values)} numbers that add up to 1, got {weights}")
+    possible = [(choice, weight) for choice, weight in zip(choices, weights, strict=True) if weight]
+    choices, weights = [choice for choice, _ in possible], tuple(weight for _, weight in possible)
+    return Parameter(name, CategoricalDistribution(choices), None, weights if len({*weights}) > 1 else None)
 
 
-def _stepped(name: str, low: float, high: float, quantum: float) -> Parameter:
-    """The multiples of `quantum` that W&B rounds to; whole numbers where it is one."""
-    first, last = round(low / quantum), round(high / quantum)
-    if isinstance(quantum, int):
-        return Parameter(name, IntDistribution(first * quantum, last * quantum, step=quantum))
-    return Parameter(
-        name, FloatDistribution(round(first * quantum, 12), round(last * quantum, 12), step=quantum)
-    )
+def _range(name: str, kind: str, spec: Spec) -> Parameter:
+    low, high, quantum = (_number(spec, key) for key in ("min", "max", "q"))
+    if low > high:
+        raise UserError(f"min {low} is greater than max {high}")
+    if quantum <= 0:
+        raise UserError(f"q: expected a number greater than 0, got {quantum}")
+    if kind == "int_uniform":
+        if not type(low) is type(high) is int:
+            raise UserError(f"int_uniform needs whole numbers, got {low} and {high}")
+        return Parameter(name, FloatDistribution(low, high, step=1), quantum=1)
+    logarithmic = "log_uniform" in kind
+    if logarithmic and not kind.endswith("_values"):  # W&B expects the natural logarithms of the bounds
+        low, high = (-high, -low) if kind.startswith("inv_") else (low, high)
+        low, high = math.exp(low), math.exp(high)
+    if logarithmic and low <= 0:
+        raise UserError(f"{kind} needs min greater than 0, got {low}")
+    if kind not in QUANTISED:
+        return Parameter(name, FloatDistribution(low, high, log=logarithmic))
+    if logarithmic and round(low / quantum) < 1:
+        raise UserError(f"{kind} would draw 0; set min to q, which is {quantum}, or more")
+    return Parameter(name, FloatDistribution(low, high, log=logarithmic), quantum)
 
 
-def _of_exponents(kind: str, low: float, high: float) -> tuple[float, float]:
-    """The bounds themselves, where W&B is given their natural logarithms."""
-    if kind.endswith("_values"):
-        return low, high
-    return (math.exp(-high), math.exp(-low)) if kind.startswith("inv_") else (math.exp(low), math.exp(high))
-
-
-def _number(name: str, spec: Spec, key: str) -> Any:
-    value = spec.get(key)
-    if isinstance(value, str) and _is_number(value):
-        raise UserError(f"parameters.{name}.{key}: YAML reads {value} as text; write {_with_point(value)}")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"parameters.{name}.{key}: expected a number, got {value!r}")
+def _number(spec: Spec, key: str) -> Any:
+    value = spec.get(key, 1 if key == "q" else None)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, str) and math.isfinite(number):
+        raise UserError(f"{key}: YAML reads {value} as text; write {yaml.safe_dump(number).split()[0]}")
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise UserError(f"{key}: expected a number, got {value!r}")
     return value
 
 
-def _quantum(name: str, spec: Spec) -> Any:
-    quantum = _number(name, {"q": 1, **spec}, "q")
-    if quantum <= 0:
-        raise UserError(f"parameters.{name}.q: expected more than 0, got {quantum}")
-    return quantum
+def refuse_unknown(given: Iterable[Any], known: Iterable[str], place: str = "") -> None:
+    """Raise a UserError if a key is not known."""
+    for key in given:
+        if key not in known:
+            raise UserError(f"{place}unknown key {key!r}{did_you_mean(str(key), known)}")
 
 
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _with_point(text: str) -> str:
-    """1e-3 as YAML wants it: 1.0e-3, with the exponent's sign."""
-    mantissa, mark, exponent = text.lower().partition("e")
-    mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
-    return f"{mantissa}e{exponent if exponent[:1] in '+-' else f'+{exponent}'}" if mark else mantissa
-
-
-def near(given: str, known: list[str]) -> str:
-    """A question after the one of `known` that resembles `given` most, or all of them."""
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return a question after the name that is most similar to `given`, or a list of all known names."""
     found = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
     return f"; did you mean {found[0]}?" if found else f"; expected one of {', '.join(known)}"

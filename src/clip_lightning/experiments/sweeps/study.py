@@ -1,300 +1,211 @@
-"""A search on Optuna: the study, and the workers that try one trial after another."""
+"""The study of a search, and the workers that train its trials."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
-import socket
 import sys
 import time
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
-import psutil
 from filelock import FileLock
-from optuna.trial import FrozenTrial, Trial, TrialState
+from lightning.pytorch import Callback, LightningModule, Trainer
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import Trial, TrialState
 from sqlalchemy.exc import ArgumentError, OperationalError
 
-from clip_lightning.errors import Diverged, UserError
-from clip_lightning.experiments.sweeps.file import SweepFile, metric_names, option_words
-from clip_lightning.experiments.sweeps.queue import (
-    FINISHED,
-    IDENTITY,
-    begun_with,
-    enqueue,
-    first_points,
-    give_up_dead,
-    give_up_silent,
-    try_again,
-)
-from clip_lightning.experiments.sweeps.sampler import NumberedSampler
+from clip_lightning.errors import Diverged, RunFailed, UserError
+from clip_lightning.evaluation.metrics import METRICS
+from clip_lightning.experiments.sweeps.file import SweepFile
+from clip_lightning.experiments.sweeps.sampler import UntriedSampler
+from clip_lightning.terminal import one_line
+from clip_lightning.training.fitting import fit
 
-HEARTBEAT_SECONDS = 15
-GRACE_SECONDS = 90
-"""A trial whose worker has not been heard of for this long is given up, and its place tried again."""
+HEARTBEAT_SECONDS = 10
+GRACE_SECONDS = 60
+"""A trial whose worker has sent no heartbeat for this long has failed, and is tried once more."""
 FAILURES_AT_START = 3
 FAILURES_IN_A_ROW = 10
 
-
-@dataclass(frozen=True)
-class Search:
-    """One search: what is tried, with which words, and where it is kept.
-
-    Attributes:
-        file: the sweep file.
-        words: of `fit`, for every trial.
-        folder: where results lie.
-        study: its name in the storage.
-        storage: the database's URL; None for a file in the folder.
-        trials: how many finished trials are wanted.
-        parallel: worker processes on this machine.
-        settings: the options, by name, that all trials share and that make the experiment, and the data.
-    """
-
-    file: SweepFile
-    words: tuple[str, ...]
-    folder: Path
-    study: str
-    storage: str | None
-    trials: int
-    parallel: int
-    settings: dict[str, Any]
-
-    @property
-    def url(self) -> str:
-        """The database's."""
-        return self.storage or f"sqlite:///{(self.folder / 'study.db').resolve()}"
-
-    def trial_words(self, varied: list[str]) -> list[str]:
-        """The words of `fit` for one trial; those given come after what suits trials in general."""
-        here = option_words({"trainer.default_root_dir": str(self.folder / "trials")})
-        return ["--trainer.enable_progress_bar=false", "--predictions.queries=0", *self.words, *varied, *here]
-
-    def identity(self) -> dict[str, Any]:
-        """What must stay the same while the study goes on: else its trials could not be compared."""
-        plain: dict[str, Any] = json.loads(json.dumps(self.file.identity() | self.settings, default=str))
-        return plain
-
-    def must_be(self, begun: dict[str, Any]) -> None:
-        """Compare with the identity that the study was begun with.
-
-        Raises:
-            UserError: it is another; names what differs.
-        """
-        now = self.identity()
-        if changed := [key for key in begun.keys() | now.keys() if begun.get(key) != now.get(key)]:
-            raise UserError(
-                f"the study {self.study!r} was begun with other {', '.join(sorted(changed))}; "
-                "give --study NAME to begin another"
-            )
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search prints its own lines
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats
 
 
-class TooManyFailures(Exception):
-    """The search stops; says why."""
-
-
-def open_study(search: Search, first: dict[str, Any] | None = None) -> optuna.Study:
-    """The study, made now if it is new.
-
-    Args:
-        search: what and where.
-        first: drawn values to begin a new study with.
+def open_study(file: SweepFile, name: str, storage: str) -> optuna.Study:
+    """Open the study of this name in the database at the URL `storage`; create it if it does not exist.
 
     Raises:
-        UserError: the storage does not open, or the study there is of another search.
+        UserError: the database cannot be opened.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what it says we say
-    search.folder.mkdir(parents=True, exist_ok=True)
-    file = search.file
-    storage = _open_storage(search.url)
-    direction: Literal["maximize", "minimize"] = "maximize" if file.maximize else "minimize"
-    try:  # on several machines at once one makes it, and queues what is to be tried
-        optuna.create_study(storage=storage, study_name=search.study, direction=direction)
-        is_new = True
-    except optuna.exceptions.DuplicatedStudyError:
-        is_new = False
-    weights = {one.label: one.weights for one in file.parameters if one.weights}
-    sampler = NumberedSampler(file.method, weights)
-    study = optuna.load_study(study_name=search.study, storage=storage, sampler=sampler, pruner=_pruner(file))
-    begun = None if is_new else begun_with(study)
-    if begun is None:
-        enqueue(study, first_points(file, first))
-        study.set_user_attr(IDENTITY, search.identity())  # last: now the queue is complete
-    else:
-        search.must_be(begun)
-    return study
-
-
-def _open_storage(url: str) -> optuna.storages.RDBStorage:
     # SQLite's writers wait for each other
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    options = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {"pool_pre_ping": True}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
-            return optuna.storages.RDBStorage(
-                url,
-                engine_kwargs=options,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=GRACE_SECONDS,
-                heartbeat_stale_trial_callback=try_again,
-            )
+        database = RDBStorage(
+            storage,
+            engine_kwargs=options,
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
+        )
     except (ArgumentError, OperationalError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--storage {url.partition('://')[0]}://... does not open ({reason}); "
+            f"--storage {storage.partition('://')[0]}://... does not open ({reason}); "
             "expected the URL of a database whose driver is installed, such as sqlite:///FILE"
         ) from error
-
-
-def _pruner(file: SweepFile) -> optuna.pruners.BasePruner:
-    if file.early is None:
-        return optuna.pruners.NopPruner()
-    return optuna.pruners.SuccessiveHalvingPruner(
-        min_resource=file.early.first, reduction_factor=file.early.eta, min_early_stopping_rate=0
+    pruner = optuna.pruners.SuccessiveHalvingPruner(*file.halving) if file.halving else None
+    return optuna.create_study(
+        storage=database,
+        study_name=name,
+        pruner=pruner or optuna.pruners.NopPruner(),
+        direction="maximize" if file.maximize else "minimize",
+        load_if_exists=True,
     )
 
 
-def work(search: Search) -> None:
-    """Try one trial after another until the study has as many as are wanted.
-
-    Raises:
-        TooManyFailures: trials fail, and none finishes.
-        KeyboardInterrupt: Ctrl-C, after the trial in hand was saved and queued again.
-    """
-    study = open_study(search)
-    worker = Worker(study, search)
-    lock = FileLock(search.folder / ".claim.lock")
-    while (step := worker.next_step(lock)) != "done":
-        if step == "wait":
-            time.sleep(1)
+def count_finished(file: SweepFile, study: optuna.Study) -> int:
+    """Count the finished trials; trials of the same point of a finite space count as one."""
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    points = {tuple(file.arguments(trial.params)) for trial in finished}
+    return len(finished) if file.points == math.inf else len(points)
 
 
+@dataclass(frozen=True)
 class Worker:
-    """Tries trials of a study in this process."""
+    """Trains trials of a study.
 
-    def __init__(self, study: optuna.Study, search: Search) -> None:
-        self.study = study
-        self.search = search
-        self._failures = 0
-        self._trial: Trial | None = None
-        self._release: Callable[[], None] = lambda: None
+    Attributes:
+        file: the sweep file.
+        study: the study.
+        failed: numbers of the trials that had failed before the command began.
+        arguments: arguments of `fit` for every trial.
+        folder: folder of the results.
+        wanted: how many finished trials the study is to have.
+    """
 
-    def next_step(self, lock: FileLock) -> str:
-        """Try a trial, unless there are enough: then say `done`, or `wait` for those that others try."""
-        with lock:  # on this machine nobody else begins a trial while it is counted
-            if self.search.storage is None:
-                give_up_dead(self.study)
-            give_up_silent(self.study)
-            step = self._what_next()
-            if step != "go":
-                return step
-            self._release = lock.release
-            try:
-                self.study.optimize(self._objective, n_trials=1, catch=(Exception,), gc_after_trial=True)
-            except KeyboardInterrupt:
-                if self._trial is not None:
-                    try_again(self.study, self._frozen(), always=True)
-                print("stopped; the same command again goes on with the search", file=sys.stderr)
-                raise
-        self._count_failures()
-        return step
+    file: SweepFile
+    study: optuna.Study
+    failed: set[int]
+    arguments: tuple[str, ...]
+    folder: Path
+    wanted: int
 
-    def _what_next(self) -> str:
-        trials = self.study.get_trials(deepcopy=False)
-        count = Counter(trial.state for trial in trials)
-        finished, running = sum(count[state] for state in FINISHED), count[TrialState.RUNNING]
-        none_left = self.search.file.method == "grid" and not count[TrialState.WAITING]
-        if finished >= self.search.trials or (none_left and not running):
-            return "done"
-        return "wait" if none_left or finished + running >= self.search.trials else "go"
-
-    def _objective(self, trial: Trial) -> float:
-        self._trial = trial
-        try:
-            return self._try(trial)
-        except optuna.TrialPruned:
-            raise
-        except Exception as error:
-            trial.set_user_attr("error", f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000])
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-            raise
-
-    def _try(self, trial: Trial) -> float:
-        """Train with what is drawn; the best value of the metric."""
-        from clip_lightning.experiments.sweeps.watch import Watch
-        from clip_lightning.training.fitting import fit
-
-        began, file, me = time.perf_counter(), self.search.file, psutil.Process()
-        trial.set_user_attr("worker", [socket.gethostname(), me.pid, me.create_time()])
-        drawn = {one.label: one.suggest(trial) for one in file.parameters}
-        self._release()
-        print(f"trial {trial.number}: {' '.join(file.words(drawn))}", file=sys.stderr)
-
-        def stops(value: float, validations: int) -> bool:
-            if file.early is None or not math.isfinite(value):
-                return False
-            trial.report(value, validations)
-            return trial.should_prune()
-
-        watch = Watch(file.metric, file.maximize, stops)
-        folder = None
-        try:
-            # what it prints is in the run's folder
-            folder = fit(self.search.trial_words(file.words(drawn)), [watch], io.StringIO())
-        except Diverged as error:
-            trial.set_user_attr("error", str(error))
-        except SystemExit as stop:
-            if not stop.code:  # terminated
-                raise
-            raise UserError("fit refuses these options") from stop
-        if math.isnan(watch.best):
-            raise UserError(f"{file.metric} was never a number in this run")
-        if folder is not None:
-            trial.set_user_attr("run", os.path.relpath(folder, self.search.folder))
-            trial.set_user_attr("metrics", best_epoch(folder))
-        trial.set_user_attr("best", watch.best)
-        state = "diverged" if folder is None else "stopped early" if watch.stopped else "finished"
-        seconds = time.perf_counter() - began
-        print(
-            f"trial {trial.number} {state}: {file.metric} {watch.best:.2f}, {seconds:.0f} s", file=sys.stderr
-        )
-        if watch.stopped:
-            raise optuna.TrialPruned
-        return watch.best
-
-    def _frozen(self) -> FrozenTrial:
-        assert self._trial is not None
-        return self.study.get_trials(deepcopy=False)[self._trial.number]
-
-    def _count_failures(self) -> None:
-        """Tell of a failed trial; stop when nothing else happens.
+    def work(self) -> None:
+        """Train one trial after another until the study has as many as are wanted.
 
         Raises:
-            TooManyFailures: says why the last one failed.
+            RunFailed: trials fail, and none finishes.
+            KeyboardInterrupt: Ctrl-C, after the running trial was saved and queued again.
         """
-        trial, self._trial = self._frozen(), None
-        if trial.state != TrialState.FAIL:
-            self._failures = 0
+        self.study.sampler = sampler = UntriedSampler(self.file, self.failed)
+        lock, waits = FileLock(self.folder / ".claim.lock"), False
+        while True:
+            with lock:  # no other worker on this machine may begin a trial while the trials are counted
+                optuna.storages.fail_stale_trials(self.study)
+                trials = self.study.get_trials(deepcopy=False)
+                states = [trial.state for trial in trials]
+                running, queued = states.count(TrialState.RUNNING), states.count(TrialState.WAITING)
+                finished = count_finished(self.file, self.study)
+                exhausted = not queued and len(sampler.tried(self.study)) >= self.file.points
+                if finished >= self.wanted or (exhausted and not running):
+                    return
+                new = [t.state for t in trials if t.state.is_finished() and t.number not in self.failed]
+                failures = len([*itertools.takewhile(lambda state: state == TrialState.FAIL, reversed(new))])
+                if failures >= (FAILURES_IN_A_ROW if finished else FAILURES_AT_START):
+                    raise RunFailed(f"the search stops because {failures} trials in a row failed")
+                waited, waits = waits, exhausted or finished + running >= self.wanted
+                if not waits:
+                    train = partial(self._train, lock)
+                    self.study.optimize(train, n_trials=1, catch=(Exception,), gc_after_trial=True)
+            if waits and not waited:
+                print("waiting for trials that other workers have begun", file=sys.stderr)
+            if waits:
+                time.sleep(1)
+
+    def _train(self, lock: FileLock, trial: Trial) -> float:
+        """Train with what is drawn, and return the best value of the metric."""
+        began, say = time.perf_counter(), partial(print, f"trial {trial.number}", sep="", file=sys.stderr)
+        options = self.file.arguments({one.name: one.suggest(trial) for one in self.file.parameters})
+        lock.release()  # from here on the trial counts
+        say(f": {' '.join(options)}")
+        watch = Watch(self.file, trial)
+        try:
+            best = self._fit(options, watch)
+        except Diverged as error:  # a result: nothing is worse
+            trial.set_user_attr("error", one_line(str(error)))
+            say(f" diverged: {error}")
+            return 0.0 if self.file.maximize else math.inf
+        except Exception as error:
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            if kind:
+                traceback.print_exc()
+            trial.set_user_attr("error", one_line(f"{kind}{error}")[:1000])
+            say(f" failed: {kind}{error}")
+            raise
+        except (KeyboardInterrupt, SystemExit) as stop:
+            RetryHeartbeatStaleTrialCallback()(self.study, self.study.trials[trial.number])
+            if isinstance(stop, SystemExit):  # SIGTERM; Optuna only knows Ctrl-C
+                self.study.tell(trial, state=TrialState.FAIL)
+            print("stopped; the same command again resumes the search", file=sys.stderr)
+            raise
+        state, seconds = "stopped early" if watch.stopped else "finished", time.perf_counter() - began
+        say(f" {state}: {self.file.metric} {best:.2f}, {seconds:.0f} s")
+        if watch.stopped:
+            raise optuna.TrialPruned
+        return best
+
+    def _fit(self, options: list[str], watch: Watch) -> float:
+        """Train, store the results in the trial, and return the best value of the metric."""
+        quiet = ("--trainer.enable_progress_bar=false", "--predictions.queries=0")  # defaults of trials
+        root = f"--trainer.default_root_dir={self.folder / 'trials'}"
+        try:
+            # what `fit` prints as the result is in the run's folder
+            run = fit([*quiet, *self.arguments, *options, root], [watch], io.StringIO())
+        except SystemExit as stop:
+            if not stop.code:  # SIGTERM
+                raise
+            raise UserError("fit refuses these options") from stop
+        if not watch.curve:
+            raise UserError(f"the run was never validated, so it has no {self.file.metric}")
+        best = (max if self.file.maximize else min)(watch.curve)
+        found = json.loads((run / "metrics.json").read_text())
+        metrics = {name: found[name] for name in ("epoch", *METRICS) if name in found}
+        stored = {"run": os.path.relpath(run, self.folder), "metrics": metrics, "best": best}
+        for name, value in stored.items():
+            watch.trial.set_user_attr(name, value)
+        return best
+
+
+class Watch(Callback):
+    """Keeps the metric of each validation as `curve`, and ends the run if the pruner asks for it.
+
+    Args:
+        file: the sweep file, which names the metric.
+        trial: the trial that is trained.
+    """
+
+    def __init__(self, file: SweepFile, trial: Trial) -> None:
+        self.file, self.trial = file, trial
+        self.curve: list[float] = []
+        self.stopped = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the value to the pruner."""
+        if trainer.sanity_checking or self.file.metric not in trainer.callback_metrics:
             return
-        self._failures += 1
-        reason = trial.user_attrs.get("error", "unknown")
-        print(f"trial {trial.number} failed: {reason}", file=sys.stderr)
-        some = any(other.state in FINISHED for other in self.study.get_trials(deepcopy=False))
-        if self._failures >= (FAILURES_IN_A_ROW if some else FAILURES_AT_START):
-            raise TooManyFailures(f"{self._failures} trials in a row failed, the last one so: {reason}")
-
-
-def best_epoch(folder: Path) -> dict[str, float]:
-    """The metrics of a run's best epoch, by their plain names."""
-    found = json.loads((folder / "metrics.json").read_text())
-    names = [name.removeprefix("val/") for name in metric_names()]
-    return {name: found[name] for name in ["epoch", *names] if name in found}
+        self.curve.append(float(trainer.callback_metrics[self.file.metric]))
+        self.trial.report(self.curve[-1], len(self.curve))
+        if self.trial.should_prune():
+            self.stopped = True
+            # all ranks have early stopping and agree on it: its goal counts as reached
+            stopping: Any = trainer.early_stopping_callback
+            stopping.stopping_threshold = -math.inf if stopping.mode == "max" else math.inf

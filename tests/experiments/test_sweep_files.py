@@ -1,0 +1,325 @@
+"""`sweep` before the first trial: the sweep file, its parameters, the command's arguments, and the draws."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from hypothesis import given as drawn_from
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+from clip_lightning.__main__ import main
+from clip_lightning.commands.sweep import split_arguments
+from clip_lightning.errors import UserError
+from clip_lightning.experiments.sweeps.file import SweepFile, read_sweep
+from clip_lightning.experiments.sweeps.run import base_point
+from clip_lightning.experiments.sweeps.sampler import UntriedSampler
+from clip_lightning.experiments.sweeps.space import Parameter, argument, parameter
+from clip_lightning.training.fitting import rehearse
+
+SWEEPS = sorted((Path(__file__).resolve().parents[2] / "configs" / "sweeps").glob("*.yaml"))
+LR, DROPOUT = "model.optimizer.lr", "model.dropout"
+MINIMAL: dict[str, Any] = {"method": "random", "parameters": {LR: {"min": 0.1, "max": 0.2}}}
+
+# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+
+def param(**spec: Any) -> Parameter:
+    return parameter("x", spec, "random")
+
+
+def log(low: float, high: float) -> FloatDistribution:
+    return FloatDistribution(low, high, log=True)
+
+
+def choices(*values: Any) -> CategoricalDistribution:
+    return CategoricalDistribution(values)
+
+
+def spec(kind: str, low: Any, high: Any, **more: Any) -> dict[str, Any]:
+    return {"distribution": kind, "min": low, "max": high, **more}
+
+
+# spec, what Optuna draws from, the values if there are finitely many
+KINDS: dict[str, tuple[dict[str, Any], Any, list[Any] | None]] = {
+    "values": ({"values": [1, "a", None]}, choices(1, "a", None), [1, "a", None]),
+    "lists": ({"values": [[1, 2], {"a": 1}]}, choices("[1, 2]", '{"a": 1}'), ["[1, 2]", '{"a": 1}']),
+    "probabilities": ({"values": [1, 2, 3], "probabilities": [0.5, 0, 0.5]}, choices(1, 3), [1, 3]),
+    "categorical": ({"distribution": "categorical", "values": [1]}, choices(1), [1]),
+    "whole bounds": ({"min": 2, "max": 5}, FloatDistribution(2, 5, step=1), [2, 3, 4, 5]),
+    "a bound with a point": ({"min": 2, "max": 5.0}, FloatDistribution(2, 5), None),
+    "int_uniform": (spec("int_uniform", -1, 1), FloatDistribution(-1, 1, step=1), [-1, 0, 1]),
+    "uniform": (spec("uniform", 0, 1), FloatDistribution(0, 1), None),
+    "q_uniform": (spec("q_uniform", 30, 70, q=16), FloatDistribution(30, 70), [32, 48, 64]),
+    "q_uniform without q": (spec("q_uniform", 0, 2), FloatDistribution(0, 2), [0, 1, 2]),
+    "q_uniform by parts": (spec("q_uniform", 0, 0.3, q=0.1), FloatDistribution(0, 0.3), [0, 0.1, 0.2, 0.3]),
+    "log_uniform": (spec("log_uniform", -2, 1), log(math.exp(-2), math.e), None),
+    "inv_log_uniform": (spec("inv_log_uniform", -1, 2), log(math.exp(-2), math.e), None),
+    "log_uniform_values": (spec("log_uniform_values", 1e-4, 0.1), log(1e-4, 0.1), None),
+    "inv_log_uniform_values": (spec("inv_log_uniform_values", 1e-4, 0.1), log(1e-4, 0.1), None),
+    "q_log_uniform_values": (spec("q_log_uniform_values", 30, 50, q=8), log(30, 50), [32, 40, 48]),
+    "q_log_uniform": (spec("q_log_uniform", 0, 1.2), log(1, math.exp(1.2)), [1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize(("given", "distribution", "values"), KINDS.values(), ids=KINDS)
+def test_a_parameter_becomes_a_distribution(given: dict[str, Any], distribution: Any, values: Any) -> None:
+    one = param(**given)
+    assert one.distribution == distribution
+    assert (one.every and [one.value(drawn) for drawn in one.every]) == values
+
+
+RANGE = {"min": 0, "max": 1}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    **{
+        kind: ({"distribution": kind, "mu": 0, "sigma": 1}, f"only W&B draws from {kind}.*`wandb sweep`")
+        for kind in ("normal", "q_normal", "log_normal", "q_log_normal", "beta", "q_beta")
+    },
+    "misspelt": ({"distribution": "uniforn", **RANGE}, "did you mean uniform"),
+    "nothing": ({}, "expected `value`, `values`, or `min` and `max`"),
+    "no max": ({"distribution": "uniform", "min": 0}, "max: expected a number, got None"),
+    "upside down": ({"min": 2, "max": 1}, "min 2 is greater than max 1"),
+    "text": ({"min": "1e-3", "max": 1}, "min: YAML reads 1e-3 as text; write 0.001"),
+    "text of a small number": ({"min": "1e-5", "max": 1}, "write 1.0e-05"),
+    "log of nothing": ({"distribution": "log_uniform_values", **RANGE}, "needs min greater than 0"),
+    "rounds to 0": ({"distribution": "q_log_uniform_values", "min": 1, "max": 9, "q": 8}, "would draw 0"),
+    "parts of whole numbers": ({"distribution": "int_uniform", "min": 0.5, "max": 1}, "needs whole numbers"),
+    "q of uniform": ({"distribution": "uniform", **RANGE, "q": 1}, "uniform: unknown key 'q'"),
+    "q of 0": ({"distribution": "q_uniform", **RANGE, "q": 0}, "q: expected a number greater than 0"),
+    "one twice": ({"values": [1, 1]}, "contains a value twice"),
+    "no list": ({"values": 3}, "values: expected a list"),
+    "two probabilities of three": ({"values": [1, 2, 3], "probabilities": [0.5, 0.5]}, "add up to 1"),
+    "no probabilities": ({"values": [1, 2], "probabilities": "half"}, "add up to 1, got half"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
+def test_other_parameters_are_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        param(**given)
+
+
+@drawn_from(st.sampled_from([*KINDS]), st.integers(0, 2**32 - 1))
+def test_what_is_drawn_can_be_found_again(name: str, seed: int) -> None:
+    one = param(**KINDS[name][0])
+    drawn = one.suggest(optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask())
+    value = one.value(drawn)
+    assert one.distribution._contains(one.distribution.to_internal_repr(one.drawn(value)))
+    assert one.value(one.drawn(value)) == value
+    assert one.every is None or value in map(one.value, one.every)
+    assert isinstance(value, float | str) or yaml.safe_load(argument(value)) == value
+
+
+def test_what_cannot_be_drawn_is_known() -> None:
+    assert [param(values=[None, 3]).drawn(value) for value in (None, 3.0)] == [None, 3]
+    for one, value in (
+        (param(values=[1, 2]), None),
+        (param(values=[1, 2]), True),
+        (param(min=0, max=3), 4),
+        (param(min=0, max=3), 0.5),
+        (param(min=0, max=3), "x"),
+    ):
+        with pytest.raises(LookupError):
+            one.drawn(value)
+
+
+@drawn_from(st.integers(8, 64), st.integers(0, 900), st.integers(1, 8), st.floats(0, 1), st.booleans())
+def test_quantised_values_are_those_that_wandb_rounds_to(
+    low: int, width: int, q: int, share: float, logarithmic: bool
+) -> None:
+    kind, high = "q_log_uniform_values" if logarithmic else "q_uniform", low + width
+    one = param(distribution=kind, min=low, max=high, q=q)
+    value = low * (high / low) ** share if logarithmic else low + share * width
+    rounded = round(min(max(value, low), high) / q) * q
+    assert one.every is not None
+    values = [one.value(drawn) for drawn in one.every]
+    assert rounded in values
+    assert len({*values}) == len(values)
+    assert all(type(value) is int for value in values)
+
+
+# files
+
+
+def sweep_file(folder: Path, content: Any) -> SweepFile:
+    file = folder / "x.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return read_sweep(str(file))
+
+
+def test_a_file_with_everything(tmp_path: Path) -> None:
+    content = {
+        "name": "mine",
+        "method": "bayes",
+        "metric": {"name": "val/image_to_text_mean_rank", "goal": "minimize"},
+        "early_terminate": {"type": "hyperband", "max_iter": 27, "s": 2, "strict": True},
+        "run_cap": 7,
+        "program": "clip-lightning",
+        "command": ["${env}", "clip-lightning", "fit", "--config", "heads", "${args}", "--data.views", 1],
+        "parameters": {
+            "model": {"parameters": {"optimizer": {"parameters": {"lr": {"values": [0.1, 0.2]}}}}},
+            DROPOUT: {"value": 0.5},
+            "model.compile": {"distribution": "constant", "value": False},
+        },
+    }
+    file = sweep_file(tmp_path, content)
+    assert (file.name, file.method, file.run_cap, file.points) == ("mine", "bayes", 7, 2)
+    assert (file.metric, file.maximize) == ("val/image_to_text_mean_rank", False)
+    assert file.halving == (3, 3)
+    assert file.base == ("--config", "heads", "--data.views", "1")
+    assert file.arguments({LR: 0.2}) == ["--model.dropout=0.5", "--model.compile=false", f"--{LR}=0.2"]
+
+
+def test_a_file_with_little(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path, MINIMAL)
+    assert (file.name, file.metric, file.maximize) == ("x", "val/rsum", True)
+    assert (file.base, file.halving, file.run_cap, file.points) == ((), None, None, math.inf)
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "no YAML": ("a: [", "is not valid YAML"),
+    "a list": ([1], "expected a W&B sweep file"),
+    "no method": ({"parameters": MINIMAL["parameters"]}, "method is missing"),
+    "no parameters": ({"method": "grid"}, "parameters is missing"),
+    "empty parameters": ({"method": "grid", "parameters": {}}, "parameters: expected options of fit"),
+    "another method": (MINIMAL | {"method": "bayse"}, "did you mean bayes"),
+    "another key": (MINIMAL | {"early_stop": 1}, "unknown key 'early_stop'"),
+    "a bare value": (MINIMAL | {"parameters": {LR: 3}}, "parameters.model.optimizer.lr: expected `value`"),
+    "a constant of a list": (
+        MINIMAL | {"parameters": {LR: {"value": 1, "values": [1]}}},
+        "unknown key 'values'",
+    ),
+    "a constant": (MINIMAL | {"parameters": {LR: {"distribution": "constant"}}}, "a constant has `value`"),
+    "another metric": (MINIMAL | {"metric": {"name": "val/rsun"}}, "did you mean val/rsum"),
+    "a plain metric": (MINIMAL | {"metric": {"name": "rsum"}}, "did you mean val/rsum"),
+    "a metric's name": (MINIMAL | {"metric": "val/rsum"}, "metric: expected"),
+    "a target": (MINIMAL | {"metric": {"name": "val/rsum", "target": 1}}, "metric: unknown key 'target'"),
+    "another goal": (
+        MINIMAL | {"metric": {"name": "val/rsum", "goal": "max"}},
+        "metric.goal: expected maximize",
+    ),
+    "an infinite grid": (MINIMAL | {"method": "grid"}, "method grid needs `values`"),
+    "weights": (
+        {"method": "bayes", "parameters": {LR: {"values": [1, 2], "probabilities": [0.1, 0.9]}}},
+        "parameters.model.optimizer.lr: probabilities: method bayes does not use them",
+    ),
+    "no place for parameters": (MINIMAL | {"command": ["clip-lightning", "fit"]}, r"only \${args} after it"),
+    "no fit": (MINIMAL | {"command": ["python", "train.py", "${args}"]}, "a list with `fit`"),
+    "other hyphens": (
+        MINIMAL | {"command": ["fit", "${args}", "${args_no_hyphens}"]},
+        r"only \${args} after it",
+    ),
+    "another early stop": (MINIMAL | {"early_terminate": {"type": "median"}}, "expected `type: hyperband`"),
+    "no iteration": (MINIMAL | {"early_terminate": {"type": "hyperband"}}, "either min_iter, or max_iter"),
+    "no s": (MINIMAL | {"early_terminate": {"type": "hyperband", "max_iter": 9}}, "or max_iter and s"),
+    "no count": (MINIMAL | {"run_cap": 0}, "run_cap: expected a whole number of 1 or more, got 0"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_files(content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"x\.yaml.*{message}"):
+        sweep_file(tmp_path, content)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_shipped_files(path: Path, tmp_path: Path) -> None:
+    """Each says how to run it, all that it tries is understood, and its recipe is within its ranges."""
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert f"clip-lightning sweep {path.stem}" in next(line for line in comments if "command:" in line)
+    assert [word for word in ("hardware:", "time:", "score:") if word not in "".join(comments)] == []
+    file = read_sweep(path.stem)
+    arguments = [*file.base, "--data.root", str(tmp_path), f"--trainer.default_root_dir={tmp_path}"]
+    for drawn in ({one.name: one.ends()[end] for one in file.parameters} for end in (0, -1)):
+        config = yaml.safe_load(rehearse([*arguments, *file.arguments(drawn)]).config_to_save)
+        assert config["data"]["root"] == str(tmp_path)
+    point = base_point(file, arguments)
+    assert point is not None
+    assert rehearse([*arguments, *file.arguments(point)]).config_to_save == rehearse(arguments).config_to_save
+
+
+# arguments
+
+
+def test_own_arguments_and_those_of_fit() -> None:
+    given = ["--data.root", "x", "heads", "--trials", "3", "--json", "--study=a", "--data.views=1", "more"]
+    own, files, others = split_arguments(given)
+    assert own == ["--trials", "3", "--json=true", "--study=a"]
+    assert files == ["heads", "more"]
+    assert others == ["--data.root", "x", "--data.views=1"]
+    assert split_arguments(["--json", "false", "x"])[:2] == (["--json=false"], ["x"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "FILE is missing: give a W&B sweep file, or the name of a packaged one"),
+        (["heads", "--trials"], "--trials: expected one argument"),
+        (["heads", "--trials", "--json"], "--trials: expected one argument"),
+        (["heads", "--trial", "4"], "unknown option --trial; did you mean --trials?"),
+        (["heads", "--trials", "x"], "--trials: expected a whole number or null, got x"),
+        (["heads", "--trials", "0"], "--trials 0: expected 1 or more"),
+        (["heads", "more"], "unrecognized arguments: more"),
+        (["--data.root", "x", "headz"], "no configuration 'headz': expected a file, or one of backbones, "),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+# draws
+
+
+def draws(file: SweepFile, count: int, study: optuna.Study | None = None) -> list[dict[str, Any]]:
+    """What the next trials of a study draw; the better, the smaller the first parameter is."""
+    study = study or optuna.create_study(study_name="s")
+    study.sampler = UntriedSampler(file)
+
+    def objective(trial: optuna.Trial) -> float:
+        return float([one.suggest(trial) for one in file.parameters][0])  # noqa: RUF015, all are to be drawn
+
+    study.optimize(objective, n_trials=count)
+    return [file.values(trial.params) for trial in study.trials]
+
+
+MIXED = {"a": {"min": 0.0, "max": 1.0}, "b": {"values": ["x", "y", "z"]}, "c": {"values": [1]}}
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_a_resumed_study_draws_what_it_would_have_drawn(method: str, tmp_path: Path) -> None:
+    file = sweep_file(tmp_path, {"method": method, "parameters": MIXED})
+    straight = draws(file, 20)
+    study = optuna.create_study(study_name="s")
+    assert [draws(file, count, study) for count in (5, 11, 4)][-1] == straight
+    assert len({repr(params) for params in straight}) == 20
+    assert draws(file, 2, optuna.create_study(study_name="t")) != straight[:2]
+    assert min(each["a"] for each in straight) > 0 or method == "random"
+    if method == "bayes":
+        mean = [sum(each["a"] for each in part) / 10 for part in (straight[:10], straight[10:])]
+        assert mean[1] < mean[0] / 2, "TPE has learnt where it is good"
+
+
+@pytest.mark.parametrize("method", ["grid", "random", "bayes"])
+def test_a_finite_space_is_drawn_without_repetition(method: str, tmp_path: Path) -> None:
+    parameters = {"a": {"min": 1, "max": 3}, "b": {"values": ["x", "y"]}, "c": {"value": 1}}
+    file = sweep_file(tmp_path, {"method": method, "parameters": parameters})
+    drawn = [tuple(values.values()) for values in draws(file, 6)]
+    grid = [(a, b) for a in (1, 2, 3) for b in "xy"]
+    assert (drawn if method == "grid" else sorted(drawn)) == grid
+    assert (drawn == grid) is (method == "grid")
+
+
+def test_random_choices_have_their_probabilities(tmp_path: Path) -> None:
+    parameters = {"a": MIXED["a"], "b": {"values": ["x", "y", "z"], "probabilities": [0, 0.25, 0.75]}}
+    drawn = [
+        values["b"] for values in draws(sweep_file(tmp_path, {**MINIMAL, "parameters": parameters}), 200)
+    ]
+    assert "x" not in drawn
+    assert 120 < drawn.count("z") < 180
