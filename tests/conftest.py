@@ -171,7 +171,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_clip(bert: Path) -> Callable[..., CLIP]:
     """Builds a tiny CLIP for pictures of 32 pixels, the same for the same arguments."""
     import torch

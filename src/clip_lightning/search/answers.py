@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-from clip_lightning.data.images import BrokenImage, decode_image
+from clip_lightning.data.images import BrokenImage, decode_bytes
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES
 from clip_lightning.evaluation.zero_shot import probabilities, zero_shot_classifier
@@ -22,7 +21,8 @@ MOST_LABELS = 200
 LONGEST = 10_000
 # An upload of 20 MB may unfold to gigabytes.
 MOST_PIXELS = 50_000_000
-_MOST_KEPT = 64
+# Labels are judged as they are typed, and each time the image is sent again.
+_MOST_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class Answers:
         with self._lock:
             return self.index.search([sentence], _checked(k))[0]
 
-    def search_by_image(self, picture: Path, k: int) -> list[FoundPicture]:
-        """The k pictures most similar to that of a file, the best first."""
+    def search_by_image(self, picture: bytes, k: int) -> list[FoundPicture]:
+        """Return the k images most similar to the one in the content of a file, the best first."""
         with self._lock:
             return self.index.search(self._embed(picture), _checked(k))[0]
 
-    def classify(self, picture: Path, labels: str, templates: str) -> Probabilities:
-        """How well labels, given with commas between, fit the picture of a file.
+    def classify(self, picture: bytes, labels: str, templates: str) -> Probabilities:
+        """Return how well labels, given with commas between, fit an image.
 
         Args:
-            picture: the file.
+            picture: the content of its file.
             labels: names; those of a file are not read, unlike `clip-lightning classify --labels`.
             templates: the name of a set, no file either.
         """
@@ -88,10 +88,10 @@ class Answers:
         return Probabilities("softmax" if bias is None else "sigmoid", dict(ordered))
 
     @torch.inference_mode()
-    def _embedded(self, picture: Path) -> Tensor:
+    def _embedded(self, picture: bytes) -> Tensor:
         """Unit length, (1, D), on the CPU."""
         try:
-            pixels = self.clip.transform(decode_image(picture, max_pixels=MOST_PIXELS))
+            pixels = self.clip.transform(decode_bytes(picture, max_pixels=MOST_PIXELS))
         except BrokenImage as error:
             raise UserError(f"the picture cannot be read: {error}") from error
         return self.clip.encode_image(pixels[None].to(self.clip.logit_scale.device)).cpu()
