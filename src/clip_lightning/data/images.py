@@ -69,7 +69,7 @@ def decode_bytes(data: bytes, *, max_pixels: int = 100_000_000) -> Tensor:
                     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                     pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
                     return pixels
-                return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+                return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
         except BrokenImage:
             raise
         except UnidentifiedImageError as error:
@@ -83,7 +83,8 @@ def _is_complete(data: bytes) -> bool:
     return data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an upright RGB image, with transparency laid on white and 16 bits scaled to 8."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise BrokenImage("its pixels are floating-point numbers of unknown range")
