@@ -137,14 +137,12 @@ def test_samples_of_shards_are_named_too(
     fit: Fit, tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    how = Settings("litdata", 5, None, 92, ())
-    shares = {"val_share": 0.1, "test_share": 0.1, "split_seed": 0}
-    convert(captioned(scenes, how, dataset="auto", **shares), how, tmp_path / "shards", 1)
+    convert(captioned(scenes, 5), Settings(5), tmp_path / "shards", 1)
     with pytest.raises(RunFailed, match="3 steps in a row"):
         fit(Poison({1, 2, 3}), root=tmp_path / "shards", dataset="shards")
     batches = json.loads((tmp_path / "non-finite.json").read_text())
     names = [name for batch in batches for name in batch["names"]]
-    assert len(set(names)) == 24 and all(".bin#" in name for name in names)
+    assert len(set(names)) == 24 and all(".tar#" in name for name in names)
 
 
 @pytest.mark.filterwarnings("ignore:step . is left out")

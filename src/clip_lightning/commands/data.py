@@ -151,8 +151,8 @@ def convert(
     if holds_tars(root):
         source = conversion.tars(root, split)
     else:
-        shares = {"val_share": val_share, "test_share": test_share}
-        source = conversion.captioned(Path(root), samples_per_shard, dataset=dataset, split_seed=split_seed, **shares)
+        shares = val_share, test_share
+        source = conversion.captioned(Path(root), samples_per_shard, dataset, *shares, split_seed)
     splits, left_out = conversion.convert(source, settings, out, num_workers or usable_cores())
     if left_out:
         name, reason = next(iter(left_out.items()))

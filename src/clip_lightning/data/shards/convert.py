@@ -29,7 +29,7 @@ from clip_lightning.data.captions import CaptionedImage, split_by_image
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import to_rgb
 from clip_lightning.data.shards.index import Tars
-from clip_lightning.data.shards.manifest import FIELDS_FILE, FILE, Shard, dump, load
+from clip_lightning.data.shards.manifest import FIELDS_FILE, FILE, Shard, Splits, dump, load
 from clip_lightning.data.shards.record import BrokenRecord, Filter, Record
 from clip_lightning.data.shards.storage import expand, known
 from clip_lightning.data.shards.tars import joined, scan
@@ -38,7 +38,6 @@ from clip_lightning.files import write_atomically
 
 PENDING = "pending"
 _ORIENTATION, _FIRST_TURNED = 0x0112, 5  # EXIF's tag, and its first value for a quarter turn
-Splits = Mapping[str, Sequence[Shard]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class Settings:
             raise UserError(f"--short_side {self.short_side}: expected 1 or more pixels")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality {self.quality}: expected 1 to 100")
+        for text in self.filters:
+            Filter.parse(text)
 
 
 class Job(NamedTuple):
@@ -83,7 +84,6 @@ class Source(NamedTuple):
 def captioned(
     root: Path,
     samples_per_shard: int,
-    *,
     dataset: str = "auto",
     val_share: float = 0.1,
     test_share: float = 0.1,
@@ -113,11 +113,7 @@ def tars(source: str, split: str) -> Source:
 def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> tuple[Splits, dict[str, str]]:
     """Write the tars that are not there yet, and `shards.json` when all are.
 
-    Args:
-        source: what to write.
-        settings: how to write it.
-        out: the folder of the new data set; what an interrupted conversion of the same has left is kept.
-        num_workers: the number of processes.
+    What an interrupted conversion of the same source has left in `out` is kept.
 
     Returns:
         What was written; and name → reason, of samples that could not be used.

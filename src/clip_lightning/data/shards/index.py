@@ -7,7 +7,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from clip_lightning.data.shards import storage
-from clip_lightning.data.shards.manifest import FIELDS_FILE, Shard, find
+from clip_lightning.data.shards.manifest import FIELDS_FILE, Shard, Splits, find
 from clip_lightning.data.shards.record import Filter, Record
 from clip_lightning.data.shards.storage import Mirror, MissingFile, call, expand, is_url, join
 from clip_lightning.data.shards.tars import BROKEN, BYTES, OFFSET, DamagedTar, read_record, scan
@@ -55,6 +55,20 @@ class _Tar:
         content = json.dumps([_VERSION, address, self.sha256 or storage.identity(self.url)])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
+    def expected(self) -> int:
+        """Return `count`, or what `shards.json` or img2dataset's NAME_stats.json has, or raise UserError."""
+        for count in (self.count, self.noted):
+            if count is not None:
+                return count
+        note = self.url.removesuffix(".tar") + "_stats.json"
+        try:
+            return int(json.loads(call(note, "cat_file"))["successes"])
+        except (MissingFile, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"it is not known how many samples {public(self.url)} holds (no count in {public(note)}); "
+                "give --data.shards.samples_per_epoch"
+            ) from error
+
 
 class Tars:
     """The tars of a split of one or several sources, and the samples in them that pass the filters.
@@ -62,7 +76,7 @@ class Tars:
     `data convert` has noted where each sample is. Other tars are gone through once, those of this machine at
     the beginning, remote ones when they arrive; the result is kept in the cache folder, by address, size and
     ETag or time of the last change. In memory are 16 bytes per sample; of tars that are gone through when
-    they arrive, only those of the `recent` last ones.
+    they arrive, only those of the `recent` last ones. Of remote tars, copies of `budget` bytes are kept.
 
     A sample is numbered by its tar and by its row among the samples of this tar that pass.
 
@@ -78,30 +92,24 @@ class Tars:
         sources: Sequence[str],
         split: str,
         filters: Sequence[Filter] = (),
-        *,
         budget: float = 50e9,
         recent: int = 1,
     ) -> None:
-        """Look for the tars; of remote ones, copies of `budget` bytes are kept on this machine.
-
-        Raises:
-            UserError: there is none, or they are not what `shards.json` says.
-        """
+        """Look for the tars, or raise UserError if there is none or `shards.json` says something else."""
         self.filters, self.recent, self._mirror = filters, recent, Mirror(budget)
         self.parts: list[range] = []
-        self.splits: dict[str, Mapping[str, Sequence[Shard]]] = {}
+        self.splits: dict[str, Splits] = {}
+        self.fields: set[str] = set()
         self.broken: dict[str, str] = {}
         self._tars: list[_Tar] = []
         self._arrived: list[_Tar] = []
-        self.fields: set[str] = set()
         for source in sources:
             first, splits = len(self._tars), find(source)
             if splits is None:
                 self._tars += map(_Tar, expand(source))
             else:
                 self.splits[source] = splits
-                if split in splits:
-                    self._add_converted(join(source, split), splits[split])
+                self._add_converted(join(source, split), splits.get(split, ()))
             self.parts.append(range(first, len(self._tars)))
         local = [tar for tar in self._tars if tar.spans is None and not is_url(tar.url)]
         random.Random(os.getpid()).shuffle(local)  # so that ranks share the work
@@ -125,17 +133,13 @@ class Tars:
         return dict(self.broken.popitem() for _ in range(len(self.broken)))
 
     def total(self) -> int:
-        """Return the number of samples that pass; of tars that have yet to arrive, of all that are noted.
-
-        Raises:
-            UserError: the samples of a tar have not been counted.
-        """
-        return sum(_noted(tar) if tar.count is None else tar.count for tar in self._tars)
+        """Return the number of samples that pass; tars that have yet to arrive count as a whole."""
+        return sum(tar.expected() for tar in self._tars)
 
     def count(self, tar: int) -> int:
         """Return the number of samples of a tar that pass."""
         count = self._tars[tar].count
-        return len(self._spans(tar)) if count is None else count
+        return len(self._spans(self._tars[tar])) if count is None else count
 
     def numbers(self, tar: int) -> np.ndarray:
         """Return the numbers (n,) of the samples of a tar that pass."""
@@ -149,14 +153,10 @@ class Tars:
         return (tar << _ROW_BITS) + row
 
     def read(self, sample: int) -> Record:
-        """Read the sample with this number.
-
-        Raises:
-            UserError: its tar cannot be read, or has changed.
-        """
+        """Read the sample with this number, or raise UserError if its tar cannot be read or has changed."""
         number, row = divmod(sample, 1 << _ROW_BITS)
         tar = self._tars[number]
-        offset, length = self._spans(number)[row].tolist()
+        offset, length = self._spans(tar)[row].tolist()
         try:
             with self._mirror.open(tar.url, tar.key, tar.sha256) as file:
                 file.seek(offset)
@@ -175,8 +175,31 @@ class Tars:
             if self.count(tar) and is_url(self._tars[tar].url):
                 self.read(tar << _ROW_BITS)
 
-    def _spans(self, number: int) -> np.ndarray:
-        tar = self._tars[number]
+    def _add_converted(self, folder: str, shards: Sequence[Shard]) -> None:
+        """Add the tars that `data convert` wrote, and where their samples are."""
+        tars = [_Tar(join(folder, shard.file), shard.sha256, shard.samples) for shard in shards]
+        self._tars += tars
+        for tar, shard in zip(tars, shards, strict=True):
+            there = is_url(folder) or (os.path.isfile(tar.url) and os.path.getsize(tar.url) == shard.bytes)
+            if not there:
+                raise UserError(f"{tar.url} is not of {shard.bytes:,} bytes; convert the data again")
+        if not tars:
+            return
+        fields = join(folder, FIELDS_FILE)
+        try:
+            file = parquet.ParquetFile(io.BytesIO(call(fields, "cat_file")))
+            names = {*file.schema_arrow.names}
+            table = file.read([*({OFFSET, BYTES, *(each.field for each in self.filters)} & names)])
+        except (MissingFile, pa.ArrowException) as error:
+            raise UserError(f"{public(fields)} is damaged ({error}); convert the data again") from error
+        # else an earlier version wrote it, and the tars are gone through like any others
+        if OFFSET in names and len(table) == sum(shard.samples for shard in shards):
+            self.fields |= names - {OFFSET, BYTES}
+            for tar, shard in zip(tars, shards, strict=True):
+                self._find(tar, table.slice(0, shard.samples))
+                table = table.slice(shard.samples)
+
+    def _spans(self, tar: _Tar) -> np.ndarray:
         if (spans := tar.spans) is None:
             spans = self._find(tar, self._table(tar))
             self._arrived.append(tar)
@@ -185,28 +208,17 @@ class Tars:
             del self._arrived[: -self.recent]
         return spans
 
-    def _add_converted(self, folder: str, shards: Sequence[Shard]) -> None:
-        """Add the tars that `data convert` wrote, and where their samples are."""
-        tars = [_Tar(join(folder, shard.file), shard.sha256, shard.samples) for shard in shards]
-        self._tars += tars
-        for tar, shard in zip(tars, shards, strict=True):
-            if not is_url(folder) and not (
-                os.path.isfile(tar.url) and storage.known(tar.url)[1] == shard.bytes
-            ):
-                raise UserError(f"{tar.url} is not of {shard.bytes:,} bytes; convert the data again")
-        fields = join(folder, FIELDS_FILE)
-        try:
-            file = parquet.ParquetFile(io.BytesIO(call(fields, "cat_file")))
-            wanted = {OFFSET, BYTES, *(each.field for each in self.filters)} & {*file.schema_arrow.names}
-            table = file.read([*wanted])
-        except (MissingFile, pa.ArrowException) as error:
-            raise UserError(f"{public(fields)} is damaged ({error}); convert the data again") from error
-        if OFFSET in wanted and len(table) == sum(shard.samples for shard in shards):
-            for tar, shard in zip(tars, shards, strict=True):
-                self._find(tar, table.slice(0, shard.samples))
-                table = table.slice(shard.samples)
-            self.fields |= {*file.schema_arrow.names} - {OFFSET, BYTES}
-        # else an earlier version wrote it, and the tars are gone through like any others
+    def _find(self, tar: _Tar, table: pa.Table) -> np.ndarray:
+        """Note where the samples of a tar are that pass all filters."""
+        self.fields |= {*table.column_names} - {OFFSET, BYTES}
+        kept = np.full(len(table), all(each.field in table.column_names for each in self.filters))
+        for condition in self.filters if len(kept) and kept[0] else ():
+            column = table[condition.field]
+            numbers = pa.types.is_floating(column.type)
+            kept &= condition(column.to_numpy() if numbers else column.to_pylist())
+        tar.spans = np.stack([table[name].to_numpy() for name in (OFFSET, BYTES)], axis=1)[kept]
+        tar.count = len(tar.spans)
+        return tar.spans
 
     def _table(self, tar: _Tar) -> pa.Table:
         """Return a row per sample of a tar, from the cache folder or by going through the tar."""
@@ -214,7 +226,7 @@ class Tars:
         try:
             path = cache_folder("shards") / "index" / f"{tar.key}.parquet"
             try:
-                table = parquet.read_table(path)
+                table = parquet.ParquetFile(path).read()
             except (FileNotFoundError, pa.ArrowException):
                 with self._mirror.open(tar.url, tar.key, tar.sha256) as file:
                     table = scan(file, name)
@@ -228,30 +240,3 @@ class Tars:
             return scan(io.BytesIO(), name)
         self.broken |= json.loads(table.schema.metadata[BROKEN])
         return table
-
-    def _find(self, tar: _Tar, table: pa.Table) -> np.ndarray:
-        """Note where the samples of a tar are that pass all filters."""
-        self.fields |= {*table.column_names} - {OFFSET, BYTES}
-        kept = np.ones(len(table), bool)
-        for condition in self.filters:
-            if condition.field in table.column_names:
-                column = table[condition.field]
-                numbers = pa.types.is_floating(column.type)
-                kept &= condition(column.to_numpy() if numbers else column.to_pylist())
-            else:
-                kept[:] = False
-        tar.spans = np.stack([table[name].to_numpy() for name in (OFFSET, BYTES)], axis=1)[kept]
-        tar.count = len(tar.spans)
-        return tar.spans
-
-
-def _noted(tar: _Tar) -> int:
-    """Return how many samples `shards.json` has for a tar, or the NAME_stats.json that img2dataset wrote."""
-    note = tar.url.removesuffix(".tar") + "_stats.json"
-    try:
-        return int(json.loads(call(note, "cat_file"))["successes"]) if tar.noted is None else tar.noted
-    except (MissingFile, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"it is not known how many samples {public(tar.url)} holds (no count in {public(note)}); give "
-            "--data.shards.samples_per_epoch"
-        ) from error

@@ -21,11 +21,7 @@ _NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar in the folder of its split: its name, the number of its samples, its size and its SHA-256 (hex).
-
-    Raises:
-        ValueError: the name could lead out of the folder, or a number cannot be true.
-    """
+    """A tar in the folder of its split: its name, the number of its samples, its size, its SHA-256 (hex)."""
 
     file: str
     samples: int
@@ -33,25 +29,25 @@ class Shard:
     sha256: str
 
     def __post_init__(self) -> None:
-        """Check the values, which may be a stranger's."""
+        """Raise ValueError if the name could lead out of the folder, or a number cannot be true."""
         if not (_NAME.fullmatch(self.file) and isinstance(self.sha256, str)):
             raise ValueError(f"{self.file!r} is not the name of a file")
         if not all(isinstance(number, int) and number >= 0 for number in (self.samples, self.bytes)):
             raise ValueError(f"{self.file} cannot have {self.samples} samples or {self.bytes} bytes")
 
 
-def dump(splits: Mapping[str, Sequence[Shard]], settings: Mapping[str, Any]) -> bytes:
+Splits = Mapping[str, Sequence[Shard]]
+"""`train`, `val` and `test` → their tars."""
+
+
+def dump(splits: Splits, settings: Mapping[str, Any]) -> bytes:
     """Return the content of the file; the settings are only to be shown."""
     shards = {split: [asdict(shard) for shard in part] for split, part in splits.items()}
     return json.dumps({**_READ, "splits": shards, "settings": settings}, indent=1).encode() + b"\n"
 
 
-def load(data: bytes, source: str) -> tuple[dict[str, tuple[Shard, ...]], dict[str, Any]]:
-    """Read the content of the file: `train`, `val`, `test` → their tars, and the settings.
-
-    Args:
-        data: the content.
-        source: where it was, for messages.
+def load(data: bytes, source: str) -> tuple[Splits, dict[str, Any]]:
+    """Read splits and settings from the content of the file; `source` is where it was, for messages.
 
     Raises:
         UserError: it is damaged, or of another version or format.
@@ -68,12 +64,8 @@ def load(data: bytes, source: str) -> tuple[dict[str, tuple[Shard, ...]], dict[s
         raise UserError(f"{source} is damaged ({error}); convert the data again") from error
 
 
-def find(source: str) -> dict[str, tuple[Shard, ...]] | None:
-    """Read the file in a folder or below a URL, if `data convert` wrote one there.
-
-    Raises:
-        UserError: it is damaged, or of another version or format.
-    """
+def find(source: str) -> Splits | None:
+    """Return the splits of a folder or URL if `data convert` wrote it, or raise UserError on damage."""
     if source.endswith(".tar") or set("*{") & set(source):
         return None
     file = join(source, FILE)

@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -144,18 +143,14 @@ class Mirror:
     def _fetch(self, url: str, path: Path, sha256: str) -> None:
         draft = path.with_name(f"{path.name}.tmp")  # whoever writes it holds the lock
         call(url, "get_file", str(draft))
-        with draft.open("rb") as file:
-            if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+        with draft.open("rb") as content:
+            if sha256 and hashlib.file_digest(content, "sha256").hexdigest() != sha256:
                 raise RunFailed(f"{public(url)} is not what was written: its checksum differs")
         os.replace(draft, path)
-        left = self.budget
-        for _, size, copy in sorted(self._copies(), reverse=True):
-            left -= size
-            if left < 0 and copy != path:
-                copy.unlink(missing_ok=True)
-
-    def _copies(self) -> Iterator[tuple[int, int, Path]]:
-        for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process was first
-                if path.suffix != ".lock":
-                    yield path.stat().st_mtime_ns, path.stat().st_size, path
+        with contextlib.suppress(FileNotFoundError):  # another process removes copies, too
+            files = [(file.stat(), file) for file in self.folder.iterdir() if file.suffix != ".lock"]
+            left = self.budget
+            for stat, file in sorted(files, key=lambda each: -each[0].st_mtime_ns):
+                left -= stat.st_size
+                if left < 0 and file != path:
+                    file.unlink()

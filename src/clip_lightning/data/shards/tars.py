@@ -1,7 +1,7 @@
 """WebDataset tars, as img2dataset and `data convert` write them: what is in one, and where.
 
-A sample is the files `KEY.jpg`, `KEY.txt`, `KEY.json` that follow each other. It is found again by its place
-in the tar, which reaches from the header of the first of them to the end of the last.
+A sample is the files `KEY.jpg`, `KEY.txt`, `KEY.json`, which follow each other. It is found again by its
+place in the tar, which reaches from the header of the first of these to the end of the last.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -30,49 +29,30 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _NAME = re.compile(r"(?!__[^/]*__(?:$|/))((?:.*/|)[^.]+)\.([^/]*)")
 _IMAGE = re.compile(r"(.*\.)?(jpe?g|png|webp|gif|bmp|tiff?|ppm)")
 
+Sample = tuple[str, int, dict[str, tuple[int, int]]]
+"""Key, beginning, and suffix → place and size of the content of the image, the text and the JSON."""
+
 
 class DamagedTar(ValueError):
     """A file that is not a tar, or not all of one; the message is a short reason."""
 
 
-@dataclass
-class _Sample:
-    """Where a sample begins, and suffix → beginning and size of the content of its image, text and JSON."""
-
-    key: str
-    offset: int
-    files: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def image(self) -> str:
-        """Return the suffix of its image."""
-        for suffix in filter(_IMAGE.fullmatch, self.files):
-            return suffix
-        raise BrokenRecord("no image")
-
-
 def read_record(span: bytes, tar: str) -> Record:
-    """Read a sample from its place in a tar.
-
-    Raises:
-        DamagedTar: there is no sample.
-    """
+    """Read a sample from its place in a tar, or raise DamagedTar if there is none."""
     try:
-        sample = next(_samples(io.BytesIO(span)))
-        files = {suffix: span[start : start + size] for suffix, (start, size) in sample.files.items()}
-        return Record(f"{tar}#{sample.key}", files[sample.image()], fields_of(files))
-    except (BrokenRecord, StopIteration) as error:
-        raise DamagedTar("a sample is not where it was") from error
+        end = bytes(_BLOCK + -len(span) % _BLOCK)
+        key, _, places = next(_samples(io.BytesIO(span + end)))
+        files = {suffix: span[start : start + size] for suffix, (start, size) in places.items()}
+        return Record(f"{tar}#{key}", files[_image(files)], fields_of(files))
+    except (BrokenRecord, DamagedTar, StopIteration) as error:
+        raise DamagedTar("a sample is not where it was, so the tar has changed") from error
 
 
 def scan(file: BinaryIO, tar: str) -> pa.Table:
-    """Go through a tar once, and make a table of its samples.
+    """Go through a tar once, and make a table of its samples; `tar` is its address, for messages.
 
     A row has the key of a sample, its place, and the numbers and short texts of its fields. What cannot be
     used is in the schema's metadata, under BROKEN, as JSON: name → reason.
-
-    Args:
-        file: the content.
-        tar: the address, for messages.
 
     Raises:
         UserError: the tar is compressed.
@@ -89,25 +69,24 @@ def scan(file: BinaryIO, tar: str) -> pa.Table:
 
 def _rows(file: BinaryIO, tar: str, broken: dict[str, str]) -> Iterator[dict[str, Any]]:
     try:
-        for sample in _samples(file):
-            start, size = max(sample.files.values(), default=(sample.offset, 0))
-            length = start + size - sample.offset
+        for key, offset, places in _samples(file):
             try:
-                if sample.image() and length > LARGEST_SAMPLE:
+                _image(places)
+                length = max(map(sum, places.values())) - offset
+                if length > LARGEST_SAMPLE:
                     raise BrokenRecord(f"its {length:,} bytes are more than {LARGEST_SAMPLE:,}")
                 texts = {}
-                for suffix in {"json", "txt"} & sample.files.keys():
-                    start, size = sample.files[suffix]
-                    file.seek(start)
-                    texts[suffix] = file.read(size)
-                yield fields_of(texts) | {"key": sample.key, OFFSET: sample.offset, BYTES: length}
+                for suffix in {"json", "txt"} & places.keys():
+                    file.seek(places[suffix][0])
+                    texts[suffix] = file.read(places[suffix][1])
+                yield fields_of(texts) | {"key": key, OFFSET: offset, BYTES: length}
             except BrokenRecord as error:
-                broken[f"{tar}#{sample.key}"] = str(error)
+                broken[f"{tar}#{key}"] = str(error)
     except DamagedTar as error:
         broken[tar] = str(error)
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """Make a table of keys and places, and of the fields that are numbers or short texts."""
     types = {"key": pa.string(), OFFSET: pa.int64(), BYTES: pa.int64()}
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()}
@@ -132,32 +111,42 @@ def _is_short(value: Any) -> bool:
 def joined(tables: Sequence[pa.Table]) -> pa.Table:
     """Put tables together; a column that is one of texts anywhere is one of texts."""
     texts = {each.name for part in tables for each in part.schema if each.type == pa.string()}
-    types = {
-        each.name: pa.string() if each.name in texts else each.type for part in tables for each in part.schema
-    }
-    alike = [part.cast(pa.schema([(name, types[name]) for name in part.column_names])) for part in tables]
+    alike = [
+        part.cast(
+            pa.schema([(each.name, pa.string() if each.name in texts else each.type) for each in part.schema])
+        )
+        for part in tables
+    ]
     return pa.concat_tables(alike, promote_options="default")
 
 
 # Headers ------------------------------------------------------------------------------------------------
 
 
-def _samples(file: BinaryIO) -> Iterator[_Sample]:
-    """Find the samples of a tar by its headers; raises DamagedTar after the last that is complete."""
-    sample: _Sample | None = None
+def _image(suffixes: Iterable[str]) -> str:
+    for suffix in filter(_IMAGE.fullmatch, suffixes):
+        return suffix
+    raise BrokenRecord("no image")
+
+
+def _samples(file: BinaryIO) -> Iterator[Sample]:
+    """Find the samples of a tar by its headers; raise DamagedTar after the last that is surely complete."""
+    key, begin = "", 0
+    places: dict[str, tuple[int, int]] = {}
     for name, offset, start, size in _members(file):
         match = _NAME.fullmatch(name)
         if match is None:
             continue
-        key, suffix = match[1], match[2].lower()
-        if sample is None or sample.key != key:
-            if sample is not None:
-                yield sample
-            sample = _Sample(key, offset)
+        if match[1] != key:
+            if key:
+                yield key, begin, places
+            key, places = match[1], {}
+        suffix = match[2].lower()
         if suffix in ("json", "txt") or _IMAGE.fullmatch(suffix):
-            sample.files.setdefault(suffix, (start, size))
-    if sample is not None:
-        yield sample
+            begin = begin if places else offset
+            places.setdefault(suffix, (start, size))
+    if key:
+        yield key, begin, places
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, int, int, int]]:
@@ -195,6 +184,7 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, int, int, int]]:
             name = f"{prefix}/{name}" if prefix and header.startswith(b"ustar\0", 257) else name
             yield extended.get("path", name), begin, start, size
         begin, extended = place, {}
+    raise DamagedTar("it is cut off")
 
 
 def _number(digits: bytes) -> int:

@@ -44,7 +44,7 @@ class ShardOptions:
         captions: fields that captions are taken from, with probabilities: {txt: 0.5, synthetic: 0.5}; by
             default the first of captions, txt and caption that a sample has.
         filters: conditions on a sample's fields: 'width >= 200', 'similarity > 0.28'.
-        samples_per_epoch: by default every sample once; needed for remote tars that nobody has counted.
+        samples_per_epoch: by default every sample once; needed for remote tars without a NAME_stats.json.
         val: captioned images or tars to validate on; by default the split `val` beside `train`.
         window: tars whose samples are shuffled among each other; by default all if they are on this machine,
             else 16.
@@ -94,11 +94,7 @@ class ShardDataset(Dataset[Samples]):
         seed: int = 0,
         budget: float = 50e9,
     ) -> None:
-        """Look for the tars; of remote ones, copies of `budget` bytes are kept on this machine.
-
-        Raises:
-            UserError: a source cannot be read, or nobody has counted its samples.
-        """
+        """Look for the tars, or raise UserError; of remote ones, copies of `budget` bytes are kept."""
         self.transform, self.augmentation = transform, augmentation
         self.captions_per_image, self.seed = captions_per_image, seed
         self.options, self.choice = options, CaptionChoice(options.captions)
@@ -110,7 +106,7 @@ class ShardDataset(Dataset[Samples]):
         for source, part in zip(sources, self.tars.parts, strict=True):
             if not part:
                 raise UserError(f"{public(source)} has no train split; give data that has one")
-        self.window = window or len(self.tars)
+        self.window = min(window or len(self.tars), len(self.tars))
         self.streams = self.tars.parts if len(weights) > 1 else [range(len(self.tars))]
         self.weights = np.array(weights) / sum(weights)
         self.samples = options.samples_per_epoch or self.tars.total()
@@ -121,11 +117,7 @@ class ShardDataset(Dataset[Samples]):
         self.digest = hashlib.sha256(json.dumps([known, self.tars.known()]).encode()).hexdigest()
 
     def held_out(self, split: str) -> list[CaptionedImage]:
-        """Return the images of `val` or `test`, as files with all their captions; none if no source has any.
-
-        Raises:
-            UserError: they cannot be read.
-        """
+        """Return the images of `val` or `test`, as files with all their captions, if a source has any."""
         source = self.options.val if split == "val" else None
         source = source or next((name for name, has in self.tars.splits.items() if split in has), None)
         return [] if source is None else held_out(source, split, self.choice)
@@ -137,9 +129,7 @@ class ShardDataset(Dataset[Samples]):
             UserError: a hundred in a row are broken, or a tar cannot be read.
         """
         broken: dict[str, str] = {}
-        places = sorted(range(len(keys)), key=lambda place: keys[place][1])  # neighbours after each other
-        found = {place: self._sample(*keys[place], broken) for place in places}
-        samples = [found[place] for place in range(len(keys))]
+        samples = [self._sample(*each, broken) for each in keys]
         counts = np.full(len(keys), self.captions_per_image)
         return Samples(
             pictures=[pixels for pixels, _, _ in samples],
@@ -202,8 +192,8 @@ class ShardSampler(TrainSampler):
         for (seeds, now), (_, coming) in pairwise(self._windows(stream)):
             size = sum(map(self.tars.count, now))
             empty = 0 if size else empty + len(now)
-            if empty >= len(self.dataset.streams[stream]):
-                raise UserError(f"no sample in {empty} tars can be used and passes --data.shards.filters")
+            if empty >= 2 * len(self.dataset.streams[stream]):  # a whole pass, wherever it began
+                raise UserError("a source has no sample that can be used and passes --data.shards.filters")
             if skip >= size:
                 skip -= size
                 continue
@@ -227,15 +217,10 @@ class ShardSampler(TrainSampler):
 
 
 def held_out(source: str, split: str, choice: CaptionChoice) -> list[CaptionedImage]:
-    """Return the images of `source` for a split, with all captions that might be drawn in training.
+    """Return the images for `val` or `test`, with all captions that might be drawn in training.
 
-    Those of tars are written once as files into the cache folder: a data set like any other.
-
-    Args:
-        source: a folder of captioned images or of tars, a URL or a pattern of tars. If it has splits, this
-            one is taken, else everything.
-        split: `val` or `test`.
-        choice: which fields captions are taken from, of tars.
+    Those of tars are written once as files into the cache folder: a data set like any other. Of a source that
+    has splits, this one is taken, else everything.
 
     Raises:
         UserError: the source cannot be read, or holds no sample.
