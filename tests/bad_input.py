@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -106,6 +107,7 @@ CASES = [
     case("a filter on a field that is not there", "fit TOWERS QUIET --data.dataset shards --data.root SHARDS "
          "--data.shards.filters ['similarity>0.3']"),
     case("a damaged list of shards", "fit TOWERS QUIET --data.dataset shards --data.root DIR/damaged-shards"),
+    case("a compressed tar", "fit TOWERS QUIET --data.dataset shards --data.root DIR/shard.tar.gz"),
     case("a shard that was cut off", "fit TOWERS QUIET --data.dataset shards --data.root DIR/cut-shards"),
     case("an unknown protocol", "fit TOWERS QUIET --data.dataset shards --data.root nope://bucket/x"),
     # checkpoints and models
@@ -150,9 +152,9 @@ CASES = [
     # data commands
     case("data to check that is not there", "data check nowhere"),
     case("a cleaned table over the original", "data check DATA --fix DATA/captions.csv"),
-    case("an unknown kind of shards", "data convert DATA --to zip --out DIR/new-shards"),
-    case("shards into a folder that is full", "data convert DATA --to litdata --out DIR/full"),
-    case("shards of no pixels", "data convert DATA --to litdata --out DIR/new-shards --short_side 0"),
+    case("an unknown split of shards", "data convert SHARDS/train --split dev --out DIR/new-shards"),
+    case("shards into a folder that is full", "data convert DATA --out DIR/full"),
+    case("shards of no pixels", "data convert DATA --out DIR/new-shards --short_side 0"),
     case("an artifact's name that is none", "data upload DATA --artifact a/b/c/d"),
 ]  # fmt: skip
 
@@ -271,12 +273,13 @@ class Place:
             content = (here / name / file).read_bytes()
             cut = content[:-1000] if name == "cut-bundle" else content.replace(b"red", b"rad")
             (here / name / file).write_bytes(cut)
-        self._ok("data convert DATA --to litdata --out SHARDS --num_workers 1")
+        self._ok("data convert DATA --out SHARDS --num_workers 1")
         for name in ("damaged-shards", "cut-shards"):
             shutil.copytree(folder / "shards", here / name)
         (here / "damaged-shards" / "shards.json").write_text("{")
-        shard = here / "cut-shards" / "train" / "00000.bin"
+        shard = here / "cut-shards" / "train" / "00000.tar"
         shard.write_bytes(shard.read_bytes()[:-10])
+        (here / "shard.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
         self._ok("index MODEL DIR/pictures --out INDEX")
         shutil.copytree(folder / "index", here / "cut-index")
         for file in (here / "cut-index" / "versions").rglob("*.npy"):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Folders on the way to it are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
         with draft.open("wb") as file:
             file.write(data)

@@ -1,4 +1,4 @@
-"""Shards and kills: a conversion that is killed ends the same, and training from litdata loses no sample."""
+"""Kills: a conversion ends the same, training from tars loses no sample, a lost loader is one line."""
 
 from __future__ import annotations
 
@@ -13,53 +13,46 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from clip_lightning.data.shards.manifest import FILE, Manifest
+from clip_lightning.data.shards.manifest import FILE
 
 pytestmark = pytest.mark.faults
 
 KILLS = 20
-EPOCH, EPOCHS = 8, 2  # 32 pictures in batches of 4
+EPOCH, EPOCHS = 8, 2  # 32 images in batches of 4
 
 
-def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    line = [sys.executable, "-m", "clip_lightning", *words]
+    line = [sys.executable, "-m", "clip_lightning", *arguments]
     env = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("kind", ["litdata", "webdataset"])
-def test_a_conversion_killed_at_random_moments_ends_the_same(tmp_path: Path, kind: str) -> None:
+def last(folder: Path) -> dict[str, Any]:
+    (file,) = folder.glob("*/checkpoints/last.ckpt")
+    return torch.load(file, weights_only=True)
+
+
+def test_a_conversion_killed_at_random_moments_ends_the_same(tmp_path: Path) -> None:
     from clip_lightning.data.scenes import write_scenes
 
     write_scenes(tmp_path / "scenes", count=3000, size=64, seed=0)
-
-    def words(out: str) -> list[str]:
-        options = [
-            "--to",
-            kind,
-            "--out",
-            str(tmp_path / out),
-            "--samples_per_shard",
-            "40",
-            "--short_side",
-            "48",
-        ]
-        return ["data", "convert", str(tmp_path / "scenes"), *options]
-
+    options = ["--samples_per_shard", "40", "--short_side", "48", "--out"]
+    arguments = ["data", "convert", str(tmp_path / "scenes"), *options]
     began = time.monotonic()
-    assert run(words("undisturbed")).returncode == 0
-    whole = time.monotonic() - began
-    chance, killed = random.Random(kind), 0
+    assert run([*arguments, str(tmp_path / "undisturbed")]).returncode == 0
+    seconds = time.monotonic() - began
+    chance, killed = random.Random(0), 0
     for _ in range(KILLS):
-        line = [sys.executable, "-m", "clip_lightning", *words("killed")]
+        line = [sys.executable, "-m", "clip_lightning", *arguments, str(tmp_path / "killed")]
         process = subprocess.Popen(line, start_new_session=True, stderr=subprocess.DEVNULL)
         try:
-            process.wait(whole * chance.uniform(0.3, 0.6))
+            process.wait(seconds * chance.uniform(0.3, 0.6))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -67,21 +60,17 @@ def test_a_conversion_killed_at_random_moments_ends_the_same(tmp_path: Path, kin
         if (tmp_path / "killed" / FILE).exists():
             break
     assert killed >= 2
-    done = run(words("killed"))
+    done = run([*arguments, str(tmp_path / "killed")])
     assert done.returncode == 0, done.stderr
-    once, again = (Manifest.find(str(tmp_path / name)) for name in ("undisturbed", "killed"))
-    assert once is not None and again is not None and once.splits == again.splits
-    files = [
-        sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*"))
-        for name in ("undisturbed", "killed")
+    contents = [
+        {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+        for folder in (tmp_path / "undisturbed", tmp_path / "killed")
     ]
-    assert files[0] == files[1], "nothing is left of what was begun"
-    for file in ("train/fields.parquet", *(["train/index.json"] if kind == "litdata" else [])):
-        assert (tmp_path / "undisturbed" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+    assert contents[0] == contents[1], "nothing is left of what was begun"
 
 
 class NotesNames(Callback):
-    """Writes down what each step sees, and ends the process at one."""
+    """Notes what each step sees, and ends the process at one."""
 
     def __init__(self, folder: str, step: int | None = None) -> None:
         self.folder, self.step = Path(folder), step
@@ -90,90 +79,82 @@ class NotesNames(Callback):
         if trainer.global_step == self.step and trainer.is_global_zero:  # which tells the other ranks
             os.kill(os.getpid(), signal.SIGTERM)
         keys = [name.rpartition("#")[2] for name in batch["names"]]
-        line = json.dumps([trainer.current_epoch, trainer.global_step, keys])
         with (self.folder / f"names-{os.getpid()}").open("a") as file:
-            file.write(f"{line}\n")
-
-
-@pytest.fixture(scope="module")
-def litdata(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("shards") / "litdata"
-    done = run(
-        ["data", "convert", str(scenes), "--to", "litdata", "--out", str(out), "--samples_per_shard", "5"]
-    )
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-@pytest.fixture
-def fit(command: Callable[..., list[str]], litdata: Path, tmp_path: Path) -> Callable[..., int]:
-    """Runs `fit` from litdata's shards in a folder; returns its exit status."""
-
-    def do(name: str, *more: str, step: int | None = None, **changes: Any) -> int:
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        options = {
-            "data__dataset": "shards",
-            "data__root": litdata,
-            "data__shards__window": 2,
-            "data__captions_per_image": 2,
-            "data__augmentation__min_scale": 0.5,
-            "data__cache": "off",
-            "model__freeze": "none",
-            "trainer__max_epochs": EPOCHS,
-            "trainer__callbacks+": "test_shard_faults.NotesNames",
-            "trainer__callbacks__folder": folder,
-            **({} if step is None else {"trainer__callbacks__step": step}),
-        }
-        done = run([*command("fit", folder / "runs", **options | changes), *more])
-        (folder / "said").write_text(done.stderr)
-        return done.returncode
-
-    return do
+            file.write(json.dumps([trainer.global_step, keys]) + "\n")
 
 
 def seen(folder: Path) -> dict[int, list[str]]:
-    """Step → the keys of its samples on all ranks; of a step that was begun twice those of the last time."""
+    """Step → the keys of its samples on all ranks."""
     steps: dict[int, list[str]] = {}
-    files = sorted(folder.glob("names-*"), key=lambda file: file.stat().st_mtime)
-    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    for part in lines:
-        for _, step, keys in part:
+    for file in folder.glob("names-*"):
+        for step, keys in map(json.loads, file.read_text().splitlines()):
             steps[step] = sorted([*steps.get(step, []), *keys])
     return steps
 
 
-def last(folder: Path) -> dict[str, Any]:
-    (file,) = folder.glob("runs/*/checkpoints/last.ckpt")
-    return torch.load(file, weights_only=True)
-
-
-def test_from_two_workers_to_one_the_weights_are_those_of_an_undisturbed_run(
-    fit: Callable[..., int], tmp_path: Path
+def test_from_two_ranks_to_one_no_sample_is_lost_or_repeated(
+    command: Callable[..., list[str]], scenes: Path, tmp_path: Path
 ) -> None:
-    assert fit("undisturbed", data__num_workers=0) == 0
-    assert fit("resumed", step=5, data__num_workers=2) == 143
-    reached = last(tmp_path / "resumed")["global_step"]
-    assert reached in (5, 6)
-    assert fit("resumed", "--ckpt_path=last", data__num_workers=1) == 0, (
-        tmp_path / "resumed/said"
-    ).read_text()
-    one, other = last(tmp_path / "undisturbed"), last(tmp_path / "resumed")
-    assert one["global_step"] == other["global_step"] == EPOCH * EPOCHS
-    assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
+    tars = str(tmp_path / "tars")
+    assert run(["data", "convert", str(scenes), "--samples_per_shard", "5", "--out", tars]).returncode == 0
 
+    def fit(name: str, *more: str, **changes: Any) -> subprocess.CompletedProcess[str]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        options = {
+            "data__dataset": "shards",
+            "data__root": tars,
+            "data__shards__window": 2,
+            "data__captions_per_image": 2,
+            "data__cache": "off",
+            "model__freeze": "none",
+            "trainer__max_epochs": EPOCHS,
+            "trainer__callbacks+": "test_shard_faults.NotesNames",
+            "trainer__callbacks__folder": tmp_path / name,
+        }
+        return run([*command("fit", tmp_path / name / "runs", **options | changes), *more])
 
-def test_from_two_ranks_to_one_no_sample_is_lost_or_repeated(fit: Callable[..., int], tmp_path: Path) -> None:
-    two = {"trainer__devices": 2, "trainer__strategy": "ddp", "data__batch_size": 2}
-    assert fit("undisturbed") == 0
-    assert fit("resumed", step=5, **two) == 143, (tmp_path / "resumed/said").read_text()
-    reached = last(tmp_path / "resumed")["global_step"]
+    two = {"trainer__devices": 2, "trainer__strategy": "ddp", "data__batch_size": 2, "data__num_workers": 1}
+    assert fit("undisturbed").returncode == 0
+    ended = fit("resumed", trainer__callbacks__step=5, **two)
+    assert ended.returncode == 143, ended.stderr
+    reached = last(tmp_path / "resumed" / "runs")["global_step"]
     before = {step: keys for step, keys in seen(tmp_path / "resumed").items() if step < reached}
     for file in (tmp_path / "resumed").glob("names-*"):
         file.unlink()
-    assert fit("resumed", "--ckpt_path=last") == 0, (tmp_path / "resumed/said").read_text()
+    ended = fit("resumed", "--ckpt_path=last", data__num_workers=2)
+    assert ended.returncode == 0, ended.stderr
     after = seen(tmp_path / "resumed")
-    assert list(after) == list(range(reached, EPOCH * EPOCHS)), "it went on from where it was"
+    assert list(after) == list(range(reached, EPOCH * EPOCHS)), "it continued where it was"
     assert before | after == seen(tmp_path / "undisturbed")
     epoch = [key for step in range(EPOCH) for key in (before | after)[step]]
     assert len(epoch) == len(set(epoch)) == 32
+
+
+class KillsWorker(Callback):
+    """Ends a loader process when the twelfth step begins."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 11:
+            loaders = [c for c in psutil.Process().children() if "clip_lightning" in " ".join(c.cmdline())]
+            loaders[0].send_signal(signal.SIGKILL)
+
+
+def test_a_loader_process_is_killed(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    def fit(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        options = {"data__cache": "off", "model__freeze": "none", "data__num_workers": 2}
+        options |= {"predictions__queries": 0, "trainer__max_epochs": 3}
+        return run([*command("fit", folder, **options), *more])
+
+    whole = fit(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = fit(tmp_path / "killed", "--trainer.callbacks+=test_shard_faults.KillsWorker")
+    assert killed.returncode == 1
+    assert "Traceback" not in killed.stderr
+    message = killed.stderr.splitlines()[-1]
+    assert "a loader process has ended (exited unexpectedly)" in message and "--ckpt_path last" in message
+    assert EPOCH <= last(tmp_path / "killed")["global_step"] <= 16
+    again = fit(tmp_path / "killed", "--ckpt_path=last")
+    assert again.returncode == 0, again.stderr
+    one, other = last(tmp_path / "whole"), last(tmp_path / "killed")
+    assert one["global_step"] == other["global_step"] == 3 * EPOCH
+    assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())

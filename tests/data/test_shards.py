@@ -1,60 +1,70 @@
-"""Shards: what is written is what was there, and what is read of them is a function of seed and place."""
+"""Tars: what is written is what was there, and what is read of them is a function of seed and place."""
 
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import http.server
 import io
 import json
+import shutil
 import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from clip_lightning.__main__ import main
 from clip_lightning.data.captions import split_by_image
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import Augmentation, ImageTransform
-from clip_lightning.data.shards.chunks import ChunkDataset, ChunkFolder, ChunkSampler
-from clip_lightning.data.shards.convert import Settings, captioned, convert, tars
-from clip_lightning.data.shards.held_out import held_out
-from clip_lightning.data.shards.manifest import FILE, Manifest
-from clip_lightning.data.shards.options import Reading, ShardOptions
+from clip_lightning.data.shards import convert, manifest, storage, tars
+from clip_lightning.data.shards.convert import Settings, captioned
+from clip_lightning.data.shards.index import Tars
 from clip_lightning.data.shards.record import BrokenRecord, CaptionChoice, Filter, Record
-from clip_lightning.data.shards.storage import expand
-from clip_lightning.data.shards.tars import BatchKey, TarDataset, TarSource, read_tar
-from clip_lightning.data.shards.training import TrainingShards
+from clip_lightning.data.shards.training import ShardDataset, ShardOptions, ShardSampler, held_out
 from clip_lightning.errors import RunFailed, UserError
 
-FORMATS = ("litdata", "webdataset")
-SPLITS = {"val_share": 0.1, "test_share": 0.1, "split_seed": 0}
 TRANSFORM = ImageTransform((16, 16), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+quiet = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
 
-def settings(kind: Any, **changes: Any) -> Settings:
-    return replace(Settings(kind, 5, None, 92, ()), **changes)
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for each test, and no waiting for networks."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    return folder / "clip-lightning" / "shards"
+
+
+def converted(source: Path, out: Path, samples_per_shard: int = 5, workers: int = 1, **how: Any) -> Path:
+    """Captioned images, or a folder of tars, as new tars."""
+    if any(source.glob("*.tar")):
+        jobs = convert.tars(str(source), "train")
+    else:
+        jobs = captioned(source, samples_per_shard)
+    convert.convert(jobs, Settings(samples_per_shard, **how), out, workers)
+    return out
 
 
 @pytest.fixture(scope="module")
-def shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The scenes in either format, five to a shard."""
-    made = {}
-    for kind in FORMATS:
-        made[kind] = tmp_path_factory.mktemp("shards") / kind
-        convert(captioned(read_captions(scenes), settings(kind), **SPLITS), settings(kind), made[kind], 1)
-    return made
+def shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes, five to a tar, written by two processes."""
+    return converted(scenes, tmp_path_factory.mktemp("shards") / "out", workers=2)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (20, 20)) -> bytes:
@@ -64,218 +74,170 @@ def picture(seed: int = 0, size: tuple[int, int] = (20, 20)) -> bytes:
     return encoded.getvalue()
 
 
-def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    """As img2dataset writes them: name → suffix → content."""
-    with tarfile.open(path, "w") as tar:
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]], kind: int = tarfile.PAX_FORMAT) -> Path:
+    """As img2dataset writes them: name → suffix → content, with a header of pax for each time."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as tar:
         for key, files in samples.items():
             for suffix, content in files.items():
                 info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(content)
+                info.size, info.mtime = len(content), 1.5
                 tar.addfile(info, io.BytesIO(content))
     return path
 
 
 def laion(path: Path, numbers: range, **fields: Callable[[int], Any]) -> Path:
-    """A tar of pictures with `.txt` and `.json`."""
-    return write_tar(
-        path,
-        {
-            f"{number:09d}": {
-                "jpg": picture(number),
-                "txt": f"text {number}".encode(),
-                "json": json.dumps({name: make(number) for name, make in fields.items()}).encode(),
-            }
-            for number in numbers
-        },
-    )
+    """A tar of images with `.txt` and `.json`."""
+    samples = {}
+    for number in numbers:
+        text = json.dumps({name: make(number) for name, make in fields.items()})
+        files = {"jpg": picture(number), "txt": f"text {number}".encode(), "json": text.encode()}
+        samples[f"{number:09d}"] = files
+    return write_tar(path, samples)
+
+
+def records(folder: Path, split: str = "train") -> list[Record]:
+    found = Tars([str(folder)], split)
+    assert not found.broken
+    return [*found.records()]
+
+
+def dataset(*sources: Path | str, **options: Any) -> ShardDataset:
+    how = {name: options.pop(name) for name in ("captions_per_image", "seed", "budget") if name in options}
+    augmentation = Augmentation(min_scale=0.5)
+    options = {"sources": [*map(str, sources)]} | options
+    return ShardDataset(ShardOptions(**options), "", TRANSFORM, augmentation, **how)
+
+
+def names(data: ShardDataset, batch_size: int, epoch: int = 0, **ranks: int) -> list[str]:
+    """The keys of the samples of an epoch, in its order."""
+    sampler = ShardSampler(data, batch_size, **ranks)
+    sampler.set_epoch(epoch)
+    return [key(data.tars.read(sample)) for _, sample in sampler]
+
+
+def key(record: Record) -> str:
+    return record.name.rpartition("#")[2]
 
 
 # Converting ---------------------------------------------------------------------------------------------
 
 
-def records(folder: Path, split: str) -> list[Record]:
-    manifest = Manifest.find(str(folder))
-    assert manifest is not None
-    if manifest.format == "litdata":
-        chunks = ChunkFolder(str(folder), manifest, split, 2)
-        return [chunks[row] for row in range(len(chunks))]
-    broken: dict[str, str] = {}
-    found = [r for s in manifest.splits[split] for r in read_tar(str(folder / split / s.file), broken)]
-    assert not broken
-    return found
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_every_picture_is_there_once_as_it_was(shards: dict[str, Path], scenes: Path, kind: str) -> None:
+def test_every_image_is_there_once_as_it_was_and_every_file_is_named(shards: Path, scenes: Path) -> None:
     parts = split_by_image(read_captions(scenes), seed=0, val_share=0.1, test_share=0.1)
+    splits = manifest.find(str(shards)) or {}
+    assert {path.name for path in shards.iterdir()} == {*parts, manifest.FILE}
     for split, images in parts.items():
         expected = {image.path.name: (image.path.read_bytes(), list(image.captions)) for image in images}
-        found = records(shards[kind], split)
-        assert len(found) == len(expected)
+        found = records(shards, split)
+        assert len(found) == len(expected) == sum(shard.samples for shard in splits[split])
         assert {r.fields["name"]: (r.image, r.fields["captions"]) for r in found} == expected
         assert all((r.fields["width"], r.fields["height"]) == (32, 32) for r in found)
-    assert [r.fields["name"] for r in records(shards[kind], "train")] != [i.path.name for i in parts["train"]]
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_the_manifest_names_every_file_and_what_is_in_it(shards: dict[str, Path], kind: str) -> None:
-    manifest = Manifest.find(str(shards[kind]))
-    assert manifest is not None and manifest.format == kind
-    assert {split: manifest.samples(split) for split in manifest.splits} == {"train": 32, "val": 4, "test": 4}
-    for split, part in manifest.splits.items():
-        others = {"fields.parquet"} | ({"index.json"} if kind == "litdata" else set())
-        assert {path.name for path in (shards[kind] / split).iterdir()} == {s.file for s in part} | others
-        for shard in part:
-            content = (shards[kind] / split / shard.file).read_bytes()
+        assert all(r.fields["txt"] == r.fields["captions"][0] for r in found)
+        there = {path.name for path in (shards / split).iterdir()}
+        assert there == {shard.file for shard in splits[split]} | {manifest.FIELDS_FILE}
+        for shard in splits[split]:
+            content = (shards / split / shard.file).read_bytes()
             assert (len(content), hashlib.sha256(content).hexdigest()) == (shard.bytes, shard.sha256)
-    assert {path.name for path in shards[kind].iterdir()} == {"train", "val", "test", FILE}
+    assert [r.fields["name"] for r in records(shards)] != [i.path.name for i in parts["train"]]
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_an_interrupted_conversion_goes_on_and_ends_the_same(
-    shards: dict[str, Path], scenes: Path, tmp_path: Path, kind: str
+def test_an_interrupted_conversion_continues_and_ends_the_same(
+    shards: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, out = captioned(read_captions(scenes), settings(kind), **SPLITS), tmp_path / "out"
-    blocked = out / "train" / f".00004.{'bin' if kind == 'litdata' else 'tar'}.tmp"
-    blocked.mkdir(parents=True)  # the fifth shard cannot be written
-    (out / "train").rename(tmp_path / "train")
-    out.rmdir()
-    with pytest.raises(RunFailed, match="give the same command again"):
-        (tmp_path / "blocked").mkdir()
-        _convert_with(source, settings(kind), out, tmp_path / "train")
+    def full(records: Iterator[Record], path: Path) -> None:
+        if path.name == ".00004.tar.tmp":
+            raise OSError(28, "No space left on device")
+        write(records, path)
+
+    out, write = tmp_path / "out", convert.write_tar
+    monkeypatch.setattr(convert, "write_tar", full)
+    with pytest.raises(RunFailed, match=r"No space left.*give the same command again"):
+        converted(scenes, out)
+    monkeypatch.undo()
     done = {path: path.stat().st_mtime_ns for path in out.glob("train/0*")}
-    assert len(done) == 4 and not (out / FILE).exists()
-    blocked.rmdir()
-    convert(source, settings(kind), out, 1)
+    assert len(done) == 4 and not (out / manifest.FILE).exists()
+    with pytest.raises(UserError, match="the beginning of another conversion"):
+        converted(scenes, out, 4)
+    converted(scenes, out)
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what was there was not written again"
-    once, again = Manifest.find(str(shards[kind])), Manifest.find(str(out))
-    assert once is not None and again is not None and once.splits == again.splits
+    for path in shards.rglob("*.*"):
+        assert (out / path.relative_to(shards)).read_bytes() == path.read_bytes()
 
 
-def _convert_with(source: Any, how: Settings, out: Path, blocking: Path) -> None:
-    """Convert into a folder in which something is in the way of one shard."""
-    from clip_lightning.data.shards import convert as module
-
-    module._begin(out, module._plan(source, how))
-    blocking.rename(out / "train")
-    convert(source, how, out, 1)
-
-
-def test_several_processes_write_the_same_files(
-    shards: dict[str, Path], scenes: Path, tmp_path: Path
-) -> None:
-    how = settings("litdata")
-    convert(captioned(read_captions(scenes), how, **SPLITS), how, tmp_path / "out", 2)
-    for path in shards["litdata"].rglob("*.bin"):
-        assert (tmp_path / "out" / path.relative_to(shards["litdata"])).read_bytes() == path.read_bytes()
-
-
-def test_a_finished_conversion_is_left_alone_and_another_refused(scenes: Path, tmp_path: Path) -> None:
-    how = settings("webdataset")
-    source = captioned(read_captions(scenes), how, **SPLITS)
-    manifest, _ = convert(source, how, tmp_path / "out", 1)
-    again, _ = convert(source, how, tmp_path / "out", 1)
-    assert again.splits == manifest.splits
-    other = settings("webdataset", short_side=16)
+def test_a_finished_conversion_is_left_alone_and_another_refused(shards: Path, scenes: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in shards.rglob("*")}
+    converted(scenes, shards)
+    assert {path: path.stat().st_mtime_ns for path in shards.rglob("*")} == before
     with pytest.raises(UserError, match="another conversion"):
-        convert(source, other, tmp_path / "out", 1)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").touch()
+        converted(scenes, shards, short_side=16)
     with pytest.raises(UserError, match="not empty"):
-        convert(source, how, tmp_path / "full", 1)
+        converted(scenes, shards / "train")
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_long_pictures_are_made_smaller_and_stay_upright(tmp_path: Path, turned: bool) -> None:
+def test_long_images_are_made_smaller_and_stay_upright(tmp_path: Path, turned: bool) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6 if turned else 1
     pixels = np.zeros((60, 90, 3), np.uint8)
     pixels[:, :45] = 255  # white on the left, as stored
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
     Image.fromarray(pixels[:10, :12]).save(tmp_path / "b.png")
-    (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,A,train\nb.png,B,train\n")
-    how = settings("webdataset", short_side=20)
-    convert(captioned(read_captions(tmp_path), how, **{**SPLITS, "val_share": 0.0}), how, tmp_path / "out", 1)
-    found = {r.fields["name"]: r for r in records(tmp_path / "out", "train")}
-    assert found["b.png"].image == (tmp_path / "b.png").read_bytes(), "smaller ones stay as they are"
-    small = Image.open(io.BytesIO(found["a.jpg"].image))
+    (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,A,train\nb.png,B,val\n")
+    out = converted(tmp_path, tmp_path / "out", short_side=20)
+    assert records(out, "val")[0].image == (tmp_path / "b.png").read_bytes(), "smaller ones stay as they are"
+    (record,) = records(out)
+    small = record.opened()
     assert small.size == ((20, 30) if turned else (30, 20))
-    assert (found["a.jpg"].fields["width"], found["a.jpg"].fields["height"]) == small.size
+    assert (record.fields["width"], record.fields["height"]) == small.size
     middle = np.asarray(small.convert("L"))
     first, last = (middle[3], middle[-4]) if turned else (middle[:, 3], middle[:, -4])
     assert first.min() > 240 and last.max() < 15, "what was left is on top once it is turned"
 
 
-def test_broken_pictures_are_named_and_left_out(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture())
-    (tmp_path / "b.jpg").write_bytes(b"no picture")
-    (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,A,train\nb.jpg,B,train\n")
-    how = settings("litdata")
-    source = captioned(read_captions(tmp_path), how, **{**SPLITS, "val_share": 0.0})
-    manifest, left_out = convert(source, how, tmp_path / "out", 1)
-    assert manifest.samples("train") == 1
-    assert left_out == {"b.jpg": "not a picture of a known format"}
-
-
-def test_a_file_that_is_away_for_a_moment_is_not_left_out(
+def test_broken_images_are_left_out_but_not_those_that_cannot_be_read_at_the_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_lightning.data.images.time.sleep", lambda seconds: None)
-    rows = [f"{number}.jpg,A,train" for number in range(2)]
-    for row in rows:
-        (tmp_path / row.split(",")[0]).write_bytes(picture())
-    (tmp_path / "captions.csv").write_text("\n".join(["image,caption,split", *rows]))
-    how = settings("webdataset")
-    source = captioned(read_captions(tmp_path), how, **{**SPLITS, "val_share": 0.0})
-    (tmp_path / "1.jpg").rename(tmp_path / "away")
-    with pytest.raises(RunFailed, match=r"1\.jpg cannot be read at the moment"):
-        convert(source, how, tmp_path / "out", 1)
-    (tmp_path / "away").rename(tmp_path / "1.jpg")
-    manifest, left_out = convert(source, how, tmp_path / "out", 1)
-    assert (manifest.samples("train"), left_out) == (2, {})
+    (tmp_path / "a.jpg").write_bytes(picture())
+    (tmp_path / "b.jpg").write_bytes(b"not an image")
+    (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,A,train\nb.jpg,B,val\n")
+    source = captioned(tmp_path, 5)
+    (tmp_path / "a.jpg").rename(tmp_path / "away.jpg")
+    with pytest.raises(RunFailed, match=r"a\.jpg cannot be read \(No such file.*give the same command again"):
+        convert.convert(source, Settings(5), tmp_path / "out", 1)
+    (tmp_path / "away.jpg").rename(tmp_path / "a.jpg")
+    splits, left_out = convert.convert(source, Settings(5), tmp_path / "out", 1)
+    assert [*splits] == ["train"] and left_out == {"b.jpg": "not an image of a known format"}
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: 1 / 0)
+    with pytest.raises(RunFailed, match=r"no sample can be used.*division by zero"):
+        converted(tmp_path, tmp_path / "odd headers")
 
 
-def test_tars_become_chunks_with_their_fields_and_a_filter(tmp_path: Path) -> None:
+def test_tars_are_converted_with_their_fields_and_a_filter(tmp_path: Path) -> None:
     for number in range(3):
         laion(tmp_path / f"{number}.tar", range(4 * number, 4 * number + 4), similarity=lambda n: n / 10)
-    how = settings("litdata", filters=("similarity >= 0.35",))
-    manifest, _ = convert(tars(str(tmp_path), "train"), how, tmp_path / "out", 1)
-    found = records(tmp_path / "out", "train")
-    assert [record.key for record in found] == [f"{number:09d}" for number in range(4, 12)]
+    found = records(converted(tmp_path, tmp_path / "out", filters=("similarity >= 0.35",)))
+    assert [key(record) for record in found] == [f"{number:09d}" for number in range(4, 12)]
     assert found[0].fields == {"similarity": 0.4, "txt": "text 4", "width": 20, "height": 20}
-    assert [shard.samples for shard in manifest.splits["train"]] == [4, 4], "the first tar has left nothing"
-
-
-def test_no_sample_that_passes_is_said(tmp_path: Path) -> None:
-    laion(tmp_path / "0.tar", range(3))
-    how = settings("litdata", filters=("similarity > 0",))
+    shards = (manifest.find(str(tmp_path / "out")) or {})["train"]
+    assert [shard.samples for shard in shards] == [4, 4], "the first tar has left nothing"
     with pytest.raises(RunFailed, match="no sample can be used or passes the filters"):
-        convert(tars(str(tmp_path), "train"), how, tmp_path / "out", 1)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"version": 2}, "version 2"),
-        ({"format": "zip"}, "damaged"),
-        ({"splits": {"train": [{"file": "../../x", "samples": 1, "bytes": 1, "sha256": ""}]}}, "damaged"),
-        ({"splits": {"train": [{"file": "a/b", "samples": 1, "bytes": 1, "sha256": ""}]}}, "damaged"),
-        ({"splits": {"../up": []}}, "damaged"),
-        ({"splits": {"train": [{"file": "a", "samples": -1, "bytes": 1, "sha256": ""}]}}, "damaged"),
-        ({"splits": 3}, "damaged"),
-        ({"splits": {"train": [{"file": "a"}]}}, "damaged"),
-    ],
-)
-def test_a_manifest_from_a_stranger(shards: dict[str, Path], change: dict[str, Any], said: str) -> None:
-    content = json.loads((shards["litdata"] / FILE).read_bytes())
-    with pytest.raises(UserError, match=said):
-        Manifest.load(json.dumps(content | change).encode(), "x")
+        converted(tmp_path, tmp_path / "none", filters=("similarity > 9",))
 
 
 @given(st.binary(max_size=60))
-def test_a_manifest_of_anything(data: bytes) -> None:
+def test_a_manifest_from_a_stranger(shards: Path, data: bytes) -> None:
+    content = json.loads((shards / manifest.FILE).read_bytes())
+    shard = {"file": "a.tar", "samples": 1, "bytes": 1, "sha256": ""}
+    assert manifest.load(json.dumps(content | {"splits": {"train": [shard]}}).encode(), "x")
+    wrong: list[Any] = [{"file": "../../x"}, {"file": "a/b"}, {"samples": -1}, {"bytes": "1"}, {"more": 1}]
+    splits: list[Any] = [3, {"../up": []}, {"train": [{"file": "a"}]}]
+    changes = [{"splits": each} for each in [*splits, *({"train": [shard | each]} for each in wrong)]]
+    for change in ({"version": 2}, {"format": "litdata"}, *changes):
+        with pytest.raises(UserError, match=r"x is damaged .*convert the data again"):
+            manifest.load(json.dumps(content | change).encode(), "x")
     with pytest.raises(UserError):
-        Manifest.load(data, "x")
+        manifest.load(data, "x")
 
 
 # Which captions, which samples --------------------------------------------------------------------------
@@ -303,42 +265,126 @@ def test_fields_are_drawn_by_their_probabilities() -> None:
     assert choice.all(fields) == ["a", "s", "t"]
     with pytest.raises(BrokenRecord, match="no caption in alt, synthetic"):
         choice.draw({"caption": "never"}, 1, rng)
+    for probability in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="number above 0"):
+            CaptionChoice({"txt": probability})
 
 
-@pytest.mark.parametrize("share", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_share_that_is_none(share: float) -> None:
-    with pytest.raises(UserError, match="share above 0"):
-        CaptionChoice({"txt": share})
+def test_filters() -> None:
+    for text, passing, failing in [
+        ("width >= 200", 200, 199),
+        ("similarity>0.28", "0.29", 0.28),
+        ("punsafe < 0.1", 0, None),
+        ("NSFW == UNLIKELY", "UNLIKELY", "LIKELY"),
+        ("NSFW != 'NSFW'", "UNLIKELY", "NSFW"),
+        ("width <= 1e3", 1000, 1001),
+        ("width == 5", 5.0, "five"),
+        ("width > 5", 7, float("nan")),
+    ]:
+        assert Filter.parse(text)([passing, failing]).tolist() == [True, False], text
+    for text in ("", "width", "width >", "width >> 3", "width > big", "__import__('os') > 1", "> 3"):
+        with pytest.raises(UserError, match=r"--data.shards.filters"):
+            Filter.parse(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "passing", "failing"),
-    [
-        ("width >= 200", {"width": 200}, {"width": 199}),
-        ("similarity>0.28", {"similarity": "0.29"}, {"similarity": 0.28}),
-        ("punsafe < 0.1", {"punsafe": 0}, {"punsafe": None}),
-        ("NSFW == UNLIKELY", {"NSFW": "UNLIKELY"}, {"NSFW": "LIKELY"}),
-        ("NSFW != 'NSFW'", {"NSFW": "UNLIKELY"}, {"NSFW": "NSFW"}),
-        ("width <= 1e3", {"width": 1000}, {"width": 1001}),
-        ("width == 5", {"width": 5.0}, {"width": "five"}),
-        ("width > 5", {"width": 6}, {}),
-        ("width > 5", {"width": True, "width ": 1} | {"width": 7}, {"width": float("nan")}),
-    ],
+# What is in a tar ---------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(codec="utf-8", exclude_characters="./\0\n"), min_size=1, max_size=60),
+            st.integers(0, 3),
+            st.binary(max_size=1200),
+        ),
+        unique_by=lambda each: each[0],
+        max_size=4,
+    ),
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
-def test_a_filter(text: str, passing: dict[str, Any], failing: dict[str, Any]) -> None:
-    condition = Filter.parse(text)
-    assert condition(passing) and not condition(failing)
+def test_samples_are_found_where_tarfile_finds_them(
+    tmp_path_factory: pytest.TempPathFactory, found: list[tuple[str, int, bytes]], kind: int
+) -> None:
+    made = {f"{'folder/' * 20 * depth}{name}": image for name, depth, image in found}
+    if kind == tarfile.USTAR_FORMAT:  # which has no room for other names
+        made = {f"{'folder/' * 20 * (i % 2)}{i}": image for i, image in enumerate(made.values())}
+    path = tmp_path_factory.mktemp("tars") / "a.tar"
+    write_tar(path, {name: {"JPG": image, "txt": b"t"} for name, image in made.items()}, kind)
+    with tarfile.open(path) as tar:
+        members = [member for member in tar if member.name.endswith(".JPG") and member.name[:2] != "__"]
+        expected = {each.name[:-4]: tar.extractfile(each).read() for each in members}  # type: ignore[union-attr]
+    with path.open("rb") as file:
+        table = tars.scan(file, "a")
+    content = path.read_bytes()
+    places = zip(table[tars.OFFSET].to_pylist(), table[tars.BYTES].to_pylist(), strict=True)
+    read = [tars.read_record(content[offset : offset + length], "a") for offset, length in places]
+    assert {record.name[2:]: record.image for record in read} == expected
+    assert table["key"].to_pylist() == [*expected]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "width", "width >", "width >> 3", "width > big", "__import__('os') > 1", "> 3"]
-)
-def test_a_filter_that_is_none(text: str) -> None:
-    with pytest.raises(UserError, match=r"--data.shards.filters"):
-        Filter.parse(text)
+def test_damaged_tars_and_samples_are_named_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "LARGEST_SAMPLE", 100_000)
+    laion(tmp_path / "good.tar", range(6))
+    cut = laion(tmp_path / "cut.tar", range(10, 16))
+    cut.write_bytes(cut.read_bytes()[:12000])
+    (tmp_path / "none.tar").write_bytes(b"no tar at all" * 100)
+    (tmp_path / "void.tar").touch()
+    strange = {
+        "20": {"jpg": b"not an image", "txt": b"x"},
+        "21": {"txt": b"no image"},
+        "22": {"jpg": picture(), "txt": b"x", "json": b"{"},
+        "23": {"jpg": picture()},
+        "24": {"PNG": picture(), "txt": b"fine", "json": b'{"big": 1%s, "bad": "\\ud800"}' % (b"0" * 400)},
+        "25": {"jpg": picture(), "json": b"[" * 9000},
+        "26": {"jpg": b"large" * 30_000, "txt": b"x"},
+        "27": {"npy": b"not read" * 30_000, "cls": b"x", "jpg": picture(), "txt": b"x"},
+        "._28": {"jpg": b"", "txt": b"x"},
+        "__meta__/29": {"jpg": b"", "txt": b"x"},
+    }
+    write_tar(tmp_path / "odd.tar", strange)
+    data = dataset(tmp_path)
+    broken = data.tars.take_broken()
+    assert not data.tars.take_broken()
+    drawn = [data.__getitems__([(0, sample)]) for _, sample in ShardSampler(data, 1)]
+    reasons = {name.removeprefix(f"{tmp_path}/"): reason for name, reason in broken.items()}
+    assert reasons == {
+        "cut.tar": "it is cut off",
+        "none.tar": "not a tar, or damaged at byte 0",
+        "void.tar": "it is cut off",
+        "odd.tar#21": "no image",
+        "odd.tar#22": "its JSON cannot be read",
+        "odd.tar#25": "its JSON cannot be read",
+        "odd.tar#26": "its 153,089 bytes are more than 100,000",
+    }
+    read = {int(name.rpartition("#")[2]) for samples in drawn for name in samples.names or ()}
+    assert read >= {0, 1, 2, 3, 4, 5, 10, 24, 27} and not read & {20, 21, 22, 23, 25, 26}
+    later = {name.rpartition("#")[2]: reason for samples in drawn for name, reason in samples.broken.items()}
+    assert set(later) == {"20", "23"} and later["23"] == "no caption in captions, txt, caption"
+    (tmp_path / "odd.tar").write_bytes(gzip.compress((tmp_path / "odd.tar").read_bytes()))
+    with pytest.raises(UserError, match=r"odd\.tar is compressed.*unpack it"):
+        dataset(tmp_path)
+    none = write_tar(tmp_path / "a.tar", {str(n): {"jpg": b"none", "txt": b"x"} for n in range(5)})
+    with pytest.raises(UserError, match="100 samples in a row cannot be used"):
+        dataset(none).__getitems__([(0, 0)])
 
 
-# Chunks -------------------------------------------------------------------------------------------------
+def test_a_tar_is_gone_through_again_only_if_it_has_changed(tmp_path: Path, cache: Path) -> None:
+    tar = laion(tmp_path / "0.tar", range(3))
+    data = dataset(tmp_path)
+    (index,) = (cache / "index").iterdir()
+    written = index.stat().st_mtime_ns
+    assert len(names(dataset(tmp_path), 1)) == 3 and index.stat().st_mtime_ns == written
+    index.write_bytes(b"damaged")
+    assert len(names(dataset(tmp_path), 1)) == 3 and index.stat().st_mtime_ns != written
+    write_tar(tar, {"longer": {"txt": b"x" * 9000, "jpg": picture()}})
+    with pytest.raises(RunFailed, match="so the tar has changed"):
+        data.tars.read(2)
+    assert names(dataset(tmp_path), 1) == ["longer"]
+
+
+# Order --------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -347,146 +393,153 @@ def test_a_filter_that_is_none(text: str) -> None:
     world_size=st.integers(1, 3),
     window=st.integers(1, 5),
     start=st.integers(0, 9),
+    epoch=st.integers(0, 2),
 )
-def test_chunks_in_windows_every_sample_once_for_any_number_of_ranks(
-    sizes: list[int], batch_size: int, world_size: int, window: int, start: int
+@settings(deadline=None)
+def test_every_sample_comes_once_in_a_pass_for_any_number_of_ranks(
+    sizes: list[int], batch_size: int, world_size: int, window: int, start: int, epoch: int
 ) -> None:
-    size, size_of_all = batch_size * world_size, sum(sizes)
-    if size_of_all < size:
-        return
-    alone = ChunkSampler(sizes, size, window=window, seed=3, rank=0, world_size=1)
-    alone.set_epoch(1)
-    order = [position for _, position in alone]
-    assert len(set(order)) == len(order) == size_of_all // size * size
-    whole = ChunkSampler(sizes, 1, window=window, seed=3, rank=0, world_size=1)
-    whole.set_epoch(1)
-    everything = [position for _, position in whole]
-    assert sorted(everything) == list(range(size_of_all)) and everything[: len(order)] == order
-    chunk_of = np.repeat(np.arange(len(sizes)), sizes)
-    seen = [set(chunk_of[everything[i : i + 1]].tolist()) for i in range(size_of_all)]
-    opened = [len(set().union(*seen[: i + 1]) & set().union(*seen[i:])) for i in range(size_of_all)]
-    assert max(opened) <= window, "no more chunks than that are begun and not finished"
-    start = min(start, len(order) // size)
-    parts = []
-    for rank in range(world_size):
-        sampler = ChunkSampler(sizes, batch_size, window=window, seed=3, rank=rank, world_size=world_size)
-        sampler.set_epoch(1)
+    made = mock.Mock(seed=3, window=window, weights=np.array([1.0]), streams=[range(len(sizes))])
+    made.tars.count = sizes.__getitem__
+    made.tars.numbers = lambda tar: 100 * tar + np.arange(sizes[tar])
+
+    def order(samples: int, batch_size: int, start: int = 0, **ranks: int) -> list[int]:
+        made.samples = samples
+        sampler = ShardSampler(made, batch_size, **ranks)
+        sampler.set_epoch(epoch)
         sampler.start_batch = start
-        parts.append([position for _, position in sampler])
-    batches = zip(*(np.array(part).reshape(-1, batch_size) for part in parts), strict=True)
-    assert [p for batch in batches for part in batch for p in part.tolist()] == order[start * size :]
+        return [sample for _, sample in sampler]
+
+    size, total = batch_size * world_size, sum(sizes)
+    if total < size:
+        return
+    everything, whole = order(total, 1), order(total, size)
+    assert len(set(everything)) == total and everything[: len(whole)] == whole
+    tars_of = [sample // 100 for sample in everything]
+    begun = [len({*tars_of[: i + 1]} & {*tars_of[i:]}) for i in range(total)]
+    assert max(begun) <= window, "no more tars than that are begun and not finished"
+    start = min(start, len(whole) // size)
+    parts = [
+        np.array(order(total, batch_size, start, rank=rank, world_size=world_size)).reshape(-1, batch_size)
+        for rank in range(world_size)
+    ]
+    assert np.concatenate(parts, axis=1).ravel().tolist() == whole[start * size :]
 
 
-def reading(**changes: Any) -> Reading:
-    options = {"captions_per_image": 1, "batch_size": 4, "seed": 0, "rank": 0, "world_size": 1} | changes
-    return Reading(**{"transform": TRANSFORM, "augmentation": Augmentation()} | options)
-
-
-def chunk_dataset(folder: Path, *filters: str, **changes: Any) -> ChunkDataset:
-    manifest = Manifest.find(str(folder))
-    assert manifest is not None
-    folders = [ChunkFolder(str(folder), manifest, "train", 4)]
-    how = reading(**{"augmentation": Augmentation(min_scale=0.5), "captions_per_image": 2} | changes)
-    return ChunkDataset(folders, how, CaptionChoice(), [Filter.parse(text) for text in filters])
-
-
-def test_a_sample_is_a_function_of_seed_epoch_and_position(shards: dict[str, Path]) -> None:
-    dataset = chunk_dataset(shards["litdata"])
-    batch = dataset.__getitems__([(0, 3), (0, 30), (0, 4)])
-    (alone,) = [dataset.__getitems__([(0, 30)])]
-    assert torch.equal(batch.pictures[1], alone.pictures[0])
-    assert batch.captions[2:4] == alone.captions and batch.image_id[1] == alone.image_id[0]
-    later, otherwise = dataset.__getitems__([(1, 30)]), chunk_dataset(shards["litdata"], seed=1)
-    assert not torch.equal(later.pictures[0], alone.pictures[0])
-    assert not torch.equal(otherwise.__getitems__([(0, 30)]).pictures[0], alone.pictures[0])
-    record = dataset.record(30)
-    assert set(alone.captions) <= set(record.fields["captions"]) and len(set(alone.captions)) == 2
-    assert alone.names == [record.name] and record.name.endswith(f"/train/00006.bin#{record.key}")
-
-
-def test_filters_choose_rows_by_the_table(tmp_path: Path) -> None:
+def test_epochs_of_another_length_continue_the_pass(tmp_path: Path) -> None:
     for number in range(3):
-        laion(tmp_path / f"{number}.tar", range(4 * number, 4 * number + 4), similarity=lambda n: n % 3)
-    how = settings("litdata")
-    convert(tars(str(tmp_path), "train"), how, tmp_path / "out", 1)
-    dataset = chunk_dataset(tmp_path / "out", "similarity == 1", "width >= 20")
-    assert [dataset.record(i).key for i in range(len(dataset))] == [f"{n:09d}" for n in (1, 4, 7, 10)]
-    assert dataset.chunk_sizes == [1, 2, 1]
-    with pytest.raises(
-        UserError, match="no sample has 'height_'; there are key, similarity, txt, width, height"
+        laion(tmp_path / f"{number}.tar", range(4 * number, 4 * number + 4))
+    data = dataset(tmp_path, samples_per_epoch=5, window=2)
+    seen = [name for epoch in range(12) for name in names(data, 1, epoch)]
+    assert len(seen) == 60
+    passes = [seen[first : first + 12] for first in range(0, 60, 12)]
+    assert all(len({*part}) == 12 for part in passes) and len({*map(tuple, passes)}) == 5
+
+
+def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
+    often, seldom = laion(tmp_path / "a.tar", range(10)), laion(tmp_path / "b.tar", range(100, 130))
+    data = dataset(sources={str(often): 3.0, str(seldom): 1.0}, samples_per_epoch=100)
+    epochs = [names(data, 1, epoch) for epoch in range(8)]
+    counts = Counter(name for epoch in epochs for name in epoch)
+    first = sum(count for name, count in counts.items() if int(name) < 100)
+    assert abs(first - 600) < 40 and epochs[0] != epochs[1]
+    for part in ([n for n in counts if int(n) < 100], [n for n in counts if int(n) >= 100]):
+        assert max(counts[n] for n in part) - min(counts[n] for n in part) <= 1, "pass after pass"
+    assert sorted(names(dataset(often, seldom), 40)) == sorted(counts), "without weights every sample once"
+    with pytest.raises(UserError, match="expected above 0"):
+        dataset(sources={str(often): 0.0})
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_number(shards: Path, tmp_path: Path) -> None:
+    data = dataset(shards, captions_per_image=2)
+    numbers = [number for tar in range(7) for number in data.tars.numbers(tar).tolist()]
+    batch = data.__getitems__([(0, numbers[3]), (0, numbers[30]), (0, numbers[4])])
+    alone = data.__getitems__([(0, numbers[30])])
+    assert torch.equal(batch.pictures[1], alone.pictures[0]) and batch.captions[2:4] == alone.captions
+    for other in (
+        data.__getitems__([(1, numbers[30])]),
+        dataset(shards, seed=1).__getitems__([(0, numbers[30])]),
     ):
-        chunk_dataset(tmp_path / "out", "height_ > 1")
-    with pytest.raises(UserError, match="no sample passes"):
-        chunk_dataset(tmp_path / "out", "width > 1000")
+        assert not torch.equal(other.pictures[0], alone.pictures[0])
+    record = data.tars.read(numbers[30])
+    assert {*alone.captions} <= {*record.fields["captions"]} and len({*alone.captions}) == 2
+    assert alone.names == [record.name] and record.name.endswith(f"/train/00006.tar#{key(record)}")
+    write_tar(tmp_path / "a.tar", {str(n): {"jpg": picture(n % 2), "txt": b"x"} for n in range(4)})
+    ids = dataset(tmp_path).__getitems__([(0, sample) for sample in range(4)]).image_id
+    assert ids[0] == ids[2] != ids[1] == ids[3], "copies of an image have one id"
 
 
 def test_a_broken_sample_gives_way_to_the_next(tmp_path: Path) -> None:
     half = picture(1, (200, 200))[:3000]  # its header can be read
-    write_tar(
-        tmp_path / "0.tar",
-        {
-            "a": {"jpg": half, "txt": b"a"},
-            "b": {"jpg": picture(2)},
-            "c": {"jpg": picture(3), "txt": b"c"},
-        },
-    )
-    how = settings("litdata")
-    convert(tars(str(tmp_path), "train"), how, tmp_path / "out", 1)
-    dataset = chunk_dataset(tmp_path / "out", captions_per_image=1)
-    samples = dataset.__getitems__([(0, 0), (0, 2)])
-    assert samples.captions == ["c", "c"]
-    reasons = {name.rpartition("#")[2]: reason for name, reason in samples.broken.items()}
-    assert set(reasons) == {"a", "b"} and reasons["b"] == "no caption in captions, txt, caption"
+    kept = {"b": {"jpg": picture(2)}, "c": {"jpg": picture(3), "txt": b"c"}, "d": {"jpg": picture(4)}}
+    write_tar(tmp_path / "0.tar", {"a": {"jpg": half, "txt": b"a"}, **kept})
+    for source in (tmp_path, converted(tmp_path, tmp_path / "out")):
+        samples = dataset(source).__getitems__([(0, 0), (0, 2), (0, 3)])
+        assert samples.captions == ["c", "c", "c"]
+        reasons = {name.rpartition("#")[2]: reason for name, reason in samples.broken.items()}
+        assert {*reasons} == {"a", "b", "d"} and reasons["b"] == "no caption in captions, txt, caption"
 
 
-def test_a_chunk_that_was_cut_off_is_seen_at_the_start(scenes: Path, tmp_path: Path) -> None:
-    how = settings("litdata")
-    convert(captioned(read_captions(scenes), how, **SPLITS), how, tmp_path / "out", 1)
-    file = tmp_path / "out" / "train" / "00002.bin"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"00002.bin is not there, or not of"):
-        chunk_dataset(tmp_path / "out")
+@pytest.mark.parametrize("form", ["converted", "tars", "remote"])
+def test_from_two_workers_and_two_ranks_to_one_no_sample_is_lost_or_repeated(
+    shards: Path, served: Callable[[Path], str], form: str
+) -> None:
+    source = {"converted": shards, "tars": shards / "train", "remote": served(shards / "train")}[form]
+    options = {"samples_per_epoch": 32} if form == "remote" else {}
 
-
-def keys_of(loader: DataLoader[Any]) -> list[list[str]]:
-    return [[name.rpartition("#")[2] for name in samples.names] for samples in loader]
-
-
-def test_from_two_workers_and_two_ranks_to_one_no_sample_is_lost_or_repeated(shards: dict[str, Path]) -> None:
-    def loader(rank: int, world: int, workers: int, start: int = 0) -> DataLoader[Any]:
-        dataset = chunk_dataset(shards["litdata"])
-        sampler = ChunkSampler(dataset.chunk_sizes, 8 // world, window=2, seed=0, rank=rank, world_size=world)
+    def loader(rank: int, world: int, workers: int, start: int = 0) -> list[list[str]]:
+        data = dataset(source, window=2, **options)
+        sampler = ShardSampler(data, 8 // world, rank=rank, world_size=world)
         sampler.start_batch = start
-        return DataLoader(
-            dataset, 8 // world, sampler=sampler, num_workers=workers, collate_fn=lambda samples: samples
-        )
+        how = {"sampler": sampler, "num_workers": workers, "collate_fn": lambda samples: samples.names}
+        return list(DataLoader(data, 8 // world, **how))
 
-    undisturbed = keys_of(loader(0, 1, 0))
-    first = [a + b for a, b in zip(*(keys_of(loader(rank, 2, 2))[:2] for rank in range(2)), strict=True)]
-    rest = keys_of(loader(0, 1, 1, start=2))
+    undisturbed = loader(0, 1, 0)
+    first = [a + b for a, b in zip(*(loader(rank, 2, 2)[:2] for rank in range(2)), strict=True)]
+    rest = loader(0, 1, 1, start=2)
     assert first + rest == undisturbed
-    seen = [key for batch in first + rest for key in batch]
-    assert len(seen) == len(set(seen)) == 32
+    seen = [name for batch in first + rest for name in batch]
+    assert len(seen) == len({*seen}) == 32
+
+
+def test_filters_choose_samples_by_the_fields_of_any_type(tmp_path: Path) -> None:
+    laion(tmp_path / "0.tar", range(4), score=lambda n: n if n else None, odd=lambda n: None)
+    laion(tmp_path / "1.tar", range(4, 8), score=float, odd=lambda n: "x", late=lambda n: True)
+    laion(tmp_path / "2.tar", range(8, 12), score=float, odd=lambda n: n)
+    converted(tmp_path, tmp_path / "out")
+    expected = {
+        "score > 2": range(3, 12),
+        "score != 5": [*range(1, 5), *range(6, 12)],
+        "odd == x": range(4, 8),
+        "odd >= 9": range(9, 12),
+        "odd != x": range(8, 12),
+        "late == 1": range(4, 8),
+        "txt == 'text 3'": [3],
+    }
+    for source in (tmp_path, tmp_path / "out"):
+        for text, numbers in expected.items():
+            assert sorted(map(int, names(dataset(source, filters=[text]), 1))) == [*numbers], text
+        assert names(dataset(source, filters=["score >= 2", "odd == x", "txt != 'text 5'"]), 3)
+        for text in ("score > 99", "height_ > 1"):
+            with pytest.raises(
+                UserError, match=r"no sample passes .*filters; there are the fields .*score, txt"
+            ):
+                dataset(source, filters=[text])
 
 
 # Other machines -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def served(shards: dict[str, Path]) -> Iterator[Callable[[Path], str]]:
+def served() -> Iterator[Callable[[Path], str]]:
     """Serves a folder by HTTP and gives its URL."""
     servers: list[http.server.ThreadingHTTPServer] = []
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            """Tests need no log."""
-
     def serve(folder: Path) -> str:
-        handler = functools.partial(Quiet, directory=str(folder))
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_address[1]}"
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_address[1]}"
 
     yield serve
     for server in servers:
@@ -494,278 +547,143 @@ def served(shards: dict[str, Path]) -> Iterator[Callable[[Path], str]]:
         server.server_close()
 
 
+@pytest.mark.parametrize("form", ["converted", "tars"])
 @pytest.mark.parametrize("protocol", ["file", "http"])
-def test_remote_chunks_are_copied_checked_and_removed_again(
-    shards: dict[str, Path],
-    served: Callable[[Path], str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    protocol: str,
+def test_remote_tars_are_read_as_local_ones_and_their_copies_bounded(
+    shards: Path, served: Callable[[Path], str], cache: Path, protocol: str, form: str
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    here = shards["litdata"]
+    here = shards if form == "converted" else shards / "train"
     source = f"file://{here}" if protocol == "file" else served(here)
-    manifest = Manifest.find(source)
-    assert manifest is not None
-    chunks = ChunkFolder(source, manifest, "train", keep=3)
-    local = ChunkFolder(str(here), manifest, "train", keep=3)
-    for row in np.random.default_rng(0).permutation(len(local)).tolist():
-        there, expected = chunks[row], local[row]
-        assert (there.image, there.fields, there.key) == (expected.image, expected.fields, expected.key)
-        assert len(list(tmp_path.rglob("*.bin"))) <= 3
-    assert not list(tmp_path.rglob("*.tmp"))
+    options = {} if form == "converted" else {"samples_per_epoch": 32}
+    data = dataset(source, window=2, budget=100_000, **options)
+    for epoch in range(2):
+        assert names(data, 4, epoch) == names(dataset(here, window=2), 4, epoch)
+    copies = [path.stat().st_size for path in (cache / "copies").iterdir() if path.suffix != ".lock"]
+    assert 0 < sum(copies) <= 100_000 < sum(path.stat().st_size for path in (shards / "train").glob("*.tar"))
+    assert sum(tar.spans is not None for tar in data.tars._tars) <= (7 if form == "converted" else 4)
 
 
-def test_a_remote_chunk_that_is_not_what_was_written_is_refused(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    how = settings("litdata")
-    convert(captioned(read_captions(scenes), how, **SPLITS), how, tmp_path / "out", 1)
-    file = tmp_path / "out" / "train" / "00000.bin"
+def test_a_remote_tar_that_is_not_what_was_written_is_refused(scenes: Path, tmp_path: Path) -> None:
+    file = converted(scenes, tmp_path / "out") / "train" / "00000.tar"
     content = bytearray(file.read_bytes())
     content[500] ^= 1
     file.write_bytes(content)
-    manifest = Manifest.find(f"file://{tmp_path / 'out'}")
-    assert manifest is not None
-    chunks = ChunkFolder(f"file://{tmp_path / 'out'}", manifest, "train", 3)
-    assert chunks[6].image
-    with pytest.raises(OSError, match="its checksum differs"):
-        chunks[0]
+    data = dataset(f"file://{tmp_path / 'out'}")
+    assert data.tars.read(1 << 32).image
+    with pytest.raises(UserError, match="its checksum differs"):
+        data.tars.read(0)
 
 
-def test_remote_tars(shards: dict[str, Path], served: Callable[[Path], str]) -> None:
-    url = served(shards["webdataset"])
-    training = TrainingShards(ShardOptions(sources=url), None)  # one of them
-    assert training.samples == 32 and not training.chunked
-    broken: dict[str, str] = {}
-    found = list(read_tar(f"{url}/train/00000.tar", broken))
-    assert [r.image for r in found] == [r.image for r in records(shards["webdataset"], "train")[:5]]
-    assert list(read_tar(f"{url}/train/00099.tar", broken)) == [] and "00099.tar" in next(iter(broken))
+def test_networks_may_fail_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    laion(tmp_path / "0.tar", range(3))
+    failing: list[Exception] = [
+        OSError("reset"),
+        TimeoutError(),
+        ValueError("what a library of a store raises"),
+    ]
+    copy = LocalFileSystem.get_file
+
+    def get_file(*arguments: Any) -> None:
+        if failing:
+            raise failing.pop()
+        copy(*arguments)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", get_file)
+    url = f"file://{tmp_path}/{{0..1}}.tar"
+    data = dataset(url, samples_per_epoch=3)
+    assert sorted(names(data, 1)) == [f"{number:09d}" for number in range(3)] and not failing
+    (broken,) = data.tars.take_broken().items()
+    assert broken[0].endswith("/1.tar") and broken[1] == "there is no such file"
+    laion(tmp_path / "0.tar", range(3, 7))
+    failing += [OSError("reset by peer")] * 4
+    with pytest.raises(RunFailed, match=r"0\.tar cannot be read here: reset by peer"):
+        dataset(url, samples_per_epoch=3).tars.count(0)
+    assert len(names(dataset(url, samples_per_epoch=4), 1)) == 4, "nothing of the fault is kept"
 
 
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("DIR/{00000..00003}.tar", "there is no .*00003.tar"),
-        ("DIR/nothing*.tar", "names no file"),
-        ("DIR/empty", "names no file"),
-        ("DIR/absent", "there is no .*absent"),
-        ("nope://x/{0..1}.tar", "cannot be read here: Protocol not known: nope"),
-    ],
-)
-def test_sources_that_name_nothing(tmp_path: Path, source: str, said: str) -> None:
+def test_patterns_name_files_in_order_or_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for number in range(3):
-        (tmp_path / f"{number:05d}.tar").touch()
-    with pytest.raises(UserError, match=said):
-        for url in expand(source.replace("DIR", str(tmp_path))):
-            list(read_tar(url, {}))
-
-
-def test_patterns_name_files_in_order(tmp_path: Path) -> None:
-    for number in range(3):
-        (tmp_path / f"{number:05d}.tar").touch()
-    names = [str(tmp_path / f"{number:05d}.tar") for number in range(3)]
-    for source in (
-        tmp_path,
-        f"{tmp_path}/{{00000..00002}}.tar",
-        f"{tmp_path}/*.tar",
-        f"{tmp_path}/0000{{0,1,2}}.tar",
-    ):
-        assert expand(str(source)) == names
+    files = [str(tmp_path / f"{number:05d}.tar") for number in range(3)]
+    for file in files:
+        Path(file).touch()
+    for source in ("", "/{00000..00002}.tar", "/*.tar", "/0000{0,1,2}.tar"):
+        assert storage.expand(f"{tmp_path}{source}") == files
     assert (
-        expand(f"file://{tmp_path}") == expand(f"file://{tmp_path}/*.tar") == [f"file://{n}" for n in names]
+        storage.expand(f"file://{tmp_path}")
+        == storage.expand(f"file://{tmp_path}/*.tar")
+        == [f"file://{f}" for f in files]
     )
-
-
-# Tars ---------------------------------------------------------------------------------------------------
-
-
-def tar_dataset(
-    sources: list[TarSource], *filters: str, shuffle_buffer: int = 3, **changes: Any
-) -> TarDataset:
-    conditions = [Filter.parse(text) for text in filters]
-    return TarDataset(sources, reading(**changes), CaptionChoice(), conditions, shuffle_buffer=shuffle_buffer)
-
-
-def numbers(samples: Any) -> list[int]:
-    return [int(name.rpartition("#")[2]) for name in samples.names]
-
-
-def test_ranks_and_workers_share_the_tars_of_a_pass(tmp_path: Path) -> None:
-    urls = tuple(str(laion(tmp_path / f"{n}.tar", range(8 * n, 8 * n + 8))) for n in range(4))
-    seen: list[int] = []
-    for rank in range(2):
-        dataset = tar_dataset([TarSource(urls, 1.0)], rank=rank, world_size=2, shuffle_buffer=1)
-        for batch in range(4):  # 16 samples: half of all
-            samples = dataset[BatchKey(0, 0, batch)]
-            assert [text.split()[1] for text in samples.captions] == [str(n) for n in numbers(samples)]
-            seen += numbers(samples)
-    assert sorted(seen) == list(range(32))
-
-
-def test_with_fewer_tars_than_readers_each_reads_all(tmp_path: Path) -> None:
-    urls = (str(laion(tmp_path / "0.tar", range(8))),)
-    for rank in range(2):
-        dataset = tar_dataset([TarSource(urls, 1.0)], rank=rank, world_size=2, shuffle_buffer=1)
-        seen = [n for batch in range(4) for n in numbers(dataset[BatchKey(0, 0, batch)])]
-        assert Counter(seen) == dict.fromkeys(range(8), 2), "pass after pass"
-
-
-def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
-    often = TarSource((str(laion(tmp_path / "a.tar", range(10))),), 3.0)
-    seldom = TarSource((str(laion(tmp_path / "b.tar", range(100, 110))),), 1.0)
-    dataset = tar_dataset([often, seldom], shuffle_buffer=20)
-    seen = [n for batch in range(250) for n in numbers(dataset[BatchKey(0, 0, batch)])]
-    # three standard deviations of a binomial of 1,000 at 0.75 are 41
-    assert abs(sum(n < 100 for n in seen) - 750) < 41
-
-
-def test_a_filter_on_a_stream(tmp_path: Path) -> None:
-    source = TarSource((str(laion(tmp_path / "a.tar", range(10), similarity=lambda n: n / 10)),), 1.0)
-    dataset = tar_dataset([source], "similarity > 0.55")
-    assert {n for batch in range(5) for n in numbers(dataset[BatchKey(0, 0, batch)])} == {6, 7, 8, 9}
-    with pytest.raises(UserError, match=r"no sample in .*a\.tar and 0 more tars"):
-        tar_dataset([source], "similarity > 2")[BatchKey(0, 0, 0)]
-
-
-def test_damaged_tars_and_samples_are_named_and_passed_over(tmp_path: Path) -> None:
-    good = laion(tmp_path / "good.tar", range(6))
-    cut = laion(tmp_path / "cut.tar", range(10, 16))
-    cut.write_bytes(cut.read_bytes()[:5000])
-    none = tmp_path / "none.tar"
-    none.write_bytes(b"no tar at all" * 100)
-    odd = write_tar(
-        tmp_path / "odd.tar",
-        {
-            "20": {"jpg": b"no picture", "txt": b"x"},
-            "21": {"txt": b"no picture"},
-            "22": {"jpg": picture(), "txt": b"x", "json": b"{"},
-            "23": {"jpg": picture()},
-            "24": {"PNG": picture(), "txt": b"fine"},
-        },
-    )
-    urls = tuple(map(str, (good, cut, none, odd, tmp_path / "absent.tar")))
-    dataset = tar_dataset([TarSource(urls, 1.0)], shuffle_buffer=1)
-    broken: dict[str, str] = {}
-    seen = set()
-    for batch in range(8):
-        samples = dataset[BatchKey(0, 0, batch)]
-        broken |= samples.broken
-        seen |= set(numbers(samples))
-    assert seen >= {0, 1, 2, 3, 4, 5, 24} and not seen & {20, 21, 22, 23}
-    reasons = {name.removeprefix(f"{tmp_path}/"): reason for name, reason in broken.items()}
-    assert set(reasons) == {"cut.tar", "none.tar", "absent.tar", *(f"odd.tar#{n}" for n in (20, 21, 22, 23))}
-    assert reasons["odd.tar#21"] == "no picture" and reasons["odd.tar#22"] == "its JSON cannot be read"
-
-
-def test_nothing_but_broken_pictures_ends(tmp_path: Path) -> None:
-    samples = {str(n): {"jpg": b"none", "txt": b"x"} for n in range(5)}
-    source = TarSource((str(write_tar(tmp_path / "a.tar", samples)),), 1.0)
-    with pytest.raises(UserError, match="100 samples in a row cannot be used"):
-        tar_dataset([source])[BatchKey(0, 0, 0)]
-
-
-def test_copies_of_a_picture_have_one_id(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "a.tar", {str(n): {"jpg": picture(n % 2), "txt": b"x"} for n in range(4)})
-    samples = tar_dataset([TarSource((str(tar),), 1.0)])[BatchKey(0, 0, 0)]
-    ids = {number % 2: set() for number in range(2)}
-    for number, image_id in zip(numbers(samples), samples.image_id.tolist(), strict=True):
-        ids[number % 2].add(image_id)
-    assert len(ids[0]) == len(ids[1]) == 1 and ids[0] != ids[1]
+    for source, message in {
+        f"{tmp_path}/{{00000..00003}}.tar": "there is no .*00003.tar",
+        f"{tmp_path}/nothing*.tar": "names no file",
+        f"{tmp_path}/empty": "names no file",
+        f"{tmp_path}/absent": "names no file",
+        "nope://x/*.tar": "cannot be read here: Protocol not known: nope",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            storage.expand(source)
 
 
 # The options ----------------------------------------------------------------------------------------------
 
 
-def test_how_many_samples_an_epoch_of_tars_has(tmp_path: Path) -> None:
+def test_how_many_samples_an_epoch_has(served: Callable[[Path], str], tmp_path: Path) -> None:
     laion(tmp_path / "0.tar", range(4))
     laion(tmp_path / "1.tar", range(4, 10))
+    url = served(tmp_path)
+    assert dataset(tmp_path).samples == 10 and dataset(tmp_path, filters=["txt == 'text 3'"]).samples == 1
     with pytest.raises(UserError, match=r"it is not known how many samples .*0\.tar holds"):
-        TrainingShards(ShardOptions(), tmp_path).loading(reading())
+        dataset(url)
     for number, count in enumerate((4, 6)):
         (tmp_path / f"{number}_stats.json").write_text(json.dumps({"successes": count}))
-    _, sampler = TrainingShards(ShardOptions(), tmp_path).loading(reading())
-    assert len(sampler) == 2
-    _, sampler = TrainingShards(ShardOptions(samples_per_epoch=50), tmp_path).loading(reading(world_size=2))
-    assert len(sampler) == 6
-    with pytest.raises(UserError, match="not one batch of 4 on each of 3"):
-        TrainingShards(ShardOptions(), tmp_path).loading(reading(world_size=3))
+    assert dataset(url).samples == 10 and dataset(url, samples_per_epoch=50).samples == 50
+    with pytest.raises(UserError, match=r"batch of 4 on each of 3 devices is larger"):
+        ShardSampler(dataset(url), 4, world_size=3)
 
 
-def test_sources_that_do_not_go_together(shards: dict[str, Path], tmp_path: Path) -> None:
-    lit, tar = str(shards["litdata"]), str(shards["webdataset"])
-    laion(tmp_path / "0.tar", range(4))
-    for sources, said in (
-        ([lit, tar], "one kind"),
-        ([lit, str(tmp_path)], "one kind"),
-        ({lit: 1.0, f"{lit}/": 2.0}, "weights are for tars"),
-    ):
-        with pytest.raises(UserError, match=said):
-            TrainingShards(ShardOptions(sources=sources), None)
-    with pytest.raises(UserError, match="samples_per_epoch is for tars"):
-        TrainingShards(ShardOptions(samples_per_epoch=3), lit)
-    with pytest.raises(UserError, match="weight above 0"):
-        ShardOptions(sources={lit: 0.0})
-    with pytest.raises(UserError, match="window 0"):
-        ShardOptions(window=0)
+def test_tars_that_are_not_what_the_manifest_says(shards: Path, scenes: Path, tmp_path: Path) -> None:
+    out = converted(scenes, tmp_path / "out")
+    fields = out / "train" / manifest.FIELDS_FILE
+    parquet.write_table(parquet.read_table(fields).drop_columns([tars.OFFSET, tars.BYTES]), fields)
+    assert names(dataset(out), 4) == names(dataset(shards), 4), "an earlier version wrote it so"
+    fields.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"fields\.parquet is damaged.*convert the data again"):
+        dataset(out)
+    file = out / "train" / "00002.tar"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"00002\.tar is not of .* bytes; convert the data again"):
+        dataset(out)
 
 
-def test_pictures_to_validate_on_are_files_with_every_caption(
-    shards: dict[str, Path], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_to_validate_on_are_files_with_every_caption(
+    shards: Path, scenes: Path, tmp_path: Path, served: Callable[[Path], str]
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     expected = split_by_image(read_captions(scenes), seed=0, val_share=0.1, test_share=0.1)["val"]
-    for source in (*map(str, shards.values()), str(scenes)):
+    for source in (str(shards), str(scenes)):
         found = held_out(source, "val", CaptionChoice())
         assert [image.captions for image in found] == [image.captions for image in expected]
         assert [image.path.read_bytes() for image in found] == [i.path.read_bytes() for i in expected]
-    laion(tmp_path / "0.tar", range(4), synthetic=lambda n: f"made {n}")
-    both = held_out(str(tmp_path / "0.tar"), "val", CaptionChoice({"txt": 1.0, "synthetic": 1.0}))
-    assert [image.captions for image in both] == [(f"text {n}", f"made {n}") for n in range(4)]
-    assert held_out(str(tmp_path / "0.tar"), "val", CaptionChoice())[0].captions == ("text 0",)
-
-
-def test_remote_pictures_to_validate_on_are_read_anew_when_they_change(
-    served: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "tars").mkdir()
     url = f"{served(tmp_path / 'tars')}/0.tar"
     for count in (3, 20):
-        laion(tmp_path / "tars" / "0.tar", range(count))
+        tar = laion(tmp_path / "tars" / "0.tar", range(count), synthetic=lambda n: f"made {n}")
         found = held_out(url, "val", CaptionChoice())
-        assert [image.captions for image in found] == [(f"text {n}",) for n in range(count)]
-    with pytest.raises(UserError, match=r"1\.tar cannot be read"):
+        assert [image.captions for image in found] == [(f"text {n}",) for n in range(count)], "read again"
+    both = held_out(str(tar), "val", CaptionChoice({"txt": 1.0, "synthetic": 1.0}))
+    assert [image.captions for image in both] == [(f"text {n}", f"made {n}") for n in range(20)]
+    with pytest.raises(UserError, match=r"there is no .*1\.tar"):
         held_out(url.replace("0.tar", "1.tar"), "val", CaptionChoice())
+    with pytest.raises(UserError, match=r"no sample to validate on.*no caption in alt"):
+        held_out(str(tar), "val", CaptionChoice({"alt": 1.0}))
 
 
-def test_a_picture_with_an_odd_header_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    laion(tmp_path / "0.tar", range(3))
-    monkeypatch.setattr(Image.Image, "getexif", lambda self: 1 / 0)
-    with pytest.raises(RunFailed, match="division by zero"):
-        convert(tars(str(tmp_path), "train"), settings("webdataset"), tmp_path / "out", 1)
-
-
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-@pytest.mark.parametrize("kind", FORMATS)
+@quiet
 def test_the_commands(
-    command: Callable[..., list[str]],
-    scenes: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
+    command: Callable[..., list[str]], scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "out"
-    assert main(["data", "convert", str(scenes), "--to", kind, "--out", str(out), "--num_workers", "1"]) == 0
-    said = capfd.readouterr().out
-    assert (
-        said
-        == f"32 to train, 4 to val, 4 to test: clip-lightning fit --data.dataset shards --data.root {out}\n"
-    )
+    assert main(["data", "convert", str(scenes), "--out", str(out), "--num_workers", "1"]) == 0
+    counts = "32 to train, 4 to val, 4 to test"
+    assert capfd.readouterr().out == f"{counts}: clip-lightning fit --data.dataset shards --data.root {out}\n"
     options = {
         "data__dataset": "shards",
         "data__root": out,
@@ -779,57 +697,37 @@ def test_the_commands(
     assert scores["finished"] and scores["rsum"] > 0 and scores["step"] in (8, 16)
     assert main(command("test", tmp_path / "runs", ckpt_path="last", **options)) == 0
     assert "rsum" in capfd.readouterr().out
+    options |= {"trainer__max_epochs": 4, "data__shards__samples_per_epoch": 16}
+    assert main(command("fit", tmp_path / "runs", ckpt_path="last", **options)) != 0
+    assert "trained with --data.shards.samples_per_epoch 32, this is 16;" in capfd.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@quiet
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
-        (["--data.shards.window=2"], "--data.shards.* are options of --data.dataset shards"),
-        (["--data.dataset=shards", "--data.root=nowhere"], "there is no nowhere"),
-        (["--data.dataset=shards", "--data.shards.val=nowhere"], "names no file"),
-        (["--data.dataset=shards", "--data.shards.sources=[SHARDS]"], "each name data"),
-        (
-            ["--data.dataset=shards", "--data.root=SHARDS", "--data.shards.filters=[wide]"],
-            "FIELD COMPARISON VALUE",
-        ),
-        (["--data.dataset=shards", "--data.root=SHARDS", "--data.batch_size=64"], "batch of 64"),
-        (["--data.dataset=shards", "--data.root=TARS"], "nothing to validate on"),
+        ("root=nowhere", "nowhere names no file"),
+        ("root=SHARDS shards.val=nowhere", "nowhere"),
+        ("shards.sources=[SHARDS]", "each name data"),
+        ("root=SHARDS batch_size=64", "batch of 64"),
+        ("root=SHARDS/train", "nothing to validate on"),
+        ("root=VAL", "has no train split"),
+        ("root=SHARDS shards.window=0", "window 0: expected 1 or more"),
     ],
 )
-def test_what_is_said_of_wrong_options(
+def test_invalid_options_are_one_line(
     command: Callable[..., list[str]],
-    shards: dict[str, Path],
+    shards: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-    words: list[str],
-    said: str,
+    arguments: str,
+    message: str,
 ) -> None:
-    laion(tmp_path / "0.tar", range(4))
-    (tmp_path / "0_stats.json").write_text('{"successes": 4}')
-    given_words = [
-        word.replace("SHARDS", str(shards["litdata"])).replace("TARS", str(tmp_path)) for word in words
-    ]
-    assert main([*command("fit", tmp_path / "runs"), *given_words]) != 0
-    assert said in capfd.readouterr().err.splitlines()[-1]
-
-
-def test_fields_of_several_types_are_one_table_and_filter_alike(tmp_path: Path) -> None:
-    laion(tmp_path / "0.tar", range(4), score=lambda n: n if n else None, odd=lambda n: None)
-    laion(tmp_path / "1.tar", range(4, 8), score=float, odd=lambda n: "x", late=lambda n: True)
-    laion(tmp_path / "2.tar", range(8, 12), score=float, odd=lambda n: n)
-    how = settings("litdata")
-    convert(tars(str(tmp_path), "train"), how, tmp_path / "out", 1)
-    samples = records(tmp_path / "out", "train")
-    for text in (
-        "score > 2",
-        "score != 5",
-        "odd == x",
-        "odd >= 9",
-        "odd != x",
-        "late == 1",
-        "txt == 'text 3'",
-    ):
-        kept = [record.key for record in samples if Filter.parse(text)(record.fields)]
-        dataset = chunk_dataset(tmp_path / "out", text)
-        assert kept and [dataset.record(position).key for position in range(len(dataset))] == kept, text
+    shutil.copytree(shards / "val", tmp_path / "val")
+    content = json.loads((shards / manifest.FILE).read_bytes())
+    content["splits"].pop("train")
+    (tmp_path / manifest.FILE).write_text(json.dumps(content))
+    line = arguments.replace("SHARDS", str(shards)).replace("VAL", str(tmp_path)).split()
+    options = [f"--data.{option}" for option in ("dataset=shards", *line)]
+    assert main([*command("fit", tmp_path / "runs"), *options]) != 0
+    assert message in capfd.readouterr().err.splitlines()[-1]

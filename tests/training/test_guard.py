@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from clip_lightning.data.datamodule import CaptionDataModule
-from clip_lightning.data.formats import read_captions
 from clip_lightning.data.shards.convert import Settings, captioned, convert
 from clip_lightning.errors import RunFailed
 from clip_lightning.training.guard import NonFinite
@@ -138,14 +137,12 @@ def test_samples_of_shards_are_named_too(
     fit: Fit, tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    how = Settings("litdata", 5, None, 92, ())
-    shares = {"val_share": 0.1, "test_share": 0.1, "split_seed": 0}
-    convert(captioned(read_captions(scenes), how, **shares), how, tmp_path / "shards", 1)
+    convert(captioned(scenes, 5), Settings(5), tmp_path / "shards", 1)
     with pytest.raises(RunFailed, match="3 steps in a row"):
         fit(Poison({1, 2, 3}), root=tmp_path / "shards", dataset="shards")
     batches = json.loads((tmp_path / "non-finite.json").read_text())
     names = [name for batch in batches for name in batch["names"]]
-    assert len(set(names)) == 24 and all(".bin#" in name for name in names)
+    assert len(set(names)) == 24 and all(".tar#" in name for name in names)
 
 
 @pytest.mark.filterwarnings("ignore:step . is left out")
@@ -203,11 +200,6 @@ def test_the_command_ends_with_status_1_and_a_checkpoint(
         "trainer.limit_val_batches": 0,
         "trainer.default_root_dir": tmp_path / "runs",
     }
-    few_steps = {"trainer.limit_val_batches": 1.0, "trainer.default_root_dir": tmp_path / "few-steps"}
-    with pytest.warns(UserWarning, match="not finite"):
-        assert main(["fit", *(f"--{name}={value}" for name, value in (options | few_steps).items())]) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert "training has diverged: at step 8, 4 of 4 image embeddings are not finite; lower --model" in line
     with pytest.warns(UserWarning, match="not finite"):
         assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 1
     assert "20 steps in a row had a gradient that is not finite" in capsys.readouterr().err

@@ -22,7 +22,6 @@ STEPS, EVERY, MOST_GROWTH = 10_000, 50, 12e6
 WAYS: dict[str, dict[str, Any]] = {
     "cached features": {"model__freeze": "both"},
     "pictures": {"model__freeze": "none", "data__cache": "off", "data__num_workers": 1},
-    "litdata": {"model__freeze": "none", "data__cache": "off", "data__num_workers": 1},
     "tars": {"model__freeze": "none", "data__cache": "off", "data__num_workers": 1},
 }
 
@@ -66,10 +65,9 @@ def test_memory_is_flat(command: Callable[..., list[str]], scenes: Path, tmp_pat
         done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr
 
-    if way in ("litdata", "tars"):
-        kind = "litdata" if way == "litdata" else "webdataset"
-        size = ["--samples_per_shard", "5"]
-        run(["data", "convert", str(scenes), "--to", kind, "--out", str(tmp_path / "shards"), *size])
+    if way == "tars":
+        out = str(tmp_path / "shards")
+        run(["data", "convert", str(scenes), "--out", out, "--samples_per_shard", "5"])
         options |= {"data__dataset": "shards", "data__root": tmp_path / "shards"}
     run(command("fit", tmp_path / "runs", **options))
     notes = [json.loads(line) for line in (tmp_path / "memory").read_text().splitlines()]

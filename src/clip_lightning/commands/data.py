@@ -1,4 +1,4 @@
-"""`clip-lightning data check|convert|upload`: captioned pictures looked at, put into shards, given to W&B."""
+"""`clip-lightning data check|convert|upload`: captioned images checked, put into tars, uploaded to W&B."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from clip_lightning.arguments import run_functions
 from clip_lightning.data.columns import RECOGNISED, ReadOptions
@@ -105,7 +105,6 @@ def check(
 def convert(
     root: str,
     *,
-    to: Literal["litdata", "webdataset"],
     out: Path,
     dataset: str = "auto",
     read: ReadOptions = RECOGNISED,
@@ -120,64 +119,52 @@ def convert(
     num_workers: int | None = None,
     json: bool = False,
 ) -> None:
-    """Write captioned pictures, or the samples of tars, as shards to stream from in training.
+    """Write captioned images, or the samples of tars, as WebDataset tars to train from.
 
-    An interrupted conversion goes on when the same command is given again.
+    If a conversion was interrupted, the same command continues it.
 
     Args:
         root: the data set's folder, or its annotation file; or WebDataset tars, as img2dataset writes them: a
             folder, a URL or a pattern such as DIR/{00000..00099}.tar.
-        to: litdata, whose shards can be read at any place, so that a run resumes exactly; or webdataset, tars
-            that other programs read too.
-        out: new folder for the shards.
+        out: a new folder for the tars, with a list of them and of their samples.
         dataset: how to read root: auto, flickr8k, flickr30k, captions or folder.
         read: columns and image folder, if they are not recognised.
-        val_share: part of the pictures to validate on where the data has no splits, as for fit.
-        test_share: likewise, to test on.
-        split_seed: of that draw, and of the order that training pictures are written in.
+        val_share: the fraction of the images to validate on if the data has no splits, as for fit.
+        test_share: the fraction to test on, likewise.
+        split_seed: the seed of that draw, and of the order in which training images are written.
         split: what samples of tars are for: train, val or test.
-        filters: conditions on what is written beside a picture, 'similarity > 0.28'; width and height are
-            there of every picture.
-        samples_per_shard: of captioned pictures; each tar becomes one shard.
-        short_side: pixels that longer pictures are re-encoded to, as JPEG; all stay as they are if not given.
-        quality: of these JPEGs, 1 to 100.
-        num_workers: processes; one for each core if not given.
+        filters: conditions on a sample's fields, 'similarity > 0.28'; every image has a width and a height.
+        samples_per_shard: the number of captioned images in a tar; from each tar one tar is made.
+        short_side: pixels to which longer images are re-encoded, as JPEG; without it all stay as they are.
+        quality: that of these JPEGs, 1 to 100.
+        num_workers: the number of processes; one per core by default.
         json: print one JSON object instead.
     """
     from clip_lightning.data.captions import SPLITS
     from clip_lightning.data.datamodule import usable_cores
-    from clip_lightning.data.formats import read_captions
+    from clip_lightning.data.shards import convert as conversion
+    from clip_lightning.data.shards.storage import holds_tars
     from clip_lightning.errors import UserError
 
-    try:
-        from clip_lightning.data.shards import convert as conversion
-        from clip_lightning.data.shards.storage import holds_tars
-    except ModuleNotFoundError as error:
-        raise UserError(f"shards need {error.name}: pip install 'clip-lightning[shards]'") from error
     if num_workers is not None and num_workers < 1:
         raise UserError(f"--num_workers {num_workers}: expected 1 or more")
     if split not in SPLITS:
         raise UserError(f"--split {split}: expected {', '.join(SPLITS)}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a new folder")
-    settings = conversion.Settings(to, samples_per_shard, short_side, quality, tuple(filters or ()))
+    settings = conversion.Settings(samples_per_shard, short_side, quality, tuple(filters or ()))
     if holds_tars(root):
         source = conversion.tars(root, split)
     else:
-        source = conversion.captioned(
-            read_captions(Path(root), dataset, read),
-            settings,
-            val_share=val_share,
-            test_share=test_share,
-            split_seed=split_seed,
-        )
-    manifest, left_out = conversion.convert(source, settings, out, num_workers or usable_cores())
+        shares = val_share, test_share
+        source = conversion.captioned(Path(root), samples_per_shard, dataset, *shares, split_seed, read)
+    splits, left_out = conversion.convert(source, settings, out, num_workers or usable_cores())
     if left_out:
         name, reason = next(iter(left_out.items()))
         print(one_line(f"left out {len(left_out)} samples, the first: {name}: {reason}"), file=sys.stderr)
-    counts = {part: manifest.samples(part) for part in manifest.splits}
+    counts = {part: sum(shard.samples for shard in shards) for part, shards in splits.items()}
     if json:
-        print(json_module.dumps({"out": str(out), "format": to, "samples": counts, "left_out": left_out}))
+        print(json_module.dumps({"out": str(out), "samples": counts, "left_out": left_out}))
     else:
         said = ", ".join(f"{count:,} to {part}" for part, count in counts.items())
         print(f"{said}: clip-lightning fit --data.dataset shards --data.root {out}")

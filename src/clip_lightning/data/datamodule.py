@@ -24,7 +24,7 @@ from clip_lightning.data.features import FeatureCache, Features, default_cache
 from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.data.origin import Origin, find_origin
 from clip_lightning.data.sampler import EvalSampler, FirstEpoch, TrainSampler
-from clip_lightning.data.shards.options import Reading, ShardOptions, TrainingSource, training_shards
+from clip_lightning.data.shards.training import ShardDataset, ShardOptions, ShardSampler
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
 from clip_lightning.wandb_fetch import Fetched, fetched
@@ -99,7 +99,8 @@ class CaptionDataModule(LightningDataModule):
             split_seed: of the drawing of these shares; keep it fixed to compare runs.
             cache: where features of frozen towers are kept: `auto` for the cache folder, `off` to run
                 frozen towers at every step, or a folder.
-            cache_gb: size in gigabytes (10^9 bytes) that the cache is cut back to, oldest first.
+            cache_gb: size in gigabytes (10^9 bytes) that the cache is cut back to, oldest first; so are the
+                copies of remote tars.
             views: cached versions of each training picture: plain, mirrored, then as the augmentation says.
             seed: of the order, the captions and the augmentation.
         """
@@ -148,6 +149,7 @@ class CaptionDataModule(LightningDataModule):
         self.augmentation = augmentation or Augmentation(flip=dataset != "scenes")
         self.max_broken = max_broken
         self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
+        self.cache_gb = cache_gb
         self.cache = (
             None
             if cache == "off"
@@ -160,7 +162,7 @@ class CaptionDataModule(LightningDataModule):
         self._unusable = 0
         self._resume: dict[str, Any] = {}
         self._images: dict[str, list[CaptionedImage]] = {}
-        self._training: TrainingSource | None = None
+        self._streamed: ShardDataset | None = None
         self._content: dict[str, list[int]] = {}
         self._picture_features: dict[str, list[Features]] = {}
         self._text_features: dict[str, Features] = {}
@@ -190,7 +192,7 @@ class CaptionDataModule(LightningDataModule):
             self._read_captions()
         self._check_ranks()
         if stage == "fit":
-            if not self._images["train"] and self._training is None:
+            if not self._images["train"] and self._streamed is None:
                 raise UserError(f"{self.root} has no train split; give data that has one to --data.root")
             self._batches()  # complains of a batch that is too large before anything is computed
 
@@ -215,20 +217,28 @@ class CaptionDataModule(LightningDataModule):
         self._note_broken(captions.left_out)
 
     def _read_shards(self, stage: str | None) -> None:
-        """Training is streamed; pictures to validate or test on become files like any others."""
-        # a URL is no path, which would lose one of its slashes
-        training = training_shards(self.shards, self._root or self.root)
-        parts = {split: training.held_out(split) for split in ("val", "test")}
+        """Training is streamed; images to validate or test on become files like any others."""
+        streamed = ShardDataset(
+            self.shards,
+            self._root or self.root,  # a URL is not a path, which would lose one of its slashes
+            self.transform,
+            self.augmentation,
+            captions_per_image=self.captions_per_image,
+            seed=self.seed,
+            budget=self.cache_gb * 1e9,
+        )
+        parts = {split: streamed.held_out(split) for split in ("val", "test")}
         if stage in ("fit", "validate") and not parts["val"]:
             raise UserError(
-                "nothing to validate on: no source has a val split; give captioned pictures or shards to "
+                "nothing to validate on: no source has a val split; give captioned images or tars to "
                 "--data.shards.val"
             )
         self._images = {"train": [], **parts}
-        self._training = training
+        self._streamed = streamed
         drawn = [replace(image, split=split) for split, part in parts.items() for image in part]
         evaluated = CaptionSet(self.root, tuple(drawn)).digest()
-        self.digest = hashlib.sha256(f"{training.digest}\0{evaluated}".encode()).hexdigest()
+        self.digest = hashlib.sha256(f"{streamed.digest}\0{evaluated}".encode()).hexdigest()
+        self._note_broken(streamed.tars.take_broken())
 
     def _check_ranks(self) -> None:
         """A name such as `latest` may mean something else to each of several machines."""
@@ -279,22 +289,13 @@ class CaptionDataModule(LightningDataModule):
         sampler.start_batch = done
         if self.trainer is not None and self.trainer.overfit_batches > 0:
             sampler = FirstEpoch(sampler)
-        whole = self._training is not None and not self._training.chunked  # a key is of a whole batch
-        return self._loader("train", dataset, sampler, None if whole else self.batch_size)
+        return self._loader("train", dataset, sampler, self.batch_size)
 
     def _batches(self) -> tuple[Any, Any]:
         """What a training loader reads, and in which order."""
-        if self._training is not None:
-            reading = Reading(
-                self.transform,
-                self.augmentation,
-                captions_per_image=self.captions_per_image,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                rank=self._rank,
-                world_size=self._world,
-            )
-            return self._training.loading(reading)
+        if self._streamed is not None:
+            ranks = {"rank": self._rank, "world_size": self._world}
+            return self._streamed, ShardSampler(self._streamed, self.batch_size, **ranks)
         images = self._images["train"]
         sampler = TrainSampler(
             len(images), self.batch_size, seed=self.seed, rank=self._rank, world_size=self._world
@@ -320,7 +321,8 @@ class CaptionDataModule(LightningDataModule):
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Note what was broken in the batch, and keep it off the device."""
-        self._note_broken(batch.pop("broken"))
+        found = {} if self._streamed is None else self._streamed.tars.take_broken()
+        self._note_broken(batch.pop("broken") | found)
         return batch
 
     def _eval_loader(self, split: str) -> DataLoader[Any]:
@@ -339,7 +341,7 @@ class CaptionDataModule(LightningDataModule):
         """Whether batches need neither pictures nor texts, only rows of features."""
         return split in self._picture_features and split in self._text_features
 
-    def _loader(self, split: str, dataset: Any, sampler: Any, batch_size: int | None) -> DataLoader[Any]:
+    def _loader(self, split: str, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[Any]:
         # reading cached rows is no work for another process
         workers = 0 if self._is_cached(split) else self.num_workers
         collate: Any = Collate(self.tokenize, self._text_features.get(split))  # takes what __getitems__ gives
@@ -360,7 +362,7 @@ class CaptionDataModule(LightningDataModule):
             return
         self.broken |= new
         total = self._unusable + sum(len(images) for images in self._images.values())
-        total += self._training.samples if self._training is not None else 0
+        total += 0 if self._streamed is None else self._streamed.samples
         path, reason = next(iter(new.items()))
         if len(self.broken) > self.max_broken * total:
             raise UserError(
@@ -388,9 +390,14 @@ class CaptionDataModule(LightningDataModule):
 
     def _must_agree(self, ranks: int) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint, or its batches would be others."""
-        window = {} if self._training is None else {"--data.shards.window": self.shards.window}
+        streamed, order = self._streamed, {}
+        if streamed is not None:
+            order = {
+                "--data.shards.window": streamed.window,
+                "--data.shards.samples_per_epoch": streamed.samples,
+            }
         return {
-            **window,
+            **order,
             "data (digest)": self.digest,
             "--seed_everything": self.seed,
             "--data.batch_size × ranks": self.batch_size * ranks,

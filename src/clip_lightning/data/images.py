@@ -91,7 +91,7 @@ def decode_bytes(data: bytes, *, max_pixels: int = 100_000_000) -> Tensor:
                     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                     pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
                     return pixels
-                return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+                return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
         except BrokenImage:
             raise
         except UnidentifiedImageError as error:
@@ -117,7 +117,7 @@ def to_pixels(image: Any) -> Tensor:
         if isinstance(image, bytes | bytearray | memoryview):
             return decode_bytes(bytes(image))
         if isinstance(image, Image.Image):
-            return torch.from_numpy(np.array(_to_rgb(image.copy()))).permute(2, 0, 1)
+            return torch.from_numpy(np.array(to_rgb(image.copy()))).permute(2, 0, 1)
         dtype, shape = str(getattr(image, "dtype", "")), tuple(getattr(image, "shape", ()))
         if isinstance(image, Tensor) and dtype == "torch.uint8" and shape[:-2] == (3,) and all(shape):
             return image.cpu()
@@ -139,7 +139,8 @@ def _is_complete(data: bytes) -> bool:
     return data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an upright RGB image, with transparency laid on white and 16 bits scaled to 8."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise BrokenImage("its pixels are floating-point numbers of unknown range")

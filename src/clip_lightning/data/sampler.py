@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -58,11 +59,15 @@ class TrainSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield this rank's pairs, batch after batch."""
         epoch, start, self.start_batch = self.epoch, self.start_batch, 0
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-        for batch in range(start, self.batches):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            for index in order[first : first + self.batch_size].tolist():
+        size, first = self.batch_size * self.world_size, self.batch_size * self.rank
+        order = self.order(epoch, start * size)
+        for _ in range(start, self.batches):
+            for index in list(islice(order, size))[first : first + self.batch_size]:
                 yield epoch, index
+
+    def order(self, epoch: int, skip: int) -> Iterator[int]:
+        """Yield the indices of an epoch in its order, without the first `skip`."""
+        return map(int, np.random.default_rng((self.seed, epoch)).permutation(self.size)[skip:])
 
 
 class FirstEpoch(SequentialSampler):

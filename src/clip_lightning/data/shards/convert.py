@@ -1,55 +1,54 @@
-"""`data convert`: captioned pictures, or the samples of tars, as new shards; in parallel, and resumable."""
+"""`data convert`: captioned images, or the samples of tars, as new tars; in parallel, and resumable."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
+from PIL import Image
+from pyarrow import parquet
 from tqdm import tqdm
 
-from clip_lightning.data.captions import CaptionedImage, CaptionSet, split_by_image, unreadable
-from clip_lightning.data.images import UnreadableFile, read_file
-from clip_lightning.data.shards.manifest import FIELDS_FILE, FILE, Format, Manifest, Shard
-from clip_lightning.data.shards.record import BrokenRecord, Filter, Record, passes
-from clip_lightning.data.shards.storage import expand, identities
-from clip_lightning.data.shards.tars import read_tar
-from clip_lightning.data.shards.write import SUFFIX, checksum, joined, sized, table, write_chunk, write_tar
+from clip_lightning.data.captions import CaptionedImage, split_by_image
+from clip_lightning.data.columns import RECOGNISED, ReadOptions
+from clip_lightning.data.formats import read_captions
+from clip_lightning.data.images import to_rgb
+from clip_lightning.data.shards.index import Tars
+from clip_lightning.data.shards.manifest import FIELDS_FILE, FILE, Shard, Splits, dump, load
+from clip_lightning.data.shards.record import BrokenRecord, Filter, Record
+from clip_lightning.data.shards.storage import expand, known
+from clip_lightning.data.shards.tars import joined, scan
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.files import write_atomically
 
 PENDING = "pending"
+_ORIENTATION, _FIRST_TURNED = 0x0112, 5  # EXIF's tag, and its first value for a quarter turn
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How shards are written.
+    """How tars are written; see `data convert`."""
 
-    Attributes:
-        format: of the shards.
-        samples_per_shard: of captioned pictures; a tar becomes one shard.
-        short_side: in pixels, that longer pictures are re-encoded to; None to keep all as they are.
-        quality: of the JPEGs that are written then, 1 to 100.
-        filters: conditions on a sample's fields.
-    """
-
-    format: Format
-    samples_per_shard: int
-    short_side: int | None
-    quality: int
-    filters: tuple[str, ...]
+    samples_per_shard: int = 2000
+    short_side: int | None = None
+    quality: int = 92
+    filters: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -63,264 +62,226 @@ class Settings:
             Filter.parse(text)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One shard to be written.
-
-    Attributes:
-        split: `train`, `val` or `test`.
-        number: of the shard in its split.
-        first: number of its first sample in the split.
-        images: what it holds; or else
-        tar: the tar whose samples it holds.
-    """
+class Job(NamedTuple):
+    """A tar to write: its split and number, and the captioned images or the tar that it is made from."""
 
     split: str
     number: int
-    first: int = 0
-    images: tuple[CaptionedImage, ...] = ()
-    tar: str | None = None
+    content: Sequence[CaptionedImage] | str
 
-    @property
-    def name(self) -> str:
-        """Of its files, without a suffix."""
-        return f"{self.number:05d}"
+    def note(self, out: Path) -> Path:
+        """Return the file that holds the table of its samples once the tar is finished."""
+        return out / PENDING / f"{self.split}-{self.number:05d}.parquet"
 
 
-@dataclass(frozen=True)
-class Source:
-    """What is converted.
+class Source(NamedTuple):
+    """What is converted: the tars to write, a digest of their content, and what is left out, with reasons."""
 
-    Attributes:
-        jobs: all shards.
-        digest: of what goes into them.
-        left_out: name → reason, of what was not usable before a picture was opened.
-    """
-
-    jobs: tuple[Job, ...]
+    jobs: Sequence[Job]
     digest: str
-    left_out: dict[str, str]
+    left_out: Mapping[str, str]
 
 
 def captioned(
-    captions: CaptionSet, settings: Settings, *, val_share: float, test_share: float, split_seed: int
+    root: Path,
+    samples_per_shard: int,
+    dataset: str = "auto",
+    val_share: float = 0.1,
+    test_share: float = 0.1,
+    split_seed: int = 0,
+    read: ReadOptions = RECOGNISED,
 ) -> Source:
-    """Divide captioned images as `fit` divides them, those of `train` in an order drawn once.
-
-    Raises:
-        UserError: they cannot be divided.
-    """
+    """Divide captioned images as `fit` divides them; those of `train` come in an order drawn once."""
+    captions = read_captions(root, dataset, read)
     parts = split_by_image(captions, seed=split_seed, val_share=val_share, test_share=test_share)
-    # neighbours in a folder resemble each other, and a reader mixes only samples that lie close together
+    # neighbours in a folder resemble each other, and other programs shuffle only what is close together
     order = np.random.default_rng(split_seed).permutation(len(parts["train"]))
     parts["train"] = [parts["train"][i] for i in order]
     jobs = [
-        Job(split, number, first, tuple(images[first : first + settings.samples_per_shard]))
+        Job(split, number, images[first : first + samples_per_shard])
         for split, images in parts.items()
-        for number, first in enumerate(range(0, len(images), settings.samples_per_shard))
+        for number, first in enumerate(range(0, len(images), samples_per_shard))
     ]
-    return Source(tuple(jobs), captions.digest(), captions.left_out)
+    return Source(jobs, captions.digest(), captions.left_out)
 
 
 def tars(source: str, split: str) -> Source:
-    """WebDataset tars, as img2dataset writes them, one shard each.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Take WebDataset tars, as img2dataset writes them; from each, one tar is made."""
     urls = expand(source)
-    jobs = [Job(split, number, tar=url) for number, url in enumerate(urls)]
-    digest = hashlib.sha256(json.dumps(identities(urls)).encode()).hexdigest()
-    return Source(tuple(jobs), digest, {})
+    digest = hashlib.sha256(json.dumps([*map(known, urls)]).encode()).hexdigest()
+    return Source([Job(split, number, url) for number, url in enumerate(urls)], digest, {})
 
 
-def convert(
-    source: Source, settings: Settings, out: Path, num_workers: int
-) -> tuple[Manifest, dict[str, str]]:
-    """Write all shards, those first that are not there yet, and `shards.json` when all are.
+def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> tuple[Splits, dict[str, str]]:
+    """Write the tars that are not there yet, and `shards.json` when all are.
 
-    Args:
-        source: what to write.
-        settings: how.
-        out: folder of the new data set; what an interrupted conversion of the same has left is kept.
-        num_workers: processes.
+    What an interrupted conversion of the same source has left in `out` is kept.
 
     Returns:
         What was written; and name → reason, of samples that could not be used.
 
     Raises:
         UserError: the folder holds something else.
-        RunFailed: there is no room, or no sample could be used.
+        RunFailed: there is no room, something cannot be read at the moment, or no sample could be used.
     """
-    plan = _plan(source, settings)
+    plan = {"source": source.digest, "shards": len(source.jobs), **asdict(settings)}
     if (out / FILE).exists():
-        return _converted(out, plan)
-    _begin(out, plan)
-    missing = [job for job in source.jobs if not _note(out, job).exists()]
-    with tqdm(total=len(source.jobs), initial=len(source.jobs) - len(missing), desc="shards", unit="") as bar:
-        for _ in _run(missing, settings, out, num_workers):
-            bar.update()
-    return _finish(source, settings, out, plan)
-
-
-def _plan(source: Source, settings: Settings) -> dict[str, Any]:
-    return {
-        "source": source.digest,
-        "shards": len(source.jobs),
-        **asdict(settings),
-        "filters": [*settings.filters],
-    }
-
-
-def _converted(out: Path, plan: dict[str, Any]) -> tuple[Manifest, dict[str, str]]:
-    manifest = Manifest.load((out / FILE).read_bytes(), str(out / FILE))
-    if {**manifest.settings, "left_out": None} != {**plan, "left_out": None}:
-        raise UserError(f"{out} holds another conversion; give another folder to --out, or remove it")
-    return manifest, dict(manifest.settings.get("left_out") or {})
-
-
-def _begin(out: Path, plan: dict[str, Any]) -> None:
+        splits, then = load((out / FILE).read_bytes(), str(out / FILE))
+        left_out = then.pop("left_out", {})
+        if json.dumps(then) != json.dumps(plan):
+            raise UserError(f"{out} holds another conversion; give another folder to --out, or remove it")
+        return splits, left_out
     note, content = out / PENDING / "plan.json", json.dumps(plan, indent=1).encode()
-    if note.exists():
-        if note.read_bytes() != content:
-            raise UserError(
-                f"{out} holds the beginning of another conversion; remove it, or give another --out"
-            )
-    elif out.exists() and any(out.iterdir()):
+    if note.exists() and note.read_bytes() != content:
+        raise UserError(f"{out} holds the beginning of another conversion; remove it, or give another --out")
+    if not note.exists() and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; give a new folder")
-    else:
+    try:
         write_atomically(note, content)
-
-
-def _note(out: Path, job: Job) -> Path:
-    """Written once the job's shard is in its place."""
-    return out / PENDING / f"{job.split}-{job.name}.json"
-
-
-# One shard ----------------------------------------------------------------------------------------------
+        missing = [job for job in source.jobs if not job.note(out).exists()]
+        done = len(source.jobs) - len(missing)
+        for _ in tqdm(_run(missing, settings, out, num_workers), "tars", len(source.jobs), initial=done):
+            pass
+        return _finish(source, out, plan)
+    except OSError as error:
+        raise RunFailed(
+            f"tars cannot be written to {out} ({error.strerror or error}); the finished ones stay: make room "
+            "and give the same command again"
+        ) from error
 
 
 def _run(jobs: Sequence[Job], settings: Settings, out: Path, num_workers: int) -> Iterator[None]:
     """Do the jobs, and yield after each."""
     do = partial(_write, settings=settings, out=out)
-    try:
-        if num_workers == 1 or len(jobs) < 2:
-            for job in jobs:
-                yield do(job)
-            return
-        # not fork: this process has threads
-        with ProcessPoolExecutor(
-            min(num_workers, len(jobs)), get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-        ) as pool:
-            futures: list[Future[None]] = [pool.submit(do, job) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    except BrokenProcessPool as error:
-        raise RunFailed(
-            "a process that wrote shards was killed, perhaps for memory; those that are there stay: give "
-            "the same command again, with fewer --num_workers"
-        ) from error
-    except OSError as error:
-        raise RunFailed(
-            f"shards cannot be written to {out} ({error.strerror or error}); those that are there stay: make "
-            "room and give the same command again"
-        ) from error
+    if num_workers == 1 or len(jobs) < 2:
+        yield from map(do, jobs)
+        return
+    # not fork: this process has threads
+    spawn, ignore = get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(min(num_workers, len(jobs)), spawn, signal.signal, ignore) as pool:
+        try:
+            for future in as_completed([pool.submit(do, job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise RunFailed(
+                "a process that wrote tars was killed, perhaps for memory; the finished tars stay: give the "
+                "same command again, with fewer --num_workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _write(job: Job, settings: Settings, out: Path) -> None:
-    """Write the shard beside its place, move it there, then note that it is done."""
-    folder = out / job.split
-    folder.mkdir(parents=True, exist_ok=True)
-    name = job.name + SUFFIX[settings.format]
-    path, draft = folder / name, folder / f".{name}.tmp"
+    """Write a tar beside its place, move it there, then note that it is finished."""
+    path = out / job.split / f"{job.number:05d}.tar"
+    draft = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     left_out: dict[str, str] = {}
-    rows: list[dict[str, Any]] = []
-    records = _noted(_records(job, settings, left_out), rows)
-    chunk = None
-    if settings.format == "litdata":
-        chunk = write_chunk(records, draft)
-    else:
-        write_tar(records, draft)
-    shard = checksum(draft, len(rows))
+    write_tar(_records(job, settings, left_out), draft)
+    with draft.open("rb") as file:
+        table = scan(file, path.name)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    shard = asdict(Shard(path.name, len(table), draft.stat().st_size, digest))
     draft.replace(path)
-    pa.parquet.write_table(table(rows), out / PENDING / f"{job.split}-{job.name}.parquet")
-    note = {"shard": asdict(shard) | {"file": name}, "chunk": chunk, "left_out": left_out}
-    write_atomically(_note(out, job), json.dumps(note).encode(errors="replace"))
+    content = io.BytesIO()
+    about = json.dumps({"shard": shard, "left_out": left_out})
+    parquet.write_table(table.replace_schema_metadata({"about": about}), content)
+    write_atomically(job.note(out), content.getvalue())
 
 
-def _noted(records: Iterator[Record], rows: list[dict[str, Any]]) -> Iterator[Record]:
-    for record in records:
-        rows.append({"key": record.key, **record.fields})
-        yield record
+def write_tar(records: Iterable[Record], path: Path) -> None:
+    """Write a WebDataset tar: per sample its image, `.txt` with the field of that name, `.json` with others.
+
+    The same samples make the same bytes.
+    """
+    with tarfile.open(path, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for record in records:
+            fields, files = dict(record.fields), {record.suffix(): record.image}
+            if isinstance(fields.get("txt"), str):
+                files["txt"] = fields.pop("txt").encode(errors="replace")
+            files["json"] = json.dumps(fields, ensure_ascii=False).encode(errors="replace")
+            for suffix, content in files.items():
+                info = tarfile.TarInfo(f"{record.name.rpartition('#')[2]}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
 
 
 def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator[Record]:
-    """The samples of a shard that can be used and pass the filters."""
+    """Yield the samples for a tar that can be used and pass the filters."""
     filters = [Filter.parse(text) for text in settings.filters]
-    samples = _pictures(job) if job.tar is None else read_tar(job.tar, left_out)
-    for record in samples:
+    if isinstance(job.content, str):
+        tars = Tars([job.content], job.split)
+        left_out |= tars.broken
+        found = tars.records()
+    else:
+        found = map(_record, count(job.number * settings.samples_per_shard), job.content)
+    for record in found:
         try:
-            image, width, height = sized(record.image, settings.short_side, settings.quality)
+            image, width, height = sized(record, settings.short_side, settings.quality)
         except BrokenRecord as error:
             left_out[str(record.fields.get("name", record.name))] = str(error)
             continue
-        # img2dataset says them too: of the picture as it is stored, which may be another one now
+        # img2dataset has these fields too: of the image as it is stored, which may be another one now
         fields = {**record.fields, "width": width, "height": height}
-        if passes(filters, fields):
-            yield Record(record.key, image, fields)
+        if all(condition([fields.get(condition.field)])[0] for condition in filters):
+            yield Record(record.name, image, fields)
 
 
-def _pictures(job: Job) -> Iterator[Record]:
-    for number, image in enumerate(job.images, job.first):
-        try:
-            data = read_file(image.path)
-        except UnreadableFile as error:
-            raise unreadable(image.path, error) from error
-        yield Record(f"{number:09d}", data, {"captions": [*image.captions], "name": image.path.name})
+def _record(number: int, image: CaptionedImage) -> Record:
+    try:
+        data = image.path.read_bytes()
+    except OSError as error:  # it was there when the captions were read: this is no property of the data
+        raise RunFailed(
+            f"{image.path} cannot be read ({error.strerror or error}); the finished tars stay: give the same "
+            "command again when it can be read"
+        ) from error
+    fields = {"txt": image.captions[0], "captions": [*image.captions], "name": image.path.name}
+    return Record(f"#{number:09d}", data, fields)
 
 
-# All of them --------------------------------------------------------------------------------------------
+def sized(record: Record, short_side: int | None, quality: int) -> tuple[bytes, int, int]:
+    """Return an encoded image with its width and height, as JPEG with this short side if its own is longer.
+
+    Raises:
+        BrokenRecord: it cannot be read.
+    """
+    image = record.opened()
+    try:
+        scale = min(1.0, (short_side or math.inf) / min(image.size))
+        size = [round(side * scale) for side in image.size]
+        turned = image.getexif().get(_ORIENTATION, 1) >= _FIRST_TURNED
+        width, height = size[::-1] if turned else size
+        if scale == 1:
+            return record.image, width, height
+        image.draft("RGB", (2 * size[0], 2 * size[1]))
+        smaller, encoded = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC), io.BytesIO()
+        smaller.save(encoded, "JPEG", quality=quality)
+        return encoded.getvalue(), width, height
+    except Exception as error:  # files from elsewhere make Pillow raise nearly every kind of error
+        raise BrokenRecord(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
-def _finish(
-    source: Source, settings: Settings, out: Path, plan: dict[str, Any]
-) -> tuple[Manifest, dict[str, str]]:
-    """Put the notes of all shards together."""
-    splits: dict[str, tuple[Shard, ...]] = {}
+def _finish(source: Source, out: Path, plan: dict[str, Any]) -> tuple[Splits, dict[str, str]]:
+    """Put together what is noted of all tars."""
+    splits: dict[str, list[Shard]] = {}
+    tables: dict[str, list[pa.Table]] = {}
     left_out = dict(source.left_out)
-    for split in dict.fromkeys(job.split for job in source.jobs):
-        jobs = [job for job in source.jobs if job.split == split]
-        notes = [json.loads(_note(out, job).read_text()) for job in jobs]
-        for note in notes:
-            left_out |= note["left_out"]
-        kept = [(job, note) for job, note in zip(jobs, notes, strict=True) if note["shard"]["samples"]]
-        for note in notes:
-            if not note["shard"]["samples"]:
-                (out / split / note["shard"]["file"]).unlink(missing_ok=True)
-        if not kept:
-            continue
-        splits[split] = tuple(Shard(**note["shard"]) for _, note in kept)
-        tables = [pa.parquet.read_table(out / PENDING / f"{split}-{job.name}.parquet") for job, _ in kept]
-        pa.parquet.write_table(joined(tables), out / split / FIELDS_FILE)
-        if settings.format == "litdata":
-            _write_index(out / split, kept)
+    for job in source.jobs:
+        table = parquet.read_table(job.note(out))
+        about = json.loads(table.schema.metadata[b"about"])
+        shard = Shard(**about["shard"])
+        left_out |= about["left_out"]
+        if shard.samples:
+            splits.setdefault(job.split, []).append(shard)
+            tables.setdefault(job.split, []).append(table)
+        else:
+            (out / job.split / shard.file).unlink(missing_ok=True)
     if not splits:
         example = "".join(f", for example {name}: {reason}" for name, reason in list(left_out.items())[:1])
         raise RunFailed(f"no sample can be used or passes the filters{example}; {out} can be removed")
-    manifest = Manifest(settings.format, splits, {**plan, "left_out": left_out})
-    write_atomically(out / FILE, manifest.dump())
+    for split, part in tables.items():
+        parquet.write_table(joined(part), out / split / FIELDS_FILE)
+    write_atomically(out / FILE, dump(splits, {**plan, "left_out": left_out}))
     shutil.rmtree(out / PENDING)
-    return manifest, left_out
-
-
-def _write_index(folder: Path, kept: Sequence[tuple[Job, dict[str, Any]]]) -> None:
-    """Litdata's index of all chunks."""
-    chunks = [
-        {**chunk, "filename": note["shard"]["file"]} for _, note in kept for chunk in note["chunk"]["chunks"]
-    ]
-    index = {"chunks": chunks, "config": kept[0][1]["chunk"]["config"], "updated_at": "0"}
-    write_atomically(folder / "index.json", json.dumps(index, sort_keys=True).encode())
+    return splits, left_out

@@ -1,119 +1,75 @@
-"""`shards.json`: what `data convert` wrote, by split and file, with sizes and checksums."""
+"""`shards.json`: the tars that `data convert` wrote, by split, with sizes and checksums."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from clip_lightning.data.captions import SPLITS
-from clip_lightning.data.shards.storage import expand, join, read
+from clip_lightning.data.shards.storage import MissingFile, call, join
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import public
 
 FILE = "shards.json"
 FIELDS_FILE = "fields.parquet"
-Format = Literal["litdata", "webdataset"]
+_READ = {"version": 1, "format": "webdataset"}
 _NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file.
-
-    Attributes:
-        file: its name in the folder of its split.
-        samples: how many it holds.
-        bytes: its size.
-        sha256: of its content, hexadecimal.
-    """
+    """A tar in the folder of its split: its name, the number of its samples, its size, its SHA-256 (hex)."""
 
     file: str
     samples: int
     bytes: int
     sha256: str
 
-
-@dataclass(frozen=True)
-class Manifest:
-    """A converted data set.
-
-    Attributes:
-        format: of the shards.
-        splits: `train`, `val`, `test` → their shards, each in a folder of that name.
-        settings: what it was made of and how; only to be shown.
-    """
-
-    format: Format
-    splits: Mapping[str, tuple[Shard, ...]]
-    settings: Mapping[str, Any]
-
-    def samples(self, split: str) -> int:
-        """How many the split holds."""
-        return sum(shard.samples for shard in self.splits.get(split, ()))
-
-    def digest(self) -> str:
-        """SHA-256 (hex) over the splits and the content of every shard in them."""
-        parts = {split: [shard.sha256 for shard in shards] for split, shards in self.splits.items()}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def dump(self) -> bytes:
-        """As the file has it."""
-        return json.dumps({"version": 1, **asdict(self)}, indent=1).encode() + b"\n"
-
-    @classmethod
-    def find(cls, source: str) -> Manifest | None:
-        """That of a folder or URL, if `data convert` wrote it.
-
-        Raises:
-            UserError: it cannot be read, or is damaged.
-        """
-        if source.endswith(".tar") or set("*{") & set(source):
-            return None
-        file = join(source, FILE)
-        data = read(file)
-        return None if data is None else cls.load(data, file)
-
-    @classmethod
-    def load(cls, data: bytes, source: str) -> Manifest:
-        """Read the file's content; `source` is where it was, for messages.
-
-        Raises:
-            UserError: it is damaged, or of a later version.
-        """
-        try:
-            content = json.loads(data)
-            version, kind, splits = content["version"], content["format"], content["splits"]
-            shards = {split: tuple(Shard(**shard) for shard in splits[split]) for split in splits}
-            settings = dict(content["settings"])
-            sound = kind in ("litdata", "webdataset") and set(shards) <= set(SPLITS)
-            sound = sound and all(_is_sound(shard) for part in shards.values() for shard in part)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{source} is damaged ({error}); convert the data again") from error
-        if version != 1:
-            raise UserError(
-                f"{source} is of version {version!r}, this program reads 1; convert the data again"
-            )
-        if not sound:
-            raise UserError(f"{source} is damaged; convert the data again")
-        return cls(kind, shards, settings)
+    def __post_init__(self) -> None:
+        """Raise ValueError if the name could lead out of the folder, or a number cannot be true."""
+        if not (_NAME.fullmatch(self.file) and isinstance(self.sha256, str)):
+            raise ValueError(f"{self.file!r} is not the name of a file")
+        if not all(isinstance(number, int) and number >= 0 for number in (self.samples, self.bytes)):
+            raise ValueError(f"{self.file} cannot have {self.samples} samples or {self.bytes} bytes")
 
 
-def tars(source: str, manifest: Manifest | None, split: str) -> list[str]:
-    """The tars of a split, by its `shards.json`; of a source that has none all that it names.
+Splits = Mapping[str, Sequence[Shard]]
+"""`train`, `val` and `test` → their tars."""
+
+
+def dump(splits: Splits, settings: Mapping[str, Any]) -> bytes:
+    """Return the content of the file; the settings are only to be shown."""
+    shards = {split: [asdict(shard) for shard in part] for split, part in splits.items()}
+    return json.dumps({**_READ, "splits": shards, "settings": settings}, indent=1).encode() + b"\n"
+
+
+def load(data: bytes, source: str) -> tuple[Splits, dict[str, Any]]:
+    """Read splits and settings from the content of the file; `source` is where it was, for messages.
 
     Raises:
-        UserError: there is none.
+        UserError: it is damaged, or of another version or format.
     """
-    if manifest is None:
-        return expand(source)
-    return [join(source, split, shard.file) for shard in manifest.splits[split]]
+    try:
+        content = json.loads(data)
+        if (found := {name: content[name] for name in _READ}) != _READ:
+            raise ValueError(f"{found}, this program reads {_READ}")
+        splits = {name: tuple(Shard(**each) for each in part) for name, part in content["splits"].items()}
+        if not splits.keys() <= {*SPLITS}:
+            raise ValueError(f"splits {', '.join(splits)}")
+        return splits, dict(content["settings"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{source} is damaged ({error}); convert the data again") from error
 
 
-def _is_sound(shard: Shard) -> bool:
-    """Whether the name stays in its folder, and the figures are some."""
-    figures = (shard.samples, shard.bytes)
-    named = isinstance(shard.file, str) and isinstance(shard.sha256, str) and _NAME.fullmatch(shard.file)
-    return bool(named) and all(isinstance(figure, int) and figure >= 0 for figure in figures)
+def find(source: str) -> Splits | None:
+    """Return the splits of a folder or URL if `data convert` wrote it, or raise UserError on damage."""
+    if source.endswith(".tar") or set("*{") & set(source):
+        return None
+    file = join(source, FILE)
+    try:
+        return load(call(file, "cat_file"), public(file))[0]
+    except MissingFile:
+        return None

@@ -1,23 +1,27 @@
-"""One sample of a shard: an encoded picture and what is written beside it; which captions, which samples."""
+"""One sample of a tar: an encoded image and its fields; which captions are drawn, which samples pass."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from clip_lightning.data.image_formats import PICTURE_FORMATS, PICTURE_SUFFIXES
 from clip_lightning.errors import UserError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-# Where a sample's captions are if nobody says: what `data convert` writes, then img2dataset's.
+# Where a sample's captions are by default: what `data convert` writes, then img2dataset's fields.
 _CAPTION_FIELDS = ("captions", "txt", "caption")
+_MOST_PIXELS = 100_000_000
 
 
 class BrokenRecord(ValueError):
@@ -26,62 +30,49 @@ class BrokenRecord(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """A sample as it lies in a shard.
+    """A sample as it is stored in a tar.
 
     Attributes:
-        key: its name, unique in its shard.
-        image: the encoded picture.
-        fields: of the JSON beside it; `txt` is the text file beside it.
-        shard: the file it comes from.
+        name: the tar and the sample's key in it, for messages.
+        image: the encoded image.
+        fields: the content of `KEY.json`; `txt` is the content of `KEY.txt`.
     """
 
-    key: str
+    name: str
     image: bytes
     fields: dict[str, Any]
-    shard: str = ""
-
-    @property
-    def name(self) -> str:
-        """Where it is, for messages."""
-        return f"{self.shard}#{self.key}"
 
     @property
     def image_id(self) -> int:
-        """64 bits of the picture's content (BLAKE2b), so that copies of it are known as such anywhere."""
+        """64 bits of the image's content (BLAKE2b), so that its copies are recognised in any tar."""
         return int.from_bytes(hashlib.blake2b(self.image, digest_size=8).digest(), "big", signed=True)
 
-    @classmethod
-    def from_files(cls, key: str, files: Mapping[str, Any], shard: str) -> Record:
-        """The sample made of files that share a name: suffix → content, as WebDataset groups them.
+    def opened(self) -> Image.Image:
+        """Return the image, of which only the header has been read, or raise BrokenRecord."""
+        try:
+            image = Image.open(io.BytesIO(self.image), formats=PICTURE_FORMATS)
+        except Exception as error:  # files from elsewhere make Pillow raise nearly every kind of error
+            raise BrokenRecord("not an image of a known format") from error
+        if image.width * image.height > _MOST_PIXELS:
+            raise BrokenRecord(f"{image.width}x{image.height} pixels are more than {_MOST_PIXELS}")
+        return image
 
-        Raises:
-            BrokenRecord: there is no picture, or the JSON or the text is none.
-        """
-        suffix = next((s for s in files if s.rpartition(".")[2] in IMAGE_SUFFIXES), None)
-        if suffix is None:
-            raise BrokenRecord("no picture")
-        fields = fields_of(files["json"]) if "json" in files else {}
-        if "txt" in files:
-            fields["txt"] = bytes(files["txt"]).decode(errors="replace")
-        return cls(key, files[suffix], fields, shard)
+    def suffix(self) -> str:
+        """Return the suffix of files with an image of this format, or raise BrokenRecord."""
+        return PICTURE_SUFFIXES.get(self.opened().format or "", ".jpg").removeprefix(".")
 
 
-def fields_of(data: bytes) -> dict[str, Any]:
-    """What the JSON of a sample says.
-
-    Raises:
-        BrokenRecord: it is no JSON object.
-    """
+def fields_of(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return what the JSON and the text beside an image hold, or raise BrokenRecord."""
     try:
-        fields = json.loads(data)
+        fields = json.loads(files.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
         raise BrokenRecord("its JSON cannot be read") from error
     if not isinstance(fields, dict):
-        raise BrokenRecord("its JSON is no object")
+        raise BrokenRecord("its JSON is not an object")
+    if "txt" in files:
+        fields["txt"] = files["txt"].decode(errors="replace")
     return fields
-
-
-# Which captions -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,71 +80,52 @@ class CaptionChoice:
     """Which fields captions are taken from.
 
     Attributes:
-        probabilities: field → how often a caption is taken from it, in proportion; a field that a sample
-            lacks leaves its share to the others. Empty for the first there is of `captions`, `txt` and
-            `caption`.
+        probabilities: field → how often a caption is taken from it, in proportion; the other fields make up
+            for one that a sample lacks. If empty, the first of `captions`, `txt` and `caption` is used.
     """
 
     probabilities: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the probabilities."""
-        for name, share in self.probabilities.items():
-            if not (math.isfinite(share) and share > 0):
-                raise UserError(f"--data.shards.captions gives {name} {share}; expected a share above 0")
+        for name, probability in self.probabilities.items():
+            if not (math.isfinite(probability) and probability > 0):
+                raise UserError(
+                    f"--data.shards.captions gives {name} {probability}; expected a number above 0"
+                )
 
     def all(self, fields: Mapping[str, Any]) -> list[str]:
-        """Every caption that may be drawn.
-
-        Raises:
-            BrokenRecord: there is none.
-        """
+        """Return every caption that may be drawn, or raise BrokenRecord if there is none."""
         return [text for texts in self._texts(fields).values() for text in texts]
 
     def draw(self, fields: Mapping[str, Any], count: int, rng: np.random.Generator) -> list[str]:
-        """`count` captions: of each field all different while there are enough.
+        """Draw `count` captions, those of a field all different as long as there are enough.
 
         Raises:
-            BrokenRecord: there is none.
+            BrokenRecord: there is no caption.
         """
         texts = self._texts(fields)
-        names = list(texts)
-        shares = np.array([self.probabilities.get(name, 1.0) for name in names])
-        chosen = (
-            rng.choice(len(names), size=count, p=shares / shares.sum()) if len(names) > 1 else [0] * count
-        )
-        orders = {name: rng.permutation(len(texts[name])) for name in names}
-        drawn, taken = [], dict.fromkeys(names, 0)
-        for number in chosen:
-            name = names[number]
-            drawn.append(texts[name][orders[name][taken[name] % len(texts[name])]])
-            taken[name] += 1
-        return drawn
+        weights = np.array([self.probabilities.get(name, 1.0) for name in texts])
+        chosen = rng.choice(len(texts), count, p=weights / weights.sum()) if len(texts) > 1 else [0] * count
+        shuffled = [cycle([part[i] for i in rng.permutation(len(part))]) for part in texts.values()]
+        return [next(shuffled[number]) for number in chosen]
 
     def _texts(self, fields: Mapping[str, Any]) -> dict[str, list[str]]:
-        """The captions of each field that has some."""
-        if self.probabilities:
-            texts = {name: _sentences(fields.get(name)) for name in self.probabilities}
-            texts = {name: found for name, found in texts.items() if found}
-        else:
-            found = ((name, _sentences(fields.get(name))) for name in _CAPTION_FIELDS)
-            texts = dict([next(((name, some) for name, some in found if some), ("", []))])
-            texts.pop("", None)
+        """Return the captions of each field that has some, with their whitespace collapsed."""
+        texts: dict[str, list[str]] = {}
+        for name in self.probabilities or _CAPTION_FIELDS:
+            value = fields.get(name)
+            values = value if isinstance(value, list) else [value]
+            sentences = [" ".join(each.split()) for each in values if isinstance(each, str) and each.strip()]
+            if sentences and (self.probabilities or not texts):
+                texts[name] = sentences
         if not texts:
             raise BrokenRecord(f"no caption in {', '.join(self.probabilities or _CAPTION_FIELDS)}")
         return texts
 
 
-def _sentences(value: Any) -> list[str]:
-    """One caption, or several, with their whitespace collapsed."""
-    values = value if isinstance(value, list) else [value]
-    return [text for each in values if isinstance(each, str) and (text := " ".join(each.split()))]
-
-
-# Which samples ------------------------------------------------------------------------------------------
-
 _FILTER = re.compile(r"\s*([\w.\-]+)\s*(>=|<=|==|!=|>|<)\s*(.*\S)\s*")
-_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
     "<=": operator.le,
     ">": operator.gt,
@@ -165,13 +137,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True)
 class Filter:
-    """A condition on a field: `width >= 200`, `similarity > 0.28`, `LICENSE != ?`.
-
-    Attributes:
-        field: its name.
-        comparison: one of `>= <= > < == !=`.
-        value: a number, or for `==` and `!=` a text too.
-    """
+    """A condition on a field: `width >= 200`, `similarity > 0.28`, `LICENSE != ?`."""
 
     field: str
     comparison: str
@@ -179,10 +145,10 @@ class Filter:
 
     @classmethod
     def parse(cls, text: str) -> Filter:
-        """Read one.
+        """Read a condition.
 
         Raises:
-            UserError: it is none.
+            UserError: the text is not a condition.
         """
         match = _FILTER.fullmatch(text)
         if match is None:
@@ -190,41 +156,29 @@ class Filter:
                 f"--data.shards.filters {text!r}: expected FIELD COMPARISON VALUE, as in 'width >= 200' or "
                 f"'similarity > 0.28'; comparisons are {' '.join(_COMPARISONS)}"
             )
-        name, comparison, word = match.groups()
-        value = _number(word)
-        if value is not None:
-            return cls(name, comparison, value)
+        name, comparison, value = match.groups()
+        if math.isfinite(number := _number(value)):
+            return cls(name, comparison, number)
         if comparison not in ("==", "!="):
             raise UserError(
-                f"--data.shards.filters {text!r}: {word} is no number, and texts can only be compared by == "
-                "and !="
+                f"--data.shards.filters {text!r}: {value} is not a number, and texts can only be compared by "
+                "== and !="
             )
-        return cls(name, comparison, word.strip("'\""))
+        return cls(name, comparison, value.strip("'\""))
 
-    def __call__(self, fields: Mapping[str, Any]) -> bool:
-        """Whether a sample with these fields passes; one that lacks the field, or has no number, does not."""
-        value = fields.get(self.field)
-        if value is None:
-            return False
+    def __call__(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Return which of N values pass (N,); None does not, nor does what is not a number but should be."""
+        compare = _COMPARISONS[self.comparison]
         if isinstance(self.value, str):
-            return _COMPARISONS[self.comparison](str(value), self.value)
-        number = _number(value)
-        return number is not None and _COMPARISONS[self.comparison](number, self.value)
-
-    def of_numbers(self, values: np.ndarray) -> np.ndarray:
-        """Likewise for many values (N,), NaN where a sample lacks the field."""
-        return _COMPARISONS[self.comparison](values, self.value) & np.isfinite(values)
+            return np.array([value is not None and compare(str(value), self.value) for value in values], bool)
+        numbers = values if isinstance(values, np.ndarray) else np.array([*map(_number, values)], float)
+        passing: np.ndarray = compare(numbers, self.value) & np.isfinite(numbers)
+        return passing
 
 
-def passes(filters: Sequence[Filter], fields: Mapping[str, Any]) -> bool:
-    """Whether a sample passes them all."""
-    return all(condition(fields) for condition in filters)
-
-
-def _number(value: Any) -> float | None:
-    """As a finite number, also where a text spells it."""
+def _number(value: Any) -> float:
+    """Return a number, also of a text that spells one; NaN for anything else."""
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+        return math.nan

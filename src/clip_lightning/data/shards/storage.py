@@ -2,218 +2,155 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import fsspec
-from braceexpand import braceexpand
 from filelock import FileLock
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.files import cache_folder
 from clip_lightning.terminal import public
 
-_BLOCK = 4 << 20
+_ATTEMPTS = 4
+_TAR = re.compile(r".*\.(tar(\.\w+)?|tgz)")
 
 
-def litdata() -> ModuleType:
-    """The package, kept from asking a server for news of itself when it is imported."""
-    os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
-    import litdata
-    import litdata.streaming
-
-    return litdata
+class MissingFile(UserError, FileNotFoundError):
+    """A file that is not there."""
 
 
 def is_url(source: str) -> bool:
-    """Whether it is fetched through fsspec."""
+    """Return whether a source is not a path of this machine."""
     return "://" in source
 
 
 def join(source: str, *names: str) -> str:
-    """A file or folder below a source."""
+    """Return the address of a file or folder below a source."""
     return "/".join((source.rstrip("/"), *names)) if is_url(source) else str(Path(source, *names))
 
 
-@contextmanager
-def opened(source: str) -> Iterator[BinaryIO]:
-    """Read a file from its beginning.
+def call(source: str, method: str, *arguments: Any) -> Any:
+    """Call a method of fsspec's for a path or URL; for a URL again after a while if it fails, as networks do.
 
     Raises:
-        UserError: its protocol is unknown here, or needs a package that is not installed.
-        OSError: it is not there, or cannot be read.
-    """
-    if not is_url(source):
-        with open(source, "rb") as file:
-            yield file
-        return
-    system, path = _system(source)
-    try:
-        remote = system.open(path, "rb", block_size=_BLOCK)
-    except OSError:
-        raise
-    except Exception as error:  # stores also raise what their libraries have: no credentials, no such bucket
-        raise OSError(f"{type(error).__name__}: {error}") from error
-    with remote as file:
-        yield file
-
-
-def read(source: str) -> bytes | None:
-    """A whole small file, or None where there is none.
-
-    Raises:
-        UserError: it cannot be reached.
+        MissingFile: there is no such file.
+        UserError: it cannot be read here, or not at the moment.
     """
     try:
-        with opened(source) as file:
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise UserError(f"{public(source)} cannot be read: {_reason(error)}") from error
+        system, path = fsspec.core.url_to_fs(source)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{public(source)} cannot be read here: {' '.join(str(error).split())}") from error
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return getattr(system, method)(path, *arguments)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingFile(f"there is no {public(source)}") from error
+        except Exception as error:  # stores also raise what their libraries have
+            if attempt == _ATTEMPTS or not is_url(source):
+                reason = public(" ".join(str(error).split())[:300]) or type(error).__name__
+                raise RunFailed(f"{public(source)} cannot be read here: {reason}") from error
+            time.sleep(2**attempt / 2)
+
+
+def known(source: str) -> tuple[str, int]:
+    """Return what a file is known by without asking another machine: its name, and its size if it is here."""
+    return Path(public(source)).name, 0 if is_url(source) else os.path.getsize(source)
+
+
+def identity(source: str) -> str:
+    """Return the size of a file, and its ETag or the time of its last change."""
+    info = call(source, "info")
+    return str(
+        [info.get(name) for name in ("size", "ETag", "etag", "mtime", "LastModified", "Last-Modified")]
+    )
+
+
+def holds_tars(source: str) -> bool:
+    """Return whether a source is a tar, a pattern or folder of tars, or a URL, which can be nothing else."""
+    return is_url(source) or bool(_TAR.fullmatch(source)) or any(Path(source).glob("*.tar"))
 
 
 def expand(source: str) -> list[str]:
-    """The files that a source names, in order: a pattern with `{00..09}`, `{a,b}` or `*`, or a folder's tars.
+    """List the files that a source names, in order: a pattern with `{00..09}`, `{a,b}` or `*`, or a folder.
 
     Raises:
-        UserError: none.
+        UserError: it names no file.
     """
-    try:
-        patterns = list(braceexpand(source))
-    except ValueError as error:
-        raise UserError(f"{source} has a brace without its other half") from error
-    found = [name for pattern in patterns for name in _glob(pattern)]
+    found: list[str] = []
+    for pattern in _without_braces(source):
+        if not _TAR.fullmatch(pattern):
+            pattern = join(pattern, "*.tar")
+        if "*" in pattern:
+            protocol = f"{pattern.partition('://')[0]}://" if is_url(pattern) else ""
+            found += sorted(name if is_url(name) else protocol + name for name in call(pattern, "glob"))
+        elif is_url(pattern) or Path(pattern).is_file():
+            found.append(pattern)
+        else:
+            raise UserError(f"there is no {pattern}")
     if not found:
         raise UserError(
-            f"{source} names no file; expected a folder of .tar files, or a pattern such as "
-            "'DIR/{00000..00099}.tar' or 'DIR/*.tar'"
+            f"{public(source)} names no file; expected a folder of uncompressed .tar files, or a pattern "
+            "such as 'DIR/{00000..00099}.tar' or 'DIR/*.tar'"
         )
     return list(dict.fromkeys(found))
 
 
-def holds_tars(source: str) -> bool:
-    """Whether a source is tars, or a URL, which can be nothing else."""
-    path = Path(source)
-    return is_url(source) or source.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar")))
-
-
-def identities(files: Sequence[str]) -> list[tuple[str, int]]:
-    """What tells files from others of the same names, unread: sizes, of those on this machine."""
-    return [(file, 0 if is_url(file) else Path(file).stat().st_size) for file in files]
-
-
-def size_of(source: str) -> int:
-    """Bytes of a file; of a remote one its store is asked.
-
-    Raises:
-        UserError: it is not there, or cannot be reached.
-    """
-    try:
-        if not is_url(source):
-            return Path(source).stat().st_size
-        system, path = _system(source)
-        return int(system.info(path)["size"] or 0)
-    except UserError:
-        raise
-    except Exception as error:  # stores also raise what their libraries have
-        raise UserError(f"{public(source)} cannot be read: {_reason(error)}") from error
-
-
-def _glob(pattern: str) -> list[str]:
-    """Files of a pattern without braces; of a folder its tars."""
-    if not is_url(pattern):
-        path = Path(pattern)
-        if path.is_dir():
-            return sorted(str(file) for file in path.glob("*.tar"))
-        if "*" not in pattern:
-            if not path.exists():
-                raise UserError(f"there is no {pattern}")
-            return [pattern]
-        base = Path(path.anchor) if path.is_absolute() else Path()
-        return sorted(str(file) for file in base.glob(str(path.relative_to(path.anchor))))
-    system, name = _system(pattern)
-    if "*" not in pattern and pattern.endswith(".tar"):
+def _without_braces(pattern: str) -> list[str]:
+    """Write out `{00..09}` and `{a,b}`."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
         return [pattern]
-    try:
-        names = system.glob(name if "*" in pattern else f"{name.rstrip('/')}/*.tar")
-    except Exception as error:  # stores also raise what their libraries have
-        raise UserError(f"{public(pattern)} cannot be listed: {_reason(error)}") from error
-    return sorted(system.unstrip_protocol(name) for name in names)
-
-
-def _system(source: str) -> tuple[Any, str]:
-    try:
-        return fsspec.core.url_to_fs(source)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{public(source)} cannot be read here: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return public(" ".join(words.split())[:300])
+    choices = match[1].split(",")
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = numbers.groups()
+        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [name for choice in choices for name in _without_braces(f"{before}{choice}{after}")]
 
 
 class Mirror:
-    """Copies of remote files in a folder of this machine, as many as `keep` at a time.
+    """Copies of remote files in the cache folder, `budget` bytes of them; those unread for longest go first.
 
-    Several processes may share the folder. A copy that is removed while another process is about to read
-    it is fetched again.
+    Several processes may share the folder. A file that is open stays readable when its copy is removed.
     """
 
-    def __init__(self, source: str, folder: Path, keep: int) -> None:
-        self.source, self.folder, self.keep = source, folder, keep
+    def __init__(self, budget: float) -> None:
+        self.budget, self.folder = budget, cache_folder("shards") / "copies"
 
-    def fetch(self, name: str, size: int, sha256: str) -> Path:
-        """The local copy of a file, checked against its size and checksum when it arrives.
+    def open(self, url: str, key: str, sha256: str = "") -> BinaryIO:
+        """Open a file of this machine, or the copy of a remote one, which is fetched if it is not there.
 
-        Raises:
-            OSError: it cannot be fetched, or is not what it should be.
+        The name of the copy is `key`; it must have this checksum (hex) when it arrives, if one is given.
         """
-        path = self.folder / name
-        if not self._touch(path, size):
+        if not is_url(url):
+            return open(url, "rb")
+        path = self.folder / key
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+                return path.open("rb")
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / f".{name}.lock"):
-                if not self._touch(path, size):
-                    self._download(name, path, sha256)
-                    self._evict(path)
-        return path
+            with FileLock(path.with_name(f"{key}.lock")):
+                if not path.exists():
+                    self._fetch(url, path, sha256)
 
-    def _touch(self, path: Path, size: int) -> bool:
-        try:
-            os.utime(path)
-            return path.stat().st_size == size
-        except FileNotFoundError:
-            return False
-
-    def _download(self, name: str, path: Path, sha256: str) -> None:
-        draft = path.with_name(f".{name}.{os.getpid()}.tmp")
-        digest = hashlib.sha256()
-        try:
-            with opened(join(self.source, name)) as remote, draft.open("wb") as file:
-                while block := remote.read(_BLOCK):
-                    digest.update(block)
-                    file.write(block)
-            if digest.hexdigest() != sha256:
-                raise OSError(
-                    f"{public(join(self.source, name))} is not what was written: its checksum differs"
-                )
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-
-    def _evict(self, newest: Path) -> None:
-        """Remove those that were not read for longest."""
-        ages = []
-        for path in self.folder.iterdir():
-            if not path.name.startswith(".") and path.suffix == ".bin" and path != newest:
-                try:
-                    ages.append((path.stat().st_mtime_ns, path))
-                except FileNotFoundError:
-                    continue  # another process was first
-        for _, path in sorted(ages, reverse=True)[self.keep - 1 :]:
-            path.unlink(missing_ok=True)
+    def _fetch(self, url: str, path: Path, sha256: str) -> None:
+        draft = path.with_name(f"{path.name}.tmp")  # whoever writes it holds the lock
+        call(url, "get_file", str(draft))
+        with draft.open("rb") as content:
+            if sha256 and hashlib.file_digest(content, "sha256").hexdigest() != sha256:
+                raise RunFailed(f"{public(url)} is not what was written: its checksum differs")
+        os.replace(draft, path)
+        with contextlib.suppress(FileNotFoundError):  # another process removes copies, too
+            files = [(file.stat(), file) for file in self.folder.iterdir() if file.suffix != ".lock"]
+            left = self.budget
+            for stat, file in sorted(files, key=lambda each: -each[0].st_mtime_ns):
+                left -= stat.st_size
+                if left < 0 and file != path:
+                    file.unlink()

@@ -1,207 +1,196 @@
-"""Tars as WebDataset and img2dataset write them, read from end to end, mixed, as batches."""
+"""WebDataset tars, as img2dataset and `data convert` write them: what is in one, and where.
+
+A sample is the files `KEY.jpg`, `KEY.txt`, `KEY.json`, which follow each other. It is found again by its
+place in the tar, which reaches from the header of the first of these to the end of the last.
+"""
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, BinaryIO
 
-import numpy as np
-import torch
-from torch.utils.data import Dataset, Sampler
-from webdataset.tariterators import group_by_keys, tar_file_expander
+import pyarrow as pa
 
-from clip_lightning.data.datasets import MOST_BROKEN_IN_A_ROW, Samples
-from clip_lightning.data.images import BrokenImage, augment, decode_bytes
-from clip_lightning.data.shards.options import Reading
-from clip_lightning.data.shards.record import BrokenRecord, CaptionChoice, Filter, Record, passes
-from clip_lightning.data.shards.storage import opened
+from clip_lightning.data.shards.record import BrokenRecord, Record, fields_of
 from clip_lightning.errors import UserError
-from clip_lightning.terminal import public
 
-_EMPTY_PASSES = 3
+OFFSET, BYTES, BROKEN = "__offset__", "__bytes__", b"broken"
+LARGEST_SAMPLE = 128 << 20
+_BLOCK = 512
+_LARGEST_HEADER = 1 << 20
+_LONGEST_TEXT, _LARGEST_NUMBER = 64, 1e300
+_ROWS = 10_000
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+# As WebDataset divides names: the key ends at the first dot; `__NAME__/` and hidden files are not samples.
+_NAME = re.compile(r"(?!__[^/]*__(?:$|/))((?:.*/|)[^.]+)\.([^/]*)")
+_IMAGE = re.compile(r"(.*\.)?(jpe?g|png|webp|gif|bmp|tiff?|ppm)")
+
+Sample = tuple[str, int, dict[str, tuple[int, int]]]
+"""Key, beginning, and suffix → place and size of the content of the image, the text and the JSON."""
 
 
-def read_tar(url: str, broken: dict[str, str]) -> Iterator[Record]:
-    """Its samples, in its order; what cannot be used is named in `broken`.
+class DamagedTar(ValueError):
+    """A file that is not a tar, or not all of one; the message is a short reason."""
 
-    A tar that is not there, cut off or damaged ends where it does, and is named too.
-    """
+
+def read_record(span: bytes, tar: str) -> Record:
+    """Read a sample from its place in a tar, or raise DamagedTar if there is none."""
     try:
-        with opened(url) as stream:
-            for files in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
-                key = str(files["__key__"])
-                try:
-                    yield Record.from_files(key, files, url)
-                except BrokenRecord as error:
-                    broken[f"{public(url)}#{key}"] = str(error)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        broken[public(url)] = "there is no such file"
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        broken[public(url)] = public(" ".join(str(error.args[0] if error.args else error).split()))[:200]
+        end = bytes(_BLOCK + -len(span) % _BLOCK)
+        key, _, places = next(_samples(io.BytesIO(span + end)))
+        files = {suffix: span[start : start + size] for suffix, (start, size) in places.items()}
+        return Record(f"{tar}#{key}", files[_image(files)], fields_of(files))
+    except (BrokenRecord, DamagedTar, StopIteration) as error:
+        raise DamagedTar("a sample is not where it was, so the tar has changed") from error
 
 
-@dataclass(frozen=True)
-class TarSource:
-    """Tars that belong together.
+def scan(file: BinaryIO, tar: str) -> pa.Table:
+    """Go through a tar once, and make a table of its samples; `tar` is its address, for messages.
 
-    Attributes:
-        urls: of the tars.
-        weight: how often a sample is taken from them, in proportion to the other sources.
+    A row has the key of a sample, its place, and the numbers and short texts of its fields. What cannot be
+    used is in the schema's metadata, under BROKEN, as JSON: name → reason.
+
+    Raises:
+        UserError: the tar is compressed.
     """
-
-    urls: tuple[str, ...]
-    weight: float
-
-
-@dataclass(frozen=True)
-class BatchKey:
-    """Which batch: on this rank number `batch` of `epoch`, of a process that began with `first`."""
-
-    epoch: int
-    first: int
-    batch: int
+    if file.read(6).startswith(_COMPRESSED):
+        raise UserError(f"{tar} is compressed, so no sample can be read on its own; unpack it to a .tar")
+    broken: dict[str, str] = {}
+    rows = _rows(file, tar, broken)
+    tables = [_table(part) for part in iter(lambda: list(islice(rows, _ROWS)), [])]
+    if not tables and not broken:
+        broken[tar] = "it holds no sample"
+    return joined(tables or [_table([])]).replace_schema_metadata({BROKEN: json.dumps(broken)})
 
 
-class BatchSampler(Sampler[BatchKey]):
-    """The batches of an epoch, by number.
-
-    Attributes:
-        start_batch: how many the next iteration skips; it sets it back to 0.
-    """
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-        self.epoch = self.start_batch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration is of; Lightning calls it."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """The batches of a whole epoch on this rank, whatever `start_batch` is."""
-        return self.batches
-
-    def __iter__(self) -> Iterator[BatchKey]:
-        """Yield the batches that are still to come."""
-        first, self.start_batch = self.start_batch, 0
-        for batch in range(first, self.batches):
-            yield BatchKey(self.epoch, first, batch)
-
-
-class TarDataset(Dataset[Samples]):
-    """Batches of samples as they come out of tars.
-
-    Each worker of each rank reads its own share of every source's tars, pass after pass, each pass in another
-    order, and mixes samples in a buffer. An epoch is a number of batches, not a pass. A process that goes on
-    in the middle of an epoch begins to read anew, in an order of its own: what it had read before may come
-    again, other samples later.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[TarSource],
-        reading: Reading,
-        choice: CaptionChoice,
-        filters: Sequence[Filter],
-        *,
-        shuffle_buffer: int,
-    ) -> None:
-        self.sources, self.reading = sources, reading
-        self.choice, self.filters = choice, filters
-        self.shuffle_buffer = shuffle_buffer
-        self._broken: dict[str, str] = {}
-        self._stream: Iterator[Record] | None = None
-
-    def __getitem__(self, key: BatchKey) -> Samples:
-        """The next samples of this worker's stream; chance is a function of the seed and the key.
-
-        Raises:
-            UserError: the tars hold nothing that can be used.
-        """
-        if self._stream is None:
-            self._stream = self._mixed(key)
-        how = self.reading
-        rng = np.random.default_rng((how.seed, key.epoch, key.batch, how.rank))
-        pictures: list[torch.Tensor] = []
-        captions: list[str] = []
-        ids, names, broken_in_a_row = [], [], 0
-        while len(pictures) < how.batch_size:
-            record = next(self._stream)
+def _rows(file: BinaryIO, tar: str, broken: dict[str, str]) -> Iterator[dict[str, Any]]:
+    try:
+        for key, offset, places in _samples(file):
             try:
-                drawn = self.choice.draw(record.fields, how.captions_per_image, rng)
-                pixels = augment(decode_bytes(record.image), how.transform, how.augmentation, rng)
-            except (BrokenImage, BrokenRecord) as error:
-                self._broken[record.name] = str(error)
-                broken_in_a_row += 1
-                if broken_in_a_row == MOST_BROKEN_IN_A_ROW:
-                    raise UserError(
-                        f"{MOST_BROKEN_IN_A_ROW} samples in a row cannot be used, the last is {record.name}: "
-                        f"{error}; look at the shards, and at --data.shards.captions"
-                    ) from error
-                continue
-            pictures.append(pixels)
-            captions += drawn
-            ids.append(record.image_id)
-            names.append(record.name)
-            broken_in_a_row = 0
-        broken, self._broken = self._broken, {}
-        each = np.full(len(pictures), how.captions_per_image)
-        rows = np.full(len(captions), -1)  # nobody has counted the captions
-        return Samples(pictures, np.array(ids), each, captions, rows, broken, names)
+                _image(places)
+                length = max(map(sum, places.values())) - offset
+                if length > LARGEST_SAMPLE:
+                    raise BrokenRecord(f"its {length:,} bytes are more than {LARGEST_SAMPLE:,}")
+                texts = {}
+                for suffix in {"json", "txt"} & places.keys():
+                    file.seek(places[suffix][0])
+                    texts[suffix] = file.read(places[suffix][1])
+                yield fields_of(texts) | {"key": key, OFFSET: offset, BYTES: length}
+            except BrokenRecord as error:
+                broken[f"{tar}#{key}"] = str(error)
+    except DamagedTar as error:
+        broken[tar] = str(error)
 
-    def _mixed(self, key: BatchKey) -> Iterator[Record]:
-        """Samples of all sources by their weights, each taken at random from a buffer."""
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        reader = self.reading.rank * workers + worker
-        readers = self.reading.world_size * workers
-        seeds = (self.reading.seed, key.epoch, key.first)
-        rng = np.random.default_rng((*seeds, reader))
-        streams = [
-            self._samples(source, (*seeds, number), reader, readers)
-            for number, source in enumerate(self.sources)
-        ]
-        weights = np.array([source.weight for source in self.sources])
-        weights /= weights.sum()
 
-        def draw() -> Record:
-            return next(streams[rng.choice(len(streams), p=weights) if len(streams) > 1 else 0])
+def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Make a table of keys and places, and of the fields that are numbers or short texts."""
+    types = {"key": pa.string(), OFFSET: pa.int64(), BYTES: pa.int64()}
+    columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()}
+    for name in dict.fromkeys(
+        name for row in rows for name in row if name.isprintable() and name not in types
+    ):
+        values = [row[name] if _is_short(row.get(name)) else None for row in rows]
+        if any(isinstance(value, str) for value in values):
+            texts = [None if value is None else str(value).encode(errors="replace") for value in values]
+            columns[name] = pa.array(texts, pa.binary()).cast(pa.string())
+        elif any(value is not None for value in values):
+            columns[name] = pa.array([None if value is None else float(value) for value in values])
+    return pa.table(columns)
 
-        buffer = [draw() for _ in range(self.shuffle_buffer)]
-        while True:
-            place = int(rng.integers(len(buffer)))
-            yield buffer[place]
-            buffer[place] = draw()
 
-    def _samples(
-        self, source: TarSource, seeds: tuple[int, ...], reader: int, readers: int
-    ) -> Iterator[Record]:
-        """The samples of this reader's share of the tars that pass the filters, without end."""
-        shared = len(source.urls) >= readers
-        empty = 0
-        for number in count():
-            # all readers draw the same order and share it; where there are too few tars, each reads all
-            drawn = np.random.default_rng((*seeds, number) if shared else (*seeds, number, reader))
-            order = drawn.permutation(len(source.urls))
-            found = False
-            for index in order[reader::readers] if shared else order:
-                for record in read_tar(source.urls[index], self._broken):
-                    if passes(self.filters, record.fields):
-                        found = True
-                        yield record
-            empty = 0 if found else empty + 1
-            if empty == _EMPTY_PASSES:
-                name, reason = next(iter(self._broken.items()), ("", ""))
-                why = (
-                    f"; the first of {len(self._broken)} that cannot be used: {name}: {reason}"
-                    if name
-                    else ""
-                )
-                raise UserError(
-                    f"no sample in {source.urls[0]} and {len(source.urls) - 1} more tars can be used and "
-                    f"passes --data.shards.filters{why}"
-                )
+def _is_short(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= _LONGEST_TEXT
+    return isinstance(value, int | float) and abs(value) < _LARGEST_NUMBER
+
+
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """Put tables together; a column that is one of texts anywhere is one of texts."""
+    texts = {each.name for part in tables for each in part.schema if each.type == pa.string()}
+    alike = [
+        part.cast(
+            pa.schema([(each.name, pa.string() if each.name in texts else each.type) for each in part.schema])
+        )
+        for part in tables
+    ]
+    return pa.concat_tables(alike, promote_options="default")
+
+
+# Headers ------------------------------------------------------------------------------------------------
+
+
+def _image(suffixes: Iterable[str]) -> str:
+    for suffix in filter(_IMAGE.fullmatch, suffixes):
+        return suffix
+    raise BrokenRecord("no image")
+
+
+def _samples(file: BinaryIO) -> Iterator[Sample]:
+    """Find the samples of a tar by its headers; raise DamagedTar after the last that is surely complete."""
+    key, begin = "", 0
+    places: dict[str, tuple[int, int]] = {}
+    for name, offset, start, size in _members(file):
+        match = _NAME.fullmatch(name)
+        if match is None:
+            continue
+        if match[1] != key:
+            if key:
+                yield key, begin, places
+            key, places = match[1], {}
+        suffix = match[2].lower()
+        if suffix in ("json", "txt") or _IMAGE.fullmatch(suffix):
+            begin = begin if places else offset
+            places.setdefault(suffix, (start, size))
+    if key:
+        yield key, begin, places
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[str, int, int, int]]:
+    """Yield the name of each plain file, where its headers begin, where its content begins, and its size.
+
+    This is several times as fast as `tarfile`, and keeps no list of the members.
+    """
+    end = file.seek(0, io.SEEK_END)
+    begin = place = 0
+    extended: dict[str, str] = {}
+    while place < end:
+        file.seek(place)
+        header = file.read(_BLOCK)
+        if not header.strip(b"\0"):
+            return
+        try:
+            size = int(extended["size"]) if "size" in extended else _number(header[124:136])
+            if sum(header) - sum(header[148:156]) + 8 * ord(" ") != _number(header[148:156]) or size < 0:
+                raise ValueError
+        except (ValueError, IndexError) as error:
+            raise DamagedTar(f"not a tar, or damaged at byte {place:,}") from error
+        start, kind = place + _BLOCK, header[156:157]
+        place = start + -(-size // _BLOCK) * _BLOCK
+        if start + size > end:
+            raise DamagedTar("it is cut off")
+        if kind in (b"x", b"L") and size <= _LARGEST_HEADER:
+            content = file.read(size)  # pax's or GNU's header, which says more about the next file
+            found = (
+                {b"path": content} if kind == b"L" else dict(re.findall(rb"\d+ (path|size)=(.*)", content))
+            )
+            extended |= {name.decode(): _text(value) for name, value in found.items()}
+            continue
+        if kind in (b"0", b"\0"):
+            name, prefix = _text(header[:100]), _text(header[345:500])
+            name = f"{prefix}/{name}" if prefix and header.startswith(b"ustar\0", 257) else name
+            yield extended.get("path", name), begin, start, size
+        begin, extended = place, {}
+    raise DamagedTar("it is cut off")
+
+
+def _number(digits: bytes) -> int:
+    """Read an octal number, or a large one as GNU tar writes it."""
+    return int.from_bytes(digits[1:], "big") if digits[0] == 0x80 else int(digits.strip(b" \0") or b"0", 8)
+
+
+def _text(content: bytes) -> str:
+    return content.partition(b"\0")[0].decode(errors="replace")

@@ -1,155 +1,254 @@
-"""From the options to what a loader reads: the samples, and the order of their batches."""
+"""Training from tars: the options, the samples, the order that they come in, and what is held out."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from threading import Thread
 
-from torch.utils.data import Dataset, Sampler
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from clip_lightning.data.captions import CaptionedImage
-from clip_lightning.data.shards.chunks import ChunkDataset, ChunkFolder, ChunkSampler
-from clip_lightning.data.shards.held_out import held_out
-from clip_lightning.data.shards.manifest import Manifest, tars
-from clip_lightning.data.shards.options import Reading, ShardOptions
-from clip_lightning.data.shards.record import CaptionChoice, Filter
-from clip_lightning.data.shards.storage import identities, read
-from clip_lightning.data.shards.tars import BatchSampler, TarDataset, TarSource
+from clip_lightning.data.datasets import MOST_BROKEN_IN_A_ROW, Samples
+from clip_lightning.data.formats import read_captions
+from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_bytes
+from clip_lightning.data.sampler import TrainSampler
+from clip_lightning.data.shards.index import Tars
+from clip_lightning.data.shards.manifest import find
+from clip_lightning.data.shards.record import BrokenRecord, CaptionChoice, Filter, Record
+from clip_lightning.data.shards.storage import holds_tars, is_url
 from clip_lightning.errors import UserError
+from clip_lightning.files import cache_folder, whole_folder
+from clip_lightning.terminal import public
 
-SPLIT = "train"
-_COPIES_PER_WINDOW = 2  # the next window is begun while the last one is finished
+_REMOTE_WINDOW = 16
+_BLOCK = 1 << 16
 
 
-class TrainingShards:
-    """The sources that training reads.
+@dataclass(frozen=True)
+class ShardOptions:
+    """Training from tars, with `--data.dataset shards`.
 
     Attributes:
-        digest: SHA-256 (hex) of what is known of them: checksums where `data convert` wrote them, names and
-            sizes of other tars.
-        manifests: source → its `shards.json`, of those that have one.
+        sources: folders, URLs (s3://, gs://, hf://, https://) or patterns of tars, DIR/{00000..00099}.tar,
+            in place of --data.root; or each of them with its weight, in proportion to which samples are
+            taken from it.
+        captions: fields that captions are taken from, with probabilities: {txt: 0.5, synthetic: 0.5}; by
+            default the first of captions, txt and caption that a sample has.
+        filters: conditions on a sample's fields: 'width >= 200', 'similarity > 0.28'.
+        samples_per_epoch: by default every sample once; needed for remote tars without a NAME_stats.json.
+        val: captioned images or tars to validate on; by default the split `val` beside `train`.
+        window: tars whose samples are shuffled among each other; by default all if they are on this machine,
+            else 16.
     """
 
-    def __init__(self, options: ShardOptions, root: Path | str | None) -> None:
-        """Look at the sources.
+    sources: Mapping[str, float] | Sequence[str] | None = None
+    captions: Mapping[str, float] = field(default_factory=dict)
+    filters: Sequence[str] = ()
+    samples_per_epoch: int | None = None
+    val: str | None = None
+    window: int | None = None
 
-        Raises:
-            UserError: there is none, one cannot be read, or they do not go together.
-        """
-        self.options = options
-        self.choice = CaptionChoice(options.captions)
-        self.filters = [Filter.parse(text) for text in options.filters]
-        self.weights = options.weights(root)
-        if not self.weights:
-            raise UserError("no shards: give --data.root FOLDER, or --data.shards.sources")
-        found = {source: Manifest.find(source) for source in self.weights}
-        self.manifests = {source: manifest for source, manifest in found.items() if manifest is not None}
-        for source, manifest in self.manifests.items():
-            if SPLIT not in manifest.splits:
-                raise UserError(f"{source} has no {SPLIT} split; give data that has one")
-        kinds = {"webdataset" if manifest is None else manifest.format for manifest in found.values()}
-        if len(kinds) > 1:
-            raise UserError("--data.shards.sources names both litdata's shards and tars; give one kind")
-        self.chunked = kinds == {"litdata"}
-        if self.chunked and len(set(self.weights.values())) > 1:
-            raise UserError(
-                "--data.shards.sources: weights are for tars; of litdata's shards each comes once an epoch"
-            )
-        if self.chunked and options.samples_per_epoch is not None:
-            raise UserError(
-                "--data.shards.samples_per_epoch is for tars; an epoch of litdata's shards is every sample "
-                "once; --trainer.limit_train_batches ends it earlier"
-            )
-        self._urls = {} if self.chunked else {name: tars(name, its, SPLIT) for name, its in found.items()}
-        self.digest = self._digest()
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        filters = [self.filters] if isinstance(self.filters, str) else self.filters
+        object.__setattr__(self, "filters", tuple(filters))  # to compare with others: YAML has lists
+        if isinstance(self.sources, str):
+            object.__setattr__(self, "sources", [self.sources])
+        for name in ("samples_per_epoch", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--data.shards.{name} {value}: expected 1 or more")
+        for source, weight in (self.sources if isinstance(self.sources, Mapping) else {}).items():
+            if not (math.isfinite(weight) and weight > 0):
+                raise UserError(f"--data.shards.sources gives {public(source)} {weight}; expected above 0")
 
-    def _digest(self) -> str:
-        known: dict[str, Any] = {source: manifest.digest() for source, manifest in self.manifests.items()}
-        for source, urls in self._urls.items():
-            if source not in known:
-                known[source] = [(Path(url).name, size) for url, size in identities(urls)]
-        # where they lie does not matter, what they hold does
-        content = sorted(json.dumps(value) for value in known.values())
-        chosen = [dict(self.choice.probabilities), [*self.options.filters]]
-        return hashlib.sha256(json.dumps([content, chosen]).encode()).hexdigest()
 
-    def loading(self, reading: Reading) -> tuple[Dataset[Any], Sampler[Any]]:
-        """The samples, and the sampler that yields their keys, batch after batch.
+class ShardDataset(Dataset[Samples]):
+    """Images out of tars with K captions of their own: pure functions of (seed, epoch, sample).
 
-        Of litdata's shards the keys are of samples; of tars, of whole batches.
+    Attributes:
+        tars: the tars and their samples.
+        streams: the numbers of tars whose samples are shuffled together: all, or one stream per source if the
+            sources have weights.
+        weights: the fraction of the samples that comes from each stream.
+        window: the number of tars of a stream whose samples are shuffled among each other.
+        samples: the number of samples of an epoch.
+        digest: SHA-256 (hex) of the options that choose samples and captions, and of what is known of the
+            tars without reading them.
+    """
 
-        Raises:
-            UserError: there are too few samples for a batch, or it is not known how many.
-        """
-        if self.chunked:
-            return self._chunks(reading)
-        batches = self.samples // (reading.batch_size * reading.world_size)
-        if not batches:
-            raise UserError(
-                f"an epoch of {self.samples} samples has not one batch of {reading.batch_size} on each of "
-                f"{reading.world_size} devices; lower --data.batch_size or raise "
-                "--data.shards.samples_per_epoch"
-            )
-        sources = [TarSource(tuple(urls), self.weights[source]) for source, urls in self._urls.items()]
-        dataset = TarDataset(
-            sources, reading, self.choice, self.filters, shuffle_buffer=self.options.shuffle_buffer
-        )
-        return dataset, BatchSampler(batches)
-
-    def _chunks(self, reading: Reading) -> tuple[ChunkDataset, ChunkSampler]:
-        keep = _COPIES_PER_WINDOW * self.options.window
-        folders = [ChunkFolder(source, manifest, SPLIT, keep) for source, manifest in self.manifests.items()]
-        dataset = ChunkDataset(folders, reading, self.choice, self.filters)
-        sampler = ChunkSampler(
-            dataset.chunk_sizes,
-            reading.batch_size,
-            window=self.options.window,
-            seed=reading.seed,
-            rank=reading.rank,
-            world_size=reading.world_size,
-        )
-        return dataset, sampler
+    def __init__(
+        self,
+        options: ShardOptions,
+        root: Path | str,
+        transform: ImageTransform,
+        augmentation: Augmentation,
+        *,
+        captions_per_image: int = 1,
+        seed: int = 0,
+        budget: float = 50e9,
+    ) -> None:
+        """Look for the tars, or raise UserError; of remote ones, copies of `budget` bytes are kept."""
+        self.transform, self.augmentation = transform, augmentation
+        self.captions_per_image, self.seed = captions_per_image, seed
+        self.options, self.choice = options, CaptionChoice(options.captions)
+        sources = [*(options.sources or [str(root)])]
+        weights = [*options.sources.values()] if isinstance(options.sources, Mapping) else [1.0]
+        window = options.window or (_REMOTE_WINDOW if any(map(is_url, sources)) else 0)
+        filters = [Filter.parse(text) for text in options.filters]
+        self.tars = Tars(sources, "train", filters, budget=budget, recent=2 * len(weights) * window)
+        for source, part in zip(sources, self.tars.parts, strict=True):
+            if not part:
+                raise UserError(f"{public(source)} has no train split; give data that has one")
+        self.window = min(window or len(self.tars), len(self.tars))
+        self.streams = self.tars.parts if len(weights) > 1 else [range(len(self.tars))]
+        self.weights = np.array(weights) / sum(weights)
+        self.samples = options.samples_per_epoch or self.tars.total()
+        if not self.samples:
+            names = ", ".join(sorted(self.tars.fields))
+            raise UserError(f"no sample passes --data.shards.filters; there are the fields {names}")
+        known = [weights, [*map(len, self.streams)], [*options.captions.items()], options.filters]
+        self.digest = hashlib.sha256(json.dumps([known, self.tars.known()]).encode()).hexdigest()
 
     def held_out(self, split: str) -> list[CaptionedImage]:
-        """The pictures of `val` or `test`, as files with all their captions; none where no source has any.
-
-        Raises:
-            UserError: they cannot be read.
-        """
+        """Return the images of `val` or `test`, as files with all their captions, if a source has any."""
         source = self.options.val if split == "val" else None
-        if source is None:
-            source = next((name for name, its in self.manifests.items() if split in its.splits), None)
+        source = source or next((name for name, has in self.tars.splits.items() if split in has), None)
         return [] if source is None else held_out(source, split, self.choice)
 
-    @property
-    def samples(self) -> int:
-        """An epoch's, before filters where there are some.
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Samples:
+        """Return the samples of these (epoch, sample), and for a broken one the next that can be used.
 
         Raises:
-            UserError: nobody has counted them.
+            UserError: a hundred in a row are broken, or a tar cannot be read.
         """
-        if self.options.samples_per_epoch is not None:
-            return self.options.samples_per_epoch
-        counted = [manifest.samples(SPLIT) for manifest in self.manifests.values()]
-        rest = [urls for source, urls in self._urls.items() if source not in self.manifests]
-        return sum([*counted, *map(_counted, rest)])
+        broken: dict[str, str] = {}
+        samples = [self._sample(*each, broken) for each in keys]
+        counts = np.full(len(keys), self.captions_per_image)
+        return Samples(
+            pictures=[pixels for pixels, _, _ in samples],
+            image_id=np.array([record.image_id for _, _, record in samples]),
+            counts=counts,
+            captions=[text for _, texts, _ in samples for text in texts],
+            caption_rows=np.full(int(counts.sum()), -1),  # nobody has counted the captions
+            broken=broken,
+            names=[record.name for _, _, record in samples],
+        )
+
+    def _sample(self, epoch: int, sample: int, broken: dict[str, str]) -> tuple[Tensor, list[str], Record]:
+        rng = np.random.default_rng((self.seed, epoch, sample))
+        for _ in range(MOST_BROKEN_IN_A_ROW):
+            record = self.tars.read(sample)
+            try:
+                texts = self.choice.draw(record.fields, self.captions_per_image, rng)
+                pixels = augment(decode_bytes(record.image), self.transform, self.augmentation, rng)
+                return pixels, texts, record
+            except (BrokenImage, BrokenRecord) as error:
+                broken[record.name] = str(error)
+                sample = self.tars.after(sample)
+        raise UserError(
+            f"{MOST_BROKEN_IN_A_ROW} samples in a row cannot be used, the last is {record.name}: "
+            f"{broken[record.name]}; look at the tars, and at --data.shards.captions"
+        )
 
 
-def _counted(urls: Sequence[str]) -> int:
-    """By img2dataset, which leaves NAME_stats.json beside NAME.tar."""
-    total = 0
-    for url in urls:
-        note = url.removesuffix(".tar") + "_stats.json"
-        data = read(note)
-        try:
-            stats: Mapping[str, Any] = {} if data is None else json.loads(data)
-            total += int(stats["successes"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"it is not known how many samples {url} holds (no count in {note}); give "
-                "--data.shards.samples_per_epoch"
-            ) from error
-    return total
+class ShardSampler(TrainSampler):
+    """Shuffled (epoch, sample) pairs for one rank, pass after pass over the tars.
+
+    In each pass the tars come in another order, and the samples of `window` tars are shuffled among each
+    other. An epoch is the next `samples` of these. Batches have the same members for every number of ranks
+    and of workers, as those of `TrainSampler`.
+    """
+
+    def __init__(self, dataset: ShardDataset, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        """Sample from tars; arguments as for `TrainSampler`."""
+        super().__init__(dataset.samples, batch_size, seed=dataset.seed, rank=rank, world_size=world_size)
+        self.dataset, self.tars = dataset, dataset.tars
+
+    def order(self, epoch: int, skip: int) -> Iterator[int]:
+        """Mix the streams, in blocks that each hold the same number of samples of a stream."""
+        number, first = divmod(epoch * self.size + skip, _BLOCK)
+        counts = np.diff(np.round(_BLOCK * np.cumsum(self.dataset.weights)).astype(int), prepend=0)
+        streams: list[Iterator[int]] = []
+        for block in count(number):
+            mixed = np.repeat(np.arange(len(counts)), counts)
+            np.random.default_rng((self.seed, block)).shuffle(mixed)
+            if not streams:
+                done = block * counts + np.bincount(mixed[:first], minlength=len(counts))
+                streams = [*map(self._stream, range(len(counts)), done.tolist())]
+            for stream in mixed[first:].tolist():
+                yield next(streams[stream])
+            first = 0
+
+    def _stream(self, stream: int, skip: int) -> Iterator[int]:
+        """Yield the samples of a stream, pass after pass, without the first `skip`."""
+        empty = 0
+        for (seeds, now), (_, coming) in pairwise(self._windows(stream)):
+            size = sum(map(self.tars.count, now))
+            empty = 0 if size else empty + len(now)
+            if empty >= 2 * len(self.dataset.streams[stream]):  # a whole pass, wherever it began
+                raise UserError("a source has no sample that can be used and passes --data.shards.filters")
+            if skip >= size:
+                skip -= size
+                continue
+            self.tars.fetch(now)
+            Thread(target=self._fetch_ahead, args=(coming,), daemon=True).start()
+            samples = np.concatenate([*map(self.tars.numbers, now)])
+            yield from map(int, np.random.default_rng(seeds).permutation(samples)[skip:])
+            skip = 0
+
+    def _windows(self, stream: int) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+        """Yield the tars whose samples are shuffled among each other, with the seeds of their order."""
+        for number in count():
+            seeds = (self.seed, stream, number)
+            tars = np.random.default_rng(seeds).permutation(self.dataset.streams[stream]).tolist()
+            for first in range(0, len(tars), self.dataset.window):
+                yield (*seeds, first), tars[first : first + self.dataset.window]
+
+    def _fetch_ahead(self, tars: list[int]) -> None:
+        with contextlib.suppress(Exception):  # raised again when these tars are wanted
+            self.tars.fetch(tars)
+
+
+def held_out(source: str, split: str, choice: CaptionChoice) -> list[CaptionedImage]:
+    """Return the images for `val` or `test`, with all captions that might be drawn in training.
+
+    Those of tars are written once as files into the cache folder: a data set like any other. Of a source that
+    has splits, this one is taken, else everything.
+
+    Raises:
+        UserError: the source cannot be read, or holds no sample.
+    """
+    if not holds_tars(source) and find(source) is None:
+        found = read_captions(Path(source))
+        return [image for image in found.images if not found.has_official_splits or image.split == split]
+    tars = Tars([source], split)
+    if not len(tars):
+        return []
+    known = json.dumps([tars.keys(), [*choice.probabilities.items()]])
+    folder = cache_folder("shards") / f"{split}-{hashlib.sha256(known.encode()).hexdigest()[:32]}"
+    if not folder.exists():
+        with whole_folder(folder) as draft, (draft / "captions.jsonl").open("w") as file:
+            (draft / "images").mkdir()
+            for number, record in enumerate(tars.records()):
+                try:
+                    captions = choice.all(record.fields)
+                    name = f"images/{number:08d}.{record.suffix()}"
+                except BrokenRecord as error:
+                    tars.broken[record.name] = str(error)
+                    continue
+                (draft / name).write_bytes(record.image)
+                file.write(json.dumps({"image": name, "captions": captions}) + "\n")
+            if not file.tell():
+                name, reason = next(iter(tars.broken.items()), ("there is none", ""))
+                raise UserError(f"{public(source)} holds no sample to validate on ({name}: {reason})")
+    return list(read_captions(folder).images)
