@@ -235,7 +235,7 @@ def test_classify(
         ("zero-shot M hf:a/b/c", "expected OWNER/NAME"),
         ("zero-shot D D", "no clip-lightning bundle"),
         ("zero-shot M D --out FILE", "is a file"),
-        ("retrieval M D", "holds no picture with a caption"),
+        ("retrieval M D", "holds no image with a caption"),
         ("retrieval M D --resamples 0", "--resamples 0"),
         ("retrieval , D", "names no model"),
         ("linear-probe M D --test_share 1", "--test_share 1"),
