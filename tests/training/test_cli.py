@@ -522,7 +522,7 @@ def wrong(says: str, *more: str, **options: Any) -> Wrong:
 
 WRONG: dict[str, Wrong] = {
     "no such folder": wrong(r"no folder or file /nowhere; give .* --data\.root", data__root="/nowhere"),
-    "empty folder": wrong(r"FILES/empty holds no picture .* check --data\.root", data__root="FILES/empty"),
+    "empty folder": wrong(r"FILES/empty holds no image .* check --data\.root", data__root="FILES/empty"),
     "no data": wrong(r"give --data\.root FOLDER, .* or --data\.dataset scenes", data__root=...),
     "no caption column": wrong(
         r"no caption column: found image, remark, expected one of caption, .*--data\.root",

@@ -221,7 +221,7 @@ def test_a_broken_picture_is_left_out_of_the_score_and_counted(
     root = scenes_for_evaluation(scenes, tmp_path / "scenes")
     (root / "00012.jpg").write_bytes(b"\xff\xd8 no picture")
     source = data(module, root, batch_size=batch_size, max_broken=0.05)
-    with pytest.warns(UserWarning, match=r"left out 1 pictures.*00012\.jpg"):
+    with pytest.warns(UserWarning, match=r"left out 1 images.*00012\.jpg"):
         trainer(tmp_path).validate(module, datamodule=source, verbose=False)
     assert list(source.broken) == [str(root / "00012.jpg")]
     embeddings = module.validation_embeddings
