@@ -164,7 +164,7 @@ def test_drawn_splits_leak_nothing_after_fix(root: Path, capsys: pytest.CaptureF
     rows = [(name, f"caption of {name}") for file in names[:9] for name in (file, f"again-{file}")]
     with (root / "captions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "caption"), *rows])
-    shares = ["--val_share=0.3", "--test_share=0.3"]
+    shares = ["--splits.val_fraction=0.3", "--splits.test_fraction=0.3"]
     _, found = check(root, *shares, f"--fix={root / 'clean.csv'}", capsys=capsys)
     assert found["alike_leaks"]
     assert not found["official_splits"]

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from clip_lightning.__main__ import main
-from clip_lightning.data.captions import split_by_image
+from clip_lightning.data.captions import Splits, split_by_image
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.data.shards.chunks import ChunkDataset, ChunkFolder, ChunkSampler
@@ -107,7 +107,7 @@ def records(folder: Path, split: str) -> list[Record]:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_picture_is_there_once_as_it_was(shards: dict[str, Path], scenes: Path, kind: str) -> None:
-    parts = split_by_image(read_captions(scenes), seed=0, val_share=0.1, test_share=0.1)
+    parts = split_by_image(read_captions(scenes), Splits())
     for split, images in parts.items():
         expected = {image.path.name: (image.path.read_bytes(), list(image.captions)) for image in images}
         found = records(shards[kind], split)
@@ -698,7 +698,7 @@ def test_pictures_to_validate_on_are_files_with_every_caption(
     shards: dict[str, Path], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    expected = split_by_image(read_captions(scenes), seed=0, val_share=0.1, test_share=0.1)["val"]
+    expected = split_by_image(read_captions(scenes), Splits())["val"]
     for source in (*map(str, shards.values()), str(scenes)):
         found = held_out(source, "val", CaptionChoice())
         assert [image.captions for image in found] == [image.captions for image in expected]

@@ -198,7 +198,16 @@ def test_a_file_with_everything(tmp_path: Path) -> None:
         "early_terminate": {"type": "hyperband", "max_iter": 27, "s": 2, "strict": True},
         "run_cap": 7,
         "program": "clip-lightning",
-        "command": ["${env}", "clip-lightning", "fit", "--config", "heads", "${args}", "--data.views", 1],
+        "command": [
+            "${env}",
+            "clip-lightning",
+            "fit",
+            "--config",
+            "heads",
+            "${args}",
+            "--data.batch_size",
+            1,
+        ],
         "parameters": {
             "model": {"parameters": {"optimizer": {"parameters": {"lr": {"values": [0.1, 0.2]}}}}},
             DROPOUT: {"value": 0.5},
@@ -209,7 +218,7 @@ def test_a_file_with_everything(tmp_path: Path) -> None:
     assert (file.name, file.method, file.run_cap) == ("mine", "bayes", 7)
     assert (file.metric, file.maximize) == ("val/image_to_text_mean_rank", False)
     assert file.early == Halving(first=3, eta=3)
-    assert file.base == ("--config", "heads", "--data.views", "1")
+    assert file.base == ("--config", "heads", "--data.batch_size", "1")
     assert file.words({LR: 0.2}) == ["--model.dropout=0.5", "--model.compile=false", f"--{LR}=0.2"]
 
 
@@ -280,11 +289,21 @@ def test_shipped_files(path: Path, tmp_path: Path) -> None:
 
 
 def test_own_words_and_those_of_fit() -> None:
-    given = ["--data.root", "x", "heads", "--trials", "3", "--json", "--study=a", "--data.views=1", "more"]
+    given = [
+        "--data.root",
+        "x",
+        "heads",
+        "--trials",
+        "3",
+        "--json",
+        "--study=a",
+        "--data.batch_size=1",
+        "more",
+    ]
     own, files, others = split_words(given)
     assert own == ["--trials", "3", "--json=true", "--study=a"]
     assert files == ["heads", "more"]
-    assert others == ["--data.root", "x", "--data.views=1"]
+    assert others == ["--data.root", "x", "--data.batch_size=1"]
     assert split_words(["--json", "false", "x"])[:2] == (["--json=false"], ["x"])
 
 

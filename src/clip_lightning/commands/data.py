@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from clip_lightning.arguments import run_functions
+from clip_lightning.data.captions import Splits, split_by_image
 from clip_lightning.terminal import one_line
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ def check(
     root: Path,
     *,
     dataset: str = "auto",
-    val_share: float = 0.1,
-    test_share: float = 0.1,
-    split_seed: int = 0,
+    splits: Splits = Splits(),  # noqa: B008 (frozen)
     text_tower: str | None = None,
     max_length: int | None = None,
     num_workers: int | None = None,
@@ -44,9 +43,7 @@ def check(
     Args:
         root: the data set's folder, or its annotation file.
         dataset: how to read it: auto, flickr8k, flickr30k, captions or folder.
-        val_share: part of the pictures to validate on where the data has no splits, as for fit.
-        test_share: likewise, to test on.
-        split_seed: of that draw.
+        splits: how images are divided if the data names no splits, as for fit.
         text_tower: name of a text tower; counts the captions that its tokenizer would cut.
         max_length: tokens at which it cuts; 77 or the tower's own limit if not given.
         num_workers: threads that open pictures; one for each core if not given.
@@ -55,7 +52,6 @@ def check(
             pictures that are in more than one split; give it to fit as --data.root.
         json: print one JSON object instead.
     """
-    from clip_lightning.data.captions import split_by_image
     from clip_lightning.data.checking.clean import changes_reading, check_target, write_cleaned
     from clip_lightning.data.checking.findings import find
     from clip_lightning.data.checking.images import open_all
@@ -71,7 +67,7 @@ def check(
         check_target(fix)
     captions = read_captions(root, dataset)
     try:
-        parts = split_by_image(captions, seed=split_seed, val_share=val_share, test_share=test_share)
+        parts = split_by_image(captions, splits)
     except UserError as error:  # too few pictures, which are worth a look all the same
         print(one_line(f"warning: {error}"), file=sys.stderr)
         parts = {}
@@ -203,7 +199,7 @@ def upload(
     reference: bool = False,
     json: bool = False,
 ) -> None:
-    """Log captioned pictures as a W&B artifact, for `fit --data.artifact` on any machine.
+    """Log captioned pictures as a W&B artifact, for `fit --data.root wandb:NAME` on any machine.
 
     Args:
         root: the data set's folder; all of it is uploaded, in its layout.
@@ -235,4 +231,4 @@ def upload(
     if json:
         print(json_module.dumps({"artifact": name, **about}))
     else:
-        print(f"{name}: clip-lightning fit --data.artifact {name}")
+        print(f"{name}: clip-lightning fit --data.root wandb:{name}")

@@ -93,7 +93,7 @@ def _usual(names: tuple[str, ...], columns: list[str]) -> list[str]:
 def _no_column(option: str, given: str | None, what: str, features: Mapping[str, Any]) -> UserError:
     there = ", ".join(f"{name} ({_type(feature)})" for name, feature in features.items())
     wrong = f"{option} {given} is no column of {what}" if given else f"no column is clearly that of {what}"
-    return UserError(f"{wrong}; the data set given to --data.hub has {there}; give {option} COLUMN")
+    return UserError(f"{wrong}; the data set has {there}; give {option} COLUMN")
 
 
 def _type(feature: Any) -> str:

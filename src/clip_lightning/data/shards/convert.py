@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
-from clip_lightning.data.captions import CaptionedImage, split_by_image
+from clip_lightning.data.captions import CaptionedImage, Splits, split_by_image
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.shards.manifest import FIELDS_FILE, FILE, Format, Manifest, Shard
 from clip_lightning.data.shards.record import BrokenRecord, Filter, Record, passes
@@ -111,7 +111,7 @@ def captioned(
         UserError: they cannot be read or divided.
     """
     captions = read_captions(root, dataset)
-    parts = split_by_image(captions, seed=split_seed, val_share=val_share, test_share=test_share)
+    parts = split_by_image(captions, Splits(val_share, test_share, split_seed))
     # neighbours in a folder resemble each other, and a reader mixes only samples that lie close together
     order = np.random.default_rng(split_seed).permutation(len(parts["train"]))
     parts["train"] = [parts["train"][i] for i in order]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 
 from clip_lightning.data.formats import read_captions
-from clip_lightning.data.origin import find_origin
+from clip_lightning.data.sources import find_source
 from clip_lightning.errors import UserError
 from clip_lightning.experiments.compare import settings_of
 from clip_lightning.experiments.run_records import flat
@@ -79,12 +78,11 @@ def shared_settings(file: SweepFile, trial: Rehearsal) -> dict[str, Any]:
 
 
 def _data_digest(options: Namespace) -> str:
-    names = ("artifact", "url", "sha256", "hub", "hub_image", "hub_captions")
     scenes = options.dataset == "scenes"
-    root = None if options.root is None else Path(options.root)
-    origin = find_origin(root=root, scenes=scenes, **{name: options[name] for name in names})
-    origin.fetch()
-    return read_captions(origin.folder(), "captions" if scenes else options.dataset).digest()
+    columns = options.hub_image, options.hub_captions
+    source = find_source(options.root, scenes=scenes, columns=columns)
+    source.fetch()
+    return read_captions(source.folder(), "captions" if scenes else options.dataset).digest()
 
 
 def wanted_trials(file: SweepFile, given: int | None) -> int:
