@@ -222,6 +222,13 @@ def packaged_config(name: str, kind: str = "") -> str:
 
 
 def complaint_within(error: ValueError) -> str | None:
-    """Our own complaint within what jsonargparse says of an option of several types, if there is one."""
+    """Our own complaint within what jsonargparse says of an option of several types, if there is one.
+
+    Or the package that a logger or a callback of Lightning's needs.
+    """
+    if missing := re.findall(r"Requirement '([^']+)' not met", str(error)):
+        return (
+            f"--trainer: {' or '.join(dict.fromkeys(missing))} is not installed; pip install '{missing[-1]}'"
+        )
     lines = (line.strip().removeprefix("- ") for line in str(error).splitlines())
     return next((line for line in lines if line.startswith("--")), None)

@@ -16,5 +16,9 @@ class RunFailed(UserError):
     status = 1
 
 
+class Diverged(RunFailed):
+    """Training has left the range of numbers; for a search, that is a result."""
+
+
 class AgreedStop(KeyboardInterrupt):
     """Ctrl-C, once every rank has finished the same batch and knows of it."""

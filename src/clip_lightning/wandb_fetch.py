@@ -190,6 +190,11 @@ def _download(artifact: Any, folder: Path) -> None:
         ) from error
 
 
+def default_project() -> str:
+    """Return W&B's project if no option names one."""
+    return os.environ.get("WANDB_PROJECT") or "clip-lightning"
+
+
 def stays_offline(offline: bool | None) -> bool:
     """Whether to make the run an offline one ourselves, over what W&B would choose."""
     import wandb

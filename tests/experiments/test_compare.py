@@ -378,7 +378,7 @@ def test_finished_runs_are_measured_and_compared(finished: Path, tmp_path: Path)
     (twice,) = (row for row in rows.values() if row["runs"] == 2)
     assert str(plain) in twice["places"]
     alone = {row["name"]: row for row in result(finished)["rows"]}[twice["name"]]
-    assert twice["rsum"] == alone["rsum"] and twice["std"]["rsum"] == 0
+    assert twice["rsum"] == alone["rsum"] and twice["seeds"] == 1 and twice["std"] == {}
     assert twice["parameters"] == alone["parameters"]
     assert twice["parameters_trained"] == alone["parameters_trained"]
     assert twice["image_latency_ms"] > 0
@@ -500,9 +500,9 @@ def test_pairs_are_runs_of_one_group_which_can_be_compared(
     assert main([*theirs, f"wandb:tester/clip-lightning/{runs[0].id}"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     together = [str(tmp_path / "ours"), "wandb:tester/clip-lightning"]
-    assert main([*theirs, *together]) == 0  # the same runs twice, as if they were seeds
+    assert main([*theirs, *together]) == 0  # the same runs twice
     mixed = json.loads(capsys.readouterr().out)["rows"]
-    assert [(row["runs"], row["options"], row["std"]["rsum"]) for row in mixed] == [(2, {}, 0)] * 2
+    assert [(row["runs"], row["seeds"], row["options"], row["std"]) for row in mixed] == [(2, 1, {}, {})] * 2
     wandb_server.runs["tester", "clip-lightning", runs[0].id].state = "crashed"
     assert main([*theirs, f"wandb:tester/clip-lightning/{runs[0].id}"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["unfinished"] == "crashed"

@@ -74,10 +74,22 @@ def test_seeds_are_one_row_with_mean_and_sample_deviation() -> None:
         "rsum": "100.0 ± 10.0",
         **{f"{way} R@{k}": "16.7 ± 1.7" for way in ("text→image", "image→text") for k in (1, 5, 10)},
         "parameters": "4.65 M",
-        "image latency, ms": "10.0 ± 0.0",
+        "image latency, ms": "10.0",  # which has nothing to do with the seed
         "features in all": "2.56 kB",
-        "run": "3 runs",
+        "run": "3 seeds",
     }
+
+
+def test_a_seed_that_was_run_twice_is_no_second_seed() -> None:
+    records = [record(rsum, options={"seed_everything": 0}) for rsum in (90, 110)]
+    (row,) = compared(records, "t").rows
+    assert (row.seeds, len(row.records), row.means["rsum"], row.deviations) == (1, 2, 100, {})
+    text = markdown(compared(records, "t"))
+    assert "±" not in text and "1 seed, repeated" in text and "Several" not in text and "2 runs" not in text
+    assert any("1 seed, repeated 100.0" in line for line in printed(compared(records, "t"), 60))
+    several = [*records, record(120, options={"seed_everything": 1})]
+    (row,) = compared(several, "t").rows
+    assert shown(row, "rsum") == "110.0 ± 14.1" and "2 seeds, repeated" in markdown(compared(several, "t"))
 
 
 def test_only_options_that_make_an_experiment_are_columns() -> None:
@@ -242,9 +254,13 @@ def test_rank_towers_run_and_rsum_are_there_at_any_width(width: int) -> None:
 
 
 def test_what_seeds_spread_is_shown_before_other_values() -> None:
-    records = [record(rsum, image, options={}) for rsum in (100, 120) for image in ("a", "b" * 30)]
+    records = [
+        record(rsum, image, options={"seed_everything": rsum})
+        for rsum in (100, 120)
+        for image in ("a", "b" * 30)
+    ]
     lines = printed(compared([*records, record(90, unfinished="crashed")], "t"), 60)
-    assert any("2 runs 110.0 ± 14.1" in line for line in lines)
+    assert any("2 seeds 110.0 ± 14.1" in line for line in lines)
     assert any("90.0" in line and line.endswith("crashed") for line in lines)
 
 

@@ -564,6 +564,15 @@ def test_hopeless_trials_are_stopped_early(
     assert len(summary(capsys.readouterr().out)["trials"]) == 2, "a trial that was stopped early has finished"
 
 
+@pytest.mark.filterwarnings("ignore:.*not finite:UserWarning")
+def test_a_diverging_trial_has_the_worst_value(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
+    words = search(grid(lr=[1e38, 0.001]), "--json", "--model.optimizer.warmup=0", "--trainer.max_epochs=1")
+    assert main(words) == 0
+    good, diverged = summary(capsys.readouterr().out)["trials"]
+    assert (diverged["state"], diverged["value"], good["value"] > 0) == ("finished", 0.0, True)
+    assert "training has diverged" in diverged["error"]
+
+
 @pytest.mark.slow
 def test_killed_and_going_on(search: Search, tmp_path: Path) -> None:
     content = {"method": "random", "run_cap": 2, "parameters": {LR: {"min": 0.001, "max": 0.01}}}
@@ -574,7 +583,7 @@ def test_killed_and_going_on(search: Search, tmp_path: Path) -> None:
     note = tmp_path / "note"
     stuck = ["--trainer.callbacks=test_tuning.Touches", "--trainer.callbacks.step=1"]
     command = [sys.executable, "-m", "clip_lightning", *words, *stuck, f"--trainer.callbacks.note={note}"]
-    path = os.pathsep.join([str(REPOSITORY / "tests"), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while not note.exists():
@@ -627,6 +636,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "none": (MINIMAL, ["--trials", "0"], "--trials 0: expected 1 or more"),
     "no database": (grid(lr=[1]), ["--storage", "nonsense"], "--storage"),
     "both engines": (grid(lr=[1]), ["--storage", "sqlite://", "--sweep_id", "a/b/c"], "give one of them"),
+    "no validation": (grid(lr=[1]), ["--trainer.limit_val_batches=0"], "limit_val_batches 0: a run without"),
     "joining offline": (grid(lr=[1]), ["--sweep_id", "a/b/c"], "--sweep_id a/b/c: joining needs W&B online"),
 }
 

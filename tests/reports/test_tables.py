@@ -272,14 +272,14 @@ def test_the_table_reaches_wandb_and_the_disk(tmp_path: Path, monkeypatch: pytes
         "prediction 2",
         "prediction 3",
     ]
-    assert [table["columns"] for table in shown] == [columns] * 2
-    assert sorted(row[0] for table in shown for row in table["data"]) == [0] * 4 + [1] * 4
+    assert [table["columns"] for table in shown] == [columns]
+    assert [row[0] for table in shown for row in table["data"]] == [1] * 4  # of the last epoch
     # The pictures themselves wait for `wandb sync` in an artifact.
     files = {sha256(path.read_bytes()).hexdigest(): path for path in (tmp_path / "staged").rglob("tmp*")}
     staged = [json.loads(path.read_text()) for path in files.values() if path.read_bytes().startswith(b"{")]
     tables = [table for table in staged if table.get("_type") == "table"]
     rows = [row for table in tables if table["columns"] == columns for row in table["data"]]
-    assert len(rows) == 8
+    assert len(rows) == 4
     for _epoch, query, rank, hit, wanted, *found in rows:
         assert (rank, hit) == (1, True)
         path = tmp_path / f"{query.split()[1]}.png"
@@ -331,8 +331,8 @@ def test_everything_reaches_the_server(wandb_server: WandbServer, tmp_path: Path
 
     (run,) = wandb_server.runs.values()
     for name, times in {
-        "val/predictions": 2,
-        "val/predictions_image_to_text": 2,
+        "val/predictions": 1,
+        "val/predictions_image_to_text": 1,
         "val/similarity_matched": 2,
         "val/similarity_unmatched": 2,
         "val/worst_misses": 1,
@@ -350,7 +350,7 @@ def test_everything_reaches_the_server(wandb_server: WandbServer, tmp_path: Path
     pictures = {name for name in run.files if name.startswith("media/images/val/") and name.endswith(".png")}
     assert len(pictures) == 3
     tables = [json.loads(content) for name, content in run.files.items() if f"{CAPTIONS}_" in name]
-    assert sorted(table["data"][0][0] for table in tables) == [0, 1]
+    assert [table["data"][0][0] for table in tables] == [1]  # the last epoch
     rows = {}
     for table in tables:
         assert table["columns"] == ["epoch", "image", "rank", "hit@3", "own captions", *FOUND]
@@ -362,7 +362,7 @@ def test_everything_reaches_the_server(wandb_server: WandbServer, tmp_path: Path
             assert (rank, hit) == (11, False)
             assert not any("✓" in each for each in found)
             rows.setdefault(epoch, []).append(own)
-    assert len(rows[0]) == 2 and rows[0] == rows[1]  # the same pictures in every epoch
+    assert len(rows[1]) == 2
 
 
 CAPTIONS = "media/table/val/predictions_image_to_text"

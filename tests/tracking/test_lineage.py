@@ -17,14 +17,18 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from wandb_server import API_KEY, Run, WandbServer
 from wandb_store import content_path
 
+from clip_lightning import CaptionDataModule
+from clip_lightning.__main__ import main
 from clip_lightning.tracking import lineage
+from clip_lightning.tracking import logger as logger_module
 from clip_lightning.tracking.history import History, go_back
 from clip_lightning.tracking.lineage import Alerts
-from clip_lightning.tracking.logger import RunLogger
+from clip_lightning.tracking.logger import RunLogger, finished_run
 
 STEPS = 4  # batches of 8 of the 32 training scenes
 EPOCHS = 5
@@ -74,7 +78,7 @@ def start(bert: Path, scenes: Path, tmp_path: Path) -> Start:
                 "trainer.callbacks.note": root / f"at-{at}",
             }
         words = [f"--{name}={value}" for name, value in options.items()]
-        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
         own = {"PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
         command = [sys.executable, "-m", "clip_lightning", "fit", *words, *more]
         return subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True)
@@ -227,32 +231,115 @@ def test_online_then_cut_off_then_offline_then_online(
 # what is logged twice ------------------------------------------------------------------------------------
 
 
-def test_history_lets_each_step_through_once(tmp_path: Path) -> None:
+def test_history_lets_each_row_through_once(tmp_path: Path) -> None:
     file = tmp_path / "wandb" / "history.jsonl"
     history = History(file)
-    assert history.new({"loss": 1.0, "lr": 0.1}, 0) == {"loss": 1.0, "lr": 0.1}
-    assert history.new({"rsum": 5.0, "table": object()}, 0).keys() == {"rsum", "table"}
-    assert history.new({"loss": 0.5}, 1) == {"loss": 0.5}
+    rows: list[tuple[int, dict[str, Any]]] = [
+        (0, {"loss": 1.0, "epoch": 0}),
+        (0, {"rsum": 5.0, "epoch": 0}),  # the same step, and epoch again
+        (1, {"loss": 0.5, "epoch": 0}),
+        (1, {"mine": 1.0}),
+        (1, {"mine": 2.0}),  # the same metric at the same step
+    ]
+    assert all(history.is_new(row, step) for step, row in rows)
+    assert history.is_new({"table": object()}, 1)
     with file.open("a") as cut:
         cut.write('{"step": 2, "lo')
     resumed = History(file)
-    assert resumed.new({"loss": 0.5, "lr": 0.1}, 1) == {"lr": 0.1}
-    assert resumed.new({"loss": 0.5}, 1) == {}
-    assert resumed.new({"loss": 0.4, "rsum": 4.0}, 2) == {"loss": 0.4, "rsum": 4.0}
-    assert resumed.best({"loss": 1, "rsum": 4.0}) == {"rsum": 5.0}
-    assert list(History(file).rows()) == [
-        (0, {"loss": 1.0, "lr": 0.1}),
-        (0, {"rsum": 5.0, "table": None}),
-        (1, {"loss": 0.5}),
-        (1, {"lr": 0.1}),
-        (2, {"loss": 0.4, "rsum": 4.0}),
-    ]
+    assert list(resumed.rows()) == [*rows, (1, {"table": None})]
+    # it goes through step 1 a second time, and logs what was lost of it
+    assert not any(resumed.is_new(row, step) for step, row in rows[2:])
+    assert resumed.is_new({"mine": 3.0}, 1)
+    assert resumed.is_new({"rsum": 4.0, "epoch": 0}, 1)
+    assert resumed.is_new({"loss": 0.4, "epoch": 1}, 2)
     with file.open("a") as torn:
         torn.write('{"step": 3, "lo\n')
-    assert len(list(History(file).rows())) == 5
+    assert len(list(History(file).rows())) == 9
     go_back(file)
-    assert History(file).new({"loss": 0.45}, 2) == {"loss": 0.45}
-    assert len(list(History(file).rows())) == 6
+    assert History(file).is_new({"loss": 0.45, "epoch": 1}, 2)
+    assert len(list(History(file).rows())) == 10
+
+
+@pytest.fixture
+def online(wandb_server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> WandbServer:
+    """The server, for runs of this process."""
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setattr(logger_module, "_our_data_dir", None)
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return wandb_server
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_the_summary_is_the_best_epoch_and_every_row_arrives(
+    online: WandbServer, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"trainer__logger": ..., "trainer__log_every_n_steps": 8, "model__optimizer__lr": 0.05}
+    with finished_run():
+        assert main(command("fit", tmp_path / "runs", trainer__max_epochs=3, **given)) == 0
+    folder = folder_of(tmp_path / "runs")
+    run = online.runs["tester", "mine", folder.name]
+    assert (run.display_name, run.job_type, run.alerts) == (folder.name, "train", [])
+    assert run.config["model"]["loss"] == "InfoNCE"
+    assert not [home for home in online.collections.values() if home.type == "code"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    recalls = {name: value for name, value in metrics.items() if "_R@" in name or name == "rsum"}
+    assert {name: run.summary[f"val/{name}"] for name in recalls} == pytest.approx(recalls)
+    assert run.summary["best_epoch"] == metrics["epoch"]
+    costs = ("parameters", "parameters_trained", "seconds", "peak_memory_bytes", "version_torch")
+    assert {name: run.summary[name] for name in costs} == {name: metrics[name] for name in costs}
+    rows = [row for row in run.history if "val/rsum" in row]
+    assert [(row["trainer/global_step"], row["epoch"]) for row in rows] == [(7, 0), (15, 1), (23, 2)]
+    assert [row["epoch"] for row in run.history if "train/loss" in row] == [0, 1, 2]
+    (tables,) = (row for row in run.history if "val/predictions" in row)
+    assert tables["trainer/global_step"] == 23
+    assert run.summary["val/predictions"]["nrows"] > 0
+
+    best = str(folder / "checkpoints" / "best.ckpt")
+    for name in ("test", "validate"):
+        with finished_run():
+            assert main(command(name, tmp_path / "other", ckpt_path=best, **given)) == 0
+        scores = json.loads((folder / f"{name}.json").read_text())
+        assert scores["scored"] == best and 0 <= scores["rsum"] <= 600
+        assert run.summary[f"{name}/rsum"] == pytest.approx(scores["rsum"])
+    assert scores["rsum"] == pytest.approx(metrics["rsum"]) == run.summary["val/rsum"]
+    assert len(online.runs) == 1 and not list((tmp_path / "other").glob("*"))
+
+
+def test_two_fits_of_a_process_are_two_runs(
+    online: WandbServer, make_module: Callable[..., Any], scenes: Path, tmp_path: Path
+) -> None:
+    for number in (1, 2):
+        module = make_module(dropout=number / 10, freeze="none")
+        data = CaptionDataModule(
+            module.transform, module.tokenize, root=scenes, batch_size=16, num_workers=0, seed=number
+        )
+        options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+        logger = RunLogger(save_dir=str(tmp_path / str(number)), name=f"run {number}", tags="mine")
+        options |= {"logger": logger, "max_steps": 1, "limit_val_batches": 0, "log_every_n_steps": 1}
+        Trainer(accelerator="cpu", enable_checkpointing=False, use_distributed_sampler=False, **options).fit(
+            module, datamodule=data
+        )
+        logger.experiment.log({"mine": number})
+    wandb.finish()
+    runs = list(online.runs.values())
+    assert [(run.display_name, run.tags) for run in runs] == [("run 1", ["mine"]), ("run 2", ["mine"])]
+    for number, run in enumerate(runs, 1):
+        config = run.config
+        assert (config["model"]["dropout"], config["model"]["image_tower"]) == (
+            number / 10,
+            "random:test_vit",
+        )
+        assert config["model"]["optimizer"]["lr"] == module.optimizer.lr
+        assert (config["data"]["seed"], config["data"]["root"]) == (number, str(scenes))
+        assert (config["trainer"]["max_steps"], config["data_digest"]) == (1, data.digest)
+        assert [row["mine"] for row in run.history if "mine" in row] == [number]
+
+
+def test_what_a_sweep_has_set_is_not_logged_twice() -> None:
+    known = {"model.optimizer.lr": 0.1, "seed": 1}
+    options = {"model": {"optimizer": {"lr": 0.1, "decay": 0}}, "seed": 2}
+    assert logger_module._without(known, options) == {"model": {"optimizer": {"decay": 0}}, "seed": 2}
 
 
 # alerts --------------------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from jsonargparse import Namespace
 
 from clip_lightning.tracking import logger as logger_module
 from clip_lightning.tracking.logger import RunLogger
+from clip_lightning.training.runs import place_logger
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +55,38 @@ def test_nobody_logged_in_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("WANDB_MODE", "online")  # somebody's word
     assert mode_given(monkeypatch, tmp_path, "online") is None
+
+
+def test_variables_of_wandb_count_where_no_argument_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def made(**given: str) -> dict[str, Any]:
+        return RunLogger(save_dir=str(tmp_path), id="one", offline=True, **given)._wandb_init
+
+    names = ("project", "name", "job_type")
+    assert [made()[name] for name in names] == ["clip-lightning", "one", "train"]
+    for name in names:
+        monkeypatch.setenv(f"WANDB_{name.upper()}", f"my-{name}")
+    assert [made()[name] for name in names] == ["my-project", "my-name", "my-job_type"]
+    assert [made(project="p", name="n", job_type="j")[name] for name in names] == ["p", "n", "j"]
+    settings = Namespace(class_path="a.RunLogger", init_args=Namespace(id=None))
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    place_logger(settings, tmp_path / "folder")
+    assert settings.init_args.id == "mine"
+
+
+def test_lightnings_logger_without_a_key_stays_offline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = SimpleNamespace(mode="online", base_url="https://api.wandb.ai")
+    monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
+    logger = Namespace(class_path="a.WandbLogger", init_args=Namespace(log_model=True, project=None))
+    place_logger(logger, tmp_path / "folder")
+    assert (logger.init_args.mode, logger.init_args.log_model) == ("offline", False)
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    logger = Namespace(class_path="a.WandbLogger", init_args=Namespace(log_model=True, project="p"))
+    place_logger(logger, tmp_path / "folder")
+    assert (logger.init_args.get("mode"), logger.init_args.log_model) == (None, True)
 
 
 def test_each_run_of_a_process_has_its_own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

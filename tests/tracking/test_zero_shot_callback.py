@@ -148,10 +148,10 @@ def test_every_second_validation_and_a_trained_tower(
 ):
     module, note = make_module(freeze="none"), Note()
     callback = ZeroShot(str(pictures), every=2)
-    trainer_for(tmp_path, callback, note, max_epochs=5).fit(module, data_for(module, scenes))
-    assert [sorted(seen) for seen in note.seen] == [[], sorted(METRICS), [], sorted(METRICS), []]
+    trainer_for(tmp_path, callback, note, max_epochs=3).fit(module, data_for(module, scenes))
+    assert [sorted(seen) for seen in note.seen] == [[], sorted(METRICS), sorted(METRICS)]
     assert encoded == [21, 21]
-    assert callback.state_dict() == {"validations": 5}
+    assert callback.state_dict() == {"validations": 3}
 
 
 def test_the_weights_are_those_of_the_validation(

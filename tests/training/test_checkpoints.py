@@ -117,22 +117,38 @@ class Loop:
 
     strategy: object = None
 
-    def __init__(self, started: int, processed: int) -> None:
+    def __init__(self, started: int, processed: int, accumulated: int = 1) -> None:
         self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self
-        self.started, self.processed = started, processed
+        self.started = self.ready = started
+        self.processed, self.accumulate_grad_batches, self.is_last_batch = processed, accumulated, False
 
 
 @pytest.mark.parametrize(
-    ("processed", "there", "saved"), [(3, True, True), (3, False, True), (2, True, False), (2, False, True)]
+    ("processed", "accumulated", "there", "saved"),
+    [
+        (3, 1, True, True),
+        (3, 1, False, True),
+        (2, 1, True, False),
+        (2, 1, False, True),
+        (3, 2, True, False),
+        (3, 3, True, True),
+    ],
 )
 def test_half_a_step_takes_the_place_of_no_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processed: int, there: bool, saved: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processed: int,
+    accumulated: int,
+    there: bool,
+    saved: bool,
 ) -> None:
     asked: list[object] = []
     monkeypatch.setattr(ModelCheckpoint, "on_exception", lambda *given: asked.append(given))
     if there:
         (tmp_path / "last.ckpt").touch()
-    checkpoints.WhenInterrupted(tmp_path, "last").on_exception(Loop(3, processed), None, MemoryError())
+    checkpoints.WhenInterrupted(tmp_path, "last").on_exception(
+        Loop(3, processed, accumulated), None, MemoryError()
+    )
     assert bool(asked) == saved
 
 

@@ -428,7 +428,7 @@ def stopped(
     words = command("fit", base / "runs", **WHOLE, trainer__logger=...)
     note = base / "now"
     at = ["--trainer.callbacks", "test_cli.At", f"--trainer.callbacks.step={EPOCH + 2}"]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     # a W&B service of its own, as a command of its own has
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     environment["PYTHONPATH"] = path

@@ -202,6 +202,11 @@ def test_the_command_ends_with_status_1_and_a_checkpoint(
         "trainer.limit_val_batches": 0,
         "trainer.default_root_dir": tmp_path / "runs",
     }
+    few_steps = {"trainer.limit_val_batches": 1.0, "trainer.default_root_dir": tmp_path / "few-steps"}
+    with pytest.warns(UserWarning, match="not finite"):
+        assert main(["fit", *(f"--{name}={value}" for name, value in (options | few_steps).items())]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "training has diverged: at step 8, 4 of 4 image embeddings are not finite; lower --model" in line
     with pytest.warns(UserWarning, match="not finite"):
         assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 1
     assert "20 steps in a row had a gradient that is not finite" in capsys.readouterr().err

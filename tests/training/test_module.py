@@ -160,6 +160,19 @@ def test_the_scale_never_passes_its_limit(make_module: MakeModule, scenes: Path,
     assert module.clip.scale <= 100.001
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("limit", [-1.0, 0.0, None])
+def test_a_limit_of_0_or_less_clips_nothing(
+    make_module: MakeModule, monkeypatch: pytest.MonkeyPatch, algorithm: str, limit: float | None
+) -> None:
+    module = make_module()
+    monkeypatch.setattr(module, "log", lambda *_: None)
+    weight = module.clip.heads.text[1].weight
+    weight.grad = torch.full_like(weight, 5.0)
+    module.configure_gradient_clipping(torch.optim.SGD([weight]), limit, algorithm)
+    assert weight.grad.eq(5.0).all()
+
+
 def test_a_training_without_an_end(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
     module = make_module()
     with pytest.raises(UserError, match=r"--trainer\.max_epochs"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,14 @@ from transformers import get_cosine_schedule_with_warmup
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training.losses import siglip_loss
-from clip_lightning.training.optim import OptimizerConfig, freeze_lower_layers, param_groups, warmup_cosine
+from clip_lightning.training.optim import (
+    OptimizerConfig,
+    WarmupCosine,
+    freeze_lower_layers,
+    keep_own_options,
+    param_groups,
+    warmup_cosine,
+)
 
 MakeClip = Callable[..., CLIP]
 CONFIG = OptimizerConfig(lr=1e-3, image_lr=2e-4, text_lr=3e-5, weight_decay=0.2)
@@ -141,3 +149,39 @@ def test_the_schedule_is_transformers_shifted_by_one_in_the_warm_up(total: int, 
 def test_values_out_of_range(options: dict[str, float], name: str) -> None:
     with pytest.raises(UserError, match=rf"--model\.optimizer\.{name} "):
         OptimizerConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{}, {"lr": 0.3, "weight_decay": 0.5, "betas": (0.5, 0.6)}])
+def test_a_resumed_optimizer_has_its_own_options_and_the_stored_moments(change: dict[str, Any]) -> None:
+    def build(steps: int, options: dict[str, Any]) -> tuple[torch.optim.AdamW, WarmupCosine]:
+        group = {"params": [torch.nn.Parameter(torch.ones(3))]}
+        optimizer = torch.optim.AdamW([group], **{"lr": 0.1, "weight_decay": 0.2, **options})
+        optimizer.register_load_state_dict_pre_hook(keep_own_options)
+        return optimizer, WarmupCosine(optimizer, warmup_steps=2, total_steps=steps)
+
+    before, schedule = build(10, {})
+    for _ in range(4):
+        before.param_groups[0]["params"][0].grad = torch.tensor([1.0, 2.0, 3.0])
+        before.step()
+        schedule.step()
+    after, resumed = build(20 if change else 10, change)
+    after.load_state_dict(before.state_dict())
+    resumed.load_state_dict(schedule.state_dict())
+    (group,), (old,) = after.param_groups, before.param_groups
+    for name in ("weight_decay", "betas"):
+        assert group[name] == change.get(name, old[name])
+    expected = 0.3 * warmup_cosine(4, warmup_steps=2, total_steps=20) if change else old["lr"]
+    assert group["lr"] == resumed.get_last_lr()[0] == expected
+    assert torch.equal(after.state[group["params"][0]]["exp_avg"], before.state[old["params"][0]]["exp_avg"])
+    resumed.step()
+    schedule.step()
+    assert (group["lr"] == old["lr"]) == (not change)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"lr": math.nan}, {"image_lr": math.inf}, {"weight_decay": math.nan}, {"betas": (1.0, 0.9)}],
+)
+def test_numbers_that_cannot_train(option: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"--model\.optimizer\.{next(iter(option))}"):
+        OptimizerConfig(**option)

@@ -70,7 +70,8 @@ class Loop:
 
     def __init__(self, last: bool) -> None:
         self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self._signal_connector = self
-        self.started = self.processed = 3
+        self.started = self.processed = self.ready = 3
+        self.accumulate_grad_batches = 1
         self.is_last_batch, self.received_sigterm = last, False
         self.is_global_zero, self.global_step = True, 3
 

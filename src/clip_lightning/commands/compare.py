@@ -43,13 +43,15 @@ def run(args: list[str]) -> None:
         compare_backbones(rest, **vars(parser.parse_args(own)))
 
 
-def compare(runs: list[str], out: Path | None = None, group: str | None = None, json: bool = False) -> None:
+def compare(
+    runs: str | list[str], out: Path | None = None, group: str | None = None, json: bool = False
+) -> None:
     """Rank finished runs.
 
     A RUN is the folder of a run, a folder of such folders, wandb:ENTITY/PROJECT for the runs of a W&B
-    project, or wandb:ENTITY/PROJECT/RUN_ID for one of them. Runs that differ in nothing but the seed are
-    one row, mean and standard deviation. Runs on different data are ranked apart. Runs that were interrupted
-    are ranked by what they had reached, and marked.
+    project, or wandb:ENTITY/PROJECT/RUN_ID for one of them. Runs that differ only in the seed are one row,
+    with mean and standard deviation; the same seed again is a repetition. Runs on different data are ranked
+    apart. Runs that were interrupted are ranked by what they had reached, and marked.
 
     Args:
         runs: what to compare.
@@ -60,6 +62,7 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
     from clip_lightning.experiments.compare import compared
     from clip_lightning.experiments.run_records import LeftOut, RunRecord, read_folders, read_wandb
 
+    runs = [runs] if isinstance(runs, str) else runs
     if not runs:
         raise UserError("nothing to compare: give the folders of runs, or wandb:ENTITY/PROJECT")
     online = [place for place in runs if place.startswith("wandb:")]
@@ -74,8 +77,7 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
     records = [each for each in found if isinstance(each, RunRecord)]
     if not records:
         raise UserError(f"nothing to compare: {left_out[0].place} is left out, {left_out[0].reason}")
-    title = f"{len(records)} run{'s' if len(records) > 1 else ''} compared"
-    comparison = compared(_measured(records), title, left_out=left_out)
+    comparison = compared(_measured(records), "Runs compared", left_out=left_out)
     _finish(comparison, out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S"), json)
 
 

@@ -194,7 +194,7 @@ def upload(
     *,
     artifact: str,
     dataset: str = "auto",
-    project: str = "clip-lightning",
+    project: str | None = None,
     entity: str | None = None,
     reference: bool = False,
     json: bool = False,
@@ -205,7 +205,7 @@ def upload(
         root: the data set's folder; all of it is uploaded, in its layout.
         artifact: name of the artifact.
         dataset: how to read it: auto, flickr8k, flickr30k, captions or folder.
-        project: W&B project.
+        project: W&B project; WANDB_PROJECT or clip-lightning by default.
         entity: W&B user or team; your default one if not given.
         reference: upload where the files lie and their checksums instead of the files; for machines that
             share the file system.
@@ -214,6 +214,7 @@ def upload(
     from clip_lightning.data.formats import read_captions
     from clip_lightning.errors import UserError
     from clip_lightning.tracking.artifacts import check_upload, upload_data
+    from clip_lightning.wandb_fetch import default_project
 
     check_upload(artifact)
     if not root.is_dir():
@@ -227,6 +228,7 @@ def upload(
         "left_out": len(captions.left_out),
     }
     print(f"uploading {about['pictures']:,} pictures with {about['captions']:,} captions", file=sys.stderr)
+    project = project or default_project()
     name = upload_data(artifact, root, project=project, entity=entity, by_reference=reference, metadata=about)
     if json:
         print(json_module.dumps({"artifact": name, **about}))

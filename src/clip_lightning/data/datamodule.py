@@ -92,6 +92,7 @@ class CaptionDataModule(LightningDataModule):
             seed: of the order, the captions and the augmentation.
         """
         super().__init__()
+        self.options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         _check(batch_size=batch_size, captions_per_image=captions_per_image)
         if not 0 <= max_broken <= 1:
             raise UserError(f"--data.max_broken {max_broken}: expected a fraction from 0 to 1")
@@ -356,18 +357,33 @@ class CaptionDataModule(LightningDataModule):
         return {
             "epoch": epoch,
             "batches": loop.epoch_loop.batch_progress.current.processed,
-            "must_agree": self._must_agree(),
+            "must_agree": self._must_agree(self._world),
         }
 
-    def _must_agree(self) -> dict[str, Any]:
+    def _must_agree(self, ranks: int) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint, or its batches would be others."""
         window = {} if self._training is None else {"--data.shards.window": self.shards.window}
         return {
             **window,
             "data (digest)": self.digest,
             "--seed_everything": self.seed,
-            "--data.batch_size × ranks": self.batch_size * self._world,
+            "--data.batch_size × ranks": self.batch_size * ranks,
         }
+
+    def check_resumes(self, state_dict: dict[str, Any], ranks: int) -> None:
+        """Compare this data and its batches on `ranks` ranks with what `state_dict` returned; needs `setup`.
+
+        Raises:
+            UserError: they are not those of the checkpoint.
+        """
+        agreed = state_dict.get("must_agree", {})
+        for what, now in self._must_agree(ranks).items():
+            then = agreed.get(what, now)
+            if then != now:
+                raise UserError(
+                    f"the checkpoint was trained with {what} {then}, this is {now}; give the same data and "
+                    "options as then, or start anew with --model.init_from RUN/model"
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next batches of training be those that follow.
@@ -377,13 +393,7 @@ class CaptionDataModule(LightningDataModule):
         """
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
-        for what, now in self._must_agree().items():
-            then = state_dict["must_agree"][what]
-            if then != now:
-                raise UserError(
-                    f"the checkpoint was trained with {what} {then}, this is {now}; give the same data and "
-                    "options as then, or start anew with --model.init_from RUN/model"
-                )
+        self.check_resumes(state_dict, self._world)
         self._resume = state_dict
 
     def _position(self, batches: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from clip_lightning.experiments.run_records import (
 from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.terminal import public
-from clip_lightning.training.fitting import fit, rehearse
+from clip_lightning.training.fitting import check_validates, fit, rehearse
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ def _pairs(
 
 def _check(config: Any) -> None:
     """Refuse options of `fit` that a comparison cannot have."""
+    check_validates(config)
     if config.ckpt_path is not None:
         raise UserError("--ckpt_path belongs to one run; the same comparison again goes on by itself")
     if config.model.init_from is not None:

@@ -22,13 +22,14 @@ NAMED = 3  # unfinished runs that a warning names
 
 @dataclass(frozen=True)
 class Row:
-    """A pair of towers with certain settings: one run, or several that differ in the seed only.
+    """A pair of towers with certain settings: one run, or several that do not differ in more than the seed.
 
     Attributes:
         name: short names of the towers, `A × B`.
         records: the runs.
-        means: of the values of `METRICS` and `COSTS` that are known.
-        deviations: their standard deviations, where there are two runs or more.
+        seeds: how many different ones they have; further runs with one of them are repetitions.
+        means: of the values of `METRICS` and `COSTS` that are known; every seed counts once.
+        deviations: standard deviations over the seeds of what varies with them, if there are two or more.
         options: those in which the rows differ.
         data: index of the data set, 0 the one with the most rows.
         rank: by rsum among the rows of the same data; equal ones share it.
@@ -36,6 +37,7 @@ class Row:
 
     name: str
     records: tuple[RunRecord, ...]
+    seeds: int
     means: Mapping[str, float]
     deviations: Mapping[str, float]
     options: Mapping[str, Any]
@@ -171,16 +173,20 @@ def _kept_scheme(found: re.Match[str]) -> str:
 
 def _row(records: Sequence[RunRecord], names: Mapping[str, str], differing: Sequence[str]) -> Row:
     means, deviations = {}, {}
+    seeds: dict[str, list[RunRecord]] = {}
+    for record in records:
+        seeds.setdefault(_text(record.options.get("seed_everything")), []).append(record)
     for name in (*METRICS, *COSTS):
-        values = [record.values[name] for record in records if name in record.values]
+        known = [[run.values[name] for run in runs if name in run.values] for runs in seeds.values()]
+        values = [statistics.fmean(repetitions) for repetitions in known if repetitions]
         if values:
             means[name] = statistics.fmean(values)
-        if len(values) > 1:
+        if len(values) > 1 and name in (*METRICS, "training_seconds"):
             deviations[name] = statistics.stdev(values)
     first = records[0]
     name = f"{names[first.image_tower]} × {names[first.text_tower]}"
     options = {option: first.options.get(option) for option in differing}
-    return Row(name, tuple(records), means, deviations, options)
+    return Row(name, tuple(records), len(seeds), means, deviations, options)
 
 
 def _ranked(rows: Sequence[Row]) -> list[Row]:
@@ -232,6 +238,7 @@ def plain_row(row: Row) -> dict[str, Any]:
         "image_tower": image_tower,
         "text_tower": text_tower,
         "runs": len(row.records),
+        "seeds": row.seeds,
         **{name: _rounded(value) for name, value in row.means.items()},
         "std": {name: _rounded(value) for name, value in row.deviations.items()},
         "options": dict(row.options),

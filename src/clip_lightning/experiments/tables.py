@@ -58,12 +58,22 @@ def _exact(value: Any) -> str:
 
 
 def run_names(rows: Sequence[Row]) -> list[str]:
-    """Of each row the run: the end of its folder that no other row has; or how many runs it is."""
+    """Name the run of each row by the end of its folder that no other row has, or count its seeds."""
     parts = [PurePath(row.records[0].place).parts for row in rows if len(row.records) == 1]
     longest = max(map(len, parts), default=1)
     depth = next((d for d in range(1, longest) if len({p[-d:] for p in parts}) == len(parts)), longest)
     names = iter("/".join(p[-depth:]) for p in parts)
-    return [next(names) if len(row.records) == 1 else f"{len(row.records)} runs" for row in rows]
+    return [next(names) if len(row.records) == 1 else _seeds(row) for row in rows]
+
+
+def _seeds(row: Row) -> str:
+    counted = f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
+    return f"{counted}, repeated" if len(row.records) > row.seeds else counted
+
+
+def names_runs(rows: Sequence[Row]) -> bool:
+    """Whether the rows need a column for their runs: towers do not tell them apart, or one has several."""
+    return repeats_towers(rows) or any(len(row.records) > 1 for row in rows)
 
 
 def repeats_towers(rows: Sequence[Row]) -> bool:
@@ -79,7 +89,7 @@ def header(comparison: Comparison) -> list[str]:
 
 def _last_columns(comparison: Comparison) -> list[str]:
     sets = comparison.data_sets
-    named = any(len(row.records) > 1 for row in comparison.rows) or any(map(repeats_towers, sets))
+    named = any(map(names_runs, sets))
     unfinished = any(row.unfinished for row in comparison.rows)
     return [*(["run"] if named else []), *(["state"] if unfinished else [])]
 
@@ -126,8 +136,10 @@ def notes(comparison: Comparison) -> str:
     if not comparison.rows:
         return ""
     found = ["Recalls in percent, of the epoch with the best rsum, which is the sum of the six."]
-    if any(len(row.records) > 1 for row in comparison.rows):
+    if any(row.seeds > 1 for row in comparison.rows):
         found.append("Several seeds: mean ± standard deviation.")
+    if any(len(row.records) > row.seeds for row in comparison.rows):
+        found.append("Repeated: runs with the same settings and seed count once, with their mean.")
     if conditions := comparison.latency_conditions:
         found.append(f"Image latency: {'; '.join(conditions)}, from pixels to embedding, median.")
     if "training_seconds" in comparison.columns():

@@ -9,7 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_lightning.experiments.compare import Comparison, Row, data_name
-from clip_lightning.experiments.tables import option_text, repeats_towers, run_names, shown
+from clip_lightning.experiments.tables import (
+    names_runs,
+    option_text,
+    repeats_towers,
+    run_names,
+    shown,
+)
 
 VALUES = {
     "rsum": "rsum",
@@ -63,7 +69,8 @@ def _table(
     if not one_pair:
         table.add_column("towers", overflow="fold", min_width=12)
     names = run_names(rows)
-    if repeated:
+    named = names_runs(rows)
+    if named:
         table.add_column("run", overflow="fold", no_wrap=max(map(len, names)) <= LONGEST_RUN, min_width=8)
     for title in [*_short(options), *(VALUES[name] for name in values)]:
         table.add_column(title, justify="right", no_wrap=True, min_width=5 if title == "rsum" else None)
@@ -71,7 +78,7 @@ def _table(
     if unfinished:
         table.add_column("state", no_wrap=True)
     for row, run in zip(rows, names, strict=True):
-        line = [str(row.rank), *([] if one_pair else [row.name]), *([run] if repeated else [])]
+        line = [str(row.rank), *([] if one_pair else [row.name]), *([run] if named else [])]
         line += [option_text(row.options[name]) for name in options]
         line += [shown(row, name) for name in values]
         table.add_row(*line, *([row.unfinished] if unfinished else []))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -39,16 +40,27 @@ def put_back_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConf
         raise UserError(
             f"the checkpoint was trained with --model.lora {adapters}, here it is {own}; give the same"
         )
-    towers = _towers(clip)
-    for name, digest in checkpoint.get("frozen_towers", {}).items():
-        tower = towers[name]
+    digests = checkpoint.get("frozen_towers", {})
+    check_fixed_towers(digests, clip)
+    for name in digests:
+        weights = _towers(clip)[name].state_dict()
+        checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in weights.items()}
+    checkpoint["state_dict"] |= checkpoint.get("adapters", {})
+
+
+def check_fixed_towers(digests: Mapping[str, str], clip: CLIP) -> None:
+    """Compare fixed towers with the digests in a checkpoint.
+
+    Raises:
+        UserError: one of them is another tower.
+    """
+    for name, digest in digests.items():
+        tower = _towers(clip)[name]
         if tower.digest() != digest:
             raise UserError(
                 f"the checkpoint was trained on another frozen {name.removeprefix('clip.')} than "
                 f"{tower.spec['name']!r}; give the same --model options as then"
             )
-        checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in tower.state_dict().items()}
-    checkpoint["state_dict"] |= checkpoint.get("adapters", {})
 
 
 def preprocessing(clip: CLIP, lora: LoRAConfig | None) -> dict[str, Any]:

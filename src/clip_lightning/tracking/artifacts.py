@@ -111,14 +111,45 @@ def use_data(run: Any, data: Fetched) -> None:
         run._log_artifact(draft, aliases=[], is_user_created=True, use_after_commit=True)
 
 
-def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any]) -> Any:
-    """Log a run's bundle as `NAME:best` and its last checkpoint as `NAME-checkpoint:last`; no others.
+def why_not_best(run: Any, metadata: Mapping[str, Any], shared_name: str | None) -> str | None:
+    """Return the reason why a run's model must not take the alias `best` of its name, None if it takes it.
+
+    Args:
+        run: the W&B run.
+        metadata: of the model, with the metrics of its best epoch.
+        shared_name: of the model's artifact if other runs may log models under it, too.
+    """
+    if "rsum" not in metadata:
+        return "no epoch was validated"
+    if shared_name is None:
+        return None
+    if run.offline:
+        return "offline, its score cannot be compared with that of the present best"
+    import wandb
+
+    api = wandb.Api(timeout=SERVER_SECONDS)
+    best = f"{run.entity}/{run.project}/{shared_name}:best"
+    if not api.artifact_exists(best, type=MODEL_TYPE):
+        return None
+    present = api.artifact(best, type=MODEL_TYPE).metadata
+    if present.get("rsum") is None:
+        return None
+    if present.get("data_digest") != metadata.get("data_digest"):
+        return "the present best was validated on other data, so their scores cannot be compared"
+    if present["rsum"] > metadata["rsum"]:
+        return f"its rsum is {metadata['rsum']:.1f}, and that of the present best is {present['rsum']:.1f}"
+    return None
+
+
+def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any], is_best: bool) -> Any:
+    """Log a run's bundle as `NAME` and its last checkpoint as `NAME-checkpoint:last`; no others.
 
     Args:
         run: the W&B run.
         folder: the run's folder, with `model/` and `checkpoints/last.ckpt` where they exist.
         name: of the model's artifact.
         metadata: metrics, towers, data.
+        is_best: whether the bundle takes the alias `best`.
 
     Returns:
         The bundle's artifact, None where there is no bundle.
@@ -129,7 +160,7 @@ def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any])
     logged = None
     if bundle.is_dir():
         files = _pinned(sorted(bundle.iterdir()), bundle, folder)
-        logged = _log(run, name, MODEL_TYPE, files, metadata, ["best", "latest"])
+        logged = _log(run, name, MODEL_TYPE, files, metadata, ["best", "latest"] if is_best else ["latest"])
     if checkpoint.is_file():
         files = _pinned([checkpoint, *shards_of(checkpoint)], checkpoint.parent, folder)
         _log(run, f"{name}-checkpoint", CHECKPOINT_TYPE, files, metadata, ["last", "latest"])

@@ -1,7 +1,8 @@
 """What a run has logged so far, on its own disk, so that a resumed run neither repeats nor loses a row.
 
 Every row that W&B is given is first a line here. After a kill, W&B has the first so many of them: the rest is
-given again. A step that a resumed run goes through a second time is not logged a second time.
+given again. A row that a resumed run makes a second time (the same metrics at the same step) is not logged a
+second time. Several rows of one step, also with the same metrics, are all logged.
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-BEST = {"rsum": "max", "R@1": "max", "R@5": "max", "R@10": "max", "median_rank": "min", "mean_rank": "min"}
-BEST |= {"zero_shot_top1": "max", "zero_shot_top5": "max"}
 
 
 class History:
@@ -31,17 +30,16 @@ class History:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._last: dict[str, int] = {}
-        self._best: dict[str, float] = {}
+        self._earlier: Counter[tuple[int, frozenset[str]]] = Counter()
         content = file.read_bytes() if file.exists() else b""
         if content and not content.endswith(b"\n"):  # cut off when the run was killed
             with file.open("rb+") as stream:
                 stream.truncate(content.rfind(b"\n") + 1)
         for row in self._lines():
             if row:
-                self._note(row.pop("step"), row)
+                self._earlier[row.pop("step"), frozenset(row)] += 1
             else:
-                self._last.clear()
+                self._earlier.clear()
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Step and metrics of every row so far."""
@@ -57,14 +55,15 @@ class History:
                 if isinstance(row, dict) and ("step" in row or not row):
                     yield row
 
-    def new(self, metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
-        """Those that have not been logged for this step or a later one; they count as logged from now on."""
-        fresh = {name: value for name, value in metrics.items() if step > self._last.get(name, -1)}
-        if fresh:
-            self._note(step, fresh)
-            numbers = {n: value if isinstance(value, int | float) else None for n, value in fresh.items()}
-            self._append(json.dumps({"step": step, **numbers}) + "\n")
-        return fresh
+    def is_new(self, metrics: Mapping[str, Any], step: int) -> bool:
+        """Return whether an earlier part of the run has not logged this row, which is then noted."""
+        row = step, frozenset(metrics)
+        if self._earlier[row]:
+            self._earlier[row] -= 1
+            return False
+        numbers = {n: value if isinstance(value, int | float) else None for n, value in metrics.items()}
+        self._append(json.dumps({"step": step, **numbers}) + "\n")
+        return True
 
     def _append(self, line: str) -> None:
         """Write the line, or nothing where the disk is full: W&B may have room elsewhere."""
@@ -76,23 +75,6 @@ class History:
         except OSError:
             with contextlib.suppress(OSError):
                 os.truncate(self._file, size)
-
-    def best(self, names: Mapping[str, Any]) -> dict[str, float]:
-        """The best value so far of those of `names` that are recalls or ranks."""
-        return {name: self._best[name] for name in names if name in self._best}
-
-    def _note(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self._last |= dict.fromkeys(metrics, step)
-        for name, value in metrics.items():
-            goal = goal_of(name)
-            if goal is not None and isinstance(value, int | float):
-                choose = max if goal == "max" else min
-                self._best[name] = choose(value, self._best.get(name, value))
-
-
-def goal_of(metric: str) -> str | None:
-    """Whether a recall or a rank is better high or low; None for anything else."""
-    return next((goal for ending, goal in BEST.items() if metric.endswith(ending)), None)
 
 
 def history_file(folder: Path, run_id: str) -> Path:

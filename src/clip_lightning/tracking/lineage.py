@@ -1,4 +1,4 @@
-"""What a W&B run says of itself beside its metrics: data used, code, model made, and alerts."""
+"""What a W&B run records beside its metrics: data used, model made, and alerts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-import clip_lightning
-from clip_lightning.tracking.artifacts import log_model, use_data
+from clip_lightning.tracking.artifacts import log_model, use_data, why_not_best
 from clip_lightning.tracking.logger import RunLogger
 
-CODE = str(Path(clip_lightning.__file__).parent)
 STALLED_SHARE, STALLED_STEPS = 0.98, 200
 COLLAPSED_SCALE = 2.0  # it begins at 14 (InfoNCE) or 10 (SigLIP)
 
 
 class Lineage(Checkpoint):
-    """Records the data that a run uses, its code, and its best bundle and last checkpoint at the end.
+    """Records the data that a run uses, and its best bundle and last checkpoint at the end.
 
     Also when the run is interrupted, once it has trained a step. Lightning runs callbacks of this kind last,
     in their order: listed behind those that write checkpoints, it finds what they have written.
@@ -36,12 +34,11 @@ class Lineage(Checkpoint):
         self.folder = folder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Data and code."""
+        """Note the data."""
         data = getattr(getattr(trainer, "datamodule", None), "fetched", None)
         for logger in _loggers(trainer):
             if data is not None:
                 _attempt(logger, "note the data's lineage", lambda run: use_data(run, data))
-            _attempt(logger, "take the code", lambda run: run.log_code(CODE))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The model; also when a run that was done is resumed, which trains no more."""
@@ -59,17 +56,24 @@ class Lineage(Checkpoint):
 
     def _log_model_of(self, run: Any, logger: RunLogger) -> None:
         name = logger.model_name or f"model-{run.id}"
-        model = log_model(run, self.folder, name=name, metadata=_metadata(self.folder))
-        if logger.link_to is None or model is None:
+        about = _metadata(self.folder)
+        reason = why_not_best(run, about, logger.model_name)
+        model = log_model(run, self.folder, name=name, metadata=about, is_best=reason is None)
+        if model is None:
             return
-        if run.offline:
+        if reason is not None:
+            link = f" and without a link to {logger.link_to}" if logger.link_to else ""
+            rank_zero_warn(f"the model {name} is logged without the alias `best`{link}: {reason}")
+        elif logger.link_to is None:
+            return
+        elif run.offline:
             rank_zero_warn(f"the model is not linked to {logger.link_to}: that takes a run that is online")
         else:
             run.link_artifact(model, logger.link_to)
 
 
 class Alerts(Callback):
-    """Tells W&B's user, and stderr, of a loss that is not finite or learns nothing; W&B also of the end."""
+    """Warns of a loss that is not finite or learns nothing, in W&B and on stderr; in W&B of an early stop."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -110,12 +114,6 @@ class Alerts(Callback):
                 "whether captions belong to their pictures, and at the learning rate",
             )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The run is done."""
-        found = trainer.callback_metrics.get("val/rsum")
-        score = "" if found is None else f", rsum {float(found):.1f} in the last validation"
-        self._alert(trainer, "finished", f"{trainer.global_step} steps{score}", level="INFO")
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The run has stopped early; one that its scheduler ended is marked as preempted."""
         if isinstance(exception, SIGTERMException):
@@ -130,9 +128,9 @@ class Alerts(Callback):
             rank_zero_warn(f"{title} {text}")
             self._alert(trainer, title, text)
 
-    def _alert(self, trainer: Trainer, title: str, text: str, level: str = "WARN") -> None:
+    def _alert(self, trainer: Trainer, title: str, text: str) -> None:
         for logger in _loggers(trainer):
-            _attempt(logger, "take an alert", lambda run: run.alert(title, text, level=level))
+            _attempt(logger, "take an alert", lambda run: run.alert(title, text, level="WARN"))
 
 
 def _loggers(trainer: Trainer) -> Iterator[RunLogger]:

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from clip_lightning.terminal import public
 from clip_lightning.tracking.artifacts import check_names
-from clip_lightning.tracking.history import History, goal_of, history_file, mend_parts
-from clip_lightning.wandb_fetch import has_api_key, stays_offline
+from clip_lightning.tracking.history import History, history_file, mend_parts
+from clip_lightning.wandb_fetch import default_project, has_api_key, stays_offline
 
+TRAINER_OPTIONS = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 SYNC_SECONDS = FINISH_SECONDS = 600
 EARLIER_PART = "take the earlier part of the run, so that this part stays offline too,"
 
 
 class RunLogger(WandbLogger):
-    """Lightning's WandbLogger, offline by itself when nobody is logged in, with the best values as summary.
+    """Lightning's WandbLogger, offline by itself when nobody is logged in, with the best epoch as summary.
 
     W&B never ends a run: what it refuses is said once, and stays on disk. A resumed run, also one that was
-    done, gives W&B the rows that it lacks and repeats none: `wandb/history-ID.jsonl` has them all.
+    done, gives W&B the rows that it lacks and repeats none: `wandb/history-ID.jsonl` has them all. W&B's own
+    variables (WANDB_PROJECT, WANDB_NAME, ...) count wherever no argument is given, but for WANDB_DIR.
 
     Args:
-        project: W&B project.
+        project: W&B project; `clip-lightning` by default.
         entity: W&B user or team; your default one if not given.
-        name: the run's display name; W&B invents one if not given.
+        name: the run's display name; the name of its folder by default.
         group: runs that belong together.
-        job_type: what kind of run this is.
+        job_type: what kind of run this is; `train` by default.
         tags: labels to filter by.
         notes: a sentence about the run.
         offline: keep the run on disk, for `wandb sync` later; by default as WANDB_MODE or W&B's settings say,
@@ -50,12 +55,12 @@ class RunLogger(WandbLogger):
 
     def __init__(
         self,
-        project: str = "clip-lightning",
+        project: str | None = None,
         entity: str | None = None,
         name: str | None = None,
         group: str | None = None,
         job_type: str | None = None,
-        tags: list[str] | None = None,
+        tags: str | list[str] | None = None,
         notes: str | None = None,
         offline: bool | None = None,
         log_model: bool = True,
@@ -68,13 +73,15 @@ class RunLogger(WandbLogger):
         self.logs_model, self.model_name, self.link_to = log_model, model_name, link_to
         self._folder = Path(save_dir or ".")
         _set_data_dir(self._folder / "wandb")
+        if name is None and id is not None and not history_file(self._folder, id).exists():
+            name = os.environ.get("WANDB_NAME") or id  # a resumed run keeps what it was called since
         super().__init__(
-            project=project,
+            project=project or default_project(),
             entity=entity,
             name=name,
             group=group,
-            job_type=job_type,
-            tags=tags,
+            job_type=job_type or os.environ.get("WANDB_JOB_TYPE") or "train",
+            tags=[tags] if isinstance(tags, str) else tags,
             notes=notes,
             save_dir=str(self._folder),
             id=id,
@@ -91,10 +98,14 @@ class RunLogger(WandbLogger):
     def experiment(self) -> Any:
         """The W&B run; on disk where the server does not answer, and none at all where the disk is full."""
         if self._experiment is None:
+            global _our_run
+            anothers = _finish_our_run()
             earlier = self._rows_of_earlier_parts()
             if self._mode() == "online" and not self._send_earlier_parts():
                 self._wandb_init["mode"] = "offline"
             self._begin()
+            if not anothers:
+                _our_run = self._experiment
             if self._id is not None and self._mode() in ("online", "offline"):
                 self._log_lost_rows(earlier)
         return self._experiment
@@ -153,23 +164,59 @@ class RunLogger(WandbLogger):
         """Log a row of metrics or tables, without `step=`: W&B drops rows whose step lies behind."""
         try:
             _ = self.experiment
-            if self._history is not None and step is not None:
-                content = self._history.new(content, step)
-            if content:
+            if self._history is None or step is None or self._history.is_new(content, step):
                 self._give(content, step)
         except Exception as error:
             self.complain("take metrics", error)
 
     def _give(self, content: Mapping[str, Any], step: int | None) -> None:
-        """One row; of a recall or rank the run's summary shows the best value instead of the last."""
+        """Log one row; the summary has no metrics of a validation but those that `summarise` sets."""
         run: Any = self._experiment
         for name in set(content) - self._defined:
             self._defined.add(name)
-            if goal_of(name) is not None:
+            if name.startswith("val/") and isinstance(content[name], int | float):
                 run.define_metric(name, step_metric="trainer/global_step", summary="none")
         run.log({**content, **({} if step is None else {"trainer/global_step": step})})
-        if self._history is not None and (best := self._history.best(content)):
-            run.summary.update(best)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Log options, but for those that a sweep has put into the run's configuration under dotted names."""
+        try:
+            options = vars(params) if isinstance(params, Namespace) else params
+            super().log_hyperparams(_without(dict(self.experiment.config), options))
+        except Exception as error:
+            self.complain("take the configuration", error)
+
+    @rank_zero_only
+    def log_graph(self, model: LightningModule, input_array: Any = None) -> None:
+        """Log the options of a module, its data and its trainer if no command line has done so.
+
+        It is the one method that Lightning hands the module to.
+        """
+        if "model" in dict(self.experiment.config):
+            return
+        trainer = model.trainer
+        data: Any = getattr(trainer, "datamodule", None)
+        options = {
+            "seed_everything": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
+            "model": _plain(getattr(model, "options", {})),
+            "data": _plain(getattr(data, "options", {})),
+            "trainer": {name: _plain(getattr(trainer, name)) for name in TRAINER_OPTIONS},
+            "data_digest": getattr(data, "digest", ""),
+        }
+        self.log_hyperparams(options)
+
+    @rank_zero_only
+    def summarise(self, values: Mapping[str, Any], gone: Iterable[str] = ()) -> None:
+        """Set values of the run's summary, and remove those that are `gone`."""
+        try:
+            summary: Any = self.experiment.summary
+            for name in gone:
+                if name in summary.keys():
+                    del summary[name]
+            summary.update(dict(values))
+        except Exception as error:
+            self.complain("take the summary", error)
 
     @rank_zero_only
     def complain(self, what: str, error: BaseException) -> None:
@@ -217,6 +264,28 @@ class RunLogger(WandbLogger):
         return list(self._folder.glob(f"wandb/run-*-{self._id}")) if self._id else []
 
 
+def _plain(value: Any) -> Any:
+    """An option as W&B can show it: of an object its fields, or the name of its class."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value) if isinstance(value, Path) else type(value).__name__
+
+
+def _without(known: Mapping[str, Any], options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options without those that `known` has under their dotted names."""
+    return {
+        name: _without(known, value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if f"{prefix}{name}" not in known or "." not in f"{prefix}{name}"
+    }
+
+
 def _was_sent(part: Path) -> bool:
     """Whether `wandb sync` has uploaded this part of a run."""
     return any(part.glob("*.synced"))
@@ -247,6 +316,19 @@ def _settings() -> dict[str, Any]:
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
     wanted = {"x_transaction_log_flush_interval": 1.0}
     return {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
+
+
+_our_run: Any = None
+"""The run that a logger of this process has begun last."""
+
+
+def _finish_our_run() -> bool:
+    """Finish that run, which Lightning would reuse; return whether there is one that the user began."""
+    import wandb
+
+    if wandb.run is not None and wandb.run is _our_run:
+        wandb.finish()
+    return wandb.run is not None
 
 
 _our_data_dir: str | None = None

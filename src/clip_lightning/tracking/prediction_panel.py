@@ -41,6 +41,7 @@ class _Validation:
     """What the end of training needs of the last validation."""
 
     report: Report
+    step: int
     recall: Mapping[int, Mapping[str, float]]
     embeddings: Embeddings
     images: Sequence[CaptionedImage]
@@ -54,8 +55,8 @@ class PredictionTable(Callback):
     `predictions/epoch=NN-captions.png` (sentences found for pictures), `predictions.html` (the newest of
     both, with the ranks of all epochs) and `predictions/history.json`. At the end of training, or when it is
     interrupted, of the last validation: `predictions/similarities.png`, `recall.png`, `recall-history.png`
-    and `misses.png`, all of them in the page too. With a WandbLogger also the tables `val/predictions`,
-    `val/predictions_image_to_text` and `val/worst_misses`, and the plots and histograms.
+    and `misses.png`, all of them in the page too. With a WandbLogger also the histograms, and at the end the
+    plots and the tables `val/predictions`, `val/predictions_image_to_text` and `val/worst_misses`.
 
     A picture is never worth a run: what goes wrong is told once, and training goes on.
 
@@ -122,19 +123,13 @@ class PredictionTable(Callback):
             },
         )
         report = Report(epoch, sentences, history["text_to_image"], pictures, history["image_to_text"])
-        self._last = _Validation(report, history["recall"], embeddings, images, content)
+        step = trainer.global_step - 1  # as Lightning counts it for the metrics of this validation
+        self._last = _Validation(report, step, history["recall"], embeddings, images, content)
         grid = folder / "predictions" / f"epoch={epoch:02d}.png"
         draw_predictions(sentences, grid, f"Epoch {epoch}")
         draw_captions(pictures, grid.with_stem(f"{grid.stem}-captions"), f"Epoch {epoch}")
         write_page(report, folder / "predictions.html")
-        self._log(
-            trainer,
-            lambda: {
-                "val/predictions": pictures_table(sentences, epoch),
-                "val/predictions_image_to_text": captions_table(pictures, epoch),
-                **histograms(similarities(embeddings, content)),
-            },
-        )
+        self._log(trainer, step, lambda: histograms(similarities(embeddings, content)))
 
     def _show_split(self, trainer: Trainer) -> None:
         """The plots and the worst misses of the last validation, once."""
@@ -157,13 +152,20 @@ class PredictionTable(Callback):
                 replace(last.report, plots=list(plots.values()), misses=misses), folder / "predictions.html"
             )
             self._log(
-                trainer, lambda: {"val/worst_misses": pictures_table(misses, epoch), **plot_images(plots)}
+                trainer,
+                last.step,
+                lambda: {
+                    "val/predictions": pictures_table(last.report.sentences, epoch),
+                    "val/predictions_image_to_text": captions_table(last.report.pictures, epoch),
+                    "val/worst_misses": pictures_table(misses, epoch),
+                    **plot_images(plots),
+                },
             )
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.folder or trainer.default_root_dir)
 
-    def _log(self, trainer: Trainer, make: Callable[[], dict[str, Any]]) -> None:
+    def _log(self, trainer: Trainer, step: int, make: Callable[[], dict[str, Any]]) -> None:
         """Send to W&B, where it is a logger of the run."""
         runs = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not runs:
@@ -172,9 +174,9 @@ class PredictionTable(Callback):
             content = make()
             for logger in runs:
                 if isinstance(logger, RunLogger):
-                    logger.log_row(content, trainer.global_step)
+                    logger.log_row(content, step)
                 else:  # No step=: W&B drops rows whose step lies behind, as after a resume.
-                    logger.experiment.log({**content, "trainer/global_step": trainer.global_step})
+                    logger.experiment.log({**content, "trainer/global_step": step})
 
     @contextmanager
     def _sparing(self, failure: str) -> Iterator[None]:

@@ -42,7 +42,7 @@ class ZeroShot(Callback):
         names: file of the names of classes, as for evaluate zero-shot.
         split: all, train, val or test; by default the data's own val split (test, if it has no val), and all
             where it has none.
-        every: validations from one time to the next.
+        every: validations from one time to the next; those of the last epoch always count.
         data_cache: folder for what torchvision downloads; the user's cache folder by default.
 
     Attributes:
@@ -109,7 +109,8 @@ class ZeroShot(Callback):
         if self._set is None or batch_idx or trainer.sanity_checking:
             return
         self._validations += 1
-        if trainer.state.fn == "fit" and self._validations % self.every:
+        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.state.fn == "fit" and self._validations % self.every and not last_epoch:
             return
         clip: Any = pl_module.clip
         self._now = self._classify(trainer, clip, self._set)
@@ -125,6 +126,7 @@ class ZeroShot(Callback):
         # equal on all ranks already; sync_dist only spares Lightning's advice
         pl_module.log_dict({f"val/{name}": result.metrics[name] for name in METRICS}, sync_dist=True)
         title = f"{self.data}, epoch {trainer.current_epoch}"
+        self._step = trainer.global_step - 1  # as Lightning counts it for the metrics of this validation
         self._last = ClassReport(title, [entry[0] for entry in self._names], result)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,14 +175,14 @@ class ZeroShot(Callback):
         try:
             if self.folder is not None and not trainer.fast_dev_run:
                 report.write(self.folder / "zero_shot")
-            self._log(trainer, report, [each for each in trainer.loggers if isinstance(each, WandbLogger)])
+            self._log(report, [each for each in trainer.loggers if isinstance(each, WandbLogger)])
         except Exception as error:
             rank_zero_warn(f"the zero-shot classes could not be shown: {type(error).__name__}: {error}")
 
-    def _log(self, trainer: Trainer, report: ClassReport, runs: Sequence[WandbLogger]) -> None:
+    def _log(self, report: ClassReport, runs: Sequence[WandbLogger]) -> None:
         content = class_media(report, "val/") if runs else {}
         for logger in runs:
             if isinstance(logger, RunLogger):
-                logger.log_row(content, trainer.global_step)
+                logger.log_row(content, self._step)
             else:  # No step=: W&B drops rows whose step lies behind, as after a resume.
-                logger.experiment.log({**content, "trainer/global_step": trainer.global_step})
+                logger.experiment.log({**content, "trainer/global_step": self._step})

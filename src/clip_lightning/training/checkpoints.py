@@ -25,9 +25,20 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 def within_a_step(trainer: Trainer) -> bool:
-    """Whether a batch has been begun and not finished: part of it may be in the weights and statistics."""
-    current = trainer.fit_loop.epoch_loop.batch_progress.current
-    return bool(current.started > current.processed)
+    """Return whether a step has begun and not finished: a batch of it, or the accumulation of its gradients.
+
+    A checkpoint would hold part of it in its weights or statistics, and lack the gradients.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return bool(progress.current.started > progress.current.processed) or accumulates(trainer)
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Return whether gradients of finished batches wait for those of later ones."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    done = progress.current.processed
+    at_end = progress.is_last_batch and done == progress.current.ready
+    return bool(done % trainer.accumulate_grad_batches) and not at_end
 
 
 def all_ranks_save(trainer: Trainer, exception: BaseException) -> bool:
@@ -51,11 +62,11 @@ class WhenInterrupted(ModelCheckpoint):
 
 
 class WithinEpoch(ModelCheckpoint):
-    """Leaves out an epoch's last batch: from there Lightning would go on with the same epoch once more."""
+    """Saves between steps, except after the last batch of an epoch, from where Lightning would repeat it."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save, if it is time."""
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if not (trainer.is_last_batch or accumulates(trainer)):
             super().on_train_batch_end(trainer, pl_module, *args)
 
 

@@ -15,7 +15,7 @@ import transformers
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -43,9 +43,19 @@ from clip_lightning.training.guard import NonFinite
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.ranks import lost_rank, watch_children
 from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder, SaveConfig
-from clip_lightning.training.runs import check_fits, find_checkpoint, is_run, new_run_id, place_logger
+from clip_lightning.training.runs import (
+    changed_options,
+    check_fits,
+    check_resumes,
+    find_checkpoint,
+    is_run,
+    keep_scores,
+    new_run_id,
+    place_logger,
+    run_of,
+)
 from clip_lightning.training.sharding import ShardedStrategy, check_shardable
-from clip_lightning.training.stopping import GracefulStop
+from clip_lightning.training.stopping import EarlyStopping, GracefulStop
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -178,7 +188,9 @@ class RunCLI(LightningCLI):
                 raise UserError(
                     "nothing to score: give --ckpt_path FILE|last|best, or --model.init_from BUNDLE"
                 )
-            # a score is printed; it is no run of its own
+            # a score belongs to the run that it is of; it is no run of its own
+            self.scored_run = run_of(checkpoint or config.model.init_from)
+            self.tracks_scores = config.trainer.logger is not False
             config.trainer.logger = config.trainer.enable_checkpointing = config.verbose = False
         if config.trainer.logger is True:
             config.trainer.logger = parser.get_defaults().trainer.logger
@@ -186,8 +198,6 @@ class RunCLI(LightningCLI):
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace):
                 place_logger(logger, self.run_folder)
-        if resumed and checkpoint and checkpoint.name != "last.ckpt":
-            go_back(history_file(self.run_folder, self.run_folder.name))
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyperparameters from the checkpoint; ours are all in the configuration."""
@@ -265,18 +275,31 @@ class RunCLI(LightningCLI):
         return callbacks
 
     def before_fit(self) -> None:
-        """Look at the data before a logger starts a run, then say where everything goes."""
+        """Check data and checkpoint before a logger starts a run, then print where everything goes."""
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
+        checkpoint = self.config["fit"].ckpt_path
+        if checkpoint:
+            ranks = self.trainer.num_devices * self.trainer.num_nodes
+            check_resumes(Path(checkpoint), self.model, self.datamodule, ranks)
         if self.trainer.is_global_zero:
             self.run_folder.mkdir(parents=True, exist_ok=True)  # W&B wants it to be there
             sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
             trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
             print(f"training {trained:,} of {total:,} parameters", file=sys.stderr)
-            checkpoint = self.config["fit"].ckpt_path
             print(f"run folder: {self.run_folder}", file=sys.stderr)
             if checkpoint:
                 print(f"going on from {checkpoint}", file=sys.stderr)
+                self._take_over_run(Path(checkpoint))
+
+    def _take_over_run(self, checkpoint: Path) -> None:
+        """Print what the resumed run does otherwise than before."""
+        if not is_run(self.run_folder):  # a checkpoint without its run begins another
+            return
+        for line in changed_options((self.run_folder / "config.yaml").read_text(), self.config_to_save):
+            print(f"changed: {line}", file=sys.stderr)
+        if checkpoint.name != "last.ckpt":
+            go_back(history_file(self.run_folder, self.run_folder.name))
 
     def after_fit(self) -> None:
         """Print the result."""
@@ -284,6 +307,12 @@ class RunCLI(LightningCLI):
             recorder = next(c for c in self.trainer.callbacks if isinstance(c, RunRecorder))
             if recorder.metrics:
                 print_metrics(recorder.metrics, f"best epoch: {recorder.metrics['epoch']:.0f}")
+            else:
+                print(
+                    "no epoch was validated: there are no metrics and no best checkpoint, and model/ has the "
+                    "last weights; leave --trainer.limit_val_batches out to validate",
+                    file=sys.stderr,
+                )
             print("run folder:", self.run_folder)
             parts = (
                 f"{name.replace('_', ' ')} {spent:.0f} s"
@@ -292,17 +321,24 @@ class RunCLI(LightningCLI):
             print("time:", ", ".join(parts))
 
     def after_validate(self) -> None:
-        """Print the scores; Lightning's own table goes where the progress bar goes."""
-        self._print_scores("val")
+        """Print and keep the scores; Lightning's own table goes where the progress bar goes."""
+        self._finish_scores("val")
 
     def after_test(self) -> None:
-        """Print the scores."""
-        self._print_scores("test")
+        """Print and keep the scores."""
+        self._finish_scores("test")
 
-    def _print_scores(self, split: str) -> None:
-        if self.trainer.is_global_zero:
-            logged = self.trainer.callback_metrics.items()
-            print_metrics({name.removeprefix(f"{split}/"): float(value) for name, value in logged}, split)
+    def _finish_scores(self, split: str) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        logged = self.trainer.callback_metrics.items()
+        scores = {name.removeprefix(f"{split}/"): float(value) for name, value in logged}
+        print_metrics(scores, split)
+        if self.scored_run is not None and not self.trainer.fast_dev_run:
+            config = self.config[self.subcommand]
+            scored = str(config.ckpt_path or config.model.init_from)
+            about = {"scored": scored, "data_digest": self.datamodule.digest}
+            keep_scores(self.scored_run, self.subcommand, scores, about, track=self.tracks_scores)
 
 
 def runs_on_cpu(trainer: Any) -> bool:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback
 
+from clip_lightning.errors import UserError
 from clip_lightning.tracking.logger import finished_run
 from clip_lightning.training.cli import RunCLI, run_as
 
@@ -91,6 +93,20 @@ class Rehearsal(RunCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         return str(self.datamodule.digest)
+
+
+def check_validates(config: Namespace) -> None:
+    """Refuse options of `fit` with which there is nothing to compare runs by.
+
+    Raises:
+        UserError: the run would not be validated.
+    """
+    if config.trainer.fast_dev_run or config.trainer.limit_val_batches == 0:
+        option = "fast_dev_run" if config.trainer.fast_dev_run else "limit_val_batches"
+        raise UserError(
+            f"--trainer.{option} {config.trainer[option]}: a run without validation has no result to compare "
+            "with others; leave it out"
+        )
 
 
 def rehearse(words: list[str]) -> Rehearsal:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from clip_lightning.errors import RunFailed
+from clip_lightning.errors import Diverged
 from clip_lightning.files import write_atomically
 
 FILE = "non-finite.json"
@@ -57,7 +57,7 @@ class NonFinite(Callback):
         """Count, say so at the first, and give up after too many.
 
         Raises:
-            RunFailed: after `in_a_row` steps left out.
+            Diverged: after `in_a_row` steps left out.
         """
         if trainer.global_step == self._step:  # gradients are still being accumulated
             return
@@ -75,7 +75,7 @@ class NonFinite(Callback):
             pl_module.log("train/steps_left_out", float(self.left_out))
         if self.row >= self.in_a_row:
             file = self._write(trainer)
-            raise RunFailed(
+            raise Diverged(
                 f"{self.row} steps in a row had a gradient that is not finite, up to step "
                 f"{trainer.global_step}; {file} names their pictures and captions; lower "
                 "--model.optimizer.lr, prefer --trainer.precision bf16-mixed to 16-mixed, or look at the "

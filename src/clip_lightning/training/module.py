@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from clip_lightning.data.images import ImageTransform
-from clip_lightning.errors import UserError
+from clip_lightning.errors import Diverged, UserError
 from clip_lightning.evaluation.collect import EmbeddingCollector
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
 from clip_lightning.model.checkpoint import leave_out_fixed_towers, put_back_fixed_towers
@@ -33,10 +33,11 @@ from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs
 from clip_lightning.training.micro_batch import SMALLEST, largest_for_batch
 from clip_lightning.training.optim import (
     OptimizerConfig,
+    WarmupCosine,
     clip_gradients,
     freeze_lower_layers,
+    keep_own_options,
     param_groups,
-    warmup_cosine,
 )
 from clip_lightning.training.sharding import (
     average_replicated,
@@ -109,6 +110,7 @@ class CLIPModule(LightningModule):
             compile: whether trained towers go through torch.compile, a minute or two at the start.
         """
         super().__init__()
+        self.options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if micro_batch_size not in (None, "auto") and not (
             isinstance(micro_batch_size, int) and micro_batch_size >= 1
         ):
@@ -264,7 +266,8 @@ class CLIPModule(LightningModule):
         NaN. All ranks have the same gradient, and leave out the same steps.
         """
         parameters = [p for p in self.parameters() if p.grad is not None]
-        limit = gradient_clip_val or math.inf
+        # As in Lightning, 0 or less means that nothing is clipped.
+        limit = gradient_clip_val if gradient_clip_val and gradient_clip_val > 0 else math.inf
         by_value = gradient_clip_algorithm == "value"
         self.gradient_norm = float(clip_gradients(parameters, limit, by_value))
         self.log("train/grad_norm", self.gradient_norm)
@@ -278,6 +281,26 @@ class CLIPModule(LightningModule):
     def on_train_start(self) -> None:
         """Note the batch norms' statistics, which a step that is left out must not change either."""
         self._good_statistics = [statistic.clone() for statistic in self._statistics()]
+        self._validate_last_epoch()  # a resumed run may be within it
+
+    def on_train_epoch_start(self) -> None:
+        """Validate the last epoch, whatever `check_val_every_n_epoch` is."""
+        self._validate_last_epoch()
+
+    def _validate_last_epoch(self) -> None:
+        if self.trainer.current_epoch + 1 == self.trainer.max_epochs:
+            self.trainer.check_val_every_n_epoch = 1
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Validate after the last step, also when the time or the steps end within an epoch or an interval.
+
+        Callbacks that stop the training have run before.
+        """
+        trainer = self.trainer
+        last_batch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        if last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            trainer.check_val_every_n_epoch = trainer.val_check_batch = 1
+            trainer._val_check_time_interval = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make the chance in a step (dropout) a function of seed, epoch, batch and rank.
@@ -302,13 +325,12 @@ class CLIPModule(LightningModule):
         fused = self.trainer.precision != "16-mixed"
         groups = param_groups(self.clip, self.optimizer)
         optimizer = torch.optim.AdamW(groups, betas=self.optimizer.betas, fused=fused)
+        optimizer.register_load_state_dict_pre_hook(keep_own_options)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise UserError("the cosine needs an end: give --trainer.max_epochs or --trainer.max_steps")
         warmup = round(self.optimizer.warmup * total)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup, total_steps=int(total))
-        )
+        schedule = WarmupCosine(optimizer, warmup_steps=warmup, total_steps=int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -377,6 +399,12 @@ class CLIPModule(LightningModule):
         embeddings = self._collector.join(self.trainer.world_size)
         if embeddings is None or self.trainer.sanity_checking:
             return
+        for kind, rows in (("image", embeddings.image), ("text", embeddings.text)):
+            if broken := int((~rows.isfinite().all(1)).sum()):
+                raise Diverged(
+                    f"training has diverged: at step {self.trainer.global_step}, {broken} of {len(rows)} "
+                    f"{kind} embeddings are not finite; lower --model.optimizer.lr (or image_lr and text_lr)"
+                )
         self.validation_embeddings = embeddings
         metrics = retrieval_metrics(
             embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id

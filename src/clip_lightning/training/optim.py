@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
@@ -45,7 +47,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name in ("lr", "image_lr", "text_lr", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--model.optimizer.{name} {getattr(self, name)}: expected 0 or more")
         for name in ("layer_decay", "freeze_below"):
             if not 0 <= getattr(self, name) <= 1:
@@ -54,6 +56,8 @@ class OptimizerConfig:
                 )
         if not 0 <= self.warmup <= 1:
             raise UserError(f"--model.optimizer.warmup {self.warmup}: expected a share of all steps, 0 to 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--model.optimizer.betas {list(self.betas)}: expected two numbers, 0 to below 1")
 
 
 def freeze_lower_layers(clip: CLIP, config: OptimizerConfig) -> None:
@@ -137,6 +141,47 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: b
     else:
         torch._foreach_mul_(whole + shares, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+class WarmupCosine(LambdaLR):
+    """Scale the rates of all groups by `warmup_cosine`.
+
+    A resumed run takes only its position from the checkpoint. Peak rates, warm-up and the number of steps are
+    those of its own options, so the next step has the rate that they give, and a change of it is printed.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int) -> None:
+        self.total_steps = total_steps
+        super().__init__(
+            optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, total_steps=total_steps)
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the step of the checkpoint."""
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        factor = self.lr_lambdas[0](self.last_epoch)
+        self._last_lr = [rate * factor for rate in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+        before, now = max(state_dict["_last_lr"]), max(self._last_lr)
+        is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if before != now and is_first:
+            print(
+                f"the learning rate of step {self.last_epoch} of {self.total_steps} is {now:.3g}; the "
+                f"checkpoint had {before:.3g}, since its options or its number of steps were others",
+                file=sys.stderr,
+            )
+
+
+def keep_own_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Replace the options in a stored optimizer state by those of `optimizer`: only the moments are restored.
+
+    To be registered with `register_load_state_dict_pre_hook`.
+    """
+    own = ({name: group[name] for name in group if name != "params"} for group in optimizer.param_groups)
+    stored = state_dict["param_groups"]
+    groups = [{**options, "params": group["params"]} for options, group in zip(own, stored, strict=True)]
+    return {**state_dict, "param_groups": groups}
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int) -> float:

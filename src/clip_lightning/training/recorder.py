@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from clip_lightning.files import write_atomically
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.model.sharded_checkpoints import read_checkpoint
 from clip_lightning.timing import Stopwatch
+from clip_lightning.tracking.logger import RunLogger
 from clip_lightning.training.checkpoints import all_ranks_save
 from clip_lightning.training.sharding import whole_weights
 
@@ -62,10 +64,10 @@ class SaveConfig(Callback):
         """Runs after the data module's setup, so that the data's digest is known."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(self.config)
+        write_atomically(self.folder / "config.yaml", self.config.encode())
         datamodule: Any = getattr(trainer, "datamodule", None)
         content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
+        content["model"]["loss"] = content["model"]["loss"] or type(pl_module.loss).__name__
         if datamodule.fetched:
             content["data_artifact"] = str(datamodule.fetched.name)
         for logger in trainer.loggers:
@@ -157,7 +159,9 @@ class RunRecorder(Callback):
             if name.startswith("val/")
         }
         if "rsum" in now and now["rsum"] > self.metrics.get("rsum", float("-inf")):
+            gone = self.metrics.keys() - now.keys()
             self.metrics = {**now, "epoch": trainer.current_epoch, "step": trainer.global_step}
+            self._summarise(trainer, {}, gone)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything."""
@@ -227,6 +231,7 @@ class RunRecorder(Callback):
         if torch.cuda.is_available():
             record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
         write_json(self.folder / "metrics.json", record)
+        self._summarise(trainer, {name: record[name] for name in record.keys() - self.metrics.keys()})
         if data and data.broken:
             write_json(self.folder / "broken.json", data.broken)
         if weights is None:
@@ -239,6 +244,14 @@ class RunRecorder(Callback):
         pl_module.clip.save_pretrained(
             self.folder / "model", weights=_best_weights(trainer, weights), metadata=metadata
         )
+
+    def _summarise(self, trainer: Trainer, costs: dict[str, Any], gone: Iterable[str] = ()) -> None:
+        """Let the summary of the W&B run be what `metrics.json` is: the best epoch's values, and costs."""
+        best = {f"val/{name}": value for name, value in self.metrics.items() if name not in ("epoch", "step")}
+        best |= {"best_epoch": self.metrics["epoch"]} if self.metrics else {}
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.summarise(best | costs, [f"val/{name}" for name in gone])
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import re
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from clip_lightning.errors import UserError
-from clip_lightning.model.checkpoint import fixed_towers, preprocessing
+from clip_lightning.files import write_atomically
+from clip_lightning.model.checkpoint import check_fixed_towers, fixed_towers, preprocessing
+from clip_lightning.tracking.history import history_file
+from clip_lightning.tracking.logger import RunLogger
 from clip_lightning.training.checkpoints import LAST, PREVIOUS, damage
+from clip_lightning.training.optim import param_groups
+from clip_lightning.wandb_fetch import default_project, stays_offline
 
 
 def new_run_id() -> str:
@@ -113,6 +121,58 @@ def check_fits(file: Path, model: LightningModule) -> None:
     for what, now in preprocessing(model.clip, model.lora).items():
         if then.get(what) != now:
             raise UserError(f"--ckpt_path {file}: its {what} is {then.get(what)}, here {now}; {same}")
+    check_fixed_towers(frozen, model.clip)
+
+
+def check_resumes(file: Path, model: LightningModule, data: LightningDataModule, ranks: int) -> None:
+    """Refuse to resume with other data, batches or groups of weights, before anything is computed or written.
+
+    Args:
+        file: a checkpoint that `check_fits` has accepted.
+        model: to train.
+        data: after its `setup`.
+        ranks: how many will train.
+
+    Raises:
+        UserError: says what is different.
+    """
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    data.check_resumes(checkpoint.get(type(data).__qualname__, {}), ranks)
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        stored = [(group["name"], len(group["params"])) for group in optimizer["param_groups"]]
+        own = [(group["name"], len(group["params"])) for group in param_groups(model.clip, model.optimizer)]
+        if stored != own:
+            raise UserError(
+                f"--ckpt_path {file} was trained with other groups of weights ({_listed(stored)}; here "
+                f"{_listed(own)}); give the same --model.optimizer.layer_decay and freeze_below as then"
+            )
+
+
+def _listed(groups: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in groups)
+
+
+def changed_options(before: str, now: str) -> list[str]:
+    """List the options that differ between two configurations in YAML, a line for each.
+
+    A resumed run takes the new values, unless the line says that it ignores one.
+    """
+    old, new = (dict(_flat(yaml.safe_load(text))) for text in (before, now))
+    ignored = ("model.init_from", "model.loss.init_args.init_")
+    return [
+        f"--{name} {json.dumps(new.get(name))} (was {json.dumps(old.get(name))})"
+        + ("; ignored, since the checkpoint has these weights" if name.startswith(ignored) else "")
+        for name in {**new, **old}
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
@@ -133,9 +193,44 @@ def place_logger(logger: Namespace, folder: Path) -> None:
     settings = logger.init_args
     kind = logger.class_path.rpartition(".")[2]
     if kind in ("RunLogger", "WandbLogger"):
-        settings.update(Namespace(save_dir=str(folder), id=settings.get("id") or folder.name))
+        run_id = settings.get("id") or os.environ.get("WANDB_RUN_ID") or folder.name
+        settings.update(Namespace(save_dir=str(folder), id=run_id))
+    if kind == "WandbLogger":  # Lightning's, which asks for a key, and refuses to log models offline
+        settings.project = settings.get("project") or default_project()
+        if settings.get("offline") or stays_offline(None):
+            settings.update(Namespace(mode="offline", log_model=False))
     elif kind in ("CSVLogger", "TensorBoardLogger"):
         # Lightning's CSVLogger deletes what it finds: a resumed run gets a folder of its own
         earlier = (folder / "metrics.csv").exists()
         version = f"resumed-{len(list(folder.glob('resumed-*'))) + 1}" if earlier else ""
         settings.update(Namespace(save_dir=str(folder), name="", version=version))
+
+
+def run_of(place: str | Path | None) -> Path | None:
+    """Return the folder of the run that has left a checkpoint or a bundle at this place, if it is one's."""
+    folders = Path(place).absolute().parents[:2] if place is not None and Path(place).exists() else ()
+    return next((folder for folder in folders if is_run(folder)), None)
+
+
+def keep_scores(
+    folder: Path, name: str, scores: Mapping[str, float], about: Mapping[str, str], *, track: bool
+) -> None:
+    """Keep the scores of `test` or `validate` as `NAME.json` in a run's folder, and in its W&B run.
+
+    Args:
+        folder: of the run.
+        name: of the command.
+        scores: by their plain names.
+        about: what was scored, and on which data.
+        track: whether the W&B run, if there is one, gets them in its summary.
+    """
+    content = json.dumps({**scores, **about}, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / f"{name}.json", content.encode())
+    loggers = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["logger"]
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if track and isinstance(logger, dict) and str(logger.get("class_path")).endswith(".RunLogger"):
+            settings = logger.get("init_args") or {}
+            run_id = settings.get("id") or os.environ.get("WANDB_RUN_ID") or folder.name
+            if history_file(folder, run_id).is_file():  # else W&B was disabled
+                run = RunLogger(**{**settings, "save_dir": str(folder), "id": run_id})
+                run.summarise({f"{name}/{metric}": score for metric, score in scores.items()})

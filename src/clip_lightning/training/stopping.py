@@ -1,4 +1,4 @@
-"""How a run is asked to stop: Ctrl-C, SIGTERM, SIGUSR1; every rank after the same batch, and saved."""
+"""What stops a run: Ctrl-C, SIGTERM and SIGUSR1, on every rank after the same step, and early stopping."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import threading
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.errors import AgreedStop
-from clip_lightning.training.checkpoints import all_ranks_save, within_a_step
+from clip_lightning.training.checkpoints import accumulates, all_ranks_save, within_a_step
 from clip_lightning.training.ranks import Agreement
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class GracefulStop(Callback):
-    """The first signal lets the batch, or the validation, in hand finish; a second Ctrl-C does not.
+    """Finishes the current step or validation after the first signal; a second Ctrl-C does not wait for it.
 
     It is enough that one rank receives it. SIGUSR1 is what schedulers send some time before a job's end: in a
     job of SLURM it is put back into the queue.
@@ -48,12 +49,17 @@ class GracefulStop(Callback):
             self._take_over(number)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop here if asked; after an epoch's last batch, Ctrl-C lets its validation come first."""
+        """Stop here if asked; after an epoch's last batch, Ctrl-C lets its validation come first.
+
+        While gradients are accumulated nothing stops: a checkpoint does not hold them.
+        """
+        if accumulates(trainer):
+            return
         self._asked = self._agreement.largest(self._asked)
         if self._asked in (signal.SIGTERM, signal.SIGUSR1):
             # Lightning raises when it has counted the batch; then a resumed run knows that it is done
             trainer._signal_connector.received_sigterm = True
-        elif self._asked and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        elif self._asked and not trainer.is_last_batch:
             raise AgreedStop
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -88,7 +94,31 @@ class GracefulStop(Callback):
             raise KeyboardInterrupt
         self._asked = signum
         again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
-        print(f"\nstopping after this batch{again}", file=sys.stderr)
+        print(f"\nstopping after this step{again}", file=sys.stderr)
+
+
+class EarlyStopping(callbacks.EarlyStopping):
+    """Lightning's early stopping, with which a resumed run that had stopped does not train another epoch.
+
+    A higher `patience` than before lets it continue; Lightning would restore the old value.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore everything but the patience."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop before the first step if the checkpoint is of a run that had stopped."""
+        out_of_patience = self.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
+        has_more_now = out_of_patience and self.wait_count < self.patience
+        if self.stopping_reason != EarlyStoppingReason.NOT_STOPPED and not has_more_now:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                print(
+                    f"the run had stopped early ({self.stopping_reason_message}); a higher "
+                    "--early_stopping.patience than before would let it continue",
+                    file=sys.stderr,
+                )
 
 
 def slurm_job() -> str | None:

@@ -15,7 +15,7 @@ from clip_lightning.errors import UserError
 from clip_lightning.experiments.compare import settings_of
 from clip_lightning.experiments.run_records import flat
 from clip_lightning.experiments.sweeps.file import SweepFile
-from clip_lightning.training.fitting import Rehearsal, rehearse
+from clip_lightning.training.fitting import Rehearsal, check_validates, rehearse
 
 
 def check(file: SweepFile, words: list[str]) -> Rehearsal:
@@ -31,6 +31,7 @@ def check(file: SweepFile, words: list[str]) -> Rehearsal:
     for row in range(max(map(len, ends.values()), default=1)):
         drawn = {label: values[min(row, len(values) - 1)] for label, values in ends.items()}
         rehearsal = rehearse([*words, *file.words(drawn)])
+        check_validates(rehearsal.config["fit"])
     return rehearsal
 
 

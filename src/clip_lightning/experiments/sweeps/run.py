@@ -25,6 +25,7 @@ from clip_lightning.experiments.sweeps.file import option_words, read_sweep
 from clip_lightning.experiments.sweeps.queue import try_failed_again
 from clip_lightning.experiments.sweeps.report import Report, shown
 from clip_lightning.experiments.sweeps.study import Search, TooManyFailures, open_study, work
+from clip_lightning.wandb_fetch import default_project
 
 SHOWN = 10
 
@@ -106,7 +107,8 @@ def _offline(plan: Search, config: Namespace, options: Options, tell: Callable[[
 def _online(plan: Search, config: Namespace, options: Options, tell: Callable[[Report], None]) -> None:
     logger = _run_logger(config)
     assert logger is not None
-    sweep = options.sweep_id or online.begin(plan, options.words, logger.entity, logger.project)
+    project = logger.project or default_project()
+    sweep = options.sweep_id or online.begin(plan, options.words, logger.entity, project)
     try:
         if options.sweep_id or online.has_work(sweep):
             print(f"sweep {sweep}; from other machines: wandb agent {sweep}", file=sys.stderr)

@@ -23,7 +23,7 @@ from filelock import FileLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import ArgumentError, OperationalError
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import Diverged, UserError
 from clip_lightning.experiments.sweeps.file import SweepFile, metric_names, option_words
 from clip_lightning.experiments.sweeps.queue import (
     FINISHED,
@@ -246,19 +246,23 @@ class Worker:
             return trial.should_prune()
 
         watch = Watch(file.metric, file.maximize, stops)
+        folder = None
         try:
             # what it prints is in the run's folder
             folder = fit(self.search.trial_words(file.words(drawn)), [watch], io.StringIO())
+        except Diverged as error:
+            trial.set_user_attr("error", str(error))
         except SystemExit as stop:
             if not stop.code:  # terminated
                 raise
             raise UserError("fit refuses these options") from stop
         if math.isnan(watch.best):
             raise UserError(f"{file.metric} was never a number in this run")
-        trial.set_user_attr("run", os.path.relpath(folder, self.search.folder))
-        trial.set_user_attr("metrics", best_epoch(folder))
+        if folder is not None:
+            trial.set_user_attr("run", os.path.relpath(folder, self.search.folder))
+            trial.set_user_attr("metrics", best_epoch(folder))
         trial.set_user_attr("best", watch.best)
-        state = "stopped early" if watch.stopped else "finished"
+        state = "diverged" if folder is None else "stopped early" if watch.stopped else "finished"
         seconds = time.perf_counter() - began
         print(
             f"trial {trial.number} {state}: {file.metric} {watch.best:.2f}, {seconds:.0f} s", file=sys.stderr

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from clip_lightning.errors import Diverged
 from clip_lightning.experiments.sweeps.wandb_sweep import note_stop
 
 Stops = Callable[[float, int], bool]
@@ -38,6 +40,12 @@ class Watch(Callback):
         """The best value so far; NaN where there is none."""
         values = [value for value in self.curve if not math.isnan(value)]
         return (max if self.maximize else min)(values, default=math.nan)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Count a run that diverges before its first validation as the worst: no recall, or the last rank."""
+        if isinstance(exception, Diverged):
+            data: Any = getattr(trainer, "datamodule", None)
+            self.curve.append(0.0 if self.maximize else float(len(data.captions("val"))))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the value down and ask."""
