@@ -105,7 +105,7 @@ def test_everything_that_is_wrong_is_found(rows: list[Row], check: Any, tmp_path
     status, found = check(rows)
     assert status == 1
     assert list(found["broken"]) == ["3.jpg"]
-    assert found["left_out"] == {"gone.jpg": "there is no such picture", "2.jpg": "row 18 has no caption"}
+    assert found["left_out"] == {"gone.jpg": "there is no such image", "2.jpg": "row 18 has no caption"}
     assert found["leaks"] == found["same"] == [["0.jpg", "copy.jpg"]]
     assert found["alike_leaks"] == [["1.jpg", "smaller.jpg"]]
     assert (found["captions_repeated"], found["captions_shared"]) == (1, 1)
@@ -163,6 +163,7 @@ def test_text_and_page_show_what_is_found(
     assert main(["data", "check", str(tmp_path / "data")]) == 0
     printed = capsys.readouterr().out
     assert "12: train 10, val 2 (official splits)" in printed
+    assert "read      captions.csv (12 rows), 0 rows or images left out" in printed
     assert "72 on the short side" in printed
     assert printed.endswith("no errors\n")
     evil = "<script>alert(1)</script>"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clip_lightning.data.captions import CaptionedImage
+from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.data.datasets import Collate, EvalDataset, Samples, TrainDataset
 from clip_lightning.data.features import FeatureCache, Features
 from clip_lightning.data.images import Augmentation, ImageTransform
@@ -242,3 +243,13 @@ def test_real_photographs(shared_data: Path) -> None:
     batch = Collate(tokenize)(dataset.__getitems__([(0, index) for index in range(8)]))
     assert batch["pixel_values"].shape == (8, 3, 16, 16)
     assert batch["broken"] == {}
+
+
+def test_the_fraction_of_unusable_images_is_of_all(tmp_path: Path) -> None:
+    pictures(tmp_path, [1] * 8)
+    rows = [f"{number}.jpg,a caption" for number in range(24)]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    with pytest.warns(UserWarning, match="left out 16 images or rows"):
+        CaptionDataModule(TRANSFORM, tokenize, tmp_path, max_broken=0.7).setup()
+    with pytest.raises(UserError, match=r"16 of 24 images or rows .*--data\.max_broken 0\.6"):
+        CaptionDataModule(TRANSFORM, tokenize, tmp_path, max_broken=0.6).setup()

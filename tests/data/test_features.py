@@ -28,7 +28,7 @@ from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.data.features import SHARD_ROWS, CacheOptions, FeatureCache, Features
 from clip_lightning.data.images import Augmentation, decode_image
-from clip_lightning.errors import UserError
+from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training import extract as extract_module
 from clip_lightning.training.extract import Extractor, cache_frozen_towers
@@ -257,6 +257,29 @@ def test_broken_pictures_are_left_out_and_counted(
             for batch in part:
                 data.on_before_batch_transfer(batch, 0)
     assert set(data.broken) == set(map(str, broken))
+
+
+def test_an_outage_is_not_cached_as_a_broken_image(
+    cache: FeatureCache, clip: CLIP, pictures: list[CaptionedImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is away for a moment, for longer, and back."""
+    expected = forward(clip, pictures).half().float()
+    gone, away = pictures[2].path, pictures[2].path.with_suffix(".away")
+    monkeypatch.setattr("clip_lightning.data.images.time.sleep", lambda seconds: None)
+    identity = extract_module._identity
+
+    def lose(image: CaptionedImage) -> str:
+        said = identity(image)
+        if image.path == gone:
+            gone.rename(away)
+        return said
+
+    monkeypatch.setattr(extract_module, "_identity", lose)
+    with pytest.raises(RunFailed, match=r"2\.png cannot be read at the moment \(No such file"):
+        image_features(cache, clip, pictures)
+    away.rename(gone)
+    monkeypatch.setattr("clip_lightning.data.images.time.sleep", lambda seconds: away.rename(gone))
+    assert torch.equal(image_features(cache, clip, pictures), expected)
 
 
 # never stale

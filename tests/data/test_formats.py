@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import tempfile
 from collections import Counter
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_lightning.data.captions import CaptionSet, content_groups
+from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.errors import UserError
 
@@ -42,6 +44,8 @@ def karpathy(*images: tuple[str, str, list[str]], **extra: str) -> str:
 
 
 PAIR = {"a.jpg": (("one", "two"), None), "b.jpg": (("three",), None)}
+A_RECORD = {"image": "a.jpg", "caption": ["one", "two"]}
+B_LINE = json.dumps({"image": "b.jpg", "caption": "three"})
 LAYOUTS: dict[str, tuple[Files, str]] = {
     "csv": ({"any.csv": "image,caption\na.jpg,one\nb.jpg,three\na.jpg,two\n"}, ""),
     "columns of open_clip": ({"x.csv": "filepath\ttitle\na.jpg\tone\na.jpg\ttwo\nb.jpg\tthree\n"}, ""),
@@ -60,6 +64,69 @@ LAYOUTS: dict[str, tuple[Files, str]] = {
             "Flickr8k_text/Flickr8k.lemma.token.txt": "a.jpg#0\tno\n",
         },
         "Flicker8k_Dataset/",
+    ),
+    "COCO": (
+        {
+            "annotations/captions_val2017.json": json.dumps(
+                {
+                    "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],
+                    "annotations": [
+                        {"image_id": i, "caption": text} for i, text in ((7, "one"), (8, "three"), (7, "two"))
+                    ],
+                }
+            )
+        },
+        "val2017/",
+    ),
+    "ALBEF": ({"x_train.json": json.dumps([A_RECORD, {"image": "b.jpg", "caption": "three"}])}, ""),
+    "LLaVA": (
+        {
+            "x.json": json.dumps(
+                [
+                    {"image": name, "conversations": [{"from": "human", "value": "<image>"}, *answers]}
+                    for name, answers in (
+                        ("a.jpg", [{"from": "gpt", "value": text} for text in ("one", "two")]),
+                        ("b.jpg", [{"from": "gpt", "value": "three"}]),
+                    )
+                ]
+            )
+        },
+        "images/",
+    ),
+    "name to captions": ({"captions.json": '{"a.jpg": ["one", "two"], "b.jpg": "three"}'}, "images/"),
+    "regions": (
+        {
+            "r.json": json.dumps(
+                [
+                    {"id": "a", "regions": [{"phrase": "one"}, {"phrase": "two"}]},
+                    {"id": "b", "regions": [{"phrase": "three"}]},
+                ]
+            )
+        },
+        "VG_100K/",
+    ),
+    "JSON lines": ({"x.json": f"{json.dumps(A_RECORD)}\n{B_LINE}\n"}, ""),
+    "pandas": ({"x.csv": """image,captions\na.jpg,"['one', ""two""]"\nb.jpg,['three']\n"""}, ""),
+    "NumPy": ({"x.csv": "image,captions\na.jpg,['one' 'two']\nb.jpg,three\n"}, ""),
+    "numbered": ({"x.csv": "image,caption_0,caption_1\na.jpg,one,two\nb.jpg,three,\n"}, ""),
+    "Excel": ({"x.csv": "\ufeffsep=;\nimage;caption\na.jpg;one\na.jpg;two\nb.jpg;three\n"}, ""),
+    "semicolons": ({"x.csv": "image;caption;a, b\na.jpg;one;\na.jpg;two;\nb.jpg;three;\n"}, ""),
+    "no header": ({"x.csv": "a.jpg,one\na.jpg,two\nb.jpg,three\n"}, ""),
+    "an id called image": (
+        {"x.csv": "image,file_name,prompt\n0,a.jpg,one\n0,a.jpg,two\n1,b.jpg,three\n"},
+        "",
+    ),
+    "other spellings": ({"x.csv": "image,caption\n.\\a.jpg,one\n/a.jpg,two\n%62.jpg,three\n"}, ""),
+    ".caption": ({"a.caption": "one\ntwo", "b.CAPTION": "three"}, ""),
+    "name.jpg.txt": ({"a.jpg.txt": "one\ntwo", "b.jpg.txt": "three"}, ""),
+    "JSON beside it": ({"a.json": '{"caption": ["one", "two"]}', "b.json": '{"text": "three"}'}, ""),
+    "texts apart": ({"text/c/a.txt": "one\ntwo", "text/c/b.txt": "three"}, "images/c/"),
+    "droppings": (
+        {
+            **{"a.txt": "one\ntwo", "b.txt": "three", "._a.jpg": "", "._a.txt": "\0", "._x.csv": "\0"},
+            **{".ipynb_checkpoints/a-checkpoint.jpg": "", "@eaDir/a.jpg": ""},
+        },
+        "",
     ),
     "Illinois 30k": ({"results_20130124.token": "a.jpg#0\tone\na.jpg#1\ttwo\nb.jpg#0\tthree\n"}, "images/"),
     "Kaggle 30k": (
@@ -80,6 +147,23 @@ def test_layouts_are_recognised(layout: str, tmp_path: Path) -> None:
     assert content(captions) == {folder + name: value for name, value in PAIR.items()}
     assert not captions.has_official_splits
     assert captions.left_out == {}
+
+
+def test_utf16_and_compressed_tables(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": "", "b.jpg": ""})
+    table = "image\tcaption\na.jpg\tone\na.jpg\ttwo\nb.jpg\tthree\n"
+    lines = f"{json.dumps(A_RECORD)}\n{B_LINE}".encode()
+    for name, data in {
+        "x.csv": table.encode("utf-16"),
+        "x.tsv.gz": gzip.compress(table.encode()),
+        "x.jsonl.gz": gzip.compress(lines),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        assert content(read_captions(tmp_path)) == PAIR
+        (tmp_path / name).unlink()
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines)[:20])
+    with pytest.raises(UserError, match="is damaged"):
+        read_captions(tmp_path)
 
 
 def test_the_annotation_file_itself_can_be_given(tmp_path: Path) -> None:
@@ -170,9 +254,9 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     assert content(captions) == {"Images/a.jpg": (("one",), None)}
     assert captions.left_out == {
         "a.jpg": "row 2 has no caption",
-        "2258277193_586949ec62.jpg.1": "there is no such picture",
+        "2258277193_586949ec62.jpg.1": "there is no such image",
         "blank.jpg": "it has no caption",
-        "no tab": "there is no such picture",
+        "no tab": "there is no such image",
     }
 
 
@@ -211,6 +295,127 @@ def test_an_unquoted_comma_in_the_last_column(tmp_path: Path) -> None:
     assert content(read_captions(tmp_path)) == {"a.jpg": (("red, white and blue",), None)}
 
 
+SPLIT = {"a.jpg": (("one",), "train"), "b.jpg": (("two",), "val"), "c.jpg": (("three",), "test")}
+TABLE = "image,caption\n{}.jpg,{}\n"
+COCO = (
+    '{{"images": [{{"id": 1, "file_name": "{}.jpg"}}], "annotations": [{{"image_id": 1, "caption": "{}"}}]}}'
+)
+SPLIT_LAYOUTS: dict[str, Files] = {
+    "a table per split": {
+        **{"train.csv": TABLE.format("a", "one"), "valid.csv": TABLE.format("b", "two")},
+        "my_test.csv": TABLE.format("c", "three"),
+    },
+    "JSON of splits": {
+        "x.json": '{"train": [{"image": "a.jpg", "caption": "one"}], "val": {"b.jpg": ["two"]}, '
+        '"test": {"c.jpg": "three"}}'
+    },
+    "COCO": {
+        "annotations/captions_train2017.json": COCO.format("a", "one"),
+        "annotations/captions_val2017.json": COCO.format("b", "two"),
+        "annotations/captions_test2017.json": COCO.format("c", "three"),
+    },
+}
+
+
+@pytest.mark.parametrize("layout", SPLIT_LAYOUTS)
+def test_files_of_the_splits_are_joined(layout: str, tmp_path: Path) -> None:
+    captions = read_captions(write(tmp_path, SPLIT_LAYOUTS[layout] | dict.fromkeys(SPLIT, "")))
+    assert content(captions) == SPLIT
+    assert all(name in captions.summary() for name in SPLIT_LAYOUTS[layout])
+    assert "3 images with 3 captions (train 1, val 1, test 1)" in captions.summary()
+
+
+def test_split_folders_are_joined(tmp_path: Path) -> None:
+    """Each with a table and images of the same names, or with pairs."""
+    for word in ("train", "val", "test"):
+        write(tmp_path / word, {"captions.csv": TABLE.format("a", word), "images/a.jpg": ""})
+        write(tmp_path / "pairs" / word, {"a.jpg": "", "a.txt": word})
+    with pytest.raises(UserError, match=r"test/captions\.csv, train/captions\.csv, .* and also pairs"):
+        read_captions(tmp_path)
+    tables = read_captions(tmp_path, "captions")
+    expected = {word: ((word,), word) for word in ("train", "val", "test")}
+    assert content(tables) == {f"{word}/images/a.jpg": value for word, value in expected.items()}
+    pairs = read_captions(tmp_path / "pairs")
+    assert content(pairs) == {f"{word}/a.jpg": value for word, value in expected.items()}
+    given = ",".join(str(tmp_path / word / "captions.csv") for word in ("train", "val"))
+    assert [image.split for image in read_captions(Path(given)).images] == ["train", "val"]
+
+
+def test_parts_of_a_table_are_joined(tmp_path: Path) -> None:
+    write(tmp_path, {f"{number:05}.csv": TABLE.format(name, name) for number, name in enumerate("ab")})
+    assert len(read_captions(write(tmp_path, {"a.jpg": "", "b.jpg": ""})).images) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"one/captions.txt": TABLE, "two/captions.txt": TABLE},
+            r"\(one/captions\.txt, two/captions\.txt\), not one for",
+        ),
+        ({"a.txt": "x", "old/captions.csv": TABLE}, r"holds old/captions\.csv and also pairs"),
+        ({"train.csv": TABLE, "val.csv": TABLE, "all.csv": TABLE}, r"all\.csv, train\.csv, val\.csv"),
+    ],
+)
+def test_what_is_not_clear_is_not_read(files: Files, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        read_captions(write(tmp_path, {"a.jpg": "", **files}))
+
+
+@pytest.mark.parametrize("header", ["image,caption", "caption,image"])
+@pytest.mark.parametrize("names", ["p00{}.jpg", "00{}"])
+def test_a_stray_quote_does_not_swallow_rows(header: str, names: str, tmp_path: Path) -> None:
+    rows = [(names.format(number), f"caption {number}") for number in range(6)]
+    rows[2] = rows[2][0], '"quoted from here'
+    rows[4] = rows[4][0], 'to here"'
+    if header.startswith("caption"):
+        rows = [row[::-1] for row in rows]
+    write(tmp_path, {"x.csv": "\n".join([header, *map(",".join, rows)]), names.format(0): ""})
+    with pytest.raises(UserError, match=r"broken from line 4 on"):
+        read_captions(tmp_path)
+
+
+def test_where_missing_images_may_be(tmp_path: Path) -> None:
+    names = ["/content/drive/pics/one.jpg", "C:\\me\\pics\\Two.jpg", "three", "nowhere.jpg", "b/here.jpg"]
+    write(tmp_path, {"x.csv": "image,caption\n" + "".join(f"{name},x\n" for name in names)})
+    write(tmp_path, {f"pics/{name}": "" for name in ("one.jpg", "two.JPG", "three.jpg")} | {"b/here.jpg": ""})
+    left_out = read_captions(tmp_path).left_out
+    option = f"--data.read.image_folder {tmp_path.resolve() / 'pics'}"
+    assert list(left_out.values()) == [
+        f"there is no such image; pics/one.jpg may be meant: write that, or give {option}",
+        "there is no such image; pics/two.JPG may be meant: write that",
+        "there is no such image; pics/three.jpg may be meant: write that",
+        "there is no such image",
+    ]
+    in_pics = ReadOptions(image_folder=Path("pics"))
+    assert list(content(read_captions(tmp_path, options=in_pics))) == ["pics/one.jpg"]
+    write(tmp_path, {"x.csv": "image,caption\na/1.jpg,x\nb/1.jpg,x\n", "pics/1.jpg": ""})
+    with pytest.raises(UserError, match=r"both a/1\.jpg and b/1\.jpg would be"):
+        read_captions(tmp_path, options=in_pics)
+
+
+def test_columns_that_are_named(tmp_path: Path) -> None:
+    write(tmp_path, {"x.csv": "bild,satz,wort\na.jpg,one,two\n", "a.jpg": ""})
+    with pytest.raises(UserError, match=r"found bild, satz, wort, .*give --data\.read\.image_column COLUMN"):
+        read_captions(tmp_path)
+    options = ReadOptions(image_column="bild", caption_column="satz,wort")
+    assert content(read_captions(tmp_path, options=options)) == {"a.jpg": (("one", "two"), None)}
+    with pytest.raises(UserError, match=r"--data\.read\.caption_column saetze is not in"):
+        read_captions(tmp_path, options=ReadOptions("bild", "saetze"))
+
+
+def test_what_is_probably_not_meant_is_reported(tmp_path: Path) -> None:
+    write(tmp_path, {"x.csv": "image,caption\na.jpg,NaN\na.jpg,a dog\n", "a.jpg": ""})
+    write(
+        tmp_path, {"photo.cr2": "", "photo2.CR2": "", "._x.jpg": "", "labels.csv": "image,label\na.jpg,3\n"}
+    )
+    assert read_captions(tmp_path).warnings == (
+        "1 captions stand for a missing value (NaN) and are used as they are; remove these rows",
+        "passed over: 2 .cr2 files, a format that is not read, 1 hidden files, 1 table without images and "
+        "captions, labels.csv",
+    )
+
+
 AWKWARD = ["", " ", 'a "b", c', "two\nlines", "tab\there", "👩‍🚒 🐕", "word " * 10_000, "'", '"', "a|b;c"]
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30) | st.sampled_from(AWKWARD)
 ROWS = st.lists(st.tuples(st.sampled_from("abcde"), TEXTS), min_size=1, max_size=12)
@@ -233,7 +438,7 @@ def test_any_captions_survive(rows: list[tuple[str, str]], kind: str) -> None:
                 writer.writerows([("image", "caption"), *((f"{name}.jpg", text) for name, text in rows)])
         limit = csv.field_size_limit()
         if not expected:
-            with pytest.raises(UserError, match="no picture with a caption"):
+            with pytest.raises(UserError, match="no image with a caption"):
                 read_captions(root)
             return
         captions = read_captions(root)
@@ -242,7 +447,7 @@ def test_any_captions_survive(rows: list[tuple[str, str]], kind: str) -> None:
 
 
 WRONG: dict[str, tuple[Files, str, str]] = {
-    "empty": ({}, "auto", r"holds no picture with a caption.*--data\.root"),
+    "empty": ({}, "auto", r"holds no image with a caption.*--data\.root"),
     "pictures only": ({"a.jpg": ""}, "auto", r"a\.jpg: there is no a\.txt beside it"),
     "no caption column": (
         {"x.csv": "image,word\n"},
@@ -250,22 +455,26 @@ WRONG: dict[str, tuple[Files, str, str]] = {
         r"no caption column: found image, word, expected one of caption, captions, text, title, comment",
     ),
     "no image column": (
-        {"x.jsonl": '{"img": 1, "caption": "a"}'},
+        {"x.jsonl": '{"bild": 1, "caption": "a"}'},
         "auto",
-        r"no image column: found img, caption",
+        r"no image column: found bild, caption",
     ),
     "no header": ({"captions.txt": ""}, "auto", r"no image column: found nothing"),
     "none of the pictures": (
         {"x.csv": "image,caption\na.jpg,x"},
         "auto",
-        r"a\.jpg: there is no such picture",
+        r"a\.jpg: there is no such image",
     ),
-    "unknown JSON": ({"dataset_flickr8k.json": '{"images": [{"id": 1}]}'}, "auto", "not a Karpathy JSON"),
-    "list": ({"dataset_coco.json": "[]"}, "captions", "not a Karpathy JSON"),
-    "broken JSON": ({"dataset_coco.json": "{"}, "captions", "not a Karpathy JSON"),
+    "unknown JSON": (
+        {"dataset_flickr8k.json": '{"images": [{"id": 1}]}'},
+        "auto",
+        "an object with the keys images; expected COCO",
+    ),
+    "list": ({"dataset_coco.json": "[3]"}, "captions", "a list that begins with 3; expected COCO"),
+    "broken JSON": ({"dataset_coco.json": "{"}, "captions", "is not JSON"),
     "broken line": ({"x.jsonl": "{"}, "auto", "line 1 is not JSON"),
     "no object": ({"x.jsonl": "\n3"}, "auto", "line 2 is not a JSON object"),
-    "open quote": ({"x.csv": 'image,caption\na.jpg,"x'}, "auto", "broken near line 2.*quotes"),
+    "open quote": ({"x.csv": 'image,caption\na.jpg,"x'}, "auto", "broken from line 2 on.*quotes"),
     "too many fields": ({"x.csv": "caption,image\nx,y,a.jpg"}, "auto", "3 fields for 2 columns"),
     "unknown split": ({"x.csv": "image,caption,split\na.jpg,x,holdout"}, "auto", "'holdout'; expected train"),
     "not Flickr": ({"x.csv": "image,caption\na.jpg,x"}, "flickr30k", "none of captions.txt, results.csv"),

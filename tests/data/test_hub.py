@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from clip_lightning.data import materialise
+from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.hub import HubDataset
 from clip_lightning.errors import UserError
@@ -47,7 +48,7 @@ def cells(*pictures: bytes) -> list[dict[str, Any]]:
 
 
 def named(name: str, image: str | None = None, captions: str | None = None) -> HubDataset:
-    return replace(HubDataset.parse(f"hf:{name}"), image=image, captions=captions)
+    return replace(HubDataset.parse(f"hf:{name}"), read=ReadOptions(image, captions))
 
 
 def fetch_hub(name: str, image: str | None = None, captions: str | None = None) -> Path:
@@ -160,15 +161,18 @@ def test_columns_that_are_given(save: Callable[..., str]):
     [
         (
             {"image": "nothing"},
-            r"--data\.hub_image nothing is no column of pictures; .*left \(Image\), .*n \(int64\)",
+            r"--data\.read\.image_column nothing is not in .*left \(Image\), .*n \(int64\)",
         ),
         (
             {"image": "left", "captions": "n"},
-            r"--data\.hub_captions n is no column of sentences; .*give --data\.hub_captions COLUMN",
+            r"--data\.read\.caption_column n is not in .*give --data\.read\.caption_column COLUMN",
         ),
-        ({"image": "left", "captions": "words,nothing"}, r"--data\.hub_captions words,nothing is no"),
-        ({"image": "left"}, "no column is clearly that of sentences"),
-        ({}, "no column is clearly that of pictures"),
+        (
+            {"image": "left", "captions": "words,nothing"},
+            r"--data\.read\.caption_column words,nothing is not",
+        ),
+        ({"image": "left"}, "has no caption column"),
+        ({}, "has no image column"),
     ],
 )
 def test_columns_that_are_not_there(options: dict[str, str], message: str, save: Callable[..., str]):

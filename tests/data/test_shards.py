@@ -39,7 +39,7 @@ from clip_lightning.data.shards.training import TrainingShards
 from clip_lightning.errors import RunFailed, UserError
 
 FORMATS = ("litdata", "webdataset")
-SPLITS = {"dataset": "auto", "val_share": 0.1, "test_share": 0.1, "split_seed": 0}
+SPLITS = {"val_share": 0.1, "test_share": 0.1, "split_seed": 0}
 TRANSFORM = ImageTransform((16, 16), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -53,7 +53,7 @@ def shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     made = {}
     for kind in FORMATS:
         made[kind] = tmp_path_factory.mktemp("shards") / kind
-        convert(captioned(scenes, settings(kind), **SPLITS), settings(kind), made[kind], 1)
+        convert(captioned(read_captions(scenes), settings(kind), **SPLITS), settings(kind), made[kind], 1)
     return made
 
 
@@ -135,7 +135,7 @@ def test_the_manifest_names_every_file_and_what_is_in_it(shards: dict[str, Path]
 def test_an_interrupted_conversion_goes_on_and_ends_the_same(
     shards: dict[str, Path], scenes: Path, tmp_path: Path, kind: str
 ) -> None:
-    source, out = captioned(scenes, settings(kind), **SPLITS), tmp_path / "out"
+    source, out = captioned(read_captions(scenes), settings(kind), **SPLITS), tmp_path / "out"
     blocked = out / "train" / f".00004.{'bin' if kind == 'litdata' else 'tar'}.tmp"
     blocked.mkdir(parents=True)  # the fifth shard cannot be written
     (out / "train").rename(tmp_path / "train")
@@ -165,14 +165,14 @@ def test_several_processes_write_the_same_files(
     shards: dict[str, Path], scenes: Path, tmp_path: Path
 ) -> None:
     how = settings("litdata")
-    convert(captioned(scenes, how, **SPLITS), how, tmp_path / "out", 2)
+    convert(captioned(read_captions(scenes), how, **SPLITS), how, tmp_path / "out", 2)
     for path in shards["litdata"].rglob("*.bin"):
         assert (tmp_path / "out" / path.relative_to(shards["litdata"])).read_bytes() == path.read_bytes()
 
 
 def test_a_finished_conversion_is_left_alone_and_another_refused(scenes: Path, tmp_path: Path) -> None:
     how = settings("webdataset")
-    source = captioned(scenes, how, **SPLITS)
+    source = captioned(read_captions(scenes), how, **SPLITS)
     manifest, _ = convert(source, how, tmp_path / "out", 1)
     again, _ = convert(source, how, tmp_path / "out", 1)
     assert again.splits == manifest.splits
@@ -195,7 +195,7 @@ def test_long_pictures_are_made_smaller_and_stay_upright(tmp_path: Path, turned:
     Image.fromarray(pixels[:10, :12]).save(tmp_path / "b.png")
     (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,A,train\nb.png,B,train\n")
     how = settings("webdataset", short_side=20)
-    convert(captioned(tmp_path, how, **{**SPLITS, "val_share": 0.0}), how, tmp_path / "out", 1)
+    convert(captioned(read_captions(tmp_path), how, **{**SPLITS, "val_share": 0.0}), how, tmp_path / "out", 1)
     found = {r.fields["name"]: r for r in records(tmp_path / "out", "train")}
     assert found["b.png"].image == (tmp_path / "b.png").read_bytes(), "smaller ones stay as they are"
     small = Image.open(io.BytesIO(found["a.jpg"].image))
@@ -211,10 +211,28 @@ def test_broken_pictures_are_named_and_left_out(tmp_path: Path) -> None:
     (tmp_path / "b.jpg").write_bytes(b"no picture")
     (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,A,train\nb.jpg,B,train\n")
     how = settings("litdata")
-    source = captioned(tmp_path, how, **{**SPLITS, "val_share": 0.0})
+    source = captioned(read_captions(tmp_path), how, **{**SPLITS, "val_share": 0.0})
     manifest, left_out = convert(source, how, tmp_path / "out", 1)
     assert manifest.samples("train") == 1
     assert left_out == {"b.jpg": "not a picture of a known format"}
+
+
+def test_a_file_that_is_away_for_a_moment_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_lightning.data.images.time.sleep", lambda seconds: None)
+    rows = [f"{number}.jpg,A,train" for number in range(2)]
+    for row in rows:
+        (tmp_path / row.split(",")[0]).write_bytes(picture())
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption,split", *rows]))
+    how = settings("webdataset")
+    source = captioned(read_captions(tmp_path), how, **{**SPLITS, "val_share": 0.0})
+    (tmp_path / "1.jpg").rename(tmp_path / "away")
+    with pytest.raises(RunFailed, match=r"1\.jpg cannot be read at the moment"):
+        convert(source, how, tmp_path / "out", 1)
+    (tmp_path / "away").rename(tmp_path / "1.jpg")
+    manifest, left_out = convert(source, how, tmp_path / "out", 1)
+    assert (manifest.samples("train"), left_out) == (2, {})
 
 
 def test_tars_become_chunks_with_their_fields_and_a_filter(tmp_path: Path) -> None:
@@ -423,7 +441,7 @@ def test_a_broken_sample_gives_way_to_the_next(tmp_path: Path) -> None:
 
 def test_a_chunk_that_was_cut_off_is_seen_at_the_start(scenes: Path, tmp_path: Path) -> None:
     how = settings("litdata")
-    convert(captioned(scenes, how, **SPLITS), how, tmp_path / "out", 1)
+    convert(captioned(read_captions(scenes), how, **SPLITS), how, tmp_path / "out", 1)
     file = tmp_path / "out" / "train" / "00002.bin"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"00002.bin is not there, or not of"):
@@ -503,7 +521,7 @@ def test_a_remote_chunk_that_is_not_what_was_written_is_refused(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     how = settings("litdata")
-    convert(captioned(scenes, how, **SPLITS), how, tmp_path / "out", 1)
+    convert(captioned(read_captions(scenes), how, **SPLITS), how, tmp_path / "out", 1)
     file = tmp_path / "out" / "train" / "00000.bin"
     content = bytearray(file.read_bytes())
     content[500] ^= 1

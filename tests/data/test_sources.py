@@ -42,7 +42,6 @@ def test_a_name_means_its_kind_of_source_unless_there_is_such_a_path(
         ({"root": None}, "no data: give --data.root a folder, hf:OWNER/NAME, wandb:"),
         ({"root": "hf:me/data", "scenes": True}, "--data.root hf: is not for --data.dataset scenes"),
         ({"root": "hf:me/data/more"}, r"--data\.root hf:me/data/more: expected OWNER/NAME"),
-        ({"root": "data", "columns": (None, "text")}, "columns of a --data.root hf:OWNER/NAME"),
         ({"root": "wandb:flickr8k"}, "--data.root wandb: 'flickr8k': expected ENTITY/PROJECT/NAME:ALIAS"),
         ({"root": "file:///a.zip"}, "sha256"),
     ],

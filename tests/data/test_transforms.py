@@ -48,7 +48,15 @@ def difference(one: Tensor, other: Tensor) -> int:
 MODES = [
     *[("jpg", mode) for mode in ("RGB", "L", "CMYK")],
     *[("png", mode) for mode in ("RGB", "L", "P", "1")],
-    *[("webp", "RGB"), ("gif", "P"), ("bmp", "RGB"), ("tif", "CMYK"), ("tif", "YCbCr"), ("ppm", "RGB")],
+    *[
+        ("avif", "RGB"),
+        ("webp", "RGB"),
+        ("gif", "P"),
+        ("bmp", "RGB"),
+        ("tif", "CMYK"),
+        ("tif", "YCbCr"),
+        ("ppm", "RGB"),
+    ],
 ]
 
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from clip_lightning.evaluation.folds import fold_metrics
 from clip_lightning.evaluation.intervals import Hits, hits, paired_differences, recall_intervals, wilson
-from clip_lightning.evaluation.retrieval import retrieval_metrics, retrieval_ranks
+from clip_lightning.evaluation.retrieval import fold_metrics, retrieval_metrics, retrieval_ranks
 
 
 def random_split(images: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from clip_lightning import retrieval_metrics
-from clip_lightning.evaluation.true_recall import true_recall
+from clip_lightning.evaluation.retrieval import true_recall
 
 
 def test_by_hand():

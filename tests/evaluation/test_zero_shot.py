@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from clip_lightning import CLIP, zero_shot_classifier
 from clip_lightning.data.classes import class_names, clean_name, read_classes
 from clip_lightning.errors import UserError
-from clip_lightning.evaluation.calibration import calibration, plot_calibration
+from clip_lightning.evaluation.calibration import calibration
 from clip_lightning.evaluation.prompts import TEMPLATES, fill, read_templates
 from clip_lightning.evaluation.zero_shot import classify, probabilities
+from clip_lightning.reports.plots import plot_calibration
 
 
 def test_a_class_is_the_normalised_mean_of_its_captions(make_clip: Callable[..., CLIP]):
@@ -179,7 +181,10 @@ def test_folders_of_classes(tmp_path: Path):
     found = read_classes(tmp_path)
     assert found.classes == ("a", "b") and found.labels == (0, 1, 1)
     assert [path.name for path in found.pictures] == ["x.jpg", "2.JPG", "1.png"]
-    assert found.left_out == {"BACKGROUND_Google": "it is no class"}
+    assert found.left_out == {
+        "BACKGROUND_Google": "it is not a class",
+        "1 .hidden folders": "they are passed over",
+    }
     assert found.rows("all") == [0, 1, 2] and found.rows("test") == []
 
 
@@ -203,8 +208,8 @@ def test_a_table(tmp_path: Path):
     assert found.classes == ("9", "10") and found.labels == (1, 0, 0)  # numbers in their order
     assert found.splits == ("val", None, "test")
     assert found.left_out == {
-        "mine.csv line 4": "it has no image or no label",
-        "no.jpg": "there is no such picture",
+        "mine.csv row 3": "it has no image or no label",
+        "no.jpg": "there is no such image",
     }
 
 
@@ -229,6 +234,34 @@ def test_too_few_classes(tmp_path: Path):
     touch(tmp_path / "a" / "1.jpg")
     with pytest.raises(UserError, match="holds 1 classes"):
         read_classes(tmp_path)
+
+
+def test_names_by_line_follow_the_natural_order_and_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    touch(*(tmp_path / "data" / f"class_{number}" / "1.jpg" for number in range(12)))
+    (tmp_path / "names.txt").write_text("\n".join(f"name {number}" for number in range(12)))
+    found = read_classes(tmp_path / "data")
+    assert class_names(found.classes, tmp_path / "names.txt")[10] == ["name 10"]
+    assert found.classes[10] == "class_10"
+    assert "class_1 = name 1, class_2 = name 2, " in capsys.readouterr().err
+
+
+def test_names_as_imagenet_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    classes = ["n01440764", "n02123045"]
+    assert class_names(classes) == [[name] for name in classes]
+    assert "classes are called by numbers (n01440764, n02123045, ...)" in capsys.readouterr().err
+    index = {"0": ["n01440764", "tench"], "1": ["n02123045", "tabby"], "2": ["n3", "other"]}
+    (tmp_path / "imagenet_class_index.json").write_text(json.dumps(index))
+    (tmp_path / "map.txt").write_text("n01440764 tench, Tinca tinca\nn02123045 tabby\nn3 other\n")
+    assert class_names(classes, tmp_path / "imagenet_class_index.json") == [["tench"], ["tabby"]]
+    assert class_names(classes, tmp_path / "map.txt") == [["tench", "Tinca tinca"], ["tabby"]]
+
+
+def test_tables_with_semicolons(tmp_path: Path):
+    touch(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    (tmp_path / "t.csv").write_text("\ufeffImage;Label\na.jpg;x\nb.jpg;y\n", encoding="utf-8")
+    assert read_classes(tmp_path / "t.csv").classes == ("x", "y")
 
 
 @pytest.mark.parametrize(

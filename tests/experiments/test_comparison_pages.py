@@ -110,7 +110,7 @@ def test_what_wandb_adds_or_writes_otherwise_is_no_difference() -> None:
         "model.dropout": 1.0,
         "model.betas": [0.9, 1.0],
         "data.dataset": "auto",
-        "data.hub_image": "image",
+        "data.read.image_column": "image",
     }
     online = {"model.dropout": 1, "model.betas": [0.9, 1], "data_digest": "d", "data_artifact": "a:v0"}
     (row,) = compared([record(100, options=local), record(110, options=online)], "t").rows

@@ -150,10 +150,9 @@ def test_the_bundle_is_the_best_epoch(finished: Path) -> None:
 
 
 def test_predictions_can_be_looked_at(finished: Path) -> None:
-    pictures = sorted(file.name for file in (finished / "predictions").glob("*.png"))
-    grids = [f"epoch=0{n}{kind}.png" for n in (0, 1) for kind in ("-captions", "")]
-    assert pictures == [*grids, "misses.png", "recall-history.png", "recall.png", "similarities.png"]
-    assert "<html" in (finished / "predictions.html").read_text().lower()
+    page = (finished / "predictions.html").read_text()
+    assert "<html" in page.lower()
+    assert 'id="misses"' in page
 
 
 def test_the_wandb_run_has_the_config_and_the_digest(finished: Path) -> None:
@@ -727,7 +726,7 @@ def test_too_many_broken_pictures_stop_the_run(
     for name in ("00000.jpg", "00001.jpg"):
         (folder / name).write_bytes(b"")
     assert main(command("fit", tmp_path / "strict", data__root=folder, trainer__max_epochs=1)) == 2
-    assert "--data.max_broken 0.01; mend them" in capsys.readouterr().err.splitlines()[-1]
+    assert "--data.max_broken 0.01; fix them" in capsys.readouterr().err.splitlines()[-1]
     with pytest.warns(UserWarning, match="left out"):
         assert main(command("fit", tmp_path / "mild", data__root=folder, data__max_broken=0.1)) == 0
     broken = json.loads((the_run(tmp_path / "mild") / "broken.json").read_text())

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from clip_lightning.data.datamodule import CaptionDataModule
+from clip_lightning.data.formats import read_captions
 from clip_lightning.data.shards.convert import Settings, captioned, convert
 from clip_lightning.errors import RunFailed
 from clip_lightning.training.guard import NonFinite
@@ -139,7 +140,7 @@ def test_samples_of_shards_are_named_too(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     how = Settings("litdata", 5, None, 92, ())
     shares = {"val_share": 0.1, "test_share": 0.1, "split_seed": 0}
-    convert(captioned(scenes, how, dataset="auto", **shares), how, tmp_path / "shards", 1)
+    convert(captioned(read_captions(scenes), how, **shares), how, tmp_path / "shards", 1)
     with pytest.raises(RunFailed, match="3 steps in a row"):
         fit(Poison({1, 2, 3}), root=tmp_path / "shards", dataset="shards")
     batches = json.loads((tmp_path / "non-finite.json").read_text())

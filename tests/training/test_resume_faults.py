@@ -20,6 +20,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from clip_lightning.data.formats import read_captions
 from clip_lightning.data.shards.convert import Settings, captioned, convert
 
 pytestmark = pytest.mark.faults
@@ -63,7 +64,7 @@ def fit(
     cache, shards = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("shards") / "litdata"
     how = Settings("litdata", 5, None, 92, ())
     shares = {"val_share": 0.1, "test_share": 0.1, "split_seed": 0}
-    convert(captioned(scenes, how, dataset="auto", **shares), how, shards, 1)
+    convert(captioned(read_captions(scenes), how, **shares), how, shards, 1)
 
     def run(way: str, folder: Path, *more: str, step: int | None = None, signum: int = 0) -> int:
         options = {

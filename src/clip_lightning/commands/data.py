@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from clip_lightning.arguments import run_functions
 from clip_lightning.data.captions import CaptionSet, Splits, split_by_image
+from clip_lightning.data.columns import RECOGNISED, ReadOptions
 from clip_lightning.terminal import one_line
 
 
@@ -22,6 +23,7 @@ def check(
     root: str,
     *,
     dataset: str = "auto",
+    read: ReadOptions = RECOGNISED,
     splits: Splits = Splits(),  # noqa: B008 (frozen)
     text_tower: str | None = None,
     max_length: int | None = None,
@@ -38,6 +40,7 @@ def check(
     Args:
         root: the data as for fit: a folder, an annotation file, hf:OWNER/NAME, ...
         dataset: how to read it: auto, flickr8k, flickr30k, captions or folder.
+        read: columns and image folder, if they are not recognised.
         splits: how images are divided if the data names no splits, as for fit.
         text_tower: name of a text tower; counts the captions that its tokenizer would cut.
         max_length: tokens at which it cuts; 77 or the tower's own limit if not given.
@@ -49,8 +52,7 @@ def check(
     """
     from clip_lightning.data.check import find, open_all
     from clip_lightning.data.clean import changes_reading, write_cleaned
-    from clip_lightning.data.formats import read_captions
-    from clip_lightning.data.sources import find_source
+    from clip_lightning.data.sources import find_source, read_source
     from clip_lightning.errors import UserError
     from clip_lightning.reports.data_check import as_text, write_report
 
@@ -60,9 +62,9 @@ def check(
         raise UserError(f"--out {out} is a file; give a folder")
     if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
         raise UserError(f"--fix {fix}: expected the name of a new .csv file; nothing is overwritten")
-    source = find_source(root)
+    source = find_source(root, read=read)
     source.fetch()
-    captions = read_captions(source.folder(), dataset)
+    captions = read_source(source, dataset, read)
     try:
         parts = split_by_image(captions, splits)
     except UserError as error:  # too few images, which are worth a look all the same
@@ -101,6 +103,7 @@ def convert(
     to: Literal["litdata", "webdataset"],
     out: Path,
     dataset: str = "auto",
+    read: ReadOptions = RECOGNISED,
     val_share: float = 0.1,
     test_share: float = 0.1,
     split_seed: int = 0,
@@ -123,6 +126,7 @@ def convert(
             that other programs read too.
         out: new folder for the shards.
         dataset: how to read root: auto, flickr8k, flickr30k, captions or folder.
+        read: columns and image folder, if they are not recognised.
         val_share: part of the pictures to validate on where the data has no splits, as for fit.
         test_share: likewise, to test on.
         split_seed: of that draw, and of the order that training pictures are written in.
@@ -137,6 +141,7 @@ def convert(
     """
     from clip_lightning.data.captions import SPLITS
     from clip_lightning.data.datamodule import usable_cores
+    from clip_lightning.data.formats import read_captions
     from clip_lightning.errors import UserError
 
     try:
@@ -155,9 +160,8 @@ def convert(
         source = conversion.tars(root, split)
     else:
         source = conversion.captioned(
-            Path(root),
+            read_captions(Path(root), dataset, read),
             settings,
-            dataset=dataset,
             val_share=val_share,
             test_share=test_share,
             split_seed=split_seed,
@@ -193,6 +197,7 @@ def upload(
     *,
     artifact: str,
     dataset: str = "auto",
+    read: ReadOptions = RECOGNISED,
     project: str | None = None,
     entity: str | None = None,
     reference: bool = False,
@@ -204,6 +209,7 @@ def upload(
         root: the data set's folder; all of it is uploaded, in its layout.
         artifact: name of the artifact.
         dataset: how to read it: auto, flickr8k, flickr30k, captions or folder.
+        read: columns and image folder, if they are not recognised.
         project: W&B project; WANDB_PROJECT or clip-lightning by default.
         entity: W&B user or team; your default one if not given.
         reference: upload where the files lie and their checksums instead of the files; for machines that
@@ -218,7 +224,7 @@ def upload(
     check_upload(artifact)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give the data set's folder")
-    captions = read_captions(root, dataset)
+    captions = read_captions(root, dataset, read)
     about = {
         "captions_digest": captions.digest(),
         "pictures": len(captions.images),

@@ -73,10 +73,13 @@ def retrieval(
 def _retrieval(clip: CLIP, images: Sequence[CaptionedImage], title: str) -> tuple[dict[str, Any], Hits]:
     import torch
 
-    from clip_lightning.evaluation.folds import fold_metrics
     from clip_lightning.evaluation.intervals import hits, recall_intervals
-    from clip_lightning.evaluation.retrieval import retrieval_metrics, retrieval_ranks
-    from clip_lightning.evaluation.true_recall import true_recall
+    from clip_lightning.evaluation.retrieval import (
+        fold_metrics,
+        retrieval_metrics,
+        retrieval_ranks,
+        true_recall,
+    )
     from clip_lightning.model.encode import encode_pictures, project_pictures
 
     pictures = encode_pictures(clip, [image.path for image in images], progress=title)

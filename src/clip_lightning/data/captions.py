@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import RunFailed, UserError
 
 SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {"train": "train", "restval": "train", "test": "test"}
+SPLIT_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,30 @@ class CaptionSet:
         images: one record a picture; no two share a path.
         has_official_splits: true when the source itself names splits; pictures it puts
             in none of them then belong to no split.
-        left_out: name → reason, for pictures and rows that could not be used.
+        left_out: name → reason, for images and rows that could not be used.
+        source: the files that were read, relative to `root`, with their number of rows.
+        warnings: a line for each kind of thing that is probably not meant, and what was passed over.
     """
 
     root: Path
     images: tuple[CaptionedImage, ...]
     has_official_splits: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
+    source: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """Describe in one line what was read."""
+        captions = sum(len(image.captions) for image in self.images)
+        counts = Counter(image.split for image in self.images)
+        splits = ", ".join(
+            f"{split or 'in no split'} {counts[split]:,}" for split in (*SPLITS, None) if counts[split]
+        )
+        return (
+            f"read {self.source} in {self.root}: {len(self.images):,} images with {captions:,} captions"
+            + (f" ({splits})" if self.has_official_splits else "")
+            + f"; {len(self.left_out):,} rows or images left out"
+        )
 
     def digest(self) -> str:
         """SHA-256 (hex) over names, captions, splits and file sizes, the same on every machine."""
@@ -47,7 +66,7 @@ class CaptionSet:
         for image in sorted(self.images, key=lambda image: _name(image.path, self.root)):
             row = (
                 _name(image.path, self.root),
-                str(image.path.stat().st_size),
+                str(_size(image.path)),
                 image.split or "",
                 *image.captions,
             )
@@ -60,6 +79,21 @@ def _name(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
+def unreadable(path: Path, reason: object) -> RunFailed:
+    """Return the error for a file that was there and cannot be read, as when a disk is away."""
+    return RunFailed(
+        f"{path} cannot be read at the moment ({reason}); nothing computed is lost: give the same command "
+        "again when the file is back"
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise unreadable(path, error.strerror) from error
+
+
 def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
     """For each picture the position of the first picture with the same bytes.
 
@@ -67,14 +101,18 @@ def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
     """
     by_size: dict[int, list[int]] = {}
     for index, image in enumerate(images):
-        by_size.setdefault(image.path.stat().st_size, []).append(index)
+        by_size.setdefault(_size(image.path), []).append(index)
     groups = list(range(len(images)))
     for candidates in by_size.values():
         if len(candidates) == 1:
             continue
         first: dict[bytes, int] = {}
         for index in candidates:
-            key = hashlib.sha256(images[index].path.read_bytes()).digest()
+            path = images[index].path
+            try:
+                key = hashlib.sha256(path.read_bytes()).digest()
+            except OSError as error:
+                raise unreadable(path, error.strerror) from error
             groups[index] = first.setdefault(key, index)
     return groups
 

@@ -101,6 +101,7 @@ def find(captions: CaptionSet, entries: Sequence[Entry], cut: Mapping[str, Any] 
     splits = {name: [entry for entry in readable if entry.split == name] for name in (*SPLITS, "none")}
     found: Found = {
         "root": str(captions.root),
+        "source": captions.source,
         "images": len(readable),
         "captions": _captions(readable),
         "official_splits": captions.has_official_splits,
@@ -121,7 +122,7 @@ def find(captions: CaptionSet, entries: Sequence[Entry], cut: Mapping[str, Any] 
         "most_shared": dict(shared.most_common(MOST_SHARED)),
         "captions_cut": cut,
     }
-    lines = {"errors": [*_errors(found)], "warnings": [*_warnings(found)]}
+    lines = {"errors": [*_errors(found)], "warnings": [*captions.warnings, *_warnings(found)]}
     names = {kind: [[e.name for e in group] for group in found[kind]] for kind in GROUPS}
     return {**lines, **found, **names}
 

@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from clip_lightning.data.formats import SPLIT_WORDS
-from clip_lightning.data.readers import IMAGE_COLUMNS, PICTURE_SUFFIXES, read_lines
+from clip_lightning.data.captions import SPLIT_WORDS
+from clip_lightning.data.columns import IMAGE_NAMES, Columns
+from clip_lightning.data.formats import Finder
+from clip_lightning.data.image_formats import is_image, walk
+from clip_lightning.data.readers import read_lines, read_table
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CLASS_COLUMNS = ("label", "class", "class_name", "category", "target")
 # Caltech-101's folder of whatever a search engine found: not a class, and left out by its authors' protocol.
-_NO_CLASS = {"BACKGROUND_Google", "__MACOSX"}
+_NO_CLASS = {"BACKGROUND_Google"}
+_MOST_SHOWN = 30
 
 
 class StoredPicture(Protocol):
@@ -65,7 +71,7 @@ def read_classes(root: Path) -> ClassSet:
 
     Args:
         root: the folder, or a CSV or TSV file with the columns `image` and `label` (an optional `split`),
-            whose pictures are named from its own folder.
+            whose images are named from its own folder.
 
     Raises:
         UserError: there is nothing to read, or fewer than two classes.
@@ -92,65 +98,58 @@ _Row = tuple[Path, str, str | None]
 
 
 def _folder_rows(root: Path, left_out: dict[str, str]) -> list[_Row]:
-    folders = [folder for folder in _folders(root, left_out) if _has_pictures(folder)]
-    if folders and all(folder.name.lower() in SPLIT_WORDS for folder in folders):
-        parts = [(SPLIT_WORDS[folder.name.lower()], _folders(folder, left_out)) for folder in folders]
-        return [row for split, inner in parts for folder in inner for row in _pictures(folder, split)]
-    return [row for folder in folders for row in _pictures(folder, None)]
-
-
-def _folders(root: Path, left_out: dict[str, str]) -> list[Path]:
-    found = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    left_out |= {path.name: "it is no class" for path in found if path.name in _NO_CLASS}
-    return [path for path in found if path.name not in _NO_CLASS]
-
-
-def _has_pictures(folder: Path) -> bool:
-    return any(_is_picture(file) for _, _, files in os.walk(folder) for file in files)
-
-
-def _is_picture(file: str) -> bool:
-    return file.lower().endswith(PICTURE_SUFFIXES) and not file.startswith(".")
-
-
-def _pictures(folder: Path, split: str | None) -> list[_Row]:
-    """All pictures below a class's folder."""
-    found = sorted(
-        Path(place, file) for place, _, files in os.walk(folder) for file in files if _is_picture(file)
-    )
-    return [(path, folder.name, split) for path in found]
+    passed_over: Counter[str] = Counter()
+    images = [
+        Path(folder, file) for folder, files in walk(root, passed_over) for file in files if is_image(file)
+    ]
+    folders = {image: image.relative_to(root).parts[:-1] for image in images}
+    left_out |= {f"{count} {what}": "they are passed over" for what, count in passed_over.items()}
+    left_out |= {
+        name: "it is not a class" for parts in folders.values() for name in parts[:2] if name in _NO_CLASS
+    }
+    folders = {image: parts for image, parts in folders.items() if parts and _NO_CLASS.isdisjoint(parts[:2])}
+    if folders and all(parts[0].lower() in SPLIT_WORDS for parts in folders.values()):
+        parted = {image: parts for image, parts in sorted(folders.items()) if len(parts) > 1}
+        return [(image, parts[1], SPLIT_WORDS[parts[0].lower()]) for image, parts in parted.items()]
+    return [(image, parts[0], None) for image, parts in sorted(folders.items())]
 
 
 def _table_rows(path: Path, left_out: dict[str, str]) -> list[_Row]:
-    lines = list(read_lines(path))
-    tabs = path.suffix.lower() == ".tsv" or "\t" in (lines or [""])[0]
-    reader = csv.DictReader(lines, delimiter="\t" if tabs else ",")
-    names = {name.strip().lower(): name for name in reader.fieldnames or []}
-    image = next((names[name] for name in IMAGE_COLUMNS if name in names), None)
+    finder, columns = Finder([path.parent], path.parent), None
+    rows: list[_Row] = []
+    for number, record in enumerate(read_table(path, lambda record: _class_columns(path, record)), start=1):
+        columns = columns or _class_columns(path, record)
+        name, kind = record[columns.image].strip(), record[columns.captions[0]].strip()
+        word = record[columns.split].strip().lower() if columns.split else ""
+        if word and word not in SPLIT_WORDS:
+            raise UserError(f"{path} has a split {word!r}; expected {', '.join(SPLIT_WORDS)}")
+        if not name or not kind:
+            left_out[f"{path.name} row {number}"] = "it has no image or no label"
+        elif (image := finder.find(name)) is None:
+            left_out[name] = finder.explain(name)
+        else:
+            rows.append((image, kind, SPLIT_WORDS.get(word)))
+    return rows
+
+
+def _class_columns(path: Path, record: Mapping[str, str]) -> Columns:
+    """The columns of a table of classes, the label in place of a caption."""
+    names = {name.lower(): name for name in record}
+    image = next((names[name] for name in IMAGE_NAMES if name in names), None)
     label = next((names[name] for name in CLASS_COLUMNS if name in names), None)
     if image is None or label is None:
         raise UserError(
             f"{path} has the columns {', '.join(names) or 'of no table'}; expected image (or "
-            f"{', '.join(IMAGE_COLUMNS[1:4])}) and label (or {', '.join(CLASS_COLUMNS[1:4])})"
+            f"{', '.join(IMAGE_NAMES[1:4])}) and label (or {', '.join(CLASS_COLUMNS[1:4])})"
         )
-    rows: list[_Row] = []
-    for record in reader:
-        name, kind = (record[image] or "").strip(), (record[label] or "").strip()
-        word = (record.get(names.get("split", "")) or "").strip().lower()
-        if word and word not in SPLIT_WORDS:
-            raise UserError(f"{path} has a split {word!r}; expected {', '.join(SPLIT_WORDS)}")
-        if not name or not kind:
-            left_out[f"{path.name} line {reader.line_num}"] = "it has no image or no label"
-        elif not (path.parent / name).is_file():
-            left_out[name] = "there is no such picture"
-        else:
-            rows.append((path.parent / name, kind, SPLIT_WORDS.get(word)))
-    return rows
+    return Columns(image, (label,), names.get("split"))
 
 
-def _natural(name: str) -> tuple[int, int, str]:
-    """Numbers in their order, before words."""
-    return (0, int(name), name) if name.isascii() and name.isdigit() else (1, 0, name)
+def _natural(name: str) -> tuple[bool, list[tuple[int, str]], str]:
+    """Sort numbers within a name by their value, and names that are numbers before others."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    numbers = [(int(part), "") if part[0].isascii() and part.isdigit() else (-1, part) for part in parts]
+    return not (name.isascii() and name.isdigit()), numbers, name
 
 
 # What classes are called ----------------------------------------------------------------------------------
@@ -170,21 +169,32 @@ def clean_name(name: str) -> str:
 
 
 def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[str]]:
-    """The names of each class, with synonyms where a file has them.
+    """Return the names of each class, with synonyms if a file has them; a pairing by order is printed.
 
     Args:
         classes: as the source calls them.
         file: `.json`: an object from class to a name or a list of names, or a list in the order of
-            `classes`; `.csv` or `.tsv`: the class, then its names, no header; anything else: one line a class
-            in the order of `classes`, with commas between its names.
+            `classes`; `.csv` or `.tsv`: the class, then its names, no header; anything else: one line per
+            class in the order of `classes`, names separated by commas, or with the class in front. ImageNet's
+            `imagenet_class_index.json` and `LOC_synset_mapping.txt` are read too.
 
     Raises:
         UserError: the file cannot be read, or does not fit the classes.
     """
     if file is None:
+        if any(re.fullmatch(r"n\d{8}|\d+", clean_name(name)) for name in classes):
+            print(
+                f"warning: classes are called by numbers ({', '.join(classes[:3])}, ...), which mean nothing "
+                "to a model; name them by --names FILE",
+                file=sys.stderr,
+            )
         return [[clean_name(name)] for name in classes]
     given = _read_names(file)
+    if isinstance(given, list):
+        given = _keyed(given, classes)
     if isinstance(given, dict):
+        if (ids := {names[0]: names[1:] for names in given.values()}).keys() >= set(classes):
+            given = ids  # imagenet_class_index.json: {"0": ["n01440764", "tench"]}
         if not given.keys() & set(classes):
             raise UserError(
                 f"--names {file} names none of the {len(classes)} classes ({classes[0]} ...); its keys must "
@@ -196,7 +206,19 @@ def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[s
             f"--names {file} has {len(given)} entries for {len(classes)} classes; give one for each, in "
             "order, or a JSON object from class to name"
         )
+    pairs = [f"{name} = {names[0]}" for name, names in zip(classes, given, strict=True)]
+    shown = pairs if len(pairs) <= _MOST_SHOWN else [*pairs[: _MOST_SHOWN - 1], "...", pairs[-1]]
+    print(one_line(f"--names {file} by order: {', '.join(shown)}"), file=sys.stderr)
     return given
+
+
+def _keyed(lines: list[list[str]], classes: Sequence[str]) -> dict[str, list[str]] | list[list[str]]:
+    """Take the class from the front of every line, if all are there: `n01440764 tench, Tinca tinca`."""
+    split = [names[0].partition("\t" if "\t" in names[0] else " ") for names in lines]
+    keyed = {
+        key: [name, *names[1:]] for (key, _, name), names in zip(split, lines, strict=True) if name.strip()
+    }
+    return keyed if keyed.keys() >= set(classes) else lines
 
 
 def _read_names(file: Path) -> dict[str, list[str]] | list[list[str]]:

@@ -21,7 +21,8 @@ _KEPT_FIRST = ("test", "val", "train")
 def changes_reading(path: Path, root: Path, dataset: str) -> bool:
     """Check whether the folder would be read by the new file from now on, or not at all."""
     try:
-        return root.is_dir() and find_annotations(root.resolve(), dataset) == path.resolve()
+        files = find_annotations(root.resolve(), dataset) if root.is_dir() else []
+        return [file.path for file in files] == [path.resolve()]
     except UserError:  # there are two files now
         return True
 

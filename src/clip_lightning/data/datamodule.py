@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clip_lightning.data.captions import CaptionedImage, CaptionSet, Splits, content_groups, split_by_image
+from clip_lightning.data.columns import RECOGNISED, ReadOptions
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
 from clip_lightning.data.features import CacheOptions, FeatureCache, Features, default_cache
-from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.data.sampler import EvalSampler, FirstEpoch, TrainSampler
 from clip_lightning.data.shards.options import Reading, ShardOptions, TrainingSource, training_shards
-from clip_lightning.data.sources import Artifact, Folder, find_source
+from clip_lightning.data.sources import Artifact, Folder, find_source, read_source
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
 from clip_lightning.wandb_fetch import Fetched
@@ -50,8 +51,7 @@ class CaptionDataModule(LightningDataModule):
         transform: ImageTransform,
         tokenize: Callable[[list[str]], dict[str, Tensor]],
         root: str | Path | None = None,
-        hub_image: str | None = None,
-        hub_captions: str | None = None,
+        read: ReadOptions = RECOGNISED,
         dataset: DatasetName = "auto",
         batch_size: int = 256,
         num_workers: int | None = None,
@@ -70,11 +70,11 @@ class CaptionDataModule(LightningDataModule):
         Args:
             transform: the image tower's.
             tokenize: the text tower's.
-            root: the images and captions: a folder or an annotation file; hf:OWNER/NAME[:SUBSET][@REVISION]
-                from Hugging Face; wandb:ENTITY/PROJECT/NAME:ALIAS, an artifact; or the URL of an archive with
-                its checksum, https://SERVER/ARCHIVE#sha256=HEX. What is fetched is kept on this machine.
-            hub_image: column of images of a Hugging Face data set; by default recognised by type and name.
-            hub_captions: column of captions, or several separated by commas; by default recognised by name.
+            root: the images and captions: a folder, an annotation file, or several files separated by commas;
+                hf:OWNER/NAME[:SUBSET][@REVISION] from Hugging Face; wandb:ENTITY/PROJECT/NAME:ALIAS, an
+                artifact; or the URL of an archive with its checksum, https://SERVER/ARCHIVE#sha256=HEX. What
+                is fetched is kept on this machine.
+            read: columns and image folder of tables and data sets, if they are not recognised.
             dataset: how to read `root`; `auto` looks. `scenes` are drawn, into `root` or the cache folder;
                 `shards` are streamed.
             batch_size: pictures per rank and step.
@@ -84,7 +84,7 @@ class CaptionDataModule(LightningDataModule):
             augmentation: flips, crops and colour; by default flips, and none for `scenes`, whose captions
                 say left and right.
             shards: what is read of shards, and how.
-            max_broken: largest share of unreadable pictures with which the run goes on, 0 to 1.
+            max_broken: largest fraction of all images that may be unusable, 0 to 1; more end the run.
             splits: how images are divided if the data names no splits.
             cache: where features of frozen towers are kept: `auto` for the cache folder, `off` to run
                 frozen towers at every step, or a folder.
@@ -113,10 +113,11 @@ class CaptionDataModule(LightningDataModule):
         # tars at a URL are read where they are, but an archive, whose URL has a checksum, is fetched
         is_streamed = dataset == "shards" and "://" in str(root) and "#sha256=" not in str(root)
         self._tars = root if is_streamed else None
+        self.read = read
         self.source = (
             Folder(Path())
             if self._tars or shards.sources
-            else find_source(root, scenes=dataset == "scenes", columns=(hub_image, hub_captions))
+            else find_source(root, scenes=dataset == "scenes", read=read)
         )
         self.root = Path()
         self.fetched: Fetched | None = None
@@ -138,6 +139,7 @@ class CaptionDataModule(LightningDataModule):
         self.seed = seed
         self.digest = ""
         self.broken: dict[str, str] = {}
+        self._unusable = 0
         self._resume: dict[str, Any] = {}
         self._images: dict[str, list[CaptionedImage]] = {}
         self._training: TrainingSource | None = None
@@ -175,7 +177,10 @@ class CaptionDataModule(LightningDataModule):
             self._batches()  # complains of a batch that is too large before anything is computed
 
     def _read_captions(self) -> None:
-        captions = read_captions(self.root, "captions" if self.dataset == "scenes" else self.dataset)
+        captions = read_source(self.source, self.dataset, self.read)
+        if self._rank == 0:
+            for line in (captions.summary(), *(f"warning: {line}" for line in captions.warnings)):
+                print(one_line(line), file=sys.stderr)
         said = self.fetched.metadata.get("captions_digest") if self.fetched else None
         if self.fetched and said is not None and said != captions.digest():
             raise UserError(
@@ -186,6 +191,7 @@ class CaptionDataModule(LightningDataModule):
         # of the splits as they were drawn: scores on other splits are not comparable
         drawn = (replace(image, split=split) for split, part in self._images.items() for image in part)
         self.digest = replace(captions, images=tuple(drawn)).digest()
+        self._unusable = len(captions.left_out)
         self._note_broken(captions.left_out)
 
     def _read_shards(self, stage: str | None) -> None:
@@ -333,16 +339,16 @@ class CaptionDataModule(LightningDataModule):
         if not new:
             return
         self.broken |= new
-        usable = sum(len(images) for images in self._images.values())
-        usable += self._training.samples if self._training is not None else 0
+        total = self._unusable + sum(len(images) for images in self._images.values())
+        total += self._training.samples if self._training is not None else 0
         path, reason = next(iter(new.items()))
-        if len(self.broken) > self.max_broken * max(usable, 1):
+        if len(self.broken) > self.max_broken * total:
             raise UserError(
-                f"{len(self.broken)} of {usable} pictures or rows in {self.root} are unusable "
-                f"(the last: {path}: {reason}), more than --data.max_broken {self.max_broken:g}; mend them, "
-                "or raise the share"
+                f"{len(self.broken)} of {total} images or rows in {self.root} are unusable "
+                f"(the last: {path}: {reason}), more than --data.max_broken {self.max_broken:g}; fix them, "
+                "or raise that fraction"
             )
-        said = f"left out {len(self.broken)} pictures or rows so far; the last: {path}: {reason}"
+        said = f"left out {len(self.broken)} images or rows so far; the last: {path}: {reason}"
         rank_zero_warn(one_line(said))
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,14 @@ from torch.utils.data import Dataset
 
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.features import Features
-from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_image
+from clip_lightning.data.images import (
+    RETRY_SECONDS,
+    Augmentation,
+    BrokenImage,
+    ImageTransform,
+    augment,
+    decode_image,
+)
 from clip_lightning.errors import UserError
 
 MOST_BROKEN_IN_A_ROW = 100
@@ -129,7 +136,8 @@ class TrainDataset(Dataset[Samples]):
     def _augmented(self, epoch: int, index: int) -> Tensor | BrokenImage:
         rng = np.random.default_rng((self.seed, epoch, index))
         try:
-            return augment(decode_image(self.images[index].path), self.transform, self.augmentation, rng)
+            pixels = decode_image(self.images[index].path, pauses=RETRY_SECONDS)
+            return augment(pixels, self.transform, self.augmentation, rng)
         except BrokenImage as error:
             return error
 
@@ -183,7 +191,7 @@ class EvalDataset(Dataset[Samples]):
 
     def _decoded(self, index: int) -> Tensor | BrokenImage:
         try:
-            return self.transform(decode_image(self.images[index].path))
+            return self.transform(decode_image(self.images[index].path, pauses=RETRY_SECONDS))
         except BrokenImage as error:
             return error
 

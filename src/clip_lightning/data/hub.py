@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.data.columns import find_columns, is_image
-from clip_lightning.data.formats import SPLIT_WORDS
+from clip_lightning.data.captions import SPLIT_WORDS
+from clip_lightning.data.columns import RECOGNISED, ReadOptions, find_typed_columns, is_image_type
 from clip_lightning.data.materialise import Part, materialise
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder, make_once
@@ -32,14 +32,11 @@ class HubDataset:
     Attributes:
         name: `OWNER/NAME`, `OWNER/NAME:SUBSET@REVISION`, a folder (from `save_to_disk`, or of any files that
             `load_dataset` reads) or a Parquet file.
-        image: column of images; by default the one of that type, or of a usual name.
-        captions: column of captions, or several separated by commas; by default of a usual name, or numbered
-            such as `caption_0`.
+        read: its columns, if they are not recognised by type and name.
     """
 
     name: str
-    image: str | None = None
-    captions: str | None = None
+    read: ReadOptions = RECOGNISED
 
     @classmethod
     def parse(cls, text: str) -> HubDataset:
@@ -54,7 +51,8 @@ class HubDataset:
         A local data set that has changed has another folder. One of the hub has not: what was fetched first
         is kept, and `@REVISION` asks for another.
         """
-        key = json.dumps([_LAYOUT, *_Source.parse(self.name).key(), self.image, self.captions])
+        columns = self.read.image_column, self.read.caption_column
+        key = json.dumps([_LAYOUT, *_Source.parse(self.name).key(), *columns])
         return cache_folder("data") / f"hub-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def fetch(self) -> None:
@@ -74,7 +72,7 @@ class HubDataset:
         source = _Source.parse(self.name)
         datasets = _import_datasets("--data.root hf:")
         loaded = _load(datasets, source, "--data.root hf:")
-        parts = _parts(self.name, loaded, self.image, self.captions, datasets.Image(decode=False))
+        parts = _parts(self.name, loaded, self.read, datasets.Image(decode=False))
         # A data set from elsewhere must not make us copy any image of this machine.
         trusted = None if source.path else _hub_caches(datasets)
         materialise(self.name, parts, draft, trusted)
@@ -164,9 +162,7 @@ def _load_any(datasets: Any, source: _Source) -> Any:
     return datasets.load_dataset(str(path))
 
 
-def _parts(
-    name: str, loaded: dict[str, Any], image: str | None, captions: str | None, undecoded: Any
-) -> list[Part]:
+def _parts(name: str, loaded: dict[str, Any], read: ReadOptions, undecoded: Any) -> list[Part]:
     """The splits that are some of ours, or the only one whatever it is called."""
     words = {part: SPLIT_WORDS.get(part.lower()) for part in loaded}
     if len(loaded) == 1:
@@ -184,8 +180,8 @@ def _parts(
         loaded = {part: data for part, data in loaded.items() if words[part]}
     parts = []
     for part, data in loaded.items():
-        columns = find_columns(data.features, image, captions)
-        if is_image(data.features[columns.image]):
+        columns = find_typed_columns(f"--data.root hf:{name}", data.features, read)
+        if is_image_type(data.features[columns.image]):
             data = data.cast_column(columns.image, undecoded)
         parts.append(Part(part, data.select_columns(columns.names()), columns, words[part]))
     return parts

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from clip_lightning.data.captions import SPLIT_WORDS
 from clip_lightning.data.classes import ClassSet
-from clip_lightning.data.columns import is_image
-from clip_lightning.data.formats import SPLIT_WORDS
+from clip_lightning.data.columns import is_image_type
 from clip_lightning.data.hub import load_splits
 from clip_lightning.data.images import BrokenImage, decode_bytes, decode_image
 from clip_lightning.errors import UserError
@@ -39,7 +39,7 @@ def read_hub_classes(name: str) -> ClassSet:
     classes: tuple[str, ...] = ()
     for part, split in words.items():
         image, label = (
-            _column(name, loaded[part], is_image, "Image"),
+            _column(name, loaded[part], is_image_type, "Image"),
             _column(name, loaded[part], _is_label, "ClassLabel"),
         )
         classes = tuple(loaded[part].features[label].names)

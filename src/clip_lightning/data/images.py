@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import math
+import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,8 @@ from torchvision.transforms.v2.functional import adjust_brightness, adjust_contr
 from clip_lightning.data.image_formats import PICTURE_FORMATS
 from clip_lightning.errors import UserError
 
+RETRY_SECONDS = (0.2, 2.0)
+"""Pauses before a file that could not be read is tried again."""
 _CROP_TRIES = 10
 _CROP_RATIO = 4 / 3
 _LONGEST_COVER = 4
@@ -35,20 +39,37 @@ class BrokenImage(ValueError):
     """A file that cannot be decoded; the message is a short reason without the file's name."""
 
 
-def decode_image(path: Path, *, max_pixels: int = 100_000_000) -> Tensor:
-    """Decode a picture to RGB, uint8 (3, H, W), upright as its EXIF says.
+class UnreadableFile(BrokenImage):
+    """A file that could not be read this time, which says nothing about its content."""
 
-    Transparency is laid on white, 16 bits are scaled to 8, of an animation the first frame is taken.
+
+def read_file(path: Path, pauses: Sequence[float] = RETRY_SECONDS) -> bytes:
+    """Read a file, and try again after each pause (in seconds): a disk or network may be away for a moment.
 
     Raises:
-        BrokenImage: when the file is missing, empty, truncated, no picture, or has more than
-            `max_pixels` pixels (seen in its header, before anything is decoded).
+        UnreadableFile: every attempt failed.
     """
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise BrokenImage(error.strerror or "the file cannot be read") from error
-    return decode_bytes(data, max_pixels=max_pixels)
+        if not pauses:
+            raise UnreadableFile(error.strerror or "the file cannot be read") from error
+    time.sleep(pauses[0])
+    return read_file(path, pauses[1:])
+
+
+def decode_image(path: Path, *, max_pixels: int = 100_000_000, pauses: Sequence[float] = ()) -> Tensor:
+    """Decode an image to RGB, uint8 (3, H, W), upright as its EXIF says.
+
+    Transparency is laid on white, 16 bits are scaled to 8, of an animation the first frame is taken. A file
+    that cannot be read is tried again after each of the `pauses`.
+
+    Raises:
+        UnreadableFile: the file is missing or cannot be read at the moment.
+        BrokenImage: its content is empty, truncated or not an image, or has more than `max_pixels` pixels
+            (seen in its header, before anything is decoded).
+    """
+    return decode_bytes(read_file(path, pauses), max_pixels=max_pixels)
 
 
 def decode_bytes(data: bytes, *, max_pixels: int = 100_000_000) -> Tensor:

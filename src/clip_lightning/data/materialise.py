@@ -16,8 +16,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from clip_lightning.data.columns import Columns
-from clip_lightning.data.formats import SPLIT_WORDS
+from clip_lightning.data.captions import SPLIT_WORDS, unreadable
+from clip_lightning.data.columns import Columns, sentences
 from clip_lightning.data.image_formats import PICTURE_FORMATS, PICTURE_SUFFIXES
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
@@ -110,7 +110,7 @@ def _record(
     except _NoPicture as error:
         # a name that is nowhere: `read_captions` counts and names it
         image = f"{part.name} row {number} ({error})"
-    captions = [text for column in part.columns.captions for text in _sentences(row[column])]
+    captions = [text for column in part.columns.captions for text in sentences(row[column])]
     return {"image": image, "captions": captions, "split": split}
 
 
@@ -148,8 +148,10 @@ def _picture(value: Any, trusted: Sequence[Path] | None) -> bytes:
         raise _NoPicture("its picture is not in the data set")
     try:
         return resolved.read_bytes()
-    except OSError as error:
-        raise _NoPicture(error.strerror or "its picture cannot be read") from error
+    except FileNotFoundError as error:
+        raise _NoPicture(error.strerror) from error
+    except OSError as error:  # which says nothing about the data set
+        raise unreadable(resolved, error.strerror) from error
 
 
 def _store(data: bytes, folder: Path, split: str | None) -> str:
@@ -171,13 +173,3 @@ def _suffix(data: bytes) -> str:
                 return PICTURE_SUFFIXES.get(image.format or "", ".jpg")  # JPEG has relatives with other names
         except Exception as error:  # files from elsewhere make Pillow raise nearly every kind of error
             raise _NoPicture("not a picture of a known format") from error
-
-
-def _sentences(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for each in value:
-            yield from _sentences(each)
-    elif isinstance(value, dict):
-        yield from _sentences(value.get("raw"))

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from clip_lightning.data.archive import Archive
+from clip_lightning.data.captions import CaptionSet
+from clip_lightning.data.columns import RECOGNISED, ReadOptions
+from clip_lightning.data.formats import read_captions
 from clip_lightning.data.hub import HubDataset
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
@@ -75,15 +78,8 @@ KINDS: Mapping[str, Callable[[str], Source]] = {
 }
 
 
-def find_source(
-    root: str | Path | None, *, scenes: bool = False, columns: tuple[str | None, str | None] = (None, None)
-) -> Source:
-    """Return what a path or a name such as `hf:OWNER/NAME` means; synthetic scenes need neither.
-
-    `columns` of images and captions are those of a Hugging Face data set.
-    """
-    if any(columns) and not str(root).startswith("hf:"):
-        raise UserError("--data.hub_image and --data.hub_captions are columns of a --data.root hf:OWNER/NAME")
+def find_source(root: str | Path | None, *, scenes: bool = False, read: ReadOptions = RECOGNISED) -> Source:
+    """Return what a path or a name such as `hf:OWNER/NAME` means; synthetic scenes need neither."""
     kind, colon, _ = str(root).partition(":")
     is_name = bool(colon) and kind in KINDS and not Path(str(root)).exists()
     if scenes and is_name:
@@ -96,6 +92,11 @@ def find_source(
             "of an archive, or give --data.dataset scenes for synthetic ones"
         )
     source = KINDS[kind](str(root)) if is_name else Folder(Path(root))
-    return (
-        replace(source, image=columns[0], captions=columns[1]) if isinstance(source, HubDataset) else source
-    )
+    return replace(source, read=read) if isinstance(source, HubDataset) else source
+
+
+def read_source(source: Source, layout: str, read: ReadOptions) -> CaptionSet:
+    """Read the captions of data that has been fetched, and find its images."""
+    if isinstance(source, HubDataset):
+        read = RECOGNISED  # its columns were chosen when it was written
+    return read_captions(source.folder(), "captions" if layout == "scenes" else layout, read)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clip_lightning.evaluation.metrics import DIRECTIONS, KS, MEASURES, recall_at
+
 # Scores closer than this are ties. They are computed in float64, whose rounding (1e-16) is far below it:
 # how BLAS orders its sums, and so the chunk size and the order of the rows, cannot change a rank.
 TIE = 1e-9
@@ -42,7 +44,7 @@ def retrieval_metrics(
     text_image_id: Tensor,
     *,
     image_id: Tensor | None = None,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     chunk_size: int = 256,
 ) -> dict[str, float]:
     """Retrieval as the VSE++ and CLIP papers count it, by inner product, with ties against the model.
@@ -60,8 +62,8 @@ def retrieval_metrics(
         chunk_size: images scored at a time; memory grows with chunk_size × N, the result stays the same.
 
     Returns:
-        For `text_to_image` and `image_to_text`: `_R@k` in percent, `_median_rank`, `_mean_rank` (from 1);
-        and `rsum`, the sum of R@1, R@5 and R@10 both ways (0-600).
+        For `text_to_image` and `image_to_text` each of `MEASURES`: `_R@k` in percent, `_median_rank` and
+        `_mean_rank` (from 1); and `rsum`, the sum of R@1, R@5 and R@10 in both directions (0-600).
 
     Raises:
         ValueError: wrong shapes, values that are not finite, repeated ids, or no caption with its image.
@@ -75,14 +77,14 @@ def retrieval_metrics(
         raise ValueError(
             "none of the captions belongs to any of the images: text_image_id and image_id disagree"
         )
+    measures = MEASURES | {f"R@{k}": recall_at(k) for k in ks}
+    wanted = [name for name in measures if not name.startswith("R@") or int(name[2:]) in ks]
     metrics: dict[str, float] = {}
     rsum = 0.0
-    for direction, all_ranks in (("text_to_image", text_rank), ("image_to_text", image_rank)):
+    for direction, all_ranks in zip(DIRECTIONS, (text_rank, image_rank), strict=True):
         ranks = all_ranks[all_ranks > 0].double()
-        metrics |= {f"{direction}_R@{k}": _recall(ranks, k) for k in ks}
-        metrics[f"{direction}_median_rank"] = ranks.quantile(0.5).item()
-        metrics[f"{direction}_mean_rank"] = ranks.mean().item()
-        rsum += sum(_recall(ranks, k) for k in (1, 5, 10))
+        metrics |= {f"{direction}_{name}": measures[name].of(ranks) for name in wanted}
+        rsum += sum(recall_at(k).of(ranks) for k in (1, 5, 10))
     return metrics | {"rsum": rsum}
 
 
@@ -125,8 +127,69 @@ def retrieval_ranks(
     return text_rank, image_rank
 
 
-def _recall(ranks: Tensor, k: int) -> float:
-    return 100 * (ranks <= k).double().mean().item()
+@torch.no_grad()
+def true_recall(
+    image: Tensor, text: Tensor, owner: Tensor, *, ks: Sequence[int] = (1, 5, 10), chunk_size: int = 64
+) -> dict[str, float]:
+    """The mean over images of (own captions among the k best) / (own captions).
+
+    With c captions an image it cannot exceed k / c. R@k, as `retrieval_metrics` counts it, is a hit rate:
+    an image counts as soon as one of its captions is there. With one caption an image, and so for
+    text→image, the two are the same.
+
+    Args:
+        image: (I, D) embeddings.
+        text: (N, D) embeddings.
+        owner: (N,) the row of each caption's image.
+        ks: the k of recall@k.
+        chunk_size: images scored at a time; the result stays the same.
+
+    Returns:
+        `image_to_text_true_recall@k` in percent, over the images that have captions. Ties count against the
+        model.
+    """
+    image, text = image.double(), text.double()
+    found = torch.zeros(len(ks), dtype=torch.float64)
+    counts = torch.bincount(owner, minlength=len(image))
+    own = owner.argsort(stable=True).split(counts.tolist())
+    for start in range(0, len(image), chunk_size):
+        scores = image[start : start + chunk_size] @ text.T
+        for row, mine in zip(scores, own[start : start + chunk_size], strict=True):
+            if not len(mine):
+                continue
+            best = row[mine].sort(descending=True).values
+            row[mine] = -torch.inf
+            wrong = (row >= best[:, None] - TIE).sum(1)
+            rank = wrong + torch.arange(1, len(mine) + 1, device=row.device)
+            found += torch.stack([(rank <= k).double().mean() for k in ks]).cpu()
+    asked = int((counts > 0).sum())
+    return {f"image_to_text_true_recall@{k}": 100 * found[i].item() / asked for i, k in enumerate(ks)}
+
+
+def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -> dict[str, float]:
+    """The mean of `retrieval_metrics` over consecutive folds, each searched by itself, as `fold1000_...`.
+
+    Fewer candidates are an easier task: these figures are not comparable with those of the whole split.
+
+    Args:
+        image: (I, D) embeddings, in the order of the split.
+        text: (N, D) embeddings.
+        owner: (N,) the row of each caption's image.
+        fold: images in a fold; what is left over at the end belongs to none.
+
+    Returns:
+        Nothing where there are not two folds.
+    """
+    folds = len(image) // fold
+    if folds < 2:
+        return {}
+    totals: dict[str, float] = {}
+    for start in range(0, folds * fold, fold):
+        mine = (owner >= start) & (owner < start + fold)
+        found = retrieval_metrics(image[start : start + fold], text[mine], owner[mine] - start)
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + value / folds
+    return {f"fold{fold}_{name}": value for name, value in totals.items()}
 
 
 def _rows_of(wanted: Tensor, ids: Tensor) -> Tensor:

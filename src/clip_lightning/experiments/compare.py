@@ -15,7 +15,7 @@ from clip_lightning.experiments.run_records import COSTS, METRICS, LeftOut, RunR
 BOOKKEEPING = re.compile(
     r"seed_everything|config|ckpt_path|model\.(image|text)_tower|predictions\..*|trainer\.(logger|default_root_dir|"
     r"enable_|log_every|devices$|num_nodes$).*|data\.(root|dataset|"
-    r"hub_image|hub_captions|num_workers|cache|cache_options.gigabytes|seed)|data_digest|data_artifact"
+    r"read\..*|num_workers|cache|cache_options\.gigabytes|seed)|data_digest|data_artifact"
 )
 NAMED = 3  # unfinished runs that a warning names
 

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from clip_lightning.errors import UserError
+from clip_lightning.evaluation import metrics
 
-RECALLS = tuple(f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10))
+RECALLS = tuple(name for name in metrics.METRICS if "_R@" in name)
 METRICS = ("rsum", *RECALLS)
 COSTS = (
     "parameters",

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_lightning.evaluation.calibration import plot_calibration
 from clip_lightning.evaluation.zero_shot import Classification
 from clip_lightning.files import write_atomically
-from clip_lightning.reports.confusion import plot_confusion
+from clip_lightning.reports.plots import plot_calibration, plot_confusion
 from clip_lightning.reports.tables import csv_text
 
 

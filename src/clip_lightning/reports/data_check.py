@@ -23,6 +23,7 @@ def as_text(found: Found) -> str:
     per_image, words = _range(found["captions_per_image"]), _range(found["words_per_caption"])
     lines = [
         found["root"],
+        f"  read      {found['source']}, {len(found['left_out']):,} rows or images left out",
         f"  images    {found['images']:,}: {splits} ({how})",
         f"  captions  {found['captions']:,}: {per_image} per image, {words} words each",
         f"  pixels    {_range(found['short_side'])} on the short side",

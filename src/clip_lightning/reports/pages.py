@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ import jinja2
 
 from clip_lightning.evaluation.predictions import PictureRow, PredictionRow
 from clip_lightning.files import write_atomically
-from clip_lightning.reports.grids import MOST_KEPT, headline, thumbnail
+from clip_lightning.reports.grids import MOST_KEPT, thumbnail
 from clip_lightning.reports.plots import Plot
 
 Ranks = Mapping[int, Mapping[str, int]]
@@ -68,6 +69,17 @@ def write_page(report: Report, path: Path) -> None:
         embedded=embedded,
     )
     write_atomically(path, html.encode(errors="replace"))
+
+
+def headline(rows: Sequence[PredictionRow] | Sequence[PictureRow]) -> str:
+    """One line that sums the rows up."""
+    if not rows:
+        return "nothing to show"
+    shown = max(len(row.predictions) for row in rows)
+    return (
+        f"{sum(row.hit for row in rows)} of {len(rows)} found among the first {shown}, "
+        f"median rank {statistics.median(row.rank for row in rows):,g} of {rows[0].candidates:,}"
+    )
 
 
 def _with_moves(row: PredictionRow | PictureRow, key: int, history: Ranks) -> dict[str, Any]:

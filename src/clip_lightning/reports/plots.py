@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from clip_lightning.evaluation.calibration import Calibration
 from clip_lightning.evaluation.diagnostics import MOST_K, Similarities, recall_curve, similarities
+from clip_lightning.evaluation.metrics import DIRECTIONS
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 from clip_lightning.reports.grids import GREEN, INK, LINE, MUTED
 
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE = "#2563eb"
-NAMES = {"text_to_image": "text → image", "image_to_text": "image → text"}
 COLOURS = {"text_to_image": GREEN, "image_to_text": BLUE}
+MOST_NAMES = 120  # of classes; more of them could not be read
 SIZE, DPI = (5.0, 3.5), 200  # inches; small, so that the words can be read on a phone
 
 
@@ -76,7 +79,7 @@ def plots_of_split(
         "recall": Plot(
             plot_recall(curves, candidates, f"Recall at k, epoch {epoch}"),
             "; ".join(
-                f"{NAMES[name]}: "
+                f"{DIRECTIONS[name]}: "
                 + ", ".join(f"R@{k} {curve[k - 1]:.1f}" for k in (1, 5, 10, 50, 100) if k <= most)
                 for name, curve in curves.items()
             ),
@@ -125,7 +128,7 @@ def plot_recall(curves: Mapping[str, Tensor], candidates: int, title: str) -> by
         axes = figure.subplots()
         most = len(next(iter(curves.values())))
         for name, curve in curves.items():
-            axes.plot(range(1, most + 1), curve, color=COLOURS[name], label=NAMES[name])
+            axes.plot(range(1, most + 1), curve, color=COLOURS[name], label=DIRECTIONS[name])
         for k in (k for k in (1, 5, 10) if k <= most):
             values = {name: float(curve[k - 1]) for name, curve in curves.items()}
             for place, name in enumerate(sorted(values, key=lambda name: -values[name])):
@@ -171,7 +174,7 @@ def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> byte
     with _figure(title) as (figure, buffer):
         panels: Any = figure.subplots(1, 2, sharey=True)
         epochs = sorted(history)
-        for axes, (direction, name) in zip(panels, NAMES.items(), strict=True):
+        for axes, (direction, name) in zip(panels, DIRECTIONS.items(), strict=True):
             last = {}
             for k, style in ((1, "-"), (5, "--"), (10, ":")):
                 values = [history[epoch].get(f"{direction}_R@{k}", math.nan) for epoch in epochs]
@@ -220,13 +223,61 @@ def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
     return buffer.getvalue()
 
 
+def plot_confusion(confusion: Tensor, names: Sequence[str], title: str) -> bytes:
+    """Draw the fraction of each true class (rows) that was taken for each class (columns), in percent.
+
+    Args:
+        confusion: (C, C) numbers of images; rows without images stay white.
+        names: of the classes.
+        title: of the plot.
+    """
+    fractions = 100 * confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    side = min(max(5.0, 0.16 * len(names) + 3), 20.0)
+    with _figure(title, (side, side)) as (figure, buffer):
+        axes = figure.subplots()
+        drawn = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+        if len(names) <= MOST_NAMES:
+            places, small = range(len(names)), 6 if len(names) > 30 else 9
+            plain = [_plain(name) for name in names]
+            axes.set_xticks(places, plain, rotation=90, fontsize=small)
+            axes.set_yticks(places, plain, fontsize=small)
+        axes.set(xlabel="taken for", ylabel="true class")
+        figure.colorbar(drawn, ax=axes, label="% of the true class", shrink=0.6)
+    return buffer.getvalue()
+
+
+def plot_calibration(found: Calibration, title: str) -> bytes:
+    """Draw the reliability diagram: how often answers are right, by their probability."""
+    bins = len(found.images)
+    middles, width = [100 * (i + 0.5) / bins for i in range(bins)], 90 / bins
+    filled = [i for i, images in enumerate(found.images.tolist()) if images]
+    title = f"{textwrap.fill(title, 52)}\nexpected calibration error {found.error:.1f} %"
+    with _figure(title, (5.5, 6)) as (figure, buffer):
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.plot((0, 100), (0, 100), "--", color=MUTED, linewidth=1, label="perfectly calibrated")
+        at, right = [middles[i] for i in filled], [100 * found.accuracy[i].item() for i in filled]
+        mean = [100 * found.confidence[i].item() for i in filled]
+        upper.bar(at, right, width, color=BLUE, alpha=0.6)
+        upper.plot(at, mean, "o", color=INK, markersize=4, clip_on=False, label="mean probability of the bin")
+        upper.set(ylabel="right answers, %", xlim=(0, 100), ylim=(0, 100))
+        upper.legend(loc="upper left")
+        lower.bar(middles, found.images.tolist(), width, color=MUTED)
+        lower.set(xlabel="the model's probability for its answer, %", ylabel="images")
+    return buffer.getvalue()
+
+
+def _plain(text: str) -> str:
+    """Escape what Matplotlib would take for the beginning of a formula."""
+    return text.replace("$", r"\$")
+
+
 def _legend(axes: Axes) -> None:
     """Between the title and the axes, where it covers nothing."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=3, columnspacing=1.2, handlelength=1.4)
 
 
 @contextmanager
-def _figure(title: str) -> Iterator[tuple[Figure, BytesIO]]:
+def _figure(title: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, BytesIO]]:
     """A figure with our looks, and the buffer that has it as PNG afterwards."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -247,7 +298,7 @@ def _figure(title: str) -> Iterator[tuple[Figure, BytesIO]]:
     }
     buffer = BytesIO()
     with matplotlib.rc_context(looks):
-        figure = Figure(SIZE, DPI, facecolor="white", layout="constrained")
-        figure.suptitle(title, x=0.02, ha="left", fontsize="large", fontweight="bold")
+        figure = Figure(size, DPI, facecolor="white", layout="constrained")
+        figure.suptitle(_plain(title), x=0.02, ha="left", fontsize="large", fontweight="bold")
         yield figure, buffer
         figure.savefig(buffer, format="png", metadata={"Software": None})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
-from clip_lightning.data.formats import read_captions
-from clip_lightning.data.readers import PICTURE_SUFFIXES
+from clip_lightning.data.formats import NothingFound, read_captions
+from clip_lightning.data.image_formats import READ_SUFFIXES, counted, is_image, walk
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
 
@@ -25,14 +26,17 @@ def find_pictures(source: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, s
     if not source.exists():
         raise UserError(f"there is no folder or file {source}; give a folder of pictures or a data set")
     left_out: dict[str, str] = {}
+    passed_over: Counter[str] = Counter()
     found: dict[str, tuple[str, ...]] = {}
     if source.is_dir():
-        found = {path: () for path in _below(source.resolve(), left_out)}
+        found = {path: () for path in _below(source.resolve(), left_out, passed_over)}
+    if passed_over:
+        print(one_line(f"passed over: {counted(passed_over)}"), file=sys.stderr)
     captions = _captions(source)
     found |= {os.path.abspath(path): texts for path, texts in captions.items()}
     if not found:
         raise UserError(
-            f"there is no picture below {source}; expected files that end in {', '.join(PICTURE_SUFFIXES)}"
+            f"there is no image below {source}; expected files that end in {', '.join(sorted(READ_SUFFIXES))}"
         )
     return dict(sorted(found.items())), left_out
 
@@ -43,7 +47,7 @@ def _captions(source: Path) -> dict[Path, tuple[str, ...]]:
     except UserError as error:
         if not source.is_dir():
             raise
-        if any(source.glob("captions.*")):  # they are meant to be captions, and something is wrong with them
+        if not isinstance(error, NothingFound):  # there are captions, and something is wrong with them
             print(one_line(f"without captions: {error}"), file=sys.stderr)
         return {}
     if not source.is_dir():
@@ -52,14 +56,10 @@ def _captions(source: Path) -> dict[Path, tuple[str, ...]]:
     return {image.path: image.captions for image in data.images}
 
 
-def _below(folder: Path, left_out: dict[str, str]) -> list[str]:
+def _below(folder: Path, left_out: dict[str, str], passed_over: Counter[str]) -> list[str]:
     paths = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES:
-                continue
-            path = os.path.join(place, name)
+    for place, files in walk(folder, passed_over):
+        for path in (os.path.join(place, name) for name in files if is_image(name)):
             try:
                 path.encode()
             except UnicodeEncodeError:

@@ -8,7 +8,7 @@ from typing import Any
 from clip_lightning.errors import UserError
 from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.reports.tables import Row
-from clip_lightning.tracking.class_tables import class_media
+from clip_lightning.tracking.media import class_media
 from clip_lightning.wandb_fetch import stays_offline
 
 

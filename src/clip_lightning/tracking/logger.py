@@ -9,11 +9,11 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -343,3 +343,20 @@ def _set_data_dir(folder: Path) -> None:
     global _our_data_dir
     if os.environ.get("WANDB_DATA_DIR") in (None, _our_data_dir):
         os.environ["WANDB_DATA_DIR"] = _our_data_dir = str(folder)
+
+
+def log_media(trainer: Trainer, step: int, make: Callable[[], dict[str, Any]]) -> None:
+    """Log tables, images or plots in every W&B run of the trainer; without one, `make` is not called.
+
+    Args:
+        trainer: of the run.
+        step: as Lightning counts it: `trainer.global_step - 1` in a validation.
+        make: returns W&B's own types by the names that they have in the run.
+    """
+    runs = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    content = make() if runs else {}
+    for logger in runs:
+        if isinstance(logger, RunLogger):
+            logger.log_row(content, step)
+        else:  # no `step=`: W&B drops rows whose step is in the past, as after a resume
+            logger.experiment.log({**content, "trainer/global_step": step})

@@ -1,4 +1,4 @@
-"""Predictions, histograms and plots as W&B's own types."""
+"""Predictions, plots and classifications as W&B's own types."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from PIL import Image
 
 from clip_lightning.evaluation.diagnostics import Similarities
 from clip_lightning.evaluation.predictions import PictureRow, PredictionRow
+from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.reports.grids import thumbnail
 from clip_lightning.reports.pages import Plot
 from clip_lightning.terminal import printable
+
+MOST_CONFUSED = 200
 
 
 def pictures_table(rows: Sequence[PredictionRow], epoch: int) -> Any:
@@ -77,3 +80,29 @@ def _picture(path: Path, caption: str) -> Any:
     import wandb
 
     return wandb.Image(thumbnail(path), caption=caption, file_type="jpg")
+
+
+def class_media(report: ClassReport, prefix: str = "") -> dict[str, Any]:
+    """Name → table of classes, table of the most frequent confusions, and two pictures.
+
+    Args:
+        report: of the classification.
+        prefix: of the names, as `val/`.
+    """
+    import wandb
+
+    classes = wandb.Table(columns=["class", "images", "right", "accuracy"])
+    for name, images, right, share in report.classes():
+        classes.add_data(printable(name), images, right, share)
+    confused = wandb.Table(columns=["class", "taken for", "images"])
+    for true, taken, count in report.confused(MOST_CONFUSED):
+        confused.add_data(printable(true), printable(taken), count)
+    pictures = {
+        f"{prefix}zero_shot_{name}": wandb.Image(Image.open(BytesIO(png)), caption=printable(report.title))
+        for name, png in report.pictures().items()
+    }
+    return {
+        f"{prefix}zero_shot_classes": classes,
+        f"{prefix}zero_shot_confused": confused,
+        **pictures,
+    }

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from clip_lightning.data.captions import CaptionedImage
@@ -24,10 +23,9 @@ from clip_lightning.evaluation.predictions import (
 )
 from clip_lightning.evaluation.retrieval import Embeddings
 from clip_lightning.files import write_atomically
-from clip_lightning.reports.grids import draw_captions, draw_predictions
 from clip_lightning.reports.pages import Report, write_page
 from clip_lightning.reports.plots import Plot, plots_of_split
-from clip_lightning.tracking.logger import RunLogger
+from clip_lightning.tracking.logger import log_media
 from clip_lightning.tracking.media import captions_table, histograms, pictures_table, plot_images
 
 History = Mapping[str, Mapping[int, Mapping[Any, Any]]]
@@ -49,16 +47,14 @@ class _Validation:
 
 
 class PredictionTable(Callback):
-    """Shows what the model finds for fixed held-out sentences and pictures, and how the whole split fares.
+    """Shows what the model finds for fixed held-out sentences and images, and in the whole split.
 
-    After every validation of a fit: `predictions/epoch=NN.png` (pictures found for sentences),
-    `predictions/epoch=NN-captions.png` (sentences found for pictures), `predictions.html` (the newest of
-    both, with the ranks of all epochs) and `predictions/history.json`. At the end of training, or when it is
-    interrupted, of the last validation: `predictions/similarities.png`, `recall.png`, `recall-history.png`
-    and `misses.png`, all of them in the page too. With a WandbLogger also the histograms, and at the end the
-    plots and the tables `val/predictions`, `val/predictions_image_to_text` and `val/worst_misses`.
+    Every validation of a fit writes `predictions.html`, with the ranks of all epochs, and
+    `predictions/history.json`. The end of training, or its interruption, adds the similarities, recall curves
+    and worst misses of the last validation to the page. W&B also gets the histograms, and at the end
+    the plots and the tables `val/predictions`, `val/predictions_image_to_text` and `val/worst_misses`.
 
-    A picture is never worth a run: what goes wrong is told once, and training goes on.
+    A failure to draw never ends a run: it is warned of once, and training continues.
 
     Args:
         queries: sentences, and pictures, to show, the same in every epoch; 0 for nothing at all.
@@ -125,9 +121,6 @@ class PredictionTable(Callback):
         report = Report(epoch, sentences, history["text_to_image"], pictures, history["image_to_text"])
         step = trainer.global_step - 1  # as Lightning counts it for the metrics of this validation
         self._last = _Validation(report, step, history["recall"], embeddings, images, content)
-        grid = folder / "predictions" / f"epoch={epoch:02d}.png"
-        draw_predictions(sentences, grid, f"Epoch {epoch}")
-        draw_captions(pictures, grid.with_stem(f"{grid.stem}-captions"), f"Epoch {epoch}")
         write_page(report, folder / "predictions.html")
         self._log(trainer, step, lambda: histograms(similarities(embeddings, content)))
 
@@ -140,14 +133,9 @@ class PredictionTable(Callback):
         plots: dict[str, Plot] = {}
         with self._sparing("the plots could not be drawn"):
             plots = plots_of_split(last.embeddings, last.content, last.recall, epoch)
-            for name, plot in plots.items():
-                write_atomically(folder / "predictions" / f"{name}.png", plot.png)
         with self._sparing("the worst misses could not be shown"):
             worst = worst_queries(last.embeddings, last.content, min(self.queries, MOST_MISSES))
             misses = prediction_rows(last.embeddings, last.images, last.content, worst, self.top_k)
-            draw_predictions(
-                misses, folder / "predictions" / "misses.png", f"The worst misses, epoch {epoch}"
-            )
             write_page(
                 replace(last.report, plots=list(plots.values()), misses=misses), folder / "predictions.html"
             )
@@ -166,17 +154,8 @@ class PredictionTable(Callback):
         return Path(self.folder or trainer.default_root_dir)
 
     def _log(self, trainer: Trainer, step: int, make: Callable[[], dict[str, Any]]) -> None:
-        """Send to W&B, where it is a logger of the run."""
-        runs = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        if not runs:
-            return
         with self._sparing("W&B did not take the predictions"):
-            content = make()
-            for logger in runs:
-                if isinstance(logger, RunLogger):
-                    logger.log_row(content, step)
-                else:  # No step=: W&B drops rows whose step lies behind, as after a resume.
-                    logger.experiment.log({**content, "trainer/global_step": step})
+            log_media(trainer, step, make)
 
     @contextmanager
     def _sparing(self, failure: str) -> Iterator[None]:

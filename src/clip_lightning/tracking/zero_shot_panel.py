@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -21,8 +19,8 @@ from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import encode_pictures, project_pictures
 from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.terminal import one_line
-from clip_lightning.tracking.class_tables import class_media
-from clip_lightning.tracking.logger import RunLogger
+from clip_lightning.tracking.logger import log_media
+from clip_lightning.tracking.media import class_media
 
 METRICS = ("zero_shot_top1", "zero_shot_top5")
 
@@ -175,14 +173,6 @@ class ZeroShot(Callback):
         try:
             if self.folder is not None and not trainer.fast_dev_run:
                 report.write(self.folder / "zero_shot")
-            self._log(report, [each for each in trainer.loggers if isinstance(each, WandbLogger)])
+            log_media(trainer, self._step, lambda: class_media(report, "val/"))
         except Exception as error:
             rank_zero_warn(f"the zero-shot classes could not be shown: {type(error).__name__}: {error}")
-
-    def _log(self, report: ClassReport, runs: Sequence[WandbLogger]) -> None:
-        content = class_media(report, "val/") if runs else {}
-        for logger in runs:
-            if isinstance(logger, RunLogger):
-                logger.log_row(content, self._step)
-            else:  # No step=: W&B drops rows whose step lies behind, as after a resume.
-                logger.experiment.log({**content, "trainer/global_step": self._step})

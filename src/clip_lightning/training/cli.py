@@ -33,6 +33,7 @@ from clip_lightning.arguments import (
 )
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
+from clip_lightning.evaluation.metrics import DIRECTIONS, MEASURES
 from clip_lightning.terminal import public
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
@@ -358,11 +359,11 @@ def cpu_computes_in_bf16() -> bool:
 def print_metrics(metrics: dict[str, float], title: str) -> None:
     """Show retrieval metrics as a table on stdout."""
     table = Table(title=title, title_justify="left")
-    for column in ("", "R@1", "R@5", "R@10", "median rank", "mean rank"):
-        table.add_column(column, justify="right" if column else "left")
-    for direction in ("text_to_image", "image_to_text"):
-        values = [metrics[f"{direction}_{m}"] for m in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")]
-        table.add_row(direction.replace("_to_", " → "), *(f"{value:.1f}" for value in values))
+    table.add_column("")
+    for measure in MEASURES.values():
+        table.add_column(measure.title, justify="right")
+    for direction, name in DIRECTIONS.items():
+        table.add_row(name, *(f"{metrics[f'{direction}_{measure}']:.1f}" for measure in MEASURES))
     console = Console()
     console.print(table)
     console.print(f"rsum {metrics['rsum']:.1f}")

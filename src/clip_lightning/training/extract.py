@@ -19,9 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_lightning.data.captions import CaptionedImage
+from clip_lightning.data.captions import CaptionedImage, unreadable
 from clip_lightning.data.features import FeatureCache, Features
-from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_image
+from clip_lightning.data.images import (
+    RETRY_SECONDS,
+    Augmentation,
+    BrokenImage,
+    ImageTransform,
+    UnreadableFile,
+    augment,
+    decode_image,
+)
+from clip_lightning.errors import RunFailed
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.towers import ImageTower, TextTower
 
@@ -53,11 +62,14 @@ class Extractor:
         augmentation: Augmentation,
         title: str,
     ) -> Features:
-        """Features (R, D) of one view of every picture; a row of NaN where it cannot be read.
+        """Return features (R, D) of one view of every image; a row of NaN if it cannot be decoded.
 
         View 0 is plain and, where flips are on, view 1 its mirror image; the others are cropped and coloured
         as functions of (view, row), the odd ones mirrored where flips are on. Names, sizes and times of
-        change of the pictures are part of the key.
+        change of the images are part of the key.
+
+        Raises:
+            RunFailed: a file cannot be read at the moment; nothing is cached of it.
         """
         key = {
             "version": VERSION,
@@ -84,7 +96,11 @@ class Extractor:
                 batches = (pool.map(picture, rows[start : start + IMAGE_BATCH]) for start in starts)
                 ahead = deque(islice(batches, 2))
                 for start in starts:
-                    batch = list(ahead.popleft())
+                    try:
+                        batch = list(ahead.popleft())
+                    except RunFailed:
+                        pool.shutdown(cancel_futures=True)
+                        raise
                     ahead.extend(islice(batches, 1))
                     readable = [i for i, pixels in enumerate(batch) if pixels is not None]
                     if readable:
@@ -165,9 +181,11 @@ def cache_frozen_towers(extractor: Extractor, clip: CLIP, data: Any, split: str)
 def _view(
     image: CaptionedImage, row: int, view: int, transform: ImageTransform, augmentation: Augmentation
 ) -> Tensor | None:
-    """Pixels uint8 (3, H, W) of one view, or None where the picture cannot be read."""
+    """Return the pixels uint8 (3, H, W) of one view, or None if the image cannot be decoded."""
     try:
-        pixels = decode_image(image.path)
+        pixels = decode_image(image.path, pauses=RETRY_SECONDS)
+    except UnreadableFile as error:
+        raise unreadable(image.path, error) from error
     except BrokenImage:
         return None
     if _is_plain(view, augmentation):
@@ -184,7 +202,10 @@ def _is_plain(view: int, augmentation: Augmentation) -> bool:
 
 
 def _identity(image: CaptionedImage) -> str:
-    status = image.path.stat()
+    try:
+        status = image.path.stat()
+    except OSError as error:
+        raise unreadable(image.path, error.strerror) from error
     return f"{image.path}\0{status.st_size}\0{status.st_mtime_ns}"
 
 

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
-from clip_lightning.data.captions import CaptionedImage, Splits, split_by_image
-from clip_lightning.data.formats import read_captions
+from clip_lightning.data.captions import CaptionedImage, CaptionSet, Splits, split_by_image, unreadable
+from clip_lightning.data.images import UnreadableFile, read_file
 from clip_lightning.data.shards.manifest import FIELDS_FILE, FILE, Format, Manifest, Shard
 from clip_lightning.data.shards.record import BrokenRecord, Filter, Record, passes
 from clip_lightning.data.shards.storage import expand, identities
@@ -103,14 +103,13 @@ class Source:
 
 
 def captioned(
-    root: Path, settings: Settings, *, dataset: str, val_share: float, test_share: float, split_seed: int
+    captions: CaptionSet, settings: Settings, *, val_share: float, test_share: float, split_seed: int
 ) -> Source:
-    """Captioned pictures, divided as `fit` divides them; those of `train` in an order drawn once.
+    """Divide captioned images as `fit` divides them, those of `train` in an order drawn once.
 
     Raises:
-        UserError: they cannot be read or divided.
+        UserError: they cannot be divided.
     """
-    captions = read_captions(root, dataset)
     parts = split_by_image(captions, Splits(val_share, test_share, split_seed))
     # neighbours in a folder resemble each other, and a reader mixes only samples that lie close together
     order = np.random.default_rng(split_seed).permutation(len(parts["train"]))
@@ -262,7 +261,7 @@ def _noted(records: Iterator[Record], rows: list[dict[str, Any]]) -> Iterator[Re
 def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator[Record]:
     """The samples of a shard that can be used and pass the filters."""
     filters = [Filter.parse(text) for text in settings.filters]
-    samples = _pictures(job, left_out) if job.tar is None else read_tar(job.tar, left_out)
+    samples = _pictures(job) if job.tar is None else read_tar(job.tar, left_out)
     for record in samples:
         try:
             image, width, height = sized(record.image, settings.short_side, settings.quality)
@@ -275,13 +274,12 @@ def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator
             yield Record(record.key, image, fields)
 
 
-def _pictures(job: Job, left_out: dict[str, str]) -> Iterator[Record]:
+def _pictures(job: Job) -> Iterator[Record]:
     for number, image in enumerate(job.images, job.first):
         try:
-            data = image.path.read_bytes()
-        except OSError as error:
-            left_out[str(image.path)] = error.strerror or "the file cannot be read"
-            continue
+            data = read_file(image.path)
+        except UnreadableFile as error:
+            raise unreadable(image.path, error) from error
         yield Record(f"{number:09d}", data, {"captions": [*image.captions], "name": image.path.name})
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from clip_lightning.data.formats import read_captions
-from clip_lightning.data.sources import find_source
+from clip_lightning.data.columns import ReadOptions
+from clip_lightning.data.sources import find_source, read_source
 from clip_lightning.errors import UserError
 from clip_lightning.experiments.compare import settings_of
 from clip_lightning.experiments.run_records import flat
@@ -79,11 +79,10 @@ def shared_settings(file: SweepFile, trial: Rehearsal) -> dict[str, Any]:
 
 
 def _data_digest(options: Namespace) -> str:
-    scenes = options.dataset == "scenes"
-    columns = options.hub_image, options.hub_captions
-    source = find_source(options.root, scenes=scenes, columns=columns)
+    read = ReadOptions(**options.read)
+    source = find_source(options.root, scenes=options.dataset == "scenes", read=read)
     source.fetch()
-    return read_captions(source.folder(), "captions" if scenes else options.dataset).digest()
+    return read_source(source, options.dataset, read).digest()
 
 
 def wanted_trials(file: SweepFile, given: int | None) -> int:

@@ -10,6 +10,7 @@ import yaml
 
 from clip_lightning.arguments import packaged_config
 from clip_lightning.errors import UserError
+from clip_lightning.evaluation.metrics import METRICS
 from clip_lightning.experiments.sweeps.space import Parameter, flat, near, parameter, word
 
 METHODS = ("grid", "random", "bayes")
@@ -171,10 +172,8 @@ def _metric(given: Any) -> tuple[str, bool]:
 
 
 def metric_names() -> list[str]:
-    """What every validation logs."""
-    both = [f"{way}_{m}" for way in ("text_to_image", "image_to_text") for m in ("R@1", "R@5", "R@10")]
-    ranks = [f"{way}_{m}_rank" for way in ("text_to_image", "image_to_text") for m in ("median", "mean")]
-    return [f"val/{name}" for name in ("rsum", *both, *ranks)]
+    """Return what every validation logs."""
+    return [f"val/{name}" for name in METRICS]
 
 
 def _base(command: Any) -> tuple[str, ...]:
