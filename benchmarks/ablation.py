@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from clip_lightning import CaptionDataModule, CLIPModule
 from clip_lightning.allocator import keep_freed_memory
-from clip_lightning.data.features import default_cache
+from clip_lightning.data.features import CacheOptions, default_cache
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.training.losses import InfoNCE, MaxViolation, SigLIP
 from clip_lightning.training.optim import OptimizerConfig
@@ -171,7 +171,7 @@ def train(root: Path, s: dict, seed: int, save: Path | None = None) -> dict[str,
         root=root,
         batch_size=s["batch"],
         captions_per_image=s["captions"],
-        views=s["views"],
+        cache_options=CacheOptions(views=s["views"]),
         seed=seed,
     )
     callbacks: list[Callback] = [EMAWeightAveraging(decay=s["ema"])] if s["ema"] else []

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clip_lightning.data.archive import RefusedArchive, unpack
 from clip_lightning.data.formats import read_captions
-from clip_lightning.data.unpack import RefusedArchive, unpack
 from clip_lightning.errors import UserError
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)

@@ -8,8 +8,12 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+
+from filelock import FileLock
+
+from clip_lightning.errors import UserError
 
 
 def cache_folder(kind: str) -> Path:
@@ -83,3 +87,36 @@ def _replace_folder(draft: Path, folder: Path, keep: Collection[str]) -> None:
             attic.rmdir()
         raise
     shutil.rmtree(attic)
+
+
+def make_once(folder: Path, fill: Callable[[Path], Path]) -> None:
+    """Make a folder of fetched data, unless it exists, in one process while the others wait.
+
+    A process that is killed leaves no `folder`, only a draft beside it, which the next one removes.
+
+    Args:
+        folder: the folder.
+        fill: writes into the empty draft it is given, and returns the folder in it (or the draft) to keep.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
+    if folder.is_dir():
+        return
+    draft = folder.with_name(f".{folder.name}.draft")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")), contextlib.ExitStack() as at_end:
+            shutil.rmtree(draft, ignore_errors=True)
+            at_end.callback(shutil.rmtree, draft, ignore_errors=True)
+            if not folder.is_dir():
+                draft.mkdir()
+                filled = fill(draft)
+                if hasattr(os, "sync"):  # or lost power could leave the name, and files that reached no disk
+                    os.sync()
+                os.replace(filled, folder)
+    except OSError as error:
+        raise UserError(
+            f"data cannot be written to {folder.parent} ({error.strerror or error}); free some space there, "
+            "or set XDG_CACHE_HOME to a folder with more space"
+        ) from error

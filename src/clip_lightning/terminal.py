@@ -14,8 +14,11 @@ def printable(text: str) -> str:
 
 
 def public(text: str) -> str:
-    """Remove from every URL in the text what may be a key: the user with the password, and the query."""
-    return re.sub(r"://(?:[^\s/?#]*@)?([^\s?]*)(?:\?\S*)?", r"://\1", text)
+    """Remove from every URL in the text what may be a key: the user with the password, and the query.
+
+    A checksum behind them stays.
+    """
+    return re.sub(r"://(?:[^\s/?#]*@)?([^\s?]*)(?:\?(?:(?!#sha256=)\S)*)?", r"://\1", text)
 
 
 def one_line(text: str) -> str:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from clip_lightning.evaluation.tables import markdown
 from PIL import Image
 
 from clip_lightning import CLIP, retrieval_metrics
 from clip_lightning.__main__ import main
 from clip_lightning.data.formats import read_captions
-from clip_lightning.evaluation.tables import markdown
 
 if TYPE_CHECKING:
     from wandb_server import WandbServer

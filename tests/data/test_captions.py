@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_lightning.data.captions import SPLITS, CaptionedImage, CaptionSet, content_groups, split_by_image
+from clip_lightning.data.captions import (
+    SPLITS,
+    CaptionedImage,
+    CaptionSet,
+    Splits,
+    content_groups,
+    split_by_image,
+)
 from clip_lightning.errors import UserError
 
 
@@ -30,16 +37,16 @@ def caption_set(root: Path, contents: list[bytes], splits: Sequence[str | None] 
         st.sampled_from([b"a", b"b", b"c", b"dd", b"ee", b"f", b"g"]), min_size=12, max_size=40
     ),
     seed=st.integers(0, 5),
-    val_share=st.floats(0, 0.3),
-    test_share=st.floats(0, 0.3),
+    val_fraction=st.floats(0, 0.3),
+    test_fraction=st.floats(0, 0.3),
 )
 def test_no_picture_and_no_copy_of_it_lies_in_two_splits(
-    contents: list[bytes], seed: int, val_share: float, test_share: float
+    contents: list[bytes], seed: int, val_fraction: float, test_fraction: float
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         captions = caption_set(Path(folder), contents)
         try:
-            parts = split_by_image(captions, seed=seed, val_share=val_share, test_share=test_share)
+            parts = split_by_image(captions, Splits(val_fraction, test_fraction, seed))
         except UserError:  # few different pictures, all of them held out
             return
         assert set(parts) == set(SPLITS)
@@ -58,20 +65,20 @@ def test_no_picture_and_no_copy_of_it_lies_in_two_splits(
 def test_official_splits_are_kept(splits: list[str | None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         captions = caption_set(Path(folder), [bytes([index]) for index in range(len(splits))], splits)
-        parts = split_by_image(captions, seed=0, val_share=0.0, test_share=0.0)
+        parts = split_by_image(captions, Splits(0.0, 0.0))
     for name in SPLITS:
         assert [image.split for image in parts[name]] == [name] * splits.count(name)
 
 
 def test_a_missing_official_val_is_drawn_from_train(tmp_path: Path) -> None:
     captions = caption_set(tmp_path, [bytes([i]) for i in range(20)], ["train"] * 15 + ["test"] * 5)
-    parts = split_by_image(captions, seed=0, val_share=0.2, test_share=0.5)
+    parts = split_by_image(captions, Splits(0.2, 0.5))
     assert [len(parts[name]) for name in SPLITS] == [12, 3, 5]
 
 
 def test_data_for_testing_only_needs_no_train(tmp_path: Path) -> None:
     captions = caption_set(tmp_path, [b"a", b"b"], ["test", "test"])
-    parts = split_by_image(captions, seed=0, val_share=0.2, test_share=0.5)
+    parts = split_by_image(captions, Splits(0.2, 0.5))
     assert [len(parts[name]) for name in SPLITS] == [0, 0, 2]
 
 
@@ -83,7 +90,7 @@ def test_a_split_depends_on_names_only_not_on_order_or_folder(tmp_path: Path) ->
     moved = [CaptionedImage(tmp_path / "two" / i.path.name, i.captions) for i in reversed(one.images)]
     two = CaptionSet(tmp_path / "two", tuple(moved))
     assert one.digest() == two.digest()
-    first, second = (split_by_image(c, seed=1, val_share=0.2, test_share=0.2) for c in (one, two))
+    first, second = (split_by_image(c, Splits(0.2, 0.2, seed=1)) for c in (one, two))
     for name in SPLITS:
         assert {image.path.name for image in first[name]} == {image.path.name for image in second[name]}
 
@@ -119,5 +126,5 @@ def test_content_groups_point_to_the_first_copy(tmp_path: Path) -> None:
 
 
 def test_too_few_pictures(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"too few.*--data\.val_share"):
-        split_by_image(caption_set(tmp_path, [b"a", b"b"]), seed=0, val_share=0.5, test_share=0.5)
+    with pytest.raises(UserError, match=r"too few.*--data\.splits\.val_fraction"):
+        split_by_image(caption_set(tmp_path, [b"a", b"b"]), Splits(0.5, 0.5))

@@ -26,7 +26,7 @@ from clip_lightning.__main__ import main
 from clip_lightning.data import features as features_module
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.datamodule import CaptionDataModule
-from clip_lightning.data.features import SHARD_ROWS, FeatureCache, Features
+from clip_lightning.data.features import SHARD_ROWS, CacheOptions, FeatureCache, Features
 from clip_lightning.data.images import Augmentation, decode_image
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.model.clip import CLIP
@@ -147,7 +147,7 @@ def test_no_view_is_computed_twice(
         scenes,
         batch_size=8,
         num_workers=0,
-        views=4,
+        cache_options=CacheOptions(views=4),
         augmentation=augmentation,
         cache=str(cache.root),
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ import pytest
 from PIL import Image
 
 from clip_lightning.data import materialise
+from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.formats import read_captions
-from clip_lightning.data.hub import fetch_hub, hub_folder
+from clip_lightning.data.hub import HubDataset
 from clip_lightning.errors import UserError
 
 datasets = pytest.importorskip("datasets")
@@ -46,6 +45,16 @@ def table(pictures: list[Any], column: str = "image", **columns: list[Any]) -> A
 
 def cells(*pictures: bytes) -> list[dict[str, Any]]:
     return [{"bytes": data, "path": "../../../escaped.jpg"} for data in pictures]
+
+
+def named(name: str, image: str | None = None, captions: str | None = None) -> HubDataset:
+    return replace(HubDataset.parse(f"hf:{name}"), read=ReadOptions(image, captions))
+
+
+def fetch_hub(name: str, image: str | None = None, captions: str | None = None) -> Path:
+    source = named(name, image, captions)
+    source.fetch()
+    return source.folder()
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +87,9 @@ def test_lists_of_captions_in_official_splits(save: Callable[..., str], cache: P
         validation=table(cells(B), caption=[["three"]]),
         test=table(cells(C), caption=[["four", "five"]]),
     )
-    before = hub_folder(name)
+    before = named(name).folder()
     folder = fetch_hub(name)
-    assert folder == before == hub_folder(name)
+    assert folder == before == named(name).folder()
     assert folder.parent == cache
     assert read(folder) == {
         A: (("one", "two"), "train"),
@@ -95,7 +104,7 @@ def test_a_second_time_nothing_is_loaded(save: Callable[..., str], monkeypatch: 
     name = save(table(cells(A), caption=["one"]))
     folder = fetch_hub(name)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert fetch_hub(name) == hub_folder(name) == folder
+    assert fetch_hub(name) == named(name).folder() == folder
 
 
 def test_a_split_column_goes_before_the_splits_of_the_hub(save: Callable[..., str]):
@@ -144,7 +153,7 @@ def test_columns_that_are_given(save: Callable[..., str]):
     assert read(fetch_hub(name, "other", "long,short")) == {B: (("one", "two"), None)}
     # of several columns with pictures, the one with a usual name
     assert read(fetch_hub(name)) == {A: (("no",), None)}
-    assert hub_folder(name) != hub_folder(name, "other") != hub_folder(name, None, "long")
+    assert named(name).folder() != named(name, "other").folder() != named(name, None, "long").folder()
 
 
 @pytest.mark.parametrize(
@@ -172,7 +181,7 @@ def test_columns_that_are_not_there(options: dict[str, str], message: str, save:
     with pytest.raises(UserError, match=message) as raised:
         fetch_hub(name, **options)
     assert "\n" not in str(raised.value)
-    assert not hub_folder(name, **options).exists()
+    assert not named(name, **options).folder().exists()
 
 
 def test_bytes_without_the_type_image(tmp_path: Path):
@@ -246,11 +255,11 @@ def test_no_row_is_usable(save: Callable[..., str]):
     name = save(table([None, None], caption=["one", "two"]))
     with pytest.raises(UserError, match=r"no readable picture in 2 rows, the first: train row 0 \(it has no"):
         fetch_hub(name)
-    assert not hub_folder(name).exists()
+    assert not named(name).folder().exists()
 
 
 def test_an_unknown_word_in_the_split_column(save: Callable[..., str]):
-    with pytest.raises(UserError, match=r"--data\.hub .*saved has a split called 'fold 1'; expected train"):
+    with pytest.raises(UserError, match=r"--data\.root hf:.*saved has a split called 'fold 1'; expected"):
         fetch_hub(save(table(cells(A), caption=["one"], split=["Fold 1"])))
 
 
@@ -260,7 +269,7 @@ def test_a_changed_local_data_set_is_another(tmp_path: Path):
     first = fetch_hub(str(path))
     datasets.Dataset.from_dict({"jpg": [A, B], "txt": ["one", "two"]}).to_parquet(path)
     assert fetch_hub(str(path)) != first
-    assert len(read(hub_folder(str(path)))) == 2
+    assert len(read(named(str(path)).folder())) == 2
 
 
 # The hub ------------------------------------------------------------------------------------------------
@@ -316,14 +325,13 @@ def test_a_data_set_from_the_hub_cannot_name_pictures_of_this_machine(
     "name", ["./nothing", "/no/such/folder", "a/b/c", "owner/name:", "https://x.example/y", ""]
 )
 def test_names_that_are_none(name: str):
-    for function in (hub_folder, fetch_hub):
-        with pytest.raises(UserError, match=r"--data\.hub .*expected OWNER/NAME"):
-            function(name)
+    with pytest.raises(UserError, match=r"--data\.root hf:.*expected OWNER/NAME"):
+        named(name)
 
 
 def test_no_network():
     with pytest.raises(
-        UserError, match=r"--data\.hub owner/name cannot be loaded \(.*Offline.*HF_HUB_OFFLINE"
+        UserError, match=r"--data\.root hf:owner/name cannot be loaded \(.*Offline.*HF_HUB_OFFLINE"
     ):
         fetch_hub("owner/name")
 
@@ -344,46 +352,6 @@ def test_without_the_package(save: Callable[..., str], monkeypatch: pytest.Monke
 
 
 # Kills --------------------------------------------------------------------------------------------------
-
-FETCH = """
-import os, signal, sys
-from clip_lightning.data import materialise
-from clip_lightning.data.hub import fetch_hub
-materialise.SHARD_ROWS = 2
-store, stored = materialise._store, []
-def kill_itself(data, folder, split):
-    if len(stored) == 5:
-        os.truncate(folder / stored[-1], 10)
-        os.kill(os.getpid(), signal.SIGKILL)
-    stored.append(store(data, folder, split))
-    return stored[-1]
-materialise._store = kill_itself
-fetch_hub(sys.argv[1])
-"""
-
-
-def test_a_killed_process_is_gone_on_from(
-    save: Callable[..., str], cache: Path, monkeypatch: pytest.MonkeyPatch
-):
-    pictures = [picture(i) for i in range(6)]
-    captions = [f"number {i}" for i in range(6)]
-    name = save(table(cells(*pictures), caption=captions))
-    # the third shard is begun: there are two, and half of a picture of the third
-    killed = subprocess.run([sys.executable, "-c", FETCH, name], check=False, env={**os.environ})
-    assert killed.returncode == -signal.SIGKILL
-    assert not hub_folder(name).exists()
-    stored: list[bytes] = []
-    store = materialise._store
-
-    def note(data: bytes, folder: Path, split: str | None) -> str:
-        stored.append(data)
-        return store(data, folder, split)
-
-    monkeypatch.setattr(materialise, "_store", note)
-    monkeypatch.setattr(materialise, "SHARD_ROWS", 2)
-    expected = {data: ((caption,), None) for data, caption in zip(pictures, captions, strict=True)}
-    assert read(fetch_hub(name)) == expected
-    assert stored == pictures[4:]
 
 
 def test_a_killed_process_s_work_is_not_mixed_with_other_data(

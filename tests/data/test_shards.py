@@ -28,7 +28,7 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from clip_lightning.__main__ import main
-from clip_lightning.data.captions import split_by_image
+from clip_lightning.data.captions import Splits, split_by_image
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.data.shards import convert, manifest, storage, tars
@@ -124,7 +124,7 @@ def key(record: Record) -> str:
 
 
 def test_every_image_is_there_once_as_it_was_and_every_file_is_named(shards: Path, scenes: Path) -> None:
-    parts = split_by_image(read_captions(scenes), seed=0, val_share=0.1, test_share=0.1)
+    parts = split_by_image(read_captions(scenes), Splits())
     splits = manifest.find(str(shards)) or {}
     assert {path.name for path in shards.iterdir()} == {*parts, manifest.FILE}
     for split, images in parts.items():
@@ -658,7 +658,7 @@ def test_tars_that_are_not_what_the_manifest_says(shards: Path, scenes: Path, tm
 def test_images_to_validate_on_are_files_with_every_caption(
     shards: Path, scenes: Path, tmp_path: Path, served: Callable[[Path], str]
 ) -> None:
-    expected = split_by_image(read_captions(scenes), seed=0, val_share=0.1, test_share=0.1)["val"]
+    expected = split_by_image(read_captions(scenes), Splits())["val"]
     for source in (str(shards), str(scenes)):
         found = held_out(source, "val", CaptionChoice())
         assert [image.captions for image in found] == [image.captions for image in expected]

@@ -163,7 +163,7 @@ def test_other_settings_or_data_are_trained_anew(
         ({"model__dropout": 0.2}, 4),
         ({"image_towers": "random:test_resnet@max,random:test_vit"}, 2),
         ({"data__root": fewer}, 0),  # the same data elsewhere
-        ({"data__val_share": 0.2}, 4),
+        ({"data__splits__val_fraction": 0.2}, 4),
     ):
         asked.clear()
         main(["compare-backbones", *words(folder, **changes)])

@@ -82,7 +82,7 @@ def test_from_data_to_a_model_on_another_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     labels = ["--trainer.logger.group=g", "--trainer.logger.tags=[a, b]", "--trainer.logger.notes=why so"]
-    run = fit({"data.artifact": f"{DATA}:latest"}, *labels, "--trainer.logger.job_type=train")
+    run = fit({"data.root": f"wandb:{DATA}:latest"}, *labels, "--trainer.logger.job_type=train")
 
     online = wandb_server.runs["tester", "clip-lightning", run.name]
     assert (online.group, online.tags, online.notes, online.job_type) == ("g", ["a", "b"], "why so", "train")
@@ -177,9 +177,9 @@ def test_flickr8k_from_its_artifact(
     trainer = tmp_path / "trainer"
     if mode == "offline":  # fetched while there was a network
         monkeypatch.setenv("XDG_CACHE_HOME", str(trainer))
-        fetch(ArtifactName.parse(version, "--data.artifact"))
+        fetch(ArtifactName.parse(version, "wandb:"))
     options = [
-        "--data.artifact",
+        "--data.root",
         version,
         "--trainer.max_epochs=4",
         f"--trainer.default_root_dir={tmp_path}/runs",
@@ -209,11 +209,11 @@ def test_flickr8k_from_its_artifact(
 def test_offline_and_synced_later_it_is_the_same(
     wandb_server: WandbServer, uploaded: str, fit: Fit, tmp_path: Path
 ) -> None:
-    fetch(ArtifactName.parse(uploaded, "--data.artifact"))
+    fetch(ArtifactName.parse(uploaded, "wandb:"))
     cache = Path(os.environ["XDG_CACHE_HOME"]) / "clip-lightning" / "artifacts"
     shutil.copytree(cache, tmp_path / "trainer" / "clip-lightning" / "artifacts")
     asked = len(wandb_server.operations)
-    run = fit({"data.artifact": uploaded}, WANDB_MODE="offline")
+    run = fit({"data.root": f"wandb:{uploaded}"}, WANDB_MODE="offline")
     assert len(wandb_server.operations) == asked  # nobody called
     (offline,) = run.glob("wandb/offline-run-*")
     command = [sys.executable, "-m", "wandb", "sync", str(offline)]
@@ -233,7 +233,7 @@ def test_a_download_goes_on_and_damage_is_found(
     wandb_server: WandbServer, uploaded: str, scenes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
-    name = ArtifactName.parse(f"{DATA}:latest", "--data.artifact")
+    name = ArtifactName.parse(f"{DATA}:latest", "wandb:")
     folder = name.home / "v0"
     shutil.copytree(scenes, folder)  # most of it came before the process was killed
     missing, spoiled = sorted(folder.glob("*.jpg"))[:2]
@@ -253,7 +253,7 @@ def test_a_reference_is_followed(wandb_server: WandbServer, scenes: Path, tmp_pa
     clip_lightning("data", "upload", scenes, "--artifact=there", "--reference=true", cache=tmp_path)
     contents = wandb_server.artifact("tester/clip-lightning/there:v0").contents
     assert all(entry["ref"].startswith("file://") for entry in contents.values())
-    folder = fetch(ArtifactName.parse("tester/clip-lightning/there:v0", "--data.artifact")).folder
+    folder = fetch(ArtifactName.parse("tester/clip-lightning/there:v0", "wandb:")).folder
     assert (folder / "captions.csv").read_bytes() == (scenes / "captions.csv").read_bytes()
 
 
@@ -262,7 +262,7 @@ def test_a_reference_is_followed(wandb_server: WandbServer, scenes: Path, tmp_pa
 )
 def test_other_names_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="expected ENTITY/PROJECT/NAME:ALIAS"):
-        ArtifactName.parse(text, "--data.artifact")
+        ArtifactName.parse(text, "wandb:")
 
 
 @pytest.mark.parametrize(
@@ -283,17 +283,9 @@ def test_what_cannot_be_asked_for_is_one_line(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=line):
-        fetch(ArtifactName.parse(f"{DATA}:latest", "--data.artifact"))
+        fetch(ArtifactName.parse(f"{DATA}:latest", "wandb:"))
 
 
 def test_an_artifact_that_is_not_there(wandb_server: WandbServer) -> None:
     with pytest.raises(UserError, match="W&B did not give the artifact"):
-        fetch(ArtifactName.parse("tester/clip-lightning/none:latest", "--data.artifact"))
-
-
-def test_one_source_of_data(make_module: Callable[..., Any], scenes: Path) -> None:
-    from clip_lightning import CaptionDataModule
-
-    module = make_module()
-    with pytest.raises(UserError, match="give one of them"):
-        CaptionDataModule(module.transform, module.tokenize, root=scenes, artifact=DATA)
+        fetch(ArtifactName.parse("tester/clip-lightning/none:latest", "wandb:"))

@@ -175,7 +175,7 @@ def test_nothing_else_is_left(finished: Path) -> None:
 def test_the_config_starts_the_same_run_anew(finished: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["model"]["embed_dim"] == 16
-    assert config["data"]["val_share"] == 0.1  # defaults are written out
+    assert config["data"]["splits"]["val_fraction"] == 0.1  # defaults are written out
     assert config["ckpt_path"] is None
     again = ["--trainer.default_root_dir", str(tmp_path), "--trainer.logger", "false"]
     assert main(["fit", "--config", str(finished / "config.yaml"), *again]) == 0
@@ -230,8 +230,8 @@ def test_keys_in_a_url_are_recorded_nowhere(
         trainer__max_epochs=1,
     )
     words += [
-        f"--data.url=file://{archive}?X-Signature=secret",
-        f"--data.sha256={hashlib.sha256(archive.read_bytes()).hexdigest()}",
+        f"--data.root=file://{archive}?X-Signature=secret"
+        f"#sha256={hashlib.sha256(archive.read_bytes()).hexdigest()}"
     ]
     monkeypatch.setattr(sys, "argv", ["clip-lightning", *words])
     assert main(words) == 0
@@ -523,7 +523,7 @@ def wrong(says: str, *more: str, **options: Any) -> Wrong:
 WRONG: dict[str, Wrong] = {
     "no such folder": wrong(r"no folder or file /nowhere; give .* --data\.root", data__root="/nowhere"),
     "empty folder": wrong(r"FILES/empty holds no image .* check --data\.root", data__root="FILES/empty"),
-    "no data": wrong(r"give --data\.root FOLDER, .* or --data\.dataset scenes", data__root=...),
+    "no data": wrong(r"give --data\.root a folder, .* or give --data\.dataset scenes", data__root=...),
     "no caption column": wrong(
         r"no caption column: found image, remark, expected one of caption, .*--data\.root",
         data__root="FILES/remarks.csv",
@@ -560,8 +560,12 @@ WRONG: dict[str, Wrong] = {
         r"--data\.batch_size: expected a whole number, got many", data__batch_size="many"
     ),
     "fewer than no workers": wrong(r"--data\.num_workers -1: expected 0", data__num_workers=-1),
-    "share beyond one": wrong(r"--data\.val_share 2.0: expected a share", data__val_share=2),
-    "cache below nothing": wrong(r"--data\.cache_gb -1: expected", data__cache_gb=-1),
+    "share beyond one": wrong(
+        r"--data\.splits\.val_fraction 2.0: expected a fraction", data__splits__val_fraction=2
+    ),
+    "cache below nothing": wrong(
+        r"--data\.cache_options\.gigabytes -1: expected", data__cache_options__gigabytes=-1
+    ),
     "cache is a file": wrong(r"cache at FILES/key\.yaml .* --data\.cache off", data__cache="FILES/key.yaml"),
     "dropout": wrong(r"--model\.dropout 2.0: expected", model__dropout=2),
     "embedding of none": wrong(r"--model\.embed_dim 0", model__embed_dim=0),

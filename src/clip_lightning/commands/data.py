@@ -5,17 +5,13 @@ from __future__ import annotations
 import json as json_module
 import sys
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from clip_lightning.arguments import run_functions
+from clip_lightning.data.captions import CaptionSet, Splits, split_by_image
 from clip_lightning.data.columns import RECOGNISED, ReadOptions
 from clip_lightning.terminal import one_line
-
-if TYPE_CHECKING:
-    from clip_lightning.data.captions import CaptionSet
-    from clip_lightning.data.checking.findings import CutCaptions
 
 
 def run(args: list[str]) -> None:
@@ -24,13 +20,11 @@ def run(args: list[str]) -> None:
 
 
 def check(
-    root: Path,
+    root: str,
     *,
     dataset: str = "auto",
     read: ReadOptions = RECOGNISED,
-    val_share: float = 0.1,
-    test_share: float = 0.1,
-    split_seed: int = 0,
+    splits: Splits = Splits(),  # noqa: B008 (frozen)
     text_tower: str | None = None,
     max_length: int | None = None,
     num_workers: int | None = None,
@@ -38,31 +32,27 @@ def check(
     fix: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Open every picture as the loader would, and say what is wrong with the data; status 1 on errors.
+    """Open every image as the loader would, and print what is wrong with the data; status 1 on errors.
 
-    Errors are pictures that cannot be read, rows that cannot be used, and byte-identical pictures in more
-    than one split. Warnings are of pictures that look the same, and of repeated, shared or cut captions.
+    Errors are images that cannot be read, rows that cannot be used, and byte-identical images in more
+    than one split. Warnings are of images that look the same, and of repeated, shared or cut captions.
 
     Args:
-        root: the data set's folder, or its annotation file.
+        root: the data as for fit: a folder, an annotation file, hf:OWNER/NAME, ...
         dataset: how to read it: auto, flickr8k, flickr30k, captions or folder.
         read: columns and image folder, if they are not recognised.
-        val_share: part of the pictures to validate on where the data has no splits, as for fit.
-        test_share: likewise, to test on.
-        split_seed: of that draw.
+        splits: how images are divided if the data names no splits, as for fit.
         text_tower: name of a text tower; counts the captions that its tokenizer would cut.
         max_length: tokens at which it cuts; 77 or the tower's own limit if not given.
-        num_workers: threads that open pictures; one for each core if not given.
-        out: folder for check.html, check.json and contact-sheet.png.
+        num_workers: threads that open images; one per core if not given.
+        out: folder for check.html and check.json.
         fix: name of a new CSV to write without what cannot be read, repeated captions, and the copies of
-            pictures that are in more than one split; give it to fit as --data.root.
+            images that are in more than one split; give it to fit as --data.root.
         json: print one JSON object instead.
     """
-    from clip_lightning.data.captions import split_by_image
-    from clip_lightning.data.checking.clean import changes_reading, check_target, write_cleaned
-    from clip_lightning.data.checking.findings import find
-    from clip_lightning.data.checking.images import open_all
-    from clip_lightning.data.formats import read_captions
+    from clip_lightning.data.check import find, open_all
+    from clip_lightning.data.clean import changes_reading, write_cleaned
+    from clip_lightning.data.sources import find_source, read_source
     from clip_lightning.errors import UserError
     from clip_lightning.reports.data_check import as_text, write_report
 
@@ -70,35 +60,40 @@ def check(
         raise UserError(f"--num_workers {num_workers}: expected 1 or more")
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-    if fix is not None:
-        check_target(fix)
-    captions = read_captions(root, dataset, read)
+    if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
+        raise UserError(f"--fix {fix}: expected the name of a new .csv file; nothing is overwritten")
+    source = find_source(root, read=read)
+    source.fetch()
+    captions = read_source(source, dataset, read)
     try:
-        parts = split_by_image(captions, seed=split_seed, val_share=val_share, test_share=test_share)
-    except UserError as error:  # too few pictures, which are worth a look all the same
+        parts = split_by_image(captions, splits)
+    except UserError as error:  # too few images, which are worth a look all the same
         print(one_line(f"warning: {error}"), file=sys.stderr)
         parts = {}
     cut = _cut(captions, text_tower, max_length)
-    findings = find(captions, parts, open_all([image.path for image in captions.images], num_workers), cut)
+    entries = open_all(captions, parts, num_workers)
+    found = find(captions, entries, cut)
     if out is not None:
-        write_report(findings, out)
-    cleaned = None if fix is None else write_cleaned(findings, fix)
+        write_report(found, entries, out)
+        print(f"page: {out / 'check.html'}", file=sys.stderr)
+    fixed = None if fix is None else write_cleaned(found, entries, fix)
     if json:
-        fixed = {} if cleaned is None else {"fixed": {**asdict(cleaned), "path": str(cleaned.path)}}
-        print(json_module.dumps(findings.as_dict() | fixed))
+        print(json_module.dumps(found if fixed is None else {**found, "fixed": fixed}))
     else:
-        print(as_text(findings))
-        if cleaned is not None:
-            print(f"{cleaned.summary()}: clip-lightning fit --data.root {cleaned.path}")
-    if fix is not None and changes_reading(fix, root, dataset):
+        print(as_text(found))
+    if fixed and not json:
         print(
-            f"warning: {fix} lies in {root}, whose own annotations do not go before it: give the one that is "
+            f"{fix} has {fixed['images']:,} images with {fixed['captions']:,} captions, without "
+            f"{fixed['without_broken']:,} broken images, {fixed['without_leaks']:,} copies in another split "
+            f"and {fixed['without_repeats']:,} repeated captions: clip-lightning fit --data.root {fix}"
+        )
+    if fix is not None and changes_reading(fix, source.folder(), dataset):
+        print(
+            f"warning: {fix} is in {root}, whose own annotations do not go before it: give the one that is "
             "meant to --data.root, or move it",
             file=sys.stderr,
         )
-    if out is not None:
-        print(f"to look at: {out / 'check.html'}", file=sys.stderr)
-    if findings.errors():
+    if found["errors"]:
         raise SystemExit(1)
 
 
@@ -170,10 +165,9 @@ def convert(
         print(f"{said}: clip-lightning fit --data.dataset shards --data.root {out}")
 
 
-def _cut(captions: CaptionSet, text_tower: str | None, max_length: int | None) -> CutCaptions | None:
+def _cut(captions: CaptionSet, text_tower: str | None, max_length: int | None) -> dict[str, Any] | None:
     if text_tower is None:
         return None
-    from clip_lightning.data.checking.findings import CutCaptions
     from clip_lightning.model.towers import TextTower
 
     tokenize = TextTower.from_name(text_tower, max_length).tokenize
@@ -182,7 +176,7 @@ def _cut(captions: CaptionSet, text_tower: str | None, max_length: int | None) -
     for start in range(0, len(texts), 10_000):  # the tokens of millions would not fit in memory
         tokens = tokenize.tokenizer(texts[start : start + 10_000], verbose=False)["input_ids"]
         count += sum(len(ids) > tokenize.max_length for ids in tokens)
-    return CutCaptions(text_tower, tokenize.max_length, count)
+    return {"text_tower": text_tower, "max_length": tokenize.max_length, "count": count}
 
 
 def upload(
@@ -196,7 +190,7 @@ def upload(
     reference: bool = False,
     json: bool = False,
 ) -> None:
-    """Log captioned pictures as a W&B artifact, for `fit --data.artifact` on any machine.
+    """Log captioned pictures as a W&B artifact, for `fit --data.root wandb:NAME` on any machine.
 
     Args:
         root: the data set's folder; all of it is uploaded, in its layout.
@@ -231,4 +225,4 @@ def upload(
     if json:
         print(json_module.dumps({"artifact": name, **about}))
     else:
-        print(f"{name}: clip-lightning fit --data.artifact {name}")
+        print(f"{name}: clip-lightning fit --data.root wandb:{name}")

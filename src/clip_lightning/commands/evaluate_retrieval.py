@@ -99,7 +99,7 @@ def _retrieval(clip: CLIP, images: Sequence[CaptionedImage], title: str) -> tupl
 
 def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]]:
     """The split that was chosen, and its pictures."""
-    from clip_lightning.data.captions import split_by_image
+    from clip_lightning.data.captions import Splits, split_by_image
     from clip_lightning.data.formats import read_captions
 
     captions = read_captions(Path(place))
@@ -107,7 +107,7 @@ def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]
     chosen = choose_split(place, split, own, may_draw=True)
     if chosen == "all":
         return chosen, list(captions.images)
-    parts = split_by_image(captions, seed=0, val_share=0.1, test_share=0.1)  # as fit does by default
+    parts = split_by_image(captions, Splits())  # as fit does by default
     if not parts[chosen]:
         raise UserError(f"{place} has no {chosen} split; give another --split")
     return chosen, parts[chosen]

@@ -117,17 +117,36 @@ def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
     return groups
 
 
-def split_by_image(
-    captions: CaptionSet, *, seed: int, val_share: float, test_share: float
-) -> dict[str, list[CaptionedImage]]:
-    """Divide the pictures into `train`, `val` and `test`, each with all its captions.
+@dataclass(frozen=True)
+class Splits:
+    """How images are divided if the data names no splits.
 
-    Official splits are kept. Without them, pictures are drawn by a seeded hash of their name, so that
-    a picture added later moves few others; byte-identical pictures fall on the same side. Where the
+    Attributes:
+        val_fraction: fraction of the images that are held out for validation.
+        test_fraction: fraction of the images that are held out for testing.
+        seed: seed of the draw; keep it to compare runs.
+    """
+
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, value in (("val_fraction", self.val_fraction), ("test_fraction", self.test_fraction)):
+            if not 0 <= value <= 1:
+                raise UserError(f"--data.splits.{name} {value}: expected a fraction from 0 to 1")
+
+
+def split_by_image(captions: CaptionSet, splits: Splits) -> dict[str, list[CaptionedImage]]:
+    """Divide the images into `train`, `val` and `test`, each with all its captions.
+
+    Official splits are kept. Without them, images are drawn by a seeded hash of their name, so that
+    an image added later moves few others; byte-identical images fall on the same side. If the
     official splits lack `val`, it is drawn in the same way from `train`.
 
     Raises:
-        UserError: when there are too few pictures for the shares asked for.
+        UserError: there are too few images for the fractions.
     """
     parts: dict[str, list[CaptionedImage]] = {name: [] for name in SPLITS}
     if captions.has_official_splits:
@@ -135,17 +154,18 @@ def split_by_image(
             if image.split is not None:
                 parts[image.split].append(image)
         if parts["train"] and not parts["val"]:
-            drawn = _draw(captions.root, parts["train"], seed, {"val": val_share})
+            drawn = _draw(captions.root, parts["train"], splits.seed, {"val": splits.val_fraction})
             parts["train"], parts["val"] = drawn["train"], drawn["val"]
     else:
-        parts |= _draw(captions.root, captions.images, seed, {"val": val_share, "test": test_share})
+        fractions = {"val": splits.val_fraction, "test": splits.test_fraction}
+        parts |= _draw(captions.root, captions.images, splits.seed, fractions)
     return parts
 
 
 def _draw(
-    root: Path, images: Sequence[CaptionedImage], seed: int, shares: dict[str, float]
+    root: Path, images: Sequence[CaptionedImage], seed: int, fractions: dict[str, float]
 ) -> dict[str, list[CaptionedImage]]:
-    """Assign whole groups of identical pictures, in the order of a seeded hash, to each share in turn."""
+    """Assign complete groups of identical images, in the order of a seeded hash, to each split in turn."""
     groups: dict[int, list[CaptionedImage]] = {}
     for image, group in zip(images, content_groups(images), strict=True):
         groups.setdefault(group, []).append(image)
@@ -156,16 +176,16 @@ def _draw(
 
     queue = deque(sorted(groups.values(), key=rank))
     parts: dict[str, list[CaptionedImage]] = {}
-    for name, share in shares.items():
-        wanted = round(share * len(images)) or (1 if share > 0 else 0)
+    for name, fraction in fractions.items():
+        wanted = round(fraction * len(images)) or (1 if fraction > 0 else 0)
         parts[name] = []
         while queue and len(parts[name]) < wanted:
             parts[name] += queue.popleft()
     if not queue:
         raise UserError(
-            f"{root} holds {len(images)} different pictures, too few to hold out "
-            + " and ".join(f"{share:.0%} for {name}" for name, share in shares.items())
-            + "; give more pictures, or lower --data.val_share and --data.test_share"
+            f"{root} holds {len(images)} different images, too few to hold out "
+            + " and ".join(f"{fraction:.0%} for {name}" for name, fraction in fractions.items())
+            + "; give more images, or lower --data.splits.val_fraction and --data.splits.test_fraction"
         )
     parts["train"] = [image for members in queue for image in members]
     order = {image.path: position for position, image in enumerate(images)}

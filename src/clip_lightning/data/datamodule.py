@@ -17,17 +17,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clip_lightning.data.captions import CaptionedImage, CaptionSet, content_groups, split_by_image
+from clip_lightning.data.captions import CaptionedImage, CaptionSet, Splits, content_groups, split_by_image
 from clip_lightning.data.columns import RECOGNISED, ReadOptions
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
-from clip_lightning.data.features import FeatureCache, Features, default_cache
+from clip_lightning.data.features import CacheOptions, FeatureCache, Features, default_cache
 from clip_lightning.data.images import Augmentation, ImageTransform
-from clip_lightning.data.origin import Origin, find_origin
 from clip_lightning.data.sampler import EvalSampler, FirstEpoch, TrainSampler
 from clip_lightning.data.shards.training import ShardDataset, ShardOptions, ShardSampler
+from clip_lightning.data.sources import Artifact, Folder, find_source, read_source
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
-from clip_lightning.wandb_fetch import Fetched, fetched
+from clip_lightning.wandb_fetch import Fetched
 
 DatasetName = Literal["auto", "flickr8k", "flickr30k", "captions", "folder", "scenes", "shards"]
 EVAL_BATCH_SIZE = 64
@@ -51,11 +51,7 @@ class CaptionDataModule(LightningDataModule):
         transform: ImageTransform,
         tokenize: Callable[[list[str]], dict[str, Tensor]],
         root: str | Path | None = None,
-        artifact: str | None = None,
-        hub: str | None = None,
         read: ReadOptions = RECOGNISED,
-        url: str | None = None,
-        sha256: str | None = None,
         dataset: DatasetName = "auto",
         batch_size: int = 256,
         num_workers: int | None = None,
@@ -64,12 +60,9 @@ class CaptionDataModule(LightningDataModule):
         augmentation: Augmentation | None = None,
         shards: ShardOptions = ShardOptions(),  # noqa: B008 (frozen, and shown by --help)
         max_broken: float = 0.01,
-        val_share: float = 0.1,
-        test_share: float = 0.1,
-        split_seed: int = 0,
+        splits: Splits = Splits(),  # noqa: B008
         cache: str = "auto",
-        cache_gb: float = 50,
-        views: int = 2,
+        cache_options: CacheOptions = CacheOptions(),  # noqa: B008
         seed: int = 0,
     ) -> None:
         """Take note of the settings; nothing is read before `prepare_data` and `setup`.
@@ -77,13 +70,11 @@ class CaptionDataModule(LightningDataModule):
         Args:
             transform: the image tower's.
             tokenize: the text tower's.
-            root: folder or annotation file of the images and captions, or several files separated by commas.
-            artifact: W&B artifact that holds such a folder, ENTITY/PROJECT/NAME:ALIAS; downloaded once a
-                machine, and again only where the alias means a version that is not there.
-            hub: Hugging Face data set, OWNER/NAME or OWNER/NAME:SUBSET@REVISION, or a local one.
+            root: the images and captions: a folder, an annotation file, or several files separated by commas;
+                hf:OWNER/NAME[:SUBSET][@REVISION] from Hugging Face; wandb:ENTITY/PROJECT/NAME:ALIAS, an
+                artifact; or the URL of an archive with its checksum, https://SERVER/ARCHIVE#sha256=HEX. What
+                is fetched is kept on this machine.
             read: columns and image folder of tables and data sets, if they are not recognised.
-            url: .zip or .tar(.gz|.bz2|.xz) that holds such a folder; https://, http:// or file://.
-            sha256: of that archive; required, `sha256sum FILE` prints it.
             dataset: how to read `root`; `auto` looks. `scenes` are drawn, into `root` or the cache folder;
                 `shards` are streamed.
             batch_size: pictures per rank and step.
@@ -94,24 +85,19 @@ class CaptionDataModule(LightningDataModule):
                 say left and right.
             shards: what is read of shards, and how.
             max_broken: largest fraction of all images that may be unusable, 0 to 1; more end the run.
-            val_share: share of the pictures held out for validation, where there is no official split.
-            test_share: share of the pictures held out for testing, where there is no official split.
-            split_seed: of the drawing of these shares; keep it fixed to compare runs.
+            splits: how images are divided if the data names no splits.
             cache: where features of frozen towers are kept: `auto` for the cache folder, `off` to run
                 frozen towers at every step, or a folder.
-            cache_gb: size in gigabytes (10^9 bytes) that the cache is cut back to, oldest first; so are the
-                copies of remote tars.
-            views: cached versions of each training picture: plain, mirrored, then as the augmentation says.
+            cache_options: what is kept there, of features and of copies of remote tars.
             seed: of the order, the captions and the augmentation.
         """
         super().__init__()
         self.options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        _check(batch_size=batch_size, captions_per_image=captions_per_image, views=views)
-        _check_shares(max_broken=max_broken, val_share=val_share, test_share=test_share)
+        _check(batch_size=batch_size, captions_per_image=captions_per_image)
+        if not 0 <= max_broken <= 1:
+            raise UserError(f"--data.max_broken {max_broken}: expected a fraction from 0 to 1")
         if num_workers is not None and num_workers < 0:
             raise UserError(f"--data.num_workers {num_workers}: expected 0 or more")
-        if cache_gb < 0:
-            raise UserError(f"--data.cache_gb {cache_gb:g}: expected 0 or more gigabytes")
         if image_size is not None and transform.size != (image_size, image_size):
             raise UserError(
                 f"--data.image_size {image_size} is not the model's, which is {transform.size[0]}x"
@@ -122,23 +108,16 @@ class CaptionDataModule(LightningDataModule):
         self.shards = shards
         if dataset != "shards" and shards != ShardOptions():
             raise UserError("--data.shards.* are options of --data.dataset shards; give that too")
-        if shards.sources and (root or artifact or hub or url):
-            raise UserError(
-                "--data.shards.sources and --data.root (or the like) each name data; give one of them"
-            )
-        self._root = root
-        self.origin = (
-            Origin(lambda: None, Path)
-            if shards.sources
-            else find_origin(
-                root=None if root is None else Path(root),
-                scenes=dataset == "scenes",
-                artifact=artifact,
-                url=url,
-                sha256=sha256,
-                hub=hub,
-                read=read,
-            )
+        if shards.sources and root:
+            raise UserError("--data.shards.sources and --data.root each name data; give one of them")
+        # tars at a URL are read where they are, but an archive, whose URL has a checksum, is fetched
+        is_streamed = dataset == "shards" and "://" in str(root) and "#sha256=" not in str(root)
+        self._tars = root if is_streamed else None
+        self.read = read
+        self.source = (
+            Folder(Path())
+            if self._tars or shards.sources
+            else find_source(root, scenes=dataset == "scenes", read=read)
         )
         self.root = Path()
         self.fetched: Fetched | None = None
@@ -148,14 +127,16 @@ class CaptionDataModule(LightningDataModule):
         self.captions_per_image = captions_per_image
         self.augmentation = augmentation or Augmentation(flip=dataset != "scenes")
         self.max_broken = max_broken
-        self.val_share, self.test_share, self.split_seed = val_share, test_share, split_seed
-        self.cache_gb = cache_gb
+        self.splits = splits
+        self.cache_options = cache_options
         self.cache = (
             None
             if cache == "off"
-            else FeatureCache(default_cache() if cache == "auto" else Path(cache), cache_gb * 1e9)
+            else FeatureCache(
+                default_cache() if cache == "auto" else Path(cache), cache_options.gigabytes * 1e9
+            )
         )
-        self.views = views if self.augmentation != Augmentation(flip=False) else 1
+        self.views = cache_options.views if self.augmentation != Augmentation(flip=False) else 1
         self.seed = seed
         self.digest = ""
         self.broken: dict[str, str] = {}
@@ -170,7 +151,7 @@ class CaptionDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Fetch or draw what is not on this machine, once."""
         if not self._images:  # else it has been read, and a name may mean something newer by now
-            self.origin.fetch()
+            self.source.fetch()
 
     def setup(self, stage: str | None = None) -> None:
         """Read and divide the captions; a second call changes nothing."""
@@ -183,9 +164,9 @@ class CaptionDataModule(LightningDataModule):
         if self._images:
             self._check_ranks()
             return
-        self.root = self.origin.folder()
-        if self.origin.artifact is not None:
-            self.fetched = fetched(self.origin.artifact)
+        self.root = self.source.folder()
+        if isinstance(self.source, Artifact):
+            self.fetched = self.source.fetched()
         if self.dataset == "shards":
             self._read_shards(stage)
         else:
@@ -197,7 +178,7 @@ class CaptionDataModule(LightningDataModule):
             self._batches()  # complains of a batch that is too large before anything is computed
 
     def _read_captions(self) -> None:
-        captions = self.origin.read(self.dataset)
+        captions = read_source(self.source, self.dataset, self.read)
         if self._rank == 0:
             for line in (captions.summary(), *(f"warning: {line}" for line in captions.warnings)):
                 print(one_line(line), file=sys.stderr)
@@ -207,9 +188,7 @@ class CaptionDataModule(LightningDataModule):
                 f"{self.root} is not what was uploaded as {self.fetched.name}: its captions or pictures have "
                 f"changed; remove it and {self.root.name}.json beside it, and it is downloaded again"
             )
-        self._images = split_by_image(
-            captions, seed=self.split_seed, val_share=self.val_share, test_share=self.test_share
-        )
+        self._images = split_by_image(captions, self.splits)
         # of the splits as they were drawn: scores on other splits are not comparable
         drawn = (replace(image, split=split) for split, part in self._images.items() for image in part)
         self.digest = replace(captions, images=tuple(drawn)).digest()
@@ -220,12 +199,12 @@ class CaptionDataModule(LightningDataModule):
         """Training is streamed; images to validate or test on become files like any others."""
         streamed = ShardDataset(
             self.shards,
-            self._root or self.root,  # a URL is not a path, which would lose one of its slashes
+            self._tars or self.root,  # a URL is not a path, which would lose one of its slashes
             self.transform,
             self.augmentation,
             captions_per_image=self.captions_per_image,
             seed=self.seed,
-            budget=self.cache_gb * 1e9,
+            budget=self.cache_options.gigabytes * 1e9,
         )
         parts = {split: streamed.held_out(split) for split in ("val", "test")}
         if stage in ("fit", "validate") and not parts["val"]:
@@ -249,7 +228,7 @@ class CaptionDataModule(LightningDataModule):
         if len(set(digests)) > 1:
             raise UserError(
                 f"the ranks read different data (digests {', '.join(sorted(set(digests)))}); name a version, "
-                "--data.artifact ENTITY/PROJECT/NAME:vN, or give all machines the same --data.root"
+                "wandb:ENTITY/PROJECT/NAME:vN, or give all machines the same --data.root"
             )
 
     def images(self, split: str) -> list[CaptionedImage]:
@@ -329,7 +308,8 @@ class CaptionDataModule(LightningDataModule):
         images = self._images[split]
         if not images:
             raise UserError(
-                f"{self.root} has no {split} split; give data that has one, or raise --data.{split}_share"
+                f"{self.root} has no {split} split; give data that has one, or raise "
+                f"--data.splits.{split}_fraction"
             )
         sampler = EvalSampler(len(images), rank=self._rank, world_size=self._world)
         (features,) = self._picture_features.get(split, [None])
@@ -466,9 +446,3 @@ def _check(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"--data.{name} {value}: expected 1 or more")
-
-
-def _check_shares(**shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"--data.{name} {value}: expected a share from 0 to 1")

@@ -71,6 +71,26 @@ def default_cache() -> Path:
 
 
 @dataclass(frozen=True)
+class CacheOptions:
+    """What is kept in the feature cache.
+
+    Attributes:
+        gigabytes: size (of 10^9 bytes) to which the cache is cut back, the oldest entries first.
+        views: cached versions of each training image: plain, mirrored, then as the augmentation says.
+    """
+
+    gigabytes: float = 50
+    views: int = 2
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not self.gigabytes >= 0:
+            raise UserError(f"--data.cache_options.gigabytes {self.gigabytes:g}: expected 0 or more")
+        if self.views < 1:
+            raise UserError(f"--data.cache_options.views {self.views}: expected 1 or more")
+
+
+@dataclass(frozen=True)
 class CacheEntry:
     """What `cache list` shows of one entry."""
 

@@ -327,7 +327,7 @@ def _group(
             if word not in SPLIT_WORDS:
                 raise UserError(
                     f"{source} puts {name} in a split called {split!r}; expected {', '.join(SPLIT_WORDS)}; "
-                    "correct it, or leave the column out and set --data.val_share"
+                    "correct it, or leave the column out and set --data.splits.val_fraction"
                 )
             _put(splits, name, SPLIT_WORDS[word])
     return captions, splits, number

@@ -16,69 +16,74 @@ from pathlib import Path
 from typing import Any
 
 from clip_lightning.data.captions import SPLIT_WORDS
-from clip_lightning.data.columns import ReadOptions, find_typed_columns, is_image_type
+from clip_lightning.data.columns import RECOGNISED, ReadOptions, find_typed_columns, is_image_type
 from clip_lightning.data.materialise import Part, materialise
-from clip_lightning.data.sources import default_folder, make_once
 from clip_lightning.errors import UserError
+from clip_lightning.files import cache_folder, make_once
 
 _LAYOUT = 1
 """Part of the folder's name: raise it when the same data set would be written differently."""
 
 
-def hub_folder(name: str, image: str | None = None, captions: str | None = None) -> Path:
-    """Where this data set lies once it is written; needs neither the network nor the package `datasets`.
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set of Hugging Face, from the hub or this machine, written as a folder of images.
 
-    A local data set that has changed lies elsewhere. One of the hub does not: what was fetched first is kept;
-    `@REVISION` asks for another.
-
-    Raises:
-        UserError: the name is none.
+    Attributes:
+        name: `OWNER/NAME`, `OWNER/NAME:SUBSET@REVISION`, a folder (from `save_to_disk`, or of any files that
+            `load_dataset` reads) or a Parquet file.
+        read: its columns, if they are not recognised by type and name.
     """
-    key = json.dumps([_LAYOUT, *_Source.parse(name).key(), image, captions])
-    return default_folder() / f"hub-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
+    name: str
+    read: ReadOptions = RECOGNISED
 
-def fetch_hub(name: str, image: str | None = None, captions: str | None = None) -> Path:
-    """Write the data set as a folder that `read_captions` reads; a killed process's work is kept.
+    @classmethod
+    def parse(cls, text: str) -> HubDataset:
+        """Read `hf:NAME`."""
+        name = text.removeprefix("hf:")
+        _Source.parse(name)
+        return cls(name)
 
-    Pictures are stored byte for byte, named by their content: rows that repeat a picture are captions of one
-    picture. Rows without a readable picture are counted, and stay in the list, where `--data.max_broken` sees
-    them. Splits come from a `split` column, or else from the data set's own; all in `train` means on the hub:
-    not split.
+    def folder(self) -> Path:
+        """Return where the data set is once it is written; needs no network and no package `datasets`.
 
-    Args:
-        name: hub id `OWNER/NAME`, perhaps with a subset and a revision, `OWNER/NAME:SUBSET@REVISION`; or a
-            folder (from `save_to_disk`, or of any files that `load_dataset` reads) or a Parquet file.
-        image: the column of pictures; by default the one of that type, or of a usual name.
-        captions: the column of captions, or several with commas between; by default of a usual name, or
-            numbered like `caption_0`.
+        A local data set that has changed has another folder. One of the hub has not: what was fetched first
+        is kept, and `@REVISION` asks for another.
+        """
+        columns = self.read.image_column, self.read.caption_column
+        key = json.dumps([_LAYOUT, *_Source.parse(self.name).key(), *columns])
+        return cache_folder("data") / f"hub-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
-    Returns:
-        `hub_folder(name, image, captions)`.
+    def fetch(self) -> None:
+        """Write the data set as a folder that `read_captions` reads, once per machine.
 
-    Raises:
-        UserError: there is no such data set or column, it cannot be fetched, or holds no usable row.
-    """
-    source = _Source.parse(name)
+        Images are stored byte for byte, named by their content: rows that repeat an image are captions of one
+        image. Rows without a readable image are counted, and stay in the list, where `--data.max_broken` sees
+        them. Splits come from a `split` column, or else from the data set's own; if all is `train`, the data
+        set is not split.
 
-    def make(draft: Path) -> Path:
-        datasets = _import_datasets("--data.hub")
-        parts = _parts(
-            name, _load(datasets, source, "--data.hub"), image, captions, datasets.Image(decode=False)
-        )
-        # A data set from elsewhere must not make us copy any picture of this machine.
+        Raises:
+            UserError: there is no such data set or column, it cannot be fetched, or holds no usable row.
+        """
+        make_once(self.folder(), self._fill)
+
+    def _fill(self, draft: Path) -> Path:
+        source = _Source.parse(self.name)
+        datasets = _import_datasets("--data.root hf:")
+        loaded = _load(datasets, source, "--data.root hf:")
+        parts = _parts(self.name, loaded, self.read, datasets.Image(decode=False))
+        # A data set from elsewhere must not make us copy any image of this machine.
         trusted = None if source.path else _hub_caches(datasets)
-        materialise(name, parts, draft, trusted)
+        materialise(self.name, parts, draft, trusted)
         return draft
-
-    return make_once(hub_folder(name, image, captions), make)
 
 
 def load_splits(name: str, option: str) -> dict[str, Any]:
     """The splits of a data set by their own names, as `datasets.Dataset`; nothing is decoded yet.
 
     Args:
-        name: as for `fetch_hub`.
+        name: as for `HubDataset`.
         option: that named it, for messages.
 
     Raises:
@@ -97,14 +102,14 @@ class _Source:
     """Of a local data set."""
 
     @classmethod
-    def parse(cls, name: str, option: str = "--data.hub") -> _Source:
+    def parse(cls, name: str, option: str = "--data.root hf:") -> _Source:
         path = Path(name).expanduser()
         if name and path.exists():
             return cls(name, path=path.resolve())
         found = re.fullmatch(r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([\w.-]+))?(?:@([\w./-]+))?", name)
         if not found:
             raise UserError(
-                f"{option} {name}: expected OWNER/NAME, OWNER/NAME:SUBSET@REVISION, or a folder or Parquet "
+                f"{option}{name}: expected OWNER/NAME, OWNER/NAME:SUBSET@REVISION, or a folder or Parquet "
                 "file that exists"
             )
         return cls(found[1], found[2], found[3])
@@ -122,7 +127,9 @@ def _import_datasets(option: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{option} needs the package datasets: pip install 'clip-lightning[hub]'") from None
+        raise UserError(
+            f"{option}NAME needs the package datasets: pip install 'clip-lightning[hub]'"
+        ) from None
     return datasets
 
 
@@ -137,7 +144,7 @@ def _load(datasets: Any, source: _Source, option: str) -> dict[str, Any]:
             hint = f"the hub's own conversion may do: {source.name}@refs/convert/parquet"
         elif "onfig name" in reason:
             hint = f"name a subset: {source.name}:SUBSET"
-        raise UserError(f"{option} {source.name} cannot be loaded ({reason}); {hint}") from error
+        raise UserError(f"{option}{source.name} cannot be loaded ({reason}); {hint}") from error
     if isinstance(loaded, datasets.DatasetDict):
         return {str(split): data for split, data in loaded.items()}
     return {str(loaded.split or "train"): loaded}
@@ -155,9 +162,7 @@ def _load_any(datasets: Any, source: _Source) -> Any:
     return datasets.load_dataset(str(path))
 
 
-def _parts(
-    name: str, loaded: dict[str, Any], image: str | None, captions: str | None, undecoded: Any
-) -> list[Part]:
+def _parts(name: str, loaded: dict[str, Any], read: ReadOptions, undecoded: Any) -> list[Part]:
     """The splits that are some of ours, or the only one whatever it is called."""
     words = {part: SPLIT_WORDS.get(part.lower()) for part in loaded}
     if len(loaded) == 1:
@@ -167,15 +172,15 @@ def _parts(
         others = [part for part, word in words.items() if word is None]
         if len(others) == len(loaded):
             raise UserError(
-                f"--data.hub {name} has the splits {', '.join(loaded)}; expected some of "
+                f"--data.root hf:{name} has the splits {', '.join(loaded)}; expected some of "
                 f"{', '.join(SPLIT_WORDS)}, or a single one"
             )
         if others:
-            print(f"--data.hub {name}: left out the splits {', '.join(others)}", file=sys.stderr)
+            print(f"--data.root hf:{name}: left out the splits {', '.join(others)}", file=sys.stderr)
         loaded = {part: data for part, data in loaded.items() if words[part]}
     parts = []
     for part, data in loaded.items():
-        columns = find_typed_columns(f"--data.hub {name}", data.features, ReadOptions(image, captions))
+        columns = find_typed_columns(f"--data.root hf:{name}", data.features, read)
         if is_image_type(data.features[columns.image]):
             data = data.cast_column(columns.image, undecoded)
         parts.append(Part(part, data.select_columns(columns.names()), columns, words[part]))

@@ -102,7 +102,7 @@ def _record(
         word = (row[part.columns.split] or "").strip().lower()
         if word and word not in SPLIT_WORDS:
             raise UserError(
-                f"--data.hub {name} has a split called {word!r}; expected {', '.join(SPLIT_WORDS)}"
+                f"--data.root hf:{name} has a split called {word!r}; expected {', '.join(SPLIT_WORDS)}"
             )
         split = SPLIT_WORDS.get(word)
     try:
@@ -120,10 +120,10 @@ def _join(name: str, shards: Sequence[Path], folder: Path) -> None:
     missing = [image for image in images if not image.startswith(f"{_PICTURES}/")]
     example = f", the first: {missing[0]}" if missing else ""
     if len(missing) == len(images):
-        raise UserError(f"--data.hub {name} holds no readable picture in {len(images)} rows{example}")
+        raise UserError(f"--data.root hf:{name} holds no readable picture in {len(images)} rows{example}")
     if missing:
         print(
-            f"--data.hub {name}: {len(missing)} of {len(images)} rows have no readable picture{example}",
+            f"--data.root hf:{name}: {len(missing)} of {len(images)} rows have no readable picture{example}",
             file=sys.stderr,
         )
     write_atomically(folder / "captions.jsonl", b"".join(shard.read_bytes() for shard in shards))

@@ -103,7 +103,7 @@ def _record_rows(path: Path, records: Iterator[Record], options: ReadOptions) ->
         except (TypeError, KeyError, AttributeError, RecursionError):
             captions = None
         if captions is None or not isinstance(image, str | None):
-            binary = "; a file that holds the images themselves goes to --data.hub"
+            binary = "; a file that holds the images themselves is read by --data.root hf:FILE"
             raise UserError(
                 f"{path} holds a {type(image).__name__} as image and a {type(texts[0]).__name__} as caption, "
                 "expected a file's name and a sentence or a list of them; give another --data.root"

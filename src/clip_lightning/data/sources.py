@@ -1,65 +1,102 @@
-"""Data that is fetched once and kept: where it lies, and how it comes to lie there whole or not at all."""
+"""Where captioned images come from: a folder of this machine, or data that is fetched once and kept."""
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-from filelock import FileLock
-
+from clip_lightning.data.archive import Archive
+from clip_lightning.data.captions import CaptionSet
+from clip_lightning.data.columns import RECOGNISED, ReadOptions
+from clip_lightning.data.formats import read_captions
+from clip_lightning.data.hub import HubDataset
+from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder
+from clip_lightning.wandb_fetch import ArtifactName, Fetched, fetch, fetched
+
+SCENES, SCENE_SIZE = 2500, 224
 
 
-def default_folder() -> Path:
-    """Where fetched data sets lie, each in a folder named by what it was made from."""
-    return cache_folder("data")
+class Source(Protocol):
+    """Data that may have to be fetched first. A new kind is a class with these methods, listed in KINDS."""
+
+    def fetch(self) -> object:
+        """Put the data on this machine, once; may use the network."""
+
+    def folder(self) -> Path:
+        """Return where the data is after `fetch`, on every rank; uses no network."""
 
 
-def make_once(folder: Path, make: Callable[[Path], Path]) -> Path:
-    """The folder, which is made first if it is not there, by one process while the others wait.
+@dataclass(frozen=True)
+class Folder:
+    """A folder, or an annotation file in it; if `scenes`, synthetic ones that are drawn into it first."""
 
-    A process killed at any time leaves no `folder`, only a draft beside it, with which the next one goes on.
+    root: Path
+    scenes: bool = False
 
-    Args:
-        folder: what is wanted.
-        make: fills the draft folder it is given, which may hold what a killed process had done, and says
-            which folder in it (or the draft itself) is the finished one.
+    def fetch(self) -> None:
+        """Draw the scenes, unless they are there."""
+        if self.scenes and not self.root.exists():
+            write_scenes(self.root, SCENES, SCENE_SIZE, seed=0)
 
-    Raises:
-        UserError: there is no room, or no right to write.
-    """
-    if folder.is_dir():
-        return folder
-    draft = folder.with_name(f".{folder.name}.draft")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
-                draft.mkdir(exist_ok=True)
-                made = make(draft)
-                # or lost power could leave the new name with files that never reached the disk
-                if hasattr(os, "sync"):
-                    os.sync()
-                os.replace(made, folder)
-                shutil.rmtree(draft, ignore_errors=True)
-    except OSError as error:
+    def folder(self) -> Path:
+        """Return the folder or file."""
+        return self.root
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A W&B artifact."""
+
+    name: ArtifactName
+
+    @classmethod
+    def parse(cls, text: str) -> Artifact:
+        """Read `wandb:ENTITY/PROJECT/NAME:ALIAS`."""
+        return cls(ArtifactName.parse(text.removeprefix("wandb:"), "--data.root wandb:"))
+
+    def fetch(self) -> Fetched:
+        """Download the version that the alias means now, if it is not on this machine."""
+        return fetch(self.name)
+
+    def fetched(self) -> Fetched:
+        """Return the version that was fetched."""
+        return fetched(self.name)
+
+    def folder(self) -> Path:
+        """Return the folder of that version."""
+        return self.fetched().folder
+
+
+KINDS: Mapping[str, Callable[[str], Source]] = {
+    "hf": HubDataset.parse,
+    "wandb": Artifact.parse,
+    **dict.fromkeys(("https", "http", "file"), Archive.parse),
+}
+
+
+def find_source(root: str | Path | None, *, scenes: bool = False, read: ReadOptions = RECOGNISED) -> Source:
+    """Return what a path or a name such as `hf:OWNER/NAME` means; synthetic scenes need neither."""
+    kind, colon, _ = str(root).partition(":")
+    is_name = bool(colon) and kind in KINDS and not Path(str(root)).exists()
+    if scenes and is_name:
+        raise UserError(f"--data.root {kind}: is not for --data.dataset scenes; leave out one of them")
+    if scenes:
+        return Folder(Path(root or cache_folder("scenes") / f"{SCENES}-{SCENE_SIZE}"), scenes=True)
+    if root is None:
         raise UserError(
-            f"data cannot be written to {folder.parent} ({error.strerror or error}); free some space there, "
-            "or set XDG_CACHE_HOME to a folder with room"
-        ) from error
-    return folder
+            "no data: give --data.root a folder, hf:OWNER/NAME, wandb:ENTITY/PROJECT/NAME:ALIAS or the URL "
+            "of an archive, or give --data.dataset scenes for synthetic ones"
+        )
+    source = KINDS[kind](str(root)) if is_name else Folder(Path(root))
+    return replace(source, read=read) if isinstance(source, HubDataset) else source
 
 
-def require_space(folder: Path, size: int) -> None:
-    """Complain as a full disk does, but before it is full.
-
-    Raises:
-        OSError: fewer than `size` bytes are free where `folder` lies.
-    """
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(errno.ENOSPC, f"{size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+def read_source(source: Source, layout: str, read: ReadOptions) -> CaptionSet:
+    """Read the captions of data that has been fetched, and find its images."""
+    if isinstance(source, HubDataset):
+        read = RECOGNISED  # its columns were chosen when it was written
+    return read_captions(source.folder(), "captions" if layout == "scenes" else layout, read)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from clip_lightning.data.classes import ClassSet
 from clip_lightning.data.images import BrokenImage
-from clip_lightning.data.sources import default_folder, make_once
 from clip_lightning.errors import UserError
+from clip_lightning.files import cache_folder, make_once
 
 Splits = Mapping[str | None, Mapping[str, Any]]
 """Our split (None: the data set has no splits) → the arguments that choose it."""
@@ -78,7 +78,8 @@ def read_torchvision(name: str, cache: Path | None = None) -> ClassSet:
         return draft
 
     with contextlib.redirect_stdout(sys.stderr):  # torchvision prints
-        folder = make_once((cache or default_folder()) / f"torchvision-{name}", download)
+        folder = (cache or cache_folder("data")) / f"torchvision-{name}"
+        make_once(folder, download)
         try:
             parts = {split: kind(folder, **options) for split, options in splits.items()}
         except (RuntimeError, ImportError, OSError) as error:

@@ -14,8 +14,8 @@ from clip_lightning.experiments.run_records import COSTS, METRICS, LeftOut, RunR
 # What differs from run to run without making another experiment. The data's digest says whether data differ.
 BOOKKEEPING = re.compile(
     r"seed_everything|config|ckpt_path|model\.(image|text)_tower|predictions\..*|trainer\.(logger|default_root_dir|"
-    r"enable_|log_every|devices$|num_nodes$).*|data\.(root|dataset|artifact|"
-    r"hub|read\..*|url|sha256|num_workers|cache|cache_gb|seed)|data_digest|data_artifact"
+    r"enable_|log_every|devices$|num_nodes$).*|data\.(root|dataset|"
+    r"read\..*|num_workers|cache|cache_options\.gigabytes|seed)|data_digest|data_artifact"
 )
 NAMED = 3  # unfinished runs that a warning names
 

@@ -66,7 +66,7 @@ def write_page(report: Report, path: Path) -> None:
         pictures=[_with_moves(row, row.image_id, report.picture_ranks) for row in report.pictures],
         misses=[_with_moves(row, row.text_id, {}) for row in report.misses],
         headline=headline,
-        embedded=_embedded,
+        embedded=embedded,
     )
     write_atomically(path, html.encode(errors="replace"))
 
@@ -89,7 +89,8 @@ def _with_moves(row: PredictionRow | PictureRow, key: int, history: Ranks) -> di
 
 
 @lru_cache(MOST_KEPT)
-def _embedded(path: Path) -> str:
+def embedded(path: Path) -> str:
+    """Return a thumbnail as a `data:` URL."""
     buffer = BytesIO()
     thumbnail(path).save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -26,6 +26,7 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from clip_lightning.data.captions import CaptionedImage, split_by_image
+from clip_lightning.data.captions import Splits as SplitFractions
 from clip_lightning.data.columns import RECOGNISED, ReadOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import to_rgb
@@ -93,7 +94,7 @@ def captioned(
 ) -> Source:
     """Divide captioned images as `fit` divides them; those of `train` come in an order drawn once."""
     captions = read_captions(root, dataset, read)
-    parts = split_by_image(captions, seed=split_seed, val_share=val_share, test_share=test_share)
+    parts = split_by_image(captions, SplitFractions(val_share, test_share, split_seed))
     # neighbours in a folder resemble each other, and other programs shuffle only what is close together
     order = np.random.default_rng(split_seed).permutation(len(parts["train"]))
     parts["train"] = [parts["train"][i] for i in order]

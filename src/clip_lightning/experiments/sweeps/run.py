@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 
 from clip_lightning.allocator import keep_freed_memory
 from clip_lightning.data.columns import ReadOptions
-from clip_lightning.data.origin import find_origin
+from clip_lightning.data.sources import find_source, read_source
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.experiments.compare import settings_of
 from clip_lightning.experiments.run_records import flat
@@ -124,12 +124,10 @@ def _shared_settings(file: SweepFile, rehearsal: Rehearsal) -> dict[str, Any]:
     options |= {f"model.{kind}_tower": config.model[f"{kind}_tower"] for kind in ("image", "text")}
     shared = {name: value for name, value in options.items() if _plain(name) not in varied}
     shared = {name: value for name, value in shared.items() if not name.startswith("trainer.callbacks")}
-    data, scenes = config.data, config.data.dataset == "scenes"
-    given = {name: data[name] for name in ("artifact", "url", "sha256", "hub")}
-    root = None if data.root is None else Path(data.root)
-    origin = find_origin(root=root, scenes=scenes, read=ReadOptions(**data.read), **given)
-    origin.fetch()
-    return shared | {"data": origin.read(data.dataset).digest()}
+    data, read = config.data, ReadOptions(**config.data.read)
+    source = find_source(data.root, scenes=data.dataset == "scenes", read=read)
+    source.fetch()
+    return shared | {"data": read_source(source, data.dataset, read).digest()}
 
 
 def _begin(study: optuna.Study, identity: dict[str, Any], first: dict[str, Any] | None) -> None:

@@ -1,6 +1,6 @@
-"""Pictures that look the same: a hash of what a picture shows coarsely, and hashes that differ in few bits.
+"""Images that look the same: a hash of what an image shows coarsely, and hashes that differ in few bits.
 
-N pictures; every hash has 256 bits, kept as booleans.
+N images; every hash has 256 bits, kept as booleans.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _DCT = np.cos(np.pi / SIDE * (np.arange(SIDE) + 0.5) * np.arange(KEPT)[:, None])
 
 
 def perceptual_hash(pixels: Tensor) -> np.ndarray | None:
-    """Which of the 16 × 16 lowest frequencies of a small grey copy are above their median (pHash).
+    """Compare the 16 × 16 lowest frequencies of a small grey copy with their median (pHash).
 
     Args:
         pixels: uint8 (3, H, W).
 
     Returns:
-        256 booleans; None where the picture is so plain that only noise would decide.
+        256 booleans; None if the image is so plain that only noise would decide.
     """
     red, green, blue = pixels.to(torch.float32)
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -41,9 +41,9 @@ def perceptual_hash(pixels: Tensor) -> np.ndarray | None:
 
 
 def alike(hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]]:
-    """Pairs of positions, the lower one first, whose hashes differ in at most `MOST_DIFFERENT` bits.
+    """Return the pairs of positions, the lower one first, of hashes that differ in few bits.
 
-    Every pair is compared: N² / 2 × 512 operations, half a minute for 100,000 pictures.
+    Every pair is compared: N² / 2 × 512 operations, half a minute for 100,000 images.
     """
     rows = [row for row, bits in enumerate(hashes) if bits is not None]
     if len(rows) < 2:
@@ -61,19 +61,11 @@ def alike(hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]]:
 
 
 def groups(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Positions that pairs connect, directly or by way of others; each group and the list ascending."""
-    parent: dict[int, int] = {}
-
-    def root(row: int) -> int:
-        while parent.setdefault(row, row) != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    for a, b in pairs:
-        first, second = sorted((root(a), root(b)))
-        parent[second] = first
-    members: dict[int, list[int]] = {}
-    for row in sorted(parent):
-        members.setdefault(root(row), []).append(row)
-    return sorted(members.values())
+    """Return the positions that pairs connect, directly or by way of others, in ascending groups."""
+    group_of: dict[int, list[int]] = {}
+    for pair in pairs:
+        small, large = sorted((group_of.setdefault(row, [row]) for row in pair), key=len)
+        if small is not large:
+            large += small
+            group_of.update(dict.fromkeys(small, large))
+    return sorted(map(sorted, {id(group): group for group in group_of.values()}.values()))

@@ -1,1 +1,0 @@
-"""`data check`: what the loader would see of a data set, and what is wrong with it."""
