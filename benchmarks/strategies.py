@@ -76,7 +76,7 @@ def train(args: argparse.Namespace) -> None:
 
     from clip_lightning import CLIPModule
     from clip_lightning.training.optim import OptimizerConfig
-    from clip_lightning.training.sharding import ShardedStrategy, whole_weights
+    from clip_lightning.training.sharding import ShardedStrategy, gather_on_first_rank
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -123,7 +123,8 @@ def train(args: argparse.Namespace) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if on_gpu:
         peak = torch.cuda.max_memory_allocated()
-    weights = {name: tensor.cpu() for name, tensor in whole_weights(module).items() if name in start}
+    gathered = gather_on_first_rank(module.state_dict())
+    weights = {name: tensor.cpu() for name, tensor in gathered.items() if name in start}
     if rank == 0:
         steps = [b - a for a, b in zip(seconds[WARM_UP:], seconds[WARM_UP + 1 :], strict=False)]
         row = {

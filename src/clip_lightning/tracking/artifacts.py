@@ -154,15 +154,13 @@ def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any],
     Returns:
         The bundle's artifact, None where there is no bundle.
     """
-    from clip_lightning.model.sharded_checkpoints import shards_of
-
     bundle, checkpoint = folder / "model", folder / "checkpoints" / "last.ckpt"
     logged = None
     if bundle.is_dir():
         files = _pinned(sorted(bundle.iterdir()), bundle, folder)
         logged = _log(run, name, MODEL_TYPE, files, metadata, ["best", "latest"] if is_best else ["latest"])
     if checkpoint.is_file():
-        files = _pinned([checkpoint, *shards_of(checkpoint)], checkpoint.parent, folder)
+        files = _pinned([checkpoint], checkpoint.parent, folder)
         _log(run, f"{name}-checkpoint", CHECKPOINT_TYPE, files, metadata, ["last", "latest"])
     return logged
 

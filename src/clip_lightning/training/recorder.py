@@ -20,10 +20,9 @@ import clip_lightning
 from clip_lightning.errors import RunFailed
 from clip_lightning.files import write_atomically
 from clip_lightning.model.clip import parameter_counts
-from clip_lightning.model.sharded_checkpoints import read_checkpoint
 from clip_lightning.timing import Stopwatch
 from clip_lightning.training.checkpoints import all_ranks_save
-from clip_lightning.training.sharding import whole_weights
+from clip_lightning.training.sharding import gather_on_first_rank
 
 MONITOR = "val/rsum"
 MEMORY_SECONDS = 5
@@ -192,7 +191,7 @@ class RunRecorder(Callback):
     def _write(self, trainer: Trainer, pl_module: LightningModule, *, model: bool = True) -> None:
         if trainer.fast_dev_run:
             return
-        weights = whole_weights(pl_module) if model else None  # if they are sharded, all ranks have to ask
+        weights = gather_on_first_rank(pl_module.state_dict()) if model else None
         if not trainer.is_global_zero:
             return
         self.stopwatch.lap("other")
@@ -255,7 +254,7 @@ def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[st
     """The CLIP weights of the best checkpoint, or the present ones, `weights`, where there is none."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, BestCheckpoint) and Path(callback.best_model_path).is_file():
-            checkpoint = read_checkpoint(Path(callback.best_model_path), moments=False)
+            checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
             stored = checkpoint["state_dict"] | checkpoint.get("adapters", {})
             weights = weights | stored  # frozen towers are not in the checkpoint and have not changed since
     return {name.removeprefix("clip."): weights[name] for name in weights if name.startswith("clip.")}

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
-from clip_lightning.model.sharded_checkpoints import read_checkpoint
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.runs import check_fits
 
@@ -37,7 +37,7 @@ def load_checkpoint(file: Path) -> CLIP:
     try:
         module = _build(model)
         check_fits(file, module)
-        checkpoint = read_checkpoint(file, moments=False)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         module.on_load_checkpoint(checkpoint)
     except UserError as error:
         raise UserError(str(error).replace("--ckpt_path ", "")) from error
