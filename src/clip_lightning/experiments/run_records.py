@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from clip_lightning.errors import UserError
+from clip_lightning.run_folder import RunFolder
 
 RECALLS = tuple(f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10))
 METRICS = ("rsum", *RECALLS)
@@ -93,7 +94,7 @@ def make_folder(out: Path) -> Path:
 
 def run_folders(place: Path, depth: int = DEEPEST) -> Iterator[Path]:
     """The run that the folder is, or the runs in it, in the order of their names."""
-    if (place / "config.yaml").is_file():
+    if RunFolder(place).config.is_file():
         yield place
     elif depth and place.is_dir():
         for child in sorted(place.iterdir()):
@@ -123,13 +124,13 @@ def read_folders(places: Iterable[Path]) -> list[RunRecord | LeftOut]:
 def read_folder(folder: Path) -> RunRecord | LeftOut:
     """One run as it lies on disk."""
     place = str(folder)
-    if not (folder / "metrics.json").is_file():
+    if not RunFolder(folder).metrics.is_file():
         return LeftOut(place, "it has no metrics.json: the run has not got as far as its end")
     try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        metrics = json.loads(RunFolder(folder).metrics.read_text())
+        config = yaml.safe_load(RunFolder(folder).config.read_text())
         costs = _json_or_nothing(folder / COSTS_FILE)
-        bundle = _json_or_nothing(folder / "model" / "config.json")
+        bundle = _json_or_nothing(RunFolder(folder).model / "config.json")
         values = metrics | costs
         if "seconds" in metrics:
             values["training_seconds"] = metrics["seconds"] - metrics.get("seconds_preparation", 0)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clip_lightning.run_folder import RunFolder
+
 _PICTURES = ("recall-history.png", "recall.png", "similarities.png", "misses.png")
 
 
@@ -44,10 +46,10 @@ def read_run(model: str | Path | None) -> RunRecord | None:
         return None
     folder = Path(model).resolve().parent
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads(RunFolder(folder).metrics.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(metrics, dict) or not (folder / "config.yaml").is_file():
+    if not isinstance(metrics, dict) or not RunFolder(folder).config.is_file():
         return None
     wanted = ["predictions.html"]
     if not _within(folder / "predictions.html", folder):

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from clip_lightning.run_folder import RunFolder
+
 BEST = {"rsum": "max", "R@1": "max", "R@5": "max", "R@10": "max", "median_rank": "min", "mean_rank": "min"}
 BEST |= {"zero_shot_top1": "max", "zero_shot_top5": "max"}
 
@@ -97,7 +99,7 @@ def goal_of(metric: str) -> str | None:
 
 def history_file(folder: Path, run_id: str) -> Path:
     """Where a run that writes into `folder` says what it has logged."""
-    return folder / "wandb" / f"history-{run_id}.jsonl"
+    return RunFolder(folder).wandb / f"history-{run_id}.jsonl"
 
 
 def go_back(file: Path) -> None:
@@ -123,7 +125,7 @@ def mend_parts(folder: Path, run_id: str) -> int:
         RuntimeError: `wandb leet inspect`, which tells, does not work.
     """
     rows = 0
-    for part in sorted((folder / "wandb").glob(f"*run-*-{run_id}")):
+    for part in sorted(RunFolder(folder).wandb.glob(f"*run-*-{run_id}")):
         for log in part.glob("*.wandb"):
             end = _end_of_records(log.read_bytes())
             if end <= LOG_HEADER:

@@ -27,6 +27,7 @@ from clip_lightning.files import write_atomically
 from clip_lightning.reports.grids import draw_captions, draw_predictions
 from clip_lightning.reports.pages import Report, write_page
 from clip_lightning.reports.plots import Plot, plots_of_split
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.tracking.logger import RunLogger
 from clip_lightning.tracking.media import captions_table, histograms, pictures_table, plot_images
 
@@ -109,9 +110,9 @@ class PredictionTable(Callback):
         image_ids = choose_pictures(images, self.queries, self.seed)
         sentences = prediction_rows(embeddings, images, content, text_ids, self.top_k)
         pictures = picture_rows(embeddings, images, content, image_ids, self.top_k)
-        folder = self._folder(trainer)
+        run = self._run(trainer)
         history = _remember(
-            folder / "predictions" / "history.json",
+            run.predictions / "history.json",
             epoch,
             text_to_image={row.text_id: row.rank for row in sentences},
             image_to_text={row.image_id: row.rank for row in pictures},
@@ -123,10 +124,10 @@ class PredictionTable(Callback):
         )
         report = Report(epoch, sentences, history["text_to_image"], pictures, history["image_to_text"])
         self._last = _Validation(report, history["recall"], embeddings, images, content)
-        grid = folder / "predictions" / f"epoch={epoch:02d}.png"
+        grid = run.predictions / f"epoch={epoch:02d}.png"
         draw_predictions(sentences, grid, f"Epoch {epoch}")
         draw_captions(pictures, grid.with_stem(f"{grid.stem}-captions"), f"Epoch {epoch}")
-        write_page(report, folder / "predictions.html")
+        write_page(report, run.predictions_page)
         self._log(
             trainer,
             lambda: {
@@ -141,27 +142,23 @@ class PredictionTable(Callback):
         last, self._last = self._last, None
         if last is None:
             return
-        folder, epoch = self._folder(trainer), last.report.epoch
+        run, epoch = self._run(trainer), last.report.epoch
         plots: dict[str, Plot] = {}
         with self._sparing("the plots could not be drawn"):
             plots = plots_of_split(last.embeddings, last.content, last.recall, epoch)
             for name, plot in plots.items():
-                write_atomically(folder / "predictions" / f"{name}.png", plot.png)
+                write_atomically(run.predictions / f"{name}.png", plot.png)
         with self._sparing("the worst misses could not be shown"):
             worst = worst_queries(last.embeddings, last.content, min(self.queries, MOST_MISSES))
             misses = prediction_rows(last.embeddings, last.images, last.content, worst, self.top_k)
-            draw_predictions(
-                misses, folder / "predictions" / "misses.png", f"The worst misses, epoch {epoch}"
-            )
-            write_page(
-                replace(last.report, plots=list(plots.values()), misses=misses), folder / "predictions.html"
-            )
+            draw_predictions(misses, run.predictions / "misses.png", f"The worst misses, epoch {epoch}")
+            write_page(replace(last.report, plots=list(plots.values()), misses=misses), run.predictions_page)
             self._log(
                 trainer, lambda: {"val/worst_misses": pictures_table(misses, epoch), **plot_images(plots)}
             )
 
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.folder or trainer.default_root_dir)
+    def _run(self, trainer: Trainer) -> RunFolder:
+        return RunFolder(Path(self.folder or trainer.default_root_dir))
 
     def _log(self, trainer: Trainer, make: Callable[[], dict[str, Any]]) -> None:
         """Send to W&B, where it is a logger of the run."""

@@ -19,8 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
-
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+from clip_lightning.run_folder import LAST, PREVIOUS
 
 
 def within_a_step(trainer: Trainer) -> bool:

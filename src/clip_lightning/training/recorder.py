@@ -20,6 +20,7 @@ import clip_lightning
 from clip_lightning.errors import RunFailed
 from clip_lightning.files import write_atomically
 from clip_lightning.model.clip import parameter_counts
+from clip_lightning.run_folder import BEST, RunFolder
 from clip_lightning.timing import Stopwatch
 from clip_lightning.training.checkpoints import all_ranks_save
 from clip_lightning.training.sharding import gather_on_first_rank
@@ -34,7 +35,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the file in this run's folder for the one that the state names elsewhere."""
-        here = Path(str(self.dirpath), "best.ckpt")
+        here = Path(str(self.dirpath), BEST)
         if here.is_file() and state_dict["best_k_models"]:
             score = state_dict["best_model_score"]
             state_dict = {
@@ -55,13 +56,13 @@ class SaveConfig(Callback):
 
     def __init__(self, config: str, folder: Path) -> None:
         self.config = config
-        self.folder = folder
+        self.run = RunFolder(folder)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs after the data module's setup, so that the data's digest is known."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        write_atomically(self.folder / "config.yaml", self.config.encode())
+        write_atomically(self.run.config, self.config.encode())
         datamodule: Any = getattr(trainer, "datamodule", None)
         content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
         if datamodule.fetched:
@@ -78,7 +79,7 @@ class RunRecorder(Callback):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.run = RunFolder(folder)
         self.metrics: dict[str, float] = {}
         self.stopwatch = Stopwatch()
         self._samples = 0
@@ -102,7 +103,7 @@ class RunRecorder(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the counts of the run so far."""
-        if (self.folder / "checkpoints" / "best.ckpt").is_file():
+        if self.run.best.is_file():
             self.metrics = state_dict["metrics"]  # they describe that file
         for part, seconds in state_dict["seconds"].items():
             self.stopwatch.seconds[part] += seconds
@@ -199,8 +200,8 @@ class RunRecorder(Callback):
             self._write_files(trainer, pl_module, weights)
         except (OSError, SafetensorError) as error:
             raise RunFailed(
-                f"metrics and model cannot be written to {self.folder} ({error}); checkpoints that are there "
-                "stay: make room and go on with --ckpt_path last"
+                f"metrics and model cannot be written to {self.run.path} ({error}); the checkpoints are "
+                "kept: make room and continue with --ckpt_path last"
             ) from error
 
     def _write_files(
@@ -224,9 +225,9 @@ class RunRecorder(Callback):
         }
         if torch.cuda.is_available():
             record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-        write_json(self.folder / "metrics.json", record)
+        write_json(self.run.metrics, record)
         if data and data.broken:
-            write_json(self.folder / "broken.json", data.broken)
+            write_json(self.run.broken, data.broken)
         if weights is None:
             return
         metadata = {
@@ -235,7 +236,7 @@ class RunRecorder(Callback):
             "training_data": _training_data(data) if data else {},
         }
         pl_module.clip.save_pretrained(
-            self.folder / "model", weights=_best_weights(trainer, weights), metadata=metadata
+            self.run.model, weights=_best_weights(trainer, weights), metadata=metadata
         )
 
 

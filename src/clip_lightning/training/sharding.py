@@ -133,7 +133,7 @@ def gather_on_first_rank(tensors: Mapping[str, Any]) -> dict[str, Any]:
     gathered = dict(tensors)
     for name, value in gathered.items():
         if isinstance(value, DTensor):
-            complete = value.detach().full_tensor()
+            complete = value.full_tensor()
             gathered[name] = complete.cpu() if torch.distributed.get_rank() == 0 else complete.new_empty(0)
     return gathered
 

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.runs import check_fits
 
@@ -25,13 +26,13 @@ def load_checkpoint(file: Path) -> CLIP:
     Raises:
         UserError: no checkpoint, one outside of its run, or a tower that is another one now.
     """
-    run = file.absolute().parent.parent
+    run = RunFolder.of_checkpoint(file.absolute())
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
         model = {**config["model"], "image_size": config["data"]["image_size"]}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError) as error:
         raise UserError(
-            f"{file} is not in the folder of its run: expected its towers' names in {run / 'config.yaml'}; "
+            f"{file} is not in the folder of its run: expected its towers' names in {run.config}; "
             "give RUN/checkpoints/best.ckpt"
         ) from error
     try:
@@ -58,12 +59,12 @@ def _build(values: dict[str, Any]) -> CLIPModule:
 
 
 def _metadata(
-    run: Path, config: dict[str, Any], checkpoint: dict[str, Any], module: CLIPModule
+    run: RunFolder, config: dict[str, Any], checkpoint: dict[str, Any], module: CLIPModule
 ) -> dict[str, Any]:
     """As the run itself writes it; the metrics are those of the best epoch, if the checkpoint is of that."""
     metrics = checkpoint["callbacks"].get("RunRecorder", {}).get("metrics", {})
     try:
-        record = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        record = json.loads(run.metrics.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = {}  # the run was killed before it wrote any
     names = {"digest": "data_digest", "artifact": "data_artifact"}

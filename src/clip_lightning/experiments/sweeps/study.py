@@ -36,6 +36,7 @@ from clip_lightning.experiments.sweeps.queue import (
     try_again,
 )
 from clip_lightning.experiments.sweeps.sampler import NumberedSampler
+from clip_lightning.run_folder import RunFolder
 
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 90
@@ -295,6 +296,6 @@ class Worker:
 
 def best_epoch(folder: Path) -> dict[str, float]:
     """The metrics of a run's best epoch, by their plain names."""
-    found = json.loads((folder / "metrics.json").read_text())
+    found = json.loads(RunFolder(folder).metrics.read_text())
     names = [name.removeprefix("val/") for name in metric_names()]
     return {name: found[name] for name in ["epoch", *names] if name in found}
