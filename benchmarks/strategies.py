@@ -75,6 +75,7 @@ def train(args: argparse.Namespace) -> None:
     from lightning.pytorch import Callback, Trainer, seed_everything
 
     from clip_lightning import CLIPModule
+    from clip_lightning.training.build import TowerOptions
     from clip_lightning.training.optim import OptimizerConfig
     from clip_lightning.training.sharding import ShardedStrategy, gather_on_first_rank
 
@@ -98,7 +99,7 @@ def train(args: argparse.Namespace) -> None:
         freeze="none",
         image_size=IMAGE_SIZE[args.towers],
         optimizer=OptimizerConfig(image_lr=1e-4, text_lr=1e-4),
-        compile=compiled,
+        towers=TowerOptions(compile=compiled),
     )
     for part in module.modules():
         if isinstance(part, torch.nn.Dropout):

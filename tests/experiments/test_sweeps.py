@@ -59,7 +59,7 @@ def sweep_file(bert: Path, scenes: Path, tmp_path: Path) -> Path:
         "program": "clip-lightning",
         "command": ["clip-lightning", "fit", *words, "${args}"],
         "metric": {"name": "val/rsum", "goal": "maximize"},
-        "parameters": {LR: {"values": [0.001, 0.01]}, "model.embed_dim": {"value": 16}},
+        "parameters": {LR: {"values": [0.001, 0.01]}, "model.heads.embed_dim": {"value": 16}},
     }
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -106,8 +106,8 @@ def test_a_sweep_is_made_and_worked_for(
     again = ["sweep", str(sweep_file), "--model.optimizer.weight_decay", "0.2"]
     assert main([*again, "--trials", "1"]) == 2
     assert "the sweep tester/p/sweep000 was made for 2, and W&B does not" in capsys.readouterr().err
-    assert main([*again, "--model.dropout=0.5"]) == 2
-    assert "was begun with other model.dropout; give --study NAME" in capsys.readouterr().err
+    assert main([*again, "--model.heads.dropout=0.5"]) == 2
+    assert "was begun with other model.heads.dropout; give --study NAME" in capsys.readouterr().err
     assert main([*again, "--json"]) == 0, "it goes on with the sweep, which has nothing left"
     said = capsys.readouterr()
     assert "sweep tester/p/sweep000 has ended" in said.err
@@ -125,14 +125,14 @@ def test_a_sweep_is_joined_for_some_runs_of_which_one_fails(
 ) -> None:
     monkeypatch.setattr(pyagent.Agent, "HEARTBEAT_SLEEP_SECONDS", 0.05)
     content = yaml.safe_load(sweep_file.read_text()) | {"method": "bayes"}
-    content["parameters"]["model.dropout"] = {"values": [2.0, 0.0, 0.1]}
+    content["parameters"]["model.heads.dropout"] = {"values": [2.0, 0.0, 0.1]}
     del content["parameters"][LR]
     sweep_file.write_text(yaml.safe_dump(content))
     wandb_server.create_sweep("tester", "p", yaml.safe_dump(content | {"method": "grid"}))
     join = ["sweep", str(sweep_file), "--sweep_id", "tester/p/sweep000"]
     assert main([*join, "--trials", "2", "--json"]) == 0, "without run_cap, which joining does not need"
     good = json.loads(capsys.readouterr().out)["best"]
-    assert (good["parameters"], good["state"]) == ({"model.dropout": 0.0}, "finished")
+    assert (good["parameters"], good["state"]) == ({"model.heads.dropout": 0.0}, "finished")
     assert good["seconds"] is not None
     (sweep,) = wandb_server.sweeps.values()
     assert len(sweep.runs) == 2
@@ -212,4 +212,4 @@ def test_the_same_file_on_wandbs_own_command_line(
         )
         assert done.returncode == 0, done.stdout + done.stderr
     assert learning_rates(wandb_server) == [0.001]
-    assert {run.config["model"]["embed_dim"] for run in wandb_server.runs.values()} == {16}
+    assert {run.config["model"]["heads"]["embed_dim"] for run in wandb_server.runs.values()} == {16}

@@ -35,7 +35,7 @@ from clip_lightning.training.fitting import rehearse
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SWEEPS = sorted((REPOSITORY / "configs" / "sweeps").glob("*.yaml"))
-LR, DROPOUT = "model.optimizer.lr", "model.dropout"
+LR, DROPOUT = "model.optimizer.lr", "model.heads.dropout"
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -202,7 +202,7 @@ def test_a_file_with_everything(tmp_path: Path) -> None:
         "parameters": {
             "model": {"parameters": {"optimizer": {"parameters": {"lr": {"values": [0.1, 0.2]}}}}},
             DROPOUT: {"value": 0.5},
-            "model.compile": {"distribution": "constant", "value": False},
+            "model.towers.compile": {"distribution": "constant", "value": False},
         },
     }
     file = read_sweep(str(write(tmp_path / "x.yaml", content)))
@@ -210,7 +210,11 @@ def test_a_file_with_everything(tmp_path: Path) -> None:
     assert (file.metric, file.maximize) == ("val/image_to_text_mean_rank", False)
     assert file.early == Halving(first=3, eta=3)
     assert file.base == ("--config", "heads", "--data.views", "1")
-    assert file.words({LR: 0.2}) == ["--model.dropout=0.5", "--model.compile=false", f"--{LR}=0.2"]
+    assert file.words({LR: 0.2}) == [
+        "--model.heads.dropout=0.5",
+        "--model.towers.compile=false",
+        f"--{LR}=0.2",
+    ]
 
 
 def test_a_file_with_little(tmp_path: Path) -> None:
@@ -352,7 +356,7 @@ def base(bert: Path, scenes: Path) -> list[str]:
     options = {
         "model.image_tower": "random:test_resnet",
         "model.text_tower": f"random:{bert}",
-        "model.embed_dim": 16,
+        "model.heads.embed_dim": 16,
         "data.root": scenes,
         "data.image_size": 32,
         "data.batch_size": 8,
@@ -400,7 +404,7 @@ def test_a_search_and_what_it_leaves(
 ) -> None:
     parameters = {
         LR: {"distribution": "log_uniform_values", "min": 1e-4, "max": 0.1},
-        "model.embed_dim": {"distribution": "q_log_uniform_values", "min": 8, "max": 64, "q": 8},
+        "model.heads.embed_dim": {"distribution": "q_log_uniform_values", "min": 8, "max": 64, "q": 8},
     }
     content = {"method": "bayes", "run_cap": 2, "parameters": parameters}
     assert main(search(content, "--json")) == 0
@@ -412,8 +416,10 @@ def test_a_search_and_what_it_leaves(
     assert found["best"] == found["trials"][0]
     assert found["best"]["value"] == found["best"]["metrics"]["rsum"]
     first = next(trial for trial in found["trials"] if trial["trial"] == 0)
-    assert first["parameters"] == {LR: 1e-3, "model.embed_dim": 16}, "the words without the search come first"
-    assert all(trial["parameters"]["model.embed_dim"] % 8 == 0 for trial in found["trials"])
+    assert first["parameters"] == {LR: 1e-3, "model.heads.embed_dim": 16}, (
+        "the words without the search come first"
+    )
+    assert all(trial["parameters"]["model.heads.embed_dim"] % 8 == 0 for trial in found["trials"])
     runs = {run.name for run in (folder / "trials").iterdir()}
     assert {Path(trial["run"]).name for trial in found["trials"]} == runs
 
@@ -495,7 +501,7 @@ def test_other_data_or_options_are_another_study(
     write_scenes(other, count=30, size=32, seed=1)
     for changed, option, named in (
         (content, f"--data.root={other}", "data"),
-        (content, "--model.dropout=0.5", "model.dropout"),
+        (content, "--model.heads.dropout=0.5", "model.heads.dropout"),
         (grid(lr=[0.02]), "--json", "parameters"),
         (content | {"method": "random", "run_cap": 2}, "--json", "method"),
     ):
@@ -503,7 +509,7 @@ def test_other_data_or_options_are_another_study(
         said = capsys.readouterr().err
         assert f"the study 'tiny' was begun with other {named}; give --study NAME to begin another" in said
     assert best.read_text() == before
-    assert main(search(content, "--model.dropout=0.5", "--study=other one")) == 0
+    assert main(search(content, "--model.heads.dropout=0.5", "--study=other one")) == 0
     assert "dropout: 0.5" in (tmp_path / "runs" / "sweep-other-one" / "best.yaml").read_text()
 
 
@@ -607,9 +613,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "did you mean --model.optimizer.lr",
     ),
     "a choice of another kind": (
-        {"method": "grid", "parameters": {"model.embed_dim": {"values": [16, "wide"]}}},
+        {"method": "grid", "parameters": {"model.heads.embed_dim": {"values": [16, "wide"]}}},
         [],
-        "--model.embed_dim: expected a whole number, got wide",
+        "--model.heads.embed_dim: expected a whole number, got wide",
     ),
     "unknown option": (grid(lr=[1]), ["--data.rot=x"], "--data.rot"),
     "no number of trials": (MINIMAL, [], "--trials N: how many"),

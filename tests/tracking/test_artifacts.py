@@ -43,7 +43,7 @@ def fit(bert: Path, tmp_path: Path) -> Fit:
         options = {
             "model.image_tower": "random:test_resnet",
             "model.text_tower": f"random:{bert}",
-            "model.embed_dim": 16,
+            "model.heads.embed_dim": 16,
             "data.image_size": 32,
             "data.batch_size": 8,
             "data.num_workers": 0,
@@ -103,7 +103,7 @@ def test_from_data_to_a_model_on_another_machine(
     last = wandb_server.artifact(f"tester/clip-lightning/model-{run.name}-checkpoint:last")
     assert list(last.contents) == ["last.ckpt"]
     code = [home for home in wandb_server.collections.values() if home.type == "code"]
-    assert "module.py" in code[0].versions[0].contents
+    assert "training/module.py" in code[0].versions[0].contents
 
     # a second machine, where nothing is cached
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))

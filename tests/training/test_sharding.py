@@ -26,8 +26,8 @@ STEPS, HALF = 20, 10
 WAYS: dict[str, dict[str, Any]] = {
     "transformer": {},
     "micro-batches": {"micro_batch_size": 3},
-    "activation checkpointing": {"activation_checkpointing": True},
-    "convolutions": {"image_tower": "random:test_resnet", "fix_statistics": True},
+    "activation checkpointing": {"towers": {"activation_checkpointing": True}},
+    "convolutions": {"image_tower": "random:test_resnet", "towers": {"fix_statistics": True}},
     "one tower": {"freeze": "image"},
     "lower layers frozen": {"layer_decay": 0.5, "freeze_below": 0.4},
     "clipped by value": {"clip": "value"},
@@ -48,6 +48,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
 
     from clip_lightning.data.datamodule import CaptionDataModule
     from clip_lightning.model.lora import LoRAConfig
+    from clip_lightning.training.build import HeadOptions, TowerOptions
     from clip_lightning.training.checkpoints import SafeCheckpointIO
     from clip_lightning.training.module import CLIPModule
     from clip_lightning.training.optim import OptimizerConfig
@@ -91,12 +92,14 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
         clip, precision = options.pop("clip", "norm"), options.pop("precision", "32-true")
         if ranks == 1:
             options.pop("micro_batch_size", None)
+        if "towers" in options:
+            options["towers"] = TowerOptions(**options["towers"])
         if "lora" in options:
             options["lora"] = LoRAConfig(**options["lora"])
         module = CLIPModule(
             **{"image_tower": "random:test_vit", "freeze": "none"} | options,
             text_tower=f"random:{bert}",
-            embed_dim=16,
+            heads=HeadOptions(embed_dim=16),
             image_size=32,
             optimizer=OptimizerConfig(image_lr=1e-4, text_lr=1e-4, **rates),
         )
@@ -260,7 +263,7 @@ def test_a_stopped_run_resumes_exactly_and_its_model_is_the_best_one(
     options: dict[str, Any] = {
         "model.image_tower": "random:test_vit",
         "model.freeze": "none",
-        "model.dropout": 0.2,
+        "model.heads.dropout": 0.2,
         "data.augmentation.min_scale": 0.5,
         "data.cache": "off",
         "data.batch_size": 4,

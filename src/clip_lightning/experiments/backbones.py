@@ -190,7 +190,7 @@ def _wrong_towers(images: list[str], texts: list[str], config: Any) -> dict[str,
     wrong = {}
     for build, names, size in (
         (ImageTower.from_name, images, config.data.image_size),
-        (TextTower.from_name, texts, config.model.max_length),
+        (TextTower.from_name, texts, config.model.towers.max_length),
     ):
         for name in names:
             try:

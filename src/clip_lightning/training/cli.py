@@ -151,7 +151,7 @@ class RunCLI(LightningCLI):
         """Parse the words given; Lightning's own version warns of any that do not come from the process."""
         self.config = parser.parse_args(args)
         for name, value in list(self.config.items()):
-            if value == "":
+            if value == "" and ".init_args." not in name:  # other people's classes have it as a default
                 option = name.removeprefix(f"{self.config.subcommand}.")
                 raise UserError(f"--{option} is empty in a configuration; give a value, or leave it out")
             self.config[name] = changed_strings(value, with_home)

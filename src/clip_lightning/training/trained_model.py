@@ -29,7 +29,7 @@ def load_checkpoint(file: Path) -> CLIP:
     run = RunFolder.of_checkpoint(file.absolute())
     try:
         config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-        model = {**config["model"], "image_size": config["data"]["image_size"]}
+        model = {**_model_options(config["model"]), "image_size": config["data"]["image_size"]}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError) as error:
         raise UserError(
             f"{file} is not in the folder of its run: expected its towers' names in {run.config}; "
@@ -45,6 +45,22 @@ def load_checkpoint(file: Path) -> CLIP:
     module.load_state_dict(checkpoint["state_dict"])
     module.clip.metadata = _metadata(run, config, checkpoint, module)
     return module.clip.eval()
+
+
+def _model_options(model: dict[str, Any]) -> dict[str, Any]:
+    """Group the options of heads and towers, which version 0.1.0 wrote one level higher."""
+    if "heads" in model:
+        return model
+    heads = {
+        new: model[old] for new, old in (("embed_dim", "embed_dim"), ("kind", "head"), ("dropout", "dropout"))
+    }
+    return {
+        **{
+            name: model[name] for name in ("image_tower", "text_tower", "init_from", "freeze", "lora", "loss")
+        },
+        "heads": heads,
+        "towers": {name: model[name] for name in ("max_length", "fix_statistics")},
+    }
 
 
 def _build(values: dict[str, Any]) -> CLIPModule:
