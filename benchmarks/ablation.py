@@ -29,6 +29,7 @@ from clip_lightning import CaptionDataModule, CLIPModule
 from clip_lightning.allocator import keep_freed_memory
 from clip_lightning.data.features import CacheOptions, default_cache
 from clip_lightning.model.lora import LoRAConfig
+from clip_lightning.training.build import HeadOptions
 from clip_lightning.training.losses import InfoNCE, MaxViolation, SigLIP
 from clip_lightning.training.optim import OptimizerConfig
 
@@ -155,9 +156,7 @@ def train(root: Path, s: dict, seed: int, save: Path | None = None) -> dict[str,
     module = CLIPModule(
         **towers,
         init_from=s["start"],
-        embed_dim=s["embed_dim"],
-        head=s["head"],
-        dropout=s["dropout"],
+        heads=HeadOptions(s["embed_dim"], s["head"], s["dropout"]),
         loss=losses[s["loss"]](),
         freeze=s["freeze"],
         lora=LoRAConfig("text", rank=s["lora_rank"]) if s["lora_rank"] else None,

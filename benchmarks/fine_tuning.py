@@ -99,7 +99,7 @@ def ways(device: str) -> dict[str, partial[Process]]:
 
 
 def _ours_compiled(args: argparse.Namespace, folder: Path) -> Process:
-    return ours(args, folder, "--model.compile=true")
+    return ours(args, folder, "--model.towers.compile=true")
 
 
 def tower_names(size: str, folder: Path) -> tuple[str, str]:

@@ -92,6 +92,7 @@ def measure(batch: int, micro: int, threads: int, texts: Path) -> dict[str, Any]
     from lightning.pytorch import Callback, Trainer, seed_everything
 
     from clip_lightning import CLIPModule
+    from clip_lightning.training.build import HeadOptions
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -113,7 +114,7 @@ def measure(batch: int, micro: int, threads: int, texts: Path) -> dict[str, Any]
         IMAGE_TOWER,
         f"random:{texts}",
         freeze="none",
-        embed_dim=EMBED_DIM,
+        heads=HeadOptions(EMBED_DIM),
         image_size=IMAGE_SIZE,
         micro_batch_size=micro,
     )

@@ -36,6 +36,7 @@ def step(batch: int, steps: int, ranks: int, folder: Path) -> None:
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
     from clip_lightning import CLIPModule
+    from clip_lightning.training.build import HeadOptions
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -81,7 +82,7 @@ def step(batch: int, steps: int, ranks: int, folder: Path) -> None:
         IMAGE_TOWER,
         f"random:{text_folder(folder)}",
         freeze="none",
-        embed_dim=EMBED_DIM,
+        heads=HeadOptions(EMBED_DIM),
         image_size=IMAGE_SIZE,
     )
     trainer = Trainer(

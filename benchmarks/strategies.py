@@ -75,8 +75,9 @@ def train(args: argparse.Namespace) -> None:
     from lightning.pytorch import Callback, Trainer, seed_everything
 
     from clip_lightning import CLIPModule
+    from clip_lightning.training.build import TowerOptions
     from clip_lightning.training.optim import OptimizerConfig
-    from clip_lightning.training.sharding import ShardedStrategy, whole_weights
+    from clip_lightning.training.sharding import ShardedStrategy, gather_on_first_rank
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -98,7 +99,7 @@ def train(args: argparse.Namespace) -> None:
         freeze="none",
         image_size=IMAGE_SIZE[args.towers],
         optimizer=OptimizerConfig(image_lr=1e-4, text_lr=1e-4),
-        compile=compiled,
+        towers=TowerOptions(compile=compiled),
     )
     for part in module.modules():
         if isinstance(part, torch.nn.Dropout):
@@ -123,7 +124,8 @@ def train(args: argparse.Namespace) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if on_gpu:
         peak = torch.cuda.max_memory_allocated()
-    weights = {name: tensor.cpu() for name, tensor in whole_weights(module).items() if name in start}
+    gathered = gather_on_first_rank(module.state_dict())
+    weights = {name: tensor.cpu() for name, tensor in gathered.items() if name in start}
     if rank == 0:
         steps = [b - a for a, b in zip(seconds[WARM_UP:], seconds[WARM_UP + 1 :], strict=False)]
         row = {

@@ -59,7 +59,7 @@ CASES = [
     case("an unknown loss", f"{FIT} --model.loss TripletLoss"),
     case("an unknown tower to freeze", f"{FIT} --model.freeze vision"),
     case("an impossible micro-batch", f"{FIT} --model.micro_batch_size 0"),
-    case("a width of zero", f"{FIT} --model.embed_dim 0"),
+    case("a width of zero", f"{FIT} --model.heads.embed_dim 0"),
     case("training without an end", f"{FIT} --trainer.max_epochs -1"),
     case("an accelerator that is not there", f"{FIT} --trainer.accelerator tpu"),
     case("an unknown strategy", f"{FIT} --trainer.strategy warp"),
@@ -69,7 +69,7 @@ CASES = [
     case("another kind of sharding", f"{FIT} --trainer.strategy fsdp_cpu_offload"),
     case("a precision that is none", f"{FIT} --trainer.precision 7"),
     case("checkpoints every zero steps", f"{FIT} --checkpoint.every_n_steps 0"),
-    case("activation checkpointing with batch norms", f"{FIT} --model.freeze none --model.activation_checkpointing true"),
+    case("activation checkpointing with batch norms", f"{FIT} --model.freeze none --model.towers.activation_checkpointing true"),
     case("LoRA of rank zero", f"{FIT} --model.lora.rank 0"),
     # configurations
     case("a config that is not there", f"{FIT} --config nowhere.yaml"),
@@ -82,7 +82,7 @@ CASES = [
     case("a folder that is no text tower", f"{FIT} --model.text_tower DIR/empty"),
     case("a pooling that the tower lacks", f"{FIT} --model.image_tower random:test_resnet@map"),
     case("a weights file that is not there", f"{FIT} --model.image_tower test_resnet=DIR/none.safetensors"),
-    case("texts longer than the tower can", f"{FIT} --model.max_length 4096"),
+    case("texts longer than the tower can", f"{FIT} --model.towers.max_length 4096"),
     # data
     case("no data", "fit TOWERS QUIET"),
     case("data that is not there", "fit TOWERS QUIET --data.root nowhere"),
@@ -115,7 +115,7 @@ CASES = [
     case("a checkpoint that is not there", f"{FIT} --ckpt_path DIR/none.ckpt"),
     case("a file that is no checkpoint", f"{FIT} --ckpt_path DIR/columns.csv"),
     case("a checkpoint that was cut off", f"{FIT} --ckpt_path DIR/cut.ckpt"),
-    case("a checkpoint of another model", f"{FIT} --model.embed_dim 8 --ckpt_path RUN/checkpoints/last.ckpt"),
+    case("a checkpoint of another model", f"{FIT} --model.heads.embed_dim 8 --ckpt_path RUN/checkpoints/last.ckpt"),
     case("a checkpoint of other data", "fit TOWERS QUIET --data.root OTHER --ckpt_path RUN/checkpoints/last.ckpt"),
     case("another batch size than the checkpoint's", f"{FIT} --data.batch_size 8 --ckpt_path RUN/checkpoints/last.ckpt"),
     case("a model to start from that is none", "fit QUIET --data.root DATA --model.init_from DIR/empty"),
@@ -169,7 +169,7 @@ class Place:
         self.bert = write_bert(folder / "bert")
         self.names = {
             "TOWERS": f"--model.image_tower random:test_resnet --model.text_tower random:{self.bert} "
-            "--model.embed_dim 16 --data.image_size 32",
+            "--model.heads.embed_dim 16 --data.image_size 32",
             "QUIET": "--trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false "
             f"--trainer.max_epochs 1 --trainer.default_root_dir {folder / 'runs'} --data.num_workers 0 "
             "--predictions.queries 0 --data.batch_size 4",

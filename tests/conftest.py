@@ -135,7 +135,7 @@ def command(bert: Path, scenes: Path) -> Callable[..., list[str]]:
         options = {
             "model.image_tower": "random:test_resnet",
             "model.text_tower": f"random:{bert}",
-            "model.embed_dim": 16,
+            "model.heads.embed_dim": 16,
             "data.root": scenes,
             "data.image_size": 32,
             "data.batch_size": 4,
@@ -192,12 +192,13 @@ def make_module(bert: Path) -> Callable[..., CLIPModule]:
     """Builds a tiny CLIPModule for pictures of 32 pixels, the same for the same arguments."""
     import torch
 
+    from clip_lightning.training.build import HeadOptions
     from clip_lightning.training.module import CLIPModule
 
     def make(**options: Any) -> CLIPModule:
         torch.manual_seed(0)
-        tiny = {"image_tower": "random:test_vit", "text_tower": f"random:{bert}", "embed_dim": 16}
-        return CLIPModule(**{**tiny, "image_size": 32, **options})
+        towers = {"image_tower": "random:test_vit", "text_tower": f"random:{bert}", "image_size": 32}
+        return CLIPModule(**{**towers, "heads": HeadOptions(embed_dim=16), **options})
 
     return make
 

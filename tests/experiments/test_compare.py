@@ -62,7 +62,7 @@ def words(bert: Path, scenes: Path) -> Words:
             "data.batch_size": 8,
             "data.num_workers": 0,
             "data.captions_per_image": 1,
-            "model.embed_dim": 16,
+            "model.heads.embed_dim": 16,
             "trainer.accelerator": "cpu",
             "trainer.precision": 32,
             "trainer.logger": "false",
@@ -160,7 +160,7 @@ def test_other_settings_or_data_are_trained_anew(
         ({}, 0),  # the folder of the cache is another one
         ({"data__num_workers": 1, "predictions__queries": 3}, 0),
         ({"seeds": 2}, 4),
-        ({"model__dropout": 0.2}, 4),
+        ({"model__heads__dropout": 0.2}, 4),
         ({"image_towers": "random:test_resnet@max,random:test_vit"}, 2),
         ({"data__root": fewer}, 0),  # the same data elsewhere
         ({"data__splits__val_fraction": 0.2}, 4),
@@ -267,14 +267,14 @@ def test_a_file_says_the_same_and_the_command_line_goes_before_it(
         "--image_towers",
         "random:test_vit",
     ]
-    main(["compare-backbones", *given, "--model.embed_dim=8"])
+    main(["compare-backbones", *given, "--model.heads.embed_dim=8"])
     assert len(asked) == 2
     assert [
         word for word in asked[1] if word.startswith(("--seed", "--model.embed", "--config", "--model.image"))
     ] == [
         "--config=heads",
-        "--model.embed_dim=16",
-        "--model.embed_dim=8",
+        "--model.heads.embed_dim=16",
+        "--model.heads.embed_dim=8",
         "--model.image_tower=random:test_vit",
         "--seed_everything=1",
     ]
@@ -289,7 +289,7 @@ def test_a_file_says_the_same_and_the_command_line_goes_before_it(
         ({"seeds": 0}, "--seeds 0: expected 1 or more"),
         ({"seeds": "x"}, "seeds"),
         ({"data.root": "nowhere"}, "nowhere"),
-        ({"model.embed_dims": 3}, "did you mean --model.embed_dim?"),
+        ({"model.embed_dims": 3}, "did you mean --model.heads.embed_dim?"),
         ({"model.init_from": "bundle"}, "--model.init_from has towers already"),
         ({"ckpt_path": "last"}, "--ckpt_path"),
         ({"trainer.devices": 2}, "--trainer.devices"),
@@ -398,7 +398,7 @@ def test_options_that_differ_are_columns_and_runs_without_results_are_left_out(
     assert main(["compare", "--json", "true", str(tmp_path / "runs"), "--out", str(tmp_path / "c")]) == 0
     assert json.loads(capsys.readouterr().out) == table
     options = [(row["rsum"], row["options"], row["training_seconds"]) for row in table["rows"]]
-    assert options == [(200, {"model.dropout": 0.3}, 20), (100, {"model.dropout": 0.1}, 20)]
+    assert options == [(200, {"model.heads.dropout": 0.3}, 20), (100, {"model.heads.dropout": 0.1}, 20)]
     reasons = [each["reason"] for each in table["left_out"]]
     assert [reason.split()[:3] for reason in reasons] == [
         ["it", "has", "no"],
@@ -406,7 +406,7 @@ def test_options_that_differ_are_columns_and_runs_without_results_are_left_out(
         ["its", "files", "cannot"],
     ]
     assert err.count("left out") == 3
-    assert "model.dropout" in (tmp_path / "c" / "comparison.md").read_text()
+    assert "model.heads.dropout" in (tmp_path / "c" / "comparison.md").read_text()
 
 
 def test_a_run_says_whether_it_was_interrupted(

@@ -57,20 +57,20 @@ def test_rows_are_ranked_by_rsum_and_equal_ones_share_a_rank() -> None:
 
 
 def test_seeds_are_one_row_with_mean_and_sample_deviation() -> None:
-    options = [{"seed_everything": seed, "model.dropout": 0.3} for seed in range(3)]
+    options = [{"seed_everything": seed, "model.heads.dropout": 0.3} for seed in range(3)]
     records = [record(rsum, options=each) for rsum, each in zip((90, 100, 110), options, strict=True)]
-    comparison = compared([*records, record(95, options=options[0] | {"model.dropout": 0.5})], "t")
+    comparison = compared([*records, record(95, options=options[0] | {"model.heads.dropout": 0.5})], "t")
     best, other = comparison.rows
     assert (best.means["rsum"], best.deviations["rsum"]) == (100, 10)
     assert other.deviations == {}
     assert shown(best, "rsum") == "100.0 ± 10.0"
     assert shown(other, "rsum") == "95.0"
-    assert comparison.options == ["model.dropout"]
+    assert comparison.options == ["model.heads.dropout"]
     line, _ = cells(comparison, comparison.rows)
     assert dict(zip(header(comparison), (text for text, _ in line), strict=True)) == {
         "rank": "1",
         "towers": "a × x",
-        "model.dropout": "0.3",
+        "model.heads.dropout": "0.3",
         "rsum": "100.0 ± 10.0",
         **{f"{way} R@{k}": "16.7 ± 1.7" for way in ("text→image", "image→text") for k in (1, 5, 10)},
         "parameters": "4.65 M",
@@ -107,12 +107,12 @@ def test_an_option_of_a_later_version_without_a_value_is_no_difference() -> None
 
 def test_what_wandb_adds_or_writes_otherwise_is_no_difference() -> None:
     local = {
-        "model.dropout": 1.0,
+        "model.heads.dropout": 1.0,
         "model.betas": [0.9, 1.0],
         "data.dataset": "auto",
         "data.read.image_column": "image",
     }
-    online = {"model.dropout": 1, "model.betas": [0.9, 1], "data_digest": "d", "data_artifact": "a:v0"}
+    online = {"model.heads.dropout": 1, "model.betas": [0.9, 1], "data_digest": "d", "data_artifact": "a:v0"}
     (row,) = compared([record(100, options=local), record(110, options=online)], "t").rows
     assert len(row.records) == 2
 

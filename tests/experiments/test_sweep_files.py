@@ -23,7 +23,7 @@ from clip_lightning.experiments.sweeps.space import Parameter, argument, paramet
 from clip_lightning.training.fitting import rehearse
 
 SWEEPS = sorted((Path(__file__).resolve().parents[2] / "configs" / "sweeps").glob("*.yaml"))
-LR, DROPOUT = "model.optimizer.lr", "model.dropout"
+LR, DROPOUT = "model.optimizer.lr", "model.heads.dropout"
 MINIMAL: dict[str, Any] = {"method": "random", "parameters": {LR: {"min": 0.1, "max": 0.2}}}
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
@@ -165,7 +165,7 @@ def test_a_file_with_everything(tmp_path: Path) -> None:
         "parameters": {
             "model": {"parameters": {"optimizer": {"parameters": {"lr": {"values": [0.1, 0.2]}}}}},
             DROPOUT: {"value": 0.5},
-            "model.compile": {"distribution": "constant", "value": False},
+            "model.towers.compile": {"distribution": "constant", "value": False},
         },
     }
     file = sweep_file(tmp_path, content)
@@ -173,7 +173,11 @@ def test_a_file_with_everything(tmp_path: Path) -> None:
     assert (file.metric, file.maximize) == ("val/image_to_text_mean_rank", False)
     assert file.halving == (3, 3)
     assert file.base == ("--config", "heads", "--data.views", "1")
-    assert file.arguments({LR: 0.2}) == ["--model.dropout=0.5", "--model.compile=false", f"--{LR}=0.2"]
+    assert file.arguments({LR: 0.2}) == [
+        "--model.heads.dropout=0.5",
+        "--model.towers.compile=false",
+        f"--{LR}=0.2",
+    ]
 
 
 def test_a_file_with_little(tmp_path: Path) -> None:

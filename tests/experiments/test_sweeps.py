@@ -25,7 +25,7 @@ from clip_lightning.__main__ import main
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import Diverged
 
-LR, DROPOUT = "model.optimizer.lr", "model.dropout"
+LR, DROPOUT = "model.optimizer.lr", "model.heads.dropout"
 HALVING = {"early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 2}}
 INFINITE: dict[str, Any] = {"method": "random", "parameters": {LR: {"min": 0.001, "max": 0.01}}}
 
@@ -69,7 +69,7 @@ def search(bert: Path, scenes: Path, tmp_path: Path) -> Search:
     options = {
         "model.image_tower": "random:test_resnet",
         "model.text_tower": f"random:{bert}",
-        "model.embed_dim": 16,
+        "model.heads.embed_dim": 16,
         "data.root": scenes,
         "data.image_size": 32,
         "data.batch_size": 8,
@@ -116,7 +116,7 @@ def test_a_search_and_what_it_leaves(
 ) -> None:
     parameters = {
         LR: {"distribution": "log_uniform_values", "min": 1e-4, "max": 0.1},
-        "model.embed_dim": {"distribution": "q_log_uniform_values", "min": 8, "max": 64, "q": 8},
+        "model.heads.embed_dim": {"distribution": "q_log_uniform_values", "min": 8, "max": 64, "q": 8},
     }
     content = {"method": "bayes", "run_cap": 2, "parameters": parameters}
     assert main(search(content, "--json")) == 0
@@ -127,8 +127,8 @@ def test_a_search_and_what_it_leaves(
     assert found["best"] == found["trials"][0]
     assert found["best"]["value"] == found["best"]["metrics"]["rsum"]
     first = next(trial for trial in found["trials"] if trial["trial"] == 0)
-    assert first["parameters"] == {LR: 1e-3, "model.embed_dim": 16}, "the base command comes first"
-    assert all(trial["parameters"]["model.embed_dim"] % 8 == 0 for trial in found["trials"])
+    assert first["parameters"] == {LR: 1e-3, "model.heads.embed_dim": 16}, "the base command comes first"
+    assert all(trial["parameters"]["model.heads.embed_dim"] % 8 == 0 for trial in found["trials"])
     runs = {run.name for run in (folder / "trials").iterdir()}
     assert {Path(trial["run"]).name for trial in found["trials"]} == runs
 
@@ -207,7 +207,9 @@ def test_a_failed_point_of_a_grid_does_not_end_the_search(search: Search, capsys
     assert main(search(grid(dropout=[2.0, 0.0]), "--json")) == 1, "a point of the grid is missing"
     said = capsys.readouterr()
     assert [trial["state"] for trial in json.loads(said.out)["trials"]] == ["finished", "failed"]
-    assert "1 of 2 trials finished; trial 0 failed: --model.embed_dim 16 and" in said.err.splitlines()[-1]
+    assert (
+        "1 of 2 trials finished; trial 0 failed: --model.heads.embed_dim 16 and" in said.err.splitlines()[-1]
+    )
     assert "Traceback" not in said.err
     assert "rsum" not in said.err.replace("val/rsum", ""), "the tables of runs are not printed"
 
@@ -246,7 +248,7 @@ def test_other_data_or_options_are_another_study(
     write_scenes(other, count=30, size=32, seed=1)
     for changed, option, named in (
         (content, f"--data.root={other}", "data"),
-        (content, "--model.dropout=0.5", "model.dropout"),
+        (content, "--model.heads.dropout=0.5", "model.heads.dropout"),
         (grid(lr=[0.02]), "--json", "parameters"),
         (content | {"method": "random", "run_cap": 2}, "--json", "method"),
     ):
@@ -254,7 +256,7 @@ def test_other_data_or_options_are_another_study(
         said = capsys.readouterr().err
         assert f"the study 'tiny' was begun with other {named}; give --study NAME to begin another" in said
     assert (folder / "best.yaml").read_text() == before
-    assert main(search(content, "--model.dropout=0.5", "--study=other one")) == 0
+    assert main(search(content, "--model.heads.dropout=0.5", "--study=other one")) == 0
     assert "dropout: 0.5" in (tmp_path / "runs" / "sweep-other-one" / "best.yaml").read_text()
 
 
@@ -334,9 +336,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "did you mean --model.optimizer.lr",
     ),
     "a choice of another kind": (
-        {"method": "grid", "parameters": {"model.embed_dim": {"values": [16, "wide"]}}},
+        {"method": "grid", "parameters": {"model.heads.embed_dim": {"values": [16, "wide"]}}},
         [],
-        "--model.embed_dim: expected a whole number, got wide",
+        "--model.heads.embed_dim: expected a whole number, got wide",
     ),
     "unknown option": (grid(lr=[1]), ["--data.rot=x"], "--data.rot"),
     "no number of trials": (INFINITE, [], "--trials N: how many"),
@@ -404,9 +406,9 @@ def test_trials_are_runs_of_one_group(
 def test_the_same_file_works_with_wandb_sweep_and_wandb_agent(
     wandb_server: WandbServer, search: Search, tmp_path: Path
 ) -> None:
-    parameters = {LR: {"values": [0.001, 0.01]}, "model.embed_dim": {"value": 8}}
+    parameters = {LR: {"values": [0.001, 0.01]}, "model.heads.embed_dim": {"value": 8}}
     content = {"method": "grid", "project": "p", "program": "clip-lightning", "parameters": parameters}
-    search(content, **{"trainer.logger": None, "trainer.max_epochs": 1, "model.embed_dim": None})
+    search(content, **{"trainer.logger": None, "trainer.max_epochs": 1, "model.heads.embed_dim": None})
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for arguments in (["sweep", "tiny.yaml"], ["agent", "--count", "1", "tester/p/sweep000"]):
         command = [sys.executable, "-m", "wandb", *arguments]
@@ -416,4 +418,4 @@ def test_the_same_file_works_with_wandb_sweep_and_wandb_agent(
         )
         assert done.returncode == 0, done.stdout + done.stderr
     (run,) = [run for run in wandb_server.runs.values() if run.sweep]
-    assert (run.state, run.config[LR], run.config["model.embed_dim"]) == ("finished", 0.001, 8)
+    assert (run.state, run.config[LR], run.config["model.heads.embed_dim"]) == ("finished", 0.001, 8)

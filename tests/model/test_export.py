@@ -59,7 +59,12 @@ def trained(bert: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A run whose text tower was frozen and whose image tower was trained."""
     root = tmp_path_factory.mktemp("runs")
     towers = ["--model.image_tower=random:test_resnet", f"--model.text_tower={bert}", "--model.freeze=text"]
-    options = ["--model.embed_dim=16", f"--data.root={scenes}", "--data.image_size=32", "--data.batch_size=4"]
+    options = [
+        "--model.heads.embed_dim=16",
+        f"--data.root={scenes}",
+        "--data.image_size=32",
+        "--data.batch_size=4",
+    ]
     quiet = ["--trainer.logger=false", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
     where = [f"--trainer.default_root_dir={root}", "--data.num_workers=0", "--data.cache=off"]
     with pytest.MonkeyPatch.context() as patch:

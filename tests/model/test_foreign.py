@@ -47,8 +47,8 @@ from clip_lightning.model.clip import CLIP
 from clip_lightning.model.identity import model_identity
 from clip_lightning.model.pretrained.open_clip import simple_tokenizer
 from clip_lightning.model.towers import Tokenize
-from clip_lightning.training.init_from import load_to_train
 from clip_lightning.training.losses import InfoNCE, SigLIP
+from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.optim import OptimizerConfig, freeze_lower_layers, param_groups
 
 TEXTS = ["a dog", "two cats on a Red mat and more words than there is room for", "", "it's 12 &amp; café"]
@@ -241,12 +241,11 @@ def test_fine_tuning(models: Path, scenes: Path, tmp_path: Path, kind: str, opti
 
 
 def test_the_loss_must_fit(models: Path):
-    nothing: dict[str, Any] = dict.fromkeys(("image_tower", "text_tower", "image_size", "max_length"))
     with pytest.raises(UserError, match=r"with a bias .* --model\.loss SigLIP"):
-        load_to_train(str(models / "siglip"), loss=InfoNCE(), **nothing)
+        CLIPModule(init_from=str(models / "siglip"), loss=InfoNCE())
     with pytest.raises(UserError, match=r"without a bias .* --model\.loss InfoNCE"):
-        load_to_train(str(models / "clip"), loss=SigLIP(), **nothing)
-    assert load_to_train(str(models / "siglip"), loss=SigLIP(), **nothing).training
+        CLIPModule(init_from=str(models / "clip"), loss=SigLIP())
+    assert CLIPModule(init_from=str(models / "siglip"), loss=SigLIP(), freeze="none").clip.training
 
 
 # --- pictures

@@ -356,7 +356,8 @@ def test_fit_validate_and_a_bundle_that_needs_no_peft(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = f"""--model.image_tower=random:test_resnet --model.text_tower=random:{bert} --model.embed_dim=16
+    words = f"""--model.image_tower=random:test_resnet --model.text_tower=random:{bert}
+        --model.heads.embed_dim=16
         --model.optimizer.text_lr=1e-2 --model.lora.rank=2 --data.root={scenes} --data.image_size=32
         --data.batch_size=8 --data.num_workers=0 --data.cache=off --trainer.accelerator=cpu
         --trainer.logger=false --trainer.enable_progress_bar=false --trainer.max_epochs=2

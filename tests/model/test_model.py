@@ -401,7 +401,7 @@ def test_a_relative_folder(make_clip: MakeClip, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("options", [{"embed_dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_impossible_heads(make_clip: MakeClip, options: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"--model\.embed_dim"):
+    with pytest.raises(UserError, match=r"--model\.heads\.embed_dim"):
         make_clip(**options)
 
 

@@ -361,7 +361,9 @@ class TestTextTower:
 
     @pytest.mark.parametrize("length", [65, 1000, 2, 1, 0, -3])
     def test_a_length_that_the_model_has_not(self, bert: Path, length: int) -> None:
-        with pytest.raises(UserError, match=rf"--model.max_length {length} .*64 positions, give 3 to 64"):
+        with pytest.raises(
+            UserError, match=rf"--model.towers.max_length {length} .*64 positions, give 3 to 64"
+        ):
             TextTower.from_name(str(bert), max_length=length)
         assert TextTower.from_name(str(bert)).tokenize.max_length == 64
 

@@ -43,7 +43,7 @@ def fit(bert: Path, tmp_path: Path) -> Fit:
         options = {
             "model.image_tower": "random:test_resnet",
             "model.text_tower": f"random:{bert}",
-            "model.embed_dim": 16,
+            "model.heads.embed_dim": 16,
             "data.image_size": 32,
             "data.batch_size": 8,
             "data.num_workers": 0,

@@ -59,7 +59,7 @@ def start(bert: Path, scenes: Path, tmp_path: Path) -> Start:
         options: dict[str, Any] = {
             "model.image_tower": "random:test_resnet",
             "model.text_tower": f"random:{bert}",
-            "model.embed_dim": 16,
+            "model.heads.embed_dim": 16,
             "data.root": scenes,
             "data.image_size": 32,
             "data.batch_size": 8,

@@ -22,6 +22,7 @@ from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.tracking import zero_shot_panel as zero_shot
 from clip_lightning.tracking.zero_shot_panel import METRICS, ZeroShot
+from clip_lightning.training.build import HeadOptions
 from clip_lightning.training.module import CLIPModule
 
 if TYPE_CHECKING:
@@ -220,7 +221,9 @@ def test_a_split_that_is_not_there(
 def validate_on_ranks(scenes: Path, bert: Path, pictures: Path, out: Path) -> None:
     for devices in (2, 1):
         torch.manual_seed(0)
-        module = CLIPModule("random:test_vit", f"random:{bert}", embed_dim=16, image_size=32)
+        module = CLIPModule(
+            "random:test_vit", f"random:{bert}", heads=HeadOptions(embed_dim=16), image_size=32
+        )
 
         class Write(Callback):
             def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

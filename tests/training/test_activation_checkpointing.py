@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.build import TowerOptions
 from clip_lightning.training.losses import info_nce
 from clip_lightning.training.module import CLIPModule
 
@@ -69,7 +70,11 @@ def test_open_clips_towers_do_it_too(make_clip: Callable[..., CLIP]) -> None:
 
 def test_batch_norms_that_would_note_every_batch_twice(make_module: Callable[..., CLIPModule]) -> None:
     with pytest.raises(UserError, match=r"batch norms of .*test_resnet.* would note every batch twice"):
-        make_module(image_tower="random:test_resnet", freeze="none", activation_checkpointing=True)
+        make_module(
+            image_tower="random:test_resnet",
+            freeze="none",
+            towers=TowerOptions(activation_checkpointing=True),
+        )
 
 
 def test_a_backbone_without_it_is_said(make_clip: Callable[..., CLIP]) -> None:
@@ -81,8 +86,10 @@ def test_a_backbone_without_it_is_said(make_clip: Callable[..., CLIP]) -> None:
 
 def test_fixed_statistics_and_frozen_towers(make_module: Callable[..., CLIPModule]) -> None:
     make_module(
-        image_tower="random:test_resnet", freeze="none", fix_statistics=True, activation_checkpointing=True
+        image_tower="random:test_resnet",
+        freeze="none",
+        towers=TowerOptions(fix_statistics=True, activation_checkpointing=True),
     )
-    module = make_module(freeze="image", activation_checkpointing=True)
+    module = make_module(freeze="image", towers=TowerOptions(activation_checkpointing=True))
     assert module.clip.text_tower.backbone.is_activation_checkpointing
     assert not module.clip.image_tower.backbone.grad_checkpointing

@@ -174,7 +174,7 @@ def test_nothing_else_is_left(finished: Path) -> None:
 
 def test_the_config_starts_the_same_run_anew(finished: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((finished / "config.yaml").read_text())
-    assert config["model"]["embed_dim"] == 16
+    assert config["model"]["heads"]["embed_dim"] == 16
     assert config["data"]["splits"]["val_fraction"] == 0.1  # defaults are written out
     assert config["ckpt_path"] is None
     again = ["--trainer.default_root_dir", str(tmp_path), "--trainer.logger", "false"]
@@ -538,11 +538,11 @@ WRONG: dict[str, Wrong] = {
         r"weights of image tower 'resnet18' .*random:", model__image_tower="resnet18"
     ),
     "max_length too long": wrong(
-        r"--model\.max_length 65 .* 64 positions, give 3 to 64", model__max_length=65
+        r"--model\.towers\.max_length 65 .* 64 positions, give 3 to 64", model__towers__max_length=65
     ),
     "no image size": wrong(r"--data\.image_size 0: expected", data__image_size=0),
     "unknown key in YAML": wrong(
-        r"'model\.embd_dim'; did you mean --model\.embed_dim", "--config", "FILES/key.yaml"
+        r"'model\.embd_dim'; did you mean --model\.heads\.embed_dim", "--config", "FILES/key.yaml"
     ),
     "no YAML": wrong(r"--config FILES/broken\.yaml is no YAML", "--config", "FILES/broken.yaml"),
     "unknown config": wrong(r"no configuration 'headz': .*heads", "--config", "headz"),
@@ -567,8 +567,8 @@ WRONG: dict[str, Wrong] = {
         r"--data\.cache_options\.gigabytes -1: expected", data__cache_options__gigabytes=-1
     ),
     "cache is a file": wrong(r"cache at FILES/key\.yaml .* --data\.cache off", data__cache="FILES/key.yaml"),
-    "dropout": wrong(r"--model\.dropout 2.0: expected", model__dropout=2),
-    "embedding of none": wrong(r"--model\.embed_dim 0", model__embed_dim=0),
+    "dropout": wrong(r"--model\.heads\.dropout 2.0: expected", model__heads__dropout=2),
+    "embedding of none": wrong(r"--model\.heads\.embed_dim 0", model__heads__embed_dim=0),
     "micro-batch of none": wrong(r"--model\.micro_batch_size 0", model__micro_batch_size=0),
     "warm-up": wrong(r"--model\.optimizer\.warmup 3.0: expected", **{"model__optimizer.warmup": 3}),
     "learning rate": wrong(r"--model\.optimizer\.lr -1.0: expected", **{"model__optimizer.lr": -1}),
@@ -613,12 +613,14 @@ WRONG: dict[str, Wrong] = {
     "a loss with a bias": wrong(
         r"of another model \(it lacks clip\.logit_bias\)", ckpt_path="LAST", model__loss="SigLIP"
     ),
-    "another length": wrong(r"its longest text is 64, here 32; give", ckpt_path="LAST", model__max_length=32),
+    "another length": wrong(
+        r"its longest text is 64, here 32; give", ckpt_path="LAST", model__towers__max_length=32
+    ),
     "another width": wrong(
-        r"is of another model .*\(16, .*--model options", ckpt_path="LAST", model__embed_dim=8
+        r"is of another model .*\(16, .*--model options", ckpt_path="LAST", model__heads__embed_dim=8
     ),
     "another head": wrong(
-        r"is of another model \(it has .*--model options", ckpt_path="LAST", model__head="mlp"
+        r"is of another model \(it has .*--model options", ckpt_path="LAST", model__heads__kind="mlp"
     ),
 }
 

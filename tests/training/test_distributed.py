@@ -29,6 +29,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
 
     from clip_lightning.data.datamodule import CaptionDataModule
     from clip_lightning.training import gradcache, micro_batch
+    from clip_lightning.training.build import HeadOptions, TowerOptions
     from clip_lightning.training.losses import InfoNCE, SigLIP
     from clip_lightning.training.module import CLIPModule
 
@@ -65,11 +66,10 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
             "random:test_resnet" if way in LONG_WAYS else "random:test_vit",
             f"random:{bert}",
             freeze="none",
-            fix_statistics=way in LONG_WAYS,
-            embed_dim=16,
+            towers=TowerOptions(fix_statistics=way in LONG_WAYS),
+            heads=HeadOptions(embed_dim=16, dropout=0.3 if "dropout" in way else 0.0),
             image_size=32,
             loss=SigLIP() if way == "siglip" else InfoNCE(),
-            dropout=0.3 if "dropout" in way else 0.0,
             micro_batch_size="auto" if way == "auto" else micro if devices == 2 else None,
         )
         for part in module.modules():

@@ -12,6 +12,7 @@ import torch
 from clip_lightning.__main__ import main
 from clip_lightning.data.features import FeatureCache
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.trained_model import load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
@@ -66,3 +67,12 @@ def test_a_stopped_run_resumes_to_the_same_weights_from_the_same_cached_texts(wr
     metrics = json.loads(Path("runs/interrupted/metrics.json").read_text())
     then = expected["metrics_after_resume"]
     assert {name: metrics[name] for name in then} == pytest.approx(then)
+
+
+def test_a_checkpoint_is_exported_by_the_configuration_of_its_run(written: Path) -> None:
+    file = written / "runs" / "interrupted" / "checkpoints" / "last.ckpt"
+    weights = torch.load(file, weights_only=True)["state_dict"]
+    exported = load_checkpoint(file).state_dict()
+    assert weights and all(
+        torch.equal(exported[name.removeprefix("clip.")], weights[name]) for name in weights
+    )

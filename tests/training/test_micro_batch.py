@@ -15,6 +15,7 @@ from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training import micro_batch
+from clip_lightning.training.build import HeadOptions
 from clip_lightning.training.gradcache import encode_in_micro_batches
 from clip_lightning.training.losses import info_nce
 from clip_lightning.training.micro_batch import (
@@ -158,7 +159,7 @@ def test_auto_in_training(
     )
     steps = []
     for size in ("auto", 8):
-        module = make_module(freeze="none", micro_batch_size=size, dropout=0.2)
+        module = make_module(freeze="none", micro_batch_size=size, heads=HeadOptions(16, dropout=0.2))
         data = CaptionDataModule(
             module.transform, module.tokenize, scenes, batch_size=8, num_workers=0, cache="off"
         )

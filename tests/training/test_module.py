@@ -19,6 +19,7 @@ from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.retrieval import retrieval_metrics
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.build import HeadOptions
 from clip_lightning.training.losses import SigLIP
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.optim import OptimizerConfig, warmup_cosine
@@ -114,7 +115,7 @@ def test_training_learns(make_module: MakeModule, scenes: Path, tmp_path: Path) 
 def test_the_trainers_other_ways(
     make_module: MakeModule, scenes: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    module = make_module(freeze="none", loss=SigLIP(), micro_batch_size=3, head="mlp", dropout=0.1)
+    module = make_module(freeze="none", loss=SigLIP(), micro_batch_size=3, heads=HeadOptions(16, "mlp", 0.1))
     before = weights(module)
     fit = trainer(tmp_path, gradient_clip_val=0.5, **options)
     fit.fit(module, datamodule=data(module, scenes))
@@ -315,7 +316,7 @@ def test_training_starts_from_a_bundle(make_clip: Callable[..., CLIP], tmp_path:
 
 def test_what_contradicts_the_bundle_is_refused(make_clip: Callable[..., CLIP], tmp_path: Path) -> None:
     bundle = str(make_clip().save_pretrained(tmp_path / "model"))
-    with pytest.raises(UserError, match=r"--model\.image_tower resnet18 is not the tower of"):
+    with pytest.raises(UserError, match=r"--model\.image_tower resnet18 is not that of --model"):
         CLIPModule(image_tower="resnet18", init_from=bundle)
     with pytest.raises(UserError, match="was trained without a bias"):
         CLIPModule(init_from=bundle, loss=SigLIP())

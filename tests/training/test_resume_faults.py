@@ -37,7 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "model.micro_batch_size": 2,
         "checkpoint.every_n_steps": EVERY,
     },
-    "cached features": {"model.freeze": "both", "model.dropout": 0.2},
+    "cached features": {"model.freeze": "both", "model.heads.dropout": 0.2},
 }
 SIGNALS = {"SIGTERM": 143, "SIGUSR1": 143, "SIGKILL": -signal.SIGKILL}
 

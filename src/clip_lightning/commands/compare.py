@@ -16,6 +16,7 @@ import yaml
 
 from clip_lightning.arguments import Parser, own_words
 from clip_lightning.errors import UserError
+from clip_lightning.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from clip_lightning.experiments.compare import Comparison
@@ -89,7 +90,7 @@ def _measured(records: Sequence[RunRecord]) -> list[RunRecord]:
     latencies: dict[str, dict[str, Any]] = {}
     found = []
     for record in records:
-        bundle = Path(record.place, "model")
+        bundle = RunFolder(Path(record.place)).model
         if "image_latency_ms" not in record.values and (bundle / "model.safetensors").is_file():
             clip = CLIP.from_pretrained(bundle).to(best_device())
             tower = json_format.dumps([clip.image_tower.spec, clip.transform.as_dict()], sort_keys=True)

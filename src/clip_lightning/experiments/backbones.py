@@ -31,6 +31,7 @@ from clip_lightning.experiments.run_records import (
 )
 from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import public
 from clip_lightning.training.fitting import check_validates, fit, rehearse
 
@@ -145,7 +146,7 @@ class Backbones:
                 latency = {name: value for name, value in costs.items() if name.startswith("image_latency")}
                 self._latencies.setdefault(pair.image_tower, latency)
                 return folder
-            if (last := folder / "checkpoints" / "last.ckpt").is_file():
+            if (last := RunFolder(folder).last).is_file():
                 resumed = [f"--ckpt_path={last}"]  # the newest of several
         named = [f"--trainer.logger.group={self.folder.name}", f"--trainer.logger.name={pair.name}"]
         recorder = CostRecorder(self._latencies)
@@ -189,7 +190,7 @@ def _wrong_towers(images: list[str], texts: list[str], config: Any) -> dict[str,
     wrong = {}
     for build, names, size in (
         (ImageTower.from_name, images, config.data.image_size),
-        (TextTower.from_name, texts, config.model.max_length),
+        (TextTower.from_name, texts, config.model.towers.max_length),
     ):
         for name in names:
             try:

@@ -12,6 +12,7 @@ import yaml
 
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation import metrics
+from clip_lightning.run_folder import RunFolder
 
 RECALLS = tuple(name for name in metrics.METRICS if "_R@" in name)
 METRICS = ("rsum", *RECALLS)
@@ -94,7 +95,7 @@ def make_folder(out: Path) -> Path:
 
 def run_folders(place: Path, depth: int = DEEPEST) -> Iterator[Path]:
     """The run that the folder is, or the runs in it, in the order of their names."""
-    if (place / "config.yaml").is_file():
+    if RunFolder(place).config.is_file():
         yield place
     elif depth and place.is_dir():
         for child in sorted(place.iterdir()):
@@ -124,13 +125,13 @@ def read_folders(places: Path | Iterable[Path]) -> list[RunRecord | LeftOut]:
 def read_folder(folder: Path) -> RunRecord | LeftOut:
     """One run as it lies on disk."""
     place = str(folder)
-    if not (folder / "metrics.json").is_file():
+    if not RunFolder(folder).metrics.is_file():
         return LeftOut(place, "it has no metrics.json: the run has not got as far as its end")
     try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        metrics = json.loads(RunFolder(folder).metrics.read_text())
+        config = yaml.safe_load(RunFolder(folder).config.read_text())
         costs = _json_or_nothing(folder / COSTS_FILE)
-        bundle = _json_or_nothing(folder / "model" / "config.json")
+        bundle = _json_or_nothing(RunFolder(folder).model / "config.json")
         values = metrics | costs
         if "seconds" in metrics:
             values["training_seconds"] = metrics["seconds"] - metrics.get("seconds_preparation", 0)

@@ -123,8 +123,8 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         if embed_dim < 1 or not 0 <= dropout < 1:
             raise UserError(
-                f"--model.embed_dim {embed_dim} and --model.dropout {dropout}: expected a width of 1 or more "
-                "and a share of at least 0 and below 1"
+                f"--model.heads.embed_dim {embed_dim} and --model.heads.dropout {dropout}: expected a "
+                "width of 1 or more and a fraction of at least 0 and below 1"
             )
         self.image_tower = image_tower
         self.text_tower = text_tower

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_lightning.errors import UserError
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.wandb_fetch import PART, SERVER_SECONDS, Fetched, record_of, why_unreachable
 
 DATA_TYPE, MODEL_TYPE, CHECKPOINT_TYPE = "dataset", "model", "checkpoint"
@@ -154,15 +155,13 @@ def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any],
     Returns:
         The bundle's artifact, None where there is no bundle.
     """
-    from clip_lightning.model.sharded_checkpoints import shards_of
-
-    bundle, checkpoint = folder / "model", folder / "checkpoints" / "last.ckpt"
+    bundle, checkpoint = RunFolder(folder).model, RunFolder(folder).last
     logged = None
     if bundle.is_dir():
         files = _pinned(sorted(bundle.iterdir()), bundle, folder)
         logged = _log(run, name, MODEL_TYPE, files, metadata, ["best", "latest"] if is_best else ["latest"])
     if checkpoint.is_file():
-        files = _pinned([checkpoint, *shards_of(checkpoint)], checkpoint.parent, folder)
+        files = _pinned([checkpoint], checkpoint.parent, folder)
         _log(run, f"{name}-checkpoint", CHECKPOINT_TYPE, files, metadata, ["last", "latest"])
     return logged
 
@@ -196,8 +195,9 @@ def _pinned(files: Sequence[Path], base: Path, folder: Path) -> Path:
 
     W&B may read them long after: when it has uploaded the rest, or at `wandb sync`.
     """
-    (folder / "wandb" / "logged").mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f"{base.name}-", dir=folder / "wandb" / "logged"))
+    logged = RunFolder(folder).wandb / "logged"
+    logged.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f"{base.name}-", dir=logged))
     for file in files:
         link = place / file.relative_to(base)
         link.parent.mkdir(exist_ok=True)

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from clip_lightning.run_folder import RunFolder
+
 
 class History:
     """The rows of one run, in the order in which they were logged.
@@ -79,7 +81,7 @@ class History:
 
 def history_file(folder: Path, run_id: str) -> Path:
     """Where a run that writes into `folder` says what it has logged."""
-    return folder / "wandb" / f"history-{run_id}.jsonl"
+    return RunFolder(folder).wandb / f"history-{run_id}.jsonl"
 
 
 def go_back(file: Path) -> None:
@@ -105,7 +107,7 @@ def mend_parts(folder: Path, run_id: str) -> int:
         RuntimeError: `wandb leet inspect`, which tells, does not work.
     """
     rows = 0
-    for part in sorted((folder / "wandb").glob(f"*run-*-{run_id}")):
+    for part in sorted(RunFolder(folder).wandb.glob(f"*run-*-{run_id}")):
         for log in part.glob("*.wandb"):
             end = _end_of_records(log.read_bytes())
             if end <= LOG_HEADER:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.tracking.artifacts import log_model, use_data, why_not_best
 from clip_lightning.tracking.logger import RunLogger
 
@@ -51,7 +52,7 @@ class Lineage(Checkpoint):
 
     def _log_model(self, trainer: Trainer) -> None:
         for logger in _loggers(trainer):
-            if logger.logs_model and (self.folder / "metrics.json").is_file():
+            if logger.logs_model and RunFolder(self.folder).metrics.is_file():
                 _attempt(logger, "take the model", lambda run: self._log_model_of(run, logger))  # noqa: B023
 
     def _log_model_of(self, run: Any, logger: RunLogger) -> None:
@@ -149,8 +150,8 @@ def _attempt(logger: RunLogger, what: str, do: Callable[[Any], object]) -> None:
 
 def _metadata(folder: Path) -> dict[str, Any]:
     """What describes a model: metrics and data from metrics.json, towers and loss from the bundle."""
-    about: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    config = folder / "model" / "config.json"
+    about: dict[str, Any] = json.loads(RunFolder(folder).metrics.read_text())
+    config = RunFolder(folder).model / "config.json"
     if config.is_file():
         bundle = json.loads(config.read_text())
         towers = {kind: bundle[kind]["name"] for kind in ("image_tower", "text_tower")}

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import public
 from clip_lightning.tracking.artifacts import check_names
 from clip_lightning.tracking.history import History, history_file, mend_parts
@@ -72,7 +73,7 @@ class RunLogger(WandbLogger):
         check_names(model_name, link_to)
         self.logs_model, self.model_name, self.link_to = log_model, model_name, link_to
         self._folder = Path(save_dir or ".")
-        _set_data_dir(self._folder / "wandb")
+        _set_data_dir(RunFolder(self._folder).wandb)
         if name is None and id is not None and not history_file(self._folder, id).exists():
             name = os.environ.get("WANDB_NAME") or id  # a resumed run keeps what it was called since
         super().__init__(

@@ -25,6 +25,7 @@ from clip_lightning.evaluation.retrieval import Embeddings
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.pages import Report, write_page
 from clip_lightning.reports.plots import Plot, plots_of_split
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.tracking.logger import log_media
 from clip_lightning.tracking.media import captions_table, histograms, pictures_table, plot_images
 
@@ -106,9 +107,9 @@ class PredictionTable(Callback):
         image_ids = choose_pictures(images, self.queries, self.seed)
         sentences = prediction_rows(embeddings, images, content, text_ids, self.top_k)
         pictures = picture_rows(embeddings, images, content, image_ids, self.top_k)
-        folder = self._folder(trainer)
+        run = self._run(trainer)
         history = _remember(
-            folder / "predictions" / "history.json",
+            run.predictions / "history.json",
             epoch,
             text_to_image={row.text_id: row.rank for row in sentences},
             image_to_text={row.image_id: row.rank for row in pictures},
@@ -121,7 +122,7 @@ class PredictionTable(Callback):
         report = Report(epoch, sentences, history["text_to_image"], pictures, history["image_to_text"])
         step = trainer.global_step - 1  # as Lightning counts it for the metrics of this validation
         self._last = _Validation(report, step, history["recall"], embeddings, images, content)
-        write_page(report, folder / "predictions.html")
+        write_page(report, run.predictions_page)
         self._log(trainer, step, lambda: histograms(similarities(embeddings, content)))
 
     def _show_split(self, trainer: Trainer) -> None:
@@ -129,16 +130,14 @@ class PredictionTable(Callback):
         last, self._last = self._last, None
         if last is None:
             return
-        folder, epoch = self._folder(trainer), last.report.epoch
+        run, epoch = self._run(trainer), last.report.epoch
         plots: dict[str, Plot] = {}
         with self._sparing("the plots could not be drawn"):
             plots = plots_of_split(last.embeddings, last.content, last.recall, epoch)
         with self._sparing("the worst misses could not be shown"):
             worst = worst_queries(last.embeddings, last.content, min(self.queries, MOST_MISSES))
             misses = prediction_rows(last.embeddings, last.images, last.content, worst, self.top_k)
-            write_page(
-                replace(last.report, plots=list(plots.values()), misses=misses), folder / "predictions.html"
-            )
+            write_page(replace(last.report, plots=list(plots.values()), misses=misses), run.predictions_page)
             self._log(
                 trainer,
                 last.step,
@@ -150,8 +149,8 @@ class PredictionTable(Callback):
                 },
             )
 
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.folder or trainer.default_root_dir)
+    def _run(self, trainer: Trainer) -> RunFolder:
+        return RunFolder(Path(self.folder or trainer.default_root_dir))
 
     def _log(self, trainer: Trainer, step: int, make: Callable[[], dict[str, Any]]) -> None:
         with self._sparing("W&B did not take the predictions"):

@@ -18,6 +18,7 @@ from clip_lightning.evaluation.zero_shot import Classification, classify, zero_s
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import encode_pictures, project_pictures
 from clip_lightning.reports.class_report import ClassReport
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import one_line
 from clip_lightning.tracking.logger import log_media
 from clip_lightning.tracking.media import class_media
@@ -172,7 +173,7 @@ class ZeroShot(Callback):
             return
         try:
             if self.folder is not None and not trainer.fast_dev_run:
-                report.write(self.folder / "zero_shot")
+                report.write(RunFolder(self.folder).zero_shot)
             log_media(trainer, self._step, lambda: class_media(report, "val/"))
         except Exception as error:
             rank_zero_warn(f"the zero-shot classes could not be shown: {type(error).__name__}: {error}")

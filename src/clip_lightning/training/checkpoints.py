@@ -19,9 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
-from clip_lightning.model.sharded_checkpoints import damage_of_shards, read_checkpoint, remove_old_shards
-
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+from clip_lightning.run_folder import LAST, PREVIOUS
 
 
 def within_a_step(trainer: Trainer) -> bool:
@@ -135,29 +133,21 @@ class SafeCheckpointIO(TorchCheckpointIO):
             if path.name == LAST and path.exists():
                 _link(path, path.with_name(PREVIOUS))
             os.replace(draft, path)
-            remove_old_shards(path.parent)
         except (OSError, RuntimeError) as error:  # torch wraps what the file system says
-            raise not_written(path, error) from error
+            reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
+            raise RunFailed(
+                f"the checkpoint {path} cannot be written ({reason}); what was saved before is still there: "
+                "make room and continue with --ckpt_path last"
+            ) from error
         finally:
             draft.unlink(missing_ok=True)
 
     def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Any = None,
-        weights_only: bool | None = None,
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the file, on the CPU, and what a sharded run has left beside it."""
-        return read_checkpoint(Path(path))
-
-
-def not_written(checkpoint: Path, error: Exception) -> RunFailed:
-    """One line about what the file system, or torch around it, says."""
-    reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
-    return RunFailed(
-        f"the checkpoint {checkpoint} cannot be written ({reason}); what was saved before is still there: "
-        "make room and go on with --ckpt_path last"
-    )
+        """Read the file on the CPU, and no code from it."""
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint
 
 
 def _link(path: Path, name: Path) -> None:
@@ -181,4 +171,4 @@ def damage(path: Path) -> str | None:
             wrong = archive.testzip()
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         return f"it is cut off or no checkpoint: {error}"
-    return damage_of_shards(path) if wrong is None else f"{wrong} in it does not match its checksum"
+    return None if wrong is None else f"{wrong} in it does not match its checksum"

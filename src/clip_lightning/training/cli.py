@@ -34,6 +34,7 @@ from clip_lightning.arguments import (
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.metrics import DIRECTIONS, MEASURES
+from clip_lightning.run_folder import LAST, RunFolder
 from clip_lightning.terminal import public
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
@@ -49,9 +50,7 @@ from clip_lightning.training.runs import (
     check_fits,
     check_resumes,
     find_checkpoint,
-    is_run,
     keep_scores,
-    new_run_id,
     place_logger,
     run_of,
 )
@@ -110,7 +109,7 @@ class RunCLI(LightningCLI):
         callbacks: of the caller's own, beside those of every run.
     """
 
-    run_folder: Path
+    run: RunFolder
     config_to_save: str
 
     def __init__(self, words: list[str], callbacks: Sequence[Callback] = ()) -> None:
@@ -155,7 +154,7 @@ class RunCLI(LightningCLI):
         """Parse the words given; Lightning's own version warns of any that do not come from the process."""
         self.config = parser.parse_args(args)
         for name, value in list(self.config.items()):
-            if value == "":
+            if value == "" and ".init_args." not in name:  # other people's classes have it as a default
                 option = name.removeprefix(f"{self.config.subcommand}.")
                 raise UserError(f"--{option} is empty in a configuration; give a value, or leave it out")
             self.config[name] = changed_strings(value, with_home)
@@ -182,8 +181,9 @@ class RunCLI(LightningCLI):
             raise UserError(
                 f"--trainer.default_root_dir {root} cannot be written ({error.strerror}); give another folder"
             ) from error
-        resumed = checkpoint is not None and is_run(checkpoint.parent.parent) and self.subcommand == "fit"
-        self.run_folder = checkpoint.parent.parent if resumed and checkpoint else root / new_run_id()
+        run = RunFolder.of_checkpoint(checkpoint) if checkpoint is not None else None
+        resumed = run is not None and run.is_run() and self.subcommand == "fit"
+        self.run = run if run is not None and resumed else RunFolder.new(root)
         if self.subcommand != "fit":
             if checkpoint is None and config.model.init_from is None:
                 raise UserError(
@@ -198,7 +198,7 @@ class RunCLI(LightningCLI):
         loggers = config.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace):
-                place_logger(logger, self.run_folder)
+                place_logger(logger, self.run.path)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyperparameters from the checkpoint; ours are all in the configuration."""
@@ -249,27 +249,26 @@ class RunCLI(LightningCLI):
         if self.subcommand != "fit":
             return bar
         predictions = self._get(self.config_init, "predictions")
-        predictions.folder = predictions.folder or self.run_folder
-        self._get(self.config_init, "zero_shot").folder = self.run_folder
-        checkpoints = self.run_folder / "checkpoints"
+        predictions.folder = predictions.folder or self.run.path
+        self._get(self.config_init, "zero_shot").folder = self.run.path
         callbacks: list[Callback] = [
             *bar,
-            SaveConfig(self.config_to_save, self.run_folder),
-            RunRecorder(self.run_folder),
+            SaveConfig(self.config_to_save, self.run.path),
+            RunRecorder(self.run.path),
             Alerts(),
-            NonFinite(self.run_folder),
+            NonFinite(self.run.path),
             GracefulStop(says_how=not self.callers_callbacks),
             # `last` is written at every epoch's end, when the run is interrupted, and as the options say
-            BestCheckpoint(checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
+            BestCheckpoint(self.run.checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
             WhenInterrupted(
-                checkpoints,
+                self.run.checkpoints,
                 "last",
                 save_on_train_epoch_end=True,
                 save_on_exception=True,
                 enable_version_counter=False,
             ),
-            *self._get(self.config_init, "checkpoint").callbacks(checkpoints),
-            Lineage(self.run_folder),
+            *self._get(self.config_init, "checkpoint").callbacks(self.run.checkpoints),
+            Lineage(self.run.path),
         ]
         if trainer_config.get("logger"):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
@@ -284,23 +283,23 @@ class RunCLI(LightningCLI):
             ranks = self.trainer.num_devices * self.trainer.num_nodes
             check_resumes(Path(checkpoint), self.model, self.datamodule, ranks)
         if self.trainer.is_global_zero:
-            self.run_folder.mkdir(parents=True, exist_ok=True)  # W&B wants it to be there
+            self.run.path.mkdir(parents=True, exist_ok=True)  # W&B wants it to be there
             sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
             trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
             print(f"training {trained:,} of {total:,} parameters", file=sys.stderr)
-            print(f"run folder: {self.run_folder}", file=sys.stderr)
+            print(f"run folder: {self.run.path}", file=sys.stderr)
             if checkpoint:
                 print(f"going on from {checkpoint}", file=sys.stderr)
                 self._take_over_run(Path(checkpoint))
 
     def _take_over_run(self, checkpoint: Path) -> None:
         """Print what the resumed run does otherwise than before."""
-        if not is_run(self.run_folder):  # a checkpoint without its run begins another
+        if not self.run.is_run():  # a checkpoint without its run begins another
             return
-        for line in changed_options((self.run_folder / "config.yaml").read_text(), self.config_to_save):
+        for line in changed_options(self.run.config.read_text(), self.config_to_save):
             print(f"changed: {line}", file=sys.stderr)
-        if checkpoint.name != "last.ckpt":
-            go_back(history_file(self.run_folder, self.run_folder.name))
+        if checkpoint.name != LAST:
+            go_back(history_file(self.run.path, self.run.path.name))
 
     def after_fit(self) -> None:
         """Print the result."""
@@ -314,7 +313,7 @@ class RunCLI(LightningCLI):
                     "last weights; leave --trainer.limit_val_batches out to validate",
                     file=sys.stderr,
                 )
-            print("run folder:", self.run_folder)
+            print("run folder:", self.run.path)
             parts = (
                 f"{name.replace('_', ' ')} {spent:.0f} s"
                 for name, spent in recorder.stopwatch.seconds.items()

@@ -37,7 +37,7 @@ def fit(words: list[str], callbacks: Sequence[Callback] = (), out: TextIO | None
     """
     with contextlib.redirect_stdout(out or sys.stderr), finished_run(), _ranks_of_its_own(["fit", *words]):
         try:
-            return run_as(RunCLI, ["fit", *words], callbacks).run_folder
+            return run_as(RunCLI, ["fit", *words], callbacks).run.path
         except SystemExit as stop:  # how Lightning ends after Ctrl-C
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from stop

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from clip_lightning.errors import Diverged
 from clip_lightning.files import write_atomically
+from clip_lightning.run_folder import RunFolder
 
-FILE = "non-finite.json"
 MOST_BATCHES = 100
 
 
@@ -27,7 +27,7 @@ class NonFinite(Callback):
     """
 
     def __init__(self, folder: Path, in_a_row: int = 20) -> None:
-        self.folder = folder
+        self.run = RunFolder(folder)
         self.in_a_row = in_a_row
         self.left_out = self.row = 0
         self._step = 0
@@ -84,8 +84,7 @@ class NonFinite(Callback):
 
     def _write(self, trainer: Trainer) -> Path:
         """What the batches held, by name; a file for each rank, which has seen its own."""
-        rank = trainer.global_rank
-        file = self.folder / (FILE if rank == 0 else FILE.replace(".", f"-rank{rank}."))
+        file = self.run.non_finite(trainer.global_rank)
         data: Any = getattr(trainer, "datamodule", None)
         captions, owner = ([], []) if data is None else _training_captions(data)
         batches = [dict(batch) for batch in self._batches]

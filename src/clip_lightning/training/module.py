@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -22,20 +21,19 @@ from clip_lightning.errors import Diverged, UserError
 from clip_lightning.evaluation.collect import EmbeddingCollector
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
 from clip_lightning.model.checkpoint import leave_out_fixed_towers, put_back_fixed_towers
-from clip_lightning.model.clip import CLIP, Freeze, HeadKind
+from clip_lightning.model.clip import Freeze
 from clip_lightning.model.lora import LoRAConfig
-from clip_lightning.model.towers import ImageTower, TextTower, Tokenize, Tower
+from clip_lightning.model.towers import Tokenize, Tower
 from clip_lightning.timing import Stopwatch
+from clip_lightning.training.build import HeadOptions, TowerOptions, build, prepare_towers
 from clip_lightning.training.extract import Extractor, cache_frozen_towers
 from clip_lightning.training.gradcache import encode_in_micro_batches
-from clip_lightning.training.init_from import load_to_train
 from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs
 from clip_lightning.training.micro_batch import SMALLEST, largest_for_batch
 from clip_lightning.training.optim import (
     OptimizerConfig,
     WarmupCosine,
     clip_gradients,
-    freeze_lower_layers,
     keep_own_options,
     param_groups,
 )
@@ -68,18 +66,13 @@ class CLIPModule(LightningModule):
         text_tower: str | None = None,
         init_from: str | None = None,
         freeze: Freeze = "both",
-        fix_statistics: bool = False,
         lora: LoRAConfig | None = None,
-        embed_dim: int = 512,
-        head: HeadKind = "linear",
-        dropout: float = 0.0,
+        towers: TowerOptions = TowerOptions(),  # noqa: B008 (frozen, and shown by --help)
+        heads: HeadOptions = HeadOptions(),  # noqa: B008
         loss: ContrastiveLoss | None = None,
-        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen, and shown by --help)
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         image_size: int | None = None,
-        max_length: int | None = None,
         micro_batch_size: int | Literal["auto"] | None = None,
-        activation_checkpointing: bool = False,
-        compile: bool = False,
     ) -> None:
         """Build both towers and their heads.
 
@@ -93,21 +86,14 @@ class CLIPModule(LightningModule):
                 `open_clip:NAME/TAG`), with its towers, heads, scale, image size and longest text, in place of
                 the options that name them.
             freeze: the towers whose weights stay as they are.
-            fix_statistics: whether batch norms of a trained image tower keep the statistics that they came
-                with, and use them in training too; for pretrained towers.
             lora: small matrices to train beside the layers of towers whose own weights stay as they are.
-            embed_dim: width of the shared embedding.
-            head: `linear`, or `mlp` with one residual block.
-            dropout: share of features (linear) or hidden units (mlp) dropped in training.
+            towers: what the towers accept, and how those run that are trained.
+            heads: projections from the towers' features into the shared space.
             loss: `InfoNCE` (default), `SigLIP`, `MaxViolation`, or the class path of yours.
             optimizer: learning rates, weight decay and warm-up.
             image_size: side of the square input in pixels; the image tower's own by default.
-            max_length: longest text in tokens; 77 by default, or the text tower's limit where that is less.
-            micro_batch_size: pictures, and captions, that a trained tower holds in memory at a time (gradient
+            micro_batch_size: images, and captions, that a trained tower holds in memory at a time (gradient
                 caching); `auto` for as many as fit; by default the whole batch.
-            activation_checkpointing: whether trained towers keep only the inputs of their layers and run each
-                once more in the backward pass: less memory, a third more time.
-            compile: whether trained towers go through torch.compile, a minute or two at the start.
         """
         super().__init__()
         self.options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -118,46 +104,18 @@ class CLIPModule(LightningModule):
         self.micro_batch_size: int | Literal["auto"] | None = micro_batch_size
         self.loss = loss or InfoNCE()
         self.optimizer = optimizer
-        if init_from is not None:
-            self.clip = load_to_train(
-                init_from,
-                image_tower=image_tower,
-                text_tower=text_tower,
-                loss=self.loss,
-                image_size=image_size,
-                max_length=max_length,
-            )
-        elif image_tower is None or text_tower is None:
-            raise UserError(
-                "no towers: give --model.image_tower and --model.text_tower, or --model.init_from"
-            )
-        else:
-            self.clip = CLIP(
-                ImageTower.from_name(image_tower, image_size),
-                TextTower.from_name(text_tower, max_length),
-                embed_dim=embed_dim,
-                head=head,
-                dropout=dropout,
-                init_scale=self.loss.init_scale,
-                init_bias=self.loss.init_bias,
-            )
-        self.clip.freeze(freeze)
-        if fix_statistics:
-            self.clip.image_tower.fix_statistics()
         self.lora = lora
-        if lora is not None:
-            self.clip.add_lora(lora)
-        freeze_lower_layers(self.clip, optimizer)
+        self.clip = build(
+            image_tower,
+            text_tower,
+            init_from,
+            heads=heads,
+            loss=self.loss,
+            image_size=image_size,
+            max_length=towers.max_length,
+        )
+        prepare_towers(self.clip, freeze, lora, towers, optimizer)
         self.stopwatch = Stopwatch()
-        trained = [tower for tower in (self.clip.image_tower, self.clip.text_tower) if not tower.frozen]
-        if not trained and (activation_checkpointing or compile):
-            option = "activation_checkpointing" if activation_checkpointing else "compile"
-            rank_zero_warn(f"--model.{option} does nothing: it is for towers that are trained")
-        for tower in trained:
-            if activation_checkpointing:
-                tower.checkpoint_activations()
-            if compile:
-                tower.compile_backbone()
         self.validation_embeddings: Embeddings | None = None
         self.gradient_norm = 0.0
         self._good_statistics: list[Tensor] = []
@@ -250,7 +208,7 @@ class CLIPModule(LightningModule):
 
     def on_after_backward(self) -> None:
         """What comes now is clipping and the update."""
-        if sharded_modules(self.clip):
+        if self.device_mesh is not None:
             average_replicated(self.clip)
         self.stopwatch.lap("towers")
 
@@ -311,7 +269,7 @@ class CLIPModule(LightningModule):
         seed = getattr(self.trainer.datamodule, "seed", 0)
         key = (seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        if sharded_modules(self.clip):
+        if self.device_mesh is not None:
             broadcast_statistics(self.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -21,11 +21,11 @@ import clip_lightning
 from clip_lightning.errors import RunFailed
 from clip_lightning.files import write_atomically
 from clip_lightning.model.clip import parameter_counts
-from clip_lightning.model.sharded_checkpoints import read_checkpoint
+from clip_lightning.run_folder import BEST, RunFolder
 from clip_lightning.timing import Stopwatch
 from clip_lightning.tracking.logger import RunLogger
 from clip_lightning.training.checkpoints import all_ranks_save
-from clip_lightning.training.sharding import whole_weights
+from clip_lightning.training.sharding import gather_on_first_rank
 
 MONITOR = "val/rsum"
 MEMORY_SECONDS = 5
@@ -37,7 +37,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the file in this run's folder for the one that the state names elsewhere."""
-        here = Path(str(self.dirpath), "best.ckpt")
+        here = Path(str(self.dirpath), BEST)
         if here.is_file() and state_dict["best_k_models"]:
             score = state_dict["best_model_score"]
             state_dict = {
@@ -58,13 +58,13 @@ class SaveConfig(Callback):
 
     def __init__(self, config: str, folder: Path) -> None:
         self.config = config
-        self.folder = folder
+        self.run = RunFolder(folder)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs after the data module's setup, so that the data's digest is known."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        write_atomically(self.folder / "config.yaml", self.config.encode())
+        write_atomically(self.run.config, self.config.encode())
         datamodule: Any = getattr(trainer, "datamodule", None)
         content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
         content["model"]["loss"] = content["model"]["loss"] or type(pl_module.loss).__name__
@@ -82,7 +82,7 @@ class RunRecorder(Callback):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.run = RunFolder(folder)
         self.metrics: dict[str, float] = {}
         self.stopwatch = Stopwatch()
         self._samples = 0
@@ -106,7 +106,7 @@ class RunRecorder(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the counts of the run so far."""
-        if (self.folder / "checkpoints" / "best.ckpt").is_file():
+        if self.run.best.is_file():
             self.metrics = state_dict["metrics"]  # they describe that file
         for part, seconds in state_dict["seconds"].items():
             self.stopwatch.seconds[part] += seconds
@@ -197,7 +197,7 @@ class RunRecorder(Callback):
     def _write(self, trainer: Trainer, pl_module: LightningModule, *, model: bool = True) -> None:
         if trainer.fast_dev_run:
             return
-        weights = whole_weights(pl_module) if model else None  # if they are sharded, all ranks have to ask
+        weights = gather_on_first_rank(pl_module.state_dict()) if model else None
         if not trainer.is_global_zero:
             return
         self.stopwatch.lap("other")
@@ -205,8 +205,8 @@ class RunRecorder(Callback):
             self._write_files(trainer, pl_module, weights)
         except (OSError, SafetensorError) as error:
             raise RunFailed(
-                f"metrics and model cannot be written to {self.folder} ({error}); checkpoints that are there "
-                "stay: make room and go on with --ckpt_path last"
+                f"metrics and model cannot be written to {self.run.path} ({error}); the checkpoints are "
+                "kept: make room and continue with --ckpt_path last"
             ) from error
 
     def _write_files(
@@ -230,10 +230,10 @@ class RunRecorder(Callback):
         }
         if torch.cuda.is_available():
             record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-        write_json(self.folder / "metrics.json", record)
+        write_json(self.run.metrics, record)
         self._summarise(trainer, {name: record[name] for name in record.keys() - self.metrics.keys()})
         if data and data.broken:
-            write_json(self.folder / "broken.json", data.broken)
+            write_json(self.run.broken, data.broken)
         if weights is None:
             return
         metadata = {
@@ -242,7 +242,7 @@ class RunRecorder(Callback):
             "training_data": _training_data(data) if data else {},
         }
         pl_module.clip.save_pretrained(
-            self.folder / "model", weights=_best_weights(trainer, weights), metadata=metadata
+            self.run.model, weights=_best_weights(trainer, weights), metadata=metadata
         )
 
     def _summarise(self, trainer: Trainer, costs: dict[str, Any], gone: Iterable[str] = ()) -> None:
@@ -269,7 +269,7 @@ def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[st
     """The CLIP weights of the best checkpoint, or the present ones, `weights`, where there is none."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, BestCheckpoint) and Path(callback.best_model_path).is_file():
-            checkpoint = read_checkpoint(Path(callback.best_model_path), moments=False)
+            checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
             stored = checkpoint["state_dict"] | checkpoint.get("adapters", {})
             weights = weights | stored  # frozen towers are not in the checkpoint and have not changed since
     return {name.removeprefix("clip."): weights[name] for name in weights if name.startswith("clip.")}

@@ -1,14 +1,11 @@
-"""Runs and their folders: names, the checkpoint to go on from, and whether it fits."""
+"""The checkpoint to resume from: where it is, and whether it fits."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-import re
-import secrets
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,22 +18,12 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
 from clip_lightning.model.checkpoint import check_fixed_towers, fixed_towers, preprocessing
+from clip_lightning.run_folder import LAST, PREVIOUS, RunFolder
 from clip_lightning.tracking.history import history_file
 from clip_lightning.tracking.logger import RunLogger
-from clip_lightning.training.checkpoints import LAST, PREVIOUS, damage
+from clip_lightning.training.checkpoints import damage
 from clip_lightning.training.optim import param_groups
 from clip_lightning.wandb_fetch import default_project, stays_offline
-
-
-def new_run_id() -> str:
-    """Sorts by time, and is unlikely to meet another run's."""
-    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(4)
-
-
-def is_run(folder: Path) -> bool:
-    """Return whether the folder holds the configuration of a run; other programs have a `config.yaml` too."""
-    file = folder / "config.yaml"
-    return file.is_file() and re.search(rb"^trainer:", file.read_bytes(), re.MULTILINE) is not None
 
 
 def find_checkpoint(given: Any, root: Path) -> Path | None:
@@ -58,20 +45,20 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
         if not Path(given).is_file():
             raise UserError(f"--ckpt_path {given}: no such file; {expected}")
         return _sound(Path(given), given)
-    runs = [folder for folder in root.glob("*") if is_run(folder)]
+    runs = RunFolder.runs(root)
     if given == "auto":
-        saved = [file for folder in runs if (file := folder / "checkpoints" / LAST).is_file()]
+        saved = [run.last for run in runs if run.last.is_file()]
         return _sound(max(saved, key=lambda file: file.stat().st_mtime), given) if saved else None
     if not runs:
         raise UserError(
             f"--ckpt_path {given}: no run under {root}; start one without --ckpt_path, "
             "or give its --trainer.default_root_dir"
         )
-    newest = max(runs, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
-    checkpoint = newest / "checkpoints" / f"{given}.ckpt"
+    newest = runs[-1]
+    checkpoint = newest.last if given == "last" else newest.best
     if not checkpoint.is_file():
         raise UserError(
-            f"--ckpt_path {given}: the newest run, {newest}, has no {given}.ckpt; "
+            f"--ckpt_path {given}: the newest run, {newest.path}, has no {given}.ckpt; "
             "name the checkpoint of another run, or start anew without --ckpt_path"
         )
     return _sound(checkpoint, given)
@@ -209,7 +196,7 @@ def place_logger(logger: Namespace, folder: Path) -> None:
 def run_of(place: str | Path | None) -> Path | None:
     """Return the folder of the run that has left a checkpoint or a bundle at this place, if it is one's."""
     folders = Path(place).absolute().parents[:2] if place is not None and Path(place).exists() else ()
-    return next((folder for folder in folders if is_run(folder)), None)
+    return next((folder for folder in folders if RunFolder(folder).is_run()), None)
 
 
 def keep_scores(

@@ -6,7 +6,6 @@ is small or not trained (heads, scale, bias, adapters, frozen towers) is whole o
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,111 +23,92 @@ from torch.optim import Optimizer
 
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.model.clip import CLIP
-from clip_lightning.model.sharded_checkpoints import (
-    fill,
-    moment_name,
-    weight_name,
-    write_shards,
-)
 from clip_lightning.model.towers import Tower
-from clip_lightning.training.checkpoints import not_written
 from clip_lightning.training.gradcache import training_norms
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """`--trainer.strategy fsdp`: shards over all ranks, checkpoints too; reads those of other strategies."""
+    """`--trainer.strategy fsdp`: shards the trained towers; any strategy can resume from its checkpoints.
+
+    Only rank 0 has complete tensors in what it saves, the others have empty ones. Unlike with Lightning's
+    class, a checkpoint is loaded before setup, whose loaders have to know the position in the epoch.
+    Moments are numbered by the optimizer's parameter groups, as in every other strategy.
+    """
 
     def __init__(self) -> None:
-        super().__init__(tensor_parallel_size=1)
-        self._file = Path()  # that was loaded last
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands over what the checkpoint holds, as it does to other strategies."""
+        """Let Lightning hand over the optimizer's state, as it does to other strategies."""
         return True
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Before it: weights are sharded by then, and it makes loaders, which have to know the position."""
+        """Load a checkpoint before setup."""
         return False
 
     def setup_environment(self) -> None:
-        """One dimension: all ranks share the data and the weights."""
+        """Make a mesh of one dimension: all ranks share the data and the weights."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This rank's shards."""
-        return self._module.state_dict()
+        """Gather the weights on rank 0."""
+        return gather_on_first_rank(self._module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
-        """This rank's shards."""
+        """Gather the moments on rank 0."""
         own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = own.state_dict()
-        # dictionaries of its own: a checkpoint takes tensors out of them
-        return {**state, "state": {number: dict(moments) for number, moments in state["state"].items()}}
+        gathered = {number: gather_on_first_rank(moments) for number, moments in state["state"].items()}
+        return {**state, "state": gathered}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Every rank writes its shards, then the first the checkpoint that names them.
+        """Write the file on rank 0, and fail on every rank if that fails.
 
         Raises:
             RunFailed: there is no room, or the folder cannot be written; what was there stays.
         """
-        file = Path(self.broadcast(filepath))
-        try:
-            folder = write_shards(checkpoint, file)
-        except OSError as error:
-            raise not_written(file, error) from error
         failure = None
-        if self.is_global_zero:
-            try:
-                self.checkpoint_io.save_checkpoint(checkpoint, file, storage_options=storage_options)
-            except RunFailed as error:
-                shutil.rmtree(folder)
-                failure = str(error)
-        if failure := self.broadcast(failure):  # the others are not left to wait
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except RunFailed as error:
+            failure = str(error)
+        if failure := self.broadcast(failure):
             raise RunFailed(failure)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Everything but what is in shards, which follows when its place is known."""
-        self._file = Path(checkpoint_path)
-        checkpoint: dict[str, Any] = torch.load(self._file, map_location="cpu", weights_only=True, mmap=True)
+        """Map the file into memory: ranks on one machine share it, and copy only their shards."""
+        checkpoint: dict[str, Any] = torch.load(
+            checkpoint_path, map_location="cpu", weights_only=True, mmap=True
+        )
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Each rank takes its shards of the weights."""
+        """Give each rank its shards of the weights."""
         own = self._module.state_dict()
-        state, targets = {}, {}
-        for name, value in checkpoint["state_dict"].items():
-            state[name] = local_shard(value, own.get(name))
-            if state[name].is_meta:
-                state[name] = targets[weight_name(name)] = torch.empty_like(own[name])
-        if targets:
-            fill(targets, self._file, checkpoint)
+        stored = checkpoint["state_dict"].items()
+        state = {name: own_shard(value, own.get(name)) for name, value in stored}
         self._module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each rank takes its shards of the moments."""
-        for number, (optimizer, stored) in enumerate(
-            zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
-        ):
-            targets = {}
+        """Give each rank its shards of the moments."""
+        for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            moments = {at: dict(values) for at, values in stored["state"].items()}
-            for at, values in moments.items():
-                for name in [name for name, value in values.items() if isinstance(value, Tensor)]:
-                    if values[name].is_meta:
-                        values[name] = torch.empty_like(parameters[at])
-                        targets[moment_name(number, at, name)] = values[name]
-                    elif values[name].shape == parameters[at].shape:
-                        values[name] = local_shard(values[name], parameters[at])
-            if targets:
-                fill(targets, self._file, checkpoint)
-            optimizer.load_state_dict({**stored, "state": moments})
+            state = {
+                number: {
+                    # a copy: the original is a file in memory
+                    name: own_shard(value, parameters[number]).clone() if isinstance(value, Tensor) else value
+                    for name, value in moments.items()
+                }
+                for number, moments in stored["state"].items()
+            }
+            optimizer.load_state_dict({**stored, "state": state})
 
     @property
     def _module(self) -> nn.Module:
@@ -136,13 +116,26 @@ class ShardedStrategy(ModelParallelStrategy):
         return self.lightning_module
 
 
-def local_shard(whole: Tensor, like: Tensor | None) -> Tensor:
-    """This rank's shard of a tensor that every rank has whole, sharded as `like` is; no rank is asked."""
-    if not isinstance(like, DTensor) or isinstance(whole, DTensor) or whole.is_meta:
-        return whole
+def own_shard(complete: Tensor, like: Tensor | None) -> Tensor:
+    """Return this rank's shard of a tensor that every rank has complete, if `like` is sharded."""
+    if not isinstance(like, DTensor) or complete.shape != like.shape:  # AdamW's step is a single number
+        return complete
     return distribute_tensor(
-        whole.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None
+        complete.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None
     )
+
+
+def gather_on_first_rank(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace sharded tensors by complete ones on the CPU of rank 0, and by empty ones elsewhere.
+
+    If some are sharded, every rank has to call it.
+    """
+    gathered = dict(tensors)
+    for name, value in gathered.items():
+        if isinstance(value, DTensor):
+            complete = value.full_tensor()
+            gathered[name] = complete.cpu() if torch.distributed.get_rank() == 0 else complete.new_empty(0)
+    return gathered
 
 
 def check_shardable(clip: CLIP, micro_batch_size: int | str | None, trainer: Trainer) -> None:
@@ -248,17 +241,3 @@ def broadcast_statistics(clip: CLIP) -> None:
     for norm in training_norms(clip):
         for buffer in norm.buffers():
             torch.distributed.broadcast(buffer, 0)
-
-
-def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tensors.
-
-    If some are sharded, all ranks have to ask: the first has them whole, the others empty ones of shape (0,).
-    """
-    state = module.state_dict()
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    for name, value in state.items():
-        if isinstance(value, DTensor):
-            whole = value.full_tensor()
-            state[name] = whole.cpu() if first else whole.new_empty(0)
-    return state

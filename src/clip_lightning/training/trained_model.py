@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
-from clip_lightning.model.sharded_checkpoints import read_checkpoint
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.runs import check_fits
 
@@ -25,25 +26,41 @@ def load_checkpoint(file: Path) -> CLIP:
     Raises:
         UserError: no checkpoint, one outside of its run, or a tower that is another one now.
     """
-    run = file.absolute().parent.parent
+    run = RunFolder.of_checkpoint(file.absolute())
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        model = {**config["model"], "image_size": config["data"]["image_size"]}
+        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        model = {**_model_options(config["model"]), "image_size": config["data"]["image_size"]}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError) as error:
         raise UserError(
-            f"{file} is not in the folder of its run: expected its towers' names in {run / 'config.yaml'}; "
+            f"{file} is not in the folder of its run: expected its towers' names in {run.config}; "
             "give RUN/checkpoints/best.ckpt"
         ) from error
     try:
         module = _build(model)
         check_fits(file, module)
-        checkpoint = read_checkpoint(file, moments=False)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         module.on_load_checkpoint(checkpoint)
     except UserError as error:
         raise UserError(str(error).replace("--ckpt_path ", "")) from error
     module.load_state_dict(checkpoint["state_dict"])
     module.clip.metadata = _metadata(run, config, checkpoint, module)
     return module.clip.eval()
+
+
+def _model_options(model: dict[str, Any]) -> dict[str, Any]:
+    """Group the options of heads and towers, which version 0.1.0 wrote one level higher."""
+    if "heads" in model:
+        return model
+    heads = {
+        new: model[old] for new, old in (("embed_dim", "embed_dim"), ("kind", "head"), ("dropout", "dropout"))
+    }
+    return {
+        **{
+            name: model[name] for name in ("image_tower", "text_tower", "init_from", "freeze", "lora", "loss")
+        },
+        "heads": heads,
+        "towers": {name: model[name] for name in ("max_length", "fix_statistics")},
+    }
 
 
 def _build(values: dict[str, Any]) -> CLIPModule:
@@ -58,12 +75,12 @@ def _build(values: dict[str, Any]) -> CLIPModule:
 
 
 def _metadata(
-    run: Path, config: dict[str, Any], checkpoint: dict[str, Any], module: CLIPModule
+    run: RunFolder, config: dict[str, Any], checkpoint: dict[str, Any], module: CLIPModule
 ) -> dict[str, Any]:
     """As the run itself writes it; the metrics are those of the best epoch, if the checkpoint is of that."""
     metrics = checkpoint["callbacks"].get("RunRecorder", {}).get("metrics", {})
     try:
-        record = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        record = json.loads(run.metrics.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = {}  # the run was killed before it wrote any
     names = {"digest": "data_digest", "artifact": "data_artifact"}

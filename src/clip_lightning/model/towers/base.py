@@ -72,15 +72,16 @@ class Tower(nn.Module):
         """
         if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
             raise UserError(
-                f"--model.activation_checkpointing: the batch norms of {self.spec['name']!r} would note "
-                "every batch twice; give --model.fix_statistics true, or --model.micro_batch_size N instead"
+                "--model.towers.activation_checkpointing: the batch norms of "
+                f"{self.spec['name']!r} would note every batch twice; give --model.towers.fix_statistics "
+                "true, or --model.micro_batch_size N instead"
             )
         try:
             self._checkpoint_layers()
         except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(
-                f"--model.activation_checkpointing: {self.spec['name']!r} cannot do it; leave it out, or "
-                "give --model.micro_batch_size N in its place"
+                f"--model.towers.activation_checkpointing: {self.spec['name']!r} cannot do it; leave it out, "
+                "or give --model.micro_batch_size N instead"
             ) from error
 
     def _checkpoint_layers(self) -> None:
@@ -93,7 +94,7 @@ class Tower(nn.Module):
         except torch._dynamo.exc.TorchDynamoException as error:
             self.backbone._compiled_call_impl = None  # undoes compile()
             warnings.warn(
-                f"--model.compile: torch.compile failed on the {type(self).__name__} and is left out: "
+                f"--model.towers.compile: torch.compile failed on the {type(self).__name__} and is left out: "
                 f"{first_line(error)}",
                 stacklevel=2,
             )

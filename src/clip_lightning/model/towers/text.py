@@ -338,8 +338,8 @@ def _checked_max_length(max_length: int | None, backbone: Any, tokenizer: Any, n
     if not shortest <= max_length <= limit:
         have = f"it has {positions} positions, " if positions else ""
         raise UserError(
-            f"--model.max_length {max_length} does not fit text tower {name!r}; {have}give {shortest} to "
-            f"{limit} (special tokens count)"
+            f"--model.towers.max_length {max_length} does not fit text tower {name!r}; {have}give "
+            f"{shortest} to {limit} (special tokens count)"
         )
     return max_length
 
