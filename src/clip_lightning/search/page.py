@@ -152,7 +152,7 @@ class _Page:
     async def answer(self, request: Request) -> Response:
         asked = _DEFAULTS | dict(request.query_params)
         is_question = asked["q"].strip() or asked["image"] or request.method == "POST"
-        if not is_question and request.url.path.endswith("/"):
+        if not is_question and request["path"].endswith("/"):
             return self.reply(request, {})
         async with self.questions:
             upload = await _read_body(request) if request.method == "POST" else None
@@ -160,7 +160,7 @@ class _Page:
 
     def reply(self, request: Request, answer: dict[str, Any], status: int = 200) -> Response:
         """Answer a browser with the page, and a program with JSON."""
-        if not request.url.path.endswith("/"):
+        if not request["path"].endswith("/"):
             return JSONResponse(answer, status)
         asked = _DEFAULTS | dict(request.query_params)
         return HTMLResponse(self.template.render(self.about, asked=asked, answer=answer), status)
