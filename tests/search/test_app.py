@@ -354,7 +354,7 @@ def test_an_image_that_is_gone_is_said_to_be(make_clip: MakeClip, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("{run}/model", "no finished index in .*; make it, .* with clip-lightning index MODEL FOLDER"),
+        ("{run}/model", "is a model; give its images, too: clip-lightning app .*model FOLDER"),
         ("nowhere", "no finished index in nowhere"),
         ("{index} --out x", "--out is where MODEL FOLDER puts its index"),
         ("{index} --port 0", "--port 0: expected 1 to 65535"),

@@ -62,6 +62,8 @@ def app(
     """
     if images is None and out is not None:
         raise UserError("--out is where MODEL FOLDER puts its index; give both, or leave --out out")
+    if images is None and (Path(source) / "model.safetensors").is_file():
+        raise UserError(f"{source} is a model; give its images, too: clip-lightning app {source} FOLDER")
     if images is not None and model is not None:
         raise UserError("--model is for an index; the first argument names the model already")
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
