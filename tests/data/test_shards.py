@@ -518,7 +518,7 @@ def test_a_remote_chunk_that_is_not_what_was_written_is_refused(
 
 def test_remote_tars(shards: dict[str, Path], served: Callable[[Path], str]) -> None:
     url = served(shards["webdataset"])
-    training = TrainingShards(ShardOptions(sources=[url]), None)
+    training = TrainingShards(ShardOptions(sources=url), None)  # one of them
     assert training.samples == 32 and not training.chunked
     broken: dict[str, str] = {}
     found = list(read_tar(f"{url}/train/00000.tar", broken))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -56,7 +55,6 @@ def test_a_probe_learns_what_can_be_learnt():
 def test_few_shots():
     train, test = clusters(4), clusters(40)
     found = few_shot(*train, *test, shots=(1, 4, 8), seeds=3)
-    assert found.keys() == {"few_shot_1", "few_shot_1_sd", "few_shot_4", "few_shot_4_sd"}
-    assert found["few_shot_4_sd"] == pytest.approx(0)  # all of train, whatever the seed
+    assert found.keys() == {"few_shot_1", "few_shot_1_sd", "few_shot_4"}  # of four images, four are one draw
     assert found["few_shot_1_sd"] > 0
-    assert few_shot(*train, *test, shots=(1,), seeds=1)["few_shot_1_sd"] == 0.0
+    assert few_shot(*train, *test, shots=(1,), seeds=1).keys() == {"few_shot_1"}

@@ -30,6 +30,9 @@ def test_a_class_is_the_normalised_mean_of_its_captions(make_clip: Callable[...,
         mean = torch.stack([clip.embed_texts([caption])[0] for caption in captions]).mean(0)
         torch.testing.assert_close(found[row], mean / mean.norm(), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(
+        zero_shot_classifier(clip, "circle", templates[0]), clip.embed_texts("a circle")
+    )
 
 
 @pytest.mark.parametrize(("names", "templates"), [([], ["{}"]), (["a", []], ["{}"]), (["a"], [])])

@@ -202,7 +202,7 @@ def test_in_the_commands(
     models: Path, scenes: Path, tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
 ):
     model = str(models / "clip")
-    assert main(["evaluate", "retrieval", model, str(scenes), "--split", "val", "--resamples", "10"]) == 0
+    assert main(["evaluate", "retrieval", model, str(scenes), "--split", "val"]) == 0
     index = str(tmp_path / "index")
     assert main(["index", model, str(scenes), "--out", index]) == 0
     capsys.readouterr()

@@ -193,6 +193,7 @@ def test_an_adapted_tower_trains_with_dropout_and_fixed_batch_norm(make_clip: Ma
 
 def test_the_chosen_layers(make_clip: MakeClip) -> None:
     clip = make_clip()
+    assert LoRAConfig(layers="query") == LoRAConfig(layers=["query"])
     clip.add_lora(LoRAConfig(layers=["query", "attention.self.value"], rank=3))
     shapes = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items() if is_adapter(name)}
     assert len(shapes) == 2 * 2 * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -10,14 +11,17 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import clip_lightning.files as files_module
 import clip_lightning.model.bundle as bundle_module
-from clip_lightning.data.images import BrokenImage
+from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP, ResidualMLPHead
 from clip_lightning.training.losses import info_nce
@@ -64,10 +68,58 @@ def test_embeddings_stay_fp32_in_autocast(make_clip: MakeClip) -> None:
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(4), rtol=1e-5, atol=0)
 
 
-def test_a_broken_picture_is_named_as_such(make_clip: MakeClip, tmp_path: Path) -> None:
-    (tmp_path / "x.jpg").write_bytes(b"")
-    with pytest.raises(BrokenImage, match="empty"):
-        make_clip().embed_images([tmp_path / "x.jpg"])
+def test_a_single_text_is_one_item(make_clip: MakeClip) -> None:
+    clip = make_clip()
+    assert torch.equal(clip.embed_texts("a star"), clip.embed_texts(["a star"]))
+    assert torch.equal(clip.embed_texts(text for text in TEXTS), clip.embed_texts(TEXTS))
+    assert clip.tokenize("a star")["input_ids"].shape[0] == 1
+    with pytest.raises(TypeError, match="text 1 is nan; expected a string"):
+        clip.embed_texts(["a star", float("nan")])
+
+
+IMAGE_FORMS: dict[str, Callable[[Path], Any]] = {
+    "name": str,
+    "path": lambda path: path,
+    "bytes": Path.read_bytes,
+    "file": lambda path: io.BytesIO(path.read_bytes()),
+    "PIL": Image.open,
+    "array": lambda path: np.array(Image.open(path)),
+    "tensor": decode_image,
+}
+
+
+@pytest.mark.parametrize("form", IMAGE_FORMS)
+def test_images_in_any_form_one_or_several(make_clip: MakeClip, tmp_path: Path, form: str) -> None:
+    clip, make = make_clip(), IMAGE_FORMS[form]
+    paths = [tmp_path / f"{name}.png" for name in range(3)]
+    for number, path in enumerate(paths):
+        Image.effect_noise((40, 50), 20 * number + 20).convert("RGB").save(path)
+    expected = clip.embed_images(paths)
+    torch.testing.assert_close(clip.embed_images(make(paths[0])), expected[:1])
+    torch.testing.assert_close(clip.embed_images((make(path) for path in paths), batch_size=2), expected)
+    if form in ("array", "tensor"):
+        stacked = np.stack if form == "array" else torch.stack
+        torch.testing.assert_close(clip.embed_images(stacked([make(path) for path in paths])), expected)
+    assert torch.equal(clip.transform(make(paths[1])), clip.transform(decode_image(paths[1])))
+
+
+def test_an_image_that_cannot_be_read_is_named_or_skipped(
+    make_clip: MakeClip, pictures: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clip, missing = make_clip(), tmp_path / "missing.jpg"
+    with pytest.raises(BrokenImage, match=r"image 3, .*missing\.jpg cannot be read: No such file"):
+        clip.embed_images([*pictures[:3], missing], batch_size=2)
+    several = [pictures[0], missing, b"", pictures[1], torch.rand(3, 8, 8), 7]
+    torch.testing.assert_close(clip.embed_images(several, errors="skip"), clip.embed_images(pictures[:2]))
+    assert [record.message.partition(": ")[0] for record in caplog.records] == [
+        f"skipped image 1, {missing}",
+        "skipped image 2",
+        "skipped image 4",
+        "skipped image 5",
+    ]
+    assert "it is torch.float32 values of shape (3, 8, 8); expected" in caplog.text
+    with pytest.raises(ValueError, match="errors='raise' or 'skip'"):
+        clip.embed_images(pictures, errors="ignore")
 
 
 def test_the_scale_is_clamped_and_can_come_down_again(make_clip: MakeClip) -> None:

@@ -104,7 +104,7 @@ def test_flat_finds_what_brute_force_finds(clip: CLIP, photos: Path, tmp_path: P
 def test_a_picture_finds_itself_and_k_may_be_larger(clip: CLIP, photos: Path, tmp_path: Path) -> None:
     index = ImageIndex.build(clip, photos, tmp_path / "idx")
     for name in ("3.png", "été/日本 語 🐶.png"):
-        hits = index.search_by_image([photos / name], 1000)[0]
+        hits = index.search_by_image(photos / name, 1000)[0]
         assert len(hits) == 12
         assert hits[0].path == photos / name
         assert hits[0].score == pytest.approx(1, abs=CLOSE)
@@ -131,7 +131,7 @@ def test_captions_are_found_for_pictures(clip: CLIP, scenes: Path, tmp_path: Pat
     texts = list(dict.fromkeys(text for hit in index.search("a", 40)[0] for text in hit.captions))
     assert index.manifest.captions == len(texts)
     scores = (clip.embed_images([picture.path]) @ clip.embed_texts(texts).T)[0]
-    found = index.captions([picture.path], 7)[0]
+    found = index.captions(picture.path, 7)[0]
     best = scores.sort(descending=True).values[:7].tolist()
     assert [hit.score for hit in found] == pytest.approx(best, abs=CLOSE)
     own = [hit for hit in index.captions([picture.path], 1000)[0] if hit.caption in picture.captions]

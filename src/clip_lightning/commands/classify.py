@@ -30,7 +30,7 @@ def run(args: list[str]) -> None:
 
 
 def classify(
-    model: str, images: list[str], *, labels: str, templates: str = "simple", json: bool = False
+    model: str, images: str | list[str], *, labels: str, templates: str = "simple", json: bool = False
 ) -> None:
     """Say how well each label fits each picture.
 
@@ -45,6 +45,7 @@ def classify(
         json: print one JSON object instead, with probabilities from 0 to 1.
     """
     names, sentences = _labels(labels), _templates(templates)
+    images = [images] if isinstance(images, str) else images
     if missing := [name for name in images if not Path(name).is_file()]:
         raise UserError(f"there is no file {missing[0]}; give files of pictures after the model")
     from clip_lightning.evaluation.zero_shot import probabilities, zero_shot_classifier

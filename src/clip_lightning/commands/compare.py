@@ -43,7 +43,9 @@ def run(args: list[str]) -> None:
         compare_backbones(rest, **vars(parser.parse_args(own)))
 
 
-def compare(runs: list[str], out: Path | None = None, group: str | None = None, json: bool = False) -> None:
+def compare(
+    runs: str | list[str], out: Path | None = None, group: str | None = None, json: bool = False
+) -> None:
     """Rank finished runs.
 
     A RUN is the folder of a run, a folder of such folders, wandb:ENTITY/PROJECT for the runs of a W&B
@@ -60,6 +62,7 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
     from clip_lightning.experiments.compare import compared
     from clip_lightning.experiments.run_records import LeftOut, RunRecord, read_folders, read_wandb
 
+    runs = [runs] if isinstance(runs, str) else runs
     if not runs:
         raise UserError("nothing to compare: give the folders of runs, or wandb:ENTITY/PROJECT")
     online = [place for place in runs if place.startswith("wandb:")]

@@ -28,8 +28,6 @@ def retrieval(
     data: str,
     *,
     split: str | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
     out: Path | None = None,
     wandb: str | None = None,
     json: bool = False,
@@ -38,24 +36,20 @@ def retrieval(
 
     R@k counts the queries with a right answer among the k best (hit@k): of a picture, any of its captions.
     True recall is the share of a picture's captions that is there. fold1000_... are means over folds of
-    1,000 pictures, an easier task. Intervals (95 %) are of a bootstrap over pictures. Every model after the
-    first is also compared with the first, on the same draws of the same pictures.
+    1,000 pictures, an easier task. Intervals (95 %) allow for the captions of an image being answered
+    together. Every model after the first is also compared with the first, image by image.
 
     Args:
         model: a bundle's folder, a hub id or wandb:NAME; several with commas between.
         data: captioned pictures, as for fit --data.root; several with commas between.
         split: all, train, val or test. By default the data's own test split (val, if it has no test), and all
             where it has none; val and test of such data are those that fit draws from it by default.
-        resamples: draws of the bootstrap.
-        seed: of the draws.
         out: folder for the table as Markdown, CSV and JSON.
         wandb: W&B project (or ENTITY/PROJECT) that gets a run for each model and data set.
         json: print one JSON object instead, of several models or data sets a list.
     """
-    from clip_lightning.evaluation.intervals import paired_bootstrap
+    from clip_lightning.evaluation.intervals import paired_differences
 
-    if resamples < 1:
-        raise UserError(f"--resamples {resamples}: expected 1 or more")
     check_options(split, out)
     models = listed(model)
     captioned = {place: _captioned(place, split) for place in listed(data)}
@@ -64,12 +58,11 @@ def retrieval(
     for name in models:
         clip = load_model(name)
         for place, (chosen, images) in captioned.items():
-            values, found = _retrieval(clip, images, f"{name} on {place}", resamples, seed)
+            values, found = _retrieval(clip, images, f"{name} on {place}")
             row = {"model": name, "data": place, "split": chosen, **values}
             if place in first:
                 row["compared_with"] = rows[place][0]["model"]
-                tests = paired_bootstrap(found, first[place], resamples=resamples, seed=seed)
-                for metric, (difference, low, high, p) in tests.items():
+                for metric, (difference, low, high, p) in paired_differences(found, first[place]).items():
                     row |= {f"{metric}_difference": difference, f"{metric}_difference_low": low}
                     row |= {f"{metric}_difference_high": high, f"{metric}_difference_p": p}
             first.setdefault(place, found)
@@ -77,13 +70,11 @@ def retrieval(
     finish([row for group in rows.values() for row in group], out, json, wandb)
 
 
-def _retrieval(
-    clip: CLIP, images: Sequence[CaptionedImage], title: str, resamples: int, seed: int
-) -> tuple[dict[str, Any], Hits]:
+def _retrieval(clip: CLIP, images: Sequence[CaptionedImage], title: str) -> tuple[dict[str, Any], Hits]:
     import torch
 
     from clip_lightning.evaluation.folds import fold_metrics
-    from clip_lightning.evaluation.intervals import bootstrap_intervals, hits
+    from clip_lightning.evaluation.intervals import hits, recall_intervals
     from clip_lightning.evaluation.retrieval import retrieval_metrics, retrieval_ranks
     from clip_lightning.evaluation.true_recall import true_recall
     from clip_lightning.model.encode import encode_pictures, project_pictures
@@ -94,7 +85,7 @@ def _retrieval(
     owner = torch.tensor([row for row, _ in captions])
     image, text = project_pictures(clip, pictures.features), clip.embed_texts([text for _, text in captions])
     found = hits(*retrieval_ranks(image, text, owner), owner)
-    bounds = bootstrap_intervals(found, resamples=resamples, seed=seed)
+    bounds = recall_intervals(found)
     values: dict[str, Any] = {"images": len(image), "captions": len(text), "broken": len(pictures.broken)}
     for name, value in retrieval_metrics(image, text, owner).items():
         values[name] = value

@@ -78,6 +78,40 @@ def decode_bytes(data: bytes, *, max_pixels: int = 100_000_000) -> Tensor:
             raise BrokenImage(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
+def to_pixels(image: Any) -> Tensor:
+    """Return any form of an image as RGB, uint8 (3, H, W): the forms are those of `CLIP.embed_images`.
+
+    Raises:
+        BrokenImage: the image cannot be decoded, or is something else.
+    """
+    if isinstance(image, str | Path):
+        return decode_image(Path(image))
+    if hasattr(image, "pixels"):  # it is stored within a larger file
+        pixels: Tensor = image.pixels()
+        return pixels
+    try:
+        if hasattr(image, "read"):
+            image = image.read()
+        if isinstance(image, bytes | bytearray | memoryview):
+            return decode_bytes(bytes(image))
+        if isinstance(image, Image.Image):
+            return torch.from_numpy(np.array(_to_rgb(image.copy()))).permute(2, 0, 1)
+        dtype, shape = str(getattr(image, "dtype", "")), tuple(getattr(image, "shape", ()))
+        if isinstance(image, Tensor) and dtype == "torch.uint8" and shape[:-2] == (3,) and all(shape):
+            return image.cpu()
+        if isinstance(image, np.ndarray) and dtype == "uint8" and shape[2:] in ((), (3,), (4,)):
+            return to_pixels(Image.fromarray(image))
+    except BrokenImage:
+        raise
+    except Exception as error:  # as in `decode_bytes`
+        raise BrokenImage(" ".join(str(error).split())[:200] or type(error).__name__) from error
+    found = f"{dtype} values of shape {shape}" if shape else f"a {type(image).__name__}"
+    raise BrokenImage(
+        f"it is {found}; expected a file's name or content, a PIL image, a uint8 array (H, W, 3), or a uint8 "
+        "tensor (3, H, W)"
+    )
+
+
 def _is_complete(data: bytes) -> bool:
     """Whether a JPEG ends with its end marker: torchvision fills a truncated one with grey, unasked."""
     return data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
@@ -117,8 +151,13 @@ class ImageTransform:
     fit: Literal["crop", "squash"] = "crop"
     shortest_edge: int | None = None
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Resize uint8 (3, H, W) as `fit` says, and keep the centre: uint8 (3, h, w)."""
+    def __call__(self, image: Any) -> Tensor:
+        """Resize an image as `fit` says, and keep the centre: uint8 (3, h, w).
+
+        Args:
+            image: uint8 (3, H, W), or any other form that `to_pixels` takes.
+        """
+        image = image if isinstance(image, Tensor) else to_pixels(image)
         if self.fit == "squash":
             return self.resize(image, self.size)
         height, width = self.size if self.shortest_edge is None else (self.shortest_edge,) * 2

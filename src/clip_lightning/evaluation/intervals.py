@@ -1,29 +1,29 @@
-"""How sure a figure is: Wilson's interval of a share, bootstrap intervals of recall, and of differences.
+"""Uncertainty of a figure: 95 % intervals of fractions, recalls, and differences between two models.
 
-Dimensions: I images, N captions, R resamples, M metrics.
+Dimensions: I images, N captions, M metrics.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from torch import Tensor
 
 Z95 = 1.959963984540054
-_RESAMPLED_AT_A_TIME = 4_000_000  # counts in memory: 32 MB
 
 
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """95 % interval, in percent, of the share `right / total` (Wilson 1927).
+def wilson(right: float, total: float) -> tuple[float, float]:
+    """Return the 95 % interval, in percent, of the fraction `right / total` (Wilson 1927).
 
     Raises:
-        ValueError: there is nothing to take a share of, or more is right than there is.
+        ValueError: the total is not positive, or `right` is not between 0 and the total.
     """
-    if not 0 <= right <= total or total < 1:
-        raise ValueError(f"expected 0 <= right <= total and total >= 1, got {right} and {total}")
+    if not 0 <= right <= total or total <= 0:
+        raise ValueError(f"expected 0 <= right <= total and total > 0, got {right} and {total}")
     share, spread = right / total, Z95**2 / total
     centre = share + spread / 2
     half = Z95 * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2))
@@ -33,23 +33,32 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Hits:
-    """What each image adds to the recalls of a split, so that images can be drawn again.
+    """What each image contributes to the recalls of a split.
 
     Attributes:
-        names: of the M metrics, R@k both ways.
+        metrics: names of the M metrics, R@k both ways.
         right: (I, M) queries of each image that were answered.
         asked: (I, M) queries of each image.
     """
 
-    names: tuple[str, ...]
+    metrics: tuple[str, ...]
     right: np.ndarray
     asked: np.ndarray
 
-    def recalls(self, counts: np.ndarray) -> np.ndarray:
-        """(R, M + 1) in percent where image i is drawn `counts[:, i]` times, (R, I); rsum comes last."""
-        weights = counts.astype(np.float64)
-        found = 100 * (weights @ self.right) / (weights @ self.asked)
-        return np.concatenate([found, found.sum(1, keepdims=True)], axis=1)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics and their sum."""
+        return (*self.metrics, "rsum")
+
+    @property
+    def best(self) -> np.ndarray:
+        """(M + 1,) the best value of each of `names`."""
+        return np.array([100.0] * len(self.metrics) + [100.0 * len(self.metrics)])
+
+    def per_image(self, counts: np.ndarray) -> np.ndarray:
+        """(I, M + 1): `right` or `asked` in units of an image's mean number of queries; last, their mean."""
+        parts = counts / self.asked.mean(0)
+        return np.column_stack([parts, parts.mean(1)])
 
 
 def hits(text_rank: Tensor, image_rank: Tensor, owner: Tensor, ks: Sequence[int] = (1, 5, 10)) -> Hits:
@@ -70,59 +79,52 @@ def hits(text_rank: Tensor, image_rank: Tensor, owner: Tensor, ks: Sequence[int]
     right = [per_image((text > 0) & (text <= k)) for k in ks]
     right += [((image > 0) & (image <= k)).astype(np.float64) for k in ks]
     asked = [per_image(text > 0)] * len(ks) + [(image > 0).astype(np.float64)] * len(ks)
-    names = tuple(f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in ks)
-    return Hits(names, np.stack(right, 1), np.stack(asked, 1))
+    metrics = tuple(f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in ks)
+    return Hits(metrics, np.stack(right, 1), np.stack(asked, 1))
 
 
-def bootstrap_intervals(
-    found: Hits, *, resamples: int = 1000, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of R@k and rsum, over images drawn with replacement (Efron).
+def recall_intervals(found: Hits) -> dict[str, tuple[float, float]]:
+    """Return 95 % intervals of R@k and rsum that also cover near 0 and 100 %.
 
-    Images and their captions are drawn as queries; what they are searched among stays the whole split,
-    else a picture drawn twice would tie with itself.
+    The captions of an image tend to be answered together. An interval is therefore Wilson's for the number
+    of independent queries whose mean would vary as much as the images do. Where all images are alike, they
+    show no variance: two images more with every query answered and two with none (Agresti and Coull 1998)
+    keep that number at the number of images. For one query per image, the interval is exactly Wilson's.
     """
-    drawn = np.concatenate([found.recalls(counts) for counts in _draws(found, resamples, seed)])
-    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
-    names = (*found.names, "rsum")
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
+    right, asked = found.per_image(found.right), found.per_image(found.asked)
+    images = len(right)
+    mean = (right.sum(0) + 2) / (images + 4)
+    squares = np.square(right - mean * asked).sum(0) + 2 * np.square(mean) + 2 * np.square(1 - mean)
+    queries = images * (images + 4) * mean * (1 - mean) / squares
+    shares = np.minimum(right.mean(0), 1.0)
+    bounds = [wilson(share * count, count) for share, count in zip(shares, queries, strict=True)]
+    return {
+        name: (low * best / 100, high * best / 100)
+        for name, (low, high), best in zip(found.names, bounds, found.best.tolist(), strict=True)
+    }
 
 
-def paired_bootstrap(
-    one: Hits, other: Hits, *, resamples: int = 1000, seed: int = 0
-) -> Mapping[str, tuple[float, float, float, float]]:
-    """How much better `one` is than `other`, both scored on the same draws of the same images.
+def paired_differences(one: Hits, other: Hits) -> dict[str, tuple[float, float, float, float]]:
+    """Compare two models on the same images.
+
+    The interval and p are those of a normally distributed mean of the images' differences, after adding two
+    images that only one of the models answers, one each way (Bonett and Price 2012): two models that agree
+    on a few images are not thereby the same.
 
     Returns:
-        metric → difference, the ends of its 95 % interval, and the two-sided p of no difference (at least
-        2 / (resamples + 1), since so many draws cannot show less).
+        metric → difference, the ends of its 95 % interval, and the two-sided p of no difference.
 
     Raises:
         ValueError: the two do not have the same images and captions.
     """
-    if one.names != other.names or not np.array_equal(one.asked, other.asked):
+    if one.metrics != other.metrics or not np.array_equal(one.asked, other.asked):
         raise ValueError("a paired test needs the same images and captions on both sides")
-    whole = np.ones((1, len(one.right)))
-    observed = (one.recalls(whole) - other.recalls(whole))[0]
-    drawn = np.concatenate(
-        [one.recalls(counts) - other.recalls(counts) for counts in _draws(one, resamples, seed)]
-    )
-    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
-    tails = np.minimum((drawn <= 0).sum(0), (drawn >= 0).sum(0))
-    p = np.minimum(2 * (tails + 1) / (len(drawn) + 1), 1.0)
-    names = (*one.names, "rsum")
-    return {
-        name: (float(observed[i]), float(low[i]), float(high[i]), float(p[i])) for i, name in enumerate(names)
-    }
-
-
-def _draws(found: Hits, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image is drawn, (R, I) in parts; the same for the same seed and number of images."""
-    rng = np.random.default_rng(seed)
-    size = len(found.right)
-    step = max(_RESAMPLED_AT_A_TIME // size, 1)
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        counts = np.zeros((rows, size), np.int32)
-        np.add.at(counts, (np.arange(rows)[:, None], rng.integers(size, size=(rows, size))), 1)
-        yield counts
+    gain, asked = one.per_image(one.right - other.right), one.per_image(one.asked)
+    count = len(gain) + 2
+    mean = gain.sum(0) / count
+    squares = np.square(gain - mean * asked).sum(0) + np.square(1 - mean) + np.square(1 + mean)
+    error = np.sqrt(squares) / count
+    p = [2 * NormalDist().cdf(-z) for z in np.abs(mean) / error]
+    values = (gain.mean(0), *(np.clip(mean + sign * Z95 * error, -1, 1) for sign in (-1, 1)))
+    columns = zip(*((one.best * value).tolist() for value in values), p, strict=True)
+    return dict(zip(one.names, columns, strict=True))

@@ -112,23 +112,22 @@ def few_shot(
 
     Returns:
         `few_shot_k` and `few_shot_k_sd`, mean and standard deviation in percent over the draws, for every k
-        that each class of train has pictures for.
+        that each class of train has images for. There is no deviation where there is only one draw.
     """
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    fewest = int(torch.unique(train_labels, return_counts=True)[1].min())
+    counts = torch.unique(train_labels, return_counts=True)[1]
     found: dict[str, float] = {}
     for k in shots:
-        if k > fewest:
+        if k > counts.min():
             continue
         scores = []
         for seed in range(seeds):
             rows = _draw(train_labels, k, seed)
             probe = LogisticRegression(train[rows], train_labels[rows], classes, FEW_SHOT_REGULARISER)
             scores.append(100 * probe.right(test, test_labels) / len(test))
-        found |= {
-            f"few_shot_{k}": statistics.fmean(scores),
-            f"few_shot_{k}_sd": statistics.stdev(scores) if seeds > 1 else 0.0,
-        }
+        found[f"few_shot_{k}"] = statistics.fmean(scores)
+        if seeds > 1 and k < counts.max():
+            found[f"few_shot_{k}_sd"] = statistics.stdev(scores)
     return found
 
 

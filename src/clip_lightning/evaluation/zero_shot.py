@@ -5,7 +5,7 @@ Dimensions: I images, C classes, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,20 +23,24 @@ if TYPE_CHECKING:
 
 
 def zero_shot_classifier(
-    clip: CLIP, class_names: Sequence[str | Sequence[str]], templates: Sequence[str] = ("a photo of a {}.",)
+    clip: CLIP,
+    class_names: str | Iterable[str | Iterable[str]],
+    templates: str | Iterable[str] = ("a photo of a {}.",),
 ) -> Tensor:
     """Unit-length embeddings (C, D) of classes, on the CPU (Radford et al. 2021, section 3.1.4).
 
     Args:
         clip: whose text tower reads the captions.
-        class_names: one entry a class: its name, or several names of it.
-        templates: captions with `{}` where a name goes. All captions of a class are embedded, and the mean
-            of the unit-length embeddings is brought to unit length again.
+        class_names: one entry per class: its name, or several names of it.
+        templates: one caption or several, with `{}` where a name goes. All captions of a class are
+            embedded, and the mean of the unit-length embeddings is brought to unit length again.
 
     Raises:
         ValueError: no classes, a class without a name, or no template.
     """
-    names = [[entry] if isinstance(entry, str) else list(entry) for entry in class_names]
+    classes = [class_names] if isinstance(class_names, str) else class_names
+    names = [[entry] if isinstance(entry, str) else list(entry) for entry in classes]
+    templates = [templates] if isinstance(templates, str) else list(templates)
     if not names or not all(names) or not templates:
         raise ValueError("expected one or more classes, each with a name, and one or more templates")
     captions = [fill(entry, templates) for entry in names]

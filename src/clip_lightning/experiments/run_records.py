@@ -100,14 +100,14 @@ def run_folders(place: Path, depth: int = DEEPEST) -> Iterator[Path]:
             yield from run_folders(child, depth - 1)
 
 
-def read_folders(places: Iterable[Path]) -> list[RunRecord | LeftOut]:
-    """Every run that is a given folder or lies in one, once.
+def read_folders(places: Path | Iterable[Path]) -> list[RunRecord | LeftOut]:
+    """Read every run that is a given folder, or in one, once.
 
     Raises:
         UserError: a folder that is not there, or without a run.
     """
     folders: dict[Path, Path] = {}
-    for place in places:
+    for place in [places] if isinstance(places, Path) else places:
         found = list(run_folders(place))
         if not found:
             wrong = "holds no run" if place.is_dir() else "is no folder"

@@ -5,8 +5,9 @@ B pictures, N texts, H, W pixels, L tokens, D the width of the shared embedding.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from clip_lightning.data.images import ImageTransform, decode_image
+from clip_lightning.data.images import BrokenImage, ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.model import pretrained as foreign
 from clip_lightning.model.bundle import (
@@ -29,6 +30,7 @@ from clip_lightning.model.bundle import (
     refusing_damage,
     write_bundle,
 )
+from clip_lightning.model.encode import encode_batches, one_or_many
 from clip_lightning.model.lora import LoRAConfig, add_lora, merged_state
 from clip_lightning.model.towers import ImageTower, TextTower
 
@@ -37,6 +39,7 @@ HeadKind = Literal["linear", "mlp"]
 SideHeadKind = Literal["linear", "mlp", "affine", "gelu", "none"]
 Freeze = Literal["none", "image", "text", "both"]
 MAX_SCALE = 100.0
+_log = logging.getLogger(__name__)
 
 
 class ResidualMLPHead(nn.Module):
@@ -190,27 +193,49 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
         return F.normalize(self.heads.text(features).float(), dim=-1)
 
     @torch.inference_mode()
-    def embed_images(self, paths: Sequence[str | Path], batch_size: int = 64) -> Tensor:
-        """Unit-length embeddings (B, D) of picture files, on the CPU.
+    def embed_images(
+        self, images: Any, batch_size: int = 64, errors: Literal["raise", "skip"] = "raise"
+    ) -> Tensor:
+        """Return unit-length embeddings (B, D) of images, on the CPU.
+
+        Args:
+            images: one image or any iterable of them, a generator too. An image is the name of a file, its
+                content as bytes, a file object, a PIL image, a uint8 array (H, W, 3) in RGB, or a uint8
+                tensor (3, H, W); arrays (B, H, W, 3) and tensors (B, 3, H, W) are several.
+            batch_size: images that the tower sees at once.
+            errors: `skip` leaves images that cannot be read out of the result and logs a warning for each.
 
         Raises:
-            BrokenImage: a file that is no readable picture.
+            BrokenImage: an image cannot be read; names the first one.
+            ValueError: an argument is not one of those described above.
         """
+        if errors not in ("raise", "skip") or batch_size < 1:
+            raise ValueError(
+                f"expected errors='raise' or 'skip' and batch_size >= 1, got {errors!r} and {batch_size}"
+            )
         self.eval()
         parts = [torch.empty(0, self._embed_dim)]
-        for start in range(0, len(paths), batch_size):
-            chunk = paths[start : start + batch_size]
-            pixels = torch.stack([self.transform(decode_image(Path(path))) for path in chunk])
-            parts.append(self.encode_image(pixels.to(self.logit_scale.device)).cpu())
+        for batch in encode_batches(self, one_or_many(images), batch_size):
+            for row, name, reason in batch.broken:
+                where = name if name == f"image {row}" else f"image {row}, {name}"
+                if errors == "raise":
+                    raise BrokenImage(f"{where} cannot be read: {reason}") from reason
+                _log.warning("skipped %s: %s", where, reason)
+            parts.append(self.project_image(batch.features).cpu())
         return torch.cat(parts)
 
     @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Unit-length embeddings (N, D) of texts, on the CPU."""
+    def embed_texts(self, texts: str | Iterable[str], batch_size: int = 256) -> Tensor:
+        """Return unit-length embeddings (N, D) of one text or any iterable of them, on the CPU.
+
+        Raises:
+            TypeError: an item is not a string.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
         self.eval()
         parts = [torch.empty(0, self._embed_dim)]
         for start in range(0, len(texts), batch_size):
-            tokens = self.tokenize(list(texts[start : start + batch_size]))
+            tokens = self.tokenize(texts[start : start + batch_size])
             device = self.logit_scale.device
             parts.append(
                 self.encode_text(tokens["input_ids"].to(device), tokens["attention_mask"].to(device)).cpu()

@@ -41,6 +41,11 @@ class LoRAConfig:
     dropout: float = 0.0
     layers: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        """Take one name for a list of one."""
+        if isinstance(self.layers, str):
+            object.__setattr__(self, "layers", [self.layers])  # type: ignore[unreachable]
+
     def check(self) -> None:
         """Check the ranges; not at construction, where jsonargparse would hide the message.
 

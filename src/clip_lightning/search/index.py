@@ -186,7 +186,7 @@ class ImageIndex:
             queries: sentences (one of them may be given as it is), or embeddings (Q, D) of unit length.
             k: how many; all where there are fewer.
         """
-        if isinstance(queries, str):
+        if isinstance(queries, str | Path):
             queries = [queries]
         if _is_array(queries):
             embeddings = self._checked(queries)
@@ -196,27 +196,33 @@ class ImageIndex:
         found = vectors.search(self._index, self.manifest.type, self._vectors, embeddings, k)
         return [self._pictures(hits) for hits in found]
 
-    def search_by_image(self, paths: Sequence[str | Path], k: int = 9) -> list[list[FoundPicture]]:
-        """The k pictures most similar to each of these files; one that is indexed finds itself.
+    def search_by_image(self, images: Any, k: int = 9) -> list[list[FoundPicture]]:
+        """Find the k images most similar to each query; one that is indexed finds itself.
+
+        Args:
+            images: one image or several, in any form that `CLIP.embed_images` takes.
+            k: how many; all where there are fewer.
 
         Raises:
-            UserError: a file that cannot be read.
+            UserError: an image cannot be read.
         """
-        return self.search(self._embedded(paths), k)
+        return self.search(self._embedded(images), k)
 
-    def captions(
-        self, pictures: Sequence[str | Path] | Tensor | np.ndarray, k: int = 9
-    ) -> list[list[FoundCaption]]:
-        """The k captions of the data set that fit each picture (a file, or an embedding) best.
+    def captions(self, images: Any, k: int = 9) -> list[list[FoundCaption]]:
+        """Find the k captions of the data set that fit each query best.
+
+        Args:
+            images: one image or several, in any form that `CLIP.embed_images` takes, or embeddings (Q, D).
+            k: how many; all where there are fewer.
 
         Raises:
-            UserError: the index was built without captions, or a file cannot be read.
+            UserError: the index was built without captions, or an image cannot be read.
         """
         if self._captions is None:
             raise UserError("the index has no captions to find; build it with --captions true")
         _check_k(k)
         index, table, stored = self._captions
-        embeddings = self._checked(pictures) if _is_array(pictures) else self._embedded(pictures)
+        embeddings = self._embedded(images) if getattr(images, "ndim", 0) != 2 else self._checked(images)
         kind = vectors.chosen_type("auto", len(stored))
         return [
             [self._caption(table, row, score) for row, score in hits]
@@ -238,16 +244,14 @@ class ImageIndex:
         embeddings: np.ndarray = self.clip.embed_texts(sentences).numpy()
         return embeddings
 
-    def _embedded(self, paths: Any) -> np.ndarray:
+    def _embedded(self, images: Any) -> np.ndarray:
         from clip_lightning.data.images import BrokenImage
 
-        found = []
-        for path in paths:  # one by one, to know which is broken
-            try:
-                found.append(self.clip.embed_images([path]).numpy())
-            except BrokenImage as error:
-                raise UserError(f"the picture {path} cannot be read: {error}") from error
-        return np.concatenate(found) if found else np.empty((0, self.manifest.width), np.float32)
+        try:
+            embeddings: np.ndarray = self.clip.embed_images(images).numpy()
+        except BrokenImage as error:
+            raise UserError(str(error)) from error
+        return embeddings
 
     def _checked(self, embeddings: Any) -> np.ndarray:
         array = np.asarray(embeddings.detach().cpu() if hasattr(embeddings, "detach") else embeddings)

@@ -90,6 +90,7 @@ class OnnxTextTower:
 
     def embed(self, sentences: Sequence[str]) -> np.ndarray:
         """Unit-length embeddings (N, D) fp32."""
+        sentences = [sentences] if isinstance(sentences, str) else sentences
         parts = [self._run(sentences[at : at + BATCH]) for at in range(0, len(sentences), BATCH)]
         return np.concatenate(parts)
 

@@ -39,7 +39,10 @@ class ShardOptions:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        object.__setattr__(self, "filters", tuple(self.filters))  # to compare with others: YAML has lists
+        filters = [self.filters] if isinstance(self.filters, str) else self.filters
+        object.__setattr__(self, "filters", tuple(filters))  # to compare with others: YAML has lists
+        if isinstance(self.sources, str):
+            object.__setattr__(self, "sources", [self.sources])
         counts = {
             "samples_per_epoch": self.samples_per_epoch,
             "shuffle_buffer": self.shuffle_buffer,

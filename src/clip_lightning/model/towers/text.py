@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -189,8 +190,18 @@ class Tokenize:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
-    def __call__(self, texts: list[str]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, both (N, L), padded to the longest text, cut at `max_length`."""
+    def __call__(self, texts: str | Iterable[str]) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask`, both (N, L), of one text or several.
+
+        They are padded to the longest text and cut at `max_length`.
+
+        Raises:
+            TypeError: an item is not a string.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for position, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"text {position} is {text!r}; expected a string")
         if "clean" in self.settings:
             texts = [clean_text(text, self.settings["clean"]) for text in texts]
         reads_padding = "padding_side" in self.settings
