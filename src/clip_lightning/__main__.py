@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
 import sys
 from types import ModuleType
@@ -69,12 +70,16 @@ def main(args: list[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         return _fail(f"unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}")
     from clip_lightning.allocator import keep_freed_memory
+    from clip_lightning.arguments import checked_arguments
     from clip_lightning.errors import UserError
 
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # results hold letters that not every terminal knows
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # empty, which W&B refuses
     try:
+        args = checked_arguments(args)
         _imported(COMMANDS[args[0]][0]).run(args)
     except UserError as error:
         return _fail(str(error), error.status)
@@ -102,9 +107,9 @@ def _usage() -> str:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    from clip_lightning.terminal import one_line
+    from clip_lightning.terminal import one_line, public
 
-    print(f"clip-lightning: error: {one_line(message)}", file=sys.stderr)
+    print(f"clip-lightning: error: {one_line(public(message))}", file=sys.stderr)
     return status
 
 

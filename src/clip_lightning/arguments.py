@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ import jsonargparse
 import yaml
 
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import public
 
 
 class PlainErrors:
@@ -88,9 +90,41 @@ def _refuse_misspelt(option: str, names: Sequence[str]) -> None:
             raise UserError(f"unknown option {option}; did you mean --{near}?")
 
 
+def with_home(text: str) -> str:
+    """Replace `~` by the home folder at the start of every path in an argument or a value.
+
+    The shell does so only for arguments of their own, not for `--data.root=~/photos`, `random:~/bert`, lists
+    or what a configuration holds.
+    """
+    return re.sub(r"(?:^|(?<=[=:,\[{\"']))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
+
+
+def checked_arguments(args: list[str]) -> list[str]:
+    """Return the arguments with `with_home`, none of which may be empty: that would mean the current folder.
+
+    Raises:
+        UserError: one is empty, as an unset variable of the shell is.
+    """
+    for before, word in zip(["", *args], args, strict=False):
+        name, _, value = word.partition("=")
+        if not word or (name.startswith("--") and name != word and not value):
+            option = name or (before if before.startswith("--") and "=" not in before else "an argument")
+            raise UserError(f"{option} is empty; give a value, or leave it out (is a shell variable unset?)")
+    return [*map(with_home, args)]
+
+
+def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a value of a configuration with every string in it, at any depth, as `change` makes it."""
+    if isinstance(value, dict):
+        return {changed_strings(key, change): changed_strings(inner, change) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [changed_strings(inner, change) for inner in value]
+    return type(value)(change(str(value))) if isinstance(value, str | Path) else value
+
+
 def complain(parser: jsonargparse.ArgumentParser, message: str) -> NoReturn:
     """Print what is wrong with the words given to `parser`, and leave with status 2."""
-    line = " ".join(message.split())
+    line = " ".join(public(message).split())
     print(f"clip-lightning: error: {_plain(line)}{_near_option(parser, line)}", file=sys.stderr)
     sys.exit(2)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
@@ -34,11 +35,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A draft to write into, which takes the place of `folder` if nothing goes wrong, and is gone otherwise.
+def is_draft(name: str) -> bool:
+    """Return whether `write_atomically` gives this name to a file that it has not finished."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
 
-    What is in `folder` goes then, and not before; at no moment is there half of anything.
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, keep: Collection[str] = ()) -> Iterator[Path]:
+    """Give a draft to write into, which replaces `folder` if nothing goes wrong and is removed otherwise.
+
+    What is in `folder` is removed then, and not before; at no moment is there half of anything.
+
+    Args:
+        folder: the folder to write.
+        keep: names in `folder` that stay, unless the draft has something of the same name.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -46,22 +56,29 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield draft
         draft.chmod(0o755)  # mkdtemp makes it private
-        _replace_folder(draft, folder)
+        _replace_folder(draft, folder, keep)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _replace_folder(draft: Path, folder: Path) -> None:
+def _replace_folder(draft: Path, folder: Path, keep: Collection[str]) -> None:
     if not folder.exists():
         os.replace(draft, folder)
         return
     attic = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    old = attic / folder.name
     try:
-        os.replace(folder, attic / folder.name)
+        os.replace(folder, old)
         try:
             os.replace(draft, folder)
         except BaseException:
-            os.replace(attic / folder.name, folder)
+            os.replace(old, folder)
             raise
-    finally:
-        shutil.rmtree(attic)
+        for name in keep:
+            if not os.path.lexists(folder / name):
+                os.replace(old / name, folder / name)
+    except BaseException:
+        if not old.exists():  # else it holds what could not be moved
+            attic.rmdir()
+        raise
+    shutil.rmtree(attic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import gzip
 import hashlib
@@ -87,7 +88,7 @@ class Server(ThreadingHTTPServer):
     """Serves `data` under any path, and does at each request what `faults` says next.
 
     `status 503` and the like; `cut N`: hangs up after N bytes; `whole`: knows no ranges; `wait`: sends the
-    first half and then nothing.
+    first half and then nothing; `to URL`: redirects there.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -95,6 +96,7 @@ class Server(ThreadingHTTPServer):
         self.data = data
         self.faults: list[str] = []
         self.starts: list[int] = []
+        self.credentials: list[str | None] = []
         self.waited_in_vain = False
         self.half_sent, self.may_end = threading.Event(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/data"
@@ -108,6 +110,12 @@ class Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked and fault != "whole" else 0
         self.server.starts.append(start)
+        self.server.credentials.append(self.headers.get("Authorization"))
+        if fault == "to":
+            self.send_response(302)
+            self.send_header("Location", number)
+            self.end_headers()
+            return
         data = self.server.data
         if fault == "status" or start >= len(data):
             self.send_error(int(number) if fault == "status" else 416)
@@ -205,7 +213,10 @@ def test_the_folder_around_everything_and_what_macos_adds_are_taken_off(
         ("https://a.example/x.zip", "abc", r"--data\.sha256 'abc' is no SHA-256; .*64 digits"),
         ("ftp://a.example/x.zip", "0" * 64, "expected https://"),
         ("file://other/x.zip", "0" * 64, "expected https://"),
-        ("x.zip", "0" * 64, r"--data\.url x\.zip is no URL"),
+        ("x.zip", "0" * 64, r"--data\.url x\.zip is not a URL"),
+        ("https://me:secret@a.example/x.zip", None, r"--data\.url https://a\.example/x\.zip has no checksum"),
+        ("https://me:secret/@a.example/x.zip", "0" * 64, r"--data\.url is not a valid URL; .*%2F"),
+        ("https://[a.example/x.zip?key=secret", "0" * 64, r"--data\.url is not a valid URL"),
     ],
 )
 def test_a_wrong_address_or_checksum_is_one_line(url: str, sha256: str | None, message: str):
@@ -255,6 +266,19 @@ def test_a_refusal_is_not_asked_twice(serve: Callable[[bytes], Server]):
     with pytest.raises(UserError, match=r"--data\.url http://127.* is refused .*HTTP 404 Not Found"):
         fetch_archive(server.url, digest(server.data))
     assert len(server.starts) == 1
+
+
+def test_user_and_password_go_to_their_server_alone(serve: Callable[[bytes], Server]):
+    server, other = serve(zipped(FILES)), serve(zipped(FILES))
+    url = server.url.replace("://", "://me:a%40secret@")
+    server.faults = ["to /moved", f"to {other.url}"]
+    assert content(fetch_archive(url, digest(server.data))) == FILES
+    assert server.credentials == [f"Basic {base64.b64encode(b'me:a@secret').decode()}"] * 2
+    assert other.credentials == [None]
+    server.faults = ["status 401"]
+    with pytest.raises(UserError, match=r"http://127.* is refused .*HTTP 401.*password in it") as raised:
+        fetch_archive(url, "0" * 64)
+    assert "secret" not in str(raised.value)
 
 
 def test_after_several_failures_it_is_given_up_and_can_go_on(serve: Callable[[bytes], Server]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -624,6 +625,36 @@ def test_list_and_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "1 entries" in capsys.readouterr().out
 
 
-def test_an_empty_or_missing_cache_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cache", "list", "--folder", str(tmp_path / "none"), "--json"]) == 0
+@pytest.mark.parametrize("name", ["thesis", "d41d8cd98f00b204e9800998ecf8427e"])
+@pytest.mark.parametrize("manifest", ['{"key": {"kind": "image"}, "rows": 3}', '{"files": []}', "no JSON"])
+def test_folders_of_others_are_neither_listed_nor_removed(
+    cache: FeatureCache, name: str, manifest: str
+) -> None:
+    theirs = cache.root / name
+    theirs.mkdir(parents=True)
+    (theirs / "manifest.json").write_text(manifest)
+    np.save(theirs / "images-00000-of-00001.npy", np.zeros(9))  # as `embed` names its shards
+    cache.budget_bytes = 0
+    cache.get({"kind": "image"}, 10, noise, "rows")
+    assert [entry.rows for entry in cache.entries()] == [10]
+    assert [entry.rows for entry in cache.prune(0)] == [10]
+    assert len(list(theirs.iterdir())) == 2
+
+
+def test_the_default_cache_may_be_missing_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["cache", "list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"entries": [], "bytes": 0}
+    assert main(["cache", "list", "--folder", str(tmp_path / "none")]) == 2
+    assert f"--folder {tmp_path / 'none'}: no such folder" in capsys.readouterr().err
+
+
+def test_a_terminal_that_knows_few_letters(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.get({"kind": "image", "name": "Bär → 熊"}, 1, noise, "rows")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["cache", "list", "--folder", str(cache.root)]) == 0
+    terminal.seek(0)
+    assert "B?r ? ?" in terminal.read()

@@ -26,7 +26,7 @@ EPOCH, EPOCHS = 8, 2  # 32 pictures in batches of 4
 
 
 def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     line = [sys.executable, "-m", "clip_lightning", *words]
     env = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300, **options)

@@ -34,7 +34,7 @@ def test_a_loader_process_is_killed(command: Callable[..., list[str]], tmp_path:
         options = {"data__cache": "off", "model__freeze": "none", "data__num_workers": 2}
         options |= {"predictions__queries": 0, "trainer__max_epochs": EPOCHS}
         words = command("fit", folder, **options)
-        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
         line = [sys.executable, "-m", "clip_lightning", *words, *more]
         env = {**os.environ, "PYTHONPATH": path}
         return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)

@@ -555,7 +555,7 @@ def test_killed_and_going_on(search: Search, tmp_path: Path) -> None:
     note = tmp_path / "note"
     stuck = ["--trainer.callbacks=test_tuning.Touches", "--trainer.callbacks.step=1"]
     command = [sys.executable, "-m", "clip_lightning", *words, *stuck, f"--trainer.callbacks.note={note}"]
-    path = os.pathsep.join([str(REPOSITORY / "tests"), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while not note.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -16,10 +17,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_fuzz import EDITS, JSON, Edits, edited
 
 from clip_lightning.data.features import FeatureCache
 from clip_lightning.errors import UserError
+from clip_lightning.model.bundle import _companions
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training.checkpoints import SafeCheckpointIO, damage
 
@@ -117,6 +121,44 @@ def test_a_bundle_with_other_bytes(bundle: Path, examples: settings, name: str) 
                 assert changed == content, "another tokenizer is refused"
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        (None, {"tokenizer_files": ["../secret.txt"]}, "'../secret.txt' in tokenizer_files is not the name"),
+        (None, {"tokenizer_files": ["/etc/passwd"]}, "'/etc/passwd' in tokenizer_files is not the name"),
+        (None, {"metrics": {"rsum": "x"}}, "metrics or training_data"),
+        (None, {"head": "triple"}, "unknown head 'triple'"),
+        ("transform", {"size": [10**6, 10**6]}, "expected 1 to 4096 pixels"),
+        ("transform", {"size": [32, 32, 32]}, "expected 1 to 4096 pixels"),
+        ("transform", {"shortest_edge": 16}, "at least the longer side"),
+        ("transform", {"shortest_edge": 10**6}, "expected 1 to 4096 pixels"),
+        ("transform", {"std": [0, 0, 0]}, "expected numbers above 0"),
+        ("transform", {"mean": [0, 0, float("nan")]}, "expected a finite number per channel"),
+        ("transform", {"mean": [0]}, "expected a finite number per channel"),
+        ("transform", {"interpolation": "nearest"}, "interpolation 'nearest'"),
+        ("text_tower", {"max_length": -1}, "max_length -1: expected 1 to"),
+        ("text_tower", {"max_length": 10**9}, "max_length 1000000000: expected 1 to"),
+        ("text_tower", {"max_length": "x"}, "max_length 'x': expected 1 to"),
+        ("text_tower", {"pooling": "sum"}, "unknown pooling 'sum'"),
+        ("text_tower", {"tokenize": {"pad_id": "x"}}, "pad_id 'x'"),
+    ],
+)
+def test_a_bundle_of_impossible_values_with_checksums_that_fit(
+    bundle: Path, tmp_path: Path, part: str | None, change: dict[str, Any], said: str
+) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "model")
+    (tmp_path / "secret.txt").write_text("mine")
+    config = json.loads((bundle / "config.json").read_text())
+    (config if part is None else config[part]).update(change)
+    (folder / "config.json").write_text(json.dumps(config))
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata() | _companions(folder, config)
+    save_file(state, folder / "model.safetensors", metadata=metadata)
+    with pytest.raises(UserError, match=f"is damaged .*{re.escape(said)}"):
+        CLIP.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,13 @@ def test_nothing_but_a_bundle_is_replaced(make_clip: MakeClip, tmp_path: Path) -
         with pytest.raises(UserError, match="new or an empty folder"):
             clip.save_pretrained(tmp_path / name)
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
-    CLIP.from_pretrained(clip.save_pretrained(tmp_path / "empty"))
+    folder = clip.save_pretrained(tmp_path / "empty")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("mine")
+    (folder / "added_tokens.json").write_text("{}")  # belongs to a tokenizer, and would spoil the new one
+    CLIP.from_pretrained(clip.save_pretrained(folder))
+    assert (folder / "notes" / "mine.txt").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_relative_folder(make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -58,12 +59,12 @@ class Served:
         finally:
             connection.close()
 
-    def upload(self, name: str, data: bytes) -> tuple[int, str]:
+    def upload(self, name: str, data: bytes, **headers: str) -> tuple[int, str]:
         """Status and the answer, which is the path on the server if it was taken."""
         head = f'--xx\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
         body = head.encode() + data + b"\r\n--xx--\r\n"
         kind = {"Content-Type": "multipart/form-data; boundary=xx"}
-        status, answer = self.ask("/gradio_api/upload", "POST", body, **kind)
+        status, answer = self.ask("/gradio_api/upload", "POST", body, **kind, **headers)
         return status, json.loads(answer)[0] if status == 200 else answer.decode()
 
 
@@ -334,6 +335,72 @@ def test_requests_are_bounded(served: Served) -> None:
     assert served.ask("/gradio_api/call/search", "POST", b" " * 1_000_001, **kind)[0] == 413
     assert served.ask("/gradio_api/call/search", "POST", b"[" * 100_000, **kind)[0] == 400
     assert served.ask("/gradio_api/call/search", "DELETE")[0] == 404
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://example.com"},
+        {"Origin": "http://localhost:1"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1"},  # another port of this machine
+    ],
+)
+def test_other_sites_cannot_send_anything(served: Served, headers: dict[str, str]) -> None:
+    for path in ("/gradio_api/upload", "/gradio_api/call/search", "/gradio_api/queue/join"):
+        for method in ("POST", "OPTIONS"):
+            assert served.ask(path, method, b"", **headers)[0] == 403
+    assert served.ask("/", **headers)[0] == 200  # a link to it
+
+
+def test_this_page_and_programs_can_upload(served: Served) -> None:
+    here = urlsplit(served.url).netloc
+    for headers in (
+        {},
+        {"Origin": f"http://{here}"},
+        {"Sec-Fetch-Site": "same-origin", "Origin": "http://x"},
+    ):
+        assert served.upload("a.txt", b"mine", **headers)[0] == 200
+
+
+def test_all_uploads_together_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from clip_lightning.search import guard
+
+    monkeypatch.setattr(guard, "MOST_UPLOADED", 250)
+    monkeypatch.setattr(guard, "FILES_PER_UPLOAD", 1)
+    monkeypatch.setattr(guard, "MOST_FILES", 3)
+
+    async def store(scope: Any, receive: Any, send: Any) -> None:
+        size = int(dict(scope["headers"])[b"content-length"])
+        if size == 99:  # while it arrives, others have to count it
+            assert await statuses(99, 60, 1) == [507, 507, None]
+        (tmp_path / str(len(list(tmp_path.iterdir())))).write_bytes(bytes(size))
+
+    page = guard.Guard(store, uploads=tmp_path, hosts=frozenset(), files={})
+
+    async def statuses(*sizes: int | str, **others: str) -> list[int | None]:
+        """The guard's answers to uploads of so many bytes; None for those that it hands on."""
+        answers: list[int | None] = []
+        for size in sizes:
+            fields = {"content-length": str(size), **others}
+            headers = [(name.encode(), value.encode()) for name, value in fields.items()]
+            sent: list[Any] = []
+
+            async def send(message: Any, sent: list[Any] = sent) -> None:
+                sent.append(message)
+
+            scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
+            await page(scope, None, send)  # type: ignore[arg-type]
+            answers.append(sent[0]["status"] if sent else None)
+        return answers
+
+    assert asyncio.run(statuses(100, 99)) == [None, None]
+    assert asyncio.run(statuses(1)) == [507]  # the fourth file
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert asyncio.run(statuses(251, 250, 1, 10**9, "many")) == [507, None, 507, 413, 411]
+    assert asyncio.run(statuses(1, **{"transfer-encoding": "chunked"})) == [411]
 
 
 def test_a_page_elsewhere_cannot_use_it(served: Served) -> None:

@@ -48,7 +48,9 @@ def embedded(capsys: Printed, *words: str | Path | int) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_embeddings_are_the_models_own(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed):
@@ -166,6 +168,8 @@ def test_another_model_data_or_setting_is_refused(
 ):
     out = tmp_path / "out"
     embedded(capsys, bundle, pictures, "--out", out)
+    (out / "mine").mkdir()
+    (out / "mine" / ".lecture.tmp").touch()
     before = files(out)
     other = make_clip(embed_dim=8).save_pretrained(tmp_path / "other")
     copy = shutil.copytree(bundle, tmp_path / "copy")
@@ -180,6 +184,7 @@ def test_another_model_data_or_setting_is_refused(
     assert {name: content for name, content in files(out).items() if name != "manifest.json"} == {
         name: content for name, content in before.items() if name != "manifest.json"
     }
+    assert (out / "mine" / ".lecture.tmp").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -298,6 +299,14 @@ def test_only_one_writes(clip: CLIP, photos: Path, tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_left_alone(clip: CLIP, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="something else than an index"):
         update(clip, photos, photos)
+    for name in ("versions/v1.0/notes", "versions/v20240101/notes", "pending/todo", "current/notes"):
+        theirs = tmp_path / name.partition("/")[0] / name
+        theirs.parent.mkdir(parents=True)
+        theirs.write_text("mine")
+        with pytest.raises(UserError, match=r"something else than an index|is damaged"):
+            update(clip, photos, tmp_path / name.partition("/")[0])
+        assert theirs.read_text() == "mine"
+        shutil.rmtree(tmp_path / name.partition("/")[0])
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(UserError, match="is a file"):
@@ -315,6 +324,12 @@ def test_a_damaged_index_is_named(clip: CLIP, photos: Path, tmp_path: Path) -> N
     (version.folder / "image.index").write_bytes(b"half")
     with pytest.raises(UserError, match="damaged"):
         ImageIndex.load(tmp_path / "idx")
+    manifest = version.folder / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    for change in ({"source": 5}, {"type": "tree"}, {"width": -1}):
+        manifest.write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match=r"damaged \(manifest\.json holds"):
+            ImageIndex.load(tmp_path / "idx")
 
 
 def test_without_faiss_there_is_one_line(

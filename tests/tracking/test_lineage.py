@@ -74,7 +74,7 @@ def start(bert: Path, scenes: Path, tmp_path: Path) -> Start:
                 "trainer.callbacks.note": root / f"at-{at}",
             }
         words = [f"--{name}={value}" for name, value in options.items()]
-        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
         own = {"PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
         command = [sys.executable, "-m", "clip_lightning", "fit", *words, *more]
         return subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True)

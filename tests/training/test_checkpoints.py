@@ -31,7 +31,7 @@ def step_of(path: Path) -> int:
 def run(tmp_path: Path) -> Path:
     """A run with a last checkpoint of step 2, and that of step 1 before it; its folder of checkpoints."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "run" / "config.yaml").write_text("trainer:\n")
     folder = tmp_path / "run" / "checkpoints"
     for step in (1, 2):
         SafeCheckpointIO().save_checkpoint(content(step), folder / "last.ckpt")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import os
 import re
@@ -22,7 +24,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from clip_lightning import __version__
 from clip_lightning.__main__ import main
+from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
+from clip_lightning.training.cli import RunCLI, run_as
+from clip_lightning.training.fitting import rehearse
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -110,6 +115,7 @@ def finished(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def test_metrics_are_flat_and_complete(finished: Path) -> None:
+    assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{8}", finished.name)
     metrics = json.loads((finished / "metrics.json").read_text())
     assert METRICS < set(metrics)
     assert all(0 <= metrics[name] <= 100 for name in METRICS if "R@" in name)
@@ -182,6 +188,17 @@ def test_the_config_starts_the_same_run_anew(finished: Path, tmp_path: Path) -> 
     assert rerun["data"] == config["data"]
 
 
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_a_cpu_without_fast_bf16_trains_in_fp32(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, precision: str
+) -> None:
+    monkeypatch.setattr("clip_lightning.training.cli.cpu_computes_in_bf16", lambda: fast)
+    words = command("fit", tmp_path, trainer__precision="bf16-mixed", trainer__fast_dev_run="true")
+    ran = run_as(RunCLI, words)
+    assert ran.trainer.precision == precision
+    assert yaml.safe_load(ran.config_to_save)["trainer"]["precision"] == "bf16-mixed"
+
+
 def test_validate_and_test_print_and_leave_nothing(
     finished: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +215,58 @@ def test_validate_and_test_print_and_leave_nothing(
         assert name == "test" or float(rsum) == pytest.approx(metrics["rsum"], abs=0.05)
         assert ("val" if name == "validate" else "test") in printed.splitlines()[0]
         assert the_run(finished.parent) == finished
+
+
+def test_keys_in_a_url_are_recorded_nowhere(
+    command: Command, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    archive = Path(shutil.make_archive(str(tmp_path / "scenes"), "zip", scenes))
+    words = command(
+        "fit",
+        tmp_path / "runs",
+        data__root=...,
+        trainer__logger=...,
+        trainer__max_epochs=1,
+    )
+    words += [
+        f"--data.url=file://{archive}?X-Signature=secret",
+        f"--data.sha256={hashlib.sha256(archive.read_bytes()).hexdigest()}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["clip-lightning", *words])
+    assert main(words) == 0
+    wandb = importlib.import_module("wandb")
+    wandb.finish()
+    assert sys.argv[1:] == words
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    (log,) = (file for file in files if file.suffix == ".wandb")
+    assert b"scenes.zip" in log.read_bytes()
+    assert not [file for file in files if b"X-Signature" in file.read_bytes()]
+
+
+@pytest.mark.parametrize("words", [["--data.root", ""], ["--data.root="], ["--data.cache="]])
+def test_an_empty_option_is_no_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *words]) == 2
+    assert f"{words[0].rstrip('=')} is empty; give a value" in capsys.readouterr().err
+
+
+def test_home_is_found_wherever_a_path_is_given(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {root: ~/scenes}\nzero_shot: {data: ~/classes, names: ~/names.txt}")
+    config = rehearse([f"--config={file}", *command("", Path("~/runs"), data__root=...)[1:]]).config["fit"]
+    assert (config.data.root, config.zero_shot.data) == (f"{tmp_path}/scenes", f"{tmp_path}/classes")
+    assert config.zero_shot.names == tmp_path / "names.txt"
+    assert main(command("fit", Path("~/runs"), model__image_tower="test_vit=~/weights.pth")) == 2
+    assert f"no weights file '{tmp_path}/weights.pth'" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "runs"]
+    file.write_text("data: {root: ''}")
+    with pytest.raises(UserError, match=r"^--data\.root is empty in a configuration"):
+        rehearse([f"--config={file}", *command("", tmp_path, data__root=...)[1:]])
 
 
 def test_a_csv_logger(command: Command, tmp_path: Path) -> None:
@@ -359,7 +428,7 @@ def stopped(
     words = command("fit", base / "runs", **WHOLE, trainer__logger=...)
     note = base / "now"
     at = ["--trainer.callbacks", "test_cli.At", f"--trainer.callbacks.step={EPOCH + 2}"]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     # a W&B service of its own, as a command of its own has
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     environment["PYTHONPATH"] = path
@@ -423,13 +492,17 @@ def test_last_is_the_newest_run(command: Command, tmp_path: Path, capsys: pytest
         file = tmp_path / name / "checkpoints" / "last.ckpt"
         file.parent.mkdir(parents=True)
         file.write_bytes(b"")
-        (tmp_path / name / "config.yaml").touch()
+        (tmp_path / name / "config.yaml").write_text("trainer:\n")
         os.utime(tmp_path / name / "config.yaml", (time.time() - age, time.time() - age))
     assert main(command("fit", tmp_path, ckpt_path="last")) == 2
     assert f"{tmp_path / 'newer'}/checkpoints/last.ckpt is damaged (it is cut off" in capsys.readouterr().err
     (tmp_path / "newer" / "checkpoints" / "last.ckpt").unlink()
     assert main(command("fit", tmp_path, ckpt_path="last")) == 2
     assert f"the newest run, {tmp_path / 'newer'}, has no last.ckpt" in capsys.readouterr().err
+    # of another program: a run that resumes there would overwrite it
+    (tmp_path / "newer" / "config.yaml").write_text("title: my pages\n")
+    assert main(command("fit", tmp_path, ckpt_path="last")) == 2
+    assert f"{tmp_path / 'older'}/checkpoints/last.ckpt is damaged" in capsys.readouterr().err
 
 
 # wrong input

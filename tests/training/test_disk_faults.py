@@ -49,7 +49,7 @@ class Fills(Callback):
 
 
 def fit(words: list[str]) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     line = [sys.executable, "-m", "clip_lightning", *words]
     env = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)

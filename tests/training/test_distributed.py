@@ -1,6 +1,6 @@
 """Two processes give the gradients and the metrics of one.
 
-Run as a program (`python tests/test_distributed.py SCENES BERT OUT`) this file trains one step and
+Run as a program (`python tests/training/test_distributed.py SCENES BERT OUT`) this file trains one step and
 validates, with two processes and with one, and leaves what came of it in OUT; the tests read that.
 """
 

@@ -58,7 +58,7 @@ def test_memory_is_flat(command: Callable[..., list[str]], scenes: Path, tmp_pat
         "checkpoint__every_n_steps": 500,
         **WAYS[way],
     }
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     env = {**os.environ, "PYTHONPATH": path}
 
     def run(words: list[str]) -> None:

@@ -44,7 +44,7 @@ def fit(
     command: Callable[..., list[str]], tmp_path: Path, request: pytest.FixtureRequest
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `fit` on two processes."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
 
     def run(*more: str, **changes: Any) -> subprocess.CompletedProcess[str]:
         options = {

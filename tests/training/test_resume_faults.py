@@ -81,7 +81,7 @@ def fit(
         if step is not None:
             options |= {"trainer.callbacks.step": step, "trainer.callbacks.signum": signum}
         words = [*command("fit", folder), *(f"--{name}={value}" for name, value in options.items())]
-        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
         line = [sys.executable, "-m", "clip_lightning", *words, *more]
         done = subprocess.run(
             line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300

@@ -1,6 +1,6 @@
 """Sharded training on two processes is that of one process: weights, moments, metrics, checkpoints.
 
-Run as a program (`python tests/test_sharding.py SCENES BERT OUT`, or by torchrun with two processes) this
+Run as a program (`python tests/training/test_sharding.py SCENES BERT OUT`, or by torchrun with two processes) this
 file trains each way and leaves what came of it in OUT; the tests read that.
 """
 
@@ -258,9 +258,7 @@ def test_a_run_that_is_stopped_goes_on_exactly_and_by_ddp(
     from clip_lightning.training.runs import find_checkpoint
     from clip_lightning.training.trained_model import load_checkpoint
 
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ["PYTHONPATH"]])
-    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]]))
     options: dict[str, Any] = {
         "model.image_tower": "random:test_vit",
         "model.freeze": "none",

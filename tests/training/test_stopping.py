@@ -135,7 +135,7 @@ def test_errors_of_a_lost_connection_and_others() -> None:
 
 def run_folder(root: Path, name: str, age: int, **files: str) -> Path:
     (root / name / "checkpoints").mkdir(parents=True)
-    (root / name / "config.yaml").touch()
+    (root / name / "config.yaml").write_text("trainer:\n")
     for file in files:
         path = root / name / "checkpoints" / f"{file}.ckpt"
         torch.save({}, path)

@@ -23,7 +23,7 @@ def list_entries(folder: Path | None = None, json: bool = False) -> None:
         folder: the cache; the default one if not given.
         json: print one JSON object instead.
     """
-    _show(FeatureCache(folder or default_cache()).entries(), "entries", json)
+    _show(_cache(folder).entries(), "entries", json)
 
 
 def prune(keep_gb: float, folder: Path | None = None, json: bool = False) -> None:
@@ -36,7 +36,15 @@ def prune(keep_gb: float, folder: Path | None = None, json: bool = False) -> Non
     """
     if not keep_gb >= 0:
         raise UserError(f"--keep_gb {keep_gb:g}: expected 0 or more gigabytes")
-    _show(FeatureCache(folder or default_cache()).prune(keep_gb * 1e9), "removed", json)
+    _show(_cache(folder).prune(keep_gb * 1e9), "removed", json)
+
+
+def _cache(folder: Path | None) -> FeatureCache:
+    if folder is not None and not folder.is_dir():
+        raise UserError(
+            f"--folder {folder}: no such folder; leave it out for the default one, {default_cache()}"
+        )
+    return FeatureCache(folder or default_cache())
 
 
 def _show(entries: list[CacheEntry], title: str, as_json: bool) -> None:

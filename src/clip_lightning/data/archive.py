@@ -9,10 +9,11 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from clip_lightning.data.download import download, public
+from clip_lightning.data.download import download
 from clip_lightning.data.sources import default_folder, make_once
 from clip_lightning.data.unpack import RefusedArchive, unpack
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import public
 
 
 def archive_folder(url: str, sha256: str | None) -> Path:
@@ -79,14 +80,21 @@ def _digest(url: str, sha256: str | None) -> str:
 
 
 def _local_file(url: str) -> Path | None:
-    """The file that a `file://` URL names, None for one on a server."""
-    parts = urlsplit(url)
+    """Return the file that a `file://` URL names, None for one on a server."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the URL itself is not shown: a part of a password may stand anywhere in it
+        raise UserError(
+            "--data.url is not a valid URL; expected https://SERVER/ARCHIVE, with / ? # @ : in a user or "
+            "password written as %2F %3F %23 %40 %3A"
+        ) from None
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return Path(urllib.request.url2pathname(parts.path))
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not known:
         raise UserError(
-            f"--data.url {public(url) if parts.scheme else url} is no URL that can be fetched; expected "
-            "https://SERVER/ARCHIVE, http://... or file:///FOLDER/ARCHIVE"
+            f"--data.url {public(url)} is not a URL that can be fetched; expected https://SERVER/ARCHIVE, "
+            "http://... or file:///FOLDER/ARCHIVE"
         )
     return None
 

@@ -8,12 +8,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
 from clip_lightning.data.sources import require_space
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import public
 
 ATTEMPTS = 6
 """Failures in a row, with nothing received in between, after which it is given up."""
@@ -27,12 +28,6 @@ _PASSING = (408, 425, 429, *range(500, 600))
 
 class _Interrupted(Exception):
     """What may go well at the next attempt."""
-
-
-def public(url: str) -> str:
-    """The URL as it may be shown: without its query and user, which often hold keys."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def download(url: str, path: Path) -> None:
@@ -93,7 +88,7 @@ def _ask(url: str, start: int) -> Any:
     if start:
         headers["Range"] = f"bytes={start}-"
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SILENCE)
+        answer = _open(url, headers)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416 and start:
@@ -102,14 +97,31 @@ def _ask(url: str, start: int) -> Any:
             raise _Interrupted(f"HTTP {error.code} {error.reason}") from error
         raise UserError(
             f"--data.url {public(url)} is refused by the server (HTTP {error.code} {error.reason}); "
-            "check the URL"
+            "check the URL, and the user and password in it"
         ) from error
+    except ValueError as error:  # the server asks for another way to authenticate
+        raise UserError(f"--data.url {public(url)} is refused by the server ({error})") from error
     except (OSError, http.client.HTTPException) as error:
         raise _Interrupted(_reason(error)) from error
     if answer.status == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
         answer.close()
         raise _Interrupted("the server sent another range than it was asked for")
     return answer
+
+
+def _open(url: str, headers: dict[str, str]) -> Any:
+    """Open the URL; its `user:password@` is sent as HTTP's basic authentication, to this server alone."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SILENCE)
+    host = parts.netloc.rpartition("@")[2]
+    passwords = urllib.request.HTTPPasswordMgrWithPriorAuth()
+    user, password = unquote(parts.username), unquote(parts.password or "")
+    passwords.add_password(None, f"{parts.scheme}://{host}/", user, password, is_authenticated=True)
+    opener = urllib.request.build_opener(urllib.request.HTTPBasicAuthHandler(passwords))
+    return opener.open(
+        urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers), timeout=SILENCE
+    )
 
 
 def _receive(answer: Any) -> bytes:

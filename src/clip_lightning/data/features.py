@@ -108,13 +108,12 @@ class FeatureCache:
         Raises:
             UserError: no room on the disk, or values too large for half precision.
         """
-        text = json.dumps(key, sort_keys=True)
-        entry = self.root / hashlib.sha256(text.encode()).hexdigest()[:32]
+        entry = self.root / _entry_name(key)
         ranges = [range(start, min(start + SHARD_ROWS, count)) for start in range(0, count, SHARD_ROWS)]
         try:
             entry.mkdir(parents=True, exist_ok=True)
             manifest = entry / "manifest.json"
-            if not manifest.exists() or _read_manifest(manifest) != (json.loads(text), count):
+            if not manifest.exists() or _read_manifest(manifest) != (json.loads(json.dumps(key)), count):
                 write_atomically(manifest, json.dumps({"key": key, "rows": count}, indent=2).encode())
             _touch(entry)
             features = Features(self._complete(entry, ranges, compute, title))
@@ -130,13 +129,19 @@ class FeatureCache:
         return features
 
     def entries(self) -> list[CacheEntry]:
-        """All entries, the most recently used first; one whose manifest is damaged has kind `unknown`."""
+        """List the entries, the most recently used first; one with a damaged manifest has kind `unknown`.
+
+        The folder may hold other things too. An entry has the name that its key gives it, or, if its
+        manifest is damaged, a name of that form and shards.
+        """
         found = []
-        for manifest in self.root.glob("*/manifest.json"):
+        for manifest in self.root.glob("[0-9a-f]" * 32 + "/manifest.json"):
             # another process may be removing it
             with contextlib.suppress(FileNotFoundError):
-                size = sum(file.stat().st_size for file in manifest.parent.glob("*.npy"))
                 key, rows = _read_manifest(manifest) or (DAMAGED, 0)
+                if manifest.parent.name != _entry_name(key) and not _shard_files(manifest.parent):
+                    continue
+                size = sum(file.stat().st_size for file in manifest.parent.glob("*.npy"))
                 found.append(CacheEntry(manifest.parent, key, rows, size, manifest.stat().st_mtime))
         return sorted(found, key=lambda entry: -entry.last_used)
 
@@ -195,6 +200,10 @@ class FeatureCache:
             return None
 
 
+def _entry_name(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def _read_manifest(manifest: Path) -> tuple[dict[str, Any], int] | None:
     """Key and number of rows of an entry; None where the file does not say them."""
     try:
@@ -218,7 +227,7 @@ def _write_shard(entry: Path, i: int, values: np.ndarray) -> Path:
 def _shard_files(entry: Path) -> dict[int, list[Path]]:
     """Number of a shard → the files that say they are it."""
     files: dict[int, list[Path]] = {}
-    for file in entry.glob("[0-9]" * 6 + "-*.npy"):
+    for file in entry.glob("[0-9]" * 6 + "-" + "[0-9a-f]" * 32 + ".npy"):
         files.setdefault(int(file.name.partition("-")[0]), []).append(file)
     return files
 

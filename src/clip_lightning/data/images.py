@@ -27,6 +27,7 @@ from clip_lightning.errors import UserError
 _CROP_TRIES = 10
 _CROP_RATIO = 4 / 3
 _LONGEST_COVER = 4
+LARGEST_SIDE = 4096
 _EARLIER = {"fit": "crop", "shortest_edge": None}
 
 
@@ -140,8 +141,11 @@ class ImageTransform:
         mean: of red, green and blue, for pixels between 0 and 1; applied by the tower, on the device.
         std: likewise.
         fit: `crop` keeps the proportions and the centre, `squash` the whole picture.
-        shortest_edge: that a picture is resized to before the centre is cropped; by default it just covers
+        shortest_edge: that an image is resized to before the centre is cropped; by default it just covers
             `size`.
+
+    Raises:
+        ValueError: a value is out of its range; the transform of a bundle is whatever a stranger wrote.
     """
 
     size: tuple[int, int]
@@ -150,6 +154,21 @@ class ImageTransform:
     std: tuple[float, float, float]
     fit: Literal["crop", "squash"] = "crop"
     shortest_edge: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        edge = max(self.size) if self.shortest_edge is None else self.shortest_edge
+        sides, channels = (*self.size, edge), (*self.mean, *self.std)
+        if len(sides) != 3 or not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides):
+            raise ValueError(f"size {self.size}, shortest_edge {edge}: expected 1 to {LARGEST_SIDE} pixels")
+        if edge < max(self.size):
+            raise ValueError(f"shortest_edge {edge}: expected at least the longer side of size {self.size}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, channels)):
+            raise ValueError(f"mean {self.mean}, std {self.std}: expected a finite number per channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std}: expected numbers above 0")
+        if self.interpolation not in ("bilinear", "bicubic") or self.fit not in ("crop", "squash"):
+            raise ValueError(f"interpolation {self.interpolation!r} or fit {self.fit!r} is unknown")
 
     def __call__(self, image: Any) -> Tensor:
         """Resize an image as `fit` says, and keep the centre: uint8 (3, h, w).

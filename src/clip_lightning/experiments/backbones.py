@@ -31,6 +31,7 @@ from clip_lightning.experiments.run_records import (
 )
 from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
+from clip_lightning.terminal import public
 from clip_lightning.training.fitting import fit, rehearse
 
 
@@ -91,7 +92,8 @@ class Backbones:
         self._options = [*options, "--trainer.devices=1"]
         self._has_group = _is_wandb(config.trainer.logger)
         self._wrong = _wrong_towers(images, texts, config)
-        command = {"image_towers": images, "text_towers": texts, "options": options, "seeds": seeds}
+        recorded = [*map(public, options)]
+        command = {"image_towers": images, "text_towers": texts, "options": recorded, "seeds": seeds}
         self.folder = make_folder(out or _earlier(Path(config.trainer.default_root_dir), command))
         settings = settings_of(flat(yaml.safe_load(rehearsal.config_to_save)))
         usable_images, usable_texts = (

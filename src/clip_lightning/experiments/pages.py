@@ -51,7 +51,7 @@ def page(comparison: Comparison, pictures: Mapping[str, bytes]) -> str:
     tables = [
         {"name": data_name(rows[0].digest), "rows": cells(comparison, rows)} for rows in comparison.data_sets
     ]
-    return template("comparison.html.j2").render(
+    return template("comparison.html.j2", Path(__file__).parent).render(
         comparison=comparison,
         header=header(comparison),
         tables=tables,

@@ -34,7 +34,9 @@ TOKENIZER_NAMES = {
 def write_bundle(
     folder: Path, tokenizer: Any, config: dict[str, Any], state: dict[str, Tensor], place: str = "FOLDER"
 ) -> None:
-    """Write a bundle, all or nothing; one that is there already is replaced once the new one is complete.
+    """Write a bundle, all or nothing; an older one is replaced once the new one is complete.
+
+    Files that somebody has put beside the older bundle stay.
 
     Args:
         folder: absolute; see `check_replaceable`.
@@ -43,7 +45,10 @@ def write_bundle(
         state: the weights.
         place: the name that the card loads the model by.
     """
-    with whole_folder(folder) as draft:
+    older = read_json(folder / "config.json", str(folder)).get("tokenizer_files", [])
+    own = {WEIGHTS, "config.json", "README.md", *TOKENIZER_NAMES, *older}
+    others = {entry.name for entry in folder.iterdir()} - own if folder.is_dir() else set()
+    with whole_folder(folder, keep=others) as draft:
         tokenizer.save_pretrained(draft)
         config = config | {"tokenizer_files": _tokenizer_files(draft)}
         (draft / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -79,6 +84,7 @@ def read_bundle(folder: Path, config: dict[str, Any], name: str) -> dict[str, Te
     if checksum is not None and checksum != weights_digest(state):
         raise UserError(f"{name} is damaged (its weights do not match their checksum); get it whole again")
     with refusing_damage(name):
+        _check_values(config)
         companions = _companions(folder, config)
     for part, digest in companions.items():
         if recorded.get(part) != digest:
@@ -126,13 +132,14 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Only a bundle or an empty folder may give way: everything in it will be gone.
+    """Check that `write_bundle` may write there: into a bundle, an empty folder or a new one.
 
     Raises:
-        UserError: there is something else.
+        UserError: the folder holds something else, or is a file.
     """
     # a model of transformers has weights of that name, too
-    is_bundle = (folder / WEIGHTS).is_file() and "format" in read_json(folder / "config.json", str(folder))
+    config = read_json(folder / "config.json", str(folder))
+    is_bundle = (folder / WEIGHTS).is_file() and {"format", "image_tower", "tokenizer_files"} <= config.keys()
     if folder.is_dir() and any(folder.iterdir()) and not is_bundle:
         raise UserError(f"{folder} holds something else than a bundle; give a new or an empty folder")
     if folder.exists() and not folder.is_dir():
@@ -192,6 +199,20 @@ def _tokenizer_files(folder: Path) -> list[str]:
         for file in folder.iterdir()
         if file.suffix in TOKENIZER_SUFFIXES and file.name != "config.json" and file.is_file()
     )
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """Check what is used of a stranger's configuration before, or long after, the model is built from it.
+
+    Raises:
+        ValueError: a tokenizer's file is not in the bundle, or the card could not be written again.
+    """
+    for name in config["tokenizer_files"]:
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"{name!r} in tokenizer_files is not the name of a file in the bundle")
+    metrics, data = config.get("metrics") or {}, config.get("training_data") or {}
+    if not isinstance(data, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError("metrics or training_data in config.json are of another kind")
 
 
 def _companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:

@@ -79,6 +79,8 @@ class Heads(nn.Module):
             return ResidualMLPHead(width, embed_dim, dropout)
         if kind == "none":
             return nn.Identity()
+        if kind not in ("linear", "affine", "gelu"):
+            raise ValueError(f"unknown head {kind!r}")
         if kind == "gelu":
             hidden = (width + embed_dim) // 2
             first, last = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, embed_dim, bias=False)
@@ -323,7 +325,8 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
         config = read_json(folder / "config.json", name)
         if kind := foreign.kind_of(folder, config, name):
             fetch_weights(name, folder, *foreign.WEIGHTS[kind])
-            return cls._from_parts(foreign.load(kind, folder, name), name)
+            with refusing_damage(name):
+                return cls._from_parts(foreign.load(kind, folder, name), name)
         fetch_weights(name, folder, WEIGHTS)
         if not config or not (folder / WEIGHTS).is_file():
             raise UserError(

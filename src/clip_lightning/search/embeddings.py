@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from pyarrow import parquet
 
 from clip_lightning.errors import UserError
-from clip_lightning.files import write_atomically
+from clip_lightning.files import is_draft, write_atomically
 from clip_lightning.search.plan import Kind, Plan, Shard
 
 _DIFFERENCES = {"model": "another model", "data": "other data, or data that has changed since"}
@@ -71,9 +71,7 @@ class Store:
             raise UserError(f"--out {self.root} is a file; give a new folder")
         file = self.root / "manifest.json"
         if not file.is_file():
-            if any(
-                entry.name != ".lock" and not entry.name.endswith(".tmp") for entry in self.root.iterdir()
-            ):
+            if any(entry.name != ".lock" and not is_draft(entry.name) for entry in self.root.iterdir()):
                 raise UserError(f"--out {self.root} holds something else than embeddings; give a new folder")
             return
         try:
@@ -98,8 +96,9 @@ class Store:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / ".lock", timeout=0):
-                for draft in self.root.rglob(".*.tmp"):
-                    draft.unlink()  # of a process that was killed
+                for file in (*self.root.iterdir(), *self.root.glob("progress/*")):
+                    if is_draft(file.name):
+                        file.unlink()  # of a process that was killed
                 if not (self.root / "manifest.json").exists():
                     _write_json(self.root / "manifest.json", self.plan.manifest() | {"finished": False})
                 yield

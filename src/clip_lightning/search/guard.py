@@ -2,7 +2,8 @@
 
 Gradio serves more than this page needs: other sites through a proxy, files of the working folder's cache,
 downloads of any address that a request names in place of an uploaded picture. Here a request passes only if
-it is on the list, and names no file but one that was uploaded to this page.
+it is on the list, and names no file but one that was uploaded to this page. What changes something (POST) has
+to come from this page or from a program: a browser sends it for pages of other sites too, without asking.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MOST_JSON = 1_000_000  # bytes
+UPLOAD = "/gradio_api/upload"
+MOST_PER_UPLOAD = 32_000_000  # bytes of a request; Gradio bounds the files in it to 20 MB each and to 1000
+FILES_PER_UPLOAD = 1000
+MOST_UPLOADED = 1_000_000_000  # bytes that are there at a time, and files
+MOST_FILES = 20_000
 
 _READ = re.compile(
     r"/(|config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.+)"
@@ -54,6 +60,7 @@ class Guard:
         self.app = app
         self.uploads = uploads.resolve()
         self.hosts, self.files = hosts, files
+        self._arriving: list[int] = []  # bytes of the uploads that are not stored yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on."""
@@ -62,7 +69,10 @@ class Guard:
                 await self.app(scope, receive, send)
             return
         answer = self._answer(scope)
-        if answer is None and scope["method"] == "POST" and scope["path"] != "/gradio_api/upload":
+        if answer is None and scope["method"] == "POST" and scope["path"] == UPLOAD:
+            await self._take_upload(scope, receive, send)
+            return
+        if answer is None and scope["method"] == "POST":
             body = await _read(receive)
             answer = self._refused_body(body)
             receive = _replayed(body, receive)
@@ -77,6 +87,8 @@ class Guard:
             return _refuse(
                 403, "this page answers to the name localhost; clip-lightning app --host opens it to others"
             )
+        if not reads and _is_of_another_site(scope):
+            return _refuse(403, "another site's page sends this; only this page and programs may")
         if reads and path in self.files and self.files[path].is_file():
             return FileResponse(self.files[path], headers=_LONE_PAGE)
         listed = _READ if reads else _WRITE if scope["method"] in ("POST", "OPTIONS") else None
@@ -85,6 +97,30 @@ class Guard:
         if path.startswith("/gradio_api/file=") and not self._uploaded(path.partition("=")[2]):
             return _refuse(403, "only pictures that were uploaded to this page are served")
         return None
+
+    async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand an upload on, if there is room for it beside what is stored and what arrives meanwhile."""
+        headers = dict(scope["headers"])
+        given = headers.get(b"content-length", b"").decode("latin-1")
+        if not given.isdecimal() or b"transfer-encoding" in headers:
+            await _refuse(411, "expected a Content-Length")(scope, receive, send)
+            return
+        length = int(given)
+        if length > MOST_PER_UPLOAD:
+            message = f"{length:,} bytes are above the maximum allowed size of {MOST_PER_UPLOAD:,}"
+            await _refuse(413, message)(scope, receive, send)
+            return
+        self._arriving.append(length)
+        try:
+            stored = [_size(file) for file in self.uploads.rglob("*")]
+            count = len(stored) + FILES_PER_UPLOAD * len(self._arriving)
+            if sum(stored) + sum(self._arriving) > MOST_UPLOADED or count > MOST_FILES:
+                message = "this page holds too many uploads; they are deleted after about an hour"
+                await _refuse(507, message)(scope, receive, send)
+            else:
+                await self.app(scope, receive, _with_headers(send))
+        finally:
+            self._arriving.remove(length)
 
     def _refused_body(self, body: bytes | None) -> Response | None:
         if body is None:
@@ -115,6 +151,22 @@ def _paths(value: Any) -> Iterator[Any]:
         inner = value if isinstance(value, list) else ()
     for each in inner:
         yield from _paths(each)
+
+
+def _is_of_another_site(scope: Scope) -> bool:
+    """Return whether a browser sends this request for a page that is not ours; programs say nothing of it."""
+    headers = dict(scope["headers"])
+    if site := headers.get(b"sec-fetch-site"):
+        return site not in (b"same-origin", b"none")
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # it has just been deleted
+        return 0
 
 
 def _host(scope: Scope) -> str:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow
@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 from pyarrow import parquet
 
 from clip_lightning.errors import UserError
-from clip_lightning.files import write_atomically
+from clip_lightning.files import is_draft, write_atomically
 from clip_lightning.search.text_tower import FOLDER, TextTowerFiles
 from clip_lightning.search.vectors import IndexType, read_index, write_index
 
@@ -42,7 +42,9 @@ FORMAT = 1
 # A cosine of two unit vectors changes by some 1e-5, which no search notices, and the files are half as large.
 DTYPE = np.dtype(np.float16)
 _VERSION = re.compile(r"v\d{6,}")
-KEPT_BY_US = {"current", "versions", "pending", ".lock"}
+_PENDING = re.compile(r"[0-9a-f]{32}")
+_PARTS = {"metadata", "img_emb", "image.index", "captions.index", "captions.parquet", "captions.npy"}
+_PARTS |= {FOLDER, "left_out.json", "manifest.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,18 @@ class Manifest:
     text_tower: str | None = None
     created: str = ""
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        """Check the values; a stranger may have written them.
+
+        Raises:
+            ValueError: one is of another kind.
+        """
+        texts = self.identity, self.source, self.created, self.model or "", self.text_tower or ""
+        numbers = self.pictures, self.captions, self.width
+        sound = all(isinstance(each, str) for each in texts) and self.type in get_args(IndexType)
+        if not sound or not all(isinstance(each, int) and each >= 0 for each in numbers):
+            raise ValueError("manifest.json holds values of another kind")
 
 
 class Version:
@@ -218,8 +232,8 @@ class Store:
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"--out {self.root} is a file; give a new folder or one of an index")
         self.root.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in self.root.iterdir()}
-        if names and not names & KEPT_BY_US:
+        # a current version is read before anything is removed, so that it is known to be ours
+        if not (self.root / "current").exists() and not self._is_unfinished():
             raise UserError(
                 f"--out {self.root} holds something else than an index; give a new or empty folder"
             )
@@ -267,13 +281,27 @@ class Store:
         """Forget the shards of unfinished builds: their content is in the current version."""
         shutil.rmtree(self.root / "pending", ignore_errors=True)
 
+    def _is_unfinished(self) -> bool:
+        """Return whether the folder holds nothing but the beginning of a first version."""
+        others = {entry.name for entry in self.root.iterdir()} - {"versions", "pending", ".lock"}
+        versions, pending = self._versions.glob("*"), (self.root / "pending").glob("*")
+        return (
+            all(map(is_draft, others))
+            and all(_PENDING.fullmatch(folder.name) for folder in pending)
+            and all(
+                _VERSION.fullmatch(folder.name) and {entry.name for entry in folder.iterdir()} <= _PARTS
+                for folder in versions
+            )
+        )
+
     def _remove_others(self) -> None:
-        """Remove versions that are replaced or were never finished, and half-written pointers to them."""
+        """Remove versions that are replaced or were never finished, and unfinished pointers to them."""
         current = self.current()
-        for draft in self.root.glob(".current.*.tmp"):
-            draft.unlink(missing_ok=True)
+        for file in self.root.iterdir():
+            if is_draft(file.name):
+                file.unlink(missing_ok=True)
         for folder in self._versions.glob("v*"):
-            if current is None or folder.name != current.folder.name:
+            if _VERSION.fullmatch(folder.name) and (current is None or folder.name != current.folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

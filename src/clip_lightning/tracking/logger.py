@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from clip_lightning.terminal import public
 from clip_lightning.tracking.artifacts import check_names
 from clip_lightning.tracking.history import History, goal_of, history_file, mend_parts
 from clip_lightning.wandb_fetch import has_api_key, stays_offline
@@ -108,14 +109,18 @@ class RunLogger(WandbLogger):
     def _begin(self) -> None:
         import wandb
 
+        given = sys.argv
         for instead in ("offline", "disabled"):
             try:
+                sys.argv = [*map(public, given)]  # which W&B records
                 _ = super().experiment
                 return
             except Exception as error:  # the SDK has a dozen kinds
                 was, self._wandb_init["mode"] = self._mode(), instead
                 self.complain(f"start the run {was}", error)
                 wandb.teardown()  # or the run's id stays taken
+            finally:
+                sys.argv = given
         _ = super().experiment
 
     def _rows_of_earlier_parts(self) -> int | None:

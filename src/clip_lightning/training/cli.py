@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -22,9 +23,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from clip_lightning.arguments import PlainErrors, complaint_within, named_configs, with_logger_folder
+from clip_lightning.arguments import (
+    PlainErrors,
+    changed_strings,
+    complaint_within,
+    named_configs,
+    with_home,
+    with_logger_folder,
+)
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import public
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
 from clip_lightning.tracking.prediction_panel import PredictionTable
@@ -134,6 +143,11 @@ class RunCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words given; Lightning's own version warns of any that do not come from the process."""
         self.config = parser.parse_args(args)
+        for name, value in list(self.config.items()):
+            if value == "":
+                option = name.removeprefix(f"{self.config.subcommand}.")
+                raise UserError(f"--{option} is empty in a configuration; give a value, or leave it out")
+            self.config[name] = changed_strings(value, with_home)
 
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder, the checkpoint to start from, and where loggers write."""
@@ -142,6 +156,8 @@ class RunCLI(LightningCLI):
         parser = self._parser(self.subcommand)
         rerunnable = config.clone()
         rerunnable.ckpt_path = None
+        for name, value in list(rerunnable.items()):
+            rerunnable[name] = changed_strings(value, public)  # a URL may hold a key
         self.config_to_save = parser.dump(rerunnable, skip_unset=False)
         root = Path(config.trainer.default_root_dir)
         checkpoint = find_checkpoint(config.ckpt_path, root)
@@ -196,6 +212,11 @@ class RunCLI(LightningCLI):
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         config["callbacks"] = [*given, *self._own_callbacks(config), *self.callers_callbacks]
+        if config.get("precision") == "bf16-mixed" and runs_on_cpu(config) and not cpu_computes_in_bf16():
+            print(
+                "this CPU has no fast bf16: training in fp32 (--trainer.precision 32-true)", file=sys.stderr
+            )
+            config["precision"] = "32-true"
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if config.get("strategy") == "fsdp":
@@ -282,6 +303,20 @@ class RunCLI(LightningCLI):
         if self.trainer.is_global_zero:
             logged = self.trainer.callback_metrics.items()
             print_metrics({name.removeprefix(f"{split}/"): float(value) for name, value in logged}, split)
+
+
+def runs_on_cpu(trainer: Any) -> bool:
+    """Return whether a trainer with these arguments runs on a CPU."""
+    accelerator = trainer.get("accelerator")
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Return whether torch has fast kernels in bf16 for this CPU.
+
+    Without AVX-512 or its like, a convolution in bf16 takes up to a hundred times as long as in fp32.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def print_metrics(metrics: dict[str, float], title: str) -> None:

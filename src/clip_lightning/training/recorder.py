@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
 
 import clip_lightning
-from clip_lightning.data.download import public
 from clip_lightning.errors import RunFailed
 from clip_lightning.files import write_atomically
 from clip_lightning.model.clip import parameter_counts
@@ -67,8 +66,6 @@ class SaveConfig(Callback):
         (self.folder / "config.yaml").write_text(self.config)
         datamodule: Any = getattr(trainer, "datamodule", None)
         content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
-        if content["data"].get("url"):
-            content["data"]["url"] = public(content["data"]["url"])  # a key may be in it
         if datamodule.fetched:
             content["data_artifact"] = str(datamodule.fetched.name)
         for logger in trainer.loggers:

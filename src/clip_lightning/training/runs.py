@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import secrets
 import sys
 import time
@@ -21,12 +22,13 @@ from clip_lightning.training.checkpoints import LAST, PREVIOUS, damage
 
 def new_run_id() -> str:
     """Sorts by time, and is unlikely to meet another run's."""
-    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(4)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has left its configuration there."""
-    return (folder / "config.yaml").is_file()
+    """Return whether the folder holds the configuration of a run; other programs have a `config.yaml` too."""
+    file = folder / "config.yaml"
+    return file.is_file() and re.search(rb"^trainer:", file.read_bytes(), re.MULTILINE) is not None
 
 
 def find_checkpoint(given: Any, root: Path) -> Path | None:

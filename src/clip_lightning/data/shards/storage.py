@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 from filelock import FileLock
 
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import public
 
 _BLOCK = 4 << 20
 
@@ -73,7 +74,7 @@ def read(source: str) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"{source} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{public(source)} cannot be read: {_reason(error)}") from error
 
 
 def expand(source: str) -> list[str]:
@@ -120,7 +121,7 @@ def size_of(source: str) -> int:
     except UserError:
         raise
     except Exception as error:  # stores also raise what their libraries have
-        raise UserError(f"{source} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{public(source)} cannot be read: {_reason(error)}") from error
 
 
 def _glob(pattern: str) -> list[str]:
@@ -141,7 +142,7 @@ def _glob(pattern: str) -> list[str]:
     try:
         names = system.glob(name if "*" in pattern else f"{name.rstrip('/')}/*.tar")
     except Exception as error:  # stores also raise what their libraries have
-        raise UserError(f"{pattern} cannot be listed: {_reason(error)}") from error
+        raise UserError(f"{public(pattern)} cannot be listed: {_reason(error)}") from error
     return sorted(system.unstrip_protocol(name) for name in names)
 
 
@@ -149,12 +150,12 @@ def _system(source: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(source)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{source} cannot be read here: {' '.join(str(error).split())}") from error
+        raise UserError(f"{public(source)} cannot be read here: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(words.split())[:300]
+    return public(" ".join(words.split())[:300])
 
 
 class Mirror:
@@ -198,7 +199,9 @@ class Mirror:
                     digest.update(block)
                     file.write(block)
             if digest.hexdigest() != sha256:
-                raise OSError(f"{join(self.source, name)} is not what was written: its checksum differs")
+                raise OSError(
+                    f"{public(join(self.source, name))} is not what was written: its checksum differs"
+                )
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)

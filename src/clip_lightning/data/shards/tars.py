@@ -18,6 +18,7 @@ from clip_lightning.data.shards.options import Reading
 from clip_lightning.data.shards.record import BrokenRecord, CaptionChoice, Filter, Record, passes
 from clip_lightning.data.shards.storage import opened
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import public
 
 _EMPTY_PASSES = 3
 
@@ -34,13 +35,13 @@ def read_tar(url: str, broken: dict[str, str]) -> Iterator[Record]:
                 try:
                     yield Record.from_files(key, files, url)
                 except BrokenRecord as error:
-                    broken[f"{url}#{key}"] = str(error)
+                    broken[f"{public(url)}#{key}"] = str(error)
     except UserError:
         raise
     except FileNotFoundError:
-        broken[url] = "there is no such file"
+        broken[public(url)] = "there is no such file"
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        broken[url] = " ".join(str(error.args[0] if error.args else error).split())[:200]
+        broken[public(url)] = public(" ".join(str(error.args[0] if error.args else error).split()))[:200]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from timm.models import group_parameters, load_state_dict
 from timm.models._hub import load_model_config_from_path, load_state_dict_from_path
 from torch import Tensor, nn
 
-from clip_lightning.data.images import ImageTransform
+from clip_lightning.data.images import LARGEST_SIDE, ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.model.towers.base import Tower, first_line, pypi_folder
 from clip_lightning.model.towers.depthwise import DepthwiseBackwardInFloat32
@@ -88,8 +88,8 @@ class ImageTower(Tower):
         Raises:
             UserError: unknown name, weights that cannot be had or do not fit, impossible size.
         """
-        if image_size is not None and image_size < 1:
-            raise UserError(f"--data.image_size {image_size}: expected a side of 1 pixel or more")
+        if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
+            raise UserError(f"--data.image_size {image_size}: expected a side of 1 to {LARGEST_SIDE} pixels")
         source = _image_source(name)
         arguments = source.arguments
         if image_size is not None:

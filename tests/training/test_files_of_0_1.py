@@ -1,0 +1,68 @@
+"""Files that version 0.1.0 wrote still mean the same: a bundle, a checkpoint, cached features."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_lightning.__main__ import main
+from clip_lightning.data.features import FeatureCache
+from clip_lightning.model.clip import CLIP
+
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+ARCHIVE = Path(__file__).resolve().parents[1] / "fixtures" / "written-by-0.1.tar.xz"
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The unpacked archive, as the working directory: names in the files are relative to it."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / "written-by-0.1"
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_bundle_gives_the_same_embeddings(written: Path) -> None:
+    expected = json.loads((written / "expected.json").read_text())
+    clip = CLIP.from_pretrained("bundle")
+    texts = clip.embed_texts(["a red circle on a blue background", "two squares"])
+    images = clip.embed_images(["scenes/00000.jpg", "scenes/00001.jpg"])
+    torch.testing.assert_close(torch.as_tensor(texts), torch.tensor(expected["texts"]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.as_tensor(images), torch.tensor(expected["images"]), atol=1e-4, rtol=0)
+
+
+def test_a_stopped_run_resumes_to_the_same_weights_from_the_same_cached_texts(written: Path) -> None:
+    expected = json.loads((written / "expected.json").read_text())
+    cache = FeatureCache(written / "cache", 1e9)
+    texts = {entry.path for entry in cache.entries() if entry.key["kind"] == "text"}
+    assert len(texts) == 2
+    options = {
+        "model.init_from": "bundle",
+        "data.root": "scenes",
+        "data.image_size": 32,
+        "data.cache": "cache",
+        "data.batch_size": 4,
+        "data.num_workers": 0,
+        "trainer.accelerator": "cpu",
+        "trainer.logger": "false",
+        "trainer.enable_progress_bar": "false",
+        "trainer.max_epochs": 4,
+        "trainer.default_root_dir": "runs",
+        "ckpt_path": "last",
+    }
+    assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 0
+
+    # image features are keyed by the absolute path of their file, which is another one here
+    assert {entry.path for entry in cache.entries() if entry.key["kind"] == "text"} == texts
+    checkpoint = torch.load("runs/interrupted/checkpoints/last.ckpt", weights_only=True)
+    norms = {name: value.double().norm().item() for name, value in checkpoint["state_dict"].items()}
+    assert norms == pytest.approx(expected["norms_after_resume"], abs=1e-5)
+    metrics = json.loads(Path("runs/interrupted/metrics.json").read_text())
+    then = expected["metrics_after_resume"]
+    assert {name: metrics[name] for name in then} == pytest.approx(then)
