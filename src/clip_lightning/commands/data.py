@@ -139,8 +139,8 @@ def convert(
         num_workers: processes; one for each core if not given.
         json: print one JSON object instead.
     """
+    from clip_lightning.cores import cores
     from clip_lightning.data.captions import SPLITS
-    from clip_lightning.data.datamodule import usable_cores
     from clip_lightning.errors import UserError
 
     try:
@@ -166,7 +166,7 @@ def convert(
             test_share=test_share,
             split_seed=split_seed,
         )
-    manifest, left_out = conversion.convert(source, settings, out, num_workers or usable_cores())
+    manifest, left_out = conversion.convert(source, settings, out, num_workers or min(8, cores()))
     if left_out:
         name, reason = next(iter(left_out.items()))
         print(one_line(f"left out {len(left_out)} samples, the first: {name}: {reason}"), file=sys.stderr)

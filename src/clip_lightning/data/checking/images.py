@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from clip_lightning.cores import cores
 from clip_lightning.data.checking.near_duplicates import perceptual_hash
 from clip_lightning.data.images import BrokenImage, decode_image
 
@@ -41,7 +41,7 @@ class Picture:
 
 def open_all(paths: Sequence[Path], workers: int | None = None) -> list[Picture]:
     """Open every file in `workers` threads (one a core by default), with a progress bar on stderr."""
-    threads = workers or os.cpu_count() or 1
+    threads = workers or cores()
     with ThreadPoolExecutor(threads) as pool:
         try:
             bar = tqdm(pool.map(_open, paths), "pictures", len(paths), unit="picture", dynamic_ncols=True)

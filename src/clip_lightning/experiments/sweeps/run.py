@@ -18,6 +18,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
+from clip_lightning.cores import cores
 from clip_lightning.errors import UserError
 from clip_lightning.experiments.sweeps import online
 from clip_lightning.experiments.sweeps.checks import base_point, check, shared_settings, wanted_trials
@@ -169,8 +170,7 @@ def _share(plan: Search, worker: Callable[..., None], *arguments: Any) -> None:
     """
     processes = []
     if plan.parallel > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, cores // plan.parallel)
+        threads = max(1, cores() // plan.parallel)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # the others' as they start
         import torch
 
