@@ -135,8 +135,8 @@ def convert(
         num_workers: the number of processes; one per core by default.
         json: print one JSON object instead.
     """
+    from clip_lightning.cores import cores
     from clip_lightning.data.captions import SPLITS
-    from clip_lightning.data.datamodule import usable_cores
     from clip_lightning.data.shards import convert as conversion
     from clip_lightning.data.shards.storage import holds_tars
     from clip_lightning.errors import UserError
@@ -153,7 +153,7 @@ def convert(
     else:
         shares = val_share, test_share
         source = conversion.captioned(Path(root), samples_per_shard, dataset, *shares, split_seed, read)
-    splits, left_out = conversion.convert(source, settings, out, num_workers or usable_cores())
+    splits, left_out = conversion.convert(source, settings, out, num_workers or min(8, cores()))
     if left_out:
         name, reason = next(iter(left_out.items()))
         print(one_line(f"left out {len(left_out)} samples, the first: {name}: {reason}"), file=sys.stderr)

@@ -80,7 +80,7 @@ def embed(
             raise UserError(f"--{name} {value}: expected 1 or more")
     if num_workers is not None and num_workers < 0:
         raise UserError(f"--num_workers {num_workers}: expected 0 or more")
-    from clip_lightning.data.datamodule import usable_cores
+    from clip_lightning.cores import cores
     from clip_lightning.model.clip import CLIP
     from clip_lightning.model.identity import location, model_identity
     from clip_lightning.search.embeddings import Store
@@ -106,7 +106,7 @@ def embed(
         precision=precision,
     )
     store = Store(out, plan)
-    workers = usable_cores() if num_workers is None else num_workers
+    workers = min(8, cores()) if num_workers is None else num_workers
     records = _predict(clip, store, batch_size, workers, left_out, _where(devices, num_nodes))
     if records is not None:
         _report(store, records, left_out, time.perf_counter() - started, json)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from clip_lightning.cores import cores
 from clip_lightning.data.captions import SPLITS, CaptionedImage, CaptionSet
 from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.data.near_duplicates import alike, groups, perceptual_hash
@@ -54,7 +55,7 @@ def open_all(
     """Open every image in `workers` threads (one per core by default), with a progress bar on stderr."""
     split_of = {image.path: name for name, images in parts.items() for image in images}
     opened = partial(_open, captions.root, split_of)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         try:
             return list(tqdm(pool.map(opened, captions.images), "open", len(captions.images), unit=" images"))
         except BaseException:

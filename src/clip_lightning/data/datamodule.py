@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from clip_lightning.cores import cores
 from clip_lightning.data.captions import CaptionedImage, CaptionSet, Splits, content_groups, split_by_image
 from clip_lightning.data.columns import RECOGNISED, ReadOptions
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
@@ -123,7 +123,7 @@ class CaptionDataModule(LightningDataModule):
         self.fetched: Fetched | None = None
         self.dataset = dataset
         self.batch_size = batch_size
-        self.num_workers = usable_cores() if num_workers is None else num_workers
+        self.num_workers = min(8, cores()) if num_workers is None else num_workers
         self.captions_per_image = captions_per_image
         self.augmentation = augmentation or Augmentation(flip=dataset != "scenes")
         self.max_broken = max_broken
@@ -428,12 +428,6 @@ class CaptionDataModule(LightningDataModule):
     @property
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer else 1
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
 
 
 def _start_worker(worker_id: int) -> None:

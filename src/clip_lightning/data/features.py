@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from clip_lightning.cores import cores
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder, write_atomically
 
@@ -183,7 +184,7 @@ class FeatureCache:
     def _complete(self, entry: Path, ranges: list[range], compute: Compute, title: str) -> list[Path]:
         """Every shard's path; first computes what nobody else is computing, then waits for the others."""
         files = _shard_files(entry)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             found = pool.map(lambda i: _intact(files.get(i, [])), range(len(ranges)))
             shards: list[Path | None] = list(found)
         missing = [i for i, shard in enumerate(shards) if shard is None]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clip_lightning.cores import cores
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.export.onnx import write_text_tower
@@ -172,7 +173,7 @@ class _Builder:
             except OSError as error:
                 left_out[path] = error.strerror or str(error)
         new = [path for path, row in rows.items() if row is None]
-        workers = self.options.num_workers or os.cpu_count() or 1
+        workers = self.options.num_workers or cores()
         read, broken, embedded = embed_pictures(
             self.clip, new, known, self.pending, self.options.batch_size, workers
         )

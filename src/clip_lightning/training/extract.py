@@ -6,7 +6,6 @@ R rows, D the tower's width.
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clip_lightning.cores import cores
 from clip_lightning.data.captions import CaptionedImage, unreadable
 from clip_lightning.data.features import FeatureCache, Features
 from clip_lightning.data.images import (
@@ -90,7 +90,7 @@ class Extractor:
         def compute(rows: range) -> np.ndarray:
             values = np.full((len(rows), tower.width), np.nan, np.float32)
             # decoding hides warnings, which is not safe in threads: what is left over ends here
-            with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
                 starts = range(0, len(rows), IMAGE_BATCH)
                 # two batches at a time, so that one is decoded while the tower works on the other
                 batches = (pool.map(picture, rows[start : start + IMAGE_BATCH]) for start in starts)

@@ -22,6 +22,7 @@ from jsonargparse import Namespace
 from optuna.trial import TrialState
 
 from clip_lightning.allocator import keep_freed_memory
+from clip_lightning.cores import cores
 from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.sources import find_source, read_source
 from clip_lightning.errors import RunFailed, UserError
@@ -166,8 +167,7 @@ def _work(worker: Worker, parallel: int) -> None:
     """Train trials in this process and, if the search is parallel, in others."""
     processes = []
     if parallel > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel)))  # for the others
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // parallel)))  # for the others
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         spawn = multiprocessing.get_context("spawn")
         processes = [spawn.Process(target=_work_beside, args=(worker,)) for _ in range(1, parallel)]
