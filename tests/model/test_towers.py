@@ -220,7 +220,7 @@ class TestImageTower:
             raise RuntimeError("no compiler here")
 
         tower.backbone.compile(backend=broken)
-        with pytest.warns(UserWarning, match=r"--model\.compile.*ImageTower.*no compiler here"):
+        with pytest.warns(UserWarning, match=r"--model\.towers\.compile.*ImageTower.*no compiler here"):
             torch.testing.assert_close(tower(pixels), plain)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
