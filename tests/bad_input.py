@@ -109,6 +109,9 @@ CASES = [
     case("a damaged list of shards", "fit TOWERS QUIET --data.dataset shards --data.root DIR/damaged-shards"),
     case("a compressed tar", "fit TOWERS QUIET --data.dataset shards --data.root DIR/shard.tar.gz"),
     case("a shard that was cut off", "fit TOWERS QUIET --data.dataset shards --data.root DIR/cut-shards"),
+    case("shards with nothing to validate on", "fit TOWERS QUIET --data.dataset shards --data.root SHARDS/train"),
+    case("shards named twice", "fit TOWERS QUIET --data.dataset shards --data.root SHARDS "
+         "--data.shards.sources ['SHARDS']"),
     case("an unknown protocol", "fit TOWERS QUIET --data.dataset shards --data.root nope://bucket/x"),
     # checkpoints and models
     case("a run to go on with where there is none", f"{FIT} --ckpt_path last"),

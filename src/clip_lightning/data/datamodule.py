@@ -217,7 +217,7 @@ class CaptionDataModule(LightningDataModule):
         drawn = [replace(image, split=split) for split, part in parts.items() for image in part]
         evaluated = CaptionSet(self.root, tuple(drawn)).digest()
         self.digest = hashlib.sha256(f"{streamed.digest}\0{evaluated}".encode()).hexdigest()
-        self._note_broken(streamed.tars.take_broken())
+        self._note_broken(streamed.index.take_broken())
 
     def _check_ranks(self) -> None:
         """A name such as `latest` may mean something else to each of several machines."""
@@ -300,7 +300,7 @@ class CaptionDataModule(LightningDataModule):
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Note what was broken in the batch, and keep it off the device."""
-        found = {} if self._streamed is None else self._streamed.tars.take_broken()
+        found = {} if self._streamed is None else self._streamed.index.take_broken()
         self._note_broken(batch.pop("broken") | found)
         return batch
 

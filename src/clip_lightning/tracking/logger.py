@@ -273,9 +273,9 @@ def _plain(value: Any) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float):
         return value
-    return str(value) if isinstance(value, Path) else type(value).__name__
+    return public(str(value)) if isinstance(value, str | Path) else type(value).__name__
 
 
 def _without(known: Mapping[str, Any], options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

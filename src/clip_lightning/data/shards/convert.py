@@ -30,11 +30,11 @@ from clip_lightning.data.captions import Splits as SplitFractions
 from clip_lightning.data.columns import RECOGNISED, ReadOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import to_rgb
-from clip_lightning.data.shards.index import Tars
+from clip_lightning.data.shards.index import Index
 from clip_lightning.data.shards.manifest import FIELDS_FILE, FILE, Shard, Splits, dump, load
 from clip_lightning.data.shards.record import BrokenRecord, Filter, Record
 from clip_lightning.data.shards.storage import expand, known
-from clip_lightning.data.shards.tars import joined, scan
+from clip_lightning.data.shards.tars import joined, scan, write_table
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.files import write_atomically
 
@@ -185,10 +185,8 @@ def _write(job: Job, settings: Settings, out: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     shard = asdict(Shard(path.name, len(table), draft.stat().st_size, digest))
     draft.replace(path)
-    content = io.BytesIO()
     about = json.dumps({"shard": shard, "left_out": left_out})
-    parquet.write_table(table.replace_schema_metadata({"about": about}), content)
-    write_atomically(job.note(out), content.getvalue())
+    write_table(table.replace_schema_metadata({"about": about}), job.note(out))
 
 
 def write_tar(records: Iterable[Record], path: Path) -> None:
@@ -212,9 +210,9 @@ def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator
     """Yield the samples for a tar that can be used and pass the filters."""
     filters = [Filter.parse(text) for text in settings.filters]
     if isinstance(job.content, str):
-        tars = Tars([job.content], job.split)
-        left_out |= tars.broken
-        found = tars.records()
+        index = Index([job.content], job.split)
+        left_out |= index.broken
+        found = index.records()
     else:
         found = map(_record, count(job.number * settings.samples_per_shard), job.content)
     for record in found:
@@ -282,7 +280,7 @@ def _finish(source: Source, out: Path, plan: dict[str, Any]) -> tuple[Splits, di
         example = "".join(f", for example {name}: {reason}" for name, reason in list(left_out.items())[:1])
         raise RunFailed(f"no sample can be used or passes the filters{example}; {out} can be removed")
     for split, part in tables.items():
-        parquet.write_table(joined(part), out / split / FIELDS_FILE)
+        write_table(joined(part), out / split / FIELDS_FILE)
     write_atomically(out / FILE, dump(splits, {**plan, "left_out": left_out}))
     shutil.rmtree(out / PENDING)
     return splits, left_out

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 from tqdm import tqdm
 
-from clip_lightning.data.shards import storage
 from clip_lightning.data.shards.manifest import FIELDS_FILE, Shard, Splits, find
 from clip_lightning.data.shards.record import Filter, Record
-from clip_lightning.data.shards.storage import Mirror, MissingFile, call, expand, is_url, join
-from clip_lightning.data.shards.tars import BROKEN, BYTES, OFFSET, DamagedTar, read_record, scan
+from clip_lightning.data.shards.storage import Mirror, MissingFile, call, expand, identity, is_url, join
+from clip_lightning.data.shards.tars import BROKEN, BYTES, OFFSET, DamagedTar, read_record, scan, write_table
 from clip_lightning.errors import RunFailed, UserError
-from clip_lightning.files import cache_folder, write_atomically
+from clip_lightning.files import cache_folder
 from clip_lightning.terminal import public
 
 _VERSION = 1
@@ -31,7 +31,7 @@ _ROW_BITS = 32
 
 
 @dataclass
-class _Tar:
+class Tar:
     """A tar, and what is known of it.
 
     Attributes:
@@ -52,7 +52,7 @@ class _Tar:
     def key(self) -> str:
         """A name for this content at this address."""
         address = self.url if is_url(self.url) else os.path.abspath(self.url)
-        content = json.dumps([_VERSION, address, self.sha256 or storage.identity(self.url)])
+        content = json.dumps([_VERSION, address, self.sha256 or identity(self.url)])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def expected(self) -> int:
@@ -70,7 +70,7 @@ class _Tar:
             ) from error
 
 
-class Tars:
+class Index:
     """The tars of a split of one or several sources, and the samples in them that pass the filters.
 
     `data convert` has noted where each sample is. Other tars are gone through once, those of this machine at
@@ -81,6 +81,7 @@ class Tars:
     A sample is numbered by its tar and by its row among the samples of this tar that pass.
 
     Attributes:
+        tars: those of all sources, which are numbered in this order.
         parts: the numbers of the tars of each source.
         splits: source → the splits of its `shards.json`, if it has one.
         fields: the names of the fields that samples have.
@@ -96,66 +97,50 @@ class Tars:
         recent: int = 1,
     ) -> None:
         """Look for the tars, or raise UserError if there is none or `shards.json` says something else."""
-        self.filters, self.recent, self._mirror = filters, recent, Mirror(budget)
+        self.filters, self._mirror = filters, Mirror(budget)
+        self.tars: list[Tar] = []
         self.parts: list[range] = []
         self.splits: dict[str, Splits] = {}
         self.fields: set[str] = set()
         self.broken: dict[str, str] = {}
-        self._tars: list[_Tar] = []
-        self._arrived: list[_Tar] = []
+        self._arrived: deque[Tar] = deque(maxlen=recent)
         for source in sources:
-            first, splits = len(self._tars), find(source)
+            first, splits = len(self.tars), find(source)
             if splits is None:
-                self._tars += map(_Tar, expand(source))
+                self.tars += map(Tar, expand(source))
             else:
                 self.splits[source] = splits
                 self._add_converted(join(source, split), splits.get(split, ()))
-            self.parts.append(range(first, len(self._tars)))
-        local = [tar for tar in self._tars if tar.spans is None and not is_url(tar.url)]
+            self.parts.append(range(first, len(self.tars)))
+        local = [tar for tar in self.tars if tar.spans is None and not is_url(tar.url)]
         random.Random(os.getpid()).shuffle(local)  # so that ranks share the work
         for tar in tqdm(local, desc="looking for samples", unit=" tars", delay=2):
             self._find(tar, self._table(tar))
-
-    def __len__(self) -> int:
-        """The number of tars."""
-        return len(self._tars)
-
-    def keys(self) -> list[str]:
-        """Return names for the content of the tars at their addresses."""
-        return [tar.key for tar in self._tars]
-
-    def known(self) -> list[Any]:
-        """Return what is known of each tar without reading it: its checksum, or its name and size."""
-        return [tar.sha256 or storage.known(tar.url) for tar in self._tars]
 
     def take_broken(self) -> dict[str, str]:
         """Return what was found broken since the last call, and forget it."""
         return dict(self.broken.popitem() for _ in range(len(self.broken)))
 
-    def total(self) -> int:
-        """Return the number of samples that pass; tars that have yet to arrive count as a whole."""
-        return sum(tar.expected() for tar in self._tars)
-
-    def count(self, tar: int) -> int:
+    def count(self, number: int) -> int:
         """Return the number of samples of a tar that pass."""
-        count = self._tars[tar].count
-        return len(self._spans(self._tars[tar])) if count is None else count
+        count = self.tars[number].count
+        return len(self._spans(self.tars[number])) if count is None else count
 
-    def numbers(self, tar: int) -> np.ndarray:
+    def samples(self, number: int) -> np.ndarray:
         """Return the numbers (n,) of the samples of a tar that pass."""
-        return (tar << _ROW_BITS) + np.arange(self.count(tar))
+        return (number << _ROW_BITS) + np.arange(self.count(number))
 
     def after(self, sample: int) -> int:
         """Return the number of the next sample; the first one follows the last."""
-        tar, row = divmod(sample + 1, 1 << _ROW_BITS)
-        while row >= self.count(tar):
-            tar, row = (tar + 1) % len(self), 0
-        return (tar << _ROW_BITS) + row
+        number, row = divmod(sample + 1, 1 << _ROW_BITS)
+        while row >= self.count(number):
+            number, row = (number + 1) % len(self.tars), 0
+        return (number << _ROW_BITS) + row
 
     def read(self, sample: int) -> Record:
         """Read the sample with this number, or raise UserError if its tar cannot be read or has changed."""
         number, row = divmod(sample, 1 << _ROW_BITS)
-        tar = self._tars[number]
+        tar = self.tars[number]
         offset, length = self._spans(tar)[row].tolist()
         try:
             with self._mirror.open(tar.url, tar.key, tar.sha256) as file:
@@ -166,19 +151,19 @@ class Tars:
 
     def records(self) -> Iterator[Record]:
         """Read all samples that pass, in their order."""
-        for tar in range(len(self)):
-            yield from map(self.read, self.numbers(tar).tolist())
+        for number in range(len(self.tars)):
+            yield from map(self.read, self.samples(number).tolist())
 
-    def fetch(self, tars: Sequence[int]) -> None:
+    def fetch(self, numbers: Sequence[int]) -> None:
         """Copy those of these tars that are remote to this machine, and find their samples."""
-        for tar in tars:
-            if self.count(tar) and is_url(self._tars[tar].url):
-                self.read(tar << _ROW_BITS)
+        for number in numbers:
+            if self.count(number) and is_url(self.tars[number].url):
+                self.read(number << _ROW_BITS)
 
     def _add_converted(self, folder: str, shards: Sequence[Shard]) -> None:
         """Add the tars that `data convert` wrote, and where their samples are."""
-        tars = [_Tar(join(folder, shard.file), shard.sha256, shard.samples) for shard in shards]
-        self._tars += tars
+        tars = [Tar(join(folder, shard.file), shard.sha256, shard.samples) for shard in shards]
+        self.tars += tars
         for tar, shard in zip(tars, shards, strict=True):
             there = is_url(folder) or (os.path.isfile(tar.url) and os.path.getsize(tar.url) == shard.bytes)
             if not there:
@@ -199,20 +184,20 @@ class Tars:
                 self._find(tar, table.slice(0, shard.samples))
                 table = table.slice(shard.samples)
 
-    def _spans(self, tar: _Tar) -> np.ndarray:
+    def _spans(self, tar: Tar) -> np.ndarray:
         if (spans := tar.spans) is None:
             spans = self._find(tar, self._table(tar))
+            if len(self._arrived) == self._arrived.maxlen:
+                self._arrived[0].spans = None
             self._arrived.append(tar)
-            for oldest in self._arrived[: -self.recent]:
-                oldest.spans = None
-            del self._arrived[: -self.recent]
         return spans
 
-    def _find(self, tar: _Tar, table: pa.Table) -> np.ndarray:
+    def _find(self, tar: Tar, table: pa.Table) -> np.ndarray:
         """Note where the samples of a tar are that pass all filters."""
+        self.broken |= json.loads((table.schema.metadata or {}).get(BROKEN, "{}"))
         self.fields |= {*table.column_names} - {OFFSET, BYTES}
         kept = np.full(len(table), all(each.field in table.column_names for each in self.filters))
-        for condition in self.filters if len(kept) and kept[0] else ():
+        for condition in self.filters if kept.all() else ():
             column = table[condition.field]
             numbers = pa.types.is_floating(column.type)
             kept &= condition(column.to_numpy() if numbers else column.to_pylist())
@@ -220,23 +205,19 @@ class Tars:
         tar.count = len(tar.spans)
         return tar.spans
 
-    def _table(self, tar: _Tar) -> pa.Table:
+    def _table(self, tar: Tar) -> pa.Table:
         """Return a row per sample of a tar, from the cache folder or by going through the tar."""
         name = public(tar.url)
         try:
             path = cache_folder("shards") / "index" / f"{tar.key}.parquet"
-            try:
-                table = parquet.ParquetFile(path).read()
-            except (FileNotFoundError, pa.ArrowException):
-                with self._mirror.open(tar.url, tar.key, tar.sha256) as file:
-                    table = scan(file, name)
-                content = io.BytesIO()
-                parquet.write_table(table, content)
-                write_atomically(path, content.getvalue())
+            with contextlib.suppress(FileNotFoundError, pa.ArrowException):
+                return parquet.ParquetFile(path).read()
+            with self._mirror.open(tar.url, tar.key, tar.sha256) as file:
+                table = scan(file, name)
+            write_table(table, path)
+            return table
         except OSError as error:
             if not (is_url(tar.url) and isinstance(error, MissingFile)):
                 raise RunFailed(f"{name} cannot be read: {error}") from error
-            self.broken[name] = "there is no such file"  # a pattern may name more than there is
-            return scan(io.BytesIO(), name)
-        self.broken |= json.loads(table.schema.metadata[BROKEN])
-        return table
+            broken = {name: "there is no such file"}  # a pattern may name more than there is
+            return scan(io.BytesIO(), name).replace_schema_metadata({BROKEN: json.dumps(broken)})

@@ -18,6 +18,7 @@ from clip_lightning.files import cache_folder
 from clip_lightning.terminal import public
 
 _ATTEMPTS = 4
+_LONGEST_FETCH = 3600  # seconds without a byte, after which a draft is that of a process that was killed
 _TAR = re.compile(r".*\.(tar(\.\w+)?|tgz)")
 
 
@@ -152,5 +153,6 @@ class Mirror:
             left = self.budget
             for stat, file in sorted(files, key=lambda each: -each[0].st_mtime_ns):
                 left -= stat.st_size
-                if left < 0 and file != path:
+                is_draft = file.suffix == ".tmp" and stat.st_mtime > time.time() - _LONGEST_FETCH
+                if left < 0 and file != path and not is_draft:
                     file.unlink()

@@ -11,12 +11,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+from pyarrow import parquet
 
 from clip_lightning.data.shards.record import BrokenRecord, Record, fields_of
 from clip_lightning.errors import UserError
+from clip_lightning.files import write_atomically
 
 OFFSET, BYTES, BROKEN = "__offset__", "__bytes__", b"broken"
 LARGEST_SAMPLE = 128 << 20
@@ -118,6 +121,13 @@ def joined(tables: Sequence[pa.Table]) -> pa.Table:
         for part in tables
     ]
     return pa.concat_tables(alike, promote_options="default")
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a table as a Parquet file, which is there whole or not at all."""
+    content = io.BytesIO()
+    parquet.write_table(table, content)
+    write_atomically(path, content.getvalue())
 
 
 # Headers ------------------------------------------------------------------------------------------------

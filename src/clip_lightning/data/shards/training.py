@@ -21,7 +21,8 @@ from clip_lightning.data.datasets import MOST_BROKEN_IN_A_ROW, Samples
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_bytes
 from clip_lightning.data.sampler import TrainSampler
-from clip_lightning.data.shards.index import Tars
+from clip_lightning.data.shards import storage
+from clip_lightning.data.shards.index import Index
 from clip_lightning.data.shards.manifest import find
 from clip_lightning.data.shards.record import BrokenRecord, CaptionChoice, Filter, Record
 from clip_lightning.data.shards.storage import holds_tars, is_url
@@ -76,7 +77,7 @@ class ShardDataset(Dataset[Samples]):
     """Images out of tars with K captions of their own: pure functions of (seed, epoch, sample).
 
     Attributes:
-        tars: the tars and their samples.
+        index: the tars and their samples.
         streams: the numbers of tars whose samples are shuffled together: all, or one stream per source if the
             sources have weights.
         weights: the fraction of the samples that comes from each stream.
@@ -105,24 +106,25 @@ class ShardDataset(Dataset[Samples]):
         weights = [*options.sources.values()] if isinstance(options.sources, Mapping) else [1.0]
         window = options.window or (_REMOTE_WINDOW if any(map(is_url, sources)) else 0)
         filters = [Filter.parse(text) for text in options.filters]
-        self.tars = Tars(sources, "train", filters, budget=budget, recent=2 * len(weights) * window)
-        for source, part in zip(sources, self.tars.parts, strict=True):
+        self.index = Index(sources, "train", filters, budget, recent=2 * len(weights) * window or 1)
+        for source, part in zip(sources, self.index.parts, strict=True):
             if not part:
                 raise UserError(f"{public(source)} has no train split; give data that has one")
-        self.window = min(window or len(self.tars), len(self.tars))
-        self.streams = self.tars.parts if len(weights) > 1 else [range(len(self.tars))]
+        self.window = min(window or len(self.index.tars), len(self.index.tars))
+        self.streams = self.index.parts if len(weights) > 1 else [range(len(self.index.tars))]
         self.weights = np.array(weights) / sum(weights)
-        self.samples = options.samples_per_epoch or self.tars.total()
+        self.samples = options.samples_per_epoch or sum(tar.expected() for tar in self.index.tars)
         if not self.samples:
-            names = ", ".join(sorted(self.tars.fields))
+            names = ", ".join(sorted(self.index.fields))
             raise UserError(f"no sample passes --data.shards.filters; there are the fields {names}")
         known = [weights, [*map(len, self.streams)], [*options.captions.items()], options.filters]
-        self.digest = hashlib.sha256(json.dumps([known, self.tars.known()]).encode()).hexdigest()
+        known.append([tar.sha256 or storage.known(tar.url) for tar in self.index.tars])
+        self.digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def held_out(self, split: str) -> list[CaptionedImage]:
         """Return the images of `val` or `test`, as files with all their captions, if a source has any."""
         source = self.options.val if split == "val" else None
-        source = source or next((name for name, has in self.tars.splits.items() if split in has), None)
+        source = source or next((name for name, has in self.index.splits.items() if split in has), None)
         return [] if source is None else held_out(source, split, self.choice)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Samples:
@@ -147,14 +149,14 @@ class ShardDataset(Dataset[Samples]):
     def _sample(self, epoch: int, sample: int, broken: dict[str, str]) -> tuple[Tensor, list[str], Record]:
         rng = np.random.default_rng((self.seed, epoch, sample))
         for _ in range(MOST_BROKEN_IN_A_ROW):
-            record = self.tars.read(sample)
+            record = self.index.read(sample)
             try:
                 texts = self.choice.draw(record.fields, self.captions_per_image, rng)
                 pixels = augment(decode_bytes(record.image), self.transform, self.augmentation, rng)
                 return pixels, texts, record
             except (BrokenImage, BrokenRecord) as error:
                 broken[record.name] = str(error)
-                sample = self.tars.after(sample)
+                sample = self.index.after(sample)
         raise UserError(
             f"{MOST_BROKEN_IN_A_ROW} samples in a row cannot be used, the last is {record.name}: "
             f"{broken[record.name]}; look at the tars, and at --data.shards.captions"
@@ -172,7 +174,7 @@ class ShardSampler(TrainSampler):
     def __init__(self, dataset: ShardDataset, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         """Sample from tars; arguments as for `TrainSampler`."""
         super().__init__(dataset.samples, batch_size, seed=dataset.seed, rank=rank, world_size=world_size)
-        self.dataset, self.tars = dataset, dataset.tars
+        self.dataset, self.index = dataset, dataset.index
 
     def order(self, epoch: int, skip: int) -> Iterator[int]:
         """Mix the streams, in blocks that each hold the same number of samples of a stream."""
@@ -193,16 +195,16 @@ class ShardSampler(TrainSampler):
         """Yield the samples of a stream, pass after pass, without the first `skip`."""
         empty = 0
         for (seeds, now), (_, coming) in pairwise(self._windows(stream)):
-            size = sum(map(self.tars.count, now))
+            size = sum(map(self.index.count, now))
             empty = 0 if size else empty + len(now)
             if empty >= 2 * len(self.dataset.streams[stream]):  # a whole pass, wherever it began
                 raise UserError("a source has no sample that can be used and passes --data.shards.filters")
             if skip >= size:
                 skip -= size
                 continue
-            self.tars.fetch(now)
+            self.index.fetch(now)
             Thread(target=self._fetch_ahead, args=(coming,), daemon=True).start()
-            samples = np.concatenate([*map(self.tars.numbers, now)])
+            samples = np.concatenate([*map(self.index.samples, now)])
             yield from map(int, np.random.default_rng(seeds).permutation(samples)[skip:])
             skip = 0
 
@@ -216,7 +218,7 @@ class ShardSampler(TrainSampler):
 
     def _fetch_ahead(self, tars: list[int]) -> None:
         with contextlib.suppress(Exception):  # raised again when these tars are wanted
-            self.tars.fetch(tars)
+            self.index.fetch(tars)
 
 
 def held_out(source: str, split: str, choice: CaptionChoice) -> list[CaptionedImage]:
@@ -231,24 +233,24 @@ def held_out(source: str, split: str, choice: CaptionChoice) -> list[CaptionedIm
     if not holds_tars(source) and find(source) is None:
         found = read_captions(Path(source))
         return [image for image in found.images if not found.has_official_splits or image.split == split]
-    tars = Tars([source], split)
-    if not len(tars):
+    index = Index([source], split)
+    if not index.tars:
         return []
-    known = json.dumps([tars.keys(), [*choice.probabilities.items()]])
+    known = json.dumps([[tar.key for tar in index.tars], [*choice.probabilities.items()]])
     folder = cache_folder("shards") / f"{split}-{hashlib.sha256(known.encode()).hexdigest()[:32]}"
     if not folder.exists():
         with whole_folder(folder) as draft, (draft / "captions.jsonl").open("w") as file:
             (draft / "images").mkdir()
-            for number, record in enumerate(tars.records()):
+            for number, record in enumerate(index.records()):
                 try:
                     captions = choice.all(record.fields)
                     name = f"images/{number:08d}.{record.suffix()}"
                 except BrokenRecord as error:
-                    tars.broken[record.name] = str(error)
+                    index.broken[record.name] = str(error)
                     continue
                 (draft / name).write_bytes(record.image)
                 file.write(json.dumps({"image": name, "captions": captions}) + "\n")
             if not file.tell():
-                name, reason = next(iter(tars.broken.items()), ("there is none", ""))
+                name, reason = next(iter(index.broken.items()), ("there is none", ""))
                 raise UserError(f"{public(source)} holds no sample to validate on ({name}: {reason})")
     return list(read_captions(folder).images)

@@ -91,7 +91,9 @@ def search(
     if finished == file.points:
         print(f"the search space is exhausted: all {finished} points have been tried", file=sys.stderr)
     least = wanted if file.method == "grid" else 1
-    if finished < least or not any(row["metrics"] for row in report["trials"]):
+    if not any(row["metrics"] for row in report["trials"]):  # all trials have diverged
+        finished = 0
+    if finished < least:
         wrong = [row for row in report["trials"] if row["error"]]
         last = max(wrong, key=lambda row: row["trial"], default=None)
         why = f"; trial {last['trial']} {last['state']}: {last['error']}" if last else ""
