@@ -257,7 +257,10 @@ def test_a_file_says_the_same_and_the_command_line_goes_before_it(
         "seeds": 2,
         "data": {"root": str(scenes), "image_size": 32, "batch_size": 8},
         "data.num_workers": 0,
-        "model": {"loss": {"class_path": "InfoNCE", "init_args": {"label_smoothing": 0.2}}, "embed_dim": 16},
+        "model": {
+            "loss": {"class_path": "InfoNCE", "init_args": {"label_smoothing": 0.2}},
+            "heads": {"embed_dim": 16},
+        },
         "trainer": {"logger": False},
     }
     (tmp_path / "towers.yaml").write_text(yaml.safe_dump(content))
@@ -270,7 +273,7 @@ def test_a_file_says_the_same_and_the_command_line_goes_before_it(
     main(["compare-backbones", *given, "--model.heads.embed_dim=8"])
     assert len(asked) == 2
     assert [
-        word for word in asked[1] if word.startswith(("--seed", "--model.embed", "--config", "--model.image"))
+        word for word in asked[1] if word.startswith(("--seed", "--model.heads", "--config", "--model.image"))
     ] == [
         "--config=heads",
         "--model.heads.embed_dim=16",
@@ -387,8 +390,12 @@ def test_finished_runs_are_measured_and_compared(finished: Path, tmp_path: Path)
 def test_options_that_differ_are_columns_and_runs_without_results_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_run(tmp_path / "runs" / "1", 100, dropout=0.1, loss={"class_path": "b.SigLIP", "init_args": {}})
-    write_run(tmp_path / "runs" / "2", 200, dropout=0.3, loss={"class_path": "b.SigLIP", "init_args": {}})
+    write_run(
+        tmp_path / "runs" / "1", 100, heads={"dropout": 0.1}, loss={"class_path": "b.SigLIP", "init_args": {}}
+    )
+    write_run(
+        tmp_path / "runs" / "2", 200, heads={"dropout": 0.3}, loss={"class_path": "b.SigLIP", "init_args": {}}
+    )
     write_run(tmp_path / "runs" / "3", None)
     (write_run(tmp_path / "runs" / "4", 1) / "metrics.json").write_text('{"seconds": 1}')
     (write_run(tmp_path / "runs" / "5", 1) / "metrics.json").write_text("{")
