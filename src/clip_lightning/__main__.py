@@ -74,6 +74,8 @@ def main(args: list[str] | None = None) -> int:
     from clip_lightning.errors import UserError
 
     keep_freed_memory()
+    if os.getcwd() not in sys.path:  # the console script's lacks it: `--model.loss myloss.Focal`
+        sys.path.append(os.getcwd())  # last, so that no file there takes the place of a package
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # results hold letters that not every terminal knows
     if os.environ.get("WANDB_MODE") == "":

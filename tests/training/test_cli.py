@@ -198,6 +198,20 @@ def test_a_cpu_without_fast_bf16_trains_in_fp32(
     assert yaml.safe_load(ran.config_to_save)["trainer"]["precision"] == "bf16-mixed"
 
 
+def test_a_loss_of_ones_own_is_found_in_the_working_directory(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ownloss.py").write_text(
+        "from clip_lightning.training.losses import InfoNCE\n\n\nclass Focal(InfoNCE):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    words = command("fit", tmp_path / "runs", model__loss="ownloss.Focal", trainer__max_epochs=1)
+    assert main(words) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "model" / "config.json").read_text())["loss"] == "Focal"
+
+
 def test_validate_and_test_print_and_leave_nothing(
     finished: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
