@@ -73,8 +73,10 @@ def contents(out: Path) -> tuple[list[tuple[object, ...]], np.ndarray, dict[str,
 
 
 def assert_same(first: Path, second: Path) -> None:
-    for one, other in zip(contents(first), contents(second), strict=True):
-        np.testing.assert_array_equal(np.array(one, dtype=object), np.array(other, dtype=object))
+    (rows, embeddings, left_out), (others, theirs, also_left_out) = contents(first), contents(second)
+    assert (rows, left_out) == (others, also_left_out)
+    # in a batch of another size the last bit of fp16 may be another, on some CPUs
+    np.testing.assert_allclose(embeddings.astype(np.float32), theirs.astype(np.float32), rtol=0, atol=5e-4)
 
 
 def found_names(index: ImageIndex, k: int = 100) -> set[str]:
@@ -251,11 +253,11 @@ def test_broken_pictures_are_left_out_with_reasons(clip: CLIP, photos: Path, tmp
 def test_without_any_picture_the_index_stays(clip: CLIP, photos: Path, tmp_path: Path) -> None:
     out, empty = tmp_path / "idx", tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="no picture below"):
+    with pytest.raises(UserError, match="there is no image below"):
         update(clip, empty, out)
     assert not out.exists()
     update(clip, photos, out)
-    with pytest.raises(UserError, match="no picture below"):
+    with pytest.raises(UserError, match="there is no image below"):
         update(clip, empty, out)
     (empty / "a.png").write_text("no picture")
     with pytest.raises(UserError, match=r"none of 1 pictures can be read .*known format"):
