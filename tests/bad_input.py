@@ -48,7 +48,6 @@ CASES = [
     case("an option without its value", f"{FIT} --data.batch_size"),
     case("a word for a number", f"{FIT} --data.batch_size many"),
     case("a batch of zero", f"{FIT} --data.batch_size 0"),
-    case("a batch larger than the data", f"{FIT} --data.batch_size 4096"),
     case("workers below zero", f"{FIT} --data.num_workers -1"),
     case("captions per image: zero", f"{FIT} --data.captions_per_image 0"),
     case("a fraction above one", f"{FIT} --data.splits.val_fraction 1.5"),

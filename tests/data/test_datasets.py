@@ -253,3 +253,11 @@ def test_the_fraction_of_unusable_images_is_of_all(tmp_path: Path) -> None:
         CaptionDataModule(TRANSFORM, tokenize, tmp_path, max_broken=0.7).setup()
     with pytest.raises(UserError, match=r"16 of 24 images or rows .*--data\.max_broken 0\.6"):
         CaptionDataModule(TRANSFORM, tokenize, tmp_path, max_broken=0.6).setup()
+
+
+def test_a_batch_is_no_larger_than_the_training_set(scenes: Path) -> None:
+    data = CaptionDataModule(TRANSFORM, tokenize, scenes, batch_size=256)
+    with pytest.warns(UserWarning, match=r"batch_size 256 is more than the 32 training images"):
+        data.setup("fit")
+    assert data.batch_size == 32
+    assert len(data.train_dataloader()) == 1

@@ -568,7 +568,6 @@ WRONG: dict[str, Wrong] = {
     ),
     "abbreviated plain option": wrong(r"--ckpt last; did you mean --ckpt_path", "--ckpt", "last"),
     "stray word": wrong(r"unrecognized arguments: heads", "heads"),
-    "batch too large": wrong(r"33 .* 32 images; lower --data\.batch_size to at most 32", data__batch_size=33),
     "batch of none": wrong(r"--data\.batch_size 0: expected 1 or more", data__batch_size=0),
     "batch of words": wrong(
         r"--data\.batch_size: expected a whole number, got many", data__batch_size="many"

@@ -175,7 +175,18 @@ class CaptionDataModule(LightningDataModule):
         if stage == "fit":
             if not self._images["train"] and self._streamed is None:
                 raise UserError(f"{self.root} has no train split; give data that has one to --data.root")
+            self._clip_batch_size()
             self._batches()  # complains of a batch that is too large before anything is computed
+
+    def _clip_batch_size(self) -> None:
+        """Let a small data set be one batch, instead of refusing what the configurations give."""
+        most = len(self._images["train"]) // self._world
+        if 0 < most < self.batch_size and self._streamed is None:
+            rank_zero_warn(
+                f"--data.batch_size {self.batch_size} is more than the {most} training images of each rank; "
+                f"a batch has {most}"
+            )
+            self.batch_size = most
 
     def _read_captions(self) -> None:
         captions = read_source(self.source, self.dataset, self.read)
