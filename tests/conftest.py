@@ -46,7 +46,10 @@ os.environ |= {
     # pytest-xdist already has a worker for each core.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH")])),
+    # Child processes find the package, and what tests share, such as the W&B server.
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [f"{REPOSITORY}/src", f"{REPOSITORY}/tests", os.environ.get("PYTHONPATH")])
+    ),
 }
 
 # The process that starts the workers makes the home; they inherit it and leave its removal to that process.

@@ -179,8 +179,7 @@ def test_flickr8k_from_its_artifact(
         monkeypatch.setenv("XDG_CACHE_HOME", str(trainer))
         fetch(ArtifactName.parse(version, "wandb:"))
     options = [
-        "--data.root",
-        version,
+        f"--data.root=wandb:{version}",
         "--trainer.max_epochs=4",
         f"--trainer.default_root_dir={tmp_path}/runs",
     ]
