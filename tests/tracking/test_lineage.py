@@ -29,6 +29,7 @@ from clip_lightning.tracking import logger as logger_module
 from clip_lightning.tracking.history import History, go_back
 from clip_lightning.tracking.lineage import Alerts
 from clip_lightning.tracking.logger import RunLogger, finished_run
+from clip_lightning.training.build import HeadOptions
 
 STEPS = 4  # batches of 8 of the 32 training scenes
 EPOCHS = 5
@@ -310,7 +311,7 @@ def test_two_fits_of_a_process_are_two_runs(
     online: WandbServer, make_module: Callable[..., Any], scenes: Path, tmp_path: Path
 ) -> None:
     for number in (1, 2):
-        module = make_module(dropout=number / 10, freeze="none")
+        module = make_module(heads=HeadOptions(embed_dim=16, dropout=number / 10), freeze="none")
         data = CaptionDataModule(
             module.transform, module.tokenize, root=scenes, batch_size=16, num_workers=0, seed=number
         )
@@ -326,10 +327,8 @@ def test_two_fits_of_a_process_are_two_runs(
     assert [(run.display_name, run.tags) for run in runs] == [("run 1", ["mine"]), ("run 2", ["mine"])]
     for number, run in enumerate(runs, 1):
         config = run.config
-        assert (config["model"]["dropout"], config["model"]["image_tower"]) == (
-            number / 10,
-            "random:test_vit",
-        )
+        model = config["model"]
+        assert (model["heads"]["dropout"], model["image_tower"]) == (number / 10, "random:test_vit")
         assert config["model"]["optimizer"]["lr"] == module.optimizer.lr
         assert (config["data"]["seed"], config["data"]["root"]) == (number, str(scenes))
         assert (config["trainer"]["max_steps"], config["data_digest"]) == (1, data.digest)
