@@ -10,9 +10,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from clip_lightning.data.images import BrokenImage, decode_image
 
 SIDE = 256
-TILE, GAP, APART, MARGIN = 160, 16, 64, 48
+MARGIN = 48
 INK, MUTED, LINE, GREEN = "#18181b", "#71717a", "#e4e4e7", "#16a34a"
-NARROWEST, WIDE, HEAD, LEADING = 900, 1200, 150, 32
 MOST_KEPT = 256  # of what the next epoch shows again
 
 
