@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from clip_lightning.commands import classify
 from clip_lightning.commands import search as commands
 from clip_lightning.terminal import one_line, printable
 
@@ -20,9 +19,7 @@ def test_what_steers_a_terminal_is_replaced() -> None:
     assert printable("\ud83d") == "?"
 
 
-def test_search_and_classify_print_names_that_way(capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_prints_names_that_way(capsys: pytest.CaptureFixture[str]) -> None:
     found = SimpleNamespace(score=0.5, path=HARMFUL, captions=(HARMFUL,), missing=True)
     commands._show([HARMFUL, "b"], [[found], []])
     assert capsys.readouterr().out == f"{SHOWN}\n0.500  {SHOWN} (missing)  {SHOWN}\nb\n"
-    classify._show([{"image": HARMFUL, "probabilities": {HARMFUL: 1.0}}], "softmax", {}, json=False)
-    assert capsys.readouterr().out.startswith(f"{SHOWN}\n  100.0 %  {SHOWN}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import importlib
 import io
@@ -10,32 +11,23 @@ import sys
 from types import ModuleType
 
 COMMANDS = {
-    "fit": ("clip_lightning.training.cli", "train a model, or go on with a run (--ckpt_path last)"),
-    "validate": ("clip_lightning.training.cli", "score a checkpoint on the validation split"),
-    "test": ("clip_lightning.training.cli", "score a checkpoint on the test split"),
-    "data": ("clip_lightning.commands.data", "check captioned pictures, or upload them as a W&B artifact"),
-    "compare": ("clip_lightning.commands.compare", "rank finished runs, from their folders or a W&B project"),
-    "compare-backbones": (
-        "clip_lightning.commands.compare",
-        "train every pair of image and text towers, and rank them",
-    ),
-    "sweep": ("clip_lightning.commands.sweep", "search hyperparameters as a W&B sweep file says"),
-    "index": ("clip_lightning.commands.search", "make an index of pictures, or bring one up to date"),
-    "search": ("clip_lightning.commands.search", "find pictures in an index, by a sentence or a picture"),
-    "app": ("clip_lightning.commands.app", "search pictures on a page in the browser"),
-    "evaluate": ("clip_lightning.commands.evaluate", "retrieval, zero-shot classification or a linear probe"),
-    "classify": ("clip_lightning.commands.classify", "say which labels fit a picture"),
-    "embed": (
-        "clip_lightning.commands.embed",
-        "write embeddings of pictures and captions as sharded files",
-    ),
-    "export": (
-        "clip_lightning.commands.export",
-        "write a model as a bundle, as ONNX, for open_clip, or to the hub",
-    ),
-    "cache": ("clip_lightning.commands.cache", "list or prune the cached features of frozen towers"),
+    "fit": ("training.cli", "train a model, or resume a run (--ckpt_path last)"),
+    "validate": ("training.cli", "score a checkpoint on the validation split"),
+    "test": ("training.cli", "score a checkpoint on the test split"),
+    "data": ("commands.data", "check captioned images, convert them to tars, or upload them to W&B"),
+    "compare": ("commands.compare", "rank finished runs, from their folders or a W&B project"),
+    "compare-backbones": ("commands.compare", "train every pair of image and text towers, and rank them"),
+    "sweep": ("commands.sweep", "search hyperparameters with a W&B sweep file"),
+    "index": ("commands.search", "build a search index of images, or update one"),
+    "search": ("commands.search", "find images in an index by a sentence or an image"),
+    "app": ("commands.app", "search images on a page in the browser"),
+    "evaluate": ("commands.evaluate", "retrieval, zero-shot classification or a linear probe"),
+    "classify": ("commands.classify", "choose the label that fits an image"),
+    "embed": ("commands.embed", "write embeddings of images and captions as sharded files"),
+    "export": ("commands.export", "write a model as a bundle, as ONNX, for open_clip, or to the hub"),
+    "cache": ("commands.cache", "list or prune the cached features of frozen towers"),
 }
-# Which process of a run this is, as torchrun, SLURM and Lightning say it.
+# Which process of a run this is, as set by torchrun, SLURM and Lightning.
 _RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
 _USAGE = """usage: clip-lightning COMMAND [options]
 
@@ -53,7 +45,7 @@ def main(args: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        args: the words after `clip-lightning`; those of the process by default.
+        args: the arguments after `clip-lightning`; those of the process by default.
 
     Returns:
         Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
@@ -68,21 +60,21 @@ def main(args: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if args[0] not in COMMANDS:
-        return _fail(f"unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}")
+        return _fail(_unknown(args[0]))
     from clip_lightning.allocator import keep_freed_memory
     from clip_lightning.arguments import checked_arguments
     from clip_lightning.errors import UserError
 
     keep_freed_memory()
-    if os.getcwd() not in sys.path:  # the console script's lacks it: `--model.loss myloss.Focal`
-        sys.path.append(os.getcwd())  # last, so that no file there takes the place of a package
+    if os.getcwd() not in sys.path:  # the console script lacks it: `--model.loss myloss.Focal`
+        sys.path.append(os.getcwd())  # last, so that no file there replaces a package
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # results hold letters that not every terminal knows
+        sys.stdout.reconfigure(errors="replace")  # results have letters that not every terminal knows
     if os.environ.get("WANDB_MODE") == "":
-        del os.environ["WANDB_MODE"]  # empty, which W&B refuses
+        del os.environ["WANDB_MODE"]  # W&B refuses an empty one
     try:
         args = checked_arguments(args)
-        _imported(COMMANDS[args[0]][0]).run(args)
+        _imported(f"clip_lightning.{COMMANDS[args[0]][0]}").run(args)
     except UserError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
@@ -93,7 +85,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _imported(module: str) -> ModuleType:
-    """The module of a command; what it imports is no garbage, and to look for some takes a second or two."""
+    """Import without the garbage collector, which would take a second or two and find nothing."""
     gc.disable()
     try:
         return importlib.import_module(module)
@@ -103,9 +95,17 @@ def _imported(module: str) -> ModuleType:
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    return _USAGE.format(
-        commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
-    )
+    commands = (f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return _USAGE.format(commands="\n".join(commands))
+
+
+def _unknown(command: str) -> str:
+    option = command.startswith("-")
+    known = ["--version", "--help"] if option else list(COMMANDS)
+    near = {"train": "fit", "predict": "classify"}.get(command)
+    near = near or next(iter(difflib.get_close_matches(command, known, n=1)), None)
+    expected = f"did you mean {near}?" if near else f"expected one of {', '.join(known)}"
+    return f"unknown {'option' if option else 'command'} {command!r}; {expected}"
 
 
 def _fail(message: str, status: int = 2) -> int:
@@ -116,9 +116,10 @@ def _fail(message: str, status: int = 2) -> int:
 
 
 def _status(stop: SystemExit) -> int:
-    """Lightning leaves with 1 after Ctrl-C and 0 after SIGTERM; say which it was.
+    """Return the status of an exit; Lightning itself exits with 1 after Ctrl-C and 0 after SIGTERM.
 
-    Of several processes the first says it. `srun --kill-on-bad-exit` would else end it while it saves.
+    Of several processes only the first returns 143: `srun --kill-on-bad-exit` would end the others, which may
+    still be saving.
     """
     if isinstance(stop.__context__, KeyboardInterrupt):
         return 130

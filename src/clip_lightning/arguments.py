@@ -1,4 +1,4 @@
-"""The words of the command line: functions as commands, packaged configurations, one-line complaints."""
+"""The command line: functions as commands, packaged configurations, error messages of one line."""
 
 from __future__ import annotations
 
@@ -18,83 +18,87 @@ from clip_lightning.terminal import public
 
 
 class PlainErrors:
-    """For parsers: whole option names only, and complaints of one line with status 2."""
+    """For parsers: options have their complete names, and an error is one line with status 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and leave with status 2."""
+        """Print what is wrong with the arguments, and exit with status 2."""
+        line = " ".join(public(message).split())
         parser: Any = getattr(ex, "subcommand_parser", None) or self
-        complain(parser, message)
+        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        print(f"clip-lightning: error: {_plain(line)}{_suggestion(line, known)}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Parser(PlainErrors, jsonargparse.ArgumentParser):
     """The parser of commands that are typed functions."""
 
 
-def run_functions(functions: Any, words: list[str], *, positional: bool = False) -> None:
-    """Call the function, or the one that the second word names, with what the words say.
+def run_functions(functions: Any, args: list[str], *, positional: bool = False) -> None:
+    """Call the function, or the one that the second argument names, with what the arguments give.
 
     Args:
         functions: a command, or its subcommands by name; their signatures and docstrings are the help.
-        words: of the command line, the command first; `--json` needs no value.
+        args: of the command line, the command first; `--json` needs no value.
         positional: whether parameters without a default are given without their names.
     """
     jsonargparse.auto_cli(
         functions,
-        args=["--json=true" if word == "--json" else word for word in words[1:]],
-        prog=f"clip-lightning {words[0]}",
+        args=with_json_value(args[1:]),
+        prog=f"clip-lightning {args[0]}",
         as_positional=positional,
         parser_class=Parser,
     )
 
 
-def own_words(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide a command's words into its own and those that it hands on, to `fit`.
+def with_json_value(args: Sequence[str]) -> list[str]:
+    """Return the arguments with `--json`, `--json true` and `--json false` as one argument each."""
+    found: list[str] = []
+    for arg in args:
+        if found[-1:] == ["--json=true"] and arg in ("true", "false"):
+            found[-1] = f"--json={arg}"
+        else:
+            found.append("--json=true" if arg == "--json" else arg)
+    return found
+
+
+def own_words(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide the arguments of a command into its own and those that it passes to `fit`.
 
     Args:
-        words: without the command.
+        args: without the command.
         names: of its own options, without hyphens. Each takes a value, except that `--json` needs none.
 
     Returns:
-        Its own options with their values, `--help` among them, and the other words.
+        Its own options with their values, `--help` among them, and the other arguments.
 
     Raises:
         UserError: an option of neither resembles one of its own.
     """
     own: list[str] = []
     others: list[str] = []
-    left = list(words)
+    left = with_json_value(args)
     while left:
-        word = left.pop(0)
-        name, equals, _ = word.partition("=")
-        if word == "--json":
-            given = left.pop(0) if left[:1] in (["true"], ["false"]) else "true"
-            own.append(f"--json={given}")
-        elif name.startswith("--") and name[2:] in names:
-            own.append(word)
-            if left and not equals and not left[0].startswith("--"):
+        arg = left.pop(0)
+        name, equals, _ = arg.partition("=")
+        if name in ("-h", "--help") or (name.startswith("--") and name[2:] in names):
+            own.append(arg)
+            if left and not equals and name[2:] in names and not left[0].startswith("--"):
                 own.append(left.pop(0))
-        elif word in ("-h", "--help"):
-            own.append(word)
+        elif name.startswith("--") and "." not in name and (near := near_options(name[2:], names)):
+            raise UserError(f"unknown option {name}; did you mean --{near[0]}?")
         else:
-            _refuse_misspelt(name, names)
-            others.append(word)
+            others.append(arg)
     return own, others
-
-
-def _refuse_misspelt(option: str, names: Sequence[str]) -> None:
-    if option.startswith("--") and "." not in option:
-        for near in difflib.get_close_matches(option[2:], names, n=1, cutoff=0.75):
-            raise UserError(f"unknown option {option}; did you mean --{near}?")
 
 
 def with_home(text: str) -> str:
     """Replace `~` by the home folder at the start of every path in an argument or a value.
 
     The shell does so only for arguments of their own, not for `--data.root=~/photos`, `random:~/bert`, lists
-    or what a configuration holds.
+    or values in a configuration.
     """
     return re.sub(r"(?:^|(?<=[=:,\[{\"']))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
@@ -105,16 +109,16 @@ def checked_arguments(args: list[str]) -> list[str]:
     Raises:
         UserError: one is empty, as an unset variable of the shell is.
     """
-    for before, word in zip(["", *args], args, strict=False):
-        name, _, value = word.partition("=")
-        if not word or (name.startswith("--") and name != word and not value):
+    for before, arg in zip(["", *args], args, strict=False):
+        name, _, value = arg.partition("=")
+        if not arg or (name.startswith("--") and name != arg and not value):
             option = name or (before if before.startswith("--") and "=" not in before else "an argument")
             raise UserError(f"{option} is empty; give a value, or leave it out (is a shell variable unset?)")
     return [*map(with_home, args)]
 
 
 def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a value of a configuration with every string in it, at any depth, as `change` makes it."""
+    """Return a value of a configuration with `change` applied to every string in it, at any depth."""
     if isinstance(value, dict):
         return {changed_strings(key, change): changed_strings(inner, change) for key, inner in value.items()}
     if isinstance(value, list):
@@ -122,15 +126,8 @@ def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
     return type(value)(change(str(value))) if isinstance(value, str | Path) else value
 
 
-def complain(parser: jsonargparse.ArgumentParser, message: str) -> NoReturn:
-    """Print what is wrong with the words given to `parser`, and leave with status 2."""
-    line = " ".join(public(message).split())
-    print(f"clip-lightning: error: {_plain(line)}{_near_option(parser, line)}", file=sys.stderr)
-    sys.exit(2)
-
-
 def _plain(line: str) -> str:
-    """Jsonargparse's sentence without the names of Python's types."""
+    """Rewrite a message of jsonargparse without the names of Python's types."""
     if found := re.fullmatch(r"the following arguments are required: (.*)", line):
         names = (name.strip().removeprefix("fit.") for name in found[1].split(","))
         names = (re.sub(r"^(validate|test|list|prune)\.", "", name) for name in names)
@@ -154,42 +151,47 @@ def _kind(expected: str) -> str:
     return kinds.get(name, name)
 
 
-def _near_option(parser: jsonargparse.ArgumentParser, line: str) -> str:
-    """Names of options that resemble one which the line calls unknown."""
-    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+def _suggestion(line: str, known: Sequence[str]) -> str:
+    """Name options that resemble one which the line calls unknown."""
     for word in line.split():
         bare = word.strip("\"'`,.;:")
         name = bare.lstrip("-").partition("=")[0]
         if name in known or not (bare.startswith("--") or "." in name or "_" in name):
             continue
-        begun = [option for option in known if option.startswith(name)] if len(name) > 2 else []
-        near = dict.fromkeys([*begun, *difflib.get_close_matches(name, known, n=2, cutoff=0.75)])
-        if near:
-            return f"; did you mean {' or '.join('--' + name for name in list(near)[:2])}?"
+        if near := near_options(name, known):
+            return f"; did you mean {' or '.join(f'--{option}' for option in near)}?"
     return ""
+
+
+def near_options(name: str, known: Sequence[str]) -> list[str]:
+    """Return at most two options that begin with the name, end with it (`lr`, `epochs`), or resemble it."""
+    begun = [option for option in known if len(name) > 2 and option.startswith(name)]
+    ended = [option for option in known if re.search(rf"[._]{re.escape(name)}$", option)]
+    ended.sort(key=lambda option: (not option.endswith(f".{name}"), len(option)))
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
+    return list(dict.fromkeys([*begun, *ended, *near]))[:2]
 
 
 def named_configs(args: list[str]) -> list[str]:
     """Let `--config heads` mean the packaged `configs/heads.yaml`, unless a file has that name."""
     found = []
-    for before, word in zip(["", *args], args, strict=False):
-        option, equals, value = word.partition("=")
+    for before, arg in zip(["", *args], args, strict=False):
+        option, equals, value = arg.partition("=")
         if equals and option in ("--config", "-c"):
-            word = f"{option}={_config_path(value)}"
+            arg = f"{option}={_config_path(value)}"
         elif before in ("--config", "-c"):
-            word = _config_path(word)
-        found.append(word)
+            arg = _config_path(arg)
+        found.append(arg)
     return found
 
 
 def with_logger_folder(args: list[str]) -> list[str]:
-    """Let `--trainer.logger CSVLogger` do without the folder it asks for: that is the run's."""
+    """Give `--trainer.logger CSVLogger` the folder that it asks for: that of the run."""
     found = []
-    for before, word in zip(["", *args], args, strict=False):
-        found.append(word)
-        name = word.removeprefix("--trainer.logger=") if before != "--trainer.logger" else word
-        chosen = before == "--trainer.logger" or word.startswith("--trainer.logger=")
-        if chosen and name.rpartition(".")[2] in ("CSVLogger", "TensorBoardLogger"):
+    for before, arg in zip(["", *args], args, strict=False):
+        found.append(arg)
+        name = arg if before == "--trainer.logger" else arg.partition("--trainer.logger=")[2]
+        if name.rpartition(".")[2] in ("CSVLogger", "TensorBoardLogger"):
             found.append("--trainer.logger.save_dir=.")
     return found
 
@@ -199,36 +201,38 @@ def _config_path(name: str) -> str:
     try:
         yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {name} is no YAML: {error}") from error
+        raise UserError(f"--config {name} is not YAML: {error}") from error
     return path
 
 
 def packaged_config(name: str, kind: str = "") -> str:
-    """The file of this name, else the packaged configuration, of the kind whose folder is named.
+    """Return the file of this name, or else the packaged configuration.
+
+    Args:
+        name: a file, or the name of a packaged configuration.
+        kind: folder of the packaged configurations, below `configs`.
 
     Raises:
-        UserError: there is neither; names those that there are.
+        UserError: there is neither.
     """
     if Path(name).is_file():
         return name
     here = Path(__file__).parent
     folders = [root / kind for root in (here / "configs", here.parents[1] / "configs")]
-    for folder in folders:
-        for file in (folder / name, folder / f"{name}.yaml"):
-            if file.is_file():
-                return str(file)
+    for file in (folder / called for folder in folders for called in (name, f"{name}.yaml")):
+        if file.is_file():
+            return str(file)
     known = sorted(file.stem for folder in folders for file in folder.glob("*.yaml"))
     raise UserError(f"no configuration {name!r}: expected a file, or one of {', '.join(known)}")
 
 
-def complaint_within(error: ValueError) -> str | None:
-    """Our own complaint within what jsonargparse says of an option of several types, if there is one.
+def error_within(error: ValueError) -> str | None:
+    """Return our own message within what jsonargparse prints of an option of several types, if there is one.
 
-    Or the package that a logger or a callback of Lightning's needs.
+    Or name the package that a logger or a callback of Lightning's needs.
     """
     if missing := re.findall(r"Requirement '([^']+)' not met", str(error)):
-        return (
-            f"--trainer: {' or '.join(dict.fromkeys(missing))} is not installed; pip install '{missing[-1]}'"
-        )
+        names = " or ".join(dict.fromkeys(missing))
+        return f"--trainer: {names} is not installed; pip install '{missing[-1]}'"
     lines = (line.strip().removeprefix("- ") for line in str(error).splitlines())
     return next((line for line in lines if line.startswith("--")), None)

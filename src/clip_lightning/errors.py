@@ -1,8 +1,8 @@
-"""The exceptions whose messages are meant for the person at the keyboard."""
+"""The exceptions whose messages are meant for the user."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: says what was given, what was expected and the remedy.
+    """A mistake in what the user gave; names what was given, what was expected and the remedy.
 
     The command line prints it as one line without a traceback and exits with `status`.
     """
@@ -11,14 +11,14 @@ class UserError(ValueError):
 
 
 class RunFailed(UserError):
-    """What the user gave was in order, and still it cannot go on: says why, and the remedy."""
+    """A failure although the input was right; names the reason and the remedy."""
 
     status = 1
 
 
 class Diverged(RunFailed):
-    """Training has left the range of numbers; for a search, that is a result."""
+    """Training has diverged, which a search takes for a result."""
 
 
 class AgreedStop(KeyboardInterrupt):
-    """Ctrl-C, once every rank has finished the same batch and knows of it."""
+    """Ctrl-C, raised once every rank has finished the same batch."""

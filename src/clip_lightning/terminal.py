@@ -1,4 +1,4 @@
-"""What may be printed or recorded of names and captions that come from data, and of what the user gave."""
+"""Text that is safe to print: names and captions from data, and what the user gave."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import re
 
 
 def printable(text: str) -> str:
-    """Without halves of broken emoji, which no font and no UTF-8 file takes, and what steers a terminal."""
-    whole = text.encode(errors="replace").decode()
+    """Replace halves of broken emoji, which no font and no UTF-8 file takes, and what steers a terminal."""
+    encodable = text.encode(errors="replace").decode()
     return "".join(
-        each if each.isprintable() or each.isspace() else "\N{REPLACEMENT CHARACTER}" for each in whole
+        letter if letter.isprintable() or letter.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for letter in encodable
     )
 
 
 def public(text: str) -> str:
-    """Remove from every URL in the text what may be a key: the user with the password, and the query.
+    """Remove what may be a secret from every URL in the text: user, password and query.
 
     A checksum behind them stays.
     """
@@ -22,5 +23,5 @@ def public(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same without line breaks, which would pass for lines of our own."""
+    """Return `printable` text without line breaks, which could imitate lines of our own."""
     return " ".join(printable(text).split())

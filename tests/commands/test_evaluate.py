@@ -215,10 +215,16 @@ def test_classify(
         assert result["probabilities"] == pytest.approx(shares, abs=1e-5)
         assert result["label"] == next(iter(result["probabilities"])) == max(shares, key=shares.get)
     labels = tmp_path / "labels.txt"
-    labels.write_text("red square\ngreen\n")
+    labels.write_text("red square\ngreen\nclip-\x1b[2Jlightning\n")
     assert main(["classify", str(bundle), "--labels", str(labels), "--templates", "none", paths[0]]) == 0
     out = capsys.readouterr().out
     assert "%  green" in out and ("add up to 100 %" in out) == (bias is None)
+    assert "\x1b" not in out
+    words = ("classify", bundle, paths[0], "--labels", "a red square,the green")
+    found = printed_json(capsys, *words)[0]["results"][0]["probabilities"]
+    assert found.keys() == {"a red square", "the green"}
+    if bias is None:  # the captions are not 'a photo of a a red square.'
+        assert found["a red square"] == pytest.approx(logits[0, :2].softmax(0)[0].item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +246,9 @@ def test_classify(
         ("linear-probe M D --test_share 1", "--test_share 1"),
         ("linear-probe M D --shots 1,x", "--shots 1,x"),
         ("linear-probe M D --seeds 0", "--seeds 0"),
-        ("classify M P --labels ,", "names nothing"),
+        ("classify M P --labels ,", "has no label"),
         ("classify M nothing.jpg --labels a", "there is no file nothing.jpg"),
-        ("classify M BROKEN --labels a", "none of the 1 pictures"),
+        ("classify M BROKEN --labels a", "none of the 1 images"),
         ("classify M P", "labels"),
         ("classify M --labels a", "images"),
         ("zero-shot M", "data"),

@@ -130,8 +130,8 @@ def test_template_sets():
 
 def test_templates_of_a_file(tmp_path: Path):
     file = tmp_path / "mine.txt"
-    file.write_text("\ufeffa {}\n\n  the {} \na {}\n", encoding="utf-8")
-    assert read_templates(str(file)) == ("a {}", "the {}")
+    file.write_text("\ufeffa {}\n\n  the {} \na {}\n'pasted {}.',\n", encoding="utf-8")
+    assert read_templates(str(file)) == ("a {}", "the {}", "pasted {}.")
     for text, said in (("a cat\n", "has no {}"), ("\n", "is empty")):
         file.write_text(text)
         with pytest.raises(UserError, match=said):

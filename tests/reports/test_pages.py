@@ -1,4 +1,4 @@
-"""The page takes any text and any picture, stands alone, and shows which one is right."""
+"""The page takes any text and any image, needs no other file, and shows which answer is right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clip_lightning.evaluation.predictions import FoundCaption, PictureRow, Prediction, PredictionRow
+from clip_lightning.evaluation.predictions import Answer, Query
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.pages import Report, write_page
 from clip_lightning.reports.plots import Plot
@@ -18,17 +18,17 @@ from clip_lightning.reports.plots import Plot
 STRANGE = ("", "<script>alert(1)</script> & 🐶👩‍👩‍👧 日本語 \0 \ud83d", "كلب على الشاطئ", "x" * 10_000)
 
 
-def strange_rows(folder: Path) -> tuple[list[PredictionRow], list[PictureRow]]:
-    """Every strange text as a sentence, and all of them found for a picture."""
-    picture = folder / "<b>&.png"
-    Image.new("RGB", (60, 40), (200, 0, 40)).save(picture)
-    found = (Prediction(picture, 0.5, False), Prediction(folder / "gone.png", 0.25, False))
-    sentences = [PredictionRow(n, text, picture, 30, 40, found) for n, text in enumerate(STRANGE)]
-    captions = tuple(FoundCaption(text, 0.5, n == 1) for n, text in enumerate(STRANGE))
-    missed = tuple(FoundCaption(text, 0.5, False) for text in STRANGE)
-    return sentences, [
-        PictureRow(7, picture, STRANGE[:2], 2, 40, captions),
-        PictureRow(8, folder / "gone.png", STRANGE[1:2], 30, 40, missed),
+def strange_queries(folder: Path) -> tuple[list[Query], list[Query]]:
+    """Every strange text as a caption, and all of them found for an image."""
+    image = folder / "<b>&.png"
+    Image.new("RGB", (60, 40), (200, 0, 40)).save(image)
+    found = (Answer(image, 0.5, False), Answer(folder / "gone.png", 0.25, False))
+    captions = [Query(n, text, (image,), 30, 40, found) for n, text in enumerate(STRANGE)]
+    right = tuple(Answer(text, 0.5, n == 1) for n, text in enumerate(STRANGE))
+    missed = tuple(Answer(text, 0.5, False) for text in STRANGE)
+    return captions, [
+        Query(7, image, STRANGE[:2], 2, 40, right),
+        Query(8, folder / "gone.png", STRANGE[1:2], 30, 40, missed),
     ]
 
 
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 
 def test_page_stands_alone_and_is_escaped(tmp_path: Path) -> None:
-    sentences, pictures = strange_rows(tmp_path)
+    sentences, pictures = strange_queries(tmp_path)
     report = Report(
         2,
         sentences,
@@ -75,12 +75,12 @@ def test_page_stands_alone_and_is_escaped(tmp_path: Path) -> None:
     pictures_shown = [source for source in page.sources if source.startswith("data:image/")]
     assert len(pictures_shown) == (4 + 1) * 3 + 2 + 1
     anchors = [source.removeprefix("#") for source in page.sources if source not in pictures_shown]
-    assert anchors == ["split", "sentences", "pictures", "misses"]  # nothing is fetched from elsewhere
+    assert anchors == ["split", "captions", "images", "misses"]  # nothing is fetched from elsewhere
     assert set(anchors) <= page.ids
 
 
-def test_right_sentences_are_marked_and_missed_ones_told(tmp_path: Path) -> None:
-    _, pictures = strange_rows(tmp_path)
+def test_right_captions_are_marked_and_missed_ones_shown(tmp_path: Path) -> None:
+    _, pictures = strange_queries(tmp_path)
     write_page(Report(0, [], {}, pictures, {}), tmp_path / "p.html")
     html = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert html.count('<li class="right">') == html.count("0.500 ✓") == 1
@@ -90,7 +90,7 @@ def test_right_sentences_are_marked_and_missed_ones_told(tmp_path: Path) -> None
 
 
 def test_long_histories_are_thinned(tmp_path: Path) -> None:
-    sentences, _ = strange_rows(tmp_path)
+    sentences, _ = strange_queries(tmp_path)
     history = {epoch: {"0": 100 - epoch} for epoch in range(100)}
     write_page(Report(99, sentences[:1], history, [], {}), tmp_path / "p.html")
     text = Page((tmp_path / "p.html").read_text(encoding="utf-8")).text

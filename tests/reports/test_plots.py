@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from clip_lightning.evaluation.retrieval import Embeddings
-from clip_lightning.reports.plots import _apart, plots_of_split
+from clip_lightning.reports.plots import plots_of_split
 
 
 def random_embeddings(images: int, each: int) -> Embeddings:
@@ -59,9 +59,3 @@ def test_what_cannot_be_scored_is_an_error() -> None:
     embeddings.image[0, 0] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         plots_of_split(embeddings, range(3), {}, epoch=0)
-
-
-def test_labels_keep_apart() -> None:
-    assert _apart([10, 50, 90], 8, 100) == [10, 50, 90]
-    assert _apart([0, 0, 1], 8, 100) == [0, 8, 16]
-    assert _apart([99, 100, 100], 8, 100) == [84, 92, 100]

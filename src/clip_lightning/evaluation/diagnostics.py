@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clip_lightning.evaluation.predictions import different_pictures
+from clip_lightning.evaluation.predictions import different_images
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 
 BINS = 200
@@ -112,7 +112,7 @@ def worst_queries(embeddings: Embeddings, content: Sequence[int], count: int) ->
     Raises:
         ValueError: an embedding holds NaN or infinity.
     """
-    candidates = different_pictures(embeddings, content)
+    candidates = different_images(embeddings, content)
     groups = torch.as_tensor(content, dtype=torch.long)[embeddings.text_image_id.cpu()]
     ranks, _ = retrieval_ranks(
         embeddings.image[list(candidates.values())].cpu(),

@@ -1,4 +1,4 @@
-"""What the model finds for a few held-out sentences and pictures, as plain records."""
+"""What the model finds for a few held-out captions and images, as plain records."""
 
 from __future__ import annotations
 
@@ -14,81 +14,46 @@ import torch
 from torch import Tensor
 
 from clip_lightning.data.captions import CaptionedImage
-from clip_lightning.evaluation.retrieval import TIE, Embeddings, retrieval_ranks
+from clip_lightning.evaluation.retrieval import TIE, Embeddings
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A picture that the model offers for a sentence; `similarity` is the cosine (-1 to 1)."""
+class Answer:
+    """An image (its file) or a caption that the model finds; `similarity` is the cosine (-1 to 1)."""
 
-    path: Path
+    item: Path | str
     similarity: float
     right: bool
 
 
 @dataclass(frozen=True)
-class PredictionRow:
-    """A sentence, the picture it was written for, and the pictures the model finds.
+class Query:
+    """A caption and the images that the model finds for it, or an image and the captions.
 
     Attributes:
-        text_id: row of the sentence among all captions of the split.
-        text: the sentence.
-        true_path: the picture it belongs to.
-        rank: of the right picture, from 1, ties against the model.
-        candidates: how many different pictures were ranked.
-        predictions: the best different pictures, best first.
+        id: row of the caption among all captions of the split, or position of the image in the split.
+        item: the caption, or the file of the image.
+        wanted: the file of the caption's image, or the captions of the image.
+        rank: of the best right answer, from 1, ties against the model.
+        candidates: how many different images, or captions, were ranked.
+        answers: the best ones, best first.
     """
 
-    text_id: int
-    text: str
-    true_path: Path
+    id: int
+    item: Path | str
+    wanted: tuple[Path | str, ...]
     rank: int
     candidates: int
-    predictions: tuple[Prediction, ...]
+    answers: tuple[Answer, ...]
 
     @property
     def hit(self) -> bool:
-        """Whether the right picture is among the predictions."""
-        return self.rank <= len(self.predictions)
+        """Whether a right answer is among the answers."""
+        return self.rank <= len(self.answers)
 
 
-@dataclass(frozen=True)
-class FoundCaption:
-    """A sentence that the model offers for a picture; `similarity` is the cosine (-1 to 1)."""
-
-    text: str
-    similarity: float
-    right: bool
-
-
-@dataclass(frozen=True)
-class PictureRow:
-    """A picture, the sentences written for it, and the sentences the model finds.
-
-    Attributes:
-        image_id: position of the picture in the split.
-        path: of the picture.
-        own: the sentences written for it.
-        rank: of the best of its own sentences, from 1, ties against the model.
-        candidates: how many sentences were ranked.
-        predictions: the best sentences, best first.
-    """
-
-    image_id: int
-    path: Path
-    own: tuple[str, ...]
-    rank: int
-    candidates: int
-    predictions: tuple[FoundCaption, ...]
-
-    @property
-    def hit(self) -> bool:
-        """Whether one of its own sentences is among the predictions."""
-        return self.rank <= len(self.predictions)
-
-
-def choose_queries(images: Sequence[CaptionedImage], count: int, seed: int) -> list[int]:
-    """Caption rows of at most `count` pictures spread over the split, one a picture.
+def choose_captions(images: Sequence[CaptionedImage], count: int, seed: int) -> list[int]:
+    """Choose the caption rows of at most `count` images spread over the split, one per image.
 
     The choice depends on nothing but the arguments, so it is the same in every epoch and after a resume.
     """
@@ -104,119 +69,91 @@ def choose_queries(images: Sequence[CaptionedImage], count: int, seed: int) -> l
     return chosen
 
 
-def choose_pictures(images: Sequence[CaptionedImage], count: int, seed: int) -> list[int]:
-    """The pictures that the sentences of `choose_queries` were written for, as positions in the split."""
+def images_of(images: Sequence[CaptionedImage], text_ids: Sequence[int]) -> list[int]:
+    """Return the position in the split of each caption row's image."""
     offsets = _offsets(images)
-    return [_owner(offsets, text_id) for text_id in choose_queries(images, count, seed)]
+    return [bisect_right(offsets, text_id) - 1 for text_id in text_ids]
 
 
-def prediction_rows(
+def find_images(
     embeddings: Embeddings,
     images: Sequence[CaptionedImage],
     content: Sequence[int],
     text_ids: Sequence[int],
     k: int,
-) -> list[PredictionRow]:
-    """The k best different pictures for each chosen caption, and the rank of the right one.
+) -> list[Query]:
+    """Find the k best different images for each chosen caption.
 
-    Byte-identical pictures count as one, in the list and in the rank.
+    Byte-identical images count as one, in the list and in the rank.
 
     Args:
-        embeddings: of the split, in any order, pictures and captions possibly missing.
-        images: the records of the whole split; `images[image_id]` is the picture of that id.
-        content: for each picture of the split, the group of byte-identical pictures it is in.
-        text_ids: caption rows; those that were not embedded, or whose picture was not, are left out.
-        k: pictures a caption.
+        embeddings: of the split, in any order; images and captions may be missing.
+        images: the records of the whole split; `images[image_id]` is the image of that id.
+        content: for each image of the split, the group of byte-identical images it is in.
+        text_ids: caption rows; one that was not embedded, or whose image was not, is left out.
+        k: images per caption.
 
     Raises:
-        ValueError: `k` below 1, a caption row out of range, or embeddings that name another picture for
-            a caption than the records do.
+        ValueError: `k` below 1, a caption row out of range, or embeddings that are not finite or name another
+            image for a caption than the records do.
     """
-    offsets = _offsets(images)
-    _check(embeddings, offsets, k)
-    candidates = different_pictures(embeddings, content)
+    offsets = _checked_offsets(embeddings, images, k)
+    candidates = different_images(embeddings, content)
+    rows, groups = list(candidates.values()), torch.tensor(list(candidates))
+    vectors, ids = embeddings.image[rows].cpu().double(), embeddings.image_id[rows].tolist()
     text_row = {text_id: row for row, text_id in enumerate(embeddings.text_id.tolist())}
-    queries = []  # (caption row, its picture)
+    queries = []
     for text_id in text_ids:
         if not 0 <= text_id < offsets[-1]:
             raise ValueError(f"caption row {text_id} is outside the split's {offsets[-1]} captions")
-        owner = _owner(offsets, text_id)
-        if text_id in text_row and content[owner] in candidates:
-            queries.append((text_id, owner))
-    if not queries:
-        return []
-
-    picture = embeddings.image[list(candidates.values())].cpu().double()
-    text = embeddings.text[[text_row[text_id] for text_id, _ in queries]].cpu().double()
-    groups = torch.tensor(list(candidates))
-    wanted = torch.tensor([content[owner] for _, owner in queries])
-    ranks, _ = retrieval_ranks(picture, text, wanted, image_id=groups)
-    shown = embeddings.image_id[list(candidates.values())].tolist()
-    return [
-        PredictionRow(
-            text_id=text_id,
-            text=images[owner].captions[text_id - offsets[owner]],
-            true_path=images[owner].path,
-            rank=rank,
-            candidates=len(candidates),
-            predictions=tuple(
-                Prediction(images[owner if right else image_id].path, similarity, right)
-                for image_id, similarity, right in _best(scores, groups == content[owner], shown, k)
-            ),
+        owner = bisect_right(offsets, text_id) - 1
+        if text_id not in text_row or content[owner] not in candidates:
+            continue
+        right = groups == content[owner]
+        rank, best = _best(vectors @ embeddings.text[text_row[text_id]].cpu().double(), right, ids, k)
+        image = images[owner]
+        answers = tuple(
+            Answer(image.path if right else images[image_id].path, similarity, right)
+            for image_id, similarity, right in best
         )
-        for (text_id, owner), rank, scores in zip(queries, ranks.tolist(), text @ picture.T, strict=True)
-    ]
+        text = image.captions[text_id - offsets[owner]]
+        queries.append(Query(text_id, text, (image.path,), rank, len(rows), answers))
+    return queries
 
 
-def picture_rows(
+def find_captions(
     embeddings: Embeddings,
     images: Sequence[CaptionedImage],
     content: Sequence[int],
     image_ids: Sequence[int],
     k: int,
-) -> list[PictureRow]:
-    """The k best captions for each chosen picture, and the rank of the best of its own.
+) -> list[Query]:
+    """Find the k best captions for each chosen image, where those of its byte-identical twins are right too.
 
-    A picture's own captions are also those of its byte-identical twins.
-
-    Args:
-        embeddings: of the split, in any order, pictures and captions possibly missing.
-        images: the records of the whole split; `images[image_id]` is the picture of that id.
-        content: for each picture of the split, the group of byte-identical pictures it is in.
-        image_ids: pictures; those that were not embedded, and those none of whose captions was, are left out.
-        k: captions a picture.
-
-    Raises:
-        ValueError: `k` below 1, or embeddings that name another picture for a caption than the records do.
+    Arguments and errors as in `find_images`, with positions of images in place of caption rows; an image that
+    was not embedded, or none of whose captions was, is left out.
     """
-    offsets = _offsets(images)
-    _check(embeddings, offsets, k)
-    caption_group = torch.as_tensor(content)[embeddings.text_image_id.cpu()]
-    captioned = set(caption_group.tolist())
+    offsets = _checked_offsets(embeddings, images, k)
+    groups = torch.as_tensor(content)[embeddings.text_image_id.cpu()]
+    vectors, ids = embeddings.text.cpu().double(), embeddings.text_id.tolist()
     image_row = {image_id: row for row, image_id in enumerate(embeddings.image_id.tolist())}
-    chosen = [each for each in image_ids if each in image_row and content[each] in captioned]
-    if not chosen:
-        return []
-
-    groups = {content[image_id]: image_row[image_id] for image_id in chosen}  # twins are embedded alike
-    picture, text = embeddings.image[list(groups.values())].cpu().double(), embeddings.text.cpu().double()
-    _, ranks = retrieval_ranks(picture, text, caption_group, image_id=torch.tensor(list(groups)))
-    of_group = dict(zip(groups, zip(ranks.tolist(), picture @ text.T, strict=True), strict=True))
-    text_ids = embeddings.text_id.tolist()
-    rows = []
-    for image_id in chosen:
-        rank, scores = of_group[content[image_id]]
-        found = []
-        for text_id, similarity, right in _best(scores, caption_group == content[image_id], text_ids, k):
-            owner = _owner(offsets, text_id)
-            found.append(FoundCaption(images[owner].captions[text_id - offsets[owner]], similarity, right))
+    queries = []
+    for image_id in image_ids:
+        right = groups == content[image_id]
+        if image_id not in image_row or not right.any():
+            continue
+        rank, best = _best(vectors @ embeddings.image[image_row[image_id]].cpu().double(), right, ids, k)
+        answers = []
+        for text_id, similarity, is_right in best:
+            owner = bisect_right(offsets, text_id) - 1
+            answers.append(Answer(images[owner].captions[text_id - offsets[owner]], similarity, is_right))
         image = images[image_id]
-        rows.append(PictureRow(image_id, image.path, image.captions, rank, len(text_ids), tuple(found)))
-    return rows
+        queries.append(Query(image_id, image.path, image.captions, rank, len(ids), tuple(answers)))
+    return queries
 
 
-def different_pictures(embeddings: Embeddings, content: Sequence[int]) -> dict[int, int]:
-    """Group of byte-identical pictures → row of the first picture of it that was embedded."""
+def different_images(embeddings: Embeddings, content: Sequence[int]) -> dict[int, int]:
+    """Map each group of byte-identical images to the row of its first image that was embedded."""
     first: dict[int, int] = {}
     for image_id, row in sorted(zip(embeddings.image_id.tolist(), range(len(embeddings.image)), strict=True)):
         first.setdefault(content[image_id], row)
@@ -224,32 +161,35 @@ def different_pictures(embeddings: Embeddings, content: Sequence[int]) -> dict[i
 
 
 def _offsets(images: Sequence[CaptionedImage]) -> list[int]:
-    """For each picture the row of its first caption among all captions; at the end, their number."""
+    """For each image the row of its first caption among all captions; at the end, their number."""
     return list(accumulate((len(image.captions) for image in images), initial=0))
 
 
-def _owner(offsets: Sequence[int], text_id: int) -> int:
-    """The picture that a caption row belongs to."""
-    return bisect_right(offsets, text_id) - 1
-
-
-def _check(embeddings: Embeddings, offsets: Sequence[int], k: int) -> None:
+def _checked_offsets(embeddings: Embeddings, images: Sequence[CaptionedImage], k: int) -> list[int]:
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
+    if not (embeddings.image.isfinite().all() and embeddings.text.isfinite().all()):
+        raise ValueError("the embeddings hold NaN or infinity")
+    offsets = _offsets(images)
     owners = torch.bucketize(embeddings.text_id, torch.tensor(offsets), right=True) - 1
     for row in (owners != embeddings.text_image_id).nonzero().flatten().tolist()[:1]:
         raise ValueError(
-            f"caption row {embeddings.text_id[row]} is of picture {owners[row]}, but the embeddings say "
+            f"caption row {embeddings.text_id[row]} is of image {owners[row]}, but the embeddings say "
             f"{embeddings.text_image_id[row]}"
         )
+    return offsets
 
 
-def _best(scores: Tensor, right: Tensor, ids: Sequence[int], k: int) -> list[tuple[int, float, bool]]:
-    """(id, score, right) of the k best candidates; in a tie the wrong one first, as in the rank."""
+def _best(
+    scores: Tensor, right: Tensor, ids: Sequence[int], k: int
+) -> tuple[int, list[tuple[int, float, bool]]]:
+    """The rank, and (id, score, right) of the k best candidates; in a tie the wrong one is first in both."""
+    rank = 1 + int((scores[~right] >= scores[right].max() - TIE).sum())
     bar = scores.topk(min(k, len(scores))).values[-1] - TIE
     near = (scores >= bar).nonzero().flatten().tolist()
-    return heapq.nsmallest(
+    best = heapq.nsmallest(
         k,
         ((ids[row], float(scores[row]), bool(right[row])) for row in near),
         key=lambda hit: (-round(hit[1], 9), hit[2], hit[0]),
     )
+    return rank, best

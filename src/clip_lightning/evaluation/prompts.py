@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,7 +77,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def read_templates(name: str) -> tuple[str, ...]:
-    """The templates of a set (`simple`, `imagenet`, `none`), or those of a file with one a line.
+    """Return the templates of a set (`simple`, `imagenet`, `none`), or those of a file with one per line.
+
+    Quotes and a comma around a line, as in a list that was pasted from code, are removed.
 
     Raises:
         UserError: there is neither, or a line of the file lacks its `{}`.
@@ -87,20 +90,22 @@ def read_templates(name: str) -> tuple[str, ...]:
     if not file.is_file():
         raise UserError(f"--templates {name}: expected {', '.join(TEMPLATES)} or a file of templates")
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [_unquoted(line) for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"--templates {name} is not UTF-8; save it as UTF-8") from error
     templates = tuple(dict.fromkeys(filter(None, lines)))
     for line in templates:
         if "{}" not in line:
-            raise UserError(
-                f"--templates {name}: {line[:80]!r} has no {{}}, which the name of a class goes into"
-            )
+            raise UserError(f"--templates {name}: {line[:80]!r} has no {{}} for the name of a class")
     if not templates:
-        raise UserError(f"--templates {name} is empty; write one template a line, as `a photo of a {{}}.`")
+        raise UserError(f"--templates {name} is empty; write one template per line, as `a photo of a {{}}.`")
     return templates
 
 
+def _unquoted(line: str) -> str:
+    return re.sub(r"""^(?:\w{0,2}(["'])(.*)\1),?$""", r"\2", line.strip())
+
+
 def fill(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every name in every template; other braces stay as they are."""
+    """Put every name into every template; other braces stay as they are."""
     return [template.replace("{}", name) for name in names for template in templates]

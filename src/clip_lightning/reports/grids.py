@@ -1,4 +1,4 @@
-"""What images of results are drawn from: thumbnails, round corners, a font, colours."""
+"""What grids of images are drawn from: thumbnails, round corners, a font, colours."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MOST_KEPT = 256  # of what the next epoch shows again
 
 @lru_cache(MOST_KEPT)
 def thumbnail(path: Path) -> Image.Image:
-    """The middle square of a picture, RGB, `SIDE` pixels wide; a grey tile when it cannot be read.
+    """Return the middle square of an image, RGB, `SIDE` pixels wide; a grey tile if it cannot be read.
 
-    Kept for the next epoch, which shows many of the same pictures.
+    It is kept for the next epoch, which shows many of the same images.
     """
     try:
         image = Image.fromarray(decode_image(path).permute(1, 2, 0).numpy())
@@ -30,7 +30,7 @@ def thumbnail(path: Path) -> Image.Image:
 
 @cache
 def rounded(side: int, radius: int) -> Image.Image:
-    """A mask with round corners, in pixels."""
+    """Draw a mask with round corners; both arguments are pixels."""
     mask = Image.new("L", (4 * side, 4 * side))
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), 4 * radius, 255)
     return mask.resize((side, side), Image.Resampling.LANCZOS)  # Pillow itself does not smooth edges
@@ -38,5 +38,5 @@ def rounded(side: int, radius: int) -> Image.Image:
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font in this size, in pixels."""
+    """Load Pillow's own font in this size, in pixels."""
     return ImageFont.load_default(size)

@@ -1,4 +1,4 @@
-"""Predictions as a web page that stands alone."""
+"""What the model finds for fixed captions and images, as a page that needs no other file."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
-from clip_lightning.evaluation.predictions import PictureRow, PredictionRow
+from clip_lightning.evaluation.predictions import Query
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.grids import MOST_KEPT, thumbnail
 from clip_lightning.reports.plots import Plot
 
 Ranks = Mapping[int, Mapping[str, int]]
-"""Epoch → caption row or position of a picture, as JSON has it → rank."""
+"""Epoch → id of a query, as JSON has it → rank."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +28,25 @@ class Report:
 
     Attributes:
         epoch: the epoch.
-        sentences: fixed sentences and the pictures found for them.
-        sentence_ranks: their ranks in all epochs so far, this one included.
-        pictures: fixed pictures and the sentences found for them.
-        picture_ranks: their ranks in all epochs so far, this one included.
-        plots: of the whole split; none while training goes on.
-        misses: the sentences of the whole split whose picture ranks worst; none while training goes on.
+        captions: fixed captions and the images found for them.
+        caption_ranks: their ranks in all epochs so far, this one included.
+        images: fixed images and the captions found for them.
+        image_ranks: their ranks in all epochs so far, this one included.
+        plots: of the whole split; none before training ends.
+        misses: the captions of the whole split whose image ranks worst; none before training ends.
     """
 
     epoch: int
-    sentences: Sequence[PredictionRow]
-    sentence_ranks: Ranks
-    pictures: Sequence[PictureRow]
-    picture_ranks: Ranks
+    captions: Sequence[Query]
+    caption_ranks: Ranks
+    images: Sequence[Query]
+    image_ranks: Ranks
     plots: Sequence[Plot] = ()
-    misses: Sequence[PredictionRow] = ()
+    misses: Sequence[Query] = ()
 
 
 def template(name: str, folder: Path = Path(__file__).parent) -> jinja2.Template:
-    """A page's template, which lies in `folder`, by default beside this file; it escapes what it is given."""
+    """Return a page's template from `folder`, by default that of this file; it escapes what it is given."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
@@ -58,34 +57,22 @@ def template(name: str, folder: Path = Path(__file__).parent) -> jinja2.Template
 
 
 def write_page(report: Report, path: Path) -> None:
-    """Write the report as one HTML file, pictures inside."""
-    page = template("predictions.html.j2")
-    html = page.render(
-        report=report,
-        sentences=[_with_moves(row, row.text_id, report.sentence_ranks) for row in report.sentences],
-        pictures=[_with_moves(row, row.image_id, report.picture_ranks) for row in report.pictures],
-        misses=[_with_moves(row, row.text_id, {}) for row in report.misses],
-        headline=headline,
-        embedded=embedded,
+    """Write the report as one HTML file, with the images in it."""
+    html = template("predictions.html.j2").render(
+        report=report, headline=headline, moves=_moves, spark=_spark, embedded=embedded
     )
     write_atomically(path, html.encode(errors="replace"))
 
 
-def headline(rows: Sequence[PredictionRow] | Sequence[PictureRow]) -> str:
-    """One line that sums the rows up."""
-    if not rows:
+def headline(queries: Sequence[Query]) -> str:
+    """Sum the queries up in one line."""
+    if not queries:
         return "nothing to show"
-    shown = max(len(row.predictions) for row in rows)
+    shown = max(len(query.answers) for query in queries)
     return (
-        f"{sum(row.hit for row in rows)} of {len(rows)} found among the first {shown}, "
-        f"median rank {statistics.median(row.rank for row in rows):,g} of {rows[0].candidates:,}"
+        f"{sum(query.hit for query in queries)} of {len(queries)} found among the first {shown}, "
+        f"median rank {statistics.median(query.rank for query in queries):,g} of {queries[0].candidates:,}"
     )
-
-
-def _with_moves(row: PredictionRow | PictureRow, key: int, history: Ranks) -> dict[str, Any]:
-    """The row and how its rank has moved."""
-    moves = [(epoch, ranks[str(key)]) for epoch, ranks in sorted(history.items()) if str(key) in ranks]
-    return {"row": row, "moves": _thinned(moves), "spark": _spark([rank for _, rank in moves])}
 
 
 @lru_cache(MOST_KEPT)
@@ -96,19 +83,22 @@ def embedded(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _thinned(moves: Sequence[tuple[int, int]], most: int = 8) -> list[tuple[int, int]]:
-    """First, last and evenly spaced moves between."""
+def _moves(query: Query, ranks: Ranks, most: int = 8) -> list[tuple[int, int]]:
+    """(epoch, rank) of the first, the last and evenly spaced epochs between."""
+    key = str(query.id)
+    moves = [(epoch, found[key]) for epoch, found in sorted(ranks.items()) if key in found]
     if len(moves) <= most:
-        return list(moves)
+        return moves
     return [moves[round(step * (len(moves) - 1) / (most - 1))] for step in range(most)]
 
 
-def _spark(ranks: Sequence[int]) -> str:
+def _spark(query: Query, ranks: Ranks) -> str:
     """Points of an SVG polyline in a box of 100 × 24: rank on a log scale, the first place on top."""
-    if len(ranks) < 2:
+    moves = [rank for _, rank in _moves(query, ranks, most=100)]
+    if len(moves) < 2:
         return ""
-    deepest = math.log(max(*ranks, 10))
+    deepest = math.log(max(*moves, 10))
     return " ".join(
-        f"{100 * step / (len(ranks) - 1):.1f},{2 + 20 * math.log(rank) / deepest:.1f}"
-        for step, rank in enumerate(ranks)
+        f"{100 * step / (len(moves) - 1):.1f},{2 + 20 * math.log(rank) / deepest:.1f}"
+        for step, rank in enumerate(moves)
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 from clip_lightning.reports.grids import GREEN, INK, LINE, MUTED
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLUE = "#2563eb"
@@ -48,13 +48,13 @@ class Plot:
 def plots_of_split(
     embeddings: Embeddings, content: Sequence[int], history: Mapping[int, Mapping[str, float]], epoch: int
 ) -> dict[str, Plot]:
-    """File name → plot: `similarities`, `recall`, and `recall-history` where there is more than one epoch.
+    """Draw `similarities`, `recall`, and `recall-history` if there is more than one epoch, by file name.
 
     Args:
         embeddings: of the split.
-        content: for each picture of the split, the group of byte-identical pictures it is in.
+        content: for each image of the split, the group of byte-identical images it is in.
         history: epoch → `text_to_image_R@1` and so on → percent.
-        epoch: that the embeddings are of.
+        epoch: the epoch of the embeddings.
 
     Raises:
         ValueError: there is nothing to retrieve, or an embedding holds NaN or infinity.
@@ -95,7 +95,7 @@ def plots_of_split(
 
 
 def plot_similarities(found: Similarities, title: str) -> bytes:
-    """The share of matched and of unmatched pairs at each cosine."""
+    """Draw the fraction of matched and of unmatched pairs at each cosine."""
     with _figure(title) as (figure, buffer):
         axes = figure.subplots()
         edges = found.edges.numpy()
@@ -104,68 +104,45 @@ def plot_similarities(found: Similarities, title: str) -> bytes:
             ("unmatched", found.unmatched, found.unmatched_mean, MUTED),
         )
         for name, counts, mean, colour in kinds:
-            shares = 100 * counts.double().numpy() / max(int(counts.sum()), 1)
-            axes.stairs(shares, edges, fill=True, color=colour, alpha=0.25)
+            percent = 100 * counts.double().numpy() / max(int(counts.sum()), 1)
             label = f"{name}, mean {mean:z.2f}" if counts.any() else f"no {name} pairs"
-            axes.stairs(shares, edges, color=colour, linewidth=1.2, label=label)
+            axes.stairs(percent, edges, fill=True, color=colour, alpha=0.4, label=label)
         filled = (found.matched + found.unmatched).nonzero().flatten().tolist() or [0, len(edges) - 2]
         axes.set_xlim(edges[max(filled[0] - 2, 0)], edges[min(filled[-1] + 3, len(edges) - 1)])
         axes.locator_params(axis="x", nbins=6)
         axes.set(xlabel="cosine similarity", ylabel="% of the pairs, in bins of 0.01")
-        _legend(axes)
+        # between the title and the axes, where it covers nothing
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=3, handlelength=1.4)
     return buffer.getvalue()
 
 
 def plot_recall(curves: Mapping[str, Tensor], candidates: int, title: str) -> bytes:
-    """R@k over k, on a logarithmic axis.
+    """Draw R@k over k, on a logarithmic axis.
 
     Args:
         curves: `text_to_image` and `image_to_text` → R@1, R@2, ... in percent, of one length.
-        candidates: pictures, for the line that chance gives.
+        candidates: number of images, for the line of chance.
         title: of the plot.
     """
     with _figure(title) as (figure, buffer):
         axes = figure.subplots()
         most = len(next(iter(curves.values())))
+        ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= most]
         for name, curve in curves.items():
-            axes.plot(range(1, most + 1), curve, color=COLOURS[name], label=DIRECTIONS[name])
-        for k in (k for k in (1, 5, 10) if k <= most):
-            values = {name: float(curve[k - 1]) for name, curve in curves.items()}
-            for place, name in enumerate(sorted(values, key=lambda name: -values[name])):
-                axes.plot(k, values[name], "o", color=COLOURS[name], markersize=4)
-                _write_value(axes, k, values[name], COLOURS[name], above=place == 0)
+            label = f"{DIRECTIONS[name]}, R@1 {curve[0]:.1f}"
+            axes.plot(range(1, most + 1), curve, color=COLOURS[name], label=label)
         chance = [min(100 * k / candidates, 100) for k in range(1, most + 1)]
         axes.plot(range(1, most + 1), chance, "--", color=MUTED, linewidth=1, label="chance")
-        ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= most]
         axes.set_xscale("log")
         axes.set_xticks(ticks, [str(k) for k in ticks])
         axes.minorticks_off()
-        axes.set(xlabel="k", ylabel="R@k, %", ylim=(0, 104), xlim=(0.7, 1.1 * max(most, 2)))
-        axes.grid(axis="y", color=LINE, linewidth=0.8)
-        _legend(axes)
+        axes.set(xlabel="k", ylabel="R@k, %", ylim=(0, 104), xlim=(0.9, 1.1 * max(most, 2)))
+        axes.legend(loc="best", fontsize="small")
     return buffer.getvalue()
 
 
-def _write_value(axes: Axes, k: int, value: float, colour: str, *, above: bool) -> None:
-    """The R@k beside its point, where neither curve passes."""
-    if above:
-        offset, across, upright = (-3, 3), "right", "bottom"
-    else:
-        offset, across, upright = (3, -3), "left", "top"
-    axes.annotate(
-        f"{value:.1f}",
-        (k, value),
-        offset,
-        textcoords="offset points",
-        color=colour,
-        fontsize="small",
-        ha=across,
-        va=upright,
-    )
-
-
 def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> bytes:
-    """R@1, R@5 and R@10 over the epochs, both ways.
+    """Draw R@1, R@5 and R@10 over the epochs, both ways.
 
     Args:
         history: epoch → `text_to_image_R@1` and so on → percent.
@@ -175,41 +152,25 @@ def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> byte
         panels: Any = figure.subplots(1, 2, sharey=True)
         epochs = sorted(history)
         for axes, (direction, name) in zip(panels, DIRECTIONS.items(), strict=True):
-            last = {}
-            for k, style in ((1, "-"), (5, "--"), (10, ":")):
+            for k, style in ((10, ":"), (5, "--"), (1, "-")):
                 values = [history[epoch].get(f"{direction}_R@{k}", math.nan) for epoch in epochs]
-                axes.plot(epochs, values, style, color=COLOURS[direction], marker="o", markersize=3)
-                last[f"R@{k} {values[-1]:.1f}"] = 0 if math.isnan(values[-1]) else values[-1]
-            for label, height in zip(last, _apart(list(last.values()), 8, 100), strict=True):
-                at = (epochs[-1], height)
-                axes.annotate(label, at, (6, 0), textcoords="offset points", fontsize="small", va="center")
+                label = f"R@{k} {values[-1]:.1f}"
+                axes.plot(epochs, values, style, color=COLOURS[direction], marker="o", ms=3, label=label)
             axes.set(xlabel="epoch", ylim=(0, 104))
-            axes.set_xlim(right=epochs[-1] + 0.55 * (epochs[-1] - epochs[0]))  # room for the labels
             axes.set_title(name, loc="left", fontsize="medium", color=COLOURS[direction])
-            axes.set_xticks([epochs[round(part * (len(epochs) - 1) / 3)] for part in range(4)])
-            axes.grid(axis="y", color=LINE, linewidth=0.8)
+            axes.set_xticks(sorted({epochs[round(part * (len(epochs) - 1) / 3)] for part in range(4)}))
+            axes.legend(loc="best", fontsize="small")
         panels[0].set_ylabel("%")
     return buffer.getvalue()
 
 
-def _apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Ascending heights moved to be `gap` apart, none above `top` while there is room below."""
-    moved: list[float] = []
-    for height in heights:
-        moved.append(max(height, moved[-1] + gap) if moved else height)
-    for number in reversed(range(len(moved))):
-        moved[number] = min(moved[number], top)
-        top = moved[number] - gap
-    return moved
-
-
 def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
-    """How often which value occurs.
+    """Draw how often each value occurs.
 
     Args:
         values: one or more.
         title: of the plot.
-        counted: what there is one of for each value, in the plural.
+        counted: what is counted, in the plural.
     """
     with _figure(title) as (figure, buffer):
         axes = figure.subplots()
@@ -218,8 +179,6 @@ def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
         axes.hist(values, bins, range=span, color=GREEN, alpha=0.8)
         axes.set_ylabel(counted)
         axes.locator_params(axis="both", integer=True)
-        axes.grid(axis="y", color=LINE, linewidth=0.8)
-        axes.set_axisbelow(True)
     return buffer.getvalue()
 
 
@@ -235,6 +194,7 @@ def plot_confusion(confusion: Tensor, names: Sequence[str], title: str) -> bytes
     side = min(max(5.0, 0.16 * len(names) + 3), 20.0)
     with _figure(title, (side, side)) as (figure, buffer):
         axes = figure.subplots()
+        axes.grid(visible=False)
         drawn = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
         if len(names) <= MOST_NAMES:
             places, small = range(len(names)), 6 if len(names) > 30 else 9
@@ -271,14 +231,9 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _legend(axes: Axes) -> None:
-    """Between the title and the axes, where it covers nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=3, columnspacing=1.2, handlelength=1.4)
-
-
 @contextmanager
 def _figure(title: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, BytesIO]]:
-    """A figure with our looks, and the buffer that has it as PNG afterwards."""
+    """Yield a figure in our style, and the buffer that has it as PNG afterwards."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -294,10 +249,15 @@ def _figure(title: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Figu
         "ytick.labelcolor": INK,
         "text.color": INK,
         "legend.frameon": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": LINE,
         "lines.linewidth": 1.8,
     }
     buffer = BytesIO()
-    with matplotlib.rc_context(looks):
+    with matplotlib.rc_context(looks), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # names in scripts that no font here has
         figure = Figure(size, DPI, facecolor="white", layout="constrained")
         figure.suptitle(_plain(title), x=0.02, ha="left", fontsize="large", fontweight="bold")
         yield figure, buffer

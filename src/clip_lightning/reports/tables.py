@@ -1,4 +1,4 @@
-"""Results of models on data sets as one table: for a terminal, as Markdown, CSV and JSON."""
+"""Results of models on data sets as a table: for a terminal, as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ENDINGS = ("_low", "_high", "_p")
 
 
 def lines(rows: Sequence[Row]) -> list[list[str]]:
-    """A header and one line a value, a column for each of the rows (of one data set)."""
+    """Return a header and one line per value, with a column for each of the rows (of one data set)."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     shown = [name for name in names if name not in ("model", "data") and not name.endswith(_ENDINGS)]
     header = ["", *(str(row["model"]) for row in rows)]
@@ -37,7 +37,7 @@ def _cell(row: Row, name: str) -> str:
 
 
 def by_data(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each data set."""
+    """Group the rows by data set."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["data"], []).append(row)
@@ -45,7 +45,7 @@ def by_data(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A heading and a table for each data set."""
+    """Render a heading and a table for each data set."""
     parts = []
     for data, group in by_data(rows).items():
         header, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines(group)]
@@ -55,7 +55,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A CSV with a header."""
+    """Render a CSV with a header."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
     return buffer.getvalue()
@@ -74,7 +74,7 @@ def write_results(rows: Sequence[Row], folder: Path) -> None:
 
 
 def print_results(rows: Sequence[Row], *, as_json: bool) -> None:
-    """Print one JSON object (of several rows, a list), or a table for each data set."""
+    """Print one JSON object (a list for several rows), or a table for each data set."""
     if as_json:
         print(json.dumps(rows[0] if len(rows) == 1 else list(rows), ensure_ascii=False))
         return

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from clip_lightning.evaluation.diagnostics import Similarities
-from clip_lightning.evaluation.predictions import PictureRow, PredictionRow
+from clip_lightning.evaluation.predictions import Answer, Query
 from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.reports.grids import thumbnail
 from clip_lightning.reports.pages import Plot
@@ -19,35 +19,30 @@ from clip_lightning.terminal import printable
 MOST_CONFUSED = 200
 
 
-def pictures_table(rows: Sequence[PredictionRow], epoch: int) -> Any:
-    """A `wandb.Table` with one row a sentence and the pictures found for it."""
+def prediction_table(queries: Sequence[Query], epoch: int) -> Any:
+    """Make a `wandb.Table` with one row per query and its answers; right captions are marked with a ✓."""
     import wandb
 
-    k = max((len(row.predictions) for row in rows), default=0)
-    columns: list[str | int] = ["epoch", "query", "rank", f"hit@{k}", "true image"]
+    k = max((len(query.answers) for query in queries), default=0)
+    of_images = any(isinstance(query.item, Path) for query in queries)
+    names = ("image", "own captions") if of_images else ("query", "true image")
+    columns: list[str | int] = ["epoch", names[0], "rank", f"hit@{k}", names[1]]
     table = wandb.Table(columns=[*columns, *(f"prediction {n + 1}" for n in range(k))])
-    for row in rows:
-        found = [_picture(each.path, f"{each.similarity:.3f}") for each in row.predictions]
-        wanted = _picture(row.true_path, row.true_path.name)
-        table.add_data(epoch, printable(row.text), row.rank, row.hit, wanted, *found)
+    for query in queries:
+        wanted = [_cell(item) for item in query.wanted]
+        shown = "\n".join(wanted) if of_images else wanted[0]
+        answers = [_cell(answer.item, answer) for answer in query.answers]
+        table.add_data(epoch, _cell(query.item), query.rank, query.hit, shown, *answers)
     return table
 
 
-def captions_table(rows: Sequence[PictureRow], epoch: int) -> Any:
-    """A `wandb.Table` with one row a picture and the sentences found for it, its own ones with a ✓."""
+def _cell(item: Path | str, answer: Answer | None = None) -> Any:
     import wandb
 
-    k = max((len(row.predictions) for row in rows), default=0)
-    columns: list[str | int] = ["epoch", "image", "rank", f"hit@{k}", "own captions"]
-    table = wandb.Table(columns=[*columns, *(f"prediction {n + 1}" for n in range(k))])
-    for row in rows:
-        found = [
-            f"{each.similarity:.3f} {'✓ ' if each.right else ''}{printable(each.text)}"
-            for each in row.predictions
-        ]
-        own = printable("\n".join(row.own))
-        table.add_data(epoch, _picture(row.path, row.path.name), row.rank, row.hit, own, *found)
-    return table
+    similarity = f"{answer.similarity:.3f}" if answer else ""
+    if isinstance(item, Path):
+        return wandb.Image(thumbnail(item), caption=similarity or item.name, file_type="jpg")
+    return f"{similarity} {'✓ ' if answer.right else ''}{printable(item)}" if answer else printable(item)
 
 
 def histograms(found: Similarities) -> dict[str, Any]:
@@ -76,12 +71,6 @@ def plot_images(plots: Mapping[str, Plot]) -> dict[str, Any]:
     }
 
 
-def _picture(path: Path, caption: str) -> Any:
-    import wandb
-
-    return wandb.Image(thumbnail(path), caption=caption, file_type="jpg")
-
-
 def class_media(report: ClassReport, prefix: str = "") -> dict[str, Any]:
     """Name → table of classes, table of the most frequent confusions, and two pictures.
 
@@ -99,7 +88,7 @@ def class_media(report: ClassReport, prefix: str = "") -> dict[str, Any]:
         confused.add_data(printable(true), printable(taken), count)
     pictures = {
         f"{prefix}zero_shot_{name}": wandb.Image(Image.open(BytesIO(png)), caption=printable(report.title))
-        for name, png in report.pictures().items()
+        for name, png in report.plots().items()
     }
     return {
         f"{prefix}zero_shot_classes": classes,

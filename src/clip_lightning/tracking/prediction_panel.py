@@ -15,19 +15,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.diagnostics import similarities, worst_queries
-from clip_lightning.evaluation.predictions import (
-    choose_pictures,
-    choose_queries,
-    picture_rows,
-    prediction_rows,
-)
+from clip_lightning.evaluation.predictions import choose_captions, find_captions, find_images, images_of
 from clip_lightning.evaluation.retrieval import Embeddings
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.pages import Report, write_page
 from clip_lightning.reports.plots import Plot, plots_of_split
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.tracking.logger import log_media
-from clip_lightning.tracking.media import captions_table, histograms, pictures_table, plot_images
+from clip_lightning.tracking.media import histograms, plot_images, prediction_table
 
 History = Mapping[str, Mapping[int, Mapping[Any, Any]]]
 """`text_to_image`, `image_to_text`: epoch → row → rank; `recall`: epoch → metric → percent."""
@@ -103,23 +98,22 @@ class PredictionTable(Callback):
     ) -> None:
         """What the model finds for the fixed sentences and pictures."""
         epoch = trainer.current_epoch
-        text_ids = choose_queries(images, self.queries, self.seed)
-        image_ids = choose_pictures(images, self.queries, self.seed)
-        sentences = prediction_rows(embeddings, images, content, text_ids, self.top_k)
-        pictures = picture_rows(embeddings, images, content, image_ids, self.top_k)
+        text_ids = choose_captions(images, self.queries, self.seed)
+        captions = find_images(embeddings, images, content, text_ids, self.top_k)
+        pictures = find_captions(embeddings, images, content, images_of(images, text_ids), self.top_k)
         run = self._run(trainer)
         history = _remember(
             run.predictions / "history.json",
             epoch,
-            text_to_image={row.text_id: row.rank for row in sentences},
-            image_to_text={row.image_id: row.rank for row in pictures},
+            text_to_image={query.id: query.rank for query in captions},
+            image_to_text={query.id: query.rank for query in pictures},
             recall={
                 name.removeprefix("val/"): float(value)
                 for name, value in trainer.callback_metrics.items()
                 if name.startswith("val/") and "_R@" in name
             },
         )
-        report = Report(epoch, sentences, history["text_to_image"], pictures, history["image_to_text"])
+        report = Report(epoch, captions, history["text_to_image"], pictures, history["image_to_text"])
         step = trainer.global_step - 1  # as Lightning counts it for the metrics of this validation
         self._last = _Validation(report, step, history["recall"], embeddings, images, content)
         write_page(report, run.predictions_page)
@@ -136,15 +130,15 @@ class PredictionTable(Callback):
             plots = plots_of_split(last.embeddings, last.content, last.recall, epoch)
         with self._sparing("the worst misses could not be shown"):
             worst = worst_queries(last.embeddings, last.content, min(self.queries, MOST_MISSES))
-            misses = prediction_rows(last.embeddings, last.images, last.content, worst, self.top_k)
+            misses = find_images(last.embeddings, last.images, last.content, worst, self.top_k)
             write_page(replace(last.report, plots=list(plots.values()), misses=misses), run.predictions_page)
             self._log(
                 trainer,
                 last.step,
                 lambda: {
-                    "val/predictions": pictures_table(last.report.sentences, epoch),
-                    "val/predictions_image_to_text": captions_table(last.report.pictures, epoch),
-                    "val/worst_misses": pictures_table(misses, epoch),
+                    "val/predictions": prediction_table(last.report.captions, epoch),
+                    "val/predictions_image_to_text": prediction_table(last.report.images, epoch),
+                    "val/worst_misses": prediction_table(misses, epoch),
                     **plot_images(plots),
                 },
             )

@@ -26,7 +26,7 @@ from rich.table import Table
 from clip_lightning.arguments import (
     PlainErrors,
     changed_strings,
-    complaint_within,
+    error_within,
     named_configs,
     with_home,
     with_logger_folder,
@@ -403,7 +403,7 @@ def run_as(kind: type[AnyCLI], words: list[str], callbacks: Sequence[Callback] =
     except UserError:
         raise
     except ValueError as error:
-        said = complaint_within(error)
+        said = error_within(error)
         if said is None:
             raise
         raise UserError(said) from error
