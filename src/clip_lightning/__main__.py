@@ -25,6 +25,9 @@ COMMANDS = {
     "classify": ("commands.classify", "choose the label that fits an image"),
     "embed": ("commands.embed", "write embeddings of images and captions as sharded files"),
     "export": ("commands.export", "write a model as a bundle, as ONNX, for open_clip, or to the hub"),
+    "configs": ("commands.configs", "list the packaged configurations, with their times and scores"),
+    "env": ("commands.env", "print versions, devices and folders, for bug reports"),
+    "completion": ("commands.completion", "print a completion script for bash or zsh"),
     "cache": ("commands.cache", "list or prune the cached features of frozen towers"),
 }
 # Which process of a run this is, as set by torchrun, SLURM and Lightning.
@@ -74,11 +77,21 @@ def main(args: list[str] | None = None) -> int:
         del os.environ["WANDB_MODE"]  # W&B refuses an empty one
     try:
         args = checked_arguments(args)
+        if args[0] in ("fit", "validate", "test"):  # before torch is imported, which takes seconds
+            from clip_lightning.commands.help import check_options, print_help
+
+            if {"-h", "--help"} & {*args[1:]}:
+                print_help(args[0], everything=args[-1] == "all")
+                return 0
+            check_options(args[1:])
         _imported(f"clip_lightning.{COMMANDS[args[0]][0]}").run(args)
     except UserError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # of a pipe to `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except SystemExit as stop:
         return _status(stop)
     return 0

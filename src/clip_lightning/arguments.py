@@ -164,10 +164,11 @@ def _suggestion(line: str, known: Sequence[str]) -> str:
 
 
 def near_options(name: str, known: Sequence[str]) -> list[str]:
-    """Return at most two options that begin with the name, end with it (`lr`, `epochs`), or resemble it."""
+    """Return the option that ends with the name (`lr`), or two that begin or end with it or resemble it."""
+    if parts := [option for option in known if option.endswith(f".{name}")]:
+        return parts[:1]
     begun = [option for option in known if len(name) > 2 and option.startswith(name)]
-    ended = [option for option in known if re.search(rf"[._]{re.escape(name)}$", option)]
-    ended.sort(key=lambda option: (not option.endswith(f".{name}"), len(option)))
+    ended = [option for option in known if len(name) > 2 and option.endswith(f"_{name}")]
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
     return list(dict.fromkeys([*begun, *ended, *near]))[:2]
 
@@ -217,13 +218,18 @@ def packaged_config(name: str, kind: str = "") -> str:
     """
     if Path(name).is_file():
         return name
+    found = packaged_configs(kind)
+    stem = name.removesuffix(".yaml")
+    if stem not in found:
+        raise UserError(f"no configuration {name!r}: expected a file, or one of {', '.join(found)}")
+    return str(found[stem])
+
+
+def packaged_configs(kind: str = "") -> dict[str, Path]:
+    """Return the packaged configurations by name: of `fit`, or those in a folder below."""
     here = Path(__file__).parent
     folders = [root / kind for root in (here / "configs", here.parents[1] / "configs")]
-    for file in (folder / called for folder in folders for called in (name, f"{name}.yaml")):
-        if file.is_file():
-            return str(file)
-    known = sorted(file.stem for folder in folders for file in folder.glob("*.yaml"))
-    raise UserError(f"no configuration {name!r}: expected a file, or one of {', '.join(known)}")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def error_within(error: ValueError) -> str | None:

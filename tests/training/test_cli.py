@@ -558,15 +558,15 @@ WRONG: dict[str, Wrong] = {
     "unknown key in YAML": wrong(
         r"'model\.embd_dim'; did you mean --model\.heads\.embed_dim", "--config", "FILES/key.yaml"
     ),
-    "no YAML": wrong(r"--config FILES/broken\.yaml is no YAML", "--config", "FILES/broken.yaml"),
+    "no YAML": wrong(r"--config FILES/broken\.yaml is not YAML", "--config", "FILES/broken.yaml"),
     "unknown config": wrong(r"no configuration 'headz': .*heads", "--config", "headz"),
     "a folder as config": wrong(r"no configuration 'FILES'", "--config=FILES"),
-    "misspelt option": wrong(r"--data\.batchsize .*did you mean --data\.batch_size", "--data.batchsize", "4"),
-    "misspelt short option": wrong(r"--ckptpath last; did you mean --ckpt_path\?", "--ckptpath", "last"),
+    "misspelt option": wrong(r"--data\.batchsize; did you mean --data\.batch_size", "--data.batchsize", "4"),
+    "misspelt short option": wrong(r"--ckptpath; did you mean --ckpt_path\?", "--ckptpath", "last"),
     "abbreviated option": wrong(
-        r"--trainer\.max_ep 3; did you mean --trainer\.max_epochs", "--trainer.max_ep", "3"
+        r"--trainer\.max_ep; did you mean --trainer\.max_epochs", "--trainer.max_ep", "3"
     ),
-    "abbreviated plain option": wrong(r"--ckpt last; did you mean --ckpt_path", "--ckpt", "last"),
+    "abbreviated plain option": wrong(r"--ckpt; did you mean --ckpt_path", "--ckpt", "last"),
     "stray word": wrong(r"unrecognized arguments: heads", "heads"),
     "batch of none": wrong(r"--data\.batch_size 0: expected 1 or more", data__batch_size=0),
     "batch of words": wrong(
@@ -690,7 +690,7 @@ def test_a_mistake_is_one_line(
 
 
 COMMANDS = {
-    "unknown command": (["fitt"], r"unknown command 'fitt'; .*fit, validate, test, data, .*cache"),
+    "unknown command": (["fitt"], r"unknown command 'fitt'; did you mean fit"),
     "no options": (["fit"], r"give --model\.image_tower and --model\.text_tower"),
     "no word for the config": (["fit", "--config"], r"--config: expected one argument"),
     "cache alone": (["cache"], r"list,prune"),

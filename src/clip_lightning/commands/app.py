@@ -67,7 +67,7 @@ def app(
     if images is not None and model is not None:
         raise UserError("--model is for an index; the first argument names the model already")
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
-        raise UserError("the page needs Starlette and Uvicorn: pip install 'clip-lightning[app]'")
+        raise UserError("the page needs Starlette and Uvicorn: pip install starlette uvicorn")
     path = "".join(f"/{part}" for part in root_path.split("/") if part)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with _listen(host, port) as listener:

@@ -66,7 +66,7 @@ def index(
         batch_size: pictures that the image tower sees at once.
         num_workers: threads that read and decode pictures; one for each core if not given.
         onnx: let the index carry its text tower as ONNX, so that search answers a sentence within a second or
-            two, without loading the model; where that can be if not given (it needs clip-lightning[export]).
+            two, without loading the model; where that can be if not given (it needs onnxruntime).
         json: print one JSON object instead.
     """
     from clip_lightning.search.build import Options, build_index

@@ -127,9 +127,7 @@ def _import_datasets(option: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            f"{option}NAME needs the package datasets: pip install 'clip-lightning[hub]'"
-        ) from None
+        raise UserError(f"{option}NAME needs the package datasets: pip install datasets") from None
     return datasets
 
 

@@ -74,9 +74,7 @@ def add_lora(towers: Mapping[str, Tower], config: LoRAConfig) -> None:
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise UserError(
-            "--model.lora needs the package peft; pip install 'clip-lightning[lora]', or leave LoRA out"
-        ) from error
+        raise UserError("--model.lora needs the package peft; pip install peft, or leave LoRA out") from error
     chosen = {which: tower.freeze() for which, tower in towers.items() if config.towers in (which, "both")}
     adaptable = {which: _adaptable_layers(tower) for which, tower in chosen.items()}
     for end in config.layers or []:

@@ -35,7 +35,7 @@ def faiss_module() -> Any:
     try:
         import faiss
     except ModuleNotFoundError as error:
-        raise UserError("an index needs FAISS: pip install 'clip-lightning[search]'") from error
+        raise UserError("an index needs FAISS: pip install faiss-cpu") from error
     return faiss
 
 

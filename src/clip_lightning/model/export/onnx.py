@@ -110,7 +110,7 @@ def _export(
         import onnxscript  # noqa: F401  # torch's exporter is written in it
     except ModuleNotFoundError as error:
         raise UserError(
-            f"ONNX needs the package {error.name}: pip install 'clip-lightning[export]'"
+            f"ONNX needs the package {error.name}: pip install onnx onnxscript onnxruntime"
         ) from error
     size = sum(tensor.numel() * tensor.element_size() for tensor in embedder.state_dict().values())
     try:

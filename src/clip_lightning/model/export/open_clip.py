@@ -46,7 +46,7 @@ def write_open_clip(clip: CLIP, folder: Path, final: Path) -> float:
         import open_clip  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
-            "--to open_clip checks what it writes with open_clip: pip install 'clip-lightning[open_clip]'"
+            "--to open_clip checks what it writes with open_clip: pip install open_clip_torch"
         ) from error
     if reason := inexpressible(clip):
         raise UserError(f"open_clip cannot express this model: {reason}; try --to onnx or --to hub")

@@ -162,10 +162,8 @@ def pypi_folder(package: str) -> Path:
     try:
         module = importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"the tower needs the package {package.replace('_', '-')}; "
-            "pip install 'clip-lightning[quickstart]'"
-        ) from error
+        name = package.replace("_", "-")
+        raise UserError(f"the tower needs the package {name}; pip install {name}") from error
     return Path(str(module.__file__)).parent
 
 

@@ -30,7 +30,7 @@ def open_clip_package(part: str = "open_clip") -> Any:
         return importlib.import_module(part)
     except ModuleNotFoundError as error:
         raise UserError(
-            "an open_clip model needs the package open_clip_torch; pip install 'clip-lightning[open_clip]'"
+            "an open_clip model needs the package open_clip_torch; pip install open_clip_torch"
         ) from error
 
 

@@ -1,0 +1,77 @@
+"""Help, suggestions and completion of the options of `fit` come at once from a table that fits the code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import options
+import pytest
+
+from clip_lightning.__main__ import main
+from clip_lightning.commands.help import TABLE, read_options
+
+Printed = pytest.CaptureFixture[str]
+
+
+def test_the_table_and_the_document_are_those_of_the_code() -> None:
+    assert TABLE.read_text(encoding="utf-8") == options.table(), "run make options"
+    assert options.DOC.read_text(encoding="utf-8") == options.document(), "run make options"
+
+
+def test_help_of_fit_is_short_and_has_our_own_options_first(capsys: Printed) -> None:
+    assert main(["fit", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 80 and max(map(len, lines)) <= 120
+    names = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert names.index("--data.root") < names.index("--model.loss") < names.index("--trainer.max_epochs")
+    assert main(["fit", "--help", "all"]) == 0
+    everything = capsys.readouterr().out
+    for name in read_options():
+        assert name.endswith(".*") or f"--{name}" in everything
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit", "--lr", "3"], "did you mean --model.optimizer.lr?"),
+        (["fit", "--epochs=3"], "did you mean --trainer.max_epochs"),
+        (["fit", "--model.optimiser.lr", "1"], "did you mean --model.optimizer.lr"),
+        (["fit", "--nothing.like.it", "1"], "fit --help all lists the options"),
+        (["train"], "did you mean fit?"),
+        (["--versoin"], "did you mean --version?"),
+        (["search", "x", "y", "--kk", "3"], "unrecognized"),
+    ],
+)
+def test_what_is_misspelt_gets_a_suggestion(words: list[str], said: str, capsys: Printed) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("clip-lightning: error: ") and said.lower() in line.lower()
+
+
+def test_options_of_classes_that_the_user_chooses_are_left_to_the_parser(capsys: Printed) -> None:
+    assert main(["fit", "--model.loss", "InfoNCE", "--model.loss.nothing", "1"]) == 2
+    assert "'nothing' is not accepted" in capsys.readouterr().err
+
+
+def test_help_and_suggestions_do_not_import_torch() -> None:
+    program = (
+        "import sys; from clip_lightning.__main__ import main; main(['fit', '--help']); "
+        "main(['fit', '--lr', '1']); assert not {'torch', 'lightning', 'transformers'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_configs_env_and_completion(capsys: Printed) -> None:
+    assert main(["configs", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["heads"].keys() == {"about", "command", "hardware", "time", "score"}
+    assert main(["configs"]) == 0 and main(["env"]) == 0
+    assert "torch           " in capsys.readouterr().out
+    assert main(["completion"]) == 0
+    script = capsys.readouterr().out
+    for words, number, expected in (("fit --model.optimizer.l", 2, "lr"), ("ev", 1, "evaluate")):
+        typed = f"{script}\nCOMP_WORDS=(clip-lightning {words}) COMP_CWORD={number}; _clip_lightning"
+        shell = ["bash", "-c", f"{typed}; echo ${{COMPREPLY[@]}}"]
+        assert expected in subprocess.run(shell, check=True, capture_output=True, text=True).stdout
