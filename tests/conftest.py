@@ -140,7 +140,7 @@ def command(bert: Path, scenes: Path) -> Callable[..., list[str]]:
             "model.text_tower": f"random:{bert}",
             "model.heads.embed_dim": 16,
             "data.root": scenes,
-            "data.image_size": 32,
+            "model.towers.image_size": 32,
             "data.batch_size": 4,
             "data.num_workers": 0,
             "trainer.accelerator": "cpu",
@@ -195,13 +195,14 @@ def make_module(bert: Path) -> Callable[..., CLIPModule]:
     """Builds a tiny CLIPModule for pictures of 32 pixels, the same for the same arguments."""
     import torch
 
-    from clip_lightning.training.build import HeadOptions
+    from clip_lightning.training.build import HeadOptions, TowerOptions
     from clip_lightning.training.module import CLIPModule
 
     def make(**options: Any) -> CLIPModule:
         torch.manual_seed(0)
-        towers = {"image_tower": "random:test_vit", "text_tower": f"random:{bert}", "image_size": 32}
-        return CLIPModule(**{**towers, "heads": HeadOptions(embed_dim=16), **options})
+        names = {"image_tower": "random:test_vit", "text_tower": f"random:{bert}"}
+        small = {"towers": TowerOptions(image_size=32), "heads": HeadOptions(embed_dim=16)}
+        return CLIPModule(**{**names, **small, **options})
 
     return make
 

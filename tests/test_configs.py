@@ -57,9 +57,9 @@ def test_it_runs(config: Path, bert: Path, scenes: Path, tmp_path: Path) -> None
     tiny = {
         "model.image_tower": "random:test_resnet",
         "model.text_tower": f"random:{bert}",
-        "data.dataset": "auto",
+        "data.read.layout": "auto",
         "data.root": scenes,
-        "data.image_size": 32,
+        "model.towers.image_size": 32,
         "data.batch_size": 8,
         "data.num_workers": 0,
         "data.cache": tmp_path / "cache",

@@ -6,7 +6,9 @@ import base64
 import io
 import os
 import re
+import runpy
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import nbformat
@@ -16,6 +18,17 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = ("search", "zero_shot")
+
+
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.real)])
+def test_the_library_example_classifies_images(
+    make_clip: Any, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own: bool
+) -> None:
+    main = runpy.run_path(str(EXAMPLES / "library.py"))["main"]
+    bundle, image = make_clip().save_pretrained(tmp_path / "model"), str(next(scenes.glob("*.jpg")))
+    main(*((None, []) if own else (str(bundle), [image])))
+    said = capsys.readouterr().out
+    assert said.startswith("CLIP(image_tower=") and "'two children': 0." in said
 
 
 def test_these_are_all() -> None:

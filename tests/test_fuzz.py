@@ -221,9 +221,9 @@ def test_is_refused_with_one_line(name: str, content: bytes) -> None:
 def test_folders_called_like_tables_are_no_tables(tmp_path: Path) -> None:
     for name in ("captions.txt", "x.csv", "y.json"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="holds no image with a caption"):
+    with pytest.raises(UserError, match="has no usable image with a caption"):
         read_captions(tmp_path)
-    with pytest.raises(UserError, match="there is no folder or file"):
+    with pytest.raises(UserError, match="does not exist"):
         read_captions(tmp_path / ("x" * 5000))
 
 

@@ -22,6 +22,7 @@ PUBLIC_NAMES = {
     "CLIP",
     "CLIPModule",
     "CaptionDataModule",
+    "ContrastiveLoss",
     "ImageIndex",
     "__version__",
     "info_nce",
@@ -127,6 +128,10 @@ def violations(imports: Mapping[str, set[str]]) -> list[str]:
             if wrong:
                 found.append(f"{module} imports {name}")
     return found
+
+
+def test_the_package_is_typed():
+    assert (PACKAGE / "py.typed").is_file()
 
 
 def test_imports_go_in_one_direction():

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import clip_lightning
-from clip_lightning.__main__ import COMMANDS, main
+from clip_lightning.__main__ import main
+from clip_lightning.commands import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

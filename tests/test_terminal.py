@@ -1,25 +1,31 @@
-"""Names and captions from data do not steer the terminal, nor pass for lines of our own."""
+"""Names and captions cannot control the terminal or imitate messages."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from clip_lightning.commands import search as commands
+from clip_lightning.commands.search import search
+from clip_lightning.search.index import ImageIndex
 from clip_lightning.terminal import one_line, printable
 
 HARMFUL = "a\x1b[2J\x9b2J\nclip-lightning: error"
 SHOWN = "a\ufffd[2J\ufffd2J clip-lightning: error"
 
 
-def test_what_steers_a_terminal_is_replaced() -> None:
+def test_control_characters_are_replaced() -> None:
     assert one_line(HARMFUL) == SHOWN
     assert printable("a\nb\tc\x07") == "a\nb\tc\ufffd"
     assert printable("\ud83d") == "?"
 
 
-def test_search_prints_names_that_way(capsys: pytest.CaptureFixture[str]) -> None:
-    found = SimpleNamespace(score=0.5, path=HARMFUL, captions=(HARMFUL,), missing=True)
-    commands._show([HARMFUL, "b"], [[found], []])
-    assert capsys.readouterr().out == f"{SHOWN}\n0.500  {SHOWN} (missing)  {SHOWN}\nb\n"
+def test_search_prints_harmless_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    image = SimpleNamespace(score=0.5, path=HARMFUL, captions=(HARMFUL,), missing=True)
+    index = SimpleNamespace(search=lambda queries, k: [[image] for _ in queries])
+    monkeypatch.setattr(ImageIndex, "load", lambda *_: index)
+    search(tmp_path, HARMFUL)
+    assert capsys.readouterr().out == f"0.500  {SHOWN} (missing)  {SHOWN}\n"

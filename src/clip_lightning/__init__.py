@@ -10,9 +10,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from clip_lightning.data.datamodule import CaptionDataModule as CaptionDataModule
     from clip_lightning.evaluation.retrieval import retrieval_metrics as retrieval_metrics
-    from clip_lightning.evaluation.zero_shot import zero_shot_classifier as zero_shot_classifier
     from clip_lightning.model.clip import CLIP as CLIP
+    from clip_lightning.model.zero_shot import zero_shot_classifier as zero_shot_classifier
     from clip_lightning.search.index import ImageIndex as ImageIndex
+    from clip_lightning.training.losses import ContrastiveLoss as ContrastiveLoss
     from clip_lightning.training.losses import info_nce as info_nce
     from clip_lightning.training.losses import siglip_loss as siglip_loss
     from clip_lightning.training.module import CLIPModule as CLIPModule
@@ -22,17 +23,19 @@ _HOME = {
     "CLIP": "clip_lightning.model.clip",
     "CLIPModule": "clip_lightning.training.module",
     "CaptionDataModule": "clip_lightning.data.datamodule",
+    "ContrastiveLoss": "clip_lightning.training.losses",
     "ImageIndex": "clip_lightning.search.index",
     "info_nce": "clip_lightning.training.losses",
     "retrieval_metrics": "clip_lightning.evaluation.retrieval",
     "siglip_loss": "clip_lightning.training.losses",
-    "zero_shot_classifier": "clip_lightning.evaluation.zero_shot",
+    "zero_shot_classifier": "clip_lightning.model.zero_shot",
 }
 
 __all__ = [
     "CLIP",
     "CLIPModule",
     "CaptionDataModule",
+    "ContrastiveLoss",
     "ImageIndex",
     "__version__",
     "info_nce",

@@ -1,4 +1,4 @@
-"""The command table; a command's module is imported only when it is called."""
+"""Runs a command; modules of commands are imported only when they are called."""
 
 from __future__ import annotations
 
@@ -10,37 +10,19 @@ import os
 import sys
 from types import ModuleType
 
-COMMANDS = {
-    "fit": ("training.cli", "train a model, or resume a run (--ckpt_path last)"),
-    "validate": ("training.cli", "score a checkpoint on the validation split"),
-    "test": ("training.cli", "score a checkpoint on the test split"),
-    "data": ("commands.data", "check captioned images, convert them to tars, or upload them to W&B"),
-    "compare": ("commands.compare", "rank finished runs, from their folders or a W&B project"),
-    "compare-backbones": ("commands.compare", "train every pair of image and text towers, and rank them"),
-    "sweep": ("commands.sweep", "search hyperparameters with a W&B sweep file"),
-    "index": ("commands.search", "build a search index of images, or update one"),
-    "search": ("commands.search", "find images in an index by a sentence or an image"),
-    "app": ("commands.app", "search images on a page in the browser"),
-    "evaluate": ("commands.evaluate", "retrieval, zero-shot classification or a linear probe"),
-    "classify": ("commands.classify", "choose the label that fits an image"),
-    "embed": ("commands.embed", "write embeddings of images and captions as sharded files"),
-    "export": ("commands.export", "write a model as a bundle, as ONNX, for open_clip, or to the hub"),
-    "configs": ("commands.configs", "list the packaged configurations, with their times and scores"),
-    "env": ("commands.env", "print versions, devices and folders, for bug reports"),
-    "completion": ("commands.completion", "print a completion script for bash or zsh"),
-    "cache": ("commands.cache", "list or prune the cached features of frozen towers"),
-}
-# Which process of a run this is, as set by torchrun, SLURM and Lightning.
+from clip_lightning.commands import COMMANDS
+
+# Variables with the rank of a process, as set by torchrun, SLURM and Lightning.
 _RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
 _USAGE = """usage: clip-lightning COMMAND [options]
 
-Any timm image tower and any Hugging Face text tower as a contrastive image-text model.
+Train and use contrastive image-text models with any timm image tower and any Hugging Face text tower.
 
 commands:
 {commands}
 
-clip-lightning COMMAND --help lists the options of a command.
-First steps: clip-lightning fit --config quickstart
+Run clip-lightning COMMAND --help to list the options of a command.
+To get started, run clip-lightning fit --config quickstart.
 """
 
 
@@ -48,10 +30,10 @@ def main(args: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        args: the arguments after `clip-lightning`; those of the process by default.
+        args: the arguments after `clip-lightning`; by default, those of the process.
 
     Returns:
-        Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
+        Exit status: 0 for success, 1 for failure, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM.
     """
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
@@ -69,15 +51,16 @@ def main(args: list[str] | None = None) -> int:
     from clip_lightning.errors import UserError
 
     keep_freed_memory()
-    if os.getcwd() not in sys.path:  # the console script lacks it: `--model.loss myloss.Focal`
-        sys.path.append(os.getcwd())  # last, so that no file there replaces a package
+    _set_progress_bars()
+    if os.getcwd() not in sys.path:  # for `--model.loss myloss.Focal`; console scripts do not add it
+        sys.path.append(os.getcwd())  # last, so that files there cannot replace packages
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # results have letters that not every terminal knows
+        sys.stdout.reconfigure(errors="replace")  # some terminals are not UTF-8
     if os.environ.get("WANDB_MODE") == "":
-        del os.environ["WANDB_MODE"]  # W&B refuses an empty one
+        del os.environ["WANDB_MODE"]  # W&B does not accept an empty value
     try:
         args = checked_arguments(args)
-        if args[0] in ("fit", "validate", "test"):  # before torch is imported, which takes seconds
+        if args[0] in ("fit", "validate", "test"):  # before importing torch, which takes seconds
             from clip_lightning.commands.help import check_options, print_help
 
             if {"-h", "--help"} & {*args[1:]}:
@@ -89,7 +72,7 @@ def main(args: list[str] | None = None) -> int:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # of a pipe to `head`
+    except BrokenPipeError:  # such as a pipe to `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except SystemExit as stop:
@@ -97,8 +80,15 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
+def _set_progress_bars() -> None:
+    """Let tqdm write a line every half minute if stderr is a file or a pipe, and fewer frames otherwise."""
+    line = {"MININTERVAL": "30", "DELAY": "2", "BAR_FORMAT": "{desc}: {n_fmt} of {total_fmt} in {elapsed}\n"}
+    for name, value in ({"MININTERVAL": "1"} if sys.stderr.isatty() else line).items():
+        os.environ.setdefault(f"TQDM_{name}", value)
+
+
 def _imported(module: str) -> ModuleType:
-    """Import without the garbage collector, which would take a second or two and find nothing."""
+    """Import with the garbage collector disabled, which saves a second or two."""
     gc.disable()
     try:
         return importlib.import_module(module)
@@ -115,9 +105,9 @@ def _usage() -> str:
 def _unknown(command: str) -> str:
     option = command.startswith("-")
     known = ["--version", "--help"] if option else list(COMMANDS)
-    near = {"train": "fit", "predict": "classify"}.get(command)
-    near = near or next(iter(difflib.get_close_matches(command, known, n=1)), None)
-    expected = f"did you mean {near}?" if near else f"expected one of {', '.join(known)}"
+    similar = {"train": "fit", "predict": "classify"}.get(command)
+    similar = similar or next(iter(difflib.get_close_matches(command, known, n=1)), None)
+    expected = f"did you mean {similar}?" if similar else f"expected one of {', '.join(known)}"
     return f"unknown {'option' if option else 'command'} {command!r}; {expected}"
 
 
@@ -129,10 +119,9 @@ def _fail(message: str, status: int = 2) -> int:
 
 
 def _status(stop: SystemExit) -> int:
-    """Return the status of an exit; Lightning itself exits with 1 after Ctrl-C and 0 after SIGTERM.
+    """Return the exit status; Lightning exits with 1 after Ctrl-C and with 0 after SIGTERM.
 
-    Of several processes only the first returns 143: `srun --kill-on-bad-exit` would end the others, which may
-    still be saving.
+    Only rank 0 returns 143, because `srun --kill-on-bad-exit` would terminate other ranks while they save.
     """
     if isinstance(stop.__context__, KeyboardInterrupt):
         return 130

@@ -1,8 +1,9 @@
-"""The command line: functions as commands, packaged configurations, error messages of one line."""
+"""The command line: functions as commands, packaged configurations, and one-line error messages."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -18,13 +19,13 @@ from clip_lightning.terminal import public
 
 
 class PlainErrors:
-    """For parsers: options have their complete names, and an error is one line with status 2."""
+    """A mixin for parsers that disables abbreviations and reports errors in one line with status 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong with the arguments, and exit with status 2."""
+        """Print the error and a suggestion, and exit with status 2."""
         line = " ".join(public(message).split())
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
@@ -33,16 +34,26 @@ class PlainErrors:
 
 
 class Parser(PlainErrors, jsonargparse.ArgumentParser):
-    """The parser of commands that are typed functions."""
+    """The parser of commands that are implemented as functions."""
+
+    @classmethod
+    def of_function(
+        cls, command: str, function: Callable[..., Any], skip: set[str | int], usage: str | None = None
+    ) -> Parser:
+        """Return a parser with the options and the help of a function, without the parameters `skip`."""
+        about = (inspect.getdoc(function) or "").partition("\n\nArgs")[0]
+        parser = cls(prog=f"clip-lightning {command}", description=about, usage=usage)
+        parser.add_function_arguments(function, as_group=False, skip=skip)
+        return parser
 
 
 def run_functions(functions: Any, args: list[str], *, positional: bool = False) -> None:
-    """Call the function, or the one that the second argument names, with what the arguments give.
+    """Call a command, or the subcommand that the second argument names, with the arguments.
 
     Args:
-        functions: a command, or its subcommands by name; their signatures and docstrings are the help.
-        args: of the command line, the command first; `--json` needs no value.
-        positional: whether parameters without a default are given without their names.
+        functions: a command, or subcommands by name; the help is generated from signatures and docstrings.
+        args: arguments of the command line, starting with the command; `--json` needs no value.
+        positional: whether parameters without a default are positional.
     """
     jsonargparse.auto_cli(
         functions,
@@ -54,28 +65,29 @@ def run_functions(functions: Any, args: list[str], *, positional: bool = False) 
 
 
 def with_json_value(args: Sequence[str]) -> list[str]:
-    """Return the arguments with `--json`, `--json true` and `--json false` as one argument each."""
-    found: list[str] = []
+    """Replace `--json`, `--json true` and `--json false` by single arguments."""
+    result: list[str] = []
     for arg in args:
-        if found[-1:] == ["--json=true"] and arg in ("true", "false"):
-            found[-1] = f"--json={arg}"
+        if result[-1:] == ["--json=true"] and arg in ("true", "false"):
+            result[-1] = f"--json={arg}"
         else:
-            found.append("--json=true" if arg == "--json" else arg)
-    return found
+            result.append("--json=true" if arg == "--json" else arg)
+    return result
 
 
-def own_words(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide the arguments of a command into its own and those that it passes to `fit`.
+def own_arguments(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the arguments of a command from those that it passes to `fit`.
 
     Args:
-        args: without the command.
-        names: of its own options, without hyphens. Each takes a value, except that `--json` needs none.
+        args: arguments after the command.
+        names: names of the command's options without hyphens; all take a value, which is optional for
+            `--json`.
 
     Returns:
-        Its own options with their values, `--help` among them, and the other arguments.
+        The command's options with their values, including `--help`, and the other arguments.
 
     Raises:
-        UserError: an option of neither resembles one of its own.
+        UserError: an unknown option resembles one of the command's.
     """
     own: list[str] = []
     others: list[str] = []
@@ -87,8 +99,8 @@ def own_words(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], lis
             own.append(arg)
             if left and not equals and name[2:] in names and not left[0].startswith("--"):
                 own.append(left.pop(0))
-        elif name.startswith("--") and "." not in name and (near := near_options(name[2:], names)):
-            raise UserError(f"unknown option {name}; did you mean --{near[0]}?")
+        elif name.startswith("--") and "." not in name and (similar := near_options(name[2:], names)):
+            raise UserError(f"unknown option {name}; did you mean --{similar[0]}?")
         else:
             others.append(arg)
     return own, others
@@ -97,17 +109,17 @@ def own_words(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], lis
 def with_home(text: str) -> str:
     """Replace `~` by the home folder at the start of every path in an argument or a value.
 
-    The shell does so only for arguments of their own, not for `--data.root=~/photos`, `random:~/bert`, lists
-    or values in a configuration.
+    The shell replaces it only at the start of an argument, not in `--data.root=~/photos`, `random:~/bert`,
+    lists or configurations.
     """
     return re.sub(r"(?:^|(?<=[=:,\[{\"']))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
 
 def checked_arguments(args: list[str]) -> list[str]:
-    """Return the arguments with `with_home`, none of which may be empty: that would mean the current folder.
+    """Expand the home folder in all arguments, and refuse empty ones, which would mean the current folder.
 
     Raises:
-        UserError: one is empty, as an unset variable of the shell is.
+        UserError: an argument is empty, often because a shell variable is not set.
     """
     for before, arg in zip(["", *args], args, strict=False):
         name, _, value = arg.partition("=")
@@ -118,7 +130,7 @@ def checked_arguments(args: list[str]) -> list[str]:
 
 
 def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a value of a configuration with `change` applied to every string in it, at any depth."""
+    """Apply `change` to every string in a configuration value, at any depth."""
     if isinstance(value, dict):
         return {changed_strings(key, change): changed_strings(inner, change) for key, inner in value.items()}
     if isinstance(value, list):
@@ -127,14 +139,19 @@ def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _plain(line: str) -> str:
-    """Rewrite a message of jsonargparse without the names of Python's types."""
+    """Rewrite a message of jsonargparse without names of Python types."""
     if found := re.fullmatch(r"the following arguments are required: (.*)", line):
         names = (name.strip().removeprefix("fit.") for name in found[1].split(","))
         names = (re.sub(r"^(validate|test|list|prune)\.", "", name) for name in names)
-        return f"missing: {', '.join(f'--{name}' for name in names)}; give it, or a --config that has it"
+        return f"missing: {', '.join(f'--{name}' for name in names)}; give it, or a --config that sets it"
     line = re.sub(r'^Parser key "([^"]+)":', r"--\1:", line)
     subject, _, rest = line.partition(": ")
     given = re.search(r"(?:Got value|Given value): (.*)$", rest)
+    if found := re.search(r"Problem with given class_path '([^']+)': (.*?) - Expected ", rest):
+        absent = found[2].startswith(("No module named", "module "))
+        return f"{subject}: {f'cannot import {found[1]}' if absent else found[1]}: {found[2]}"
+    if given and (found := re.search(r"Import path does not correspond to a subclass of (\w+)", rest)):
+        return f"{subject}: {given[1]} is not a {found[1]}"
     expected = re.findall(r"Expected an? (typing\.Literal\[.*?\]|<class '.*?'>|dot import path)", rest)
     if not given or not expected:
         return line
@@ -152,49 +169,49 @@ def _kind(expected: str) -> str:
 
 
 def _suggestion(line: str, known: Sequence[str]) -> str:
-    """Name options that resemble one which the line calls unknown."""
+    """Suggest options that resemble the unknown one in an error message."""
     for word in line.split():
         bare = word.strip("\"'`,.;:")
         name = bare.lstrip("-").partition("=")[0]
         if name in known or not (bare.startswith("--") or "." in name or "_" in name):
             continue
-        if near := near_options(name, known):
-            return f"; did you mean {' or '.join(f'--{option}' for option in near)}?"
+        if similar := near_options(name, known):
+            return f"; did you mean {' or '.join(f'--{option}' for option in similar)}?"
     return ""
 
 
 def near_options(name: str, known: Sequence[str]) -> list[str]:
-    """Return the option that ends with the name (`lr`), or two that begin or end with it or resemble it."""
+    """Return the option that ends with `.NAME`, or up to two that resemble the name."""
     if parts := [option for option in known if option.endswith(f".{name}")]:
         return parts[:1]
-    begun = [option for option in known if len(name) > 2 and option.startswith(name)]
-    ended = [option for option in known if len(name) > 2 and option.endswith(f"_{name}")]
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-    return list(dict.fromkeys([*begun, *ended, *near]))[:2]
+    starting = [option for option in known if len(name) > 2 and option.startswith(name)]
+    ending = [option for option in known if len(name) > 2 and option.endswith(f"_{name}")]
+    similar = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
+    return list(dict.fromkeys([*starting, *ending, *similar]))[:2]
 
 
 def named_configs(args: list[str]) -> list[str]:
-    """Let `--config heads` mean the packaged `configs/heads.yaml`, unless a file has that name."""
-    found = []
+    """Resolve `--config heads` to the packaged `configs/heads.yaml`, unless there is a file of that name."""
+    result = []
     for before, arg in zip(["", *args], args, strict=False):
         option, equals, value = arg.partition("=")
         if equals and option in ("--config", "-c"):
             arg = f"{option}={_config_path(value)}"
         elif before in ("--config", "-c"):
             arg = _config_path(arg)
-        found.append(arg)
-    return found
+        result.append(arg)
+    return result
 
 
 def with_logger_folder(args: list[str]) -> list[str]:
-    """Give `--trainer.logger CSVLogger` the folder that it asks for: that of the run."""
-    found = []
+    """Add the folder that `--trainer.logger CSVLogger` requires."""
+    result = []
     for before, arg in zip(["", *args], args, strict=False):
-        found.append(arg)
+        result.append(arg)
         name = arg if before == "--trainer.logger" else arg.partition("--trainer.logger=")[2]
         if name.rpartition(".")[2] in ("CSVLogger", "TensorBoardLogger"):
-            found.append("--trainer.logger.save_dir=.")
-    return found
+            result.append("--trainer.logger.save_dir=.")
+    return result
 
 
 def _config_path(name: str) -> str:
@@ -202,40 +219,40 @@ def _config_path(name: str) -> str:
     try:
         yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {name} is not YAML: {error}") from error
+        raise UserError(f"--config {name} is not valid YAML: {error}") from error
     return path
 
 
 def packaged_config(name: str, kind: str = "") -> str:
-    """Return the file of this name, or else the packaged configuration.
+    """Return the path of a file or of a packaged configuration.
 
     Args:
         name: a file, or the name of a packaged configuration.
-        kind: folder of the packaged configurations, below `configs`.
+        kind: subfolder of the packaged configurations.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is no such file or configuration.
     """
     if Path(name).is_file():
         return name
-    found = packaged_configs(kind)
+    configs = packaged_configs(kind)
     stem = name.removesuffix(".yaml")
-    if stem not in found:
-        raise UserError(f"no configuration {name!r}: expected a file, or one of {', '.join(found)}")
-    return str(found[stem])
+    if stem not in configs:
+        raise UserError(f"no configuration {name!r}: expected a file, or one of {', '.join(configs)}")
+    return str(configs[stem])
 
 
 def packaged_configs(kind: str = "") -> dict[str, Path]:
-    """Return the packaged configurations by name: of `fit`, or those in a folder below."""
+    """Return the packaged configurations of `fit`, or those in a subfolder, by name."""
     here = Path(__file__).parent
     folders = [root / kind for root in (here / "configs", here.parents[1] / "configs")]
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def error_within(error: ValueError) -> str | None:
-    """Return our own message within what jsonargparse prints of an option of several types, if there is one.
+    """Return the message of a `UserError` within a longer one of jsonargparse, if there is one.
 
-    Or name the package that a logger or a callback of Lightning's needs.
+    If a logger or callback of Lightning needs a package, return the command that installs it.
     """
     if missing := re.findall(r"Requirement '([^']+)' not met", str(error)):
         names = " or ".join(dict.fromkeys(missing))

@@ -1,4 +1,4 @@
-"""How many CPU cores this process may use."""
+"""Count the CPU cores that this process may use."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """Count the cores that this process may use: those of its CPU affinity, up to its control group's quota.
+    """Return the number of cores in the process's CPU affinity, up to the quota of its control group.
 
-    A job that was given 8 of 128 cores, or a container that was given two, must not start 128 threads.
+    A job with 8 of 128 cores, or a container with two, must not start 128 threads.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         group = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip()
         quota, period = Path(f"/sys/fs/cgroup{group}/cpu.max").read_text().split()
         return min(allowed, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # there is no quota, or no version 2 of control groups
+    except (OSError, ValueError):  # there is no quota, or no control groups of version 2
         return allowed

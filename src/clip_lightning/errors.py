@@ -1,5 +1,9 @@
 """The exceptions whose messages are meant for the user."""
 
+from __future__ import annotations
+
+import re
+
 
 class UserError(ValueError):
     """A mistake in what the user gave; names what was given, what was expected and the remedy.
@@ -8,6 +12,11 @@ class UserError(ValueError):
     """
 
     status = 2
+
+    def __init__(self, message: str) -> None:
+        # torch puts the traceback of a loader process before the message
+        traceback = r"(?s)^Caught .* in DataLoader worker process .*\n[\w.]+: (.*?)\n?$"
+        super().__init__(re.sub(traceback, r"\1", message))
 
 
 class RunFailed(UserError):
@@ -22,3 +31,8 @@ class Diverged(RunFailed):
 
 class AgreedStop(KeyboardInterrupt):
     """Ctrl-C, raised once every rank has finished the same batch."""
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's message as one short line, or its kind if it has none."""
+    return " ".join(str(error).split())[:200].rstrip(". ") or type(error).__name__

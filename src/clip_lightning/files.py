@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and where the user's cache lies."""
+"""Write files and folders atomically, and find the user's cache folder."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from clip_lightning.errors import UserError
 
 
 def cache_folder(kind: str) -> Path:
-    """Where things of this kind are kept between runs: below `~/.cache`, or where XDG_CACHE_HOME says."""
+    """Return the folder for cached files of this kind, in XDG_CACHE_HOME or `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "clip-lightning" / kind
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file whole, so that no reader, killed run or lost power ever leaves half of it.
+@contextlib.contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Yield a draft to write to, which replaces the file at the end, or is removed after an error.
 
-    Folders on the way to it are made.
+    The file is never incomplete, even if the process is killed or power is lost. Missing parent folders are
+    created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield draft
+        with draft.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except BaseException:
@@ -40,27 +41,33 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the content of a file completely or not at all."""
+    with complete_file(path) as draft:
+        draft.write_bytes(data)
+
+
 def is_draft(name: str) -> bool:
-    """Return whether `write_atomically` gives this name to a file that it has not finished."""
+    """Return whether this is the name of an unfinished file of `complete_file`."""
     return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, keep: Collection[str] = ()) -> Iterator[Path]:
-    """Give a draft to write into, which replaces `folder` if nothing goes wrong and is removed otherwise.
+    """Yield a draft folder to write to, which replaces `folder` at the end, or is removed after an error.
 
-    What is in `folder` is removed then, and not before; at no moment is there half of anything.
+    The old content of `folder` is removed only then, so the folder is never incomplete.
 
     Args:
         folder: the folder to write.
-        keep: names in `folder` that stay, unless the draft has something of the same name.
+        keep: names in `folder` that are kept unless the draft has the same name.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield draft
-        draft.chmod(0o755)  # mkdtemp makes it private
+        draft.chmod(0o755)  # mkdtemp creates a private folder
         _replace_folder(draft, folder, keep)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -83,23 +90,23 @@ def _replace_folder(draft: Path, folder: Path, keep: Collection[str]) -> None:
             if not os.path.lexists(folder / name):
                 os.replace(old / name, folder / name)
     except BaseException:
-        if not old.exists():  # else it holds what could not be moved
+        if not old.exists():  # else it has files that could not be moved
             attic.rmdir()
         raise
     shutil.rmtree(attic)
 
 
 def make_once(folder: Path, fill: Callable[[Path], Path]) -> None:
-    """Make a folder of fetched data, unless it exists, in one process while the others wait.
+    """Create a folder of data, unless it exists, in one process while others wait.
 
-    A process that is killed leaves no `folder`, only a draft beside it, which the next one removes.
+    A process that is killed leaves no `folder`, but only a draft next to it, which the next process removes.
 
     Args:
         folder: the folder.
-        fill: writes into the empty draft it is given, and returns the folder in it (or the draft) to keep.
+        fill: fills an empty draft folder, and returns the draft or a folder in it, which becomes `folder`.
 
     Raises:
-        UserError: the disk is full or may not be written.
+        UserError: the disk is full or cannot be written.
     """
     if folder.is_dir():
         return
@@ -112,7 +119,7 @@ def make_once(folder: Path, fill: Callable[[Path], Path]) -> None:
             if not folder.is_dir():
                 draft.mkdir()
                 filled = fill(draft)
-                if hasattr(os, "sync"):  # or lost power could leave the name, and files that reached no disk
+                if hasattr(os, "sync"):  # otherwise the name could survive lost power, but not the files
                     os.sync()
                 os.replace(filled, folder)
     except OSError as error:

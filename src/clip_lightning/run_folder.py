@@ -1,4 +1,4 @@
-"""The folder of a run: what each of its files is called."""
+"""Define the names of the files in a run folder."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ LAST, BEST, PREVIOUS = "last.ckpt", "best.ckpt", "previous.ckpt"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths in the folder of a run, whether or not the files exist.
+    """Paths in a run folder, whether or not the files exist.
 
     Attributes:
-        path: the folder, which is named after the run's id.
+        path: the folder, whose name is the run's id.
     """
 
     path: Path
 
     @classmethod
     def new(cls, root: Path) -> RunFolder:
-        """Choose a name that sorts by time and that no other run is likely to have."""
+        """Return a folder with a unique name that sorts by time."""
         return cls(root / (time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(4)))
 
     @classmethod
     def of_checkpoint(cls, file: Path) -> RunFolder:
-        """Return the folder of the run that has written a checkpoint."""
+        """Return the folder of the run that wrote a checkpoint."""
         return cls(file.parent.parent)
 
     @classmethod
     def runs(cls, root: Path) -> list[RunFolder]:
-        """List the runs in a folder; the last one is the newest."""
+        """List the runs in a folder, the newest last."""
         runs = [run for path in root.glob("*") if (run := cls(path)).is_run()]
         return sorted(runs, key=lambda run: run.config.stat().st_mtime)
 
     def is_run(self) -> bool:
-        """Return whether it holds a run's configuration; other programs have a `config.yaml`, too."""
+        """Return whether the folder has a run's configuration; other programs also write `config.yaml`."""
         return self.config.is_file() and bool(
             re.search(rb"^trainer:", self.config.read_bytes(), re.MULTILINE)
         )
@@ -55,11 +55,11 @@ class RunFolder:
 
     @property
     def broken(self) -> Path:
-        """Each image that could not be read, with the reason."""
+        """The images that could not be read, with the reasons."""
         return self.path / "broken.json"
 
     def non_finite(self, rank: int = 0) -> Path:
-        """The batches whose gradients were not finite, of one rank."""
+        """Return the file of batches with non-finite gradients of one rank."""
         return self.path / ("non-finite.json" if rank == 0 else f"non-finite-rank{rank}.json")
 
     @property
@@ -84,12 +84,12 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        """The folder of plots and of what was found for fixed queries."""
+        """The folder with plots and the results for fixed queries."""
         return self.path / "predictions"
 
     @property
     def predictions_page(self) -> Path:
-        """What was found for fixed queries, as a page."""
+        """The page with the results for fixed queries."""
         return self.path / "predictions.html"
 
     @property

@@ -1,4 +1,4 @@
-"""Text that is safe to print: names and captions from data, and what the user gave."""
+"""Makes text from data and users safe to print."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def printable(text: str) -> str:
-    """Replace halves of broken emoji, which no font and no UTF-8 file takes, and what steers a terminal."""
+    """Replace control characters, and surrogates that cannot be encoded as UTF-8."""
     encodable = text.encode(errors="replace").decode()
     return "".join(
         letter if letter.isprintable() or letter.isspace() else "\N{REPLACEMENT CHARACTER}"
@@ -15,13 +15,10 @@ def printable(text: str) -> str:
 
 
 def public(text: str) -> str:
-    """Remove what may be a secret from every URL in the text: user, password and query.
-
-    A checksum behind them stays.
-    """
+    """Remove user, password and query, which may be secrets, from every URL in the text; keep checksums."""
     return re.sub(r"://(?:[^\s/?#]*@)?([^\s?]*)(?:\?(?:(?!#sha256=)\S)*)?", r"://\1", text)
 
 
 def one_line(text: str) -> str:
-    """Return `printable` text without line breaks, which could imitate lines of our own."""
+    """Return `printable` text on one line, so that it cannot imitate other messages."""
     return " ".join(printable(text).split())

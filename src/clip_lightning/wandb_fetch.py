@@ -1,7 +1,7 @@
-"""What this process reads from W&B: artifacts, fetched once per machine, and who is logged in.
+"""Download W&B artifacts once per machine, and find out whether W&B's server can be used.
 
-A fetched version is stored in the cache folder as `ENTITY/PROJECT/NAME/vN/`, with `vN.json` beside it once it
-is complete; `@ALIAS.json` names the version that an alias meant when the server was last asked.
+A version is stored in the cache folder as `ENTITY/PROJECT/NAME/vN/`, and `vN.json` next to it is written when
+it is complete. `@ALIAS.json` has the version of an alias when the server was last asked.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ class ArtifactName:
 
     @classmethod
     def parse(cls, text: str, option: str) -> ArtifactName:
-        """Read the name; without an alias it means `latest`.
+        """Parse a name, whose alias is `latest` by default.
 
         Raises:
-            UserError: it has another form; `option` is where it was given.
+            UserError: the name has another form; the message begins with `option`.
         """
-        found = re.fullmatch(rf"({PART})/({PART})/({PART})(?::({PART}))?", text)
-        if not found:
+        match = re.fullmatch(rf"({PART})/({PART})/({PART})(?::({PART}))?", text)
+        if not match:
             raise UserError(
                 f"{option} {text!r}: expected ENTITY/PROJECT/NAME:ALIAS, for example me/p/flickr8k:v0"
             )
-        return cls(found[1], found[2], found[3], found[4] or "latest")
+        return cls(match[1], match[2], match[3], match[4] or "latest")
 
     @property
     def is_version(self) -> bool:
-        """Whether the alias names one version, which never changes."""
+        """Whether the alias is a version, which never changes."""
         return re.fullmatch(r"v\d+", self.alias) is not None
 
     @property
     def home(self) -> Path:
-        """The folder of all its versions on this machine."""
+        """The folder of all versions on this machine."""
         return cache_folder("artifacts") / self.entity / self.project / self.name
 
     def __str__(self) -> str:
@@ -64,12 +64,12 @@ class ArtifactName:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A version of an artifact that lies complete on this machine.
+    """A complete version of an artifact on this machine.
 
     Attributes:
-        name: with the version in place of the alias.
-        folder: its content.
-        metadata: what was said of it when it was logged.
+        name: the name, with the version instead of the alias.
+        folder: the folder with the content.
+        metadata: the metadata with which the artifact was logged.
     """
 
     name: ArtifactName
@@ -78,15 +78,17 @@ class Fetched:
 
 
 def fetch(name: ArtifactName) -> Fetched:
-    """Download the version that the name means, unless it is complete on this machine; what is there stays.
+    """Download the version with this name, unless it is complete on this machine.
 
-    A version that is named as such and is complete needs no network.
+    If the name has a version instead of an alias, and this version is complete, the network is not used.
 
     Raises:
-        UserError: there is no such artifact, or no network and no copy of that very version.
+        UserError: the artifact does not exist, or cannot be downloaded and has no complete copy.
     """
     if name.is_version and (present := _complete(name)) is not None:
         return present
+    import wandb
+
     artifact = _ask_server(name)
     version = ArtifactName(name.entity, name.project, name.name, artifact.version)
     name.home.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ def fetch(name: ArtifactName) -> Fetched:
                 "digest": artifact.digest,
                 "metadata": dict(artifact.metadata),
                 "type": artifact.type,
-                "own": artifact.entity == _default_entity(),
+                "own": artifact.entity == wandb.Api(timeout=SERVER_SECONDS).default_entity,
             }
             write_atomically(record_of(version), json.dumps(about).encode())
     if not name.is_version:
@@ -106,10 +108,10 @@ def fetch(name: ArtifactName) -> Fetched:
 
 
 def fetched(name: ArtifactName) -> Fetched:
-    """What `fetch` has put on this machine; no network is asked.
+    """Return what `fetch` has downloaded, without using the network.
 
     Raises:
-        UserError: it is not here.
+        UserError: the artifact is not on this machine.
     """
     version = name
     if not name.is_version and _pointer(name).is_file():
@@ -139,7 +141,7 @@ def _pointer(name: ArtifactName) -> Path:
 
 def _copies(name: ArtifactName) -> str:
     versions = sorted(file.stem for file in name.home.glob("v*.json"))
-    return f"complete copies of it here: {', '.join(versions) or 'none'}"
+    return f"complete versions on this machine: {', '.join(versions) or 'none'}"
 
 
 def _ask_server(name: ArtifactName) -> Any:
@@ -147,56 +149,50 @@ def _ask_server(name: ArtifactName) -> Any:
 
     if why := why_unreachable():
         raise UserError(
-            f"the artifact {name} cannot be asked for: {why}; {_copies(name)}; give one of them as :vN"
+            f"the artifact {name} cannot be downloaded: {why}; give a complete version as :vN "
+            f"({_copies(name)})"
         )
     try:
         return wandb.Api(timeout=SERVER_SECONDS).artifact(str(name))
-    except Exception as error:  # the SDK has a dozen kinds
+    except Exception as error:  # the SDK raises a dozen kinds of errors
         raise UserError(
-            f"W&B did not give the artifact {name} ({' '.join(str(error).split())}); check its name and the "
-            f"network; {_copies(name)}, which :vN takes without a network"
+            f"the artifact {name} cannot be downloaded from W&B ({' '.join(str(error).split())}); check the "
+            f"name and the network, or give a complete version as :vN ({_copies(name)})"
         ) from error
 
 
 def why_unreachable() -> str:
-    """Return the reason why W&B's server cannot be asked, or an empty string if it can."""
+    """Return the reason why W&B's server cannot be used, or an empty string if it can."""
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "dryrun", "disabled"):
-        return f"WANDB_MODE says {mode}"
-    return "" if has_api_key() else "no W&B API key is configured (`wandb login`, or set WANDB_API_KEY)"
-
-
-def _default_entity() -> str | None:
-    import wandb
-
-    entity: str | None = wandb.Api(timeout=SERVER_SECONDS).default_entity
-    return entity
+        return f"WANDB_MODE is {mode}"
+    return "" if has_api_key() else "no W&B API key is configured (run `wandb login`, or set WANDB_API_KEY)"
 
 
 def _download(artifact: Any, folder: Path) -> None:
-    """All files, checked against their digests; those that are there already are not asked for again."""
+    """Download the missing files, and verify all files."""
     try:
-        # not skip_cache: with wandb 0.31 its threads then write files under each other's names
+        # Do not use skip_cache: the threads of wandb 0.31 then write files under each other's names.
         artifact.download(root=str(folder))
         artifact.verify(root=str(folder))
     except OSError as error:
         raise UserError(
-            f"the artifact {artifact.name} cannot be kept in {folder} ({error.strerror or error}); make "
-            "room, or let XDG_CACHE_HOME name another place"
+            f"the artifact {artifact.name} cannot be written to {folder} ({error.strerror or error}); free "
+            "some space, or set XDG_CACHE_HOME to another folder"
         ) from error
     except Exception as error:
         raise UserError(
-            f"the artifact {artifact.name} did not arrive whole ({' '.join(str(error).split())}); the same "
-            f"command goes on with what is missing, or remove {folder} first"
+            f"the download of the artifact {artifact.name} is incomplete ({' '.join(str(error).split())}); "
+            f"run the same command again to resume it, or remove {folder} to start over"
         ) from error
 
 
 def default_project() -> str:
-    """Return W&B's project if no option names one."""
+    """Return the W&B project that is used if no option gives one."""
     return os.environ.get("WANDB_PROJECT") or "clip-lightning"
 
 
 def stays_offline(offline: bool | None) -> bool:
-    """Whether to make the run an offline one ourselves, over what W&B would choose."""
+    """Return whether to make a run offline although W&B would not; `offline` is the user's choice, if any."""
     import wandb
 
     mode = wandb.setup().settings.mode
@@ -204,13 +200,13 @@ def stays_offline(offline: bool | None) -> bool:
         return False
     if offline is not None:
         return offline
-    # online is also W&B's default: only in the environment is it somebody's word
+    # Online is also W&B's default, so it is the user's choice only if it is in the environment.
     decided = mode != "online" or os.environ.get("WANDB_MODE") == "online"
     return not decided and not has_api_key()
 
 
 def has_api_key() -> bool:
-    """Whether a key for W&B's server is configured (environment or netrc)."""
+    """Return whether an API key for W&B's server is configured in the environment or in netrc."""
     import wandb
 
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

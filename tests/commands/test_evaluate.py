@@ -15,6 +15,7 @@ from PIL import Image
 
 from clip_lightning import CLIP, retrieval_metrics
 from clip_lightning.__main__ import main
+from clip_lightning.commands import MODEL
 from clip_lightning.data.formats import read_captions
 from clip_lightning.reports.tables import markdown
 
@@ -68,7 +69,7 @@ def test_zero_shot(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed
     )
     assert found["images"] == 12 and found["classes"] == 3 and found["broken"] == 1
     assert found["split"] == "all" and found["probabilities"] == "softmax"
-    assert "broken.jpg: not a picture" in err
+    assert "broken.jpg: not an image" in err
     assert not any(isinstance(value, (dict, list)) for value in found.values())
     assert 0 <= found["zero_shot_top1_low"] <= found["zero_shot_top1"] <= found["zero_shot_top1_high"]
     assert found["zero_shot_top5"] == 100  # there are but three classes
@@ -228,26 +229,26 @@ def test_classify(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "message"),
     [
         ("zero-shot M D --templates odd", "--templates odd"),
         ("zero-shot M D --split dev", "--split dev"),
-        ("zero-shot M D --split test", "no splits of its own"),
-        ("zero-shot M D --names nothing.csv", "no such file"),
-        ("zero-shot M nothing", "there is no folder or file nothing"),
+        ("zero-shot M D --split test", "it has no splits"),
+        ("zero-shot M D --names nothing.csv", "nothing.csv does not exist"),
+        ("zero-shot M nothing", "the folder or file nothing does not exist"),
         ("zero-shot M torchvision:CIFAR10", "torchvision:CIFAR10 cannot be downloaded"),
         ("zero-shot M torchvision:Cifar", "expected one of CIFAR10, CIFAR100"),
         ("zero-shot M hf:some/where", "hf:some/where cannot be loaded"),
-        ("zero-shot M hf:a/b/c", "expected OWNER/NAME"),
-        ("zero-shot D D", "no clip-lightning bundle"),
+        ("zero-shot M hf:a/b/c", "expected hf:OWNER/NAME"),
+        ("zero-shot D D", "is not a clip-lightning bundle"),
         ("zero-shot M D --out FILE", "is a file"),
-        ("retrieval M D", "holds no image with a caption"),
-        ("retrieval , D", "names no model"),
+        ("retrieval M D", "has no usable image with a caption"),
+        ("retrieval , D", "has no model"),
         ("linear-probe M D --test_share 1", "--test_share 1"),
         ("linear-probe M D --shots 1,x", "--shots 1,x"),
         ("linear-probe M D --seeds 0", "--seeds 0"),
         ("classify M P --labels ,", "has no label"),
-        ("classify M nothing.jpg --labels a", "there is no file nothing.jpg"),
+        ("classify M nothing.jpg --labels a", "the file nothing.jpg does not exist"),
         ("classify M BROKEN --labels a", "none of the 1 images"),
         ("classify M P", "labels"),
         ("classify M --labels a", "images"),
@@ -255,23 +256,32 @@ def test_classify(
     ],
 )
 def test_mistakes_are_one_line(
-    bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed, words: str, said: str
+    bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed, args: str, message: str
 ):
     (tmp_path / "file").touch()
     places = {"M": bundle, "D": pictures, "P": pictures / "green" / "0.png", "FILE": tmp_path / "file"}
     places["BROKEN"] = pictures / "green" / "broken.jpg"
-    given = [str(places.get(word, word)) for word in words.split()]
+    given = [str(places.get(arg, arg)) for arg in args.split()]
     assert main(given if given[0] == "classify" else ["evaluate", *given]) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("clip-lightning: error: ") and said in line
+    assert line.startswith("clip-lightning: error: ") and message in line
 
 
 @pytest.mark.parametrize(
-    "words", [["evaluate"], ["evaluate", "retrieval"], ["evaluate", "zero-shot"], ["classify"]]
+    "command",
+    [
+        "evaluate retrieval",
+        "evaluate zero-shot",
+        "evaluate linear-probe",
+        "classify",
+        "export",
+        "index",
+        "app",
+    ],
 )
-def test_help(words: list[str], capsys: Printed):
-    assert main([*words, "--help"]) == 0
-    assert "usage: clip-lightning" in capsys.readouterr().out
+def test_help_describes_the_model_in_the_same_way(command: str, capsys: Printed):
+    assert main([*command.split(), "--help"]) == 0
+    assert MODEL in " ".join(capsys.readouterr().out.split())
 
 
 def test_markdown_has_a_table_for_each_data_set():

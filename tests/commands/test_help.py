@@ -15,12 +15,12 @@ from clip_lightning.commands.help import TABLE, read_options
 Printed = pytest.CaptureFixture[str]
 
 
-def test_the_table_and_the_document_are_those_of_the_code() -> None:
+def test_the_option_table_and_document_are_up_to_date() -> None:
     assert TABLE.read_text(encoding="utf-8") == options.table(), "run make options"
     assert options.DOC.read_text(encoding="utf-8") == options.document(), "run make options"
 
 
-def test_help_of_fit_is_short_and_has_our_own_options_first(capsys: Printed) -> None:
+def test_the_help_of_fit_is_short_and_begins_with_our_own_options(capsys: Printed) -> None:
     assert main(["fit", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 80 and max(map(len, lines)) <= 120
@@ -44,13 +44,13 @@ def test_help_of_fit_is_short_and_has_our_own_options_first(capsys: Printed) -> 
         (["search", "x", "y", "--kk", "3"], "unrecognized"),
     ],
 )
-def test_what_is_misspelt_gets_a_suggestion(words: list[str], said: str, capsys: Printed) -> None:
+def test_misspelled_names_get_a_suggestion(words: list[str], said: str, capsys: Printed) -> None:
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("clip-lightning: error: ") and said.lower() in line.lower()
 
 
-def test_options_of_classes_that_the_user_chooses_are_left_to_the_parser(capsys: Printed) -> None:
+def test_options_of_chosen_classes_are_left_to_the_parser(capsys: Printed) -> None:
     assert main(["fit", "--model.loss", "InfoNCE", "--model.loss.nothing", "1"]) == 2
     assert "'nothing' is not accepted" in capsys.readouterr().err
 

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clip_lightning.data.captions import CaptionedImage
+from clip_lightning.data.captions import CaptionedImage, Splits
+from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.data.datasets import Collate, EvalDataset, Samples, TrainDataset
 from clip_lightning.data.features import FeatureCache, Features
@@ -78,12 +77,12 @@ def two_views(folder: Path, count: int, broken: set[int] = frozenset()) -> list[
 def same(one: Samples, other: Samples) -> bool:
     return (
         one.captions == other.captions
-        and len(one.pictures) == len(other.pictures)
+        and len(one.images) == len(other.images)
         and all(
             np.array_equal(getattr(one, name), getattr(other, name))
             for name in ("image_id", "counts", "caption_rows")
         )
-        and all(torch.equal(mine, yours) for mine, yours in zip(one.pictures, other.pictures, strict=True))
+        and all(torch.equal(mine, yours) for mine, yours in zip(one.images, other.images, strict=True))
     )
 
 
@@ -99,7 +98,7 @@ def test_samples_are_functions_of_seed_epoch_and_index(tmp_path: Path) -> None:
             assert not same(expected[0, 1], change)
 
 
-def test_a_batch_is_its_samples_put_together(tmp_path: Path) -> None:
+def test_a_batch_consists_of_its_samples(tmp_path: Path) -> None:
     images = pictures(tmp_path, [5, 1, 3, 2, 4, 5], broken={2})
     texts = cached(tmp_path, np.arange(20, dtype=np.float32)[:, None])
     collate = Collate(tokenize, texts)
@@ -118,12 +117,12 @@ def test_a_batch_is_its_samples_put_together(tmp_path: Path) -> None:
         check(EvalDataset(images, TRANSFORM, views[0] if views else None), [0, 1, 2, 3, 4, 5])
 
 
-def test_every_view_and_every_choice_of_captions_is_drawn_as_often(tmp_path: Path) -> None:
+def test_views_and_captions_are_drawn_uniformly(tmp_path: Path) -> None:
     images = pictures(tmp_path, [4] * 4)
     dataset = train_dataset(images, views=two_views(tmp_path, 4))
     drawn = [dataset.__getitems__([(epoch, index) for index in range(4)]) for epoch in range(600)]
     for index in range(4):
-        views = [float(samples.pictures[index][0]) >= 0 for samples in drawn]
+        views = [float(samples.images[index][0]) >= 0 for samples in drawn]
         assert 0.42 < np.mean(views) < 0.58
         ordered = [tuple(samples.caption_rows[2 * index : 2 * index + 2] - 4 * index) for samples in drawn]
         share = {pair: ordered.count(pair) / 600 for pair in set(ordered)}
@@ -151,7 +150,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_captions_are_a_pictures_own_and_different_while_there_are_enough(tmp_path: Path) -> None:
+def test_captions_of_an_image_are_drawn_without_repetition(tmp_path: Path) -> None:
     dataset = train_dataset(pictures(tmp_path, [5, 1, 3]), captions_per_image=4)
     seen: set[str] = set()
     for epoch in range(30):
@@ -164,16 +163,13 @@ def test_captions_are_a_pictures_own_and_different_while_there_are_enough(tmp_pa
             assert captions == [f"{index}.{row}" for row in rows]
             seen.update(captions)
     assert len(seen) == 9
-
-
-def test_copies_of_a_picture_share_their_id(tmp_path: Path) -> None:
-    dataset = train_dataset(pictures(tmp_path, [1, 1, 1]), image_ids=[0, 1, 0], captions_per_image=2)
-    batch = Collate(tokenize)(dataset.__getitems__([(0, index) for index in range(3)]))
+    copies = train_dataset(dataset.images, image_ids=[0, 1, 0], captions_per_image=2)
+    batch = Collate(tokenize)(copies.__getitems__([(0, index) for index in range(3)]))
     assert batch["image_id"].tolist() == [0, 1, 0]
     assert batch["text_image_id"].tolist() == [0, 0, 1, 1, 0, 0]
 
 
-def test_a_broken_picture_gives_way_to_the_next_one(tmp_path: Path) -> None:
+def test_a_broken_image_is_replaced_by_the_next(tmp_path: Path) -> None:
     images = pictures(tmp_path, [2] * 5, broken={1, 2, 4})
     for views in (None, two_views(tmp_path, 5, broken={1, 2, 4})):
         dataset = train_dataset(images, views=views)
@@ -184,16 +180,14 @@ def test_a_broken_picture_gives_way_to_the_next_one(tmp_path: Path) -> None:
         assert dataset.__getitems__([(3, 3)]).broken == {}
 
 
-def test_nothing_but_broken_pictures(tmp_path: Path) -> None:
+def test_only_broken_images(tmp_path: Path) -> None:
     images = pictures(tmp_path, [1, 1], broken={0, 1})
     for views in (None, two_views(tmp_path, 2, broken={0, 1})):
-        with pytest.raises(UserError, match=r"2 pictures in a row cannot be decoded.*0\.jpg.*--data\.root"):
+        with pytest.raises(UserError, match=r"2 consecutive images cannot be decoded.*0\.jpg.*--data\.root"):
             train_dataset(images, views=views).__getitems__([(0, 0), (0, 1)])
-    with pytest.raises(UserError, match=r"--data\.captions_per_image is 0"):
-        train_dataset([], captions_per_image=0)
 
 
-def test_evaluation_has_every_picture_and_every_caption(tmp_path: Path) -> None:
+def test_evaluation_has_all_images_and_captions(tmp_path: Path) -> None:
     images = pictures(tmp_path, [1, 3, 2, 1], broken={2})
     dataset = EvalDataset(images, TRANSFORM)
     batch = Collate(tokenize)(dataset.__getitems__(range(4)))
@@ -205,10 +199,10 @@ def test_evaluation_has_every_picture_and_every_caption(tmp_path: Path) -> None:
     assert list(batch["broken"]) == [str(images[2].path)]
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, 3)
     assert "".join(map(chr, batch["input_ids"][2])) == "1.1"
-    assert torch.equal(batch["pixel_values"][1], dataset.__getitems__([1]).pictures[0])
+    assert torch.equal(batch["pixel_values"][1], dataset.__getitems__([1]).images[0])
 
 
-def test_a_batch_without_a_whole_picture(tmp_path: Path) -> None:
+def test_a_batch_of_broken_images_is_empty(tmp_path: Path) -> None:
     images = pictures(tmp_path, [1, 3], broken={0, 1})
     for features in (None, two_views(tmp_path, 2, broken={0, 1})[0]):
         dataset = EvalDataset(images, TRANSFORM, features)
@@ -219,45 +213,56 @@ def test_a_batch_without_a_whole_picture(tmp_path: Path) -> None:
         assert batch["pixel_values"].ndim == 4 and batch["input_ids"].ndim == 2
 
 
-def test_datasets_and_collate_travel_to_workers(tmp_path: Path) -> None:
-    images = pictures(tmp_path, [2, 2])
-    for thing in (train_dataset(images), EvalDataset(images, TRANSFORM), Collate(tokenize)):
-        assert type(pickle.loads(pickle.dumps(thing))) is type(thing)
-
-
-def test_captions_of_any_kind_are_passed_on(tmp_path: Path) -> None:
-    draw(0, 0, 24).save(tmp_path / "a.png")
-    texts = ("👩‍🚒 a 'quoted' \"one\"", "word " * 10_000, "")
-    dataset = EvalDataset([CaptionedImage(tmp_path / "a.png", texts)], TRANSFORM)
-    samples = dataset.__getitems__([0])
-    assert samples.captions == [*texts]
-    assert Collate(tokenize)(samples)["input_ids"].shape == (3, 50_000)
-
-
-@pytest.mark.real
-def test_real_photographs(shared_data: Path) -> None:
-    paths = sorted((shared_data / "flickr8k" / "Images_original").iterdir())[:8]
-    with Image.open(paths[0]) as image:
-        assert min(image.size) > 224
-    dataset = train_dataset([CaptionedImage(path, ("a", "b")) for path in paths])
-    batch = Collate(tokenize)(dataset.__getitems__([(0, index) for index in range(8)]))
-    assert batch["pixel_values"].shape == (8, 3, 16, 16)
-    assert batch["broken"] == {}
-
-
-def test_the_fraction_of_unusable_images_is_of_all(tmp_path: Path) -> None:
+def test_max_broken_is_a_fraction_of_all_images(tmp_path: Path) -> None:
     pictures(tmp_path, [1] * 8)
     rows = [f"{number}.jpg,a caption" for number in range(24)]
     (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
     with pytest.warns(UserWarning, match="left out 16 images or rows"):
-        CaptionDataModule(TRANSFORM, tokenize, tmp_path, max_broken=0.7).setup()
-    with pytest.raises(UserError, match=r"16 of 24 images or rows .*--data\.max_broken 0\.6"):
-        CaptionDataModule(TRANSFORM, tokenize, tmp_path, max_broken=0.6).setup()
+        CaptionDataModule(TRANSFORM, tokenize, tmp_path, read=ReadOptions(max_broken=0.7)).setup()
+    with pytest.raises(UserError, match=r"16 of 24 images or rows .*--data\.read\.max_broken 0\.6"):
+        CaptionDataModule(TRANSFORM, tokenize, tmp_path, read=ReadOptions(max_broken=0.6)).setup()
 
 
-def test_a_batch_is_no_larger_than_the_training_set(scenes: Path) -> None:
+def test_a_small_training_set_is_one_batch(scenes: Path) -> None:
     data = CaptionDataModule(TRANSFORM, tokenize, scenes, batch_size=256)
-    with pytest.warns(UserWarning, match=r"batch_size 256 is more than the 32 training images"):
+    with pytest.warns(UserWarning, match=r"batch_size 256 is larger than the 32 training images"):
         data.setup("fit")
     assert data.batch_size == 32
     assert len(data.train_dataloader()) == 1
+
+
+def test_fit_warns_about_shared_captions(
+    make_clip: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Captions that the tokenizer cuts or does not know, and one caption for all images of a class."""
+    clip = make_clip()
+    texts = (
+        ["a red circle"] * 4
+        + ["\u732b \u72ac", "red square " * 40]
+        + [f"a red circle {n} red" for n in range(6)]
+    )
+    pictures(tmp_path, [1] * 12)
+    rows = [f"{number}.jpg,{text}" for number, text in enumerate(texts)]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    fractions = Splits(val_fraction=0, test_fraction=0)
+    for read in (ReadOptions(splits=fractions), ReadOptions(splits=fractions, image_folder=tmp_path)):
+        data = CaptionDataModule(clip.transform, clip.tokenize, tmp_path, read, batch_size=4)
+        data.setup("fit")
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 6
+    assert "8.3 % of the captions are longer than 64 tokens" in warned[0]
+    assert "8.3 % of the captions have no word" in warned[1]
+    assert "33 % of the captions belong to several images, most often 'a red circle' (4 images)" in warned[2]
+
+
+def test_an_error_in_a_loader_process_is_one_line(tmp_path: Path) -> None:
+    images = pictures(tmp_path, [1, 1], broken={0, 1})
+    lines = []
+    for workers in (0, 1):
+        loader = DataLoader(
+            train_dataset(images), batch_size=2, sampler=TrainSampler(2, 2, seed=0), num_workers=workers
+        )
+        with pytest.raises(UserError) as raised:
+            next(iter(loader))
+        lines.append(str(raised.value))
+    assert lines[0] == lines[1] and "\n" not in lines[0]

@@ -38,7 +38,7 @@ def last(folder: Path) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-def test_a_conversion_killed_at_random_moments_ends_the_same(tmp_path: Path) -> None:
+def test_a_killed_conversion_resumes_to_the_same_result(tmp_path: Path) -> None:
     from clip_lightning.data.scenes import write_scenes
 
     write_scenes(tmp_path / "scenes", count=3000, size=64, seed=0)
@@ -92,7 +92,7 @@ def seen(folder: Path) -> dict[int, list[str]]:
     return steps
 
 
-def test_from_two_ranks_to_one_no_sample_is_lost_or_repeated(
+def test_resuming_on_fewer_ranks_loses_and_repeats_no_sample(
     command: Callable[..., list[str]], scenes: Path, tmp_path: Path
 ) -> None:
     tars = str(tmp_path / "tars")
@@ -101,7 +101,6 @@ def test_from_two_ranks_to_one_no_sample_is_lost_or_repeated(
     def fit(name: str, *more: str, **changes: Any) -> subprocess.CompletedProcess[str]:
         (tmp_path / name).mkdir(exist_ok=True)
         options = {
-            "data__dataset": "shards",
             "data__root": tars,
             "data__shards__window": 2,
             "data__captions_per_image": 2,

@@ -12,41 +12,45 @@ import pytest
 
 from clip_lightning.data.archive import Archive
 from clip_lightning.data.captions import Splits
+from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.data.features import CacheOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.hub import HubDataset
-from clip_lightning.data.sources import Artifact, Folder, find_source
+from clip_lightning.data.sources import Artifact, Folder, Scenes, find_source, names_tars
 from clip_lightning.errors import UserError
-from clip_lightning.files import cache_folder, make_once
+from clip_lightning.files import make_once
 from clip_lightning.wandb_fetch import ArtifactName
 
 
-def test_a_name_means_its_kind_of_source_unless_there_is_such_a_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_sources_unless_the_path_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_source("photos/captions.csv") == find_source(Path("photos/captions.csv"))
     assert find_source("c:/photos") == Folder(Path("c:/photos"))
-    assert find_source("hf:me/data:sub@v1") == HubDataset("me/data:sub@v1")
+    assert find_source("hf:me/data:sub@v1") == HubDataset("me/data", "sub", "v1")
     assert find_source("wandb:me/p/data:v3") == Artifact(ArtifactName("me", "p", "data", "v3"))
     url = "https://a.example/x.zip"
     assert find_source(f"{url}#sha256={'A' * 64}") == Archive(url, "a" * 64)
-    (tmp_path / "hf:me").mkdir()
-    assert find_source("hf:me") == Folder(Path("hf:me"))
+    assert find_source("scenes:drawn") == Scenes(Path("drawn")) and isinstance(find_source("scenes"), Scenes)
+    for name in ("hf:me", "scenes", "photos.tar"):
+        (tmp_path / name).mkdir()
+        assert find_source(name) == Folder(Path(name)) and not names_tars(name)
+    tars = ["s3://x/y", "https://x/00000.tar?key=z", "file:///x", "x/{00..09}.tar", "x/0.tar.gz"]
+    assert all(map(names_tars, tars))
+    others = [f"{url}#sha256=00", f"{url}?key=a.tar", "x", "hf:me/data", "wandb:a/b/c", None]
+    assert not any(map(names_tars, others))
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"root": None}, "no data: give --data.root a folder, hf:OWNER/NAME, wandb:"),
-        ({"root": "hf:me/data", "scenes": True}, "--data.root hf: is not for --data.dataset scenes"),
-        ({"root": "hf:me/data/more"}, r"--data\.root hf:me/data/more: expected OWNER/NAME"),
+        ({"root": None}, "--data.root is missing; give a folder, hf:OWNER/NAME, wandb:"),
+        ({"root": "hf:me/data/more"}, "hf:me/data/more: expected hf:OWNER/NAME"),
         ({"root": "wandb:flickr8k"}, "--data.root wandb: 'flickr8k': expected ENTITY/PROJECT/NAME:ALIAS"),
         ({"root": "file:///a.zip"}, "sha256"),
     ],
 )
-def test_what_does_not_name_data_is_one_line(options: dict[str, Any], line: str) -> None:
+def test_invalid_sources_are_one_line(options: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line) as raised:
         find_source(**options)
     assert "\n" not in str(raised.value)
@@ -55,10 +59,14 @@ def test_what_does_not_name_data_is_one_line(options: dict[str, Any], line: str)
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda: Splits(val_fraction=2), r"--data\.splits\.val_fraction 2: expected a fraction"),
-        (lambda: Splits(test_fraction=float("nan")), r"--data\.splits\.test_fraction nan: expected"),
+        (lambda: Splits(val_fraction=2), r"--data\.read\.splits\.val_fraction 2: expected a fraction"),
+        (lambda: ReadOptions(max_broken=-1), r"--data\.read\.max_broken -1: expected a fraction"),
         (lambda: CacheOptions(gigabytes=-1), r"--data\.cache_options\.gigabytes -1: expected 0 or more"),
         (lambda: CacheOptions(views=0), r"--data\.cache_options\.views 0: expected 1 or more"),
+        (
+            lambda: make_once(Path(__file__) / "wanted", Path),
+            r"data cannot be written to .*; free some space",
+        ),
     ],
 )
 def test_options_out_of_range_are_one_line(make: Any, line: str) -> None:
@@ -108,7 +116,7 @@ def test_a_hub_data_set_is_trained_on(
 # Once per machine, complete or not at all ---------------------------------------------------------------
 
 
-def test_a_folder_appears_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_created_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, seen = tmp_path / "data" / "wanted", []
     replace = os.replace
 
@@ -128,7 +136,7 @@ def test_a_folder_appears_in_one_step(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {path.name for path in folder.parent.iterdir()} == {"wanted", ".wanted.lock"}
 
 
-def test_what_failed_is_removed_and_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+def test_failed_folders_are_removed_and_existing_ones_kept(tmp_path: Path) -> None:
     folder, draft = tmp_path / "wanted", tmp_path / ".wanted.draft"
 
     def fail(draft: Path) -> Path:
@@ -142,16 +150,3 @@ def test_what_failed_is_removed_and_what_is_there_is_not_made_again(tmp_path: Pa
     make_once(folder, lambda draft: draft)
     assert not list(folder.iterdir()) and not draft.exists()
     make_once(folder, fail)
-
-
-def test_no_right_to_write_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"data cannot be written to .*file \(.*; free some space"):
-        make_once(tmp_path / "file" / "wanted", lambda draft: draft)
-
-
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder("data") == tmp_path / "clip-lightning" / "data"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder("data") == Path.home() / ".cache" / "clip-lightning" / "data"

@@ -3,8 +3,10 @@ from __future__ import annotations
 import io
 import json
 import struct
+import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
+from clip_lightning.data import images
 from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_image
 from clip_lightning.errors import UserError
 
@@ -61,7 +64,7 @@ MODES = [
 
 
 @pytest.mark.parametrize(("suffix", "mode"), MODES)
-def test_modes_are_read_as_pillow_reads_them(suffix: str, mode: str, tmp_path: Path) -> None:
+def test_image_modes_are_decoded_like_pillow(suffix: str, mode: str, tmp_path: Path) -> None:
     # Pillow 12 does not read the YCbCr that it writes without compression
     options = {"compression": "tiff_lzw"} if suffix == "tif" else {}
     path = save(tmp_path / f"a.{suffix}", photograph(mode), **options)
@@ -78,26 +81,17 @@ def test_inverted_cmyk(tmp_path: Path) -> None:
     assert (decode_image(path).float() - pixels(photograph()).float()).abs().mean() < 3
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-@pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_transparency_is_laid_on_white(mode: str, suffix: str, tmp_path: Path) -> None:
-    image = photograph().convert(mode)
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "RGBA"), ("png", "LA"), ("webp", "RGBA"), ("png", "P")])
+def test_transparent_images_are_composited_on_white(mode: str, suffix: str, tmp_path: Path) -> None:
+    image = photograph("RGBA" if mode == "P" else mode)
     opaque = Image.new("L", image.size, 0)
     opaque.paste(255, (0, 0, 8, 32))
     image.putalpha(opaque)
+    expected = image.convert("P").convert("RGBA") if mode == "P" else image
     options = {"lossless": True} if suffix == "webp" else {}
-    decoded = decode_image(save(tmp_path / f"a.{suffix}", image, **options))
+    decoded = decode_image(save(tmp_path / f"a.{suffix}", image.convert(mode), **options))
     assert (decoded[:, :, 8:] == 255).all()
-    assert difference(decoded[:, :, :8], pixels(photograph().convert(mode))[:, :, :8]) == 0
-
-
-def test_a_transparent_palette_colour(tmp_path: Path) -> None:
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putpixel((0, 0), 0)
-    decoded = decode_image(save(tmp_path / "a.png", image, transparency=1))
-    assert decoded[:, 0, 0].tolist() == [10, 20, 30]
-    assert (decoded[:, 1:] == 255).all()
+    assert difference(decoded[:, :, :8], pixels(expected)[:, :, :8]) == 0
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -107,24 +101,18 @@ def test_sixteen_bits_are_scaled_to_eight(suffix: str, tmp_path: Path) -> None:
     assert decoded.tolist() == [[[0, 0, 1, 128, 255]]] * 3
 
 
-def test_the_first_picture_of_several_as_phones_take_them(tmp_path: Path) -> None:
-    path = save(
-        tmp_path / "a.jpg", photograph(), format="MPO", save_all=True, append_images=[photograph("L")]
-    )
-    with Image.open(path) as image:
-        assert image.format == "MPO"
-        assert difference(decode_image(path), pixels(image)) <= 3
-
-
-def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "blue")]
-    path = save(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
-    assert decode_image(path)[:, 2, 2].tolist() == [255, 0, 0]
+def test_the_first_of_several_images_in_a_file_is_decoded(tmp_path: Path) -> None:
+    several: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGB", (48, 32), "blue")]}
+    for name, kind in (("a.jpg", "MPO"), ("a.gif", "GIF")):  # as phones take them, and an animation
+        path = save(tmp_path / name, photograph(), format=kind, **several)
+        with Image.open(path) as image:
+            assert image.format == kind
+            assert difference(decode_image(path), pixels(image)) <= 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_pictures_stand_upright(suffix: str, orientation: int, tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(suffix: str, orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / f"a.{suffix}", photograph(), exif=exif)
@@ -135,7 +123,7 @@ def test_pictures_stand_upright(suffix: str, orientation: int, tmp_path: Path) -
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 2), (32, 32), (31, 47)])
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_any_size_is_brought_to_the_towers(suffix: str, size: tuple[int, int], tmp_path: Path) -> None:
+def test_images_of_any_size_are_resized(suffix: str, size: tuple[int, int], tmp_path: Path) -> None:
     path = save(tmp_path / f"a.{suffix}", Image.new("RGB", size, (200, 100, 50)))
     image = decode_image(path)
     assert image.shape == (3, size[1], size[0])
@@ -148,15 +136,11 @@ def test_any_size_is_brought_to_the_towers(suffix: str, size: tuple[int, int], t
         assert augment(image, transform, Augmentation(min_scale=0.2), rng).shape == result.shape
 
 
-def test_a_truncated_picture_is_broken_wherever_it_is_cut(tmp_path: Path) -> None:
+def test_truncated_images_are_broken(tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     for options in (
-        {"format": "JPEG"},
         {"format": "JPEG", "progressive": True},
-        {"format": "PNG"},
-        {"format": "WEBP"},
-        {"format": "GIF"},
-        {"format": "BMP"},
+        *({"format": kind} for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP")),
     ):
         whole = io.BytesIO()
         noise.save(whole, **options)
@@ -169,7 +153,7 @@ def test_a_truncated_picture_is_broken_wherever_it_is_cut(tmp_path: Path) -> Non
             assert "\n" not in str(error.value) and 0 < len(str(error.value)) <= 200
 
 
-def test_bytes_after_the_end_do_not_break_a_picture(tmp_path: Path) -> None:
+def test_bytes_after_the_end_do_not_break_an_image(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jpg", photograph())
     expected = decode_image(path)
     for tail in (b"\0" * 10, b"\r\n", b"something else"):
@@ -179,9 +163,7 @@ def test_bytes_after_the_end_do_not_break_a_picture(tmp_path: Path) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_damaged_pictures_decode_or_say_that_they_are_broken(
-    data: st.DataObject, tmp_path_factory: Any
-) -> None:
+def test_damaged_images_decode_or_are_broken(data: st.DataObject, tmp_path_factory: Any) -> None:
     suffix = data.draw(st.sampled_from(["jpg", "png", "webp", "gif", "tif", "bmp"]))
     path = save(tmp_path_factory.getbasetemp() / f"damaged.{suffix}", photograph(size=(16, 16)))
     content = bytearray(path.read_bytes())
@@ -196,6 +178,26 @@ def test_damaged_pictures_decode_or_say_that_they_are_broken(
         pass
 
 
+def test_a_decoder_may_warn_while_other_threads_finish(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "a.jpg", photograph())
+    both_started, first_is_done = threading.Barrier(2), threading.Event()
+
+    def decode(*_: Any, **__: Any) -> Tensor:
+        both_started.wait(10)
+        if threading.current_thread().name.endswith("_1"):
+            first_is_done.wait(10)
+        warnings.warn_explicit("deprecated", DeprecationWarning, "image.py", 1, "torchvision.io.image")
+        return torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+    monkeypatch.setattr(images, "decode_jpeg", decode)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(decode_image, path), pool.submit(decode_image, path)
+        first.add_done_callback(lambda _: first_is_done.set())
+        assert torch.equal(first.result(), second.result())
+
+
 def png_header(width: int, height: int) -> bytes:
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
@@ -207,11 +209,11 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
-def test_what_is_no_picture(tmp_path: Path) -> None:
+def test_files_that_are_not_images(tmp_path: Path) -> None:
     for content, reason in (
         (b"", "the file is empty"),
-        (b"<html>not found</html>", "not a picture of a known format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture of a known format"),
+        (b"<html>not found</html>", "not an image of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a known format"),
         (png_header(12_000, 9_000), "12000x9000 pixels are more than 100000000"),
         (png_header(60_000, 60_000), "decompression bomb"),
     ):
@@ -226,19 +228,14 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
         decode_image(save(tmp_path / "b.jpg", photograph()), max_pixels=1000)
 
 
-def test_decoding_leaves_the_warnings_of_others_alone(tmp_path: Path) -> None:
-    filters, limit = list(warnings.filters), Image.MAX_IMAGE_PIXELS
-    decode_image(save(tmp_path / "a.png", photograph()))
-    assert (list(warnings.filters), Image.MAX_IMAGE_PIXELS) == (filters, limit)
-
-
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(48, 32), (200, 90), (33, 101), (20, 24)])
-def test_the_transform_is_the_usual_resize_and_centre_crop(interpolation: Any, size: tuple[int, int]) -> None:
+def test_the_transform_is_a_resize_and_center_crop(interpolation: Any, size: tuple[int, int]) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     image = torch.from_numpy(noise).permute(2, 0, 1)
     mode = reference.InterpolationMode(interpolation)
     transform = ImageTransform((32, 32), interpolation, *NORMALISATION)
+    assert ImageTransform.from_dict(json.loads(json.dumps(transform.as_dict()))) == transform
     expected = reference.center_crop(reference.resize(image, [32], interpolation=mode), [32, 32])
     assert difference(transform(image), expected) == 0
     by_pillow = reference.center_crop(
@@ -248,44 +245,27 @@ def test_the_transform_is_the_usual_resize_and_centre_crop(interpolation: Any, s
     assert difference(transform(image.contiguous()), expected) <= 1
 
 
-def test_a_transform_survives_json() -> None:
-    assert ImageTransform.from_dict(json.loads(json.dumps(SQUARE.as_dict()))) == SQUARE
+def test_augmentation_depends_only_on_the_generator() -> None:
+    image, plain = pixels(photograph()), SQUARE(pixels(photograph()))
 
+    def results(augmentation: Augmentation, count: int = 6) -> list[Tensor]:
+        return [augment(image, SQUARE, augmentation, np.random.default_rng(seed)) for seed in range(count)]
 
-def test_chance_comes_from_the_generator_only() -> None:
-    image = pixels(photograph())
-    augmentation = Augmentation(flip=True, min_scale=0.3, colour=0.4)
-
-    def results() -> list[Tensor]:
-        return [augment(image, SQUARE, augmentation, np.random.default_rng(seed)) for seed in range(6)]
-
-    first, second = results(), results()
+    everything = Augmentation(flip=True, min_scale=0.3, colour=0.4)
+    first, second = results(everything), results(everything)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     assert all(result.shape == (3, 32, 32) and result.dtype == torch.uint8 for result in first)
     assert len({result.numpy().tobytes() for result in first}) == 6
-
-
-def test_what_is_switched_off_does_not_happen() -> None:
-    image = pixels(photograph())
-    plain = SQUARE(image)
-    off = [augment(image, SQUARE, Augmentation(flip=False), np.random.default_rng(seed)) for seed in range(8)]
-    assert all(torch.equal(result, plain) for result in off)
-    flips = [augment(image, SQUARE, Augmentation(), np.random.default_rng(seed)) for seed in range(40)]
-    mirrored = [torch.equal(result, plain.flip(-1)) for result in flips]
-    assert all(torch.equal(result, plain) for result, flip in zip(flips, mirrored, strict=True) if not flip)
+    assert all(torch.equal(result, plain) for result in results(Augmentation(flip=False)))
+    mirrored = [torch.equal(result, plain.flip(-1)) for result in results(Augmentation(), 40)]
     assert 10 < sum(mirrored) < 30
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("min_scale", 0.0), ("min_scale", 1.5), ("colour", -0.1), ("colour", 2.0)]
-)
-def test_augmentation_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(UserError, match=rf"--data\.augmentation\.{name} is {value}"):
-        Augmentation(**{name: value})  # type: ignore[arg-type]
+    for name, value in (("min_scale", 0.0), ("min_scale", 1.5), ("colour", -0.1), ("colour", 2.0)):
+        with pytest.raises(UserError, match=rf"--data\.augmentation\.{name} {value}"):
+            Augmentation(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.real
-def test_photographs_are_decoded_as_pillow_does(shared_data: Path) -> None:
+def test_photographs_are_decoded_like_pillow(shared_data: Path) -> None:
     for path in sorted((shared_data / "flickr8k" / "Images_original").iterdir())[:10]:
         with Image.open(path) as image:
             assert difference(decode_image(path), pixels(image)) <= 3

@@ -134,7 +134,7 @@ def test_paired_test_sees_a_difference_and_none():
     difference, low, high, p = found["rsum"]
     assert 0 < low and p < 1e-4
     assert paired_differences(worse, better)["rsum"] == pytest.approx((-difference, -high, -low, p))
-    with pytest.raises(ValueError, match="same images"):
+    with pytest.raises(ValueError, match="different images"):
         paired_differences(better, split_hits(150, 1.0, seed=1))
 
 

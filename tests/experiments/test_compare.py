@@ -1,13 +1,14 @@
-"""`compare-backbones` and `compare` as a person runs them."""
+"""The commands `compare-backbones` and `compare`."""
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from wandb_server import WandbServer
 
 from clip_lightning.__main__ import main
 from clip_lightning.data.features import FeatureCache
-from clip_lightning.experiments import backbones
+from clip_lightning.experiments import backbones, costs
 from clip_lightning.experiments.costs import image_latency
 from clip_lightning.experiments.run_records import RECALLS
 from clip_lightning.model.clip import CLIP, parameter_counts
@@ -28,14 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 Words = Callable[..., list[str]]
 IMAGES = "random:test_resnet,random:test_vit"
-FILES = {
-    "comparison.md",
-    "comparison.csv",
-    "comparison.json",
-    "heatmap.png",
-    "recall_latency.png",
-    "index.html",
-}
+FILES = {"comparison.md", "comparison.csv", "comparison.json", "index.html"}
 
 
 class At(Callback):
@@ -50,36 +44,39 @@ class At(Callback):
 
 
 @pytest.fixture(scope="session")
-def words(bert: Path, scenes: Path) -> Words:
-    """Builds the words of a small comparison of 2 × 2 towers; keywords with two underscores for dots."""
+def words(bert: Path, command: Words) -> Words:
+    """Builds the options of a small comparison of 2 × 2 towers; keywords with two underscores for dots."""
 
     def build(out: Path | None, **changes: Any) -> list[str]:
         options = {
+            "model__image_tower": ...,
+            "model__text_tower": ...,
             "image_towers": IMAGES,
             "text_towers": f"{bert},{bert}@cls",
-            "data.root": scenes,
-            "data.image_size": 32,
-            "data.batch_size": 8,
-            "data.num_workers": 0,
-            "data.captions_per_image": 1,
-            "model.heads.embed_dim": 16,
-            "trainer.accelerator": "cpu",
-            "trainer.precision": 32,
-            "trainer.logger": "false",
-            "trainer.enable_progress_bar": "false",
-            "trainer.max_epochs": 1,
-            "trainer.check_val_every_n_epoch": 1,
-            "predictions.queries": 0,
-            **({} if out is None else {"out": out, "data.cache": out.parent / "features"}),
+            "data__batch_size": 8,
+            "data__captions_per_image": 1,
+            "trainer__precision": 32,
+            "trainer__max_epochs": 1,
+            "trainer__check_val_every_n_epoch": 1,
+            "trainer__default_root_dir": "runs",
+            "predictions__queries": 0,
         }
-        options |= {name.replace("__", "."): value for name, value in changes.items()}
-        return [f"--{name}={value}" for name, value in options.items() if value is not ...]
+        options |= {} if out is None else {"out": out, "data__cache": out.parent / "features"}
+        return command("compare-backbones", Path(), **(options | changes))
 
     return build
 
 
 def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "comparison.json").read_text())
+
+
+def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that refuses the arguments."""
+    assert main(arguments) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("clip-lightning: error: ")
+    return line
 
 
 def runs_of(folder: Path) -> dict[str, Path]:
@@ -94,28 +91,23 @@ def runs_of(folder: Path) -> dict[str, Path]:
 def finished(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A comparison of 2 × 2 towers."""
     folder = tmp_path_factory.mktemp("comparison") / "finished"
-    assert main(["compare-backbones", *words(folder)]) == 0
+    assert main(words(folder)) == 0
     yield folder
 
 
 def test_every_pair_is_trained_once_on_features_computed_once(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == FILES | {"runs", "command.json"}
-    names = [
-        f"{image}_x_{text}-0"
-        for image in ("random_test_resnet", "random_test_vit")
-        for text in ("bert", "bert@cls")
-    ]
-    assert sorted(runs_of(finished)) == names
+    assert {path.name for path in finished.iterdir()} == FILES | {"runs"}
+    resnet, vit = (f"random_test_{name}_x_bert" for name in ("resnet", "vit"))
+    assert sorted(runs_of(finished)) == [f"{resnet}-0", f"{resnet}@cls-0", f"{vit}-0", f"{vit}@cls-0"]
     keys = [entry.key for entry in FeatureCache(finished.parent / "features").entries()]
     images = [(key["name"], key["view"]) for key in keys if key["kind"] == "image"]
-    assert sorted(images) == sorted(
-        (name, view) for name in IMAGES.split(",") for view in (0, 0, 1)
-    )  # train, val
+    trained_and_validated = [(name, view) for name in IMAGES.split(",") for view in (0, 0, 1)]
+    assert sorted(images) == sorted(trained_and_validated)
     texts = [key["name"].rpartition("/")[2] for key in keys if key["kind"] == "text"]
     assert sorted(texts) == ["bert", "bert", "bert@cls", "bert@cls"]
 
 
-def test_the_table_says_what_the_runs_say(finished: Path) -> None:
+def test_the_table_matches_the_runs(finished: Path) -> None:
     rows = result(finished)["rows"]
     assert [row["rsum"] for row in rows] == sorted((row["rsum"] for row in rows), reverse=True)
     for row in rows:
@@ -127,13 +119,13 @@ def test_the_table_says_what_the_runs_say(finished: Path) -> None:
         trained = [*clip.heads.parameters(), clip.logit_scale]
         assert row["parameters_trained"] == sum(p.numel() for p in trained)
         assert row["feature_bytes_per_picture"] == 2 * clip.image_tower.width
-        # 32 pictures to train with in two views, 4 to validate; all have five captions
+        # 32 training images in two views, and 4 validation images; all have five captions
         features = 2 * (clip.image_tower.width * (2 * 32 + 4) + clip.text_tower.width * 5 * 36)
         assert features < row["feature_bytes"] <= features + 5 * 128  # a header a file
         assert 0 <= row["training_seconds"] <= metrics["seconds"]
     latencies = {row["image_tower"]: row["image_latency_ms"] for row in rows}
     assert all(row["image_latency_ms"] == latencies[row["image_tower"]] > 0 for row in rows)
-    assert result(finished)["latency_conditions"] == ["one picture, fp32, CPU with 1 threads"]
+    assert result(finished)["latency_conditions"] == ["one image, fp32, CPU with 1 threads"]
 
 
 def test_the_same_command_again_trains_nothing(
@@ -141,18 +133,17 @@ def test_the_same_command_again_trains_nothing(
 ) -> None:
     monkeypatch.setattr(backbones, "fit", lambda *_: pytest.fail("trained again"))
     before = result(finished)
-    assert main(["compare-backbones", "--json", *words(finished)]) == 0
+    assert main([*words(finished), "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == before | {"folder": str(finished)}
-    assert err.count("finished before") == 4
-    assert "pair 3 of 4: random:test_vit × bert\n" in err
+    assert "pair 3 of 4: random:test_vit × bert: finished, rsum " in err
 
 
-def test_other_settings_or_data_are_trained_anew(
+def test_other_settings_or_data_are_trained_again(
     finished: Path, words: Words, monkeypatch: pytest.MonkeyPatch, scenes: Path, tmp_path: Path
 ) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr(backbones, "fit", lambda words, _: asked.append(words))
+    monkeypatch.setattr(backbones, "fit", lambda words, *_: asked.append(words))
     folder, fewer = tmp_path / "c", tmp_path / "fewer"
     shutil.copytree(finished, folder)
     shutil.copytree(scenes, fewer)
@@ -163,81 +154,71 @@ def test_other_settings_or_data_are_trained_anew(
         ({"model__heads__dropout": 0.2}, 4),
         ({"image_towers": "random:test_resnet@max,random:test_vit"}, 2),
         ({"data__root": fewer}, 0),  # the same data elsewhere
-        ({"data__splits__val_fraction": 0.2}, 4),
+        ({"data__read__splits__val_fraction": 0.2}, 4),
     ):
         asked.clear()
-        main(["compare-backbones", *words(folder, **changes)])
+        main(words(folder, **changes))
         assert len(asked) == trainings, changes
 
 
 def test_without_out_the_same_command_finds_its_folder(
     words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And two lines per pair, besides the progress of features, are all that is printed."""
     monkeypatch.chdir(tmp_path)
     given = words(None, image_towers="random:test_resnet", data__cache=tmp_path / "features")
-    assert main(["compare-backbones", *given]) == 0
+    assert main(given) == 0
+    err = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    said = [line.partition(":")[0] for line in err if line and "row/s]" not in line]
+    assert said[0].startswith("read captions.csv")
+    assert said[1:] == ["pair 1 of 2"] * 2 + ["pair 2 of 2"] * 2
     (folder,) = Path("runs").iterdir()
-    assert main(["compare-backbones", *given]) == 0
+    assert main(given) == 0
     assert list(Path("runs").iterdir()) == [folder]
-    assert f"going on in {folder}" in capsys.readouterr().err
+    assert f"resuming the comparison in {folder}" in capsys.readouterr().err
 
 
-def test_a_tower_that_is_not_there_is_listed_as_failed(
-    words: Words, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = words(tmp_path / "c", image_towers="random:nosuch,random:test_resnet", text_towers=bert)
-    assert main(["compare-backbones", *given]) == 1
-    out, err = capsys.readouterr()
-    assert err.index("random:nosuch cannot be compared") < err.index("pair 1 of 2")
-    assert "1 of 2 pairs failed" in err
-    assert "random:test_resnet × bert" in out
-    (failed,) = result(tmp_path / "c")["failed"]
-    assert failed["name"] == "random:nosuch × bert"
-    assert "unknown image tower 'nosuch'" in failed["reason"]
-    assert len(result(tmp_path / "c")["rows"]) == 1
-    assert "unknown image tower" in (tmp_path / "c" / "index.html").read_text()
-
-
-def test_a_pair_that_breaks_ends_nothing_and_is_tried_again(
-    words: Words,
-    bert: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_failed_pairs_are_listed_and_retried(
+    words: Words, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     fit, asked = backbones.fit, []
 
-    def breaks_first(words: list[str], callbacks: Any) -> Path:
+    def breaks_first(words: list[str], *given: Any) -> Path:
         asked.append(words)
         if len(asked) == 1:
             raise RuntimeError("the disk\nis full")
-        return fit(words, callbacks)
+        return fit(words, *given)
 
     monkeypatch.setattr(backbones, "fit", breaks_first)
-    given = words(tmp_path / "c", text_towers=bert)
-    assert main(["compare-backbones", *given]) == 1
-    (failed,) = result(tmp_path / "c")["failed"]
-    assert failed == {"name": "random:test_resnet × bert", "reason": "RuntimeError: the disk is full"}
-    assert "Traceback" in capsys.readouterr().err
-    assert main(["compare-backbones", *given]) == 0
+    given = words(tmp_path / "c", image_towers=f"random:nosuch,{IMAGES}", text_towers=bert)
+    assert main(given) == 1
+    out, err = capsys.readouterr()
+    assert err.index("random:nosuch cannot be used") < err.index("pair 1 of 3")
+    assert "2 of 3 pairs failed" in err and "Traceback" in err
+    assert "random:test_vit × bert" in out
+    missing, broken = result(tmp_path / "c")["failed"]
+    assert missing["name"] == "random:nosuch × bert" and "unknown image tower 'nosuch'" in missing["reason"]
+    assert broken == {"name": "random:test_resnet × bert", "reason": "RuntimeError: the disk is full"}
+    assert "unknown image tower" in (tmp_path / "c" / "index.html").read_text()
+    assert main(given) == 1
     assert len(asked) == 3
     assert len(result(tmp_path / "c")["rows"]) == 2
 
 
-def test_ctrl_c_saves_the_pair_and_the_same_command_goes_on_with_it(
+def test_ctrl_c_saves_the_pair_and_the_same_command_resumes_it(
     words: Words, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit, asked = backbones.fit, []
 
-    def interrupted_second(words: list[str], callbacks: list[Callback]) -> Path:
+    def interrupted_second(words: list[str], callbacks: list[Callback], out: Any) -> Path:
         asked.append(words)
-        return fit(words, [*callbacks, *([At(6)] if len(asked) == 2 else [])])
+        return fit(words, [*callbacks, *([At(6)] if len(asked) == 2 else [])], out)
 
     monkeypatch.setattr(backbones, "fit", interrupted_second)
     given = words(tmp_path / "c", text_towers=bert, trainer__max_epochs=2)
-    assert main(["compare-backbones", *given]) == 130
+    assert main(given) == 130
     assert [row["name"] for row in result(tmp_path / "c")["rows"]] == ["random:test_resnet × bert"]
-    assert main(["compare-backbones", *given]) == 0
+    assert main(given) == 0
     assert len(asked) == 3  # the finished pair is not asked for again
     stopped = runs_of(tmp_path / "c")["random_test_vit_x_bert-0"]
     assert asked[2][-1] == f"--ckpt_path={stopped / 'checkpoints' / 'last.ckpt'}"
@@ -245,36 +226,34 @@ def test_ctrl_c_saves_the_pair_and_the_same_command_goes_on_with_it(
     assert len(result(tmp_path / "c")["rows"]) == 2
 
 
-def test_a_file_says_the_same_and_the_command_line_goes_before_it(
+def test_a_file_of_options_and_precedence_of_the_command_line(
     words: Words, bert: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr(backbones, "fit", lambda words, _: asked.append(words))
+    monkeypatch.setattr(backbones, "fit", lambda words, *_: asked.append(words))
     content = {
         "image_towers": ["random:test_resnet", "random:test_vit"],
         "text_towers": str(bert),
         "config": "heads",
         "seeds": 2,
-        "data": {"root": str(scenes), "image_size": 32, "batch_size": 8},
-        "data.num_workers": 0,
+        "data": {"root": str(scenes), "batch_size": 8},
         "model": {
+            "towers": {"image_size": 32},
             "loss": {"class_path": "InfoNCE", "init_args": {"label_smoothing": 0.2}},
-            "heads": {"embed_dim": 16},
         },
+        "model.heads.embed_dim": 16,
         "trainer": {"logger": False},
     }
     (tmp_path / "towers.yaml").write_text(yaml.safe_dump(content))
     given = [
         f"--file={tmp_path / 'towers.yaml'}",
         f"--out={tmp_path / 'c'}",
-        "--image_towers",
-        "random:test_vit",
+        "--image_towers=random:test_vit",
     ]
     main(["compare-backbones", *given, "--model.heads.embed_dim=8"])
     assert len(asked) == 2
-    assert [
-        word for word in asked[1] if word.startswith(("--seed", "--model.heads", "--config", "--model.image"))
-    ] == [
+    begins = ("--seed", "--model.heads", "--config", "--model.image")
+    assert [argument for argument in asked[1] if argument.startswith(begins)] == [
         "--config=heads",
         "--model.heads.embed_dim=16",
         "--model.heads.embed_dim=8",
@@ -290,68 +269,50 @@ def test_a_file_says_the_same_and_the_command_line_goes_before_it(
         ({"image_towers": ...}, "--image_towers: expected names separated by commas"),
         ({"text_towers": "a,,b"}, "--text_towers: expected names separated by commas"),
         ({"seeds": 0}, "--seeds 0: expected 1 or more"),
-        ({"seeds": "x"}, "seeds"),
-        ({"data.root": "nowhere"}, "nowhere"),
-        ({"model.embed_dims": 3}, "did you mean --model.heads.embed_dim?"),
-        ({"model.init_from": "bundle"}, "--model.init_from has towers already"),
-        ({"ckpt_path": "last"}, "--ckpt_path"),
-        ({"trainer.devices": 2}, "--trainer.devices"),
+        ({"seeds": "true"}, "--seeds: expected a whole number, got True"),
+        ({"data__root": "nowhere"}, "nowhere"),
+        ({"model__embed_dims": 3}, "did you mean --model.heads.embed_dim?"),
+        ({"model__init_from": "bundle"}, "--model.init_from has its own towers"),
+        ({"ckpt_path": "last"}, "--ckpt_path last"),
+        ({"trainer__devices": 2}, "--trainer.devices and --trainer.num_nodes"),
+        ({"trainer__strategy": "fsdp"}, "--trainer.strategy fsdp"),
         ({"config": "nosuch"}, "no configuration 'nosuch'"),
         ({"file": "nowhere.yaml"}, "--file nowhere.yaml cannot be read"),
-        ({"seeds": "true"}, "seeds"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_invalid_options_print_one_line(
     words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], expected: str
 ) -> None:
-    given = words(tmp_path / "c", **{name.replace(".", "__"): value for name, value in changes.items()})
-    assert main(["compare-backbones", *given]) == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("clip-lightning: error: ")
-    assert expected in line
+    assert expected in complaint(words(tmp_path / "c", **changes), capsys)
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"image_towers": 5}, "--image_towers: expected names"),
-        ({"image_towers": ["a", 5]}, "--image_towers: expected names"),
-        ({"image_towers": {"a": "b"}}, "--image_towers: expected names"),
-        ({"out": 5}, "--out 5: expected the name of a folder"),
-        ({"config": 5}, "config: expected a name or a list of names, got 5"),
-        ({"config": [5]}, "config: expected a name or a list of names, got [5]"),
-        ({"seeds": True}, "--seeds true: expected 1 or more"),
-        ({"seeds": datetime.date(2026, 1, 1)}, '--seeds "2026-01-01": expected 1 or more'),
-        ({5: "a"}, "expected names of options, got 5"),
-        ({"model": {"embed_dim": datetime.date(2026, 1, 1)}}, "embed_dim"),
-        (["a"], "expected options and their values"),
+        ({"image_towers": ["a", ""]}, "--image_towers: expected names separated by commas"),
+        ({"config": [5]}, "no configuration '5'"),
+        ({"seeds": datetime.date(2026, 1, 1)}, "--seeds: expected a whole number"),
+        ({5: "a"}, "--5"),
+        (["a"], "expected a mapping from options to values"),
     ],
 )
-def test_wrong_values_in_a_file_are_one_line(
+def test_invalid_values_in_a_file_print_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, expected: str
 ) -> None:
     if isinstance(content, dict):
         content = {"image_towers": "random:test_vit", "text_towers": "x"} | content
     (tmp_path / "towers.yaml").write_text(yaml.safe_dump(content))
-    assert main(["compare-backbones", f"--file={tmp_path / 'towers.yaml'}"]) == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("clip-lightning: error: ")
-    assert expected in line
+    assert expected in complaint(["compare-backbones", f"--file={tmp_path / 'towers.yaml'}"], capsys)
 
 
 @pytest.mark.parametrize(
-    ("command", "option"),
-    [
-        ("compare", "usage: clip-lightning compare RUN [RUN ...] [options]"),
-        ("compare", "--group"),
-        ("compare-backbones", "[options of fit]"),
-        ("compare-backbones", "--seeds"),
-    ],
+    ("command", "usage"),
+    [("compare", "compare RUN [RUN ...] [options]"), ("compare-backbones", "[options of fit]")],
 )
-def test_help_lists_the_options(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_options(command: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     said = capsys.readouterr().out
-    assert option in said and "--out" in said and "--json" in said
+    assert all(part in said for part in (usage, "--out", "--json"))
 
 
 # finished runs
@@ -390,37 +351,29 @@ def test_finished_runs_are_measured_and_compared(finished: Path, tmp_path: Path)
 def test_options_that_differ_are_columns_and_runs_without_results_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_run(
-        tmp_path / "runs" / "1", 100, heads={"dropout": 0.1}, loss={"class_path": "b.SigLIP", "init_args": {}}
-    )
-    write_run(
-        tmp_path / "runs" / "2", 200, heads={"dropout": 0.3}, loss={"class_path": "b.SigLIP", "init_args": {}}
-    )
+    for n, dropout in ((1, 0.1), (2, 0.3)):
+        loss = {"class_path": "b.SigLIP", "init_args": {}}
+        write_run(tmp_path / "runs" / str(n), 100 * n, heads={"dropout": dropout}, loss=loss)
     write_run(tmp_path / "runs" / "3", None)
     (write_run(tmp_path / "runs" / "4", 1) / "metrics.json").write_text('{"seconds": 1}')
     (write_run(tmp_path / "runs" / "5", 1) / "metrics.json").write_text("{")
     assert main(["compare", "--json", str(tmp_path / "runs"), "--out", str(tmp_path / "c")]) == 0
     out, err = capsys.readouterr()
     table = json.loads(out)
-    assert main(["compare", "--json", "true", str(tmp_path / "runs"), "--out", str(tmp_path / "c")]) == 0
-    assert json.loads(capsys.readouterr().out) == table
     options = [(row["rsum"], row["options"], row["training_seconds"]) for row in table["rows"]]
     assert options == [(200, {"model.heads.dropout": 0.3}, 20), (100, {"model.heads.dropout": 0.1}, 20)]
     reasons = [each["reason"] for each in table["left_out"]]
-    assert [reason.split()[:3] for reason in reasons] == [
-        ["it", "has", "no"],
-        ["it", "has", "no"],
-        ["its", "files", "cannot"],
-    ]
+    assert [reason.split()[0] for reason in reasons] == ["it", "it", "its"]
     assert err.count("left out") == 3
     assert "model.heads.dropout" in (tmp_path / "c" / "comparison.md").read_text()
 
 
-def test_a_run_says_whether_it_was_interrupted(
+def test_an_interrupted_run_is_marked(
     words: Words, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pair = {"image_towers": ..., "text_towers": ..., "model.image_tower": "random:test_vit"}
-    fit = words(None, **pair, **{"model.text_tower": bert, "trainer.max_epochs": 2, "data.cache": tmp_path})
+    pair = {"image_towers": ..., "text_towers": ..., "model__image_tower": "random:test_vit"}
+    pair |= {"model__text_tower": bert, "trainer__max_epochs": 2, "data__cache": tmp_path}
+    _, *fit = words(None, **pair)
     for step in (6, 99):
         folder = tmp_path / str(step)
         at = ["--trainer.callbacks=test_compare.At", f"--trainer.callbacks.step={step}"]
@@ -444,55 +397,43 @@ def test_runs_on_different_data_are_flagged(tmp_path: Path, capsys: pytest.Captu
     assert main(["compare", *map(str, runs), f"--out={tmp_path / 'c'}"]) == 0
     assert "WARNING: these runs were scored on 2 different data sets" in capsys.readouterr().err
     assert [row["rank"] for row in result(tmp_path / "c")["rows"]] == [1, 1]
-    assert "2 different data sets" in (tmp_path / "c" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ([], "nothing to compare: give the folders of runs"),
-        (["nowhere"], "nowhere is no folder"),
-        (["empty"], "empty holds no run"),
-        (["unfinished"], "unfinished is left out, it has no metrics.json"),
-        (["run", "--group=g"], "--group chooses among the runs of a W&B project"),
-        (["run", "--out=file"], "--out file cannot be made"),
+        ([], "there is nothing to compare; give run folders"),
+        (["nowhere"], "nowhere is not a folder"),
+        (["empty"], "empty contains no run"),
+        (["unfinished"], "left out unfinished: it has no metrics.json"),
+        (["run", "--group=g"], "--group selects runs of a W&B project"),
+        (["run", "--out=file"], "--out file cannot be created"),
         (["run", "--seeds=2"], "seeds"),
         (["run", "--out"], "--out"),
         (["--out", "--json", "run"], "--out"),
         (["wandb:project"], "expected wandb:ENTITY/PROJECT"),
-        (["wandb:entity/project"], "no W&B key is configured"),
+        (["wandb:entity/project"], "no W&B API key is configured"),
     ],
 )
-def test_mistakes_in_runs_are_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    given: list[str],
-    expected: str,
+def test_invalid_runs_print_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, given: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("file").touch()
     write_run(Path("unfinished"), None)
     write_run(Path("run"), 1)
-    assert main(["compare", *given]) == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("clip-lightning: error: ")
-    assert expected in line
+    assert expected in complaint(["compare", *given], capsys)
 
 
 # Weights & Biases
 
 
 def test_pairs_are_runs_of_one_group_which_can_be_compared(
-    words: Words,
-    bert: Path,
-    wandb_server: WandbServer,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    words: Words, bert: Path, wandb_server: WandbServer, tmp_path: Path, capsys: Any
 ) -> None:
     given = words(tmp_path / "ours", text_towers=bert, trainer__logger=..., trainer__max_epochs=2)
-    assert main(["compare-backbones", *given]) == 0
+    assert main(given) == 0
     runs = list(wandb_server.runs.values())
     assert [run.display_name for run in runs] == ["random:test_resnet × bert", "random:test_vit × bert"]
     assert {(run.group, run.state) for run in runs} == {("ours", "finished")}
@@ -503,7 +444,7 @@ def test_pairs_are_runs_of_one_group_which_can_be_compared(
     for ours, online in zip(local["rows"], table["rows"], strict=True):
         same = ours.keys() - {"places", "training_seconds"}
         assert {name: online[name] for name in same} == {name: ours[name] for name in same}
-        assert online["training_seconds"] == pytest.approx(ours["training_seconds"], abs=1)
+        assert online["training_seconds"] >= ours["training_seconds"] - 0.1, "measured after it, and rounded"
     assert main([*theirs, f"wandb:tester/clip-lightning/{runs[0].id}"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     together = [str(tmp_path / "ours"), "wandb:tester/clip-lightning"]
@@ -522,15 +463,17 @@ def test_pairs_are_runs_of_one_group_which_can_be_compared(
 # costs
 
 
-def test_latency_leaves_the_model_as_it_was(make_clip: Callable[..., CLIP]) -> None:
+def test_measuring_the_latency_does_not_change_the_model(
+    make_clip: Callable[..., CLIP], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clip = make_clip().train()
     before = {name: value.clone() for name, value in clip.state_dict().items()}
-    began = time.perf_counter()
-    measured = image_latency(clip)
-    spent = 1000 * (time.perf_counter() - began)
+    ticks = itertools.count(0, 0.125)
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert image_latency(clip)["image_latency_ms"] == 125
+    assert next(ticks) == 2 * 8 * 0.125, "three runs to warm up, and five"
     assert clip.training
     assert all(torch.equal(value, before[name]) for name, value in clip.state_dict().items())
-    assert 0 < measured["image_latency_ms"] < spent / 5  # there were five runs at least
     assert clip.logit_scale.grad is None
     counts = parameter_counts(clip)
     clip.freeze("both")

@@ -1,4 +1,4 @@
-"""`sweep`: trials, stopping and resuming, what is left in the folder, and the same file on W&B's agents."""
+"""`sweep`: trials, stopping and resuming, the files of a search, and the same file on W&B's agents."""
 
 from __future__ import annotations
 
@@ -52,6 +52,21 @@ class Touches(Callback):
         time.sleep(60)
 
 
+class Meets(Callback):
+    """Waits until a second process trains, too."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + 120
+        while len(list(self.folder.iterdir())) < 2:
+            assert time.monotonic() < deadline, "no other process trains"
+            time.sleep(0.05)
+
+
 class Diverges(Callback):
     """Diverges when the learning rate is 1."""
 
@@ -64,30 +79,16 @@ Search = Callable[..., list[str]]
 
 
 @pytest.fixture
-def search(bert: Path, scenes: Path, tmp_path: Path) -> Search:
+def search(command: Callable[..., list[str]], tmp_path: Path) -> Search:
     """Builds the arguments of `sweep` for a file of this content, with its results under tmp_path."""
-    options = {
-        "model.image_tower": "random:test_resnet",
-        "model.text_tower": f"random:{bert}",
-        "model.heads.embed_dim": 16,
-        "data.root": scenes,
-        "data.image_size": 32,
-        "data.batch_size": 8,
-        "data.num_workers": 0,
-        "predictions.queries": 0,
-        "trainer.accelerator": "cpu",
-        "trainer.logger": "false",
-        "trainer.max_epochs": 2,
-        "trainer.default_root_dir": tmp_path / "runs",
-    }
+
+    usual = {"data__batch_size": 8, "predictions__queries": 0, "trainer__enable_progress_bar": ...}
 
     def build(content: dict[str, Any], *more: str, **changes: Any) -> list[str]:
-        fixed = {name: value for name, value in {**options, **changes}.items() if value is not None}
-        base = [f"--{name}={value}" for name, value in fixed.items()]
-        file = tmp_path / "tiny.yaml"
-        content = {"command": ["clip-lightning", "fit", *base, "${args}"], **content}
-        file.write_text(yaml.safe_dump(content, sort_keys=False))
-        return ["sweep", str(file), *more]
+        base = command("fit", tmp_path / "runs", **(usual | changes))
+        content = {"command": ["clip-lightning", *base, "${args}"], **content}
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return ["sweep", str(tmp_path / "tiny.yaml"), *more]
 
     return build
 
@@ -111,7 +112,7 @@ def states(folder: Path) -> list[str]:
     return [trial.state.name for trial in study_of(folder).trials]
 
 
-def test_a_search_and_what_it_leaves(
+def test_the_files_of_a_search(
     search: Search, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parameters = {
@@ -168,15 +169,19 @@ def test_a_grid_is_trained_in_its_order_and_resumed(
     assert "the search space is exhausted: all 4 points have been tried" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["random", "bayes"])
-def test_a_finite_space_ends(method: str, search: Search, folder: Path, capsys: Any) -> None:
-    content = {**grid(lr=[0.001, 0.01], dropout=[0.0]), "method": method}
-    assert main(search(content, "--trials", "9")) == 0
-    assert "all 2 points have been tried" in capsys.readouterr().err
+def test_a_finite_space_ends_and_trials_print_their_warnings(
+    search: Search, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {**grid(lr=[0.001, 0.01], dropout=[0.0]), "method": "bayes"}
+    assert main(search(content, "--trials", "9", "--model.towers.max_length=4")) == 0
+    errors = capsys.readouterr().err
+    assert "all 2 points have been tried" in errors
+    assert errors.count("are longer than 4 tokens and are truncated") == 2, "each trial has its own towers"
+    assert errors.count("read captions.csv") == 1, "all trials have the same data"
     assert sorted(trial.params[LR] for trial in study_of(folder).trials) == [0.001, 0.01]
 
 
-def test_a_failed_trial_is_told_and_tried_again_by_the_next_command(
+def test_a_failed_trial_is_printed_and_retried_by_the_next_command(
     search: Search, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As is one that was interrupted any number of times."""
@@ -193,7 +198,7 @@ def test_a_failed_trial_is_told_and_tried_again_by_the_next_command(
     for _ in range(2):
         assert main([*arguments, touches, "--trainer.callbacks.step=2"]) == 130
         said = capsys.readouterr()
-        assert "the same command again resumes the search" in said.err
+        assert "repeat the same command to resume the search" in said.err
         assert "--ckpt_path last" not in said.err, "which is of a run alone"
         assert "search tiny" in said.out, "what there is, is reported"
     assert states(folder) == ["FAIL"] * 3 + ["WAITING"]
@@ -207,11 +212,11 @@ def test_a_failed_point_of_a_grid_does_not_end_the_search(search: Search, capsys
     assert main(search(grid(dropout=[2.0, 0.0]), "--json")) == 1, "a point of the grid is missing"
     said = capsys.readouterr()
     assert [trial["state"] for trial in json.loads(said.out)["trials"]] == ["finished", "failed"]
-    assert (
-        "1 of 2 trials finished; trial 0 failed: --model.heads.embed_dim 16 and" in said.err.splitlines()[-1]
-    )
+    assert "1 of 2 trials finished; trial 0 failed: embed_dim 16 and" in said.err.splitlines()[-1]
     assert "Traceback" not in said.err
     assert "rsum" not in said.err.replace("val/rsum", ""), "the tables of runs are not printed"
+    assert main(search(grid(dropout=[2.0, 3.0, 4.0, 5.0]), "--study=hopeless")) == 1
+    assert "the search stops because 3 trials in a row failed" in capsys.readouterr().err
 
 
 def test_a_diverged_trial_is_the_worst_result(search: Search, folder: Path, capsys: Any) -> None:
@@ -227,11 +232,9 @@ def test_a_diverged_trial_is_the_worst_result(search: Search, folder: Path, caps
     assert study_of(folder).best_trial.number == good["trial"]
     assert main(arguments) == 0
     assert len(states(folder)) == 2, "it is not tried again"
-
-
-def test_nothing_but_diverged_trials_is_a_failure(search: Search, capsys: Any) -> None:
     content = {**grid(lr=[1.0]), "metric": {"name": "val/text_to_image_mean_rank", "goal": "minimize"}}
-    assert main(search(content, "--json", "--trainer.callbacks=test_sweeps.Diverges")) == 1
+    capsys.readouterr()
+    assert main([*search(content, *arguments[2:]), "--study=worst"]) == 1, "no other result is a failure"
     said = capsys.readouterr()
     assert json.loads(said.out)["trials"][0]["value"] is None
     assert "0 of 1 trials finished; trial 0 diverged: " in said.err.splitlines()[-1]
@@ -254,19 +257,15 @@ def test_other_data_or_options_are_another_study(
     ):
         assert main(search(changed, option)) == 2
         said = capsys.readouterr().err
-        assert f"the study 'tiny' was begun with other {named}; give --study NAME to begin another" in said
+        assert (
+            f"the study 'tiny' was started with different {named}; set --study NAME to start another" in said
+        )
     assert (folder / "best.yaml").read_text() == before
     assert main(search(content, "--model.heads.dropout=0.5", "--study=other one")) == 0
     assert "dropout: 0.5" in (tmp_path / "runs" / "sweep-other-one" / "best.yaml").read_text()
 
 
-def test_nothing_but_failures_ends_it(search: Search, folder: Path, capsys: Any) -> None:
-    assert main(search(grid(dropout=[2.0, 3.0, 4.0, 5.0]))) == 1
-    assert "the search stops because 3 trials in a row failed" in capsys.readouterr().err
-    assert states(folder) == ["FAIL"] * 3
-
-
-def test_hopeless_trials_are_stopped_early(
+def test_bad_trials_are_stopped_early(
     search: Search, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What does not learn at all is behind what does after the first validation."""
@@ -311,8 +310,8 @@ def test_a_killed_search_is_resumed(
     assert after[2].params == after[1].params, "what it was trying is tried again"
 
 
-def test_the_trial_of_another_machine_that_is_gone_is_tried_again(
-    search: Search, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_the_trial_of_a_lost_machine_is_retried(
+    search: Search, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clip_lightning.experiments.sweeps.study.GRACE_SECONDS", 1)
     url = f"sqlite:///{tmp_path / 'shared.db'}"
@@ -323,25 +322,19 @@ def test_the_trial_of_another_machine_that_is_gone_is_tried_again(
     lost = study.ask({LR: CategoricalDistribution([0.001, 0.01])})
     optuna.storages.get_storage(url)._backend.record_heartbeat(lost._trial_id)
     assert main(arguments) == 0
-    assert "waiting for trials that other workers have begun" in capsys.readouterr().err
     found = [(trial.state, trial.params[LR]) for trial in study.trials]
     assert found == [(TrialState.COMPLETE, 0.001), (TrialState.FAIL, 0.01), (TrialState.COMPLETE, 0.01)]
     assert not (folder / "study.db").exists()
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
-    "unknown parameter": (
-        {"method": "grid", "parameters": {"model.optimizer.ler": {"values": [1]}}},
-        [],
-        "did you mean --model.optimizer.lr",
-    ),
     "a choice of another kind": (
         {"method": "grid", "parameters": {"model.heads.embed_dim": {"values": [16, "wide"]}}},
         [],
         "--model.heads.embed_dim: expected a whole number, got wide",
     ),
     "unknown option": (grid(lr=[1]), ["--data.rot=x"], "--data.rot"),
-    "no number of trials": (INFINITE, [], "--trials N: how many"),
+    "no number of trials": (INFINITE, [], "infinite, and the file has no run_cap; set --trials N"),
     "no data": (grid(lr=[1]), ["--data.root=/none"], "/none"),
     "no validation": (grid(lr=[1]), ["--trainer.limit_val_batches=0"], "limit_val_batches 0: a run without"),
     "no database": (grid(lr=[1]), ["--storage", "nonsense"], "--storage"),
@@ -349,7 +342,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
 
 
 @pytest.mark.parametrize(("content", "more", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_found_before_the_first_trial(
+def test_errors_are_raised_before_the_first_trial(
     content: dict[str, Any], more: list[str], message: str, search: Search, tmp_path: Path, capsys: Any
 ) -> None:
     assert main(search(content, *more)) == 2
@@ -361,15 +354,12 @@ def test_mistakes_are_found_before_the_first_trial(
 
 
 @pytest.mark.slow
-def test_workers_side_by_side(search: Search, folder: Path) -> None:
-    # long enough for the other process to arrive
-    long = ["--trainer.max_epochs=60", "--early_stopping.patience=60", "--trainer.check_val_every_n_epoch=20"]
-    assert main(search({**INFINITE, "run_cap": 5}, "--parallel", "2", *long)) == 0
+def test_two_workers_train_at_the_same_time(search: Search, folder: Path, tmp_path: Path) -> None:
+    meets = ["--trainer.callbacks=test_sweeps.Meets", f"--trainer.callbacks.folder={tmp_path / 'workers'}"]
+    assert main(search({**INFINITE, "run_cap": 5}, "--parallel", "2", *meets)) == 0
     trials = study_of(folder).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 5
     assert len({trial.params[LR] for trial in trials}) == 5
-    starts, ends = ([getattr(t, f"datetime_{end}") for t in trials] for end in ("start", "complete"))
-    assert any(start < end for start, end in zip(starts[1:], ends, strict=False))
 
 
 @pytest.mark.slow
@@ -392,7 +382,7 @@ def test_two_ranks_in_every_trial(search: Search, folder: Path) -> None:
 def test_trials_are_runs_of_one_group(
     wandb_server: WandbServer, search: Search, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = search(grid(lr=[0.001, 0.01]), **{"trainer.logger": None, "trainer.max_epochs": 1})
+    arguments = search(grid(lr=[0.001, 0.01]), trainer__logger=..., trainer__max_epochs=1)
     assert main(arguments) == 0
     runs = list(wandb_server.runs.values())
     assert [run.config["model"]["optimizer"]["lr"] for run in runs] == [0.001, 0.01]
@@ -408,7 +398,7 @@ def test_the_same_file_works_with_wandb_sweep_and_wandb_agent(
 ) -> None:
     parameters = {LR: {"values": [0.001, 0.01]}, "model.heads.embed_dim": {"value": 8}}
     content = {"method": "grid", "project": "p", "program": "clip-lightning", "parameters": parameters}
-    search(content, **{"trainer.logger": None, "trainer.max_epochs": 1, "model.heads.embed_dim": None})
+    search(content, trainer__logger=..., trainer__max_epochs=1, model__heads__embed_dim=...)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for arguments in (["sweep", "tiny.yaml"], ["agent", "--count", "1", "tester/p/sweep000"]):
         command = [sys.executable, "-m", "wandb", *arguments]

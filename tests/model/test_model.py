@@ -73,8 +73,6 @@ def test_a_single_text_is_one_item(make_clip: MakeClip) -> None:
     assert torch.equal(clip.embed_texts("a star"), clip.embed_texts(["a star"]))
     assert torch.equal(clip.embed_texts(text for text in TEXTS), clip.embed_texts(TEXTS))
     assert clip.tokenize("a star")["input_ids"].shape[0] == 1
-    with pytest.raises(TypeError, match="text 1 is nan; expected a string"):
-        clip.embed_texts(["a star", float("nan")])
 
 
 IMAGE_FORMS: dict[str, Callable[[Path], Any]] = {
@@ -103,7 +101,7 @@ def test_images_in_any_form_one_or_several(make_clip: MakeClip, tmp_path: Path, 
     assert torch.equal(clip.transform(make(paths[1])), clip.transform(decode_image(paths[1])))
 
 
-def test_an_image_that_cannot_be_read_is_named_or_skipped(
+def test_what_cannot_be_read_is_named_or_skipped(
     make_clip: MakeClip, pictures: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     clip, missing = make_clip(), tmp_path / "missing.jpg"
@@ -118,8 +116,14 @@ def test_an_image_that_cannot_be_read_is_named_or_skipped(
         "skipped image 5",
     ]
     assert "it is torch.float32 values of shape (3, 8, 8); expected" in caplog.text
+    caplog.clear()
+    texts: list[Any] = ["a star", float("nan"), "a dog"]
+    torch.testing.assert_close(clip.embed_texts(texts, errors="skip"), clip.embed_texts(["a star", "a dog"]))
+    assert [record.message for record in caplog.records] == ["skipped text 1: nan is not a string"]
+    with pytest.raises(TypeError, match="text 1 is nan; expected a string"):
+        clip.embed_texts(texts)
     with pytest.raises(ValueError, match="errors='raise' or 'skip'"):
-        clip.embed_images(pictures, errors="ignore")
+        clip.embed_images(pictures, errors="ignore")  # type: ignore[arg-type]
 
 
 def test_the_scale_is_clamped_and_can_come_down_again(make_clip: MakeClip) -> None:
@@ -266,46 +270,74 @@ def test_given_weights_are_written_in_place_of_the_present_ones(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_tokenizer_of_other_words_is_refused(bundle: Path) -> None:
+def edit(bundle: Path, part: str | None, **values: Any) -> None:
+    config = json.loads((bundle / "config.json").read_text())
+    (config if part is None else config[part]).update(values)
+    (bundle / "config.json").write_text(json.dumps(config))
+
+
+def cut(file: Path, fraction: float) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: int(fraction * len(content))])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def other_words(bundle: Path) -> None:
     file = bundle / "tokenizer.json"
     file.write_text(file.read_text().replace('"red"', '"der"'))
-    with pytest.raises(UserError, match="its tokenizer is not the one"):
-        CLIP.from_pretrained(bundle)
 
 
-def test_a_tokenizer_that_got_another_file_is_refused(bundle: Path) -> None:
-    (bundle / "added_tokens.json").write_text('{"red": 3}')
-    with pytest.raises(UserError, match="its tokenizer is not the one"):
-        CLIP.from_pretrained(bundle)
-
-
-def test_a_tokenizer_that_lost_a_file_is_refused(bundle: Path) -> None:
-    config = json.loads((bundle / "config.json").read_text())
-    assert "tokenizer.json" in config["tokenizer_files"]
+def forget_the_tokenizer(bundle: Path) -> None:
     (bundle / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"lacks its tokenizer's file tokenizer\.json"):
-        CLIP.from_pretrained(bundle)
-    config["tokenizer_files"].remove("tokenizer.json")
-    (bundle / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="its tokenizer is not the one"):
-        CLIP.from_pretrained(bundle)
+    edit(bundle, None, tokenizer_files=[])
 
 
 @pytest.mark.parametrize(
-    ("part", "change"),
+    ("spoil", "message"),
     [
-        ("transform", {"mean": [0, 0, 0]}),
-        ("transform", {"size": [48, 48]}),
-        ("transform", {"interpolation": "nearest"}),
-        ("tokenizer", {"max_length": 5}),
+        (other_words, "the tokenizer is not the one"),
+        (lambda b: (b / "added_tokens.json").write_text('{"red": 3}'), "the tokenizer is not the one"),
+        (lambda b: (b / "tokenizer.json").unlink(), r"lacks the tokenizer file tokenizer\.json"),
+        (forget_the_tokenizer, "the tokenizer is not the one"),
+        (lambda b: edit(b, "transform", mean=[0, 0, 0]), "the transform is not the one"),
+        (lambda b: edit(b, "transform", size=[48, 48]), "the transform is not the one"),
+        (lambda b: edit(b, "text_tower", max_length=5), "the tokenizer is not the one"),
+        (lambda b: edit(b, None, format=2), "upgrade clip-lightning"),
+        # no memory is taken for what only the configuration describes
+        (
+            lambda b: edit(b, None, embed_dim=10**12),
+            r"is \(\d+.*, but \(.*get the complete model",
+        ),
+        (
+            lambda b: edit(b, "text_tower", config=huge(b)),
+            r"is \(\d+.*, but \(.*get the complete model",
+        ),
+        (lambda b: (b / "config.json").unlink(), "is not a clip-lightning bundle"),
+        (lambda b: (b / "model.safetensors").unlink(), "is not a clip-lightning bundle"),
+        (lambda b: cut(b / "config.json", 0), "damaged"),
+        (lambda b: cut(b / "config.json", 0.5), "damaged"),
+        (lambda b: cut(b / "model.safetensors", 0), "damaged"),
+        (lambda b: cut(b / "model.safetensors", 0.5), "damaged"),
+        (lambda b: flip_a_bit(b / "model.safetensors"), "its weights do not match their checksum"),
     ],
 )
-def test_an_edited_configuration_is_refused(bundle: Path, part: str, change: dict[str, object]) -> None:
-    config = json.loads((bundle / "config.json").read_text())
-    config["transform" if part == "transform" else "text_tower"] |= change
-    (bundle / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"its {part} is not the one"):
+def test_a_bundle_that_was_changed_is_refused(
+    bundle: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(bundle)
+    with pytest.raises(UserError, match=message):
         CLIP.from_pretrained(bundle)
+
+
+def huge(bundle: Path) -> dict[str, object]:
+    """The text tower's configuration with layers of a trillion."""
+    config: dict[str, object] = json.loads((bundle / "config.json").read_text())["text_tower"]["config"]
+    return config | {"intermediate_size": 10**12}
 
 
 def test_what_a_bundle_may_carry_besides(bundle: Path) -> None:
@@ -319,36 +351,13 @@ def test_what_a_bundle_may_carry_besides(bundle: Path) -> None:
     CLIP.from_pretrained(bundle)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_missing_file(bundle: Path, name: str) -> None:
-    (bundle / name).unlink()
-    with pytest.raises(UserError, match="no clip-lightning bundle"):
-        CLIP.from_pretrained(bundle)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("share", [0, 0.5])
-def test_a_truncated_file(bundle: Path, name: str, share: float) -> None:
-    content = (bundle / name).read_bytes()
-    (bundle / name).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match="damaged"):
-        CLIP.from_pretrained(bundle)
-
-
-def test_a_later_format(bundle: Path) -> None:
-    config = json.loads((bundle / "config.json").read_text())
-    (bundle / "config.json").write_text(json.dumps(config | {"format": 2}))
-    with pytest.raises(UserError, match="upgrade clip-lightning"):
-        CLIP.from_pretrained(bundle)
-
-
 @pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder", "nothing", "a b"])
 def test_no_bundle_there(name: str) -> None:
     with pytest.raises(UserError, match="no such folder"):
         CLIP.from_pretrained(name)
 
 
-@pytest.mark.parametrize("step", ["save_file", "model_card", "_replace_folder", "os.replace"])
+@pytest.mark.parametrize("step", ["save_file", "_model_card", "_replace_folder", "os.replace"])
 def test_a_failure_leaves_the_old_bundle_whole(
     bundle: Path, make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -393,18 +402,6 @@ def test_nothing_but_a_bundle_is_replaced(make_clip: MakeClip, tmp_path: Path) -
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_relative_folder(make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_clip().save_pretrained("deep/model")
-    CLIP.from_pretrained("deep/model")
-
-
-@pytest.mark.parametrize("options", [{"embed_dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
-def test_impossible_heads(make_clip: MakeClip, options: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"--model\.heads\.embed_dim"):
-        make_clip(**options)
-
-
 @pytest.mark.parametrize("which", ["none", "image", "text", "both"])
 def test_freezing(make_clip: MakeClip, which: str) -> None:
     clip = make_clip()
@@ -417,26 +414,83 @@ def test_freezing(make_clip: MakeClip, which: str) -> None:
     assert all(p.requires_grad for p in (*clip.heads.parameters(), clip.logit_scale))
 
 
-def test_a_flipped_bit_in_the_weights_is_found(make_clip: MakeClip, tmp_path: Path) -> None:
-    file = make_clip().save_pretrained(tmp_path / "model") / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(UserError, match="its weights do not match their checksum"):
-        CLIP.from_pretrained(tmp_path / "model")
+class Pixels(nn.Module):
+    """An image tower of somebody's own."""
+
+    width = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, self.width)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        assert pixel_values.dtype == torch.float32 and 0 <= pixel_values.min() <= pixel_values.max() <= 1
+        return self.layer(pixel_values.mean((2, 3)))
 
 
-def test_no_memory_is_taken_for_what_only_the_configuration_describes(
-    make_clip: MakeClip, tmp_path: Path
+class Words(nn.Module):
+    """A text tower of somebody's own."""
+
+    width = 8
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.tokenizer, self.table = tokenizer, nn.Embedding(len(tokenizer), self.width)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return (self.table(input_ids) * attention_mask[..., None]).sum(1)
+
+
+def test_towers_by_name_and_of_ones_own(
+    make_clip: MakeClip, bert: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    folder = make_clip().save_pretrained(tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    for change in ({"embed_dim": 10**12}, {"text_tower": config["text_tower"] | {"config": huge(config)}}):
-        (folder / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=r"is \(\d+.* in config.json, \(.*get it whole again"):
-            CLIP.from_pretrained(folder)
+    torch.manual_seed(0)
+    named = CLIP.from_towers("random:test_vit", f"random:{bert}", image_size=32, embed_dim=16)
+    assert torch.equal(named.embed_texts(TEXTS), make_clip().embed_texts(TEXTS))
+    assert repr(named).startswith("CLIP(image_tower='random:test_vit', text_tower='random:")
+    assert len(repr(named)) < 300 and (named.device, named.dtype) == (torch.device("cpu"), torch.float32)
+
+    own = CLIP.from_towers(Pixels(), Words(named.tokenize.tokenizer), image_size=48, embed_dim=16)
+    assert own.embed_images(pictures).shape == (5, 16) and own.embed_texts(TEXTS).shape == (4, 16)
+    assert own.transform.size == (48, 48)
+    pixels = torch.stack([own.transform(path) for path in pictures])
+    image, text = own.train()(pixels, **own.tokenize(TEXTS))
+    torch.testing.assert_close(image, own.embed_images(pictures))
+    torch.testing.assert_close(text, own.embed_texts(TEXTS))
+    (image.sum() + text.sum()).backward()
+    assert all(
+        parameter.grad is not None for name, parameter in own.named_parameters() if "logit" not in name
+    )
+    folder = own.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="the tower Pixels is a custom module"):
+        CLIP.from_pretrained(folder)
+
+    for towers, message in (
+        (
+            (nn.Linear(3, 3), f"random:{bert}"),
+            "image_tower Linear: expected the name of a tower, or a module",
+        ),
+        (
+            (Pixels(), nn.Linear(3, 3)),
+            "text_tower Linear: expected a module with a `width`",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            CLIP.from_towers(*towers)
+    with pytest.raises(TypeError, match="'random:test_vit', expected a tower"):
+        CLIP("random:test_vit", "random:bert")  # type: ignore[arg-type]
+    for options in ({"embed_dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}):
+        with pytest.raises(UserError, match=r"embed_dim .* and dropout .*: expected"):
+            make_clip(**options)
 
 
-def huge(config: dict[str, dict[str, dict[str, object]]]) -> dict[str, object]:
-    """The text tower's configuration with layers of a trillion."""
-    return {**config["text_tower"]["config"], "intermediate_size": 10**12}
+@pytest.mark.parametrize("options", [{}, {"init_bias": -10.0, "init_scale": 10.0}])
+def test_classifying_by_hand(make_clip: MakeClip, pictures: list[Path], options: dict[str, float]) -> None:
+    clip = make_clip(**options)
+    images, texts = clip.embed_images(pictures), clip.embed_texts(["a photo of a star.", "a photo of a dog."])
+    logits = clip.scale.item() * images @ texts.T + options.get("init_bias", 0.0)
+    expected = logits.sigmoid() if options else logits.softmax(1)
+    torch.testing.assert_close(clip.classify(pictures, ["star", "dog"]), expected)
+    classes = clip.zero_shot_classifier(["star", "dog"], "{}")
+    torch.testing.assert_close(classes, clip.embed_texts(["star", "dog"]))
+    assert clip.classify([*pictures, b""], classes, errors="skip").shape == (5, 2)

@@ -85,7 +85,7 @@ def test_right_captions_are_marked_and_missed_ones_shown(tmp_path: Path) -> None
     html = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert html.count('<li class="right">') == html.count("0.500 ✓") == 1
     assert html.count('<li class="own">') == 1  # of the second picture only
-    assert "nothing to show" in html
+    assert "no queries" in html
     assert 'id="split"' not in html and 'href="#misses"' not in html
 
 

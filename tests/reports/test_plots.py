@@ -49,7 +49,7 @@ def test_words_say_what_the_plot_shows() -> None:
     assert list(plots) == ["similarities", "recall"]  # one epoch is no history
     assert plots["similarities"].words == (
         "Cosine similarity: 1.00 on average for matched pairs, 0.00 for unmatched ones; "
-        "a matched pair is the more similar one in 100.0 % of comparisons"
+        "a matched pair is more similar than an unmatched one in 100.0 % of comparisons"
     )
     assert plots["recall"].words == "text → image: R@1 100.0; image → text: R@1 100.0"
 

@@ -177,7 +177,7 @@ def test_the_whole_split_is_shown_once_at_the_end(tmp_path: Path, end: str) -> N
     else:
         callback.on_exception(trainer, module, KeyboardInterrupt())
     page = (tmp_path / "predictions.html").read_text(encoding="utf-8")
-    assert "What the model finds, epoch 1" in page
+    assert "Predictions, epoch 1" in page
     assert page.count("data:image/png;base64,") == 3
     assert page[page.index('id="misses"') :].count("<article>") == 3
 
@@ -205,7 +205,7 @@ def test_one_picture_and_none(tmp_path: Path) -> None:
             callback.on_train_end(stub_trainer(images, folder), module)
             assert (folder / "predictions.html").read_text().count("data:image/png;base64,") == 2
         else:
-            with pytest.warns(UserWarning, match="nothing to retrieve"):
+            with pytest.warns(UserWarning, match="expected images and captions"):
                 callback.on_train_end(stub_trainer(images, folder), module)
         assert (folder / "predictions.html").exists()
 

@@ -1,4 +1,4 @@
-"""A run in W&B that is killed, resumed, cut off from its server: one run, every step once, nothing lost."""
+"""A W&B run that is killed, resumed or disconnected is one run, with every step once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import pytest
 import torch
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
+from small_runs import data, trainer
 from wandb_server import API_KEY, Run, WandbServer
 from wandb_store import content_path
 
-from clip_lightning import CaptionDataModule
 from clip_lightning.__main__ import main
 from clip_lightning.tracking import lineage
 from clip_lightning.tracking import logger as logger_module
@@ -53,47 +53,36 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start(bert: Path, scenes: Path, tmp_path: Path) -> Start:
+def start(command: Callable[..., list[str]], tmp_path: Path) -> Start:
     """Starts a small `fit` that logs every step; `at` is the step at which it lingers."""
 
     def begin(root: Path, *more: str, at: int | None = None, **environment: str) -> subprocess.Popen[str]:
-        options: dict[str, Any] = {
-            "model.image_tower": "random:test_resnet",
-            "model.text_tower": f"random:{bert}",
-            "model.heads.embed_dim": 16,
-            "data.root": scenes,
-            "data.image_size": 32,
-            "data.batch_size": 8,
-            "data.num_workers": 0,
-            "predictions.queries": 0,
-            "trainer.accelerator": "cpu",
-            "trainer.max_epochs": EPOCHS,
-            "trainer.log_every_n_steps": 1,
-            "trainer.enable_progress_bar": "false",
-            "trainer.default_root_dir": root,
-        }
+        options = {"data__batch_size": 8, "predictions__queries": 0, "trainer__max_epochs": EPOCHS}
+        options |= {"trainer__log_every_n_steps": 1, "trainer__logger": ...}
         if at is not None:
-            options |= {
-                "trainer.callbacks+": "test_lineage.Linger",
-                "trainer.callbacks.step": at,
-                "trainer.callbacks.note": root / f"at-{at}",
-            }
-        words = [f"--{name}={value}" for name, value in options.items()]
+            options |= {"trainer__callbacks+": "test_lineage.Linger", "trainer__callbacks__step": at}
+            options |= {"trainer__callbacks__note": root / f"at-{at}"}
         path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
         own = {"PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
-        command = [sys.executable, "-m", "clip_lightning", "fit", *words, *more]
-        return subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True)
+        line = [sys.executable, "-m", "clip_lightning", *command("fit", root, **options), *more]
+        return subprocess.Popen(line, env=os.environ | own, stderr=subprocess.PIPE, text=True)
 
     return begin
+
+
+def wait_at(root: Path, step: int, process: subprocess.Popen[str]) -> Path:
+    """Wait until the run lingers in this step; gives the note that ends it."""
+    deadline = time.monotonic() + 120
+    while not (root / f"at-{step}").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.05)
+    return root / f"at-{step}"
 
 
 def kill_at(start: Start, root: Path, step: int, *more: str, **environment: str) -> None:
     """Kill the run with -9 in the step after `step`."""
     with start(root, *more, at=step, **environment) as process:
-        deadline = time.monotonic() + 120
-        while not (root / f"at-{step}").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.05)
+        wait_at(root, step, process)
         process.send_signal(signal.SIGKILL)
 
 
@@ -116,7 +105,7 @@ def folder_of(root: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_twice_and_resumed_it_is_one_run(
+def test_a_run_that_is_killed_twice_and_resumed_is_one_run(
     wandb_server: WandbServer, start: Start, tmp_path: Path
 ) -> None:
     finish(start, tmp_path / "undisturbed")
@@ -142,7 +131,9 @@ def test_killed_twice_and_resumed_it_is_one_run(
 
 
 @pytest.mark.slow
-def test_begun_offline_it_goes_on_online(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
+def test_a_run_started_offline_continues_online(
+    wandb_server: WandbServer, start: Start, tmp_path: Path
+) -> None:
     kill_at(start, tmp_path / "runs", 2 * STEPS + 2, WANDB_MODE="offline")
     assert not wandb_server.runs
     finish(start, tmp_path / "runs", "--ckpt_path=last")
@@ -157,7 +148,7 @@ def test_two_offline_parts_sync_to_one_run(wandb_server: WandbServer, start: Sta
     finish(start, tmp_path / "runs", "--ckpt_path=last", WANDB_MODE="offline")
     parts = sorted((folder_of(tmp_path / "runs") / "wandb").glob("offline-run-*"))
     assert len(parts) == 2
-    assert not wandb_server.runs  # a key is there, and yet nobody called
+    assert not wandb_server.runs  # although a key is configured
     command = [sys.executable, "-m", "wandb", "sync", *map(str, parts)]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
     (run,) = wandb_server.runs.values()
@@ -175,18 +166,15 @@ def test_two_ranks_are_one_run(wandb_server: WandbServer, start: Start, tmp_path
 
 
 @pytest.mark.slow
-def test_a_preempted_run_says_so_and_leaves_its_model(
+def test_a_preempted_run_is_marked_and_logs_its_model(
     wandb_server: WandbServer, start: Start, tmp_path: Path
 ) -> None:
     root = tmp_path / "runs"
     registry = "--trainer.logger.link_to=wandb-registry-model/retrieval"
     with start(root, registry, at=STEPS + 2) as process:
-        deadline = time.monotonic() + 120
-        while not (root / f"at-{STEPS + 2}").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.05)
+        note = wait_at(root, STEPS + 2, process)
         process.send_signal(signal.SIGTERM)
-        (root / f"at-{STEPS + 2}").unlink()
+        note.unlink()
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 143, said
     (run,) = wandb_server.runs.values()
@@ -205,17 +193,15 @@ def test_a_preempted_run_says_so_and_leaves_its_model(
 
 
 @pytest.mark.slow
-def test_online_then_cut_off_then_offline_then_online(
+def test_a_run_online_then_disconnected_then_offline_then_online(
     wandb_server: WandbServer, start: Start, tmp_path: Path
 ) -> None:
     """The server lacks the end of an online part; an offline part must not take its place."""
     root = tmp_path / "runs"
     with start(root, at=STEPS + 2, WANDB_FINISH_TIMEOUT="5") as process:
-        while not (root / f"at-{STEPS + 2}").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
+        note = wait_at(root, STEPS + 2, process)
         wandb_server.stop()
-        (root / f"at-{STEPS + 2}").unlink()
+        note.unlink()
         deadline = time.monotonic() + 60
         history = folder_of(root) / "wandb" / f"history-{folder_of(root).name}.jsonl"
         while f'"step": {3 * STEPS}' not in history.read_text():
@@ -232,7 +218,7 @@ def test_online_then_cut_off_then_offline_then_online(
 # what is logged twice ------------------------------------------------------------------------------------
 
 
-def test_history_lets_each_row_through_once(tmp_path: Path) -> None:
+def test_history_passes_each_row_once(tmp_path: Path) -> None:
     file = tmp_path / "wandb" / "history.jsonl"
     history = History(file)
     rows: list[tuple[int, dict[str, Any]]] = [
@@ -312,15 +298,10 @@ def test_two_fits_of_a_process_are_two_runs(
 ) -> None:
     for number in (1, 2):
         module = make_module(heads=HeadOptions(embed_dim=16, dropout=number / 10), freeze="none")
-        data = CaptionDataModule(
-            module.transform, module.tokenize, root=scenes, batch_size=16, num_workers=0, seed=number
-        )
-        options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+        source = data(module, scenes, batch_size=16, captions_per_image=number)
         logger = RunLogger(save_dir=str(tmp_path / str(number)), name=f"run {number}", tags="mine")
-        options |= {"logger": logger, "max_steps": 1, "limit_val_batches": 0, "log_every_n_steps": 1}
-        Trainer(accelerator="cpu", enable_checkpointing=False, use_distributed_sampler=False, **options).fit(
-            module, datamodule=data
-        )
+        options = {"logger": logger, "max_steps": 1, "limit_val_batches": 0, "log_every_n_steps": 1}
+        trainer(tmp_path, **options).fit(module, source)
         logger.experiment.log({"mine": number})
     wandb.finish()
     runs = list(online.runs.values())
@@ -330,15 +311,9 @@ def test_two_fits_of_a_process_are_two_runs(
         model = config["model"]
         assert (model["heads"]["dropout"], model["image_tower"]) == (number / 10, "random:test_vit")
         assert config["model"]["optimizer"]["lr"] == module.optimizer.lr
-        assert (config["data"]["seed"], config["data"]["root"]) == (number, str(scenes))
-        assert (config["trainer"]["max_steps"], config["data_digest"]) == (1, data.digest)
+        assert (config["data"]["captions_per_image"], config["data"]["root"]) == (number, str(scenes))
+        assert (config["trainer"]["max_steps"], config["data_digest"]) == (1, source.digest)
         assert [row["mine"] for row in run.history if "mine" in row] == [number]
-
-
-def test_what_a_sweep_has_set_is_not_logged_twice() -> None:
-    known = {"model.optimizer.lr": 0.1, "seed": 1}
-    options = {"model": {"optimizer": {"lr": 0.1, "decay": 0}}, "seed": 2}
-    assert logger_module._without(known, options) == {"model": {"optimizer": {"decay": 0}}, "seed": 2}
 
 
 # alerts --------------------------------------------------------------------------------------------------
@@ -369,17 +344,23 @@ def at_step(step: int, run: SpokenTo, **logged: float) -> Any:
     )
 
 
-def test_a_loss_that_is_not_finite_is_told_once() -> None:
+@pytest.mark.parametrize(
+    ("name", "values", "title", "said"),
+    [
+        ("train__loss", (1.0, math.nan, math.inf), "the loss is not finite", "not finite at step 20"),
+        ("train__scale", (9.0, 1.5, 1.0), "the scale has collapsed", r"collapsed to 1\.50 at step 20"),
+    ],
+)
+def test_a_failing_training_warns_once(name: str, values: tuple[float, ...], title: str, said: str) -> None:
     alerts, run, module = Alerts(), SpokenTo(), LightningModule()
-    alerts.on_train_batch_end(at_step(10, run, train__loss=1.0), module, None, None, 0)
-    assert run.titles == []
-    with pytest.warns(UserWarning, match="not finite at step 20"):
-        alerts.on_train_batch_end(at_step(20, run, train__loss=math.nan), module, None, None, 0)
-    alerts.on_train_batch_end(at_step(30, run, train__loss=math.inf), module, None, None, 0)
-    assert run.titles == ["the loss is not finite"]
+    with pytest.warns(UserWarning, match=said) as warned:
+        for step, value in enumerate(values, 1):
+            trainer = at_step(10 * step, run, **{name: value})
+            alerts.on_train_batch_end(trainer, module, None, None, 0)
+    assert len(warned) == 1 and run.titles == [title]
 
 
-def test_a_loss_at_chance_is_told_when_it_stays_there() -> None:
+def test_a_loss_that_stays_at_chance_warns() -> None:
     alerts, run, module = Alerts(), SpokenTo(), LightningModule()
 
     def until(first: int, last: int, share: float) -> None:
@@ -391,21 +372,12 @@ def test_a_loss_at_chance_is_told_when_it_stays_there() -> None:
     for _ in range(20):  # micro-batches of one step are one step
         until(10, 20, 1.0)
     until(20, lineage.STALLED_STEPS, 1.0)
-    until(lineage.STALLED_STEPS, lineage.STALLED_STEPS + 10, 0.9)  # it learns: the count starts anew
+    until(lineage.STALLED_STEPS, lineage.STALLED_STEPS + 10, 0.9)  # it learns, so the count restarts
     until(210, 400, 0.99)
     assert run.titles == []
     with pytest.warns(UserWarning, match=r"stays at ln\(batch\)"):
         until(400, 420, 1.01)
     assert run.titles == ["the loss stays at ln(batch)"]
-
-
-def test_a_scale_that_collapses_is_told_once() -> None:
-    alerts, run, module = Alerts(), SpokenTo(), LightningModule()
-    alerts.on_train_batch_end(at_step(10, run, train__scale=9.0), module, None, None, 0)
-    with pytest.warns(UserWarning, match=r"the scale has collapsed to 1\.50 at step 20"):
-        alerts.on_train_batch_end(at_step(20, run, train__scale=1.5), module, None, None, 0)
-    alerts.on_train_batch_end(at_step(30, run, train__scale=1.0), module, None, None, 0)
-    assert run.titles == ["the scale has collapsed"]
 
 
 # W&B out of order ----------------------------------------------------------------------------------------
@@ -417,12 +389,10 @@ def no_key_in(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_not_there_keeps_the_run_offline(
-    wandb_server: WandbServer, start: Start, tmp_path: Path
-) -> None:
+def test_without_a_server_the_run_is_offline(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
     wandb_server.stop()
     said = finish(start, tmp_path / "runs", "--trainer.max_epochs=1", WANDB_INIT_TIMEOUT="10")
-    assert "W&B did not start the run online" in " ".join(said.split())
+    assert "W&B failed to start the run online" in " ".join(said.split())
     folder = folder_of(tmp_path / "runs")
     (part,) = (folder / "wandb").glob("offline-run-*")
     no_key_in(folder)

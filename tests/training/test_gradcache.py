@@ -64,18 +64,18 @@ def largest_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("tower", ["test_vit", "test_resnet", "test_efficientnet"])
 @pytest.mark.parametrize("size", [1, 4, 5])
-def test_gradients_are_those_of_the_same_chunks_in_one_graph(
+def test_gradients_match_the_same_micro_batches_in_one_graph(
     make_clip: MakeClip, tower: str, size: int
 ) -> None:
     if size == 1 and tower != "test_vit":
-        size = 2  # one picture has no statistics
+        size = 2  # one image has no statistics
     options = {"image": f"random:{tower}", "dropout": 0.3, "head": "mlp"}
     ours = gradients(make_clip(**options).train(), cached, size)
     theirs = gradients(make_clip(**options).train(), chunked, size)
     assert largest_error(ours, theirs) <= 1e-6
 
 
-def test_dropout_was_on_in_that_comparison(make_clip: MakeClip) -> None:
+def test_dropout_is_active_in_training(make_clip: MakeClip) -> None:
     clip = make_clip(dropout=0.3).train()
     tokens = batch()[1:]
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_dropout_was_on_in_that_comparison(make_clip: MakeClip) -> None:
 
 
 @pytest.mark.parametrize("tower", ["test_vit", "test_resnet"])
-def test_gradients_are_those_of_one_large_batch(make_clip: MakeClip, tower: str) -> None:
+def test_gradients_match_one_large_batch(make_clip: MakeClip, tower: str) -> None:
     options = {"image": f"random:{tower}"}
     ours = gradients(make_clip(**options).eval(), cached, 4)
     theirs = gradients(make_clip(**options).eval(), whole, 4)
@@ -111,7 +111,7 @@ def test_batch_norm_records_each_micro_batch_once(make_clip: MakeClip) -> None:
     assert all(state[name].data_ptr() == ours[name].data_ptr() for name in norms)
 
 
-def test_a_frozen_tower_stays_untouched(make_clip: MakeClip) -> None:
+def test_a_frozen_tower_does_not_change(make_clip: MakeClip) -> None:
     clip = make_clip(image="random:test_resnet")
     clip.freeze("image")
     before = {name: tensor.clone() for name, tensor in clip.image_tower.state_dict().items()}
@@ -128,7 +128,7 @@ def test_bf16(make_clip: MakeClip) -> None:
     assert 1e-5 < largest_error(ours, exact) < 0.2, "autocast was on, in the recomputation too"
 
 
-def test_without_gradients_and_in_one_piece(make_clip: MakeClip) -> None:
+def test_without_gradients_or_in_one_micro_batch(make_clip: MakeClip) -> None:
     clip = make_clip().eval()
     pixels = batch()[:1]
     with torch.no_grad():

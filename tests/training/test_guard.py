@@ -1,10 +1,9 @@
-"""Steps whose gradient is not finite: left out, counted, told, and the end after too many."""
+"""Steps whose gradient is not finite are skipped and counted, and too many of them end the run."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from small_runs import data, trainer
 
-from clip_lightning.data.datamodule import CaptionDataModule
+from clip_lightning.__main__ import main
 from clip_lightning.data.shards.convert import Settings, captioned, convert
 from clip_lightning.errors import RunFailed
-from clip_lightning.training.guard import NonFinite
 from clip_lightning.training.module import CLIPModule
+from clip_lightning.training.stopping import NonFinite
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning")
 Fit = Callable[..., tuple[CLIPModule, NonFinite]]
@@ -57,26 +57,12 @@ def fit(make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path) ->
         in_a_row: int = 3,
         image_tower: str = "random:test_vit",
         root: Path = scenes,
-        dataset: Any = "auto",
         **options: Any,
     ) -> tuple[CLIPModule, NonFinite]:
         module = make_module(freeze="none", image_tower=image_tower)
-        data = CaptionDataModule(
-            module.transform,
-            module.tokenize,
-            root,
-            dataset=dataset,
-            batch_size=8,
-            num_workers=0,
-            cache="off",
-        )
         guard = NonFinite(tmp_path, in_a_row)
-        settings: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0, "gradient_clip_val": 1.0}
-        settings |= {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
-        settings |= {"enable_progress_bar": False, "enable_model_summary": False}
-        Trainer(**settings | options, default_root_dir=tmp_path, callbacks=[*callbacks, guard]).fit(
-            module, datamodule=data
-        )
+        settings: dict[str, Any] = {"limit_val_batches": 0, "gradient_clip_val": 1.0, **options}
+        trainer(tmp_path, *callbacks, guard, **settings).fit(module, data(module, root))
         return module, guard
 
     return run
@@ -84,8 +70,8 @@ def fit(make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.filterwarnings("ignore:step 2 is left out")
-def test_a_step_is_left_out_and_the_next_is_taken(fit: Fit, value: float, precision: str) -> None:
+@pytest.mark.filterwarnings("ignore:skipped step 2")
+def test_a_step_is_skipped_and_the_next_is_not(fit: Fit, value: float, precision: str) -> None:
     weights = Weights()
     module, guard = fit(Poison({1}, value), weights, precision=precision)
     first, poisoned, third, _ = weights.after
@@ -96,22 +82,16 @@ def test_a_step_is_left_out_and_the_next_is_taken(fit: Fit, value: float, precis
     assert module.trainer.callback_metrics["train/steps_left_out"] == 1
 
 
-def test_it_is_said_once(fit: Fit) -> None:
-    with pytest.warns(UserWarning, match=r"step 2 is left out, its gradient is not finite \(nan\)") as said:
-        fit(Poison({1, 2}))
-    assert sum("left out" in str(warning.message) for warning in said) == 1
-
-
 class PoisonForward(Callback):
-    """Makes a picture infinite, which the batch norms' statistics then are, too."""
+    """Makes an image infinite, and with it the statistics of batch norms."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
             batch["pixel_values"] = torch.full_like(batch["pixel_values"], math.inf, dtype=torch.float32)
 
 
-@pytest.mark.filterwarnings("ignore:step . is left out")
-def test_batch_norms_forget_what_was_not_finite(fit: Fit) -> None:
+@pytest.mark.filterwarnings("ignore:skipped step .")
+def test_skipped_steps_do_not_change_batch_norms(fit: Fit) -> None:
     module, guard = fit(PoisonForward(), image_tower="random:test_resnet")
     assert guard.left_out == 1
     statistics = [b for name, b in module.named_buffers() if "running" in name]
@@ -119,10 +99,13 @@ def test_batch_norms_forget_what_was_not_finite(fit: Fit) -> None:
     assert all(statistic.isfinite().all() for statistic in statistics)
 
 
-@pytest.mark.filterwarnings("ignore:step . is left out")
-def test_several_in_a_row_end_the_run_and_name_the_samples(fit: Fit, tmp_path: Path, scenes: Path) -> None:
-    with pytest.raises(RunFailed, match="3 steps in a row had a gradient that is not finite, up to step 4"):
-        fit(Poison({1, 2, 3}))
+def test_several_skipped_steps_in_a_row_end_the_run_and_list_their_samples(
+    fit: Fit, tmp_path: Path, scenes: Path
+) -> None:
+    with pytest.warns(UserWarning, match=r"skipped step 2, whose gradient is not finite \(nan\)") as said:
+        with pytest.raises(RunFailed, match=r"3 steps in a row .* not finite, up to step 4"):
+            fit(Poison({1, 2, 3}))
+    assert sum("skipped step" in str(warning.message) for warning in said) == 1
     batches = json.loads((tmp_path / "non-finite.json").read_text())
     assert [batch["batch"] for batch in batches] == [1, 2, 3]
     for batch in batches:
@@ -132,28 +115,28 @@ def test_several_in_a_row_end_the_run_and_name_the_samples(fit: Fit, tmp_path: P
             assert sample["caption"] in (scenes / "captions.csv").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:step . is left out")
-def test_samples_of_shards_are_named_too(
+@pytest.mark.filterwarnings("ignore:skipped step .")
+def test_samples_of_shards_are_listed(
     fit: Fit, tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     convert(captioned(scenes, 5), Settings(5), tmp_path / "shards", 1)
     with pytest.raises(RunFailed, match="3 steps in a row"):
-        fit(Poison({1, 2, 3}), root=tmp_path / "shards", dataset="shards")
+        fit(Poison({1, 2, 3}), root=tmp_path / "shards")
     batches = json.loads((tmp_path / "non-finite.json").read_text())
     names = [name for batch in batches for name in batch["names"]]
     assert len(set(names)) == 24 and all(".tar#" in name for name in names)
 
 
-@pytest.mark.filterwarnings("ignore:step . is left out")
-def test_steps_apart_do_not_end_it(fit: Fit, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:skipped step .")
+def test_separate_skipped_steps_do_not_end_the_run(fit: Fit, tmp_path: Path) -> None:
     _, guard = fit(Poison({0, 1, 3}))
     assert guard.left_out == 3
     assert not (tmp_path / "non-finite.json").exists()
 
 
-@pytest.mark.filterwarnings("ignore:step . is left out")
-def test_an_accumulated_step_is_one(fit: Fit) -> None:
+@pytest.mark.filterwarnings("ignore:skipped step .")
+def test_accumulated_gradients_are_one_step(fit: Fit) -> None:
     weights = Weights()
     _, guard = fit(Poison({0}), weights, accumulate_grad_batches=2)
     assert (guard.left_out, guard.row) == (1, 0)
@@ -161,8 +144,8 @@ def test_an_accumulated_step_is_one(fit: Fit) -> None:
     assert not torch.equal(weights.after[2], weights.after[3])
 
 
-@pytest.mark.filterwarnings("ignore:step . is left out")
-def test_the_count_travels_in_the_checkpoint(fit: Fit, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:skipped step .")
+def test_the_count_is_part_of_the_checkpoint(fit: Fit, tmp_path: Path) -> None:
     module, _ = fit(Poison({1}))
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["NonFinite"]
@@ -176,32 +159,18 @@ def test_the_count_travels_in_the_checkpoint(fit: Fit, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
 @pytest.mark.filterwarnings("ignore:the scale has collapsed:UserWarning")
 def test_the_command_ends_with_status_1_and_a_checkpoint(
-    scenes: Path, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from clip_lightning.__main__ import main
-
-    poisoned = tmp_path / "poisoned"
-    shutil.copytree(scenes, poisoned)
     options = {
-        "model.image_tower": "random:test_resnet",
-        "model.text_tower": f"random:{bert}",
-        "model.freeze": "none",
-        "model.optimizer.lr": 1e38,
-        "model.optimizer.warmup": 0.0,
-        "data.root": poisoned,
-        "data.image_size": 32,
-        "data.batch_size": 4,
-        "data.num_workers": 0,
-        "data.cache": "off",
-        "trainer.accelerator": "cpu",
-        "trainer.logger": "false",
-        "trainer.enable_progress_bar": "false",
-        "trainer.max_epochs": 20,
-        "trainer.limit_val_batches": 0,
-        "trainer.default_root_dir": tmp_path / "runs",
+        "model__freeze": "none",
+        "model__optimizer.lr": 1e38,
+        "model__optimizer.warmup": 0.0,
+        "data__cache": "off",
+        "trainer__max_epochs": 20,
+        "trainer__limit_val_batches": 0,
     }
     with pytest.warns(UserWarning, match="not finite"):
-        assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 1
+        assert main(command("fit", tmp_path / "runs", **options)) == 1
     assert "20 steps in a row had a gradient that is not finite" in capsys.readouterr().err
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "non-finite.json").is_file()

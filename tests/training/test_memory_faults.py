@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from lightning.pytorch import Callback, Trainer
+from processes import clip_lightning
 
 pytestmark = pytest.mark.faults
 
@@ -57,18 +55,15 @@ def test_memory_is_flat(command: Callable[..., list[str]], scenes: Path, tmp_pat
         "checkpoint__every_n_steps": 500,
         **WAYS[way],
     }
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    env = {**os.environ, "PYTHONPATH": path}
 
     def run(words: list[str]) -> None:
-        line = [sys.executable, "-m", "clip_lightning", *words]
-        done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=1800)
+        done = clip_lightning(*words, timeout=1800)
         assert done.returncode == 0, done.stderr
 
     if way == "tars":
         out = str(tmp_path / "shards")
         run(["data", "convert", str(scenes), "--out", out, "--samples_per_shard", "5"])
-        options |= {"data__dataset": "shards", "data__root": tmp_path / "shards"}
+        options |= {"data__root": tmp_path / "shards"}
     run(command("fit", tmp_path / "runs", **options))
     notes = [json.loads(line) for line in (tmp_path / "memory").read_text().splitlines()]
     assert notes[-1][0] == STEPS

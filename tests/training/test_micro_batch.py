@@ -1,4 +1,4 @@
-"""How many rows fit: the arithmetic, and that looking for them leaves no trace."""
+"""The largest micro-batch that fits, and that the search for it changes nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from small_runs import data, trainer
 from torch import Tensor, nn
 
-from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training import micro_batch
@@ -20,7 +19,6 @@ from clip_lightning.training.gradcache import encode_in_micro_batches
 from clip_lightning.training.losses import info_nce
 from clip_lightning.training.micro_batch import (
     by_trying,
-    largest_for_batch,
     largest_micro_batch,
     saved_bytes,
     sizes,
@@ -48,7 +46,7 @@ def test_which_sizes_are_tried() -> None:
 @pytest.mark.parametrize(
     ("room", "expected"), [(1000, 100), (100, 100), (99, 32), (40, 16), (16, 8), (8, 8), (7, 0)]
 )
-def test_trying_ends_at_half_of_what_fits(room: int, expected: int) -> None:
+def test_half_of_the_largest_size_that_fits_is_used(room: int, expected: int) -> None:
     tried = []
 
     def run(size: int) -> None:
@@ -66,7 +64,7 @@ def test_trying_ends_at_half_of_what_fits(room: int, expected: int) -> None:
     ("budget", "expected"),
     [(10_100, 100), (10_099, 64), (7_000, 64), (6_500, 64), (6_499, 32), (900, 8), (899, 0)],
 )
-def test_a_budget_is_kept_to(budget: int, expected: int) -> None:
+def test_the_largest_size_within_a_budget_is_used(budget: int, expected: int) -> None:
     """A graph of 100 bytes, and 100 more a row."""
     assert within_budget(lambda rows: 100 + 100 * rows, 100, budget) == expected
 
@@ -86,7 +84,7 @@ def encode_both(clip: CLIP) -> Callable[[int], Tensor]:
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-def test_looking_for_the_largest_leaves_no_trace(
+def test_the_search_for_a_size_changes_nothing(
     make_clip: MakeClip, precision: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = make_clip(image="random:test_resnet", dropout=0.3).train()
@@ -129,7 +127,7 @@ def gradients(clip: CLIP, precision: torch.dtype | None) -> dict[str, Tensor]:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_tries(make_clip: MakeClip) -> None:
+def test_the_search_for_a_size_on_a_gpu(make_clip: MakeClip) -> None:
     clip = make_clip(image="random:test_resnet", dropout=0.3).train().cuda()
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     chance = torch.cuda.get_rng_state()
@@ -160,29 +158,19 @@ def test_auto_in_training(
     steps = []
     for size in ("auto", 8):
         module = make_module(freeze="none", micro_batch_size=size, heads=HeadOptions(16, dropout=0.2))
-        data = CaptionDataModule(
-            module.transform, module.tokenize, scenes, batch_size=8, num_workers=0, cache="off"
-        )
-        trainer = Trainer(
-            accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, limit_val_batches=0,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        )  # fmt: skip
+        fit = trainer(tmp_path, max_steps=1, limit_val_batches=0).fit
         if expected is None:
-            with pytest.raises(UserError, match=r"micro_batch_size auto: .* no memory for 8 pictures"):
-                trainer.fit(module, datamodule=data)
+            with pytest.raises(UserError, match=r"micro_batch_size auto: .* no memory for 8 images"):
+                fit(module, data(module, scenes))
             return
-        trainer.fit(module, datamodule=data)
+        fit(module, data(module, scenes))
         assert module.micro_batch_size == expected
         steps.append(module.state_dict())
     assert "--model.micro_batch_size auto: 8 of 8 rows at a time\n" in capsys.readouterr().err
     assert all(torch.equal(tensor, steps[1][name]) for name, tensor in steps[0].items())
 
 
-def test_auto_has_nothing_to_do_for_frozen_towers(make_module: Callable[..., CLIPModule]) -> None:
-    assert largest_for_batch(make_module(freeze="both").clip, {}, 1) is None
-
-
 @pytest.mark.parametrize("size", [0, -3, "foo", 2.5])
-def test_what_is_no_size(make_module: Callable[..., CLIPModule], size: Any) -> None:
+def test_invalid_sizes(make_module: Callable[..., CLIPModule], size: Any) -> None:
     with pytest.raises(UserError, match=rf"--model\.micro_batch_size {size}: expected 1 or more, or auto"):
         make_module(micro_batch_size=size)

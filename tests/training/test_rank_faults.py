@@ -1,11 +1,10 @@
-"""One of several processes dies: the others stop with one line, and the run goes on from a checkpoint."""
+"""If one of several processes dies, the others stop with one line, and the run can be resumed."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from lightning.pytorch import Callback, Trainer
+from processes import checkpoint, clip_lightning, the_run
 
 pytestmark = pytest.mark.faults
 
@@ -44,7 +43,6 @@ def fit(
     command: Callable[..., list[str]], tmp_path: Path, request: pytest.FixtureRequest
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `fit` on two processes."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
 
     def run(*more: str, **changes: Any) -> subprocess.CompletedProcess[str]:
         options = {
@@ -60,9 +58,7 @@ def fit(
             "trainer__callbacks__notes": tmp_path / "processes",
         }
         words = [*command("fit", tmp_path / "runs", **options | changes), *more]
-        line = [sys.executable, "-m", "clip_lightning", *words]
-        env = {**os.environ, "PYTHONPATH": path}
-        return subprocess.run(line, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+        return clip_lightning(*words, timeout=TIMEOUT)
 
     return run
 
@@ -79,9 +75,8 @@ def assert_all_gone(tmp_path: Path) -> None:
         time.sleep(0.5)
 
 
-def last(tmp_path: Path) -> dict[str, Any]:
-    (file,) = (tmp_path / "runs").glob("*/checkpoints/last.ckpt")
-    return torch.load(file, weights_only=True)
+def last_step(tmp_path: Path) -> int:
+    return checkpoint(the_run(tmp_path / "runs"))["global_step"]
 
 
 def test_the_other_rank_stops_with_one_line_and_a_checkpoint(fit: Callable[..., Any], tmp_path: Path) -> None:
@@ -89,22 +84,22 @@ def test_the_other_rank_stops_with_one_line_and_a_checkpoint(fit: Callable[..., 
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "clip-lightning: error: another process of this run has ended or cannot be reached; see what it "
-        "said, then go on with --ckpt_path last"
+        "clip-lightning: error: another process of this run has ended or cannot be reached; see its "
+        "messages, then resume with --ckpt_path last"
     )
     assert_all_gone(tmp_path)
-    reached = last(tmp_path)["global_step"]
+    reached = last_step(tmp_path)
     assert reached in (EPOCH, STEP)
     again = fit("--ckpt_path=last")
     assert again.returncode == 0, again.stderr
-    assert [step for _, step in processes(tmp_path)[2:]] == [reached] * 2, "it went on from where it was"
-    assert last(tmp_path)["global_step"] == EPOCHS * EPOCH
+    assert [step for _, step in processes(tmp_path)[2:]] == [reached] * 2, "it resumes from the checkpoint"
+    assert last_step(tmp_path) == EPOCHS * EPOCH
 
 
 def test_without_the_first_rank_the_others_stop_too(fit: Callable[..., Any], tmp_path: Path) -> None:
     assert fit(trainer__callbacks__rank=0).returncode == -signal.SIGKILL
     assert_all_gone(tmp_path)
-    assert last(tmp_path)["global_step"] == EPOCH
+    assert last_step(tmp_path) == EPOCH
 
 
 @pytest.mark.parametrize("every_rank", [False, True])
@@ -120,4 +115,4 @@ def test_a_signal_saves_and_ends_all(
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     assert_all_gone(tmp_path)
-    assert last(tmp_path)["global_step"] in (STEP, STEP + 1)
+    assert last_step(tmp_path) in (STEP, STEP + 1)

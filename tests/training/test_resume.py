@@ -1,4 +1,4 @@
-"""What a run does at its end and when it is resumed with other options."""
+"""The end of a run, and resuming it with other options."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from processes import assert_same_state, checkpoint, the_run
 
 from clip_lightning.__main__ import main
 from clip_lightning.data.scenes import write_scenes
@@ -36,15 +36,6 @@ class WithinWindow(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == 1 and trainer.fit_loop.epoch_loop.batch_progress.current.ready == 4:
             signal.raise_signal(signal.SIGINT)
-
-
-def the_run(root: Path) -> Path:
-    (folder,) = root.iterdir()
-    return folder
-
-
-def checkpoint(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def metrics(folder: Path) -> dict[str, Any]:
@@ -78,7 +69,7 @@ def test_the_last_step_is_validated(
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
-def test_a_run_without_validation_says_so(
+def test_a_run_without_validation_prints_it(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command("fit", tmp_path, trainer__max_epochs=1, trainer__limit_val_batches=0)) == 0
@@ -114,12 +105,12 @@ STOPS = {
     [
         ({"data__root": ...}, "the checkpoint was trained with data (digest)"),
         ({"seed_everything": 5}, "another frozen image_tower"),  # which is drawn from it
-        ({"data__batch_size": 8}, "--data.batch_size × ranks 16, this is 8"),
-        ({"model__optimizer.layer_decay": 0.5}, "other groups of weights"),
+        ({"data__batch_size": 8}, "--data.batch_size × ranks 16, but this run has 8"),
+        ({"model__optimizer.layer_decay": 0.5}, "with the parameter groups"),
     ],
 )
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_a_refused_resume_writes_and_computes_nothing(
+def test_a_rejected_resume_writes_and_computes_nothing(
     command: Command,
     begun: Path,
     tmp_path: Path,
@@ -145,12 +136,12 @@ def test_a_run_that_stopped_early_stays_finished(
     before = checkpoint(the_run(begun))
     assert before["global_step"] < 9 * 2, "it has stopped early"
     assert main([*command("fit", begun, **STOPS), "--ckpt_path=auto"]) == 0
-    assert "the run had stopped early" in capsys.readouterr().err
+    assert "the run has stopped early" in capsys.readouterr().err
     assert checkpoint(the_run(begun))["global_step"] == before["global_step"]
     assert metrics(the_run(begun))["finished"]
 
 
-def test_changed_options_hold_after_a_resume(
+def test_changed_options_apply_after_a_resume(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = command("fit", tmp_path, predictions__queries=0, data__batch_size=16, trainer__max_epochs=2)
@@ -163,7 +154,7 @@ def test_changed_options_hold_after_a_resume(
     said = capsys.readouterr().err
     for line in ("--model.optimizer.lr 0.004 (was 0.002)", "--early_stopping.patience 7 (was 3)"):
         assert f"changed: {line}\n" in said
-    assert "the learning rate of step 4 of 8 is 0.00" in said
+    assert "the learning rate of step 4 of 8 is now 0.00" in said
     after = checkpoint(the_run(tmp_path))
     for group in after["optimizer_states"][0]["param_groups"]:
         assert group["initial_lr"] == 0.004
@@ -173,10 +164,10 @@ def test_changed_options_hold_after_a_resume(
     assert stopping["patience"] == 7
 
 
-def test_options_that_a_resume_ignores_are_named() -> None:
+def test_options_that_a_resume_ignores_are_listed() -> None:
     before = "model: {init_from: a, loss: {init_args: {init_scale: 1, smoothing: 0}}}"
     now = "model: {init_from: b, loss: {init_args: {init_scale: 2, smoothing: 1}}, lora: {r: 2}}"
-    ignored = "; ignored, since the checkpoint has these weights"
+    ignored = "; ignored, since the checkpoint contains the weights"
     assert changed_options(before, now) == [
         f'--model.init_from "b" (was "a"){ignored}',
         f"--model.loss.init_args.init_scale 2 (was 1){ignored}",
@@ -193,5 +184,4 @@ def test_a_stop_within_accumulated_gradients_is_bit_identical(command: Command, 
     stopped = the_run(tmp_path / "stopped")
     assert checkpoint(stopped)["global_step"] == 2
     assert main([*words, "--ckpt_path=last"]) == 0
-    whole, resumed = (checkpoint(the_run(tmp_path / name))["state_dict"] for name in ("whole", "stopped"))
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert_same_state(checkpoint(the_run(tmp_path / "whole")), checkpoint(stopped))

@@ -13,11 +13,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+from processes import assert_same_state, checkpoint, clip_lightning, the_run
+from small_runs import data, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +49,8 @@ AGAIN = {"ddp": None, "fsdp after fsdp": "one tower", "fsdp after ddp": "ddp", "
 
 
 def run_everything(scenes: Path, bert: Path, out: Path) -> None:
-    from lightning.pytorch import LightningModule, seed_everything
+    from lightning.pytorch import LightningModule
 
-    from clip_lightning.data.datamodule import CaptionDataModule
     from clip_lightning.model.lora import LoRAConfig
     from clip_lightning.training.build import HeadOptions, TowerOptions
     from clip_lightning.training.checkpoints import SafeCheckpointIO
@@ -85,22 +89,20 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
     for way, changes in [*WAYS.items(), *((way, WAYS["one tower"]) for way in again)]:
         if way == "bf16" and not HAS_BF16:
             continue
-        # sharding begins with rank 0's weights, whatever the others have drawn; DDP checks what is frozen
-        seed_everything(0 if way in again else int(os.environ.get("RANK", "0")), verbose=False)
+        # sharding starts from the weights of rank 0, whatever the others have drawn; DDP compares frozen ones
+        torch.manual_seed(0 if way in again else int(os.environ.get("RANK", "0")))
         options = dict(changes)
         rates = {name: options.pop(name) for name in ("layer_decay", "freeze_below") if name in options}
         clip, precision = options.pop("clip", "norm"), options.pop("precision", "32-true")
         if ranks == 1:
             options.pop("micro_batch_size", None)
-        if "towers" in options:
-            options["towers"] = TowerOptions(**options["towers"])
+        options["towers"] = TowerOptions(image_size=32, **options.get("towers", {}))
         if "lora" in options:
             options["lora"] = LoRAConfig(**options["lora"])
         module = CLIPModule(
             **{"image_tower": "random:test_vit", "freeze": "none"} | options,
             text_tower=f"random:{bert}",
             heads=HeadOptions(embed_dim=16),
-            image_size=32,
             optimizer=OptimizerConfig(image_lr=1e-4, text_lr=1e-4, **rates),
         )
         for part in module.modules():
@@ -108,36 +110,22 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
                 part.p = 0.0
         if way == "bf16" and ranks == 1:
             torch.save({n: p.detach().clone() for n, p in module.named_parameters()}, out / f"{way}-start.pt")
-        data = CaptionDataModule(
-            module.transform,
-            module.tokenize,
-            scenes,
-            batch_size=8 // ranks,
-            captions_per_image=2,
-            num_workers=0,
-            cache="off",
-        )
-        trainer = Trainer(
-            accelerator="cpu",
+        source = data(module, scenes, batch_size=8 // ranks, captions_per_image=2)
+        fit = trainer(
+            out,
+            Record(way),
             devices=ranks,
             strategy="auto" if ranks == 1 else "ddp" if way.startswith("ddp") else ShardedStrategy(),
             plugins=[SafeCheckpointIO()],
             precision=precision,
             gradient_clip_val=0.01 if clip == "value" else 0.5,
             gradient_clip_algorithm=clip,
-            use_distributed_sampler=False,
+            max_epochs=None,
             max_steps=STEPS,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=out,
-            callbacks=[Record(way)],
         )
         before = again.get(way)
-        trainer.fit(module, datamodule=data, ckpt_path=out / f"{before}-half-2.ckpt" if before else None)
-        trainer.save_checkpoint(out / f"{way}-{ranks}.ckpt")
+        fit.fit(module, datamodule=source, ckpt_path=out / f"{before}-half-2.ckpt" if before else None)
+        fit.save_checkpoint(out / f"{way}-{ranks}.ckpt")
         if way == "convolutions" and ranks == 2:
             (norm, *_) = (part for part in module.modules() if isinstance(part, torch.nn.BatchNorm2d))
             rank = torch.distributed.get_rank()
@@ -206,11 +194,11 @@ def test_twenty_steps_are_those_of_one_process(results: Path, way: str) -> None:
     assert_same(one, two, weights=2e-6, moments=1e-4)
     norms = [record(results, way, ranks)["norms"] for ranks in (1, 2)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
-    assert min(norms[0]) > 0.5, "they were clipped"
+    assert min(norms[0]) > 0.5, "they are clipped"
 
 
 @pytest.mark.parametrize("way", PARAMETERS)
-def test_every_rank_holds_half_of_the_trained_towers(results: Path, way: str) -> None:
+def test_every_rank_has_half_of_the_trained_towers(results: Path, way: str) -> None:
     shares = [record(results, way, 2, rank)["share"] for rank in range(2)]
     # heads are whole on both, and of a few weights one rank has one more row than the other
     assert sum(shares) == pytest.approx(1.05, abs=0.05)
@@ -220,7 +208,7 @@ def test_every_rank_holds_half_of_the_trained_towers(results: Path, way: str) ->
 @pytest.mark.parametrize("way", PARAMETERS)
 def test_metrics_are_those_of_one_process(results: Path, way: str) -> None:
     if way == "bf16":
-        pytest.skip("ranks of pictures that are close to each other change with rounding")
+        pytest.skip("ranks of similar images change with rounding")
     one = {k: v for k, v in record(results, way, 1)["metrics"].items() if k.startswith("val/")}
     for rank in range(2):
         two = {k: v for k, v in record(results, way, 2, rank)["metrics"].items() if k.startswith("val/")}
@@ -254,12 +242,11 @@ class Stops(Callback):
 
 @pytest.mark.faults
 def test_a_stopped_run_resumes_exactly_and_its_model_is_the_best_one(
-    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     from clip_lightning.model.clip import CLIP
-    from clip_lightning.training.trained_model import load_checkpoint
+    from clip_lightning.training.module import CLIPModule
 
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]]))
     options: dict[str, Any] = {
         "model.image_tower": "random:test_vit",
         "model.freeze": "none",
@@ -273,48 +260,26 @@ def test_a_stopped_run_resumes_exactly_and_its_model_is_the_best_one(
     }
 
     def fit(runs: str, *more: str) -> int:
-        line = [sys.executable, "-m", "clip_lightning", *command("fit", tmp_path / runs, **options)]
-        done = subprocess.run([*line, *more], capture_output=True, text=True, timeout=200)
+        done = clip_lightning(*command("fit", tmp_path / runs, **options), *more)
         assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
         return done.returncode
 
-    def last(runs: str) -> Path:
-        (file,) = (tmp_path / runs).glob("*/checkpoints/last.ckpt")
-        return file
-
     assert fit("whole") == 0
     assert fit("parts", "--trainer.callbacks+=test_sharding.Stops", "--trainer.callbacks.step=5") == 143
-    assert torch.load(last("parts"), weights_only=True)["global_step"] in (5, 6)
+    run = the_run(tmp_path / "parts")
+    assert checkpoint(run)["global_step"] in (5, 6)
     assert fit("parts", "--ckpt_path=last") == 0
-    whole, parts = (torch.load(last(runs), weights_only=True) for runs in ("whole", "parts"))
-    assert whole["global_step"] == parts["global_step"] == 8
-    for name, tensor in whole["state_dict"].items():
-        assert torch.equal(tensor, parts["state_dict"][name]), name
-    assert {file.name for file in last("parts").parent.iterdir()} == {
-        "last.ckpt",
-        "previous.ckpt",
-        "best.ckpt",
-    }
-    bundle = CLIP.from_pretrained(last("parts").parents[1] / "model")
-    exported = load_checkpoint(last("parts").with_name("best.ckpt"))
+    assert checkpoint(run)["global_step"] == 8
+    assert_same_state(checkpoint(the_run(tmp_path / "whole")), checkpoint(run))
+    names = {file.name for file in (run / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "previous.ckpt", "best.ckpt"}
+    bundle = CLIP.from_pretrained(run / "model")
+    exported = CLIPModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt").clip
     for name, tensor in bundle.state_dict().items():
         assert torch.equal(tensor, exported.state_dict()[name]), name
 
 
-def test_lightnings_own_strategy_is_refused(make_module: Callable[..., Any]) -> None:
-    from types import SimpleNamespace
-
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
-    from clip_lightning.errors import UserError
-    from clip_lightning.training.sharding import check_shardable
-
-    trainer: Any = SimpleNamespace(strategy=ModelParallelStrategy(), precision="32-true", callbacks=[])
-    with pytest.raises(UserError, match="is not how this model is sharded"):
-        check_shardable(make_module(freeze="none").clip, None, trainer)
-
-
-def test_every_rank_has_the_first_ones_statistics(results: Path) -> None:
+def test_every_rank_has_the_statistics_of_rank_0(results: Path) -> None:
     for rank in range(2):
         assert set(json.loads((results / f"statistics-{rank}.json").read_text())) == {1.0}
 
@@ -322,29 +287,25 @@ def test_every_rank_has_the_first_ones_statistics(results: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"freeze": "both"}, "none is trained"),
-        ({"micro_batch_size": "auto"}, "micro_batch_size auto does not go"),
-        ({"precision": "16-mixed"}, "precision 16-mixed does not go"),
+        ({"freeze": "both"}, "both are frozen"),
+        ({"micro_batch_size": "auto"}, "micro_batch_size auto cannot be combined"),
+        ({"precision": "16-mixed"}, "precision 16-mixed cannot be combined"),
         ({"averaged": True}, "averaged weights"),
         ({"scalar": True}, "is a single number"),
+        ({"strategy": ModelParallelStrategy()}, "cannot shard this model"),
     ],
 )
-def test_what_does_not_go_with_sharding(
+def test_options_that_cannot_be_combined_with_sharding(
     make_module: Callable[..., Any], changes: dict[str, Any], message: str
 ) -> None:
-    from types import SimpleNamespace
-
-    from lightning.pytorch.callbacks import EMAWeightAveraging
-    from torch import nn, tensor
-
     from clip_lightning.errors import UserError
     from clip_lightning.training.sharding import ShardedStrategy, check_shardable
 
     module = make_module(freeze=changes.get("freeze", "none"))
     if "scalar" in changes:
-        module.clip.image_tower.backbone.gain = nn.Parameter(tensor(1.0))
+        module.clip.image_tower.backbone.gain = torch.nn.Parameter(torch.tensor(1.0))
     trainer: Any = SimpleNamespace(
-        strategy=ShardedStrategy(),
+        strategy=changes.get("strategy", ShardedStrategy()),
         precision=changes.get("precision", "bf16-mixed"),
         callbacks=[EMAWeightAveraging()] if "averaged" in changes else [],
     )

@@ -1,10 +1,9 @@
-"""Stopping and starting again: what a job script needs; the kills themselves are in the fault tests."""
+"""Stopping and restarting a run in a job script; the fault tests cover kills."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from clip_lightning.__main__ import _status
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.training.checkpoints import CheckpointOptions
-from clip_lightning.training.ranks import Agreement, lost_rank
+from clip_lightning.training.ranks import lost_rank
 from clip_lightning.training.runs import find_checkpoint
 from clip_lightning.training.stopping import GracefulStop, requeue, slurm_job
 
@@ -50,16 +49,14 @@ def test_the_job_of_slurm(environment: dict[str, str], job: str | None) -> None:
         assert slurm_job() == job
 
 
-def test_a_job_goes_back_into_the_queue(
-    scontrol: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_job_is_requeued(scontrol: Callable[[int], Path], capfd: pytest.CaptureFixture[str]) -> None:
     notes = scontrol(0)
     requeue("417_3")
     assert notes.read_text() == "requeue 417_3\n"
-    assert "417_3 is back in the queue" in capfd.readouterr().err
+    assert "417_3 was requeued" in capfd.readouterr().err
     scontrol(1)
     requeue("417")
-    assert "417 is not put back into the queue: scontrol: refused" in capfd.readouterr().err
+    assert "417 could not be requeued: scontrol: refused" in capfd.readouterr().err
     with mock.patch.dict(os.environ, {"PATH": "/nowhere"}):
         requeue("417")
     assert "No such file" in capfd.readouterr().err
@@ -85,7 +82,7 @@ def test_signals_stop_after_the_batch(number: signal.Signals, last: bool) -> Non
     stop.on_train_start(trainer, None)
     try:
         stop.on_train_batch_end(trainer, None)
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         if number == signal.SIGINT and not last:
             with pytest.raises(AgreedStop):
                 stop.on_train_batch_end(trainer, None)
@@ -94,18 +91,17 @@ def test_signals_stop_after_the_batch(number: signal.Signals, last: bool) -> Non
         assert trainer.received_sigterm == (number != signal.SIGINT)
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), number)
-                time.sleep(1)
+                signal.raise_signal(number)
     finally:
         stop.teardown(trainer, None, "fit")
     assert before == {s: signal.getsignal(s) for s in before}
 
 
 @pytest.mark.parametrize(("number", "calls"), [(signal.SIGUSR1, ["417"]), (signal.SIGTERM, [])])
-def test_only_the_warning_before_the_end_asks_for_the_queue(number: int, calls: list[str]) -> None:
+def test_only_sigusr1_requeues_the_job(number: int, calls: list[str]) -> None:
     asked: list[str] = []
     stop = GracefulStop()
-    stop._asked = number
+    stop._received = number
     with (
         mock.patch.dict(os.environ, {"SLURM_JOB_ID": "417"}),
         mock.patch("atexit.register", lambda function, job: asked.append(job)),
@@ -118,13 +114,9 @@ def test_only_the_warning_before_the_end_asks_for_the_queue(number: int, calls: 
     ("environment", "status"),
     [({}, 143), ({"SLURM_PROCID": "0"}, 143), ({"SLURM_PROCID": "3"}, 0), ({"LOCAL_RANK": "1"}, 0)],
 )
-def test_the_first_rank_says_that_it_was_stopped(environment: dict[str, str], status: int) -> None:
+def test_only_rank_0_exits_with_the_status_of_a_signal(environment: dict[str, str], status: int) -> None:
     with mock.patch.dict(os.environ, environment, clear=True):
         assert _status(SIGTERMException()) == status
-
-
-def test_one_process_agrees_with_itself() -> None:
-    assert Agreement().largest(7) == 7
 
 
 def test_errors_of_a_lost_connection_and_others() -> None:
@@ -160,14 +152,12 @@ def test_auto_is_the_newest_last_checkpoint_or_none(tmp_path: Path) -> None:
     "options",
     [{"every_minutes": 0}, {"every_minutes": -1}, {"every_minutes": float("inf")}, {"every_n_steps": 0}],
 )
-def test_intervals_that_are_none(options: dict[str, Any]) -> None:
+def test_invalid_intervals(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"--checkpoint\.every_"):
         CheckpointOptions(**options)
 
 
-def test_intervals(tmp_path: Path) -> None:
-    assert len(CheckpointOptions().callbacks(tmp_path)) == 1
-    assert len(CheckpointOptions(None, 5).callbacks(tmp_path)) == 1
-    assert not CheckpointOptions(None).callbacks(tmp_path)
-    both = CheckpointOptions(10, 5).callbacks(tmp_path)
-    assert len({callback.state_key for callback in both}) == 2
+def test_each_interval_has_a_callback_of_its_own(tmp_path: Path) -> None:
+    counts = [len(CheckpointOptions(*given).callbacks(tmp_path)) for given in ((), (None, 5), (None,))]
+    assert counts == [1, 1, 0]
+    assert len({callback.state_key for callback in CheckpointOptions(10, 5).callbacks(tmp_path)}) == 2

@@ -1,4 +1,4 @@
-"""How many of our files one training step passes through."""
+"""A training step calls functions in few files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, Trainer
+from small_runs import data, trainer
 
 import clip_lightning
-from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.training.module import CLIPModule
 
 PACKAGE = Path(clip_lightning.__file__).parent
@@ -40,30 +40,9 @@ def test_a_step_on_cached_features_passes_through_few_files(
     make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path
 ) -> None:
     module = make_module(freeze="both")
-    data = CaptionDataModule(
-        module.transform,
-        module.tokenize,
-        scenes,
-        batch_size=8,
-        num_workers=0,
-        cache=str(tmp_path / "cache"),
-    )
     traces = TracesOneStep(2)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=4,
-        limit_val_batches=0,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=tmp_path,
-        callbacks=[traces],
-    )
-    trainer.fit(module, datamodule=data)
+    options = {"max_steps": 4, "limit_val_batches": 0, "gradient_clip_val": 1.0}
+    trainer(tmp_path, traces, **options).fit(module, data(module, scenes, cache=str(tmp_path / "cache")))
     print(*sorted(traces.files), sep="\n")
     assert {"data/datasets.py", "training/module.py", "training/losses.py", "model/clip.py"} <= traces.files
     assert len(traces.files) <= 10, sorted(traces.files)

@@ -1,4 +1,4 @@
-"""`clip-lightning cache list|prune`: what the feature cache holds, and making room."""
+"""`clip-lightning cache list|prune` lists the entries of the feature cache or removes old ones."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from clip_lightning.errors import UserError
 
 
 def run(args: list[str]) -> None:
-    """Run `cache` with the words of the command line."""
+    """Run `cache` with the arguments of the command line."""
     run_functions({"list": list_entries, "prune": prune}, args)
 
 
 def list_entries(folder: Path | None = None, json: bool = False) -> None:
-    """List the entries, the most recently used first.
+    """List the cache entries, the most recently used first.
 
     Args:
-        folder: the cache; the default one if not given.
+        folder: the cache folder; by default the one that `fit` uses.
         json: print one JSON object instead.
     """
     _show(_cache(folder).entries(), "entries", json)
 
 
 def prune(keep_gb: float, folder: Path | None = None, json: bool = False) -> None:
-    """Remove the least recently used entries.
+    """Remove the least recently used cache entries.
 
     Args:
-        keep_gb: gigabytes (10^9 bytes) that may stay; 0 removes everything.
-        folder: the cache; the default one if not given.
+        keep_gb: gigabytes (10^9 bytes) to keep; 0 removes everything.
+        folder: the cache folder; by default the one that `fit` uses.
         json: print one JSON object instead.
     """
     if not keep_gb >= 0:
@@ -42,31 +42,27 @@ def prune(keep_gb: float, folder: Path | None = None, json: bool = False) -> Non
 def _cache(folder: Path | None) -> FeatureCache:
     if folder is not None and not folder.is_dir():
         raise UserError(
-            f"--folder {folder}: no such folder; leave it out for the default one, {default_cache()}"
+            f"--folder {folder} does not exist; omit it to use the default folder, {default_cache()}"
         )
     return FeatureCache(folder or default_cache())
 
 
 def _show(entries: list[CacheEntry], title: str, as_json: bool) -> None:
-    rows = [
-        {
-            "folder": str(entry.path),
-            "kind": entry.key.get("kind", "unknown"),
-            "view": entry.key.get("view"),
-            "tower": entry.key.get("name", ""),
-            "rows": entry.rows,
-            "bytes": entry.bytes,
-            "last_used": time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used)),
-        }
-        for entry in entries
-    ]
-    if as_json:
-        print(json.dumps({title: rows, "bytes": sum(entry.bytes for entry in entries)}))
-        return
-    for row in rows:
-        view = "" if row["view"] is None else f" view {row['view']}"
-        print(
-            f"{row['last_used']}  {row['bytes'] / 1e6:8.1f} MB  {row['rows']:>9} rows  "
-            f"{row['kind']}{view}  {row['tower']}  {row['folder']}"
+    total = sum(entry.bytes for entry in entries)
+    rows = []
+    for entry in entries:
+        kind, view, tower = entry.key.get("kind", "unknown"), entry.key.get("view"), entry.key.get("name", "")
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+        rows.append(
+            {
+                **{"folder": str(entry.path), "kind": kind, "view": view, "tower": tower},
+                **{"rows": entry.rows, "bytes": entry.bytes, "last_used": used},
+            }
         )
-    print(f"{len(rows)} {title}, {sum(entry.bytes for entry in entries) / 1e6:.1f} MB")
+        if not as_json:
+            shown = kind if view is None else f"{kind} view {view}"
+            size = f"{entry.bytes / 1e6:8.1f} MB  {entry.rows:>9} rows"
+            print(f"{used}  {size}  {shown}  {tower}  {entry.path}")
+    print(
+        json.dumps({title: rows, "bytes": total}) if as_json else f"{len(rows)} {title}, {total / 1e6:.1f} MB"
+    )

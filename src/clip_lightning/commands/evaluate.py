@@ -1,4 +1,4 @@
-"""`clip-lightning evaluate retrieval|zero-shot|linear-probe`: score models on data."""
+"""`clip-lightning evaluate retrieval|zero-shot|linear-probe` measures models on data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clip_lightning.data.classes import ClassSet
     from clip_lightning.evaluation.intervals import Hits
     from clip_lightning.model.clip import CLIP
-    from clip_lightning.model.encode import Pictures
+    from clip_lightning.model.encode import Encoded, Project
     from clip_lightning.reports.class_report import ClassReport
     from clip_lightning.reports.tables import Row
 
@@ -38,20 +38,22 @@ def retrieval(
     wandb: str | None = None,
     json: bool = False,
 ) -> None:
-    """Find images by their captions and captions by their images, among all of the split.
+    """Retrieve images by their captions, and captions by their images, among all images of a split.
 
-    R@k is the percentage of queries with a right answer among the first k (hit@k): for an image, any of its
-    captions. True recall is the fraction of an image's captions that is found. fold1000_... are means over
-    folds of 1,000 images, which is an easier task. Intervals (95 %) allow for the captions of an image being
-    answered together. Every model after the first is also compared with the first, image by image.
+    R@k is the percentage of queries with a right answer among the first k results (hit@k); for an image, each
+    of its captions is right. True recall is the fraction of an image's captions among the results.
+    fold1000_... are means over folds of 1,000 images, which is an easier task. The 95 % intervals take into
+    account that the captions of an image are not independent. Every model after the first is also compared
+    with the first, image by image.
 
     Args:
-        model: a bundle's folder, a hub id or wandb:NAME; several with commas between.
-        data: captioned images, as for fit --data.root; several with commas between.
-        split: all, train, val or test. By default the data's own test split (val if it has no test), or all
-            if it has no splits; val and test of such data are those that fit draws from it by default.
+        model: a bundle, a run folder, a checkpoint, a Hugging Face hub id, or
+            wandb:ENTITY/PROJECT/NAME:ALIAS; or several, separated by commas.
+        data: captioned images, as for `fit --data.root`; or several data sets, separated by commas.
+        split: all, train, val or test. By default the data's own test split (val if there is no test), or all
+            if the data has no splits. For such data, val and test are the splits that `fit` draws by default.
         out: folder for the table as Markdown, CSV and JSON.
-        wandb: W&B project (or ENTITY/PROJECT) that gets a run for each model and data set.
+        wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
     from clip_lightning.evaluation.intervals import paired_differences
@@ -62,12 +64,12 @@ def retrieval(
     first: dict[str, tuple[str, Hits]] = {}
     for clip, row in _pairs(models, sets):
         row["split"], images = sets[row["data"]]
-        values, found = _retrieval(clip, images, _title(row))
+        values, answers = _retrieval(clip, images, _title(row))
         row |= values
-        name, reference = first.setdefault(row["data"], (row["model"], found))
-        if reference is not found:
+        name, reference = first.setdefault(row["data"], (row["model"], answers))
+        if reference is not answers:
             row["compared_with"] = name
-            for metric, (difference, low, high, p) in paired_differences(found, reference).items():
+            for metric, (difference, low, high, p) in paired_differences(answers, reference).items():
                 row |= {f"{metric}_difference": difference, f"{metric}_difference_low": low}
                 row |= {f"{metric}_difference_high": high, f"{metric}_difference_p": p}
         rows.append(row)
@@ -86,52 +88,56 @@ def zero_shot(
     wandb: str | None = None,
     json: bool = False,
 ) -> None:
-    """Classify images by captions made of the names of the classes.
+    """Classify images by comparing them with captions made from the class names.
 
-    Intervals (95 %) of top-1 and top-5 are Wilson's.
+    The 95 % intervals of the top-1 and top-5 accuracy are Wilson intervals.
 
     Args:
-        model: a bundle's folder, a hub id or wandb:NAME; several with commas between.
-        data: a folder of class folders (or of train, val and test with such folders in them), a CSV with the
-            columns image and label, torchvision:CIFAR10 and the like, or hf:OWNER/NAME; several with commas
-            between.
-        templates: simple, imagenet, none, or a file with one template per line, {} where the name goes.
-        names: file of the names of classes, with synonyms: JSON from class to name or names, CSV (class, then
-            its names), or lines in the order of the classes with commas between names.
-        split: all, train, val or test; by default the data's own test split (val if it has no test), or all
-            if it has no splits.
-        data_cache: folder for what torchvision downloads; the user's cache folder by default.
-        out: folder for the table as Markdown, CSV and JSON, accuracies of classes (classes.csv), confusions
-            (confused.csv, confusion.png) and the calibration (calibration.csv, reliability.png).
-        wandb: W&B project (or ENTITY/PROJECT) that gets a run for each model and data set, with tables of
+        model: a bundle, a run folder, a checkpoint, a Hugging Face hub id, or
+            wandb:ENTITY/PROJECT/NAME:ALIAS; or several, separated by commas.
+        data: a folder with one folder per class (or with train, val and test folders of such folders), a CSV
+            file with the columns image and label, a torchvision data set such as torchvision:CIFAR10, or
+            hf:OWNER/NAME; or several, separated by commas.
+        templates: simple, imagenet, none, or a file with one template per line in which {} stands for the
+            class name.
+        names: file with the names of the classes, including synonyms: a JSON object from class to name or
+            names, a CSV file (class, then its names), or one line per class, in order, with names separated
+            by commas.
+        split: all, train, val or test. By default the data's own test split (val if there is no test), or all
+            if the data has no splits.
+        data_cache: folder for data that torchvision downloads; by default in the user's cache folder.
+        out: folder for the table as Markdown, CSV and JSON, and for accuracies per class (classes.csv),
+            confusions (confused.csv, confusion.png) and calibration (calibration.csv, reliability.png).
+        wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set and tables of
             classes and confusions.
         json: print one JSON object instead, or a list for several models or data sets.
     """
     from clip_lightning.data.classes import class_names
     from clip_lightning.evaluation.prompts import read_templates
-    from clip_lightning.evaluation.zero_shot import classify, zero_shot_classifier
-    from clip_lightning.model.encode import project_pictures
+    from clip_lightning.evaluation.zero_shot import classify
+    from clip_lightning.model.zero_shot import zero_shot_classifier
     from clip_lightning.reports.class_report import ClassReport
 
     models = _checked(model, split, out)
     sentences = read_templates(templates)
     sets = _class_sets(data, data_cache)
-    chosen = {place: _choose_split(place, split, found.splits) for place, found in sets.items()}
-    called = {place: class_names(found.classes, names) for place, found in sets.items()}
-    _warn_of_same_names(called.values())
+    chosen = {place: _choose_split(place, split, class_set.splits) for place, class_set in sets.items()}
+    named = {place: class_names(class_set.classes, names) for place, class_set in sets.items()}
+    _warn_of_same_names(named.values())
     several = len(models) * len(sets) > 1
     rows: list[Row] = []
     reports: list[ClassReport] = []
     for clip, row in _pairs(models, sets):
         place = row["data"]
-        found, names_of = sets[place], called[place]
+        class_set, names_of = sets[place], named[place]
         row |= {"split": chosen[place], "templates": templates, "template_count": len(sentences)}
-        members = found.rows(chosen[place])
-        encoded = _encode(clip, [found.pictures[member] for member in members], _title(row))
+        members = class_set.rows(chosen[place])
+        images = [class_set.images[member] for member in members]
+        encoded = _encode(clip, images, _title(row), clip.project_image)
         result = classify(
-            project_pictures(clip, encoded.features),
+            encoded.features,
             zero_shot_classifier(clip, names_of, sentences),
-            _labels(found, [members[at] for at in encoded.rows]),
+            _labels(class_set, [members[at] for at in encoded.rows]),
             scale=clip.scale.item(),
             bias=clip.bias,
         )
@@ -159,21 +165,23 @@ def linear_probe(
     wandb: str | None = None,
     json: bool = False,
 ) -> None:
-    """Train a linear classifier on the frozen image tower's features, on all of train and on k per class.
+    """Train a linear classifier on the features of the frozen image tower.
 
-    The regulariser is chosen on a fifth of the training images. The interval (95 %) is Wilson's.
+    It is trained on all training images, and few-shot on k images per class. The strength of the
+    regularization is chosen on a fifth of the training images. The 95 % interval is a Wilson interval.
 
     Args:
-        model: a bundle's folder, a hub id or wandb:NAME; several with commas between.
-        data: images with classes as for zero-shot; several with commas between. If they have no splits of
-            their own, a fraction of each class is held out for testing.
-        test_share: that fraction, above 0 and below 1.
-        shots: numbers of images per class to learn from, with commas between; a number is skipped if a class
-            has fewer.
-        seeds: draws of these images; mean and standard deviation are over them.
-        data_cache: folder for what torchvision downloads; the user's cache folder by default.
+        model: a bundle, a run folder, a checkpoint, a Hugging Face hub id, or
+            wandb:ENTITY/PROJECT/NAME:ALIAS; or several, separated by commas.
+        data: images with classes, as for zero-shot; or several data sets, separated by commas.
+        test_share: fraction of each class to hold out for testing if the data has no splits, above 0 and
+            below 1.
+        shots: numbers of training images per class, separated by commas; a number is skipped if a class has
+            fewer images.
+        seeds: number of random draws of these images, over which mean and standard deviation are computed.
+        data_cache: folder for data that torchvision downloads; by default in the user's cache folder.
         out: folder for the table as Markdown, CSV and JSON.
-        wandb: W&B project (or ENTITY/PROJECT) that gets a run for each model and data set.
+        wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
     if not 0 < test_share < 1:
@@ -182,15 +190,15 @@ def linear_probe(
         raise UserError(f"--seeds {seeds}: expected 1 or more")
     counts = [int(word) for word in shots.split(",") if word.strip().isdigit() and int(word) > 0]
     if len(counts) != len(shots.split(",")):
-        raise UserError(f"--shots {shots}: expected numbers of images with commas between, as 1,2,4")
+        raise UserError(f"--shots {shots}: expected numbers of images separated by commas, such as 1,2,4")
     models = _checked(model, None, out)
     sets = _class_sets(data, data_cache)
     rows = []
     for clip, row in _pairs(models, sets):
-        found, title = sets[row["data"]], _title(row)
-        encoded = _encode(clip, found.pictures, title)
-        row |= {"classes": len(found.classes), "broken": len(encoded.broken)}
-        rows.append(row | _linear_probe(encoded, found, title, test_share, counts, seeds))
+        class_set, title = sets[row["data"]], _title(row)
+        encoded = _encode(clip, class_set.images, title)
+        row |= {"classes": len(class_set.classes), "broken": len(encoded.broken)}
+        rows.append(row | _linear_probe(encoded, class_set, title, test_share, counts, seeds))
     _finish(rows, out, json, wandb)
 
 
@@ -199,25 +207,24 @@ def _retrieval(clip: CLIP, images: Sequence[CaptionedImage], title: str) -> tupl
 
     from clip_lightning.evaluation import retrieval
     from clip_lightning.evaluation.intervals import hits, recall_intervals
-    from clip_lightning.model.encode import project_pictures
 
-    encoded = _encode(clip, [image.path for image in images], title)
+    encoded = _encode(clip, [image.path for image in images], title, clip.project_image)
     captions = [(row, text) for row, at in enumerate(encoded.rows) for text in images[at].captions]
     owner = torch.tensor([row for row, _ in captions])
-    image, text = project_pictures(clip, encoded.features), clip.embed_texts([text for _, text in captions])
-    found = hits(*retrieval.retrieval_ranks(image, text, owner), owner)
-    bounds = recall_intervals(found)
+    image, text = encoded.features, clip.embed_texts([text for _, text in captions])
+    answers = hits(*retrieval.retrieval_ranks(image, text, owner), owner)
+    bounds = recall_intervals(answers)
     values: dict[str, Any] = {"images": len(image), "captions": len(text), "broken": len(encoded.broken)}
     for name, value in retrieval.retrieval_metrics(image, text, owner).items():
         values[name] = value
         if name in bounds:
             values[f"{name}_low"], values[f"{name}_high"] = bounds[name]
     values |= retrieval.true_recall(image, text, owner) | retrieval.fold_metrics(image, text, owner)
-    return values, found
+    return values, answers
 
 
 def _linear_probe(
-    encoded: Pictures, data: ClassSet, title: str, test_share: float, shots: Sequence[int], seeds: int
+    encoded: Encoded, data: ClassSet, title: str, test_share: float, shots: Sequence[int], seeds: int
 ) -> dict[str, Any]:
     import torch
 
@@ -232,7 +239,7 @@ def _linear_probe(
         test = held_out(labels, test_share, seed=0)
         train = ~test
     if not train.any() or not test.any():
-        raise UserError(f"{title}: no images to train or to test on; give more than one image per class")
+        raise UserError(f"{title}: there are no images to train or to test on; give more images per class")
     parts = (encoded.features[train], labels[train], encoded.features[test], labels[test])
     values = {"train_images": int(train.sum()), "test_images": int(test.sum())}
     return values | linear_probe(*parts) | few_shot(*parts, shots=shots, seeds=seeds)
@@ -253,15 +260,16 @@ def _title(row: Row) -> str:
     return f"{row['model']} on {row['data']}"
 
 
-def _encode(clip: CLIP, images: Sequence[Any], title: str) -> Pictures:
-    """Run the image tower, and warn of images that could not be read."""
-    from clip_lightning.model.encode import encode_pictures
+def _encode(clip: CLIP, images: Sequence[Any], title: str, project: Project | None = None) -> Encoded:
+    """Encode images, and warn about those that cannot be read."""
+    from clip_lightning.model.encode import Encoded, encode_images
 
-    encoded = encode_pictures(clip, images, progress=title)
+    encoded = Encoded.join(encode_images(clip.image_tower, images, project=project, progress=title))
+    broken = {path: str(reason) for _, path, reason in encoded.broken}
     if not encoded.rows:
-        path, reason = next(iter(encoded.broken.items()), ("the split", "it has no images"))
-        raise UserError(f"none of the images can be read; {path}: {reason}; give other data")
-    _warn_of_each("skipped", encoded.broken)
+        path, reason = next(iter(broken.items()), ("the split", "it has no images"))
+        raise UserError(f"no image can be read ({path}: {reason}); give other data")
+    _warn_of_each("skipped", broken)
     return encoded
 
 
@@ -272,40 +280,43 @@ def _labels(data: ClassSet, rows: Iterable[int]) -> Any:
 
 
 def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]]:
-    """The split that was chosen, and its images."""
+    """Return the split that was chosen, and its images."""
     from clip_lightning.data.captions import Splits, split_by_image
-    from clip_lightning.data.formats import read_captions
+    from clip_lightning.data.columns import RECOGNIZED
+    from clip_lightning.data.sources import find_source, read_source
 
-    captions = read_captions(Path(place))
+    source = find_source(place)
+    source.fetch()
+    captions = read_source(source, RECOGNIZED)
     own = {image.split for image in captions.images} if captions.has_official_splits else set()
     chosen = _choose_split(place, split, own, may_draw=True)
     if chosen == "all":
         return chosen, list(captions.images)
-    images = split_by_image(captions, Splits())[chosen]  # as fit does by default
+    images = split_by_image(captions, Splits())[chosen]  # as `fit` does by default
     if not images:
         raise UserError(f"{place} has no {chosen} split; give another --split")
     return chosen, images
 
 
 def _class_sets(places: str, cache: Path | None) -> dict[str, ClassSet]:
-    from clip_lightning.data.named import find_classes
+    from clip_lightning.data.class_sets import find_classes
 
     sets = {place: find_classes(place, cache) for place in _listed(places)}
-    for found in sets.values():
-        _warn_of_each("left out", found.left_out)
+    for class_set in sets.values():
+        _warn_of_each("left out", class_set.left_out)
     return sets
 
 
 def _listed(text: str) -> list[str]:
-    """The places with commas between, or one whose name has commas."""
+    """Divide the text at commas, unless it is the name of a file or folder."""
     places = [text] if Path(text).exists() else [part.strip() for part in text.split(",") if part.strip()]
     if not places:
-        raise UserError(f"{text!r} names no model or data; give a folder, or several with commas between")
+        raise UserError(f"{text!r} has no model or data; give a folder, or several separated by commas")
     return list(dict.fromkeys(places))
 
 
 def _checked(model: str, split: str | None, out: Path | None) -> list[str]:
-    """The names of the models, once the options are known to be right."""
+    """Check the options, and return the names of the models."""
     if split is not None and split not in SPLITS:
         raise UserError(f"--split {split}: expected {', '.join(SPLITS)}")
     if out is not None and out.exists() and not out.is_dir():
@@ -318,8 +329,10 @@ def _choose_split(place: str, split: str | None, own: Iterable[str | None], *, m
     if split is None:
         return next((name for name in ("test", "val") if name in named), "all")
     if split != "all" and split not in named and (named or not may_draw):
-        has = f"its splits are {', '.join(sorted(named))}" if named else "it has no splits of its own"
-        raise UserError(f"--split {split}: {place} has no such split, {has}; give one it has, or all")
+        expected = (
+            f"expected all, {', '.join(sorted(named))}" if named else "expected all, as it has no splits"
+        )
+        raise UserError(f"--split {split}: {place} has no such split; {expected}")
     return split
 
 
@@ -327,14 +340,14 @@ def _warn_of_same_names(sets: Iterable[Sequence[Sequence[str]]]) -> None:
     for entries in sets:
         joined = [", ".join(entry) for entry in entries]
         for name in sorted({name for name in joined if joined.count(name) > 1})[:1]:
-            _warn(f"several classes are called {name}, so no model can tell them apart; give --names")
+            _warn(f"several classes have the name {name}; give them different names with --names")
 
 
 def _warn_of_each(what: str, reasons: Mapping[str, str], most: int = 5) -> None:
     for name, reason in list(reasons.items())[:most]:
         _warn(f"{what} {name}: {reason}")
     if len(reasons) > most:
-        _warn(f"{what} {len(reasons)} in all")
+        _warn(f"{what} {len(reasons)} in total")
 
 
 def _warn(line: str) -> None:
@@ -352,13 +365,13 @@ def _finish(
     wandb: str | None,
     reports: Sequence[ClassReport | None] = (),
 ) -> None:
-    """Write, print and track the rows, each with its report of classes if there are any."""
+    """Write, print and track the rows, each with its class report if there is one."""
     from clip_lightning.reports.tables import print_results, write_results
 
     if out is not None:
         write_results(rows, out)
         _warn(f"results: {out}")
-    print_results(rows, as_json=json)  # before W&B, which may refuse them
+    print_results(rows, as_json=json)  # before the upload to W&B, which may fail
     if wandb is not None:
         from clip_lightning.tracking.evaluations import track_evaluation
 

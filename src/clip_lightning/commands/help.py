@@ -1,7 +1,7 @@
-"""`fit --help` and misspelt options of `fit`, from a table, without importing torch.
+"""Print `fit --help` and check the options of `fit` with a table, without importing torch.
 
-`options.tsv` beside this file has a line per option: name, default, help. A name that ends with `.*` stands
-for the options of a class that the user chooses. `make options` generates it from the code.
+`options.tsv`, next to this file, has one line per option: name, default, help. A name that ends with `.*`
+stands for the options of a class that the user chooses. `make options` generates the table from the code.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from clip_lightning.arguments import near_options, packaged_configs
 from clip_lightning.errors import UserError
 
 TABLE = Path(__file__).with_name("options.tsv")
-# Options of Lightning's own that are shown without `all`.
+# Lightning's own options that are shown without `all`.
 OF_LIGHTNING = (
     *("max_epochs", "max_time", "devices", "num_nodes", "strategy", "accelerator", "precision", "logger"),
     *("accumulate_grad_batches", "default_root_dir", "callbacks", "monitor", "patience"),
+)
+RARE = (
+    *("verbose", "weights_only", "print_config", "data.records"),
+    *("predictions.seed", "predictions.folder", "zero_shot.data_cache"),
 )
 
 
@@ -33,7 +37,7 @@ def print_help(command: str, *, everything: bool) -> None:
     print(
         f"usage: clip-lightning {command} [--config NAME ...] [--OPTION VALUE ...]\n\n"
         f"--config takes a YAML file or one of {', '.join(packaged_configs())}.\n"
-        "Several --config files overlay each other, and options override them.\n"
+        "If you give several, later ones override earlier ones, and options override all of them.\n"
     )
     options = read_options()
     width = min(shutil.get_terminal_size().columns, 120)
@@ -45,20 +49,21 @@ def print_help(command: str, *, everything: bool) -> None:
             print(f"--{name}{f' (default: {default})' if default else ''}")
             print(textwrap.indent(textwrap.fill(text, width - 6), "      "))
         elif last in OF_LIGHTNING or (
-            group not in ("trainer", "early_stopping", "verbose", "weights_only", "print_config")
-            and f"{name.removesuffix(last)}*" not in options  # these are of a class
+            group not in ("trainer", "early_stopping")
+            and name not in RARE
+            and f"{name.removesuffix(last)}*" not in options  # options of a class
         ):
             text = textwrap.shorten(text, max(width - 46, 30), placeholder=" …")
             print(f"  --{f'{name} [{default}]' if 0 < len(default) < 10 else name:<42}{text}")
     if not everything:
-        print(f"\nclip-lightning {command} --help all prints every option, with the Trainer's, in full.")
+        print(f"\nclip-lightning {command} --help all prints all options in full, including the Trainer's.")
 
 
 def check_options(args: Sequence[str]) -> None:
     """Refuse an unknown option before anything slow is imported.
 
     Raises:
-        UserError: neither an option nor one of a class that the user chooses.
+        UserError: an option is not in the table, and does not belong to a class that the user chooses.
     """
     options = read_options()
     names = [name for name in options if not name.endswith(".*")]
@@ -68,6 +73,6 @@ def check_options(args: Sequence[str]) -> None:
         name = arg.partition("=")[0].removeprefix("--").removesuffix("+")
         if not arg.startswith("--") or name in options or name in groups or name.startswith(classes):
             continue
-        near = " or ".join(f"--{option}" for option in near_options(name, names))
-        remedy = f"did you mean {near}?" if near else "clip-lightning fit --help all lists the options"
+        similar = " or ".join(f"--{option}" for option in near_options(name, names))
+        remedy = f"did you mean {similar}?" if similar else "clip-lightning fit --help all lists the options"
         raise UserError(f"unknown option --{name}; {remedy}")

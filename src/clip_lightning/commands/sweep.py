@@ -1,10 +1,10 @@
-"""`clip-lightning sweep`: searches hyperparameters with Optuna, as a W&B sweep file describes."""
+"""`clip-lightning sweep` searches hyperparameters with Optuna, as a W&B sweep file describes."""
 
 from __future__ import annotations
 
 import inspect
 
-from clip_lightning.arguments import Parser, own_words
+from clip_lightning.arguments import Parser, own_arguments
 from clip_lightning.errors import UserError
 
 FILE = "a W&B sweep file, or the name of a packaged one: heads, backbones, finetune"
@@ -13,16 +13,12 @@ FILE = "a W&B sweep file, or the name of a packaged one: heads, backbones, finet
 def run(args: list[str]) -> None:
     """Run `sweep` with the arguments of the command line."""
     own, files, arguments = split_arguments(args[1:])
-    parser = Parser(
-        prog="clip-lightning sweep",
-        description=(inspect.getdoc(sweep) or "").partition("\n\nArgs")[0],
-        usage="%(prog)s FILE [options] [options of fit]",
-    )
+    usage = "%(prog)s FILE [options] [options of fit]"
+    parser = Parser.of_function("sweep", sweep, skip={"file", "arguments"}, usage=usage)
     parser.add_argument("file", nargs="?", metavar="FILE", help=FILE)
-    parser.add_function_arguments(sweep, as_group=False, skip={"file", "arguments"})
     given = vars(parser.parse_args([*files, *own]))
     if given["file"] is None:
-        raise UserError(f"FILE is missing: give {FILE}")
+        raise UserError(f"FILE is missing; give {FILE}")
     sweep(arguments=arguments, **given)
 
 
@@ -35,21 +31,21 @@ def sweep(
     storage: str | None = None,
     json: bool = False,
 ) -> None:
-    """Search hyperparameters as a W&B sweep file describes; any option of `fit` is passed to every trial.
+    """Search hyperparameters as a W&B sweep file describes.
 
-    Optuna chooses what to try, without a server. The same command again resumes the search. To let W&B's
-    server choose, give the same file to `wandb sweep` and `wandb agent`. `clip-lightning fit --help` lists
-    the options of `fit`.
+    Optuna proposes the hyperparameters, so no server is needed. If you run the same command again, the search
+    resumes. To let W&B's server propose them, pass the same file to `wandb sweep` and `wandb agent`. All
+    other options are passed to `fit` for every trial; `clip-lightning fit --help` lists them.
 
     Args:
         file: a W&B sweep file, or the name of a packaged one.
         arguments: options of `fit`.
-        trials: how many finished trials the search is to have; by default the file's run_cap, or all points
-            of a finite search space.
+        trials: number of finished trials after which the search ends; by default the file's run_cap, or all
+            points of a finite search space.
         parallel: number of worker processes on this machine.
-        study: name of the study; by default the file's `name`, or the name of the file itself.
-        storage: URL of a database, for workers on several machines; by default a SQLite file in the
-            study's folder.
+        study: name of the study; by default the file's `name`, or else the file name.
+        storage: URL of a database, for workers on several machines; by default a SQLite file in the folder
+            of the study.
         json: print one JSON object instead.
     """
     for name, value in (("trials", trials), ("parallel", parallel)):
@@ -64,10 +60,10 @@ def sweep(
 def split_arguments(args: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Return the options of `sweep`, the files, and the arguments of `fit`, whose options take a value."""
     own_names = inspect.signature(sweep).parameters.keys() - {"file", "arguments"}
-    own, others = own_words(args, sorted(own_names))
+    own, others = own_arguments(args, sorted(own_names))
     files: list[str] = []
     arguments: list[str] = []
-    for before, argument in zip(["", *others], others, strict=False):
-        is_value = before.startswith("-") and "=" not in before
+    for previous, argument in zip(["", *others], others, strict=False):
+        is_value = previous.startswith("-") and "=" not in previous
         (arguments if argument.startswith("-") or is_value else files).append(argument)
     return own, files, arguments

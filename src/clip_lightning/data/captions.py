@@ -1,43 +1,60 @@
-"""Captioned pictures as plain records: no torch, no decoding, nothing but names and words."""
+"""Represent and split captioned images as plain records of names and texts, without torch or decoding."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from clip_lightning.errors import RunFailed, UserError
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": "train", "restval": "train", "test": "test"}
 SPLIT_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+_AT_ONCE = 10_000  # the tokens of millions of captions would not fit in memory
+_SAMPLE, _WORTH_A_WARNING, _OFTEN_SHARED = 5000, 0.01, 0.05
+
+
+def parse_split(word: str | None, source: object) -> str | None:
+    """Return `train`, `val` or `test` for a usual name of a split in `source`, or None if it is empty.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    word = (word or "").strip()
+    if word and word.lower() not in SPLIT_WORDS:
+        raise UserError(
+            f"{source} has a split {word!r}; expected {', '.join(SPLIT_WORDS)}; correct it, or remove the "
+            "column and set --data.read.splits.val_fraction"
+        )
+    return SPLIT_WORDS.get(word.lower())
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage:
-    """One picture and everything people said of it."""
+    """An image and all its captions."""
 
     path: Path
     captions: tuple[str, ...]
     split: str | None = None
-    """`train`, `val` or `test` where the source names official splits."""
+    """`train`, `val` or `test` if the source names official splits."""
 
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """The pictures of one source, in the source's order.
+    """The captioned images of one source, in the order of the source.
 
     Attributes:
-        root: the folder that the pictures' names are relative to.
-        images: one record a picture; no two share a path.
-        has_official_splits: true when the source itself names splits; pictures it puts
-            in none of them then belong to no split.
+        root: the folder that the names of the images are relative to.
+        images: one record per image, with unique paths.
+        has_official_splits: whether the source itself has splits; if it has, an image may be in none of them.
         left_out: name → reason, for images and rows that could not be used.
         source: the files that were read, relative to `root`, with their number of rows.
-        warnings: a line for each kind of thing that is probably not meant, and what was passed over.
+        warnings: one line per kind of problem that is probably a mistake, and for skipped files.
     """
 
     root: Path
@@ -48,7 +65,7 @@ class CaptionSet:
     warnings: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """Describe in one line what was read."""
+        """Describe in one line which data was read."""
         captions = sum(len(image.captions) for image in self.images)
         counts = Counter(image.split for image in self.images)
         splits = ", ".join(
@@ -61,29 +78,25 @@ class CaptionSet:
         )
 
     def digest(self) -> str:
-        """SHA-256 (hex) over names, captions, splits and file sizes, the same on every machine."""
+        """Return the SHA-256 (hex) of names, captions, splits and file sizes, equal on every machine."""
         sha = hashlib.sha256()
-        for image in sorted(self.images, key=lambda image: _name(image.path, self.root)):
-            row = (
-                _name(image.path, self.root),
-                str(_size(image.path)),
-                image.split or "",
-                *image.captions,
-            )
+        named = ((_name(image.path, self.root), image) for image in self.images)
+        for name, image in sorted(named, key=lambda pair: pair[0]):
+            row = name, str(_size(image.path)), image.split or "", *image.captions
             sha.update("\0".join(row).encode() + b"\n")
         return sha.hexdigest()
 
 
 def _name(path: Path, root: Path) -> str:
-    """The picture's name below `root`; an annotation file may also name pictures outside of it."""
+    """Return the image's name relative to `root`; annotation files may name images outside of it."""
     return Path(os.path.relpath(path, root)).as_posix()
 
 
 def unreadable(path: Path, reason: object) -> RunFailed:
-    """Return the error for a file that was there and cannot be read, as when a disk is away."""
+    """Return the error for a file that existed and cannot be read now, for example on a lost disk."""
     return RunFailed(
-        f"{path} cannot be read at the moment ({reason}); nothing computed is lost: give the same command "
-        "again when the file is back"
+        f"{path} cannot be read at the moment ({reason}); run the same command again when the file is back: "
+        "computed results are kept"
     )
 
 
@@ -95,36 +108,32 @@ def _size(path: Path) -> int:
 
 
 def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
-    """For each picture the position of the first picture with the same bytes.
+    """Return, for each image, the position of the first image with the same bytes.
 
-    Files are grouped by size first, so only pictures that share their size are read.
+    Only files that have the same size as another one are read.
     """
-    by_size: dict[int, list[int]] = {}
-    for index, image in enumerate(images):
-        by_size.setdefault(_size(image.path), []).append(index)
+    sizes = [_size(image.path) for image in images]
+    counts = Counter(sizes)
+    first: dict[bytes, int] = {}
     groups = list(range(len(images)))
-    for candidates in by_size.values():
-        if len(candidates) == 1:
-            continue
-        first: dict[bytes, int] = {}
-        for index in candidates:
-            path = images[index].path
+    for index, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        if counts[size] > 1:
             try:
-                key = hashlib.sha256(path.read_bytes()).digest()
+                digest = hashlib.sha256(image.path.read_bytes()).digest()
             except OSError as error:
-                raise unreadable(path, error.strerror) from error
-            groups[index] = first.setdefault(key, index)
+                raise unreadable(image.path, error.strerror) from error
+            groups[index] = first.setdefault(digest, index)
     return groups
 
 
 @dataclass(frozen=True)
 class Splits:
-    """How images are divided if the data names no splits.
+    """Fractions and seed of random splits, for data without splits.
 
     Attributes:
-        val_fraction: fraction of the images that are held out for validation.
-        test_fraction: fraction of the images that are held out for testing.
-        seed: seed of the draw; keep it to compare runs.
+        val_fraction: fraction of the images to hold out for validation.
+        test_fraction: fraction of the images to hold out for testing.
+        seed: seed of the random splits; use the same seed for runs that you compare.
     """
 
     val_fraction: float = 0.1
@@ -135,37 +144,32 @@ class Splits:
         """Check the ranges."""
         for name, value in (("val_fraction", self.val_fraction), ("test_fraction", self.test_fraction)):
             if not 0 <= value <= 1:
-                raise UserError(f"--data.splits.{name} {value}: expected a fraction from 0 to 1")
+                raise UserError(f"--data.read.splits.{name} {value}: expected a fraction from 0 to 1")
 
 
 def split_by_image(captions: CaptionSet, splits: Splits) -> dict[str, list[CaptionedImage]]:
-    """Divide the images into `train`, `val` and `test`, each with all its captions.
+    """Split the images into `train`, `val` and `test`, each image with all its captions.
 
-    Official splits are kept. Without them, images are drawn by a seeded hash of their name, so that
-    an image added later moves few others; byte-identical images fall on the same side. If the
-    official splits lack `val`, it is drawn in the same way from `train`.
+    Official splits are kept. Without them, images are drawn by a seeded hash of their names, so that few
+    images move if others are added later, and byte-identical images are in the same split. If the official
+    splits have no `val`, it is drawn in the same way from `train`.
 
     Raises:
         UserError: there are too few images for the fractions.
     """
-    parts: dict[str, list[CaptionedImage]] = {name: [] for name in SPLITS}
-    if captions.has_official_splits:
-        for image in captions.images:
-            if image.split is not None:
-                parts[image.split].append(image)
-        if parts["train"] and not parts["val"]:
-            drawn = _draw(captions.root, parts["train"], splits.seed, {"val": splits.val_fraction})
-            parts["train"], parts["val"] = drawn["train"], drawn["val"]
-    else:
+    if not captions.has_official_splits:
         fractions = {"val": splits.val_fraction, "test": splits.test_fraction}
-        parts |= _draw(captions.root, captions.images, splits.seed, fractions)
+        return _draw(captions.root, captions.images, splits.seed, fractions)
+    parts = {name: [image for image in captions.images if image.split == name] for name in SPLITS}
+    if parts["train"] and not parts["val"]:
+        parts |= _draw(captions.root, parts["train"], splits.seed, {"val": splits.val_fraction})
     return parts
 
 
 def _draw(
     root: Path, images: Sequence[CaptionedImage], seed: int, fractions: dict[str, float]
 ) -> dict[str, list[CaptionedImage]]:
-    """Assign complete groups of identical images, in the order of a seeded hash, to each split in turn."""
+    """Assign groups of identical images, in the order of a seeded hash, to one split after another."""
     groups: dict[int, list[CaptionedImage]] = {}
     for image, group in zip(images, content_groups(images), strict=True):
         groups.setdefault(group, []).append(image)
@@ -175,7 +179,7 @@ def _draw(
         return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
 
     queue = deque(sorted(groups.values(), key=rank))
-    parts: dict[str, list[CaptionedImage]] = {}
+    parts: dict[str, list[CaptionedImage]] = {"train": []}
     for name, fraction in fractions.items():
         wanted = round(fraction * len(images)) or (1 if fraction > 0 else 0)
         parts[name] = []
@@ -183,10 +187,60 @@ def _draw(
             parts[name] += queue.popleft()
     if not queue:
         raise UserError(
-            f"{root} holds {len(images)} different images, too few to hold out "
+            f"{root} has {len(images)} different images, too few to hold out "
             + " and ".join(f"{fraction:.0%} for {name}" for name, fraction in fractions.items())
-            + "; give more images, or lower --data.splits.val_fraction and --data.splits.test_fraction"
+            + "; use more images, or reduce --data.read.splits.val_fraction and test_fraction"
         )
     parts["train"] = [image for members in queue for image in members]
     order = {image.path: position for position, image in enumerate(images)}
     return {name: sorted(part, key=lambda image: order[image.path]) for name, part in parts.items()}
+
+
+# Captions that training loses ----------------------------------------------------------------------------
+
+
+def count_lost(tokenize: Any, texts: Sequence[str]) -> dict[str, int]:
+    """Count the texts that a tokenizer truncates (`count`), and texts with only unknown words (`unknown`)."""
+    special = {*tokenize.tokenizer.all_special_ids}  # the unknown token is one of them
+    cut = unknown = 0
+    for start in range(0, len(texts), _AT_ONCE):
+        for ids in tokenize.tokenizer(texts[start : start + _AT_ONCE], verbose=False)["input_ids"]:
+            cut += len(ids) > tokenize.max_length
+            unknown += special.issuperset(ids)
+    return {"max_length": tokenize.max_length, "count": cut, "unknown": unknown}
+
+
+def lost_lines(lost: dict[str, Any], total: int, least: float = 0) -> Iterator[str]:
+    """Yield one line per kind of loss that affects more than the fraction `least` of `total` texts."""
+    for number, problem in (
+        (lost["count"], f"are longer than {lost['max_length']} tokens and are truncated"),
+        (lost["unknown"], "have no word that the tokenizer knows; use a text tower for their language"),
+    ):
+        if number > least * total:
+            yield f"{100 * number / total:.1f} % of the captions {problem}"
+
+
+def caption_warnings(images: Sequence[CaptionedImage], tokenize: Any) -> Iterator[str]:
+    """Yield one warning per kind of caption problem that affects training on these images.
+
+    The tokenizer, if `tokenize` has one, is applied to a sample of the captions.
+    """
+    texts = [caption for image in images for caption in image.captions]
+    if hasattr(tokenize, "tokenizer") and texts:
+        sample = texts[:: max(1, len(texts) // _SAMPLE)]
+        yield from lost_lines(count_lost(tokenize, sample), len(sample), _WORTH_A_WARNING)
+    counts = shared_captions(images)
+    fraction = counts.total() / max(1, sum(len({*image.captions}) for image in images))
+    if fraction > _OFTEN_SHARED:
+        caption, number = counts.most_common(1)[0]
+        yield (
+            f"{100 * fraction:.0f} % of the captions belong to several images, most often {caption[:60]!r} "
+            f"({number:,} images), although these images count as negatives of each other; for images of "
+            "classes, use clip-lightning evaluate zero-shot"
+        )
+
+
+def shared_captions(images: Iterable[CaptionedImage]) -> Counter[str]:
+    """Count the images of each caption that several images share."""
+    counts = Counter(text for image in images for text in {*image.captions})
+    return Counter({text: count for text, count in counts.items() if count > 1})

@@ -1,4 +1,4 @@
-"""Which columns hold images, captions and splits, by their usual names; and the captions of a cell."""
+"""Find the columns of images, captions and splits, and the captions in a cell."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import ast
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from clip_lightning.data.captions import Splits
 from clip_lightning.data.image_formats import is_image
 from clip_lightning.errors import UserError
 
@@ -21,42 +22,56 @@ CAPTION_NAMES = (
     *("caption", "captions", "text", "title", "comment", "texts", "sentences", "sentence", "raw", "txt"),
     *("description", "prompt", "conversations"),
 )
+CLASS_NAMES = ("label", "class", "class_name", "category", "target")
 _NUMBERED = re.compile(r"(caption|sentence|text)s?[ _-]?\d+", re.IGNORECASE)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 class NoColumn(UserError):
-    """No column is clearly that of images, or of captions."""
+    """There is no column that clearly holds images or captions."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns; `split` is None if there is none."""
+    """The names of columns; `split` is None if there is no such column."""
 
     image: str
     captions: tuple[str, ...]
     split: str | None
 
     def names(self) -> list[str]:
-        """Each of them once."""
+        """Return each name once."""
         return list(dict.fromkeys([self.image, *self.captions, *filter(None, [self.split])]))
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How tables are read, if their columns and images are not recognised.
+    """Options for reading and splitting captioned images.
 
     Attributes:
-        image_column: column of images; by default recognised by its name or type.
-        caption_column: column of captions, or several separated by commas; by default recognised by name, as
-            are numbered ones such as `caption_0`.
-        image_folder: folder of the images, if they are not beside the annotations; of names with folders that
-            are not there, the last parts are looked for.
+        layout: layout of the files; by default it is recognized. `captions` is a table of your own, `folder`
+            has pairs of name.jpg and name.txt.
+        image_column: column with the images; by default it is recognized by its name or type.
+        caption_column: column with the captions, or several columns separated by commas; by default it is
+            recognized by its name, as are numbered columns such as `caption_0`.
+        image_folder: folder with the images if they are not next to the annotations; if the folders in an
+            image's name do not exist there, the image is searched for by the last parts of its name.
+        max_broken: largest fraction of images and rows that may be unusable, from 0 to 1; the run stops with
+            an error if there are more.
+        splits: fractions and seed of random splits, for data without splits.
     """
 
+    layout: Literal["auto", "flickr8k", "flickr30k", "captions", "folder"] = "auto"
     image_column: str | None = None
     caption_column: str | None = None
     image_folder: Path | None = None
+    max_broken: float = 0.01
+    splits: Splits = field(default_factory=Splits)
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not 0 <= self.max_broken <= 1:
+            raise UserError(f"--data.read.max_broken {self.max_broken}: expected a fraction from 0 to 1")
 
     def find(
         self,
@@ -69,13 +84,13 @@ class ReadOptions:
 
         Args:
             source: the file or data set, for messages.
-            record: name → value (or type) of each column; of several usual columns for images, the first one
-                that holds a file name is taken.
-            images: columns that can hold images; all of them if None.
-            texts: likewise for captions.
+            record: name → value of each column; if several columns have usual names for images, the first one
+                with a file name is chosen.
+            images: columns that can hold images; by default all.
+            texts: columns that can hold texts; by default all.
 
         Raises:
-            NoColumn: a column that was asked for is missing, or none has a usual name.
+            NoColumn: a given column does not exist, or no column has a usual name.
         """
         images, texts = record if images is None else images, record if texts is None else texts
         usual = _usual(IMAGE_NAMES, images)
@@ -86,92 +101,81 @@ class ReadOptions:
         captions = _usual(CAPTION_NAMES, texts)[:1]
         captions += [name for name in texts if _NUMBERED.fullmatch(name) and name not in captions]
         if self.caption_column is not None:
-            asked = [name.strip() for name in self.caption_column.split(",")]
-            captions = asked if set(asked) <= set(texts) else []
-        for option, kind, asked_for, found, names in (
-            ("--data.read.image_column", "image", self.image_column, image, IMAGE_NAMES),
-            ("--data.read.caption_column", "caption", self.caption_column, captions, CAPTION_NAMES),
+            given = [name.strip() for name in self.caption_column.split(",")]
+            captions = given if set(given) <= set(texts) else []
+        for kind, option, columns, names in (
+            ("image", self.image_column, image, IMAGE_NAMES),
+            ("caption", self.caption_column, captions, CAPTION_NAMES),
         ):
-            if not found:
-                wrong = (
-                    f"{option} {asked_for} is not in {source}"
-                    if asked_for
-                    else f"{source} has no {kind} column"
+            if not columns:
+                flag = f"--data.read.{kind}_column"
+                problem = (
+                    f"{flag} {option} is not in {source}" if option else f"{source} has no {kind} column"
                 )
                 raise NoColumn(
-                    f"{wrong}: found {', '.join(map(str, record)) or 'nothing'}, expected one of "
-                    f"{', '.join(names[:7])}; give {option} COLUMN, or another --data.root"
+                    f"{problem}: found {', '.join(map(str, record)) or 'nothing'}, expected one of "
+                    f"{', '.join(names[:7])}; give {flag} COLUMN, or another --data.root"
+                    + ("; to classify, use clip-lightning evaluate" if _usual(CLASS_NAMES, record) else "")
                 )
         split = next((name for name in texts if name.lower() == "split"), None)
         return Columns(image[0], tuple(captions), split)
 
 
-RECOGNISED = ReadOptions()
+RECOGNIZED = ReadOptions()
 
 
 def _usual(names: Sequence[str], columns: Collection[str]) -> list[str]:
-    """The columns that have one of these names, in the order of the names."""
+    """Return the columns with one of these names, in the order of the names."""
     lower = {column.lower(): column for column in reversed(list(columns))}
     return [lower[name] for name in names if name in lower]
 
 
 def is_image_type(feature: Any) -> bool:
-    """Check for the type Image of the package `datasets`."""
+    """Return whether a feature has the type Image of the package `datasets`."""
     return type(feature).__name__ == "Image"
 
 
 def find_typed_columns(source: str, features: Mapping[str, Any], options: ReadOptions) -> Columns:
-    """Choose the columns of a Hugging Face data set, by their types and usual names.
+    """Choose the columns of a Hugging Face data set by their types and usual names.
 
     Raises:
-        NoColumn: likewise; the message lists the columns with their types.
+        NoColumn: a given column does not exist, or no column clearly holds images or captions.
     """
     images = [name for name, feature in features.items() if _holds_images(feature)]
     typed = [name for name in images if is_image_type(features[name])]
     texts = [name for name, feature in features.items() if _holds_texts(feature)]
     if options.image_column is None and len(typed) == 1:
         options = replace(options, image_column=typed[0])
-    try:
-        return options.find(source, features, images if options.image_column else typed or images, texts)
-    except NoColumn as error:
-        there = ", ".join(f"{name} ({_type(feature)})" for name, feature in features.items())
-        raise NoColumn(f"{error}; its types are {there}") from None
+    return options.find(source, features, images if options.image_column else typed or images, texts)
 
 
 def _holds_images(feature: Any) -> bool:
-    """The type Image, or bytes, bare or as Image keeps them."""
+    """Accept the type Image, and bytes by themselves or in a dictionary as Image stores them."""
     if isinstance(feature, dict):
         feature = feature.get("bytes")
     return is_image_type(feature) or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
 def _holds_texts(feature: Any) -> bool:
-    """Strings, lists of strings, and lists of what COCO has: dictionaries with `raw`."""
-    inner = getattr(feature, "feature", None)
-    if inner is not None:
-        return _holds_texts(inner)
+    """Accept strings, lists of strings, and, as in COCO, lists of dictionaries with `raw`."""
+    while not isinstance(feature, dict) and hasattr(feature, "feature"):
+        feature = feature.feature
     if isinstance(feature, dict):
         return "raw" in feature and _holds_texts(feature["raw"])
     return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-def _type(feature: Any) -> str:
-    if is_image_type(feature):
-        return "Image"
-    return str(getattr(feature, "dtype", None) or type(feature).__name__)
 
 
 # What a cell holds --------------------------------------------------------------------------------------
 
 
 def sentences(value: Any) -> list[str]:
-    """Return the captions of a cell.
+    """Return the captions in a cell.
 
-    A cell may hold a sentence, a list of them (also as pandas and NumPy write lists into tables),
-    dictionaries with `raw` as in COCO's splits, or a conversation, of which the answers are captions.
+    A cell may hold a sentence, a list of sentences (also in the form in which pandas and NumPy write lists to
+    tables), dictionaries with `raw` as in COCO, or a conversation, whose answers are the captions.
 
     Raises:
-        TypeError: it holds something else.
+        TypeError: the cell holds something else.
     """
     if isinstance(value, str):
         return _written_list(value) if "[" in value else [value]
@@ -188,17 +192,17 @@ def sentences(value: Any) -> list[str]:
 
 
 def _written_list(text: str) -> list[str]:
-    """The sentences of `['a dog', 'a hound']`, or the text itself."""
+    """Return the sentences of `['a dog', 'a hound']`, or the text itself."""
     stripped = text.strip()
     if not (stripped.startswith("[") and stripped.endswith("]")):
         return [text]
     try:
-        found = json.loads(stripped)
+        items = json.loads(stripped)
     except (ValueError, RecursionError):
         quoted = [] if _QUOTED.sub("", stripped[1:-1]).strip(", \t\r\n") else _QUOTED.findall(stripped)
         try:
-            found = [ast.literal_eval(item) for item in quoted]
+            items = [ast.literal_eval(item) for item in quoted]
         except (ValueError, SyntaxError):
-            found = []
-    strings = isinstance(found, list) and all(isinstance(item, str) for item in found)
-    return found if strings and (found or stripped == "[]") else [text]
+            items = []
+    strings = isinstance(items, list) and all(isinstance(item, str) for item in items)
+    return items if strings and (items or stripped == "[]") else [text]

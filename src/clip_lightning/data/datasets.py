@@ -1,6 +1,6 @@
-"""Samples and batches: one picture with its captions, and many of them as tensors.
+"""Read samples, which are images with their captions, and collate them to batches of tensors.
 
-B pictures, N captions, K captions a picture, L tokens, H height, W width.
+B images, N captions, K captions per image, L tokens, H height, W width.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ MOST_BROKEN_IN_A_ROW = 100
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures, each with captions of its own.
+    """Several images with their captions.
 
     Attributes:
-        pictures: B times pixels uint8 (3, H, W), or cached features (D,); broken pictures are not among them.
-        image_id: (B,) in training the same for pictures with the same bytes, in evaluation one a picture.
-        counts: (B,) how many of the captions belong to each picture.
-        captions: of all these pictures, picture after picture.
-        caption_rows: (N,) for each of them its row among all captions of the split.
-        broken: path → reason, of the pictures that could not be decoded on the way to these samples.
-        names: of each picture, where its number among all pictures does not say which it is.
+        images: B tensors: pixels uint8 (3, H, W), or cached features (D,); broken images are not included.
+        image_id: (B,) in training, equal for images with the same bytes; in evaluation, unique per image.
+        counts: (B,) number of captions per image.
+        captions: the captions of all these images, image by image.
+        caption_rows: (N,) the row of each caption among all captions of the split.
+        broken: path → reason, for images that could not be decoded while these samples were read.
+        names: names of the images, if `image_id` does not identify them.
     """
 
-    pictures: list[Tensor]
+    images: list[Tensor]
     image_id: np.ndarray
     counts: np.ndarray
     captions: list[str]
@@ -53,7 +53,7 @@ class Samples:
 
 
 class _Captions:
-    """The captions of a split, picture after picture, and where those of each picture begin."""
+    """The captions of a split, image by image, and the first row of each image."""
 
     def __init__(self, images: Sequence[CaptionedImage]) -> None:
         self.texts = [caption for image in images for caption in image.captions]
@@ -65,7 +65,7 @@ class _Captions:
 
 
 class TrainDataset(Dataset[Samples]):
-    """Pictures with K random captions of their own: pure functions of (seed, epoch, index)."""
+    """Images with K random captions each: samples are pure functions of (seed, epoch, index)."""
 
     def __init__(
         self,
@@ -78,136 +78,130 @@ class TrainDataset(Dataset[Samples]):
         seed: int,
         views: Sequence[Features] = (),
     ) -> None:
-        """Give `captions_per_image` captions with each picture, one `image_ids` a picture.
+        """Return `captions_per_image` captions with each image, which has one of the `image_ids`.
 
-        With cached `views`, each of them features of every picture, one is drawn instead of decoding.
-
-        Raises:
-            UserError: when `captions_per_image` is below one.
+        If there are cached `views`, each with the features of every image, a random view replaces decoding.
         """
-        if captions_per_image < 1:
-            raise UserError(f"--data.captions_per_image is {captions_per_image}; expected 1 or more")
         self.images, self.image_ids, self.captions = images, np.array(image_ids), _Captions(images)
         self.transform, self.augmentation = transform, augmentation
         self.captions_per_image, self.seed, self.views = captions_per_image, seed, views
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """Return the number of images."""
         return len(self.images)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Samples:
-        """The samples of these (epoch, index); in place of a broken picture the next readable one.
+        """Return the samples of these (epoch, index); a broken image is replaced by the next readable one.
 
         Raises:
-            UserError: when a hundred pictures in a row, or all of them, are broken.
+            UserError: a hundred consecutive images, or all images, are broken.
         """
-        pictures: dict[int, Tensor] = {}  # by their place among the keys
+        images: dict[int, Tensor] = {}  # by their position among the keys
         broken: dict[str, str] = {}
         keys, missing = list(keys), list(range(len(keys)))
         most = min(len(self), MOST_BROKEN_IN_A_ROW)
         for _ in range(most):
-            for place, picture in zip(missing, self._pictures([keys[i] for i in missing]), strict=True):
-                if isinstance(picture, Tensor):
-                    pictures[place] = picture
+            for place, image in zip(missing, self._read([keys[i] for i in missing]), strict=True):
+                if isinstance(image, Tensor):
+                    images[place] = image
                     continue
                 epoch, index = keys[place]
-                broken[str(self.images[index].path)] = str(picture)
+                broken[str(self.images[index].path)] = str(image)
                 keys[place] = epoch, (index + 1) % len(self)
-            missing = [place for place in missing if place not in pictures]
+            missing = [place for place in missing if place not in images]
             if not missing:
-                return self._samples(keys, [pictures[place] for place in range(len(keys))], broken)
+                return self._samples(keys, [images[place] for place in range(len(keys))], broken)
         path, reason = next(iter(broken.items()))
         raise UserError(
-            f"{most} pictures in a row cannot be decoded, the first is {path}: {reason}; "
-            "mend the pictures below --data.root"
+            f"{most} consecutive images cannot be decoded (first {path}: {reason}); fix the images in "
+            "--data.root"
         )
 
-    def _pictures(self, keys: Sequence[tuple[int, int]]) -> Sequence[Tensor | BrokenImage]:
+    def _read(self, keys: Sequence[tuple[int, int]]) -> Sequence[Tensor | BrokenImage]:
         if not self.views:
             return [self._augmented(epoch, index) for epoch, index in keys]
         index = np.array(keys)[:, 1]
         view = _random_words(self.seed, keys, 1)[:, 0] % len(self.views)
-        found: dict[int, Tensor | BrokenImage] = {}
+        images: dict[int, Tensor | BrokenImage] = {}
         for number, features in enumerate(self.views):
             places = np.flatnonzero(view == number)
-            found |= zip(places.tolist(), _cached(features, index[places]), strict=True)
-        return [found[place] for place in range(len(keys))]
+            images |= zip(places.tolist(), _cached(features, index[places]), strict=True)
+        return [images[place] for place in range(len(keys))]
 
     def _augmented(self, epoch: int, index: int) -> Tensor | BrokenImage:
         rng = np.random.default_rng((self.seed, epoch, index))
-        try:
-            pixels = decode_image(self.images[index].path, pauses=RETRY_SECONDS)
-            return augment(pixels, self.transform, self.augmentation, rng)
-        except BrokenImage as error:
-            return error
+        return _decoded(
+            self.images[index], lambda pixels: augment(pixels, self.transform, self.augmentation, rng)
+        )
 
     def _samples(
-        self, keys: Sequence[tuple[int, int]], pictures: list[Tensor], broken: dict[str, str]
+        self, keys: Sequence[tuple[int, int]], images: list[Tensor], broken: dict[str, str]
     ) -> Samples:
-        """Draw captions: all different while there are enough, else each as often as any other."""
+        """Draw captions without repetition, or, if an image has too few, each equally often."""
         index = np.array(keys)[:, 1]
         counts = self.captions.counts[index, None]
-        words = _random_words(self.seed, keys, 1 + counts.max())[:, 1:]  # the first is the view's
-        words[np.arange(words.shape[1]) >= counts] = np.iinfo(np.uint64).max
-        order = words.argsort(axis=1, kind="stable")
+        random = _random_words(self.seed, keys, 1 + counts.max())[:, 1:]  # the first chooses the view
+        random[np.arange(random.shape[1]) >= counts] = np.iinfo(np.uint64).max
+        order = random.argsort(axis=1, kind="stable")
         chosen = np.take_along_axis(order, np.arange(self.captions_per_image) % counts, axis=1)
         rows = (self.captions.first_rows[index, None] + chosen).ravel()
-        each = np.full(len(index), self.captions_per_image)
-        return Samples(pictures, self.image_ids[index], each, self.captions[rows], rows, broken)
+        drawn = np.full(len(index), self.captions_per_image)
+        return Samples(images, self.image_ids[index], drawn, self.captions[rows], rows, broken)
 
 
 class EvalDataset(Dataset[Samples]):
-    """Every picture, unaugmented, with all its captions."""
+    """All images, without augmentation, with all their captions."""
 
     def __init__(
         self, images: Sequence[CaptionedImage], transform: ImageTransform, features: Features | None = None
     ) -> None:
-        """Read `images` in their order; an `image_id` is the position here, so that no two share it.
+        """Read `images` in order; the `image_id` is the position in the list, so it is unique.
 
-        With cached `features` of every picture nothing is decoded.
+        If there are cached `features` of every image, nothing is decoded.
         """
         self.images, self.transform, self.features = images, transform, features
         self.captions = _Captions(images)
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """Return the number of images."""
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> Samples:
-        """The pictures at these `indices`, without those that are broken."""
-        found = dict(zip(indices, self._pictures(indices), strict=True))
-        pictures = {i: picture for i, picture in found.items() if isinstance(picture, Tensor)}
-        broken = {str(self.images[i].path): str(found[i]) for i in indices if i not in pictures}
-        index = np.array([*pictures], dtype=np.int64)
+        """Return the images at these `indices`, except broken ones."""
+        results = dict(zip(indices, self._read(indices), strict=True))
+        images = {i: image for i, image in results.items() if isinstance(image, Tensor)}
+        broken = {str(self.images[i].path): str(results[i]) for i in indices if i not in images}
+        index = np.array([*images], dtype=np.int64)
         first, counts = self.captions.first_rows[index], self.captions.counts[index]
         rows = [np.arange(start, start + count) for start, count in zip(first, counts, strict=True)]
         flat = np.concatenate([np.empty(0, np.int64), *rows])
-        return Samples([*pictures.values()], index, counts, self.captions[flat], flat, broken)
+        return Samples([*images.values()], index, counts, self.captions[flat], flat, broken)
 
-    def _pictures(self, indices: Sequence[int]) -> Sequence[Tensor | BrokenImage]:
+    def _read(self, indices: Sequence[int]) -> Sequence[Tensor | BrokenImage]:
         if self.features is not None:
             return _cached(self.features, indices)
-        return [self._decoded(index) for index in indices]
+        return [_decoded(self.images[index], self.transform) for index in indices]
 
-    def _decoded(self, index: int) -> Tensor | BrokenImage:
-        try:
-            return self.transform(decode_image(self.images[index].path, pauses=RETRY_SECONDS))
-        except BrokenImage as error:
-            return error
+
+def _decoded(image: CaptionedImage, transform: Callable[[Tensor], Tensor]) -> Tensor | BrokenImage:
+    try:
+        return transform(decode_image(image.path, pauses=RETRY_SECONDS))
+    except BrokenImage as error:
+        return error
 
 
 def _cached(features: Features, rows: Sequence[int] | np.ndarray) -> list[Tensor | BrokenImage]:
-    """Rows (D,); one is NaN where the picture could not be read when its features were computed."""
+    """Return the rows (D,); a row of NaN is an image that could not be read when it was cached."""
     values = features.rows(rows)
-    why = BrokenImage("it could not be decoded when its features were cached")
+    error = BrokenImage("it could not be decoded when its features were cached")
     broken = values.isnan().any(dim=1).tolist()
-    return [why if bad else row for row, bad in zip(values, broken, strict=True)]
+    return [error if is_broken else row for row, is_broken in zip(values, broken, strict=True)]
 
 
 def _random_words(seed: int, keys: Sequence[tuple[int, int]], count: int) -> np.ndarray:
-    """64 random bits (len(keys), count), each a function of seed, epoch, index and column.
+    """Return 64 random bits (len(keys), count), each a function of seed, epoch, index and column.
 
-    numpy's generators would be seeded one a sample, which takes longer than all else a cached sample needs.
+    Seeding a numpy generator per sample would take longer than everything else that a cached sample needs.
     """
     epoch, index = np.array(keys, dtype=np.uint64).T
     state = _mixed(_mixed(_mixed(np.full(len(keys), seed, np.uint64)) + epoch) + index)
@@ -215,7 +209,7 @@ def _random_words(seed: int, keys: Sequence[tuple[int, int]], count: int) -> np.
 
 
 def _mixed(words: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea, Flood 2014): each word to another, all bits stirred."""
+    """Mix the bits of each word with the output function of SplitMix64 (Steele, Lea, Flood 2014)."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -224,28 +218,28 @@ def _mixed(words: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a batch of samples.
+    """Collates samples to a batch.
 
     Attributes:
-        tokenize: from N captions to `input_ids` and `attention_mask`, (N, L) padded to the longest.
-        text_features: cached features of all captions of the split; with them nothing is tokenized.
+        tokenize: maps N captions to `input_ids` and `attention_mask` (N, L), padded to the longest caption.
+        text_features: cached features of all captions of the split, which replace tokens.
     """
 
     tokenize: Callable[[list[str]], dict[str, Tensor]]
     text_features: Features | None = None
 
     def __call__(self, samples: Samples) -> dict[str, Any]:
-        """The batch.
+        """Return the batch.
 
-        `pixel_values` uint8 (B, 3, H, W) or `image_features` (B, D), `input_ids` and `attention_mask` (N, L)
-        or `text_features` (N, D), `image_id` (B,), `text_image_id` (N,), `text_id` (N,) the captions' rows,
-        all int64, and `broken` path → reason; of shards `names`, B of them. Where every picture is broken, B
-        and N are 0.
+        It has `pixel_values` uint8 (B, 3, H, W) or `image_features` (B, D); `input_ids` and `attention_mask`
+        (N, L) or `text_features` (N, D); `image_id` (B,), `text_image_id` (N,) and `text_id` (N,), the rows
+        of the captions, all int64; `broken`, path → reason; and for tars B `names`. If every image is broken,
+        B and N are 0.
         """
         named = {} if samples.names is None else {"names": samples.names}
         return {
             **named,
-            **_stack(samples.pictures),
+            **_stack(samples.images),
             **self._texts(samples),
             "image_id": torch.from_numpy(samples.image_id),
             "text_image_id": torch.from_numpy(samples.image_id.repeat(samples.counts)),
@@ -256,15 +250,15 @@ class Collate:
     def _texts(self, samples: Samples) -> dict[str, Tensor]:
         if self.text_features is not None:
             return {"text_features": self.text_features.rows(samples.caption_rows)}
-        # Tokenizers fail on an empty list: tokenize something, and keep none of it.
+        # Tokenizers fail for an empty list, so tokenize one text and drop it.
         tokens = self.tokenize(samples.captions or [""])
         return {name: tokens[name][: len(samples.captions)] for name in ("input_ids", "attention_mask")}
 
 
-def _stack(pictures: list[Tensor]) -> dict[str, Tensor]:
-    """Pixels (3, H, W) as one (B, 3, H, W), channels last as the decoders left them; or features (B, D)."""
-    if not pictures:
+def _stack(images: list[Tensor]) -> dict[str, Tensor]:
+    """Stack pixels to (B, 3, H, W), with channels last in memory as in decoded images, or features (B, D)."""
+    if not images:
         return {"pixel_values": torch.empty((0, 3, 0, 0), dtype=torch.uint8)}
-    if pictures[0].ndim == 1:
-        return {"image_features": torch.stack(pictures)}
-    return {"pixel_values": torch.stack([pixels.permute(1, 2, 0) for pixels in pictures]).permute(0, 3, 1, 2)}
+    if images[0].ndim == 1:
+        return {"image_features": torch.stack(images)}
+    return {"pixel_values": torch.stack([pixels.permute(1, 2, 0) for pixels in images]).permute(0, 3, 1, 2)}

@@ -1,12 +1,12 @@
-"""The feature cache: a frozen tower runs once over the data, its pooled features lie on disk.
+"""Cache the pooled features of frozen towers on disk, so that each tower runs over the data only once.
 
 An entry is a folder named by a digest of everything its values depend on: the tower's weights, the
-preprocessing, the pictures or captions, the view. So a change to any of them is another entry, never a stale
-hit. An entry is written in shards, each under a temporary name and then renamed to one that carries its own
-checksum: a run killed half-way goes on where it was, and a damaged shard is found and computed again. A lock
-on each shard lets ranks, and runs that happen to want the same entry, share the work.
+preprocessing, the images or captions, and the view. A change to any of them leads to a new entry, never to a
+stale one. An entry is written in shards. Each shard is written under a temporary name and then renamed to a
+name with its checksum, so a killed run resumes where it stopped, and a damaged shard is detected and computed
+again. A lock per shard lets ranks, and other runs that need the same entry, share the work.
 
-R rows of an entry, D the tower's width.
+R is the number of rows of an entry, D the width of the tower.
 """
 
 from __future__ import annotations
@@ -37,25 +37,24 @@ from clip_lightning.files import cache_folder, write_atomically
 SHARD_ROWS = 512
 IN_USE_SECONDS = 3600
 DTYPE = np.float16
-DAMAGED = {"kind": "unknown", "name": "(damaged manifest.json)"}
 Compute = Callable[[range], np.ndarray]
-"""Rows of an entry → their features (len(range), D); a row of NaN is a picture that cannot be read."""
+"""Maps rows of an entry to features (len(range), D); a row of NaN stands for an unreadable image."""
 
 
 class Features:
-    """One finished entry as memory-mapped rows (R, D)."""
+    """The memory-mapped rows (R, D) of a finished entry."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._paths = list(shards)
-        # mapped at once, so that they stay readable should another run remove the entry
+        # Mapped now, so that they stay readable if another run removes the entry.
         self._shards: list[np.ndarray] | None = [_map(path) for path in self._paths]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Loader workers map the files themselves instead of receiving their content."""
+        """Pickle only the paths, so that loader workers map the files themselves."""
         return {"_paths": self._paths, "_shards": None}
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> Tensor:
-        """The features (len(rows), D) in float32."""
+        """Return the features (len(rows), D) in float32."""
         if self._shards is None:
             self._shards = [_map(path) for path in self._paths]
         shard, row = np.divmod(np.asarray(rows, dtype=np.int64), SHARD_ROWS)
@@ -67,17 +66,19 @@ class Features:
 
 
 def default_cache() -> Path:
-    """Where features lie unless `--data.cache` says otherwise."""
+    """Return the folder that is used unless `--data.cache` is another one."""
     return cache_folder("features")
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What is kept in the feature cache.
+    """Options of the feature cache.
 
     Attributes:
-        gigabytes: size (of 10^9 bytes) to which the cache is cut back, the oldest entries first.
-        views: cached versions of each training image: plain, mirrored, then as the augmentation says.
+        gigabytes: largest size of the cache in gigabytes (10^9 bytes); the least recently used entries are
+            removed first. Copies of remote tars have a budget of the same size.
+        views: number of cached views per training image: the image itself, mirrored, then augmented at
+            random.
     """
 
     gigabytes: float = 50
@@ -93,7 +94,7 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What `cache list` shows of one entry."""
+    """An entry, as `cache list` shows it."""
 
     path: Path
     key: dict[str, Any]
@@ -104,12 +105,12 @@ class CacheEntry:
 
 
 class FeatureCache:
-    """A folder of entries with a budget; the least recently used go first.
+    """A folder of entries whose total size is limited; the least recently used are removed first.
 
     Args:
         root: the folder.
-        budget_bytes: what all entries together may take; those of this process, and what others used in the
-            last hour, stay even so.
+        budget_bytes: largest total size; entries that this process uses, or that were used within the last
+            hour, are kept even if they exceed it.
     """
 
     def __init__(self, root: Path, budget_bytes: float = 50e9) -> None:
@@ -118,16 +119,16 @@ class FeatureCache:
         self._in_use: set[Path] = set()
 
     def get(self, key: dict[str, Any], count: int, compute: Compute, title: str) -> Features:
-        """The entry for `key`, of which whatever is missing or damaged is computed first.
+        """Return the entry for `key`, after computing its missing or damaged shards.
 
         Args:
             key: everything the values depend on, as plain JSON values.
             count: number of rows.
-            compute: gives any range of rows; the same values whenever it is asked.
-            title: for the progress bar.
+            compute: computes any range of rows, with the same values each time.
+            title: title of the progress bar.
 
         Raises:
-            UserError: no room on the disk, or values too large for half precision.
+            UserError: the disk is full, or values are too large for half precision.
         """
         entry = self.root / _entry_name(key)
         ranges = [range(start, min(start + SHARD_ROWS, count)) for start in range(0, count, SHARD_ROWS)]
@@ -137,11 +138,11 @@ class FeatureCache:
             if not manifest.exists() or _read_manifest(manifest) != (json.loads(json.dumps(key)), count):
                 write_atomically(manifest, json.dumps({"key": key, "rows": count}, indent=2).encode())
             _touch(entry)
-            features = Features(self._complete(entry, ranges, compute, title))
+            features = Features(_complete(entry, ranges, compute, title))
         except OSError as error:
             raise UserError(
-                f"the feature cache at {self.root} cannot be written ({error.strerror or error}); "
-                "give another --data.cache FOLDER, free some space, or --data.cache off"
+                f"the feature cache in {self.root} cannot be written ({error.strerror or error}); free some "
+                "space, give another --data.cache FOLDER, or use --data.cache off"
             ) from error
         self._in_use.add(entry)
         just_now = time.time() - IN_USE_SECONDS
@@ -150,28 +151,28 @@ class FeatureCache:
         return features
 
     def entries(self) -> list[CacheEntry]:
-        """List the entries, the most recently used first; one with a damaged manifest has kind `unknown`.
+        """List the entries, the most recently used first; an entry with a damaged manifest is `unknown`.
 
-        The folder may hold other things too. An entry has the name that its key gives it, or, if its
+        Other files and folders are ignored: an entry has the name that its key determines, or, if its
         manifest is damaged, a name of that form and shards.
         """
-        found = []
+        damaged = {"kind": "unknown", "name": "(damaged manifest.json)"}
+        entries = []
         for manifest in self.root.glob("[0-9a-f]" * 32 + "/manifest.json"):
-            # another process may be removing it
-            with contextlib.suppress(FileNotFoundError):
-                key, rows = _read_manifest(manifest) or (DAMAGED, 0)
+            with contextlib.suppress(FileNotFoundError):  # another process may be removing the entry
+                key, rows = _read_manifest(manifest) or (damaged, 0)
                 if manifest.parent.name != _entry_name(key) and not _shard_files(manifest.parent):
                     continue
                 size = sum(file.stat().st_size for file in manifest.parent.glob("*.npy"))
-                found.append(CacheEntry(manifest.parent, key, rows, size, manifest.stat().st_mtime))
-        return sorted(found, key=lambda entry: -entry.last_used)
+                entries.append(CacheEntry(manifest.parent, key, rows, size, manifest.stat().st_mtime))
+        return sorted(entries, key=lambda entry: -entry.last_used)
 
     def used(self) -> list[CacheEntry]:
-        """The entries that this object has given."""
+        """List the entries that this object has returned."""
         return [entry for entry in self.entries() if entry.path in self._in_use]
 
     def prune(self, budget_bytes: float, keep: set[Path] | None = None) -> list[CacheEntry]:
-        """Remove the least recently used entries until the rest fits the budget, and say which."""
+        """Remove the least recently used entries until the others fit the budget; return the removed ones."""
         removed, total = [], 0
         for entry in self.entries():
             total += entry.bytes
@@ -181,44 +182,46 @@ class FeatureCache:
                 removed.append(entry)
         return removed
 
-    def _complete(self, entry: Path, ranges: list[range], compute: Compute, title: str) -> list[Path]:
-        """Every shard's path; first computes what nobody else is computing, then waits for the others."""
-        files = _shard_files(entry)
-        with ThreadPoolExecutor(cores()) as pool:
-            found = pool.map(lambda i: _intact(files.get(i, [])), range(len(ranges)))
-            shards: list[Path | None] = list(found)
-        missing = [i for i, shard in enumerate(shards) if shard is None]
-        if not missing:
-            return [shard for shard in shards if shard is not None]
-        rows = sum(len(ranges[i]) for i in missing)
-        with tqdm(total=rows, desc=title, unit="row", mininterval=1, disable=_is_other_rank()) as bar:
-            for wait in (False, True):
-                for i in missing:
-                    if shards[i] is None:
-                        shards[i] = self._compute_shard(entry, i, ranges[i], compute, wait)
-                        bar.update(len(ranges[i]) if shards[i] is not None else 0)
-        return [shard for shard in shards if shard is not None]
 
-    def _compute_shard(self, entry: Path, i: int, rows: range, compute: Compute, wait: bool) -> Path | None:
-        """Compute shard `i`; None when somebody else holds it and we do not wait."""
-        try:
-            with FileLock(entry / f"{i:06d}.lock", timeout=-1 if wait else 0):
-                present = list(entry.glob(f"{i:06d}-*.npy"))
-                if (done := _intact(present)) is not None:
-                    return done
-                for damaged in present:
-                    damaged.unlink()
-                values = compute(rows)
-                with np.errstate(over="ignore"):  # asked of the result
-                    half = values.astype(DTYPE)
-                if np.isinf(half).any():
-                    raise UserError(
-                        "the tower gives features beyond the range of half precision; use --data.cache off"
-                    )
-                _touch(entry)
-                return _write_shard(entry, i, half)
-        except Timeout:
-            return None
+def _complete(entry: Path, ranges: list[range], compute: Compute, title: str) -> list[Path]:
+    """Return the path of every shard; compute shards that nobody else computes, then wait for the rest."""
+    files = _shard_files(entry)
+    with ThreadPoolExecutor(cores()) as pool:
+        intact = pool.map(lambda i: _intact(files.get(i, [])), range(len(ranges)))
+        shards = {i: shard for i, shard in enumerate(intact) if shard is not None}
+    missing = [i for i in range(len(ranges)) if i not in shards]
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    quiet = not missing or (distributed and torch.distributed.get_rank() > 0)
+    rows = sum(len(ranges[i]) for i in missing)
+    with tqdm(total=rows, desc=title, unit="row", disable=quiet) as bar:
+        for timeout in (0, -1):  # first without waiting for locks, then waiting for them
+            for i in missing:
+                if i not in shards and (shard := _compute_shard(entry, i, ranges[i], compute, timeout)):
+                    shards[i] = shard
+                    bar.update(len(ranges[i]))
+    return [shards[i] for i in range(len(ranges))]
+
+
+def _compute_shard(entry: Path, i: int, rows: range, compute: Compute, timeout: float) -> Path | None:
+    """Compute shard `i`; return None if another process holds it longer than the timeout."""
+    try:
+        with FileLock(entry / f"{i:06d}.lock", timeout=timeout):
+            present = list(entry.glob(f"{i:06d}-*.npy"))
+            if (done := _intact(present)) is not None:
+                return done
+            for damaged in present:
+                damaged.unlink()
+            values = compute(rows)
+            with np.errstate(over="ignore"):  # checked below
+                half = values.astype(DTYPE)
+            if np.isinf(half).any():
+                raise UserError(
+                    "the features of the tower exceed the range of half precision; use --data.cache off"
+                )
+            _touch(entry)
+            return _write_shard(entry, i, half)
+    except Timeout:
+        return None
 
 
 def _entry_name(key: dict[str, Any]) -> str:
@@ -226,7 +229,7 @@ def _entry_name(key: dict[str, Any]) -> str:
 
 
 def _read_manifest(manifest: Path) -> tuple[dict[str, Any], int] | None:
-    """Key and number of rows of an entry; None where the file does not say them."""
+    """Return the key and the number of rows of an entry, or None if the file is damaged."""
     try:
         content = json.loads(manifest.read_text())
         return dict(content["key"]), int(content["rows"])
@@ -235,18 +238,16 @@ def _read_manifest(manifest: Path) -> tuple[dict[str, Any], int] | None:
 
 
 def _write_shard(entry: Path, i: int, values: np.ndarray) -> Path:
-    draft = entry / f".{i:06d}.tmp"  # whoever writes holds the shard's lock
+    draft = entry / f".{i:06d}.tmp"  # the writer holds the shard's lock
     with draft.open("wb") as file:
         np.save(file, values)
         file.flush()
         os.fsync(file.fileno())
-    shard = entry / f"{i:06d}-{_checksum(draft)}.npy"
-    os.replace(draft, shard)
-    return shard
+    return draft.replace(entry / f"{i:06d}-{_checksum(draft)}.npy")
 
 
 def _shard_files(entry: Path) -> dict[int, list[Path]]:
-    """Number of a shard → the files that say they are it."""
+    """Return the files of each shard, whose number is in their names."""
     files: dict[int, list[Path]] = {}
     for file in entry.glob("[0-9]" * 6 + "-" + "[0-9a-f]" * 32 + ".npy"):
         files.setdefault(int(file.name.partition("-")[0]), []).append(file)
@@ -254,24 +255,24 @@ def _shard_files(entry: Path) -> dict[int, list[Path]]:
 
 
 def _intact(files: Iterable[Path]) -> Path | None:
-    """The first file whose content is what its name promises."""
+    """Return the first file whose content has the checksum in its name."""
     for file in files:
-        with contextlib.suppress(FileNotFoundError):  # another process found it damaged
+        with contextlib.suppress(FileNotFoundError):  # another process removed it as damaged
             if file.stem.partition("-")[2] == _checksum(file):
                 return file
     return None
 
 
 def _touch(entry: Path) -> None:
-    """Note that the entry is in use; a finished one may lie where nobody may write."""
+    """Mark the entry as used; a finished entry may be in a read-only folder."""
     with contextlib.suppress(OSError):
         os.utime(entry / "manifest.json")
 
 
 def _map(shard: Path) -> np.ndarray:
-    """The rows of a shard, memory-mapped.
+    """Return the rows of a shard, memory-mapped.
 
-    Unlike numpy's own, torch's map keeps no file open, of which large data has more than a process may have.
+    Unlike numpy's map, torch's keeps no file open: large data has more shards than a process may open.
     """
     with shard.open("rb") as file:
         np.lib.format.read_magic(file)
@@ -286,11 +287,3 @@ def _map(shard: Path) -> np.ndarray:
 def _checksum(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
-
-
-def _is_other_rank() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_rank() > 0
-    )

@@ -1,13 +1,14 @@
-"""From a file to uint8 pixels of the tower's size; normalising happens later, on the device.
+"""Decode, resize and augment images to uint8 pixels; towers normalize them later, on the device.
 
-B batch, H height, W width. Pixels lie channels-last in memory throughout: that is how the decoders write
-them, and torch's uint8 resize is two to three times as fast on it.
+B batch, H height, W width. Pixels are channels-last in memory throughout: decoders write them like this, and
+torch's uint8 resize is two to three times as fast for this layout.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,11 +24,11 @@ from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
-from clip_lightning.data.image_formats import PICTURE_FORMATS
-from clip_lightning.errors import UserError
+from clip_lightning.data.image_formats import IMAGE_FORMATS
+from clip_lightning.errors import UserError, reason_of
 
 RETRY_SECONDS = (0.2, 2.0)
-"""Pauses before a file that could not be read is tried again."""
+"""Pauses before reading a file again after an error."""
 _CROP_TRIES = 10
 _CROP_RATIO = 4 / 3
 _LONGEST_COVER = 4
@@ -36,15 +37,15 @@ _EARLIER = {"fit": "crop", "shortest_edge": None}
 
 
 class BrokenImage(ValueError):
-    """A file that cannot be decoded; the message is a short reason without the file's name."""
+    """An image cannot be decoded; the message is a short reason without the file name."""
 
 
 class UnreadableFile(BrokenImage):
-    """A file that could not be read this time, which says nothing about its content."""
+    """A file cannot be read at the moment, whatever its content is."""
 
 
 def read_file(path: Path, pauses: Sequence[float] = RETRY_SECONDS) -> bytes:
-    """Read a file, and try again after each pause (in seconds): a disk or network may be away for a moment.
+    """Read a file, and retry after each pause (in seconds), as disks and networks may fail for a moment.
 
     Raises:
         UnreadableFile: every attempt failed.
@@ -59,58 +60,60 @@ def read_file(path: Path, pauses: Sequence[float] = RETRY_SECONDS) -> bytes:
 
 
 def decode_image(path: Path, *, max_pixels: int = 100_000_000, pauses: Sequence[float] = ()) -> Tensor:
-    """Decode an image to RGB, uint8 (3, H, W), upright as its EXIF says.
+    """Decode an image to RGB, uint8 (3, H, W), rotated as its EXIF data requires.
 
-    Transparency is laid on white, 16 bits are scaled to 8, of an animation the first frame is taken. A file
-    that cannot be read is tried again after each of the `pauses`.
+    Transparent images are composited on white, 16 bits are scaled to 8, and animations are reduced to their
+    first frame. A file that cannot be read is retried after each of the `pauses`.
 
     Raises:
-        UnreadableFile: the file is missing or cannot be read at the moment.
-        BrokenImage: its content is empty, truncated or not an image, or has more than `max_pixels` pixels
-            (seen in its header, before anything is decoded).
+        UnreadableFile: the file does not exist or cannot be read at the moment.
+        BrokenImage: the content is empty, truncated or not an image, or has more than `max_pixels` pixels
+            according to its header, which is checked before decoding.
     """
     return decode_bytes(read_file(path, pauses), max_pixels=max_pixels)
 
 
 def decode_bytes(data: bytes, *, max_pixels: int = 100_000_000) -> Tensor:
-    """Decode a file's content as `decode_image` does the file.
+    """Decode the content of a file like `decode_image`.
 
     Raises:
-        BrokenImage: likewise.
+        BrokenImage: as for `decode_image`.
     """
     if not data:
         raise BrokenImage("the file is empty")
-    # Files from elsewhere make decoders raise nearly every kind of error, and warn; both end here.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise BrokenImage(f"{image.width}x{image.height} pixels are more than {max_pixels}")
-                if image.format == "JPEG" and image.mode in ("RGB", "L") and _is_complete(data):
-                    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-                    return pixels
-                return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-        except BrokenImage:
-            raise
-        except UnidentifiedImageError as error:
-            raise BrokenImage("not a picture of a known format") from error
-        except Exception as error:
-            raise BrokenImage(" ".join(str(error).split())[:200] or type(error).__name__) from error
+    _ignore_warnings_of_decoders()
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise BrokenImage(f"{image.width}x{image.height} pixels are more than {max_pixels}")
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and _is_complete(data):
+                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                return pixels
+            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+    except BrokenImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise BrokenImage("not an image of a known format") from error
+    except Exception as error:  # decoders raise nearly every kind of error for a damaged file
+        raise BrokenImage(reason_of(error)) from error
+
+
+def _ignore_warnings_of_decoders() -> None:
+    """Add a filter that stays: one thread's `catch_warnings` would end while another thread still decodes."""
+    module = re.compile(r"PIL\.|torchvision\.io\.")
+    if warnings.filters[0] != ("ignore", None, Warning, module, 0):
+        warnings.filterwarnings("ignore", module=module.pattern)
 
 
 def to_pixels(image: Any) -> Tensor:
-    """Return any form of an image as RGB, uint8 (3, H, W): the forms are those of `CLIP.embed_images`.
+    """Convert an image in any form that `CLIP.embed_images` accepts to RGB, uint8 (3, H, W).
 
     Raises:
-        BrokenImage: the image cannot be decoded, or is something else.
+        BrokenImage: the image cannot be decoded, or is not an image.
     """
     if isinstance(image, str | Path):
         return decode_image(Path(image))
-    if hasattr(image, "pixels"):  # it is stored within a larger file
-        pixels: Tensor = image.pixels()
-        return pixels
     try:
         if hasattr(image, "read"):
             image = image.read()
@@ -126,21 +129,21 @@ def to_pixels(image: Any) -> Tensor:
     except BrokenImage:
         raise
     except Exception as error:  # as in `decode_bytes`
-        raise BrokenImage(" ".join(str(error).split())[:200] or type(error).__name__) from error
-    found = f"{dtype} values of shape {shape}" if shape else f"a {type(image).__name__}"
+        raise BrokenImage(reason_of(error)) from error
+    kind = f"{dtype} values of shape {shape}" if shape else f"a {type(image).__name__}"
     raise BrokenImage(
-        f"it is {found}; expected a file's name or content, a PIL image, a uint8 array (H, W, 3), or a uint8 "
-        "tensor (3, H, W)"
+        f"it is {kind}; expected a file name, the content of a file, a PIL image, a uint8 array (H, W, 3), "
+        "or a uint8 tensor (3, H, W)"
     )
 
 
 def _is_complete(data: bytes) -> bool:
-    """Whether a JPEG ends with its end marker: torchvision fills a truncated one with grey, unasked."""
+    """Return whether a JPEG has its end marker; torchvision silently fills truncated files with gray."""
     return data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an upright RGB image, with transparency laid on white and 16 bits scaled to 8."""
+    """Return an upright RGB image, composited on white, with 16 bits scaled to 8."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise BrokenImage("its pixels are floating-point numbers of unknown range")
@@ -155,19 +158,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Resizing to what an image tower expects, and the normalisation that the tower does itself.
+    """The size that an image tower expects, and the normalization that the tower applies itself.
 
     Attributes:
         size: height and width in pixels.
-        interpolation: how to resize; antialiased either way.
-        mean: of red, green and blue, for pixels between 0 and 1; applied by the tower, on the device.
-        std: likewise.
-        fit: `crop` keeps the proportions and the centre, `squash` the whole picture.
-        shortest_edge: that an image is resized to before the centre is cropped; by default it just covers
-            `size`.
+        interpolation: interpolation for resizing, which is always antialiased.
+        mean: mean of red, green and blue for pixels from 0 to 1, which the tower subtracts on the device.
+        std: standard deviation of red, green and blue, by which the tower divides.
+        fit: `crop` keeps the aspect ratio and crops the center, `squash` shows the complete image.
+        shortest_edge: length of the shortest edge before the center is cropped; by default the image just
+            covers `size`.
 
     Raises:
-        ValueError: a value is out of its range; the transform of a bundle is whatever a stranger wrote.
+        ValueError: a value is out of range; bundles from others may contain any values.
     """
 
     size: tuple[int, int]
@@ -193,18 +196,18 @@ class ImageTransform:
             raise ValueError(f"interpolation {self.interpolation!r} or fit {self.fit!r} is unknown")
 
     def __call__(self, image: Any) -> Tensor:
-        """Resize an image as `fit` says, and keep the centre: uint8 (3, h, w).
+        """Resize an image to uint8 (3, h, w), and crop its center if `fit` is `crop`.
 
         Args:
-            image: uint8 (3, H, W), or any other form that `to_pixels` takes.
+            image: uint8 (3, H, W), or any other form that `to_pixels` accepts.
         """
         image = image if isinstance(image, Tensor) else to_pixels(image)
         if self.fit == "squash":
             return self.resize(image, self.size)
         height, width = self.size if self.shortest_edge is None else (self.shortest_edge,) * 2
-        # Only the centre survives, so that a panorama's ends need not be resized (1x5000 becomes 1x4).
+        # Only the center remains, so the ends of a panorama need not be resized (1x5000 becomes 1x4).
         scale = max(height / image.shape[1], width / image.shape[2])
-        image = _centre(
+        image = _crop_center(
             image,
             min(image.shape[1], math.ceil(_LONGEST_COVER * height / scale)),
             min(image.shape[2], math.ceil(_LONGEST_COVER * width / scale)),
@@ -213,19 +216,19 @@ class ImageTransform:
             max(height, int(image.shape[1] * width / image.shape[2])),
             max(width, int(image.shape[2] * height / image.shape[1])),
         )
-        return _centre(self.resize(image, cover), *self.size)
+        return _crop_center(self.resize(image, cover), *self.size)
 
     def resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """Resize uint8 (3, H, W) to exactly `size`, whatever that does to its proportions."""
+        """Resize uint8 (3, H, W) to exactly `size`, regardless of the aspect ratio."""
         if image.shape[1:] == size:
             return image
         return functional.interpolate(image[None], size, mode=self.interpolation, antialias=True)[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them.
+        """Return the fields as JSON values.
 
-        Without those that an earlier version did not have, where they are as it was: features and indexes
-        are found by what it wrote down.
+        Fields that are new since an earlier version are left out if they have their default value, so that
+        the keys of cached features and indexes stay the same.
         """
         fields = {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
@@ -236,28 +239,28 @@ class ImageTransform:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ImageTransform:
-        """The transform that `as_dict` described."""
+        """Return the transform with the fields that `as_dict` returned."""
         mean, std = tuple(fields["mean"]), tuple(fields["std"])
         later = {name: fields[name] for name in _EARLIER if name in fields}
         return cls(tuple(fields["size"]), fields["interpolation"], mean, std, **later)
 
 
-def _centre(image: Tensor, height: int, width: int) -> Tensor:
+def _crop_center(image: Tensor, height: int, width: int) -> Tensor:
     top, left = round((image.shape[1] - height) / 2), round((image.shape[2] - width) / 2)
     return image[:, top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is left to chance in a training picture.
+    """Random changes to training images.
 
     Attributes:
-        flip: mirror every second picture; to be switched off where captions say left and right.
-        min_scale: smallest share of the picture's area that a random crop keeps; 1 switches crops off.
-        colour: how far brightness, contrast and saturation change, as a share; 0 switches it off.
+        flip: mirror images with a probability of one half; use false if captions mention left and right.
+        min_scale: smallest fraction of an image's area that a random crop keeps; 1 disables random crops.
+        colour: largest relative change of brightness, contrast and saturation, from 0 to 1; 0 disables it.
 
     Raises:
-        UserError: when a value is out of its range.
+        UserError: a value is out of range.
     """
 
     flip: bool = True
@@ -268,20 +271,20 @@ class Augmentation:
         """Check the ranges."""
         if not 0 < self.min_scale <= 1:
             raise UserError(
-                f"--data.augmentation.min_scale is {self.min_scale}; expected a share of the area above 0 "
-                "and at most 1, which switches random crops off"
+                f"--data.augmentation.min_scale {self.min_scale}: expected a fraction above 0 and at most 1, "
+                "which disables random crops"
             )
         if not 0 <= self.colour <= 1:
             raise UserError(
-                f"--data.augmentation.colour is {self.colour}; expected a share between 0, which switches "
-                "colour changes off, and 1"
+                f"--data.augmentation.colour {self.colour}: expected a fraction from 0, which disables color "
+                "changes, to 1"
             )
 
 
 def augment(
     image: Tensor, transform: ImageTransform, augmentation: Augmentation, rng: np.random.Generator
 ) -> Tensor:
-    """Crop, flip and colour uint8 (3, H, W) at random to uint8 (3, h, w); all chance comes from `rng`."""
+    """Randomly crop, flip and color uint8 (3, H, W) to uint8 (3, h, w), using only `rng`."""
     box = _random_box(image, transform, augmentation.min_scale, rng) if augmentation.min_scale < 1 else None
     if box is None:
         image = transform(image)
@@ -299,9 +302,9 @@ def augment(
 def _random_box(
     image: Tensor, transform: ImageTransform, min_scale: float, rng: np.random.Generator
 ) -> tuple[int, int, int, int] | None:
-    """Top, left, height and width of a random crop of the tower's proportions, give or take a third.
+    """Return top, left, height and width of a random Inception crop, up to a third off the tower's ratio.
 
-    None when the picture is so long and thin that no such crop was found (Inception's crops).
+    Return None if the image is so long and thin that no such crop was found.
     """
     rows, columns = image.shape[1:]
     for _ in range(_CROP_TRIES):

@@ -1,6 +1,6 @@
-"""Images that look the same: a hash of what an image shows coarsely, and hashes that differ in few bits.
+"""Find images that look the same by perceptual hashes that differ in few bits.
 
-N images; every hash has 256 bits, kept as booleans.
+N images; every hash has 256 bits, which are stored as booleans.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 SIDE, KEPT = 32, 16
-# On 250 photographs, halved and encoded again at quality 50: at most 14 bits, made brighter by 15 %: at most
-# 20. Of 1,500 different photographs no two were closer than 84.
+# Halving 250 photographs and encoding them again at quality 50 changed at most 14 bits, and brightening them
+# by 15 % at most 20 bits. The hashes of 1,500 different photographs differed in at least 84 bits.
 MOST_DIFFERENT = 40
 PLAINEST = 2.0
 BLOCK = 4096
@@ -22,17 +22,17 @@ _DCT = np.cos(np.pi / SIDE * (np.arange(SIDE) + 0.5) * np.arange(KEPT)[:, None])
 
 
 def perceptual_hash(pixels: Tensor) -> np.ndarray | None:
-    """Compare the 16 × 16 lowest frequencies of a small grey copy with their median (pHash).
+    """Compare the 16 × 16 lowest frequencies of a small grayscale copy with their median (pHash).
 
     Args:
         pixels: uint8 (3, H, W).
 
     Returns:
-        256 booleans; None if the image is so plain that only noise would decide.
+        256 booleans, or None if the image is so plain that the hash would be noise.
     """
     red, green, blue = pixels.to(torch.float32)
-    grey = 0.299 * red + 0.587 * green + 0.114 * blue
-    small = functional.interpolate(grey[None, None], (SIDE, SIDE), mode="bilinear", antialias=True)
+    gray = 0.299 * red + 0.587 * green + 0.114 * blue
+    small = functional.interpolate(gray[None, None], (SIDE, SIDE), mode="bilinear", antialias=True)
     copy = small[0, 0].numpy()
     if copy.std() < PLAINEST:
         return None
@@ -41,27 +41,27 @@ def perceptual_hash(pixels: Tensor) -> np.ndarray | None:
 
 
 def alike(hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]]:
-    """Return the pairs of positions, the lower one first, of hashes that differ in few bits.
+    """Return the pairs of positions, the lower one first, whose hashes differ in few bits.
 
-    Every pair is compared: N² / 2 × 512 operations, half a minute for 100,000 images.
+    This compares all pairs with N² / 2 × 512 operations, which takes half a minute for 100,000 images.
     """
     rows = [row for row, bits in enumerate(hashes) if bits is not None]
     if len(rows) < 2:
         return []
-    # ±1, so that the product of two hashes is 256 minus twice the bits that differ
+    # With ±1, the product of two hashes is 256 minus twice the number of different bits.
     signs = torch.from_numpy(np.stack([hashes[row] for row in rows])).float() * 2 - 1  # type: ignore[misc]
     least = signs.shape[1] - 2 * MOST_DIFFERENT
-    found = []
+    pairs = []
     for start in range(0, len(rows), BLOCK):
         left = signs[start : start + BLOCK]
         for other in range(start, len(rows), BLOCK):
-            near = (left @ signs[other : other + BLOCK].T >= least).nonzero().tolist()
-            found += [(rows[start + a], rows[other + b]) for a, b in near if start + a < other + b]
-    return sorted(found)
+            close = (left @ signs[other : other + BLOCK].T >= least).nonzero().tolist()
+            pairs += [(rows[start + a], rows[other + b]) for a, b in close if start + a < other + b]
+    return sorted(pairs)
 
 
 def groups(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Return the positions that pairs connect, directly or by way of others, in ascending groups."""
+    """Return ascending groups of the positions that pairs connect directly or indirectly."""
     group_of: dict[int, list[int]] = {}
     for pair in pairs:
         small, large = sorted((group_of.setdefault(row, [row]) for row in pair), key=len)

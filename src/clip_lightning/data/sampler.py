@@ -1,4 +1,4 @@
-"""Which samples come in which batch on which rank: pure functions of seed and epoch."""
+"""Assign samples to batches and ranks, as pure functions of seed and epoch."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from clip_lightning.errors import UserError
 class TrainSampler(Sampler[tuple[int, int]]):
     """Shuffled (epoch, index) pairs for one rank; the last partial global batch is dropped.
 
-    The global batch b of an epoch is `permutation[b * B * W : (b + 1) * B * W]`, of which rank r takes its
-    r-th slice of B: its members are the same for every number of ranks W with the same B * W.
+    The global batch b of an epoch is `permutation[b * B * W : (b + 1) * B * W]`, of which rank r takes the
+    r-th slice of B samples. So its members are the same for every number of ranks W with the same B * W.
 
     Attributes:
-        start_batch: how many batches the next iteration skips, to go on in the middle of an epoch; the
-            iteration that does so sets it back to 0.
+        start_batch: number of batches that the next iteration skips, to resume in the middle of an epoch;
+            this iteration resets it to 0.
 
     Raises:
-        UserError: when not one global batch can be filled.
+        UserError: there are too few samples for one global batch.
     """
 
     def __init__(self, size: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        """Sample from `size` indices, `batch_size` of them a batch on each of `world_size` ranks."""
+        """Sample from `size` indices, with `batch_size` per batch on each of `world_size` ranks."""
         if size < batch_size * world_size:
             ranks = f" on each of {world_size} devices" if world_size > 1 else ""
             remedy = (
-                f"lower --data.batch_size to at most {size // world_size}"
+                f"reduce --data.batch_size to at most {size // world_size}"
                 if size >= world_size
-                else "give more pictures to --data.root or lower --trainer.devices"
+                else "use data with more images, or reduce --trainer.devices"
             )
             raise UserError(
                 f"a batch of {batch_size}{ranks} is larger than the training set of {size} images; {remedy}"
@@ -44,20 +44,20 @@ class TrainSampler(Sampler[tuple[int, int]]):
         self.start_batch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration yields; Lightning calls it."""
+        """Choose the epoch of the next iteration; Lightning calls this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """The samples of a whole epoch on this rank, whatever `start_batch` is."""
+        """Return the number of samples of a complete epoch on this rank, regardless of `start_batch`."""
         return self.batches * self.batch_size
 
     @property
     def batches(self) -> int:
-        """Those of a whole epoch."""
+        """The number of batches of a complete epoch."""
         return self.size // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield this rank's pairs, batch after batch."""
+        """Yield this rank's pairs, batch by batch."""
         epoch, start, self.start_batch = self.epoch, self.start_batch, 0
         size, first = self.batch_size * self.world_size, self.batch_size * self.rank
         order = self.order(epoch, start * size)
@@ -66,42 +66,42 @@ class TrainSampler(Sampler[tuple[int, int]]):
                 yield epoch, index
 
     def order(self, epoch: int, skip: int) -> Iterator[int]:
-        """Yield the indices of an epoch in its order, without the first `skip`."""
+        """Yield the indices of an epoch in order, without the first `skip`."""
         return map(int, np.random.default_rng((self.seed, epoch)).permutation(self.size)[skip:])
 
 
 class FirstEpoch(SequentialSampler):
-    """The first epoch of another sampler in every epoch, for `--trainer.overfit_batches`.
+    """Repeats the first epoch of another sampler, for `--trainer.overfit_batches`.
 
-    Lightning takes it for one without shuffling, and does not put its own in its place.
+    It is a SequentialSampler so that Lightning does not replace it.
     """
 
     def __init__(self, sampler: Any) -> None:
-        """Repeat `sampler`, which may be set to begin within an epoch."""
+        """Repeat `sampler`, which may start in the middle of an epoch."""
         self.sampler = sampler
 
     def __len__(self) -> int:
-        """As many as the sampler itself."""
+        """Return the length of the sampler."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield what the sampler does in its first epoch."""
+        """Yield the samples of the first epoch."""
         self.sampler.set_epoch(0)
         return iter(self.sampler)
 
 
 class EvalSampler(SequentialSampler):
-    """Every index in order, dealt to the ranks in turn, wrapped so that all ranks have as many.
+    """Yields all indices in order, distributed to the ranks in turn, so that all ranks have equally many.
 
-    The few that come twice are removed, by image id, where the embeddings are gathered.
+    The few duplicates at the end are removed by image id when the embeddings are gathered.
     """
 
     def __init__(self, size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        """Deal `size` indices to `world_size` ranks."""
+        """Distribute `size` indices to `world_size` ranks."""
         self.size, self.rank, self.world_size = size, rank, world_size
 
     def __len__(self) -> int:
-        """The number of indices of this rank, the same on all."""
+        """Return the number of indices per rank."""
         return -(-self.size // self.world_size)
 
     def __iter__(self) -> Iterator[int]:

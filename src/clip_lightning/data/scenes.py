@@ -1,13 +1,11 @@
-"""Drawn scenes with captions: a data set that needs no download, for demonstrations and tests."""
+"""Generate synthetic scenes with captions, a data set for demonstrations and tests without downloads."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
-import os
-import secrets
-import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -18,9 +16,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from clip_lightning.errors import UserError
+from clip_lightning.files import make_once
 
 SIZES = {"small": 0.095, "large": 0.175}
-"""Radius as a share of the picture's side."""
+"""Radius as a fraction of the image's side."""
 COLOURS = {
     "red": (214, 40, 40),
     "orange": (247, 140, 20),
@@ -33,9 +32,9 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 RELATIONS = ("left", "above")
-"""Where the first object is; right and below are the same scenes told from the other object."""
+"""The position of the first object; right and below describe the same scenes from the other object."""
 
-# Ten in a row hold eight for training, so that every count has the same shares.
+# Ten consecutive scenes have eight for training, so that every number of scenes has the same fractions.
 _SPLIT_PATTERN = ("train",) * 4 + ("val",) + ("train",) * 4 + ("test",)
 _SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 _FORWARD = {
@@ -47,26 +46,26 @@ _BACKWARD = {
     "above": ("below", "under", "further down than"),
 }
 _OVERSAMPLING = 4
-# Decoded faster than PNG; no chroma subsampling, which would bleed colours over the edges.
+# JPEG decodes faster than PNG; chroma subsampling would bleed colors over edges.
 _FILE_FORMAT: dict[str, Any] = {"format": "JPEG", "quality": 92, "subsampling": 0}
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One of a scene's two objects."""
+    """One of the two objects in a scene."""
 
     size: str
     colour: str
     shape: str
 
     def __str__(self) -> str:
-        """The plainest words for it, without an article."""
+        """Return the plainest description, without an article."""
         return f"{self.size} {self.colour} {self.shape}"
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows: `first` stands `relation` (left of, above) `second`."""
+    """The content of an image: `first` is `relation` (left of, above) `second`."""
 
     first: Thing
     second: Thing
@@ -76,7 +75,7 @@ class Scene:
 
 @lru_cache(maxsize=1)
 def _combinations() -> list[Scene]:
-    """Every scene there is; two objects of one scene share neither colour nor shape."""
+    """Return all scenes; the two objects of a scene have different colors and shapes."""
     things = [Thing(*attributes) for attributes in product(SIZES, COLOURS, SHAPES)]
     return [
         Scene(first, second, relation, background)
@@ -94,17 +93,17 @@ def _order(seed: int) -> list[int]:
 
 
 def scene(seed: int, index: int) -> Scene:
-    """The scene at `index`; different indices give different scenes."""
+    """Return the scene at `index`; different indices have different scenes."""
     return _combinations()[_order(seed)[index]]
 
 
 def split(index: int) -> str:
-    """`train`, `val` or `test`: 80, 10 and 10 % of every ten scenes in a row."""
+    """Return `train`, `val` or `test`: 80, 10 and 10 % of every ten consecutive scenes."""
     return _SPLIT_PATTERN[index % len(_SPLIT_PATTERN)]
 
 
 def describe(seed: int, index: int) -> tuple[str, ...]:
-    """Five ways to say what the scene shows, the first in its plainest words."""
+    """Return five captions of the scene, of which the first is the plainest."""
     shown = scene(seed, index)
     rng = np.random.default_rng((seed, index, 0))
 
@@ -125,12 +124,12 @@ def describe(seed: int, index: int) -> tuple[str, ...]:
 
 
 def draw(seed: int, index: int, size: int) -> Image.Image:
-    """The scene as an RGB picture of `size` x `size` pixels, its objects a little out of place."""
+    """Draw the scene as an RGB image of `size` x `size` pixels, with slightly shifted objects."""
     shown = scene(seed, index)
     rng = np.random.default_rng((seed, index, 1))
     side = size * _OVERSAMPLING
-    picture = Image.new("RGB", (side, side), COLOURS[shown.background])
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), COLOURS[shown.background])
+    canvas = ImageDraw.Draw(image)
     for thing, along in ((shown.first, 0.27), (shown.second, 0.73)):
         along += rng.uniform(-0.03, 0.03)
         across = 0.5 + rng.uniform(-0.15, 0.15)
@@ -139,11 +138,11 @@ def draw(seed: int, index: int, size: int) -> Image.Image:
         tilt = math.radians(rng.uniform(-8, 8))
         outline = [(side * (x + radius * u), side * (y + radius * v)) for u, v in _outline(thing.shape, tilt)]
         canvas.polygon(outline, fill=COLOURS[thing.colour])
-    return picture.reduce(_OVERSAMPLING)
+    return image.reduce(_OVERSAMPLING)
 
 
 def _outline(shape: str, tilt: float) -> list[tuple[float, float]]:
-    """The shape around the origin with a radius of about one, y pointing down, turned by `tilt`."""
+    """Return the shape around the origin with a radius of about one, y pointing down, rotated by `tilt`."""
     if shape == "square":
         corners = [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
     elif shape == "cross":
@@ -173,37 +172,32 @@ def _turn(point: tuple[float, float], angle: float) -> tuple[float, float]:
 def write_scenes(folder: Path, count: int, size: int, seed: int) -> None:
     """Write `count` scenes of `size` x `size` pixels and their captions.csv (image, caption, split).
 
-    Scene i is a pure function of (seed, i), no two show the same, so those held out for `val` and `test`
-    are unseen in training. The folder appears complete or not at all, whoever else writes it at the same
-    time; one that holds the same scenes already is left as it is.
+    Scene i is a pure function of (seed, i), and all scenes differ, so the scenes in `val` and `test` are not
+    seen in training. The folder is either complete or does not exist, even if several processes write it. A
+    folder with the same scenes is not changed.
 
     Raises:
-        UserError: when there are not so many scenes, or the folder holds something else.
+        UserError: there are not enough different scenes, or the folder has other content.
     """
     most = len(_combinations())
     if not 1 <= count <= most:
-        raise UserError(f"{count} scenes were asked for; there are between 1 and {most}")
+        raise UserError(f"{count} scenes: expected a number from 1 to {most}")
     if size < 16:
-        raise UserError(f"scenes of {size} pixels show nothing; ask for 16 or more")
+        raise UserError(f"scenes of {size} pixels are too small; use 16 pixels or more")
     table = _captions_table(count, seed)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside it, since a rename is only atomic within one file system.
-        draft = folder.parent / f".{folder.name}-{secrets.token_hex(6)}"
-        try:
-            draft.mkdir()
-            for index in range(count):
-                draw(seed, index, size).save(draft / _file_name(index), **_FILE_FORMAT)
-            (draft / "captions.csv").write_text(table, encoding="utf-8", newline="")
-            os.rename(draft, folder)
-            return
-        except OSError:
-            if not (folder / "captions.csv").exists():
-                raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+
+    def fill(draft: Path) -> Path:
+        for index in range(count):
+            draw(seed, index, size).save(draft / _file_name(index), **_FILE_FORMAT)
+        (draft / "captions.csv").write_text(table, encoding="utf-8", newline="")
+        return draft
+
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # an empty one
+    if not folder.exists():
+        make_once(folder, fill)
     if not _holds(folder, table, size):
-        raise UserError(f"{folder} holds something other than these scenes; delete it or set --data.root")
+        raise UserError(f"{folder} has other content than these scenes; delete it, or change --data.root")
 
 
 def _file_name(index: int) -> str:
@@ -222,7 +216,7 @@ def _captions_table(count: int, seed: int) -> str:
 def _holds(folder: Path, table: str, size: int) -> bool:
     try:
         same_captions = (folder / "captions.csv").read_bytes() == table.encode()
-        with Image.open(folder / _file_name(0)) as picture:
-            return same_captions and picture.size == (size, size)
+        with Image.open(folder / _file_name(0)) as image:
+            return same_captions and image.size == (size, size)
     except OSError:
         return False

@@ -1,7 +1,8 @@
-"""Where captioned images come from: a folder of this machine, or data that is fetched once and kept."""
+"""Find captioned images: in a folder of this machine, or in data that is downloaded and cached."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Protocol
 
 from clip_lightning.data.archive import Archive
 from clip_lightning.data.captions import CaptionSet
-from clip_lightning.data.columns import RECOGNISED, ReadOptions
+from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.hub import HubDataset
+from clip_lightning.data.records import Records
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder
@@ -21,29 +23,48 @@ SCENES, SCENE_SIZE = 2500, 224
 
 
 class Source(Protocol):
-    """Data that may have to be fetched first. A new kind is a class with these methods, listed in KINDS."""
+    """Data that may have to be downloaded. A new kind is a class with these methods, listed in KINDS."""
 
     def fetch(self) -> object:
-        """Put the data on this machine, once; may use the network."""
+        """Download or generate the data, unless it is on this machine."""
 
     def folder(self) -> Path:
-        """Return where the data is after `fetch`, on every rank; uses no network."""
+        """Return the folder of the data after `fetch`, on every rank, without using the network."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder, or an annotation file in it; if `scenes`, synthetic ones that are drawn into it first."""
+    """A folder, or an annotation file in it."""
 
     root: Path
-    scenes: bool = False
 
     def fetch(self) -> None:
-        """Draw the scenes, unless they are there."""
-        if self.scenes and not self.root.exists():
-            write_scenes(self.root, SCENES, SCENE_SIZE, seed=0)
+        """Do nothing, as the data is on this machine."""
 
     def folder(self) -> Path:
         """Return the folder or file."""
+        return self.root
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Synthetic scenes, which are generated into a folder."""
+
+    root: Path
+
+    @classmethod
+    def parse(cls, text: str) -> Scenes:
+        """Parse `scenes`, which uses the cache folder, or `scenes:FOLDER`."""
+        folder = text.partition(":")[2]
+        return cls(Path(folder) if folder else cache_folder("scenes") / f"{SCENES}-{SCENE_SIZE}")
+
+    def fetch(self) -> None:
+        """Generate the scenes unless the folder exists."""
+        if not self.root.exists():
+            write_scenes(self.root, SCENES, SCENE_SIZE, seed=0)
+
+    def folder(self) -> Path:
+        """Return the folder."""
         return self.root
 
 
@@ -55,48 +76,54 @@ class Artifact:
 
     @classmethod
     def parse(cls, text: str) -> Artifact:
-        """Read `wandb:ENTITY/PROJECT/NAME:ALIAS`."""
+        """Parse `wandb:ENTITY/PROJECT/NAME:ALIAS`."""
         return cls(ArtifactName.parse(text.removeprefix("wandb:"), "--data.root wandb:"))
 
     def fetch(self) -> Fetched:
-        """Download the version that the alias means now, if it is not on this machine."""
+        """Download the current version of the alias, unless it is on this machine."""
         return fetch(self.name)
 
     def fetched(self) -> Fetched:
-        """Return the version that was fetched."""
+        """Return the version that was downloaded."""
         return fetched(self.name)
 
     def folder(self) -> Path:
-        """Return the folder of that version."""
+        """Return the folder of the version that was downloaded."""
         return self.fetched().folder
 
 
 KINDS: Mapping[str, Callable[[str], Source]] = {
+    "scenes": Scenes.parse,
     "hf": HubDataset.parse,
     "wandb": Artifact.parse,
     **dict.fromkeys(("https", "http", "file"), Archive.parse),
 }
 
 
-def find_source(root: str | Path | None, *, scenes: bool = False, read: ReadOptions = RECOGNISED) -> Source:
-    """Return what a path or a name such as `hf:OWNER/NAME` means; synthetic scenes need neither."""
-    kind, colon, _ = str(root).partition(":")
-    is_name = bool(colon) and kind in KINDS and not Path(str(root)).exists()
-    if scenes and is_name:
-        raise UserError(f"--data.root {kind}: is not for --data.dataset scenes; leave out one of them")
-    if scenes:
-        return Folder(Path(root or cache_folder("scenes") / f"{SCENES}-{SCENE_SIZE}"), scenes=True)
+def find_source(root: str | Path | None, read: ReadOptions = RECOGNIZED) -> Source:
+    """Return the source for a path, or for a name such as `hf:OWNER/NAME`."""
     if root is None:
         raise UserError(
-            "no data: give --data.root a folder, hf:OWNER/NAME, wandb:ENTITY/PROJECT/NAME:ALIAS or the URL "
-            "of an archive, or give --data.dataset scenes for synthetic ones"
+            "--data.root is missing; give a folder, hf:OWNER/NAME, wandb:ENTITY/PROJECT/NAME:ALIAS, the URL "
+            "of an archive, or scenes for synthetic scenes"
         )
-    source = KINDS[kind](str(root)) if is_name else Folder(Path(root))
+    kind, colon, _ = str(root).partition(":")
+    if kind not in KINDS or not (colon or kind == "scenes") or Path(root).exists():
+        return Folder(Path(root))
+    source = KINDS[kind](str(root))
     return replace(source, read=read) if isinstance(source, HubDataset) else source
 
 
-def read_source(source: Source, layout: str, read: ReadOptions) -> CaptionSet:
-    """Read the captions of data that has been fetched, and find its images."""
-    if isinstance(source, HubDataset):
-        read = RECOGNISED  # its columns were chosen when it was written
-    return read_captions(source.folder(), "captions" if layout == "scenes" else layout, read)
+def names_tars(root: str | Path | None) -> bool:
+    """Return whether this is a pattern or URL of tars; URLs of archives have a checksum or another suffix."""
+    text = re.sub(r"[?#].*", "", str(root))
+    if "://" in text:
+        return "#sha256=" not in str(root) and not re.search(r"\.(zip|tgz|gz|bz2|xz)$", text)
+    return bool(re.search(r"\.(tar(\.\w+)?|tgz)$", text)) and not Path(text).is_dir()
+
+
+def read_source(source: Source, read: ReadOptions) -> CaptionSet:
+    """Read the captions of data that `fetch` has provided, and find its images."""
+    if isinstance(source, HubDataset | Records):
+        read = RECOGNIZED  # the columns were chosen when the data was written
+    return read_captions(source.folder(), read)

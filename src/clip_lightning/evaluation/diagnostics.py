@@ -1,4 +1,4 @@
-"""What the embeddings of a whole split say of a model: similarities, recall at every k, the worst misses.
+"""Diagnostics of the embeddings of a complete split: similarities, recall at every k, the worst misses.
 
 Dimensions: I images, N captions, D embedding width.
 """
@@ -15,20 +15,20 @@ from clip_lightning.evaluation.predictions import different_images
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 
 BINS = 200
-MOST_IMAGES, MOST_TEXTS = 1000, 5000  # whose pairs stand for all unmatched ones
+MOST_IMAGES, MOST_TEXTS = 1000, 5000  # sampled for the unmatched pairs
 CHUNK = 256
 MOST_K = 100
 
 
 @dataclass(frozen=True)
 class Similarities:
-    """Cosines of matched and unmatched pairs, counted in `BINS` equal bins from -1 to 1.
+    """Histograms of the cosines of matched and unmatched pairs, with `BINS` equal bins from -1 to 1.
 
     Attributes:
-        matched: (BINS,) int64, each caption with its own picture.
-        unmatched: (BINS,) int64, captions with other pictures.
-        matched_mean: mean cosine of the matched pairs; NaN where there are none, as the next.
-        unmatched_mean: mean cosine of the unmatched pairs.
+        matched: (BINS,) int64, counts of captions paired with their own images.
+        unmatched: (BINS,) int64, counts of captions paired with other images.
+        matched_mean: mean cosine of the matched pairs, or NaN if there are none.
+        unmatched_mean: mean cosine of the unmatched pairs, or NaN if there are none.
     """
 
     matched: Tensor
@@ -38,14 +38,14 @@ class Similarities:
 
     @property
     def edges(self) -> Tensor:
-        """(BINS + 1,) the borders of the bins."""
+        """Edges of the bins (BINS + 1,)."""
         return torch.arange(BINS + 1, dtype=torch.float64) / (BINS / 2) - 1
 
     @property
     def separation(self) -> float:
-        """How often, in percent, a matched pair is more similar than an unmatched one.
+        """Percentage of comparisons in which a matched pair is more similar than an unmatched pair.
 
-        50 is chance, 100 perfect (the area under the ROC curve); equal bins count half.
+        This is the area under the ROC curve: 50 is chance, 100 is perfect. Pairs in the same bin count half.
         """
         below = self.unmatched.cumsum(0) - self.unmatched / 2
         pairs = self.matched.sum() * self.unmatched.sum()
@@ -53,24 +53,25 @@ class Similarities:
 
 
 def similarities(embeddings: Embeddings, content: Sequence[int]) -> Similarities:
-    """Count the cosines of all matched pairs and of the unmatched ones.
+    """Count the cosines of all matched pairs and of a sample of unmatched pairs.
 
-    The unmatched pairs are those of at most `MOST_IMAGES` pictures with at most `MOST_TEXTS` captions,
-    evenly spaced, so that time and memory stay bounded and the same pairs are counted in every epoch. A
-    caption and a byte-identical twin of its picture are no pair of either kind.
+    The unmatched pairs combine at most `MOST_IMAGES` images with at most `MOST_TEXTS` captions, evenly
+    spaced, so that time and memory are bounded and every epoch counts the same pairs. A caption and a
+    byte-identical copy of its image are neither a matched nor an unmatched pair.
 
     Args:
-        embeddings: of the split, in any order, pictures and captions possibly missing.
-        content: for each picture of the split, the group of byte-identical pictures it is in.
+        embeddings: embeddings of the split, in any order; images and captions may be missing.
+        content: group of byte-identical images that each image of the split belongs to.
 
     Raises:
-        ValueError: an embedding holds NaN or infinity.
+        ValueError: an embedding contains NaN or infinity.
     """
     image, text = embeddings.image.cpu().float(), embeddings.text.cpu().float()
     if not (image.isfinite().all() and text.isfinite().all()):
-        raise ValueError("the embeddings hold NaN or infinity")
+        raise ValueError("the embeddings contain NaN or infinity")
     row = {image_id: number for number, image_id in enumerate(embeddings.image_id.tolist())}
-    owner = torch.tensor([row.get(each, -1) for each in embeddings.text_image_id.tolist()], dtype=torch.long)
+    image_ids = embeddings.text_image_id.tolist()
+    owner = torch.tensor([row.get(image_id, -1) for image_id in image_ids], dtype=torch.long)
     known = (owner >= 0).nonzero().flatten()
     matched = torch.cat(
         [(image[owner[part]] * text[part]).sum(1) for part in known.split(4096)] or [image[:0, 0]]
@@ -84,33 +85,34 @@ def similarities(embeddings: Embeddings, content: Sequence[int]) -> Similarities
     counts, total, pairs = torch.zeros(BINS, dtype=torch.int64), 0.0, 0
     for rows, groups in zip(image_rows.split(CHUNK), image_group.split(CHUNK), strict=True):
         cosines = (image[rows] @ text.T)[groups[:, None] != text_group]
-        counts += _counted(cosines)
+        counts += _histogram(cosines)
         total += cosines.sum(dtype=torch.float64).item()
         pairs += len(cosines)
     return Similarities(
-        _counted(matched), counts, matched.double().mean().item(), total / pairs if pairs else float("nan")
+        _histogram(matched), counts, matched.double().mean().item(), total / pairs if pairs else float("nan")
     )
 
 
 def recall_curve(ranks: Tensor, most: int = MOST_K) -> Tensor:
-    """(most,) R@1 ... R@most in percent, of the ranks from 1; a rank of 0 asked nothing."""
-    asked = ranks[ranks > 0]
-    found = torch.bincount(asked, minlength=most + 1)[1 : most + 1].cumsum(0)
-    return 100 * found.double() / len(asked)
+    """Return R@1 ... R@most in percent (most,) of ranks from 1; ranks of 0 are not counted."""
+    queries = ranks[ranks > 0]
+    hits = torch.bincount(queries, minlength=most + 1)[1 : most + 1].cumsum(0)
+    return 100 * hits.double() / len(queries)
 
 
 def worst_queries(embeddings: Embeddings, content: Sequence[int], count: int) -> list[int]:
-    """Caption rows whose picture ranks worst in the whole split, the worst first, at most one a picture.
+    """Return the rows of the captions whose images rank worst in the complete split, the worst first.
 
-    Byte-identical pictures count as one, and what is found at once is no miss.
+    At most one caption per image is returned, and none whose image has rank 1. Byte-identical images count as
+    one.
 
     Args:
-        embeddings: of the split, in any order, pictures and captions possibly missing.
-        content: for each picture of the split, the group of byte-identical pictures it is in.
-        count: rows at most.
+        embeddings: embeddings of the split, in any order; images and captions may be missing.
+        content: group of byte-identical images that each image of the split belongs to.
+        count: maximum number of rows.
 
     Raises:
-        ValueError: an embedding holds NaN or infinity.
+        ValueError: an embedding contains NaN or infinity.
     """
     candidates = different_images(embeddings, content)
     groups = torch.as_tensor(content, dtype=torch.long)[embeddings.text_image_id.cpu()]
@@ -130,10 +132,10 @@ def worst_queries(embeddings: Embeddings, content: Sequence[int], count: int) ->
 
 
 def _spaced(length: int, most: int) -> Tensor:
-    """At most `most` evenly spaced numbers below `length`."""
+    """Return at most `most` evenly spaced integers below `length`."""
     return torch.linspace(0, length - 1, min(length, most), dtype=torch.float64).round().long()
 
 
-def _counted(cosines: Tensor) -> Tensor:
-    """(BINS,) how many lie in each bin; rounding may put the cosine of a perfect pair above 1."""
+def _histogram(cosines: Tensor) -> Tensor:
+    """Return the histogram (BINS,) of cosines, which rounding may put slightly outside -1 to 1."""
     return torch.histc(cosines.clamp(-1, 1), BINS, min=-1, max=1).long()

@@ -1,4 +1,4 @@
-"""Uncertainty of a figure: 95 % intervals of fractions, recalls, and differences between two models.
+"""Computes 95 % confidence intervals of fractions, recalls, and differences between two models.
 
 Dimensions: I images, N captions, M metrics.
 """
@@ -24,21 +24,21 @@ def wilson(right: float, total: float) -> tuple[float, float]:
     """
     if not 0 <= right <= total or total <= 0:
         raise ValueError(f"expected 0 <= right <= total and total > 0, got {right} and {total}")
-    share, spread = right / total, Z95**2 / total
-    centre = share + spread / 2
-    half = Z95 * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2))
-    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    fraction, spread = right / total, Z95**2 / total
+    center = fraction + spread / 2
+    half = Z95 * math.sqrt(fraction * (1 - fraction) / total + Z95**2 / (4 * total**2))
+    low, high = (center - half) / (1 + spread), (center + half) / (1 + spread)
     return 100 * max(low, 0.0), 100 * min(high, 1.0)
 
 
 @dataclass(frozen=True)
 class Hits:
-    """What each image contributes to the recalls of a split.
+    """The contribution of each image to the recalls of a split.
 
     Attributes:
-        metrics: names of the M metrics, R@k both ways.
-        right: (I, M) queries of each image that were answered.
-        asked: (I, M) queries of each image.
+        metrics: names of the M metrics, R@k in both directions.
+        right: (I, M) number of correctly answered queries of each image.
+        asked: (I, M) number of queries of each image.
     """
 
     metrics: tuple[str, ...]
@@ -47,28 +47,28 @@ class Hits:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The metrics and their sum."""
+        """Names of the metrics and of their sum."""
         return (*self.metrics, "rsum")
 
     @property
     def best(self) -> np.ndarray:
-        """(M + 1,) the best value of each of `names`."""
+        """Best possible value of each of `names`, (M + 1,)."""
         return np.array([100.0] * len(self.metrics) + [100.0 * len(self.metrics)])
 
     def per_image(self, counts: np.ndarray) -> np.ndarray:
-        """(I, M + 1): `right` or `asked` in units of an image's mean number of queries; last, their mean."""
+        """Divide `right` or `asked` by the mean number of queries per image, and append the mean."""
         parts = counts / self.asked.mean(0)
         return np.column_stack([parts, parts.mean(1)])
 
 
 def hits(text_rank: Tensor, image_rank: Tensor, owner: Tensor, ks: Sequence[int] = (1, 5, 10)) -> Hits:
-    """Count the answered queries of each image.
+    """Count the queries of each image, and those that were answered correctly.
 
     Args:
-        text_rank: (N,) of `retrieval_ranks`; 0 where a caption asks nothing.
-        image_rank: (I,) of `retrieval_ranks`.
-        owner: (N,) the row of each caption's image; any row where the rank is 0.
-        ks: the k of R@k.
+        text_rank: (N,) ranks returned by `retrieval_ranks`; captions of rank 0 are not queries.
+        image_rank: (I,) ranks returned by `retrieval_ranks`.
+        owner: (N,) row of each caption's image; it may be any row if the rank is 0.
+        ks: the values of k in R@k.
     """
     text, image, rows = (tensor.cpu().numpy() for tensor in (text_rank, image_rank, owner))
     size = len(image)
@@ -83,42 +83,43 @@ def hits(text_rank: Tensor, image_rank: Tensor, owner: Tensor, ks: Sequence[int]
     return Hits(metrics, np.stack(right, 1), np.stack(asked, 1))
 
 
-def recall_intervals(found: Hits) -> dict[str, tuple[float, float]]:
-    """Return 95 % intervals of R@k and rsum that also cover near 0 and 100 %.
+def recall_intervals(hits: Hits) -> dict[str, tuple[float, float]]:
+    """Return 95 % intervals of R@k and rsum whose coverage also holds near 0 and 100 %.
 
-    The captions of an image tend to be answered together. An interval is therefore Wilson's for the number
-    of independent queries whose mean would vary as much as the images do. Where all images are alike, they
-    show no variance: two images more with every query answered and two with none (Agresti and Coull 1998)
-    keep that number at the number of images. For one query per image, the interval is exactly Wilson's.
+    The captions of an image are not independent. Each interval is therefore Wilson's for the number of
+    independent queries whose mean would have the variance observed over images. If all images are equal, that
+    variance is zero: two additional images with every query answered and two with none (Agresti and Coull
+    1998) then make that number the number of images. For one query per image, the interval is exactly
+    Wilson's.
     """
-    right, asked = found.per_image(found.right), found.per_image(found.asked)
+    right, asked = hits.per_image(hits.right), hits.per_image(hits.asked)
     images = len(right)
     mean = (right.sum(0) + 2) / (images + 4)
     squares = np.square(right - mean * asked).sum(0) + 2 * np.square(mean) + 2 * np.square(1 - mean)
     queries = images * (images + 4) * mean * (1 - mean) / squares
-    shares = np.minimum(right.mean(0), 1.0)
-    bounds = [wilson(share * count, count) for share, count in zip(shares, queries, strict=True)]
+    recalls = np.minimum(right.mean(0), 1.0)
+    bounds = [wilson(recall * count, count) for recall, count in zip(recalls, queries, strict=True)]
     return {
         name: (low * best / 100, high * best / 100)
-        for name, (low, high), best in zip(found.names, bounds, found.best.tolist(), strict=True)
+        for name, (low, high), best in zip(hits.names, bounds, hits.best.tolist(), strict=True)
     }
 
 
 def paired_differences(one: Hits, other: Hits) -> dict[str, tuple[float, float, float, float]]:
     """Compare two models on the same images.
 
-    The interval and p are those of a normally distributed mean of the images' differences, after adding two
-    images that only one of the models answers, one each way (Bonett and Price 2012): two models that agree
-    on a few images are not thereby the same.
+    The interval and the p-value assume that the mean of the images' differences is normally distributed. Two
+    images are added, each answered by only one of the models (Bonett and Price 2012), because agreement on a
+    few images does not show that two models are equal.
 
     Returns:
-        metric → difference, the ends of its 95 % interval, and the two-sided p of no difference.
+        For each metric the difference, the bounds of its 95 % interval, and the two-sided p-value.
 
     Raises:
-        ValueError: the two do not have the same images and captions.
+        ValueError: the images and captions of the two models differ.
     """
     if one.metrics != other.metrics or not np.array_equal(one.asked, other.asked):
-        raise ValueError("a paired test needs the same images and captions on both sides")
+        raise ValueError("the two models have different images or captions; expected the same for both")
     gain, asked = one.per_image(one.right - other.right), one.per_image(one.asked)
     count = len(gain) + 2
     mean = gain.sum(0) / count

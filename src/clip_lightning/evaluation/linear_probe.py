@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features: logistic regression on all of train, and on k pictures a class.
+"""Linear classifiers on frozen features, trained on all training images or on k images per class.
 
 Dimensions: I images, D width of the features.
 """
@@ -14,34 +14,34 @@ from torch import Tensor
 
 from clip_lightning.evaluation.intervals import wilson
 
-REGULARISERS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-FEW_SHOT_REGULARISER = 1e-2  # with a picture or two of a class there is nothing to choose it on
-_VALIDATION_SHARE = 0.2
+REGULARIZERS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+FEW_SHOT_REGULARIZER = 1e-2  # a few images per class are not enough to choose one
+_VALIDATION_FRACTION = 0.2
 
 
-def held_out(labels: Tensor, share: float, seed: int) -> Tensor:
-    """(I,) bool: a seeded draw of this share of each class, at least one and never all of it.
+def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Return a mask (I,) that holds out a random fraction of each class.
 
-    Of a class with a single picture nothing is held out.
+    At least one image of a class is held out and at least one is kept; a single image is kept.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero()[:, 0]
-        count = min(max(round(share * len(rows)), 1), len(rows) - 1)
+        count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
         chosen[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
     return chosen
 
 
 class LogisticRegression:
-    """Multinomial logistic regression with a quadratic penalty, fitted by L-BFGS from zero, in fp32.
+    """Multinomial logistic regression with an L2 penalty, fitted by L-BFGS from zero in fp32.
 
-    Features are centred and divided by one common deviation, so that a penalty means the same for every
-    tower.
+    Features are centered and divided by one common standard deviation, so that a penalty has the same effect
+    for every tower.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int, penalty: float) -> None:
-        """Minimise mean cross-entropy + penalty / 2 × squared weights over (I, D) and (I,)."""
+        """Minimize mean cross-entropy + penalty / 2 × squared weights on features (I, D), labels (I,)."""
         features = features.float()
         self._mean = features.mean(0)
         self._deviation = (features - self._mean).square().mean().sqrt().clamp(min=1e-12)
@@ -49,7 +49,7 @@ class LogisticRegression:
         with torch.enable_grad():
             self._weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
             self._bias = torch.zeros(classes, requires_grad=True)
-            optimiser = torch.optim.LBFGS(
+            optimizer = torch.optim.LBFGS(
                 [self._weight, self._bias],
                 max_iter=200,
                 tolerance_grad=1e-6,
@@ -58,16 +58,16 @@ class LogisticRegression:
             )
 
             def loss() -> Tensor:
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 value = F.cross_entropy(F.linear(inputs, self._weight, self._bias), labels)
                 value = value + penalty / 2 * self._weight.square().sum()
                 value.backward()
                 return value
 
-            optimiser.step(loss)
+            optimizer.step(loss)
 
     def right(self, features: Tensor, labels: Tensor) -> int:
-        """How many of (I, D) are classified as (I,) says."""
+        """Count the features (I, D) that are classified as their labels (I,)."""
         with torch.no_grad():
             scores = F.linear(self._scaled(features.float()), self._weight, self._bias)
         return int((scores.argmax(1) == labels).sum())
@@ -79,24 +79,30 @@ class LogisticRegression:
 def linear_probe(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, seed: int = 0
 ) -> dict[str, float]:
-    """Accuracy of a classifier trained on all of train, its penalty chosen on a fifth of train.
+    """Train a classifier on all training images, and return its accuracy.
+
+    The penalty is chosen on a fifth of the training images.
 
     Returns:
-        `linear_probe_top1` in percent with the ends of Wilson's 95 % interval, and the `regulariser` chosen.
+        `linear_probe_top1` in percent with the bounds of Wilson's 95 % interval, and the logarithm of the
+        chosen penalty as `log10_regulariser`.
     """
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    valid = held_out(train_labels, _VALIDATION_SHARE, seed)
-    best, chosen = -1, FEW_SHOT_REGULARISER
-    for penalty in sorted(REGULARISERS, reverse=True) if valid.any() else ():  # of equals, the strongest
+    valid = held_out(train_labels, _VALIDATION_FRACTION, seed)
+    best, chosen = -1, FEW_SHOT_REGULARIZER
+    for penalty in sorted(REGULARIZERS, reverse=True) if valid.any() else ():  # the strongest of equals
         probe = LogisticRegression(train[~valid], train_labels[~valid], classes, penalty)
         right = probe.right(train[valid], train_labels[valid])
         if right > best:
             best, chosen = right, penalty
     right = LogisticRegression(train, train_labels, classes, chosen).right(test, test_labels)
     low, high = wilson(right, len(test))
-    found = {"linear_probe_top1": 100 * right / len(test)}
-    found |= {"linear_probe_top1_low": low, "linear_probe_top1_high": high}
-    return found | {"log10_regulariser": torch.tensor(chosen).log10().item()}
+    return {
+        "linear_probe_top1": 100 * right / len(test),
+        "linear_probe_top1_low": low,
+        "linear_probe_top1_high": high,
+        "log10_regulariser": torch.tensor(chosen).log10().item(),
+    }
 
 
 def few_shot(
@@ -108,30 +114,25 @@ def few_shot(
     shots: Sequence[int],
     seeds: int = 3,
 ) -> dict[str, float]:
-    """Accuracy after learning from k pictures of each class, drawn from train; the penalty is fixed.
+    """Train on k randomly drawn images per class, with a fixed penalty, and return the accuracy.
 
     Returns:
         `few_shot_k` and `few_shot_k_sd`, mean and standard deviation in percent over the draws, for every k
-        that each class of train has images for. There is no deviation where there is only one draw.
+        for which each class has enough images. A single draw has no standard deviation.
     """
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     counts = torch.unique(train_labels, return_counts=True)[1]
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for k in shots:
         if k > counts.min():
             continue
         scores = []
         for seed in range(seeds):
-            rows = _draw(train_labels, k, seed)
-            probe = LogisticRegression(train[rows], train_labels[rows], classes, FEW_SHOT_REGULARISER)
+            order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(seed))
+            rows = torch.cat([order[train_labels[order] == label][:k] for label in train_labels.unique()])
+            probe = LogisticRegression(train[rows], train_labels[rows], classes, FEW_SHOT_REGULARIZER)
             scores.append(100 * probe.right(test, test_labels) / len(test))
-        found[f"few_shot_{k}"] = statistics.fmean(scores)
+        metrics[f"few_shot_{k}"] = statistics.fmean(scores)
         if seeds > 1 and k < counts.max():
-            found[f"few_shot_{k}_sd"] = statistics.stdev(scores)
-    return found
-
-
-def _draw(labels: Tensor, k: int, seed: int) -> Tensor:
-    """Rows of k pictures of each class."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([order[labels[order] == label][:k] for label in labels.unique().tolist()])
+            metrics[f"few_shot_{k}_sd"] = statistics.stdev(scores)
+    return metrics

@@ -1,4 +1,4 @@
-"""The table of metrics: what every validation computes, logs, prints, compares and tunes. Needs no torch."""
+"""The metrics that every validation computes and logs. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that every validation logs: what tables call it, and which values are better."""
+    """A metric that every validation logs, with its title in tables and the direction that is better."""
 
     title: str
     best: Literal["max", "min"]
@@ -20,17 +20,17 @@ class Metric:
 
 @dataclass(frozen=True)
 class Measure(Metric):
-    """A figure of one direction; `of` computes it from the ranks (Q,) of all queries, float64 from 1."""
+    """A metric of one direction; `of` computes it from the ranks (Q,) of all queries, float64 from 1."""
 
     of: Callable[[Tensor], float]
 
 
 def recall_at(k: int) -> Measure:
-    """Return R@k: the percentage of queries whose right answer is among the first k."""
+    """Return R@k: the percentage of queries with a right answer among the first k."""
     return Measure(f"R@{k}", "max", lambda ranks: 100 * (ranks <= k).double().mean().item())
 
 
-# One more line here computes, logs, prints, compares and tunes one more measure, in both directions.
+# To add a measure in both directions, add a line here: it is then logged, printed, compared and tuned.
 KS = (1, 5, 10)
 MEASURES: dict[str, Measure] = {
     **{f"R@{k}": recall_at(k) for k in KS},

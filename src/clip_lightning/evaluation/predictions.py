@@ -1,4 +1,4 @@
-"""What the model finds for a few held-out captions and images, as plain records."""
+"""Records the best matches of a few held-out captions and images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clip_lightning.evaluation.retrieval import TIE, Embeddings
 
 @dataclass(frozen=True)
 class Answer:
-    """An image (its file) or a caption that the model finds; `similarity` is the cosine (-1 to 1)."""
+    """A retrieved image (its file) or caption, with its cosine similarity to the query."""
 
     item: Path | str
     similarity: float
@@ -28,15 +28,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Query:
-    """A caption and the images that the model finds for it, or an image and the captions.
+    """A caption with the images that were retrieved for it, or an image with its retrieved captions.
 
     Attributes:
-        id: row of the caption among all captions of the split, or position of the image in the split.
+        id: position of the caption among all captions of the split, or of the image in the split.
         item: the caption, or the file of the image.
-        wanted: the file of the caption's image, or the captions of the image.
-        rank: of the best right answer, from 1, ties against the model.
-        candidates: how many different images, or captions, were ranked.
-        answers: the best ones, best first.
+        wanted: the right answers: the file of the caption's image, or the captions of the image.
+        rank: rank of the best right answer, from 1; ties count against the model.
+        candidates: number of distinct images, or of captions, that were ranked.
+        answers: the best matches, the best first.
     """
 
     id: int
@@ -48,14 +48,14 @@ class Query:
 
     @property
     def hit(self) -> bool:
-        """Whether a right answer is among the answers."""
+        """Whether the answers include a right one."""
         return self.rank <= len(self.answers)
 
 
 def choose_captions(images: Sequence[CaptionedImage], count: int, seed: int) -> list[int]:
-    """Choose the caption rows of at most `count` images spread over the split, one per image.
+    """Choose one caption of each of at most `count` images spread over the split, and return their rows.
 
-    The choice depends on nothing but the arguments, so it is the same in every epoch and after a resume.
+    The choice depends only on the arguments, so that it is the same in every epoch and after a resume.
     """
     rng = random.Random(seed)
     offsets = _offsets(images)
@@ -87,15 +87,15 @@ def find_images(
     Byte-identical images count as one, in the list and in the rank.
 
     Args:
-        embeddings: of the split, in any order; images and captions may be missing.
-        images: the records of the whole split; `images[image_id]` is the image of that id.
-        content: for each image of the split, the group of byte-identical images it is in.
-        text_ids: caption rows; one that was not embedded, or whose image was not, is left out.
-        k: images per caption.
+        embeddings: embeddings of the split, in any order; images and captions may be missing.
+        images: records of the complete split; `images[image_id]` is the image with that id.
+        content: group of byte-identical images that each image of the split belongs to.
+        text_ids: rows of captions; captions that were not embedded, or whose images were not, are left out.
+        k: number of images per caption.
 
     Raises:
-        ValueError: `k` below 1, a caption row out of range, or embeddings that are not finite or name another
-            image for a caption than the records do.
+        ValueError: `k` is below 1, a caption row is out of range, or the embeddings are not finite or assign
+            a caption to another image than the records do.
     """
     offsets = _checked_offsets(embeddings, images, k)
     candidates = different_images(embeddings, content)
@@ -105,7 +105,7 @@ def find_images(
     queries = []
     for text_id in text_ids:
         if not 0 <= text_id < offsets[-1]:
-            raise ValueError(f"caption row {text_id} is outside the split's {offsets[-1]} captions")
+            raise ValueError(f"caption row {text_id} is out of range; expected a row below {offsets[-1]}")
         owner = bisect_right(offsets, text_id) - 1
         if text_id not in text_row or content[owner] not in candidates:
             continue
@@ -128,10 +128,10 @@ def find_captions(
     image_ids: Sequence[int],
     k: int,
 ) -> list[Query]:
-    """Find the k best captions for each chosen image, where those of its byte-identical twins are right too.
+    """Find the k best captions for each chosen image; captions of byte-identical copies are right, too.
 
-    Arguments and errors as in `find_images`, with positions of images in place of caption rows; an image that
-    was not embedded, or none of whose captions was, is left out.
+    Arguments and errors are those of `find_images`, with positions of images instead of caption rows. Images
+    that were not embedded, or whose captions were not, are left out.
     """
     offsets = _checked_offsets(embeddings, images, k)
     groups = torch.as_tensor(content)[embeddings.text_image_id.cpu()]
@@ -161,21 +161,21 @@ def different_images(embeddings: Embeddings, content: Sequence[int]) -> dict[int
 
 
 def _offsets(images: Sequence[CaptionedImage]) -> list[int]:
-    """For each image the row of its first caption among all captions; at the end, their number."""
+    """Return the row of the first caption of each image, followed by the number of captions."""
     return list(accumulate((len(image.captions) for image in images), initial=0))
 
 
 def _checked_offsets(embeddings: Embeddings, images: Sequence[CaptionedImage], k: int) -> list[int]:
     if k < 1:
-        raise ValueError(f"k must be 1 or more, got {k}")
+        raise ValueError(f"expected k of 1 or more, got {k}")
     if not (embeddings.image.isfinite().all() and embeddings.text.isfinite().all()):
-        raise ValueError("the embeddings hold NaN or infinity")
+        raise ValueError("the embeddings contain NaN or infinity")
     offsets = _offsets(images)
     owners = torch.bucketize(embeddings.text_id, torch.tensor(offsets), right=True) - 1
     for row in (owners != embeddings.text_image_id).nonzero().flatten().tolist()[:1]:
         raise ValueError(
-            f"caption row {embeddings.text_id[row]} is of image {owners[row]}, but the embeddings say "
-            f"{embeddings.text_image_id[row]}"
+            f"caption row {embeddings.text_id[row]} belongs to image {owners[row]}, but the embeddings "
+            f"assign it to image {embeddings.text_image_id[row]}"
         )
     return offsets
 
@@ -183,13 +183,13 @@ def _checked_offsets(embeddings: Embeddings, images: Sequence[CaptionedImage], k
 def _best(
     scores: Tensor, right: Tensor, ids: Sequence[int], k: int
 ) -> tuple[int, list[tuple[int, float, bool]]]:
-    """The rank, and (id, score, right) of the k best candidates; in a tie the wrong one is first in both."""
+    """Return the rank and (id, score, right) of the k best candidates; wrong ones come first in a tie."""
     rank = 1 + int((scores[~right] >= scores[right].max() - TIE).sum())
-    bar = scores.topk(min(k, len(scores))).values[-1] - TIE
-    near = (scores >= bar).nonzero().flatten().tolist()
+    threshold = scores.topk(min(k, len(scores))).values[-1] - TIE
+    rows = (scores >= threshold).nonzero().flatten().tolist()
     best = heapq.nsmallest(
         k,
-        ((ids[row], float(scores[row]), bool(right[row])) for row in near),
+        ((ids[row], float(scores[row]), bool(right[row])) for row in rows),
         key=lambda hit: (-round(hit[1], 9), hit[2], hit[0]),
     )
     return rank, best

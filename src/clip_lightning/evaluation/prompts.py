@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from clip_lightning.errors import UserError
 
-# Many ways in which a photograph of something may be captioned: its distance, light, quality, medium and
-# number. The mean of their embeddings is closer to the thing itself than that of any one of them.
+# Captions that vary distance, light, quality, medium and number. The mean of their embeddings represents a
+# class better than any single one.
 _IMAGENET = """
 a photo of a {}.
 a photo of the {}.
@@ -79,16 +78,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 def read_templates(name: str) -> tuple[str, ...]:
     """Return the templates of a set (`simple`, `imagenet`, `none`), or those of a file with one per line.
 
-    Quotes and a comma around a line, as in a list that was pasted from code, are removed.
+    Quotes around a line and a comma after it, as in a list pasted from code, are removed.
 
     Raises:
-        UserError: there is neither, or a line of the file lacks its `{}`.
+        UserError: there is no such set or file, or a line of the file has no `{}`.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
     file = Path(name)
     if not file.is_file():
-        raise UserError(f"--templates {name}: expected {', '.join(TEMPLATES)} or a file of templates")
+        raise UserError(
+            f"--templates {name}: expected {', '.join(TEMPLATES)}, or a file with one template per line"
+        )
     try:
         lines = [_unquoted(line) for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
@@ -104,8 +105,3 @@ def read_templates(name: str) -> tuple[str, ...]:
 
 def _unquoted(line: str) -> str:
     return re.sub(r"""^(?:\w{0,2}(["'])(.*)\1),?$""", r"\2", line.strip())
-
-
-def fill(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Put every name into every template; other braces stay as they are."""
-    return [template.replace("{}", name) for name in names for template in templates]

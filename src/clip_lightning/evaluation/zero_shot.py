@@ -1,73 +1,62 @@
-"""Classification with captions as the classifier, and what its answers are worth.
+"""Scores zero-shot classification: accuracies, confusions and calibration.
 
 Dimensions: I images, C classes, D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clip_lightning.evaluation.calibration import Calibration, calibration
 from clip_lightning.evaluation.intervals import wilson
-from clip_lightning.evaluation.prompts import fill
 from clip_lightning.evaluation.retrieval import TIE
+from clip_lightning.model.zero_shot import probabilities
 
-if TYPE_CHECKING:
-    from clip_lightning.model.clip import CLIP
+BINS = 15
 
 
-def zero_shot_classifier(
-    clip: CLIP,
-    class_names: str | Iterable[str | Iterable[str]],
-    templates: str | Iterable[str] = ("a photo of a {}.",),
-) -> Tensor:
-    """Unit-length embeddings (C, D) of classes, on the CPU (Radford et al. 2021, section 3.1.4).
+@dataclass(frozen=True)
+class Calibration:
+    """Answers grouped into B bins of equal width by the probability that the model assigned to them.
 
-    Args:
-        clip: whose text tower reads the captions.
-        class_names: one entry per class: its name, or several names of it.
-        templates: one caption or several, with `{}` where a name goes. All captions of a class are
-            embedded, and the mean of the unit-length embeddings is brought to unit length again.
-
-    Raises:
-        ValueError: no classes, a class without a name, or no template.
+    Attributes:
+        images: (B,) int64, number of answers in each bin.
+        confidence: (B,) float64, mean probability of each bin from 0 to 1, and 0 for an empty bin.
+        accuracy: (B,) float64, fraction of correct answers in each bin, and 0 for an empty bin.
     """
-    classes = [class_names] if isinstance(class_names, str) else class_names
-    names = [[entry] if isinstance(entry, str) else list(entry) for entry in classes]
-    templates = [templates] if isinstance(templates, str) else list(templates)
-    if not names or not all(names) or not templates:
-        raise ValueError("expected one or more classes, each with a name, and one or more templates")
-    captions = [fill(entry, templates) for entry in names]
-    embedded = clip.embed_texts([caption for entry in captions for caption in entry])
-    means = [part.mean(0) for part in embedded.split([len(entry) for entry in captions])]
-    return F.normalize(torch.stack(means), dim=-1)
+
+    images: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error in percent: the mean gap, weighted by images (Guo et al. 2017)."""
+        gaps = self.images * (self.confidence - self.accuracy).abs()
+        return 100 * gaps.sum().item() / max(int(self.images.sum()), 1)
 
 
-def probabilities(similarity: Tensor, scale: float, bias: float | None) -> Tensor:
-    """What the model itself makes of similarities (I, C), as it was trained to read them.
-
-    Without a bias it chose one among several texts: softmax over the classes, whose sum is 1. With a bias
-    (SigLIP) it judged every pair by itself: a sigmoid each, and the sum can be anything from 0 to C.
-    """
-    logits = similarity.double() * scale
-    return logits.softmax(-1) if bias is None else (logits + bias).sigmoid()
+def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> Calibration:
+    """Group answers into bins by their probabilities (I,); `right` (I,) marks the correct answers."""
+    place = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    images = torch.bincount(place, minlength=bins)
+    sums = torch.zeros(2, bins, dtype=torch.float64)
+    sums[0].index_add_(0, place, confidence.double())
+    sums[1].index_add_(0, place, right.double())
+    return Calibration(images, *(sums / images.clamp(min=1)))
 
 
 @dataclass(frozen=True)
 class Classification:
-    """How well images were classified; accuracies and the calibration error in percent.
+    """The result of classifying images, with accuracies and the calibration error in percent.
 
     Attributes:
         metrics: `zero_shot_top1` and `zero_shot_top5`, each with the `_low` and `_high` ends of Wilson's
             95 % interval; `mean_per_class_accuracy`; `expected_calibration_error`.
-        confusion: (C, C) int64, images of each true class (rows) by the class they were taken for.
-        calibration: the model's probabilities for its answers, and how often these are right.
+        confusion: (C, C) int64, number of images of each true class (rows) by predicted class (columns).
+        calibration: the probabilities of the model's answers, and how often they are correct.
     """
 
     metrics: dict[str, float]
@@ -75,15 +64,15 @@ class Classification:
     calibration: Calibration
 
     def per_class(self) -> list[tuple[int, int]]:
-        """For each class how many images were right, of how many."""
+        """Return (number of correct images, number of images) of each class."""
         return list(zip(self.confusion.diag().tolist(), self.confusion.sum(1).tolist(), strict=True))
 
     def confused(self, most: int = 10) -> list[tuple[int, int, int]]:
-        """(true class, taken for, images) of the most frequent mistakes, the most frequent first."""
+        """Return (true class, predicted class, images) of the most frequent mistakes, in that order."""
         wrong = self.confusion.clone().fill_diagonal_(0)
         pairs = [(int(row), int(column)) for row, column in wrong.nonzero()]
-        found = [(row, column, int(wrong[row, column])) for row, column in pairs]
-        return sorted(found, key=lambda pair: (-pair[2], pair[:2]))[:most]
+        counts = [(row, column, int(wrong[row, column])) for row, column in pairs]
+        return sorted(counts, key=lambda pair: (-pair[2], pair[:2]))[:most]
 
 
 def classify(
@@ -91,20 +80,21 @@ def classify(
 ) -> Classification:
     """Score the classification of unit-length embeddings (I, D) by a classifier (C, D).
 
-    Ties count against the model, as in retrieval: an image whose class ties with another was taken for the
-    other. The error of calibration is the mean distance, weighted by images, between the model's
-    probability for its answer and how often it is right, in 15 bins of equal width (Guo et al. 2017).
+    Ties count against the model, as in retrieval: if the true class of an image ties with another class, the
+    other class is the answer. The expected calibration error is the mean difference, weighted by images,
+    between the probability of an answer and the fraction of correct answers, in 15 bins of equal width
+    (Guo et al. 2017).
 
     Args:
         image: embeddings of the images.
-        classifier: of `zero_shot_classifier`.
-        labels: (I,) int64, the right class of each image.
+        classifier: embeddings of the classes, as returned by `zero_shot_classifier`.
+        labels: (I,) int64, the true class of each image.
         scale: the model's inverse temperature.
-        bias: the model's bias, None if it has none.
+        bias: the model's bias, or None if it has no bias.
 
     Raises:
-        ValueError: no images, shapes that do not fit, a label that is no class, or an embedding that is not
-            finite.
+        ValueError: there are no images, the shapes do not match, a label is not a class, or an embedding is
+            not finite.
     """
     if not len(image) or labels.shape != image.shape[:1] or image.shape[1:] != classifier.shape[1:]:
         raise ValueError(
@@ -113,12 +103,12 @@ def classify(
         )
     classes = len(classifier)
     if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"labels must be between 0 and {classes - 1}")
+        raise ValueError(f"expected labels between 0 and {classes - 1}, got {labels.min()} to {labels.max()}")
     for name, values in (("image", image), ("class", classifier)):
-        if broken := int((~values.isfinite().all(1)).sum()):  # no comparison with NaN would count against it
-            raise ValueError(f"{broken} of {len(values)} {name} embeddings hold NaN or infinity")
+        if broken := int((~values.isfinite().all(1)).sum()):  # NaN would rank first
+            raise ValueError(f"{broken} of {len(values)} {name} embeddings contain NaN or infinity")
     scores = image.double() @ classifier.double().T
-    rank = (scores >= scores.gather(1, labels[:, None]) - TIE).sum(1)  # its own class is the 1 of the rank
+    rank = (scores >= scores.gather(1, labels[:, None]) - TIE).sum(1)  # from 1: it counts the true class
     others = scores.scatter(1, labels[:, None], -torch.inf)
     answer = labels.where(rank == 1, others.argmax(1))
     confusion = torch.bincount(labels * classes + answer, minlength=classes**2).view(classes, classes)
@@ -129,8 +119,8 @@ def classify(
         metrics |= {f"zero_shot_top{k}": 100 * right / len(rank)}
         metrics |= {f"zero_shot_top{k}_low": low, f"zero_shot_top{k}_high": high}
     present = confusion.sum(1) > 0
-    shares = confusion.diag()[present].double() / confusion.sum(1)[present]
-    metrics["mean_per_class_accuracy"] = 100 * shares.mean().item()
+    accuracies = confusion.diag()[present].double() / confusion.sum(1)[present]
+    metrics["mean_per_class_accuracy"] = 100 * accuracies.mean().item()
     confidence = probabilities(scores, scale, bias).gather(1, answer[:, None])[:, 0]
     calibrated = calibration(confidence, answer == labels)
     metrics["expected_calibration_error"] = calibrated.error

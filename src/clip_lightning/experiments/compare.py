@@ -1,109 +1,166 @@
-"""Runs beside each other: those that are one experiment as a row, and the rows ranked."""
+"""Groups runs of the same experiment into rows, and ranks the rows."""
 
 from __future__ import annotations
 
 import json
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from clip_lightning.experiments.run_records import COSTS, METRICS, LeftOut, RunRecord
+from clip_lightning.experiments.run_records import COSTS, VALUES, RunRecord
 
-# What differs from run to run without making another experiment. The data's digest says whether data differ.
+# Options that may differ between runs of the same experiment. Data are compared by their digests.
 BOOKKEEPING = re.compile(
     r"seed_everything|config|ckpt_path|model\.(image|text)_tower|predictions\..*|trainer\.(logger|default_root_dir|"
     r"enable_|log_every|devices$|num_nodes$).*|data\.(root|dataset|"
-    r"read\..*|num_workers|cache|cache_options\.gigabytes|seed)|data_digest|data_artifact"
+    r"read\.(?!splits).*|num_workers|cache|cache_options\.gigabytes|seed)|data_digest|data_artifact"
 )
-NAMED = 3  # unfinished runs that a warning names
+MAX_NAMED = 3  # unfinished runs in a warning
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """A pair of towers with certain settings: one run, or several that do not differ in more than the seed.
+    """Represents one experiment: a run, or several runs that differ only in the seed.
 
     Attributes:
-        name: short names of the towers, `A × B`.
         records: the runs.
-        seeds: how many different ones they have; further runs with one of them are repetitions.
-        means: of the values of `METRICS` and `COSTS` that are known; every seed counts once.
-        deviations: standard deviations over the seeds of what varies with them, if there are two or more.
-        options: those in which the rows differ.
-        data: index of the data set, 0 the one with the most rows.
-        rank: by rsum among the rows of the same data; equal ones share it.
+        name: short names of the towers, `A × B`.
+        options: the options in which the rows differ.
+        rank: the rank by rsum among the rows of the same data; equal rows have the same rank.
+        seeds: the number of different seeds; further runs with the same seed are repetitions.
+        means: the means of the known values, in which every seed counts once.
+        deviations: the standard deviations over the seeds, if there are two or more, of values that depend
+            on the seed.
     """
 
+    records: Sequence[RunRecord]
     name: str
-    records: tuple[RunRecord, ...]
-    seeds: int
-    means: Mapping[str, float]
-    deviations: Mapping[str, float]
     options: Mapping[str, Any]
-    data: int = 0
     rank: int = 0
+    seeds: int = field(init=False)
+    means: dict[str, float] = field(default_factory=dict)
+    deviations: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        seeds: dict[str, list[RunRecord]] = {}
+        for record in self.records:
+            seeds.setdefault(str(record.options.get("seed_everything")), []).append(record)
+        self.seeds = len(seeds)
+        for name in VALUES:
+            known = [[run.values[name] for run in runs if name in run.values] for runs in seeds.values()]
+            values = [statistics.fmean(repetitions) for repetitions in known if repetitions]
+            if values:
+                self.means[name] = statistics.fmean(values)
+            if len(values) > 1 and (name not in COSTS or name == "training_seconds"):
+                self.deviations[name] = statistics.stdev(values)
 
     @property
-    def digest(self) -> str:
-        """Of the data."""
-        return self.records[0].data_digest
+    def first(self) -> RunRecord:
+        """The first run; all runs have the same towers, data and state."""
+        return self.records[0]
 
     @property
-    def towers(self) -> tuple[str, str]:
-        """Full names of the image tower and the text tower."""
-        return self.records[0].image_tower, self.records[0].text_tower
+    def data(self) -> str:
+        """The title of the data in a table."""
+        return f"data {self.first.data_digest[:8]}" if self.first.data_digest else "unknown data"
 
-    @property
-    def unfinished(self) -> str:
-        """As in `RunRecord`: runs that came to their end and others are never one row."""
-        return self.records[0].unfinished
+    def shown(self, name: str) -> str:
+        """Return a value as text, with ± its standard deviation, or – if it is unknown."""
+        mean, deviation = self.means.get(name), self.deviations.get(name)
+        if mean is None:
+            return "–"
+        if name.startswith(("parameters", "feature")):
+            unit = "B" if name.startswith("feature") else ""
+            for power, letter in ((9, "G"), (6, "M"), (3, "k")):
+                if mean >= 0.9995 * 10**power:
+                    return f"{mean / 10**power:.3g} {letter}{unit}"
+            return f"{mean:.0f} {unit}".rstrip()
+        digits = 0 if name == "training_seconds" and mean >= 10 else 1
+        return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values, with the same names as in `metrics.json`."""
+        return {
+            "rank": self.rank,
+            "name": self.name,
+            "image_tower": self.first.towers[0],
+            "text_tower": self.first.towers[1],
+            "runs": len(self.records),
+            "seeds": self.seeds,
+            **{name: _rounded(value) for name, value in self.means.items()},
+            "std": {name: _rounded(value) for name, value in self.deviations.items()},
+            "options": dict(self.options),
+            "data_digest": self.first.data_digest,
+            "unfinished": self.first.unfinished,
+            "places": [record.place for record in self.records],
+        }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a page or a file shows.
+    """Holds the content of the files and pages of a comparison.
 
     Attributes:
-        title: a headline.
-        rows: by data set and rank.
-        options: dotted names of the options in which rows of the same data differ.
-        failed: pairs that could not be trained.
-        left_out: runs without results.
-        warnings: what a reader must know before comparing two rows.
+        title: the title.
+        data_sets: the rows of each data set by rank; the data set with the most rows comes first.
+        failed: the reason by the name of each pair that could not be trained.
+        left_out: the reason by the place of each run without results.
     """
 
     title: str
-    rows: Sequence[Row]
-    options: Sequence[str]
-    failed: Sequence[LeftOut]
-    left_out: Sequence[LeftOut]
-    warnings: Sequence[str]
+    data_sets: Sequence[Sequence[Row]]
+    failed: Mapping[str, str]
+    left_out: Mapping[str, str]
 
     @property
-    def data_sets(self) -> list[list[Row]]:
-        """The rows of each data set."""
-        count = max((row.data for row in self.rows), default=-1) + 1
-        return [[row for row in self.rows if row.data == index] for index in range(count)]
+    def rows(self) -> list[Row]:
+        """The rows of all data sets."""
+        return [row for rows in self.data_sets for row in rows]
 
     @property
     def latency_conditions(self) -> list[str]:
-        """With what the latencies were measured."""
-        return sorted({r.latency_conditions for row in self.rows for r in row.records} - {""})
+        """The conditions under which the latencies were measured."""
+        return sorted({run.latency_conditions for row in self.rows for run in row.records} - {""})
 
-    def columns(self) -> list[str]:
-        """The values that at least one row has."""
-        return [name for name in (*METRICS, *COSTS) if any(name in row.means for row in self.rows)]
+    @property
+    def warnings(self) -> list[str]:
+        """Reasons why some rows cannot be compared."""
+        warnings = []
+        if len(self.data_sets) > 1:
+            titles = ", ".join(rows[0].data for rows in self.data_sets)
+            warnings.append(
+                f"these runs were scored on {len(self.data_sets)} different data sets or splits ({titles}); "
+                "their scores cannot be compared, so each data set has its own table and ranks"
+            )
+        elif len(self.rows) > 1 and not self.rows[0].first.data_digest:
+            warnings.append("it is unknown which data these runs were scored on")
+        unfinished = [f"{r.place} ({r.unfinished})" for row in self.rows for r in row.records if r.unfinished]
+        if unfinished:
+            more = f" and {len(unfinished) - MAX_NAMED} more" if len(unfinished) > MAX_NAMED else ""
+            warnings.append(
+                f"these runs did not finish, and are ranked by their best epoch so far: "
+                f"{', '.join(unfinished[:MAX_NAMED])}{more}"
+            )
+        if len(self.latency_conditions) > 1:
+            conditions = "; ".join(self.latency_conditions)
+            warnings.append(f"image latencies were measured under different conditions: {conditions}")
+        return warnings
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return JSON values."""
+        failed, left_out = (
+            [{"name": name, "reason": reason} for name, reason in reasons.items()]
+            for reasons in (self.failed, self.left_out)
+        )
         return {
             "title": self.title,
-            "warnings": list(self.warnings),
+            "warnings": self.warnings,
             "latency_conditions": self.latency_conditions,
-            "rows": [plain_row(row) for row in self.rows],
-            "failed": [{"name": each.place, "reason": each.reason} for each in self.failed],
-            "left_out": [{"name": each.place, "reason": each.reason} for each in self.left_out],
+            "rows": [row.as_dict() for row in self.rows],
+            "failed": failed,
+            "left_out": left_out,
         }
 
 
@@ -111,27 +168,36 @@ def compared(
     records: Iterable[RunRecord],
     title: str,
     *,
-    failed: Sequence[LeftOut] = (),
-    left_out: Sequence[LeftOut] = (),
+    failed: Mapping[str, str] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Comparison:
-    """Rank runs by rsum, each data set by itself; runs that differ in the seed only are one row."""
-    experiments: dict[str, list[RunRecord]] = {}
+    """Rank runs by rsum, separately for each data set; runs that differ only in the seed make one row."""
+    groups: dict[str, list[RunRecord]] = {}
     for record in records:
-        settings = {name: _text(value) for name, value in settings_of(record.options).items()}
-        key = [record.image_tower, record.text_tower, record.data_digest, record.unfinished, settings]
-        experiments.setdefault(json.dumps(key, sort_keys=True), []).append(record)
-    groups = list(experiments.values())
-    differing = _differing([group[0] for group in groups])
-    names = short_names(name for group in groups for name in (group[0].image_tower, group[0].text_tower))
-    rows = [_row(group, names, differing) for group in groups]
-    ranked = _ranked(rows)
-    return Comparison(title, ranked, differing, failed, left_out, _warnings(ranked))
+        experiment = [record.data_digest, record.towers, record.unfinished, settings_of(record.options)]
+        key = json.dumps(experiment, sort_keys=True, default=str)
+        groups.setdefault(re.sub(r"\.0\b", "", key), []).append(record)  # W&B returns 1.0 as 1
+    firsts = [(runs[0].data_digest, settings_of(runs[0].options)) for runs in groups.values()]
+    base = dict(reversed(firsts))
+    names = dict.fromkeys(name for _, settings in firsts for name in settings)
+    differing = [n for n in names if any(s.get(n) != base[digest].get(n) for digest, s in firsts)]
+    short = short_names((tower for runs in groups.values() for tower in runs[0].towers), short_tower)
+    data_sets: dict[str, list[Row]] = {}
+    for runs in groups.values():
+        options = {name: runs[0].options.get(name) for name in differing}
+        name = " × ".join(short[tower] for tower in runs[0].towers)
+        data_sets.setdefault(runs[0].data_digest, []).append(Row(runs, name, options))
+    for rows in data_sets.values():
+        rows.sort(key=lambda row: (-row.means["rsum"], row.name))
+        for row in rows:
+            row.rank = 1 + sum(other.means["rsum"] > row.means["rsum"] for other in rows)
+    return Comparison(title, sorted(data_sets.values(), key=len, reverse=True), failed or {}, left_out or {})
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's options by dotted names those that make the experiment, without towers, seed and data.
+    """Return the options that define the experiment, without towers, seed and data.
 
-    An option without a value is as good as none: earlier versions had fewer.
+    Options with the value None are removed, since earlier versions did not have all options.
     """
     return {
         name: value
@@ -140,112 +206,16 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differing(records: Sequence[RunRecord]) -> list[str]:
-    """Names of settings with more than one value on the same data; that one lacks counts as one."""
-    settings = [(record.data_digest, settings_of(record.options)) for record in records]
-    found = []
-    for name in dict.fromkeys(name for _, each in settings for name in each):
-        values = {(digest, _text(each.get(name))) for digest, each in settings}
-        if len(values) > len({digest for digest, _ in values}):
-            found.append(name)
-    return found
+def short_names(names: Iterable[str], shorten: Callable[[str], str]) -> dict[str, str]:
+    """Map each name to its short name, or to itself if the short name is not unique."""
+    short = {name: shorten(name) for name in names}
+    return {name: s if [*short.values()].count(s) == 1 else name for name, s in short.items()}
 
 
-def _text(value: Any) -> str:
-    """A value as JSON; W&B gives 1.0 back as 1."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_text, value))}]"
-    whole = isinstance(value, float) and value.is_integer()
-    return json.dumps(int(value) if whole else value, default=str)
-
-
-def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Name of a tower → the same without scheme, owner and folders, where that leaves it different."""
-    full = list(dict.fromkeys(names))
-    short = [re.sub(r"^(random:|pypi:|hf-hub:|local-dir:)?(?:.*/)?", _kept_scheme, name) for name in full]
-    return {name: s if short.count(s) == 1 else name for name, s in zip(full, short, strict=True)}
-
-
-def _kept_scheme(found: re.Match[str]) -> str:
-    """That weights are fresh is worth saying."""
-    return found[1] if found[1] == "random:" else ""
-
-
-def _row(records: Sequence[RunRecord], names: Mapping[str, str], differing: Sequence[str]) -> Row:
-    means, deviations = {}, {}
-    seeds: dict[str, list[RunRecord]] = {}
-    for record in records:
-        seeds.setdefault(_text(record.options.get("seed_everything")), []).append(record)
-    for name in (*METRICS, *COSTS):
-        known = [[run.values[name] for run in runs if name in run.values] for runs in seeds.values()]
-        values = [statistics.fmean(repetitions) for repetitions in known if repetitions]
-        if values:
-            means[name] = statistics.fmean(values)
-        if len(values) > 1 and name in (*METRICS, "training_seconds"):
-            deviations[name] = statistics.stdev(values)
-    first = records[0]
-    name = f"{names[first.image_tower]} × {names[first.text_tower]}"
-    options = {option: first.options.get(option) for option in differing}
-    return Row(name, tuple(records), len(seeds), means, deviations, options)
-
-
-def _ranked(rows: Sequence[Row]) -> list[Row]:
-    digests = [row.digest for row in rows]
-    order = sorted(dict.fromkeys(digests), key=lambda digest: -digests.count(digest))
-    ranked = []
-    for index, digest in enumerate(order):
-        same = [row for row in rows if row.digest == digest]
-        for row in sorted(same, key=lambda row: (-row.means["rsum"], row.name)):
-            better = sum(other.means["rsum"] > row.means["rsum"] for other in same)
-            ranked.append(replace(row, data=index, rank=better + 1))
-    return ranked
-
-
-def _warnings(rows: Sequence[Row]) -> list[str]:
-    found = []
-    digests = list(dict.fromkeys(row.digest for row in rows))
-    if len(digests) > 1:
-        named = ", ".join(data_name(digest) for digest in digests)
-        found.append(
-            f"these runs were scored on {len(digests)} different data sets or splits ({named}): each has a "
-            "table and ranks of its own, and their figures cannot be compared with each other"
-        )
-    elif digests == [""] and len(rows) > 1:
-        found.append("the runs do not say what data they were scored on")
-    unfinished = [f"{r.place} ({r.unfinished})" for row in rows for r in row.records if r.unfinished]
-    if unfinished:
-        more = f" and {len(unfinished) - NAMED} more" if len(unfinished) > NAMED else ""
-        found.append(
-            f"ranked by what they had reached before their end: {', '.join(unfinished[:NAMED])}{more}"
-        )
-    conditions = {record.latency_conditions for row in rows for record in row.records} - {""}
-    if len(conditions) > 1:
-        found.append(f"image latencies were measured differently: {'; '.join(sorted(conditions))}")
-    return found
-
-
-def data_name(digest: str) -> str:
-    """What a table calls data of this digest."""
-    return f"data {digest[:8]}" if digest else "unknown data"
-
-
-def plain_row(row: Row) -> dict[str, Any]:
-    """A row as plain JSON values, under the names that `metrics.json` has."""
-    image_tower, text_tower = row.towers
-    return {
-        "rank": row.rank,
-        "name": row.name,
-        "image_tower": image_tower,
-        "text_tower": text_tower,
-        "runs": len(row.records),
-        "seeds": row.seeds,
-        **{name: _rounded(value) for name, value in row.means.items()},
-        "std": {name: _rounded(value) for name, value in row.deviations.items()},
-        "options": dict(row.options),
-        "data_digest": row.digest,
-        "unfinished": row.unfinished,
-        "places": [record.place for record in row.records],
-    }
+def short_tower(name: str) -> str:
+    """Return the name of a tower without scheme, owner and folders, but with `random:`."""
+    short = re.sub(r"^(random:|pypi:|hf-hub:|local-dir:)", "", name).rpartition("/")[2]
+    return f"random:{short}" if name.startswith("random:") else short
 
 
 def _rounded(value: float) -> float | int:

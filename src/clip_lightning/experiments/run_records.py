@@ -1,52 +1,52 @@
-"""Finished runs as records that can be compared: read from their folders, or from a W&B project."""
+"""Reads the results of runs from their folders or from a W&B project."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from clip_lightning.errors import UserError
-from clip_lightning.evaluation import metrics
+from clip_lightning.evaluation.metrics import METRICS
 from clip_lightning.run_folder import RunFolder
 
-RECALLS = tuple(name for name in metrics.METRICS if "_R@" in name)
-METRICS = ("rsum", *RECALLS)
-COSTS = (
-    "parameters",
-    "parameters_trained",
-    "image_latency_ms",
-    "training_seconds",
-    "feature_bytes_per_picture",
-    "feature_bytes",
-)
+RECALLS = tuple(name for name in METRICS if "_R@" in name)
+COSTS = {
+    "parameters": "parameters",
+    "parameters_trained": "trained",
+    "image_latency_ms": "image latency, ms",
+    "training_seconds": "training, s",
+    "feature_bytes_per_picture": "features of an image",
+    "feature_bytes": "features in all",
+}
+VALUES = {name: METRICS[name].title for name in ("rsum", *RECALLS)} | COSTS
+"""The titles of the values that are compared, by their names in `metrics.json`."""
 COSTS_FILE = "costs.json"
-MOST_EPOCHS = 10_000  # of more, W&B would give a sample
-DEEPEST = 4  # folders between the one that is given and a run: comparison/runs/pair/run
+MAX_EPOCHS = 10_000  # W&B would return a sample of more epochs
+MAX_DEPTH = 4  # levels from a given folder to a run: comparison/runs/pair/run
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a comparison knows of one run.
+    """Holds the results of one run.
 
     Attributes:
-        place: its folder, or `wandb:ENTITY/PROJECT/ID`.
-        image_tower: its full name, as in `--model.image_tower`.
-        text_tower: likewise.
-        values: those of `METRICS` (percent) and `COSTS` that are known; the best epoch's.
-        options: the whole configuration, by dotted names.
-        data_digest: of the data and its splits; empty if unknown.
-        latency_conditions: what the latency was measured with; empty if it was not.
-        unfinished: `interrupted`, or how W&B calls its state; empty if it came to its end, or nobody knows.
+        place: the run's folder, or `wandb:ENTITY/PROJECT/ID`.
+        towers: full names of the image tower and the text tower.
+        values: the known values of `VALUES`, of the best epoch.
+        options: the complete configuration, by dotted names.
+        data_digest: digest of the data and its splits; empty if unknown.
+        latency_conditions: conditions under which the latency was measured; empty if it was not measured.
+        unfinished: `interrupted`, or the state in W&B; empty if the run finished or its state is unknown.
     """
 
     place: str
-    image_tower: str
-    text_tower: str
+    towers: tuple[str, str]
     values: Mapping[str, float]
     options: Mapping[str, Any] = field(default_factory=dict)
     data_digest: str = ""
@@ -54,47 +54,23 @@ class RunRecord:
     unfinished: str = ""
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A run that cannot be compared, and why."""
-
-    place: str
-    reason: str
-
-
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration by dotted names; a class by its own name, its arguments as if they were options.
+    """Flatten a configuration to dotted names, and a class to its name and its arguments.
 
     {"loss": {"class_path": "a.SigLIP", "init_args": {"x": 1}}} → {"loss": "SigLIP", "loss.x": 1}
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for key, value in config.items():
-        name = f"{prefix}.{key}" if prefix else key
+        name = f"{prefix}{key}"
         if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
-            found[name] = value["class_path"].rpartition(".")[2]
-            found |= flat(value.get("init_args") or {}, name)
-        elif isinstance(value, Mapping):
-            found |= flat(value, name)
-        else:
-            found[name] = value
-    return found
+            options[name] = value["class_path"].rpartition(".")[2]
+            value = value.get("init_args") or {}
+        options |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return options
 
 
-def make_folder(out: Path) -> Path:
-    """The folder for a comparison, made where it is not there yet.
-
-    Raises:
-        UserError: it cannot be.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}); give another folder") from error
-    return out
-
-
-def run_folders(place: Path, depth: int = DEEPEST) -> Iterator[Path]:
-    """The run that the folder is, or the runs in it, in the order of their names."""
+def run_folders(place: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
+    """Yield the folder if it is that of a run, else the runs in it, sorted by name."""
     if RunFolder(place).config.is_file():
         yield place
     elif depth and place.is_dir():
@@ -102,49 +78,71 @@ def run_folders(place: Path, depth: int = DEEPEST) -> Iterator[Path]:
             yield from run_folders(child, depth - 1)
 
 
-def read_folders(places: Path | Iterable[Path]) -> list[RunRecord | LeftOut]:
-    """Read every run that is a given folder, or in one, once.
+def read_runs(places: Sequence[str], group: str | None) -> tuple[list[RunRecord], dict[str, str]]:
+    """Read every run in the given places once.
+
+    Args:
+        places: folders of runs, folders of such folders, `wandb:ENTITY/PROJECT` or
+            `wandb:ENTITY/PROJECT/RUN_ID`.
+        group: the W&B group whose runs are read; by default all.
+
+    Returns:
+        The runs, and the reason by the place of each run without results.
 
     Raises:
-        UserError: a folder that is not there, or without a run.
+        UserError: a place does not exist, or contains no run.
     """
-    folders: dict[Path, Path] = {}
-    for place in [places] if isinstance(places, Path) else places:
-        found = list(run_folders(place))
-        if not found:
-            wrong = "holds no run" if place.is_dir() else "is no folder"
+    readers: dict[Any, tuple[str, partial[RunRecord]]] = {}
+    for place in places:
+        if place.startswith("wandb:"):
+            for run in _wandb_runs(place, group):
+                name = "wandb:" + "/".join(run.path)
+                readers[name] = name, partial(_read_wandb, name, run)
+            continue
+        folders = list(run_folders(Path(place)))
+        if not folders:
             raise UserError(
-                f"{place} {wrong}; give the folder of a run (it has config.yaml and metrics.json), a folder "
-                "of such folders, or wandb:ENTITY/PROJECT"
+                f"{place} {'contains no run' if Path(place).is_dir() else 'is not a folder'}; give the "
+                "folder of a run (with config.yaml and metrics.json) or of runs, or wandb:ENTITY/PROJECT"
             )
-        for folder in found:
-            folders.setdefault(folder.resolve(), folder)
-    return [read_folder(folder) for folder in folders.values()]
+        for folder in folders:
+            readers[folder.resolve()] = str(folder), partial(read_folder, folder)
+    records, left_out = [], {}
+    for name, read in readers.values():
+        try:
+            records.append(read())
+        except UserError as error:
+            left_out[name] = str(error)
+    return records, left_out
 
 
-def read_folder(folder: Path) -> RunRecord | LeftOut:
-    """One run as it lies on disk."""
-    place = str(folder)
-    if not RunFolder(folder).metrics.is_file():
-        return LeftOut(place, "it has no metrics.json: the run has not got as far as its end")
+def read_folder(folder: Path) -> RunRecord:
+    """Read a run from its folder.
+
+    Raises:
+        UserError: the run has no results.
+    """
+    run = RunFolder(folder)
+    if not run.metrics.is_file():
+        raise UserError("it has no metrics.json, since the run has not ended")
     try:
-        metrics = json.loads(RunFolder(folder).metrics.read_text())
-        config = yaml.safe_load(RunFolder(folder).config.read_text())
-        costs = _json_or_nothing(folder / COSTS_FILE)
-        bundle = _json_or_nothing(RunFolder(folder).model / "config.json")
-        values = metrics | costs
+        metrics = json.loads(run.metrics.read_text())
+        config = yaml.safe_load(run.config.read_text())
+        costs, bundle = (
+            json.loads(file.read_text()) if file.is_file() else {}
+            for file in (folder / COSTS_FILE, run.model / "config.json")
+        )
         if "seconds" in metrics:
-            values["training_seconds"] = metrics["seconds"] - metrics.get("seconds_preparation", 0)
-        towers = [(bundle.get(kind) or {}).get("name") or "" for kind in ("image_tower", "text_tower")]
-        # earlier versions did not note whether it finished
+            metrics["training_seconds"] = metrics["seconds"] - metrics.get("seconds_preparation", 0)
+        towers = {kind: bundle[kind]["name"] for kind in ("image_tower", "text_tower") if bundle}
+        # earlier versions did not store whether the run finished
         state = "" if metrics.get("finished", True) else "interrupted"
-        return _record(place, values, config, metrics.get("data_digest", ""), towers, state)
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        return LeftOut(place, f"its files cannot be read ({' '.join(str(error).split())})")
-
-
-def _json_or_nothing(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+        digest = metrics.get("data_digest", "")
+        return _record(str(folder), {**metrics, **costs}, config, digest, towers, state)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, yaml.YAMLError) as error:
+        raise UserError(f"its files cannot be read ({' '.join(str(error).split())})") from error
 
 
 def _record(
@@ -152,33 +150,24 @@ def _record(
     values: Mapping[str, Any],
     config: Mapping[str, Any],
     digest: str,
-    towers: list[str],
+    towers: Mapping[str, str],
     unfinished: str,
-) -> RunRecord | LeftOut:
-    """A record of what was found, or why there is none."""
+) -> RunRecord:
     if "rsum" not in values:
-        return LeftOut(place, "it has no recalls: no validation was finished")
+        raise UserError("it has no recalls, since no validation has finished")
     options = flat(config)
     options["model.loss"] = options.get("model.loss") or "InfoNCE"  # null is the default
-    image_tower, text_tower = (
-        name or str(options.get(f"model.{kind}") or options.get("model.init_from") or "unknown")
-        for name, kind in zip(towers, ("image_tower", "text_tower"), strict=True)
+    image, text = (
+        towers.get(kind) or str(options.get(f"model.{kind}") or options.get("model.init_from") or "unknown")
+        for kind in ("image_tower", "text_tower")
     )
-    known = {name: float(values[name]) for name in (*METRICS, *COSTS) if values.get(name) is not None}
-    conditions = str(values.get("image_latency_conditions", ""))
-    return RunRecord(place, image_tower, text_tower, known, options, digest, conditions, unfinished)
+    known = {name: float(values[name]) for name in VALUES if values.get(name) is not None}
+    conditions = str(values.get("image_latency_conditions") or "")
+    return RunRecord(place, (image, text), known, options, digest, conditions, unfinished)
 
 
-def read_wandb(place: str, group: str | None = None) -> list[RunRecord | LeftOut]:
-    """The runs of a W&B project, or one of them.
-
-    Args:
-        place: `wandb:ENTITY/PROJECT` or `wandb:ENTITY/PROJECT/RUN_ID`.
-        group: only runs of this group.
-
-    Raises:
-        UserError: no such project or run, no key, or the server cannot be reached.
-    """
+def _wandb_runs(place: str, group: str | None) -> list[Any]:
+    """Return the runs of a W&B project, or one of them."""
     path = place.removeprefix("wandb:").strip("/")
     parts = path.split("/")
     if len(parts) not in (2, 3) or not all(parts):
@@ -188,28 +177,30 @@ def read_wandb(place: str, group: str | None = None) -> list[RunRecord | LeftOut
     from clip_lightning.wandb_fetch import has_api_key
 
     if not has_api_key():
-        raise UserError(f"{place}: no W&B key is configured; run `wandb login`, or give the runs' folders")
+        raise UserError(f"{place}: no W&B API key is configured; run `wandb login`, or give folders of runs")
     try:
         api = wandb.Api()
         if len(parts) == 3:
-            runs = [api.run(path)]
-        else:
-            runs = list(api.runs(path, filters={"group": group} if group else {}, lazy=False))
-        records = [_wandb_record(run) for run in runs]
+            return [api.run(path)]
+        runs = list(api.runs(path, filters={"group": group} if group else {}, lazy=False))
     except (wandb.Error, ValueError) as error:  # ValueError: no such project
-        raise UserError(f"{place} could not be read from W&B: {error}") from error
-    if not records:
+        raise UserError(f"{place} cannot be read from W&B: {error}") from error
+    if not runs:
         raise UserError(f"{place} has no run{f' in group {group!r}' if group else ''}")
-    return records
+    return runs
 
 
-def _wandb_record(run: Any) -> RunRecord | LeftOut:
-    """A run of W&B's public API; its best epoch is looked for in the history."""
-    place = "wandb:" + "/".join(run.path)
-    epochs = run.history(keys=[f"val/{name}" for name in METRICS], samples=MOST_EPOCHS, pandas=False)
+def _read_wandb(place: str, run: Any) -> RunRecord:
+    """Read a run of W&B's public API, with the best epoch of its history."""
+    import wandb
+
+    logged = [f"val/{name}" for name in ("rsum", *RECALLS)]
+    try:
+        epochs = run.history(keys=logged, samples=MAX_EPOCHS, pandas=False)
+    except wandb.Error as error:
+        raise UserError(f"its history cannot be read from W&B: {error}") from error
     best: dict[str, Any] = max(epochs, key=lambda row: row["val/rsum"], default={})
     values = {name.removeprefix("val/"): value for name, value in best.items()}
-    for name in (*COSTS, "image_latency_conditions"):
-        values[name] = run.summary.get(f"costs/{name}")
+    values |= {name: run.summary.get(f"costs/{name}") for name in (*COSTS, "image_latency_conditions")}
     state = "" if run.state == "finished" else run.state
-    return _record(place, values, run.config, run.config.get("data_digest", ""), ["", ""], state)
+    return _record(place, values, run.config, run.config.get("data_digest", ""), {}, state)

@@ -1,152 +1,123 @@
-"""The rows of a comparison as text: columns and cells, Markdown, CSV."""
+"""Writes comparisons as a page, Markdown, CSV and JSON, and prints them as tables."""
 
 from __future__ import annotations
 
-import csv
-import io
+import base64
 import json
 import re
-from collections.abc import Sequence
-from pathlib import PurePath
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
-from clip_lightning.experiments.compare import Comparison, Row, data_name, plain_row
-from clip_lightning.experiments.run_records import RECALLS
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
-TITLES = {
-    **{name: name.replace("_to_", "→").replace("_", " ") for name in RECALLS},
-    "rsum": "rsum",
-    "parameters": "parameters",
-    "parameters_trained": "trained",
-    "image_latency_ms": "image latency, ms",
-    "training_seconds": "training, s",
-    "feature_bytes_per_picture": "features of a picture",
-    "feature_bytes": "features in all",
+from clip_lightning.experiments.charts import heatmap, recall_latency
+from clip_lightning.experiments.compare import Comparison, Row, short_names
+from clip_lightning.experiments.run_records import VALUES
+from clip_lightning.files import write_atomically
+from clip_lightning.reports.pages import template
+from clip_lightning.reports.tables import csv_text
+
+ALWAYS = ("rank", "towers", "run", "rsum", "state")  # columns that are always printed
+IF_THEY_FIT = {
+    "text_to_image_R@1": "t→i\nR@1",
+    "image_to_text_R@1": "i→t\nR@1",
+    "image_latency_ms": "latency\nms",
 }
+LEFT = ("towers", "run", "state")
 
 
-def shown(row: Row, name: str) -> str:
-    """A value of `METRICS` or `COSTS` for people, with ± its standard deviation; – where it is not known."""
-    if name not in row.means:
-        return "–"
-    mean, deviation = row.means[name], row.deviations.get(name)
-    if name.startswith("parameters"):
-        return _scaled(mean, "")
-    if name.startswith("feature"):
-        return _scaled(mean, "B")
-    digits = 0 if name == "training_seconds" and mean >= 10 else 1
-    spread = f" ± {deviation:.{digits}f}" if deviation is not None else ""
-    return f"{mean:.{digits}f}{spread}"
+@dataclass(frozen=True)
+class Column:
+    """Represents a column of a table; each cell is a text and a value to sort by."""
+
+    name: str
+    title: str
+    cells: Sequence[tuple[str, Any]]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the cells."""
+        return [text for text, _ in self.cells]
 
 
-def _scaled(value: float, unit: str) -> str:
-    for power, letter in ((9, "G"), (6, "M"), (3, "k")):
-        if value >= 0.9995 * 10**power:
-            return f"{value / 10**power:.3g} {letter}{unit}"
-    return f"{value:.0f} {unit}".rstrip()
+def columns_of(rows: Sequence[Row]) -> list[Column]:
+    """Return the columns of a data set: rank, towers, run, options, values and state, without empty ones."""
+    columns = [
+        Column("rank", "rank", [(str(row.rank), row.rank) for row in rows]),
+        Column("towers", "towers", [(row.name, row.name) for row in rows]),
+    ]
+    several = any(len(row.records) > 1 for row in rows)
+    if several or len({row.first.towers for row in rows}) < len(rows):
+        singles = (row.first.place for row in rows if len(row.records) == 1)
+        names = short_names(singles, lambda place: PurePath(place).name)
+        runs = [names.get(row.first.place) or _count_seeds(row) for row in rows]
+        columns.append(Column("run", "run", [(name, name) for name in runs]))
+    for name in rows[0].options:
+        texts = [option_text(row.options[name]) for row in rows]
+        columns.append(Column(name, name, [(t, r.options[name]) for t, r in zip(texts, rows, strict=True)]))
+    for name, title in VALUES.items():
+        if any(name in row.means for row in rows):
+            columns.append(Column(name, title, [(row.shown(name), row.means.get(name, "")) for row in rows]))
+    if any(row.first.unfinished for row in rows):
+        states = [row.first.unfinished for row in rows]
+        columns.append(Column("state", "state", [(state or "–", state) for state in states]))
+    return columns
 
 
-def option_text(value: Any) -> str:
-    """An option's value for people: of a number four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else _exact(value)
-
-
-def _exact(value: Any) -> str:
-    if value is None:
-        return "–"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def run_names(rows: Sequence[Row]) -> list[str]:
-    """Name the run of each row by the end of its folder that no other row has, or count its seeds."""
-    parts = [PurePath(row.records[0].place).parts for row in rows if len(row.records) == 1]
-    longest = max(map(len, parts), default=1)
-    depth = next((d for d in range(1, longest) if len({p[-d:] for p in parts}) == len(parts)), longest)
-    names = iter("/".join(p[-depth:]) for p in parts)
-    return [next(names) if len(row.records) == 1 else _seeds(row) for row in rows]
-
-
-def _seeds(row: Row) -> str:
+def _count_seeds(row: Row) -> str:
     counted = f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
     return f"{counted}, repeated" if len(row.records) > row.seeds else counted
 
 
-def names_runs(rows: Sequence[Row]) -> bool:
-    """Whether the rows need a column for their runs: towers do not tell them apart, or one has several."""
-    return repeats_towers(rows) or any(len(row.records) > 1 for row in rows)
-
-
-def repeats_towers(rows: Sequence[Row]) -> bool:
-    """Whether towers do not tell the rows apart."""
-    return len({row.towers for row in rows}) < len(rows)
-
-
-def header(comparison: Comparison) -> list[str]:
-    """Titles of the columns that `cells` fills."""
-    values = [TITLES[name] for name in comparison.columns()]
-    return ["rank", "towers", *comparison.options, *values, *_last_columns(comparison)]
-
-
-def _last_columns(comparison: Comparison) -> list[str]:
-    sets = comparison.data_sets
-    named = any(map(names_runs, sets))
-    unfinished = any(row.unfinished for row in comparison.rows)
-    return [*(["run"] if named else []), *(["state"] if unfinished else [])]
-
-
-def cells(comparison: Comparison, rows: Sequence[Row]) -> list[list[tuple[str, float | str]]]:
-    """Of each row of a data set, for each column of `header` its text and what it is sorted by."""
-    last = _last_columns(comparison)
-    found = []
-    for row, run in zip(rows, run_names(rows), strict=True):
-        line: list[tuple[str, float | str]] = [(str(row.rank), float(row.rank)), (row.name, row.name)]
-        for name in comparison.options:
-            line.append((option_text(row.options[name]), _sortable(row.options[name])))
-        line += [(shown(row, name), row.means.get(name, "")) for name in comparison.columns()]
-        texts = {"run": run, "state": row.unfinished or "–"}
-        found.append([*line, *((texts[name], texts[name]) for name in last)])
-    return found
-
-
-def _sortable(value: Any) -> float | str:
-    return float(value) if isinstance(value, int | float) else option_text(value)
-
-
-def markdown(comparison: Comparison) -> str:
-    """The table of each data set, what failed and what was left out."""
-    parts = [f"# {_escaped(comparison.title)}"]
-    parts += [f"> **Warning:** {_escaped(warning)}" for warning in comparison.warnings]
-    titles = header(comparison)
-    for rows in comparison.data_sets:
-        if len(comparison.data_sets) > 1:
-            parts.append(f"## {data_name(rows[0].digest).capitalize()}")
-        lines = [titles, [":--" if title == "towers" else "--:" for title in titles]]
-        lines += [[_escaped(text) for text, _ in line] for line in cells(comparison, rows)]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    parts.append(_escaped(notes(comparison)))
-    for title, those in (("Failed", comparison.failed), ("Left out", comparison.left_out)):
-        if those:
-            listed = [f"- {_escaped(each.place)}: {_escaped(each.reason)}" for each in those]
-            parts.append(f"## {title}\n\n" + "\n".join(listed))
-    return "\n\n".join(part for part in parts if part) + "\n"
+def option_text(value: Any) -> str:
+    """Return the value of an option as text, with four digits of a number."""
+    if value is None or isinstance(value, str):
+        return value or "–"
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, default=str)
 
 
 def notes(comparison: Comparison) -> str:
-    """How to read the columns."""
-    if not comparison.rows:
-        return ""
-    found = ["Recalls in percent, of the epoch with the best rsum, which is the sum of the six."]
+    """Return an explanation of the columns."""
+    conditions = "; ".join(comparison.latency_conditions)
+    explanations = {
+        "rsum": "Recalls are in percent, of the epoch with the best rsum, which is their sum.",
+        "image_latency_ms": f"The image latency ({conditions}) is the median time from pixels to embedding.",
+        "training_seconds": "The training time excludes loading the towers and caching features.",
+        "feature_bytes": "Features of an image are those of one view, and features in all those of every "
+        "view and caption of the splits used.",
+    }
+    shown = [text for name, text in explanations.items() if any(name in row.means for row in comparison.rows)]
     if any(row.seeds > 1 for row in comparison.rows):
-        found.append("Several seeds: mean ± standard deviation.")
-    if any(len(row.records) > row.seeds for row in comparison.rows):
-        found.append("Repeated: runs with the same settings and seed count once, with their mean.")
-    if conditions := comparison.latency_conditions:
-        found.append(f"Image latency: {'; '.join(conditions)}, from pixels to embedding, median.")
-    if "training_seconds" in comparison.columns():
-        found.append("Training: without loading the towers and caching features.")
-    if "feature_bytes_per_picture" in comparison.columns():
-        found.append("Features of a picture: one view. In all: every view and caption of the splits used.")
-    return " ".join(found)
+        shown.append(
+            "Values over several seeds are mean ± standard deviation; repetitions are averaged first."
+        )
+    return " ".join(shown)
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return the table of each data set, and the pairs and runs without results, as Markdown."""
+    parts = [f"# {_escaped(comparison.title)}"]
+    parts += [f"> **Warning:** {_escaped(warning)}" for warning in comparison.warnings]
+    for rows in comparison.data_sets:
+        heading = f"## {rows[0].data.capitalize()}\n\n" if len(comparison.data_sets) > 1 else ""
+        parts.append(heading + markdown_table(columns_of(rows)))
+    parts.append(_escaped(notes(comparison)))
+    for title, reasons in (("Failed", comparison.failed), ("Left out", comparison.left_out)):
+        listed = [f"- {_escaped(name)}: {_escaped(reason)}" for name, reason in reasons.items()]
+        parts.append(f"## {title}\n\n" + "\n".join(listed) if listed else "")
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def markdown_table(columns: Sequence[Column]) -> str:
+    """Return a table as Markdown."""
+    lines = [[column.title for column in columns]]
+    lines.append([":--" if column.name in LEFT else "--:" for column in columns])
+    lines += [[*map(_escaped, line)] for line in zip(*(column.texts for column in columns), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _escaped(text: str) -> str:
@@ -155,16 +126,77 @@ def _escaped(text: str) -> str:
 
 
 def csv_table(comparison: Comparison) -> str:
-    """One line a row, values unrounded, under the names that `metrics.json` has."""
-    stream = io.StringIO()
-    rows = [plain_row(row) for row in comparison.rows]
-    lines = [{k: v for k, v in row.items() if k not in ("std", "options", "places")} for row in rows]
-    for line, row in zip(lines, rows, strict=True):
-        line |= {f"{name}_std": value for name, value in row["std"].items()}
-        line |= {name: _exact(value) for name, value in row["options"].items()}
-        line["places"] = " ".join(row["places"])
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return stream.getvalue()
+    """Return a CSV with one line per row, with the same names as in `metrics.json`."""
+    lines = []
+    for row in map(Row.as_dict, comparison.rows):
+        deviations, options, places = (row.pop(name) for name in ("std", "options", "places"))
+        lines.append(row | {f"{name}_std": value for name, value in deviations.items()})
+        lines[-1] |= {n: v if isinstance(v, float) else option_text(v) for n, v in options.items()}
+        lines[-1]["places"] = " ".join(places)
+    names = [*dict.fromkeys(name for line in lines for name in line)]
+    return csv_text(names, [[line.get(name, "") for name in names] for line in lines])
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """Write comparison.md, comparison.csv, comparison.json, and index.html with plots."""
+    plots = {
+        "rsum of each image tower with each text tower": heatmap(comparison),
+        "recall against image latency, with the Pareto front": recall_latency(comparison),
+    }
+    texts = {
+        "comparison.md": markdown(comparison),
+        "comparison.csv": csv_table(comparison),
+        "comparison.json": json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False, default=str) + "\n",
+        "index.html": template("comparison.html.j2", Path(__file__).parent).render(
+            comparison=comparison,
+            tables=[(rows[0].data, columns_of(rows)) for rows in comparison.data_sets],
+            notes=notes(comparison),
+            plots=[(about, base64.b64encode(png).decode()) for about, png in plots.items() if png],
+        ),
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, text.encode(errors="replace"))
+
+
+def print_tables(comparison: Comparison, console: Console) -> None:
+    """Print a table of each data set, with as many columns that differ as fit into the terminal."""
+    for rows in comparison.data_sets:
+        columns = columns_of(rows)
+        differing = [c for c in columns if len(rows) == 1 or len({*c.texts}) > 1]
+        titles = [rows[0].data] if len(comparison.data_sets) > 1 else []
+        titles += [] if columns[1] in differing else [rows[0].name]
+        shown = [c for c in columns if c.name in ALWAYS and (c in differing or c.name != "towers")]
+        shown += [c for c in differing if c.name in rows[0].options]
+        shown += [c for c in differing if c.name in IF_THEY_FIT]
+        hidden = print_columns(shown, ALWAYS, "\n".join(titles), console)
+        if options := [name for name in hidden if name in rows[0].options]:
+            console.print(f"more in index.html: {', '.join(options)}\n")
+
+
+def print_columns(
+    columns: Sequence[Column], always: Collection[str], title: str, console: Console
+) -> list[str]:
+    """Print the columns in `always` and as many others as fit; return the names of the rest."""
+    shown = [c for c in columns if c.name in always]
+    unlimited = console.options.update(width=10_000)
+    for column in columns:
+        wider = [c for c in columns if c in shown or c is column]
+        if console.measure(_table(wider, title), options=unlimited).maximum <= console.width:
+            shown = wider
+    console.print(_table(shown, title))
+    return [c.name for c in columns if c not in shown]
+
+
+def _table(columns: Sequence[Column], title: str) -> Table:
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    short = short_names((c.name for c in columns if "." in c.name), lambda name: name.rpartition(".")[2])
+    for column in columns:
+        table.add_column(
+            short.get(column.name) or IF_THEY_FIT.get(column.name, column.title),
+            justify="left" if column.name in LEFT else "right",
+            overflow="fold",
+            no_wrap=column.name not in ("towers", "run"),
+        )
+    for line in zip(*(column.texts for column in columns), strict=True):
+        table.add_row(*line)
+    return table

@@ -1,49 +1,46 @@
-"""CLIP: two towers, two projection heads, a learnable scale; saved as a folder that needs nothing else.
+"""CLIP: an image tower, a text tower, two projection heads and a learnable scale, saved as one folder.
 
-B pictures, N texts, H, W pixels, L tokens, D the width of the shared embedding.
+B images, N texts, H, W pixels, L tokens, D the width of the shared embedding.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from clip_lightning.data.images import BrokenImage, ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.model import pretrained as foreign
-from clip_lightning.model.bundle import (
-    BUNDLE_FORMAT,
-    WEIGHTS,
-    check_replaceable,
-    fetch_weights,
-    find_model,
-    read_bundle,
-    read_json,
-    refusing_damage,
-    write_bundle,
+from clip_lightning.model.bundle import BUNDLE_FORMAT, write_bundle
+from clip_lightning.model.encode import (
+    BATCH_SIZE,
+    TEXT_BATCH_SIZE,
+    encode_images,
+    encode_texts,
+    one_or_many,
 )
-from clip_lightning.model.encode import encode_batches, one_or_many
 from clip_lightning.model.lora import LoRAConfig, add_lora, merged_state
-from clip_lightning.model.towers import ImageTower, TextTower
+from clip_lightning.model.towers import ImageTower, TextTower, Tower
+from clip_lightning.model.zero_shot import probabilities, zero_shot_classifier
 
 HeadKind = Literal["linear", "mlp"]
-# What models of others have besides: a bias, two layers with a GELU between them, or no projection at all.
+# Pretrained models may also have a bias, two layers with a GELU between them, or no projection.
 SideHeadKind = Literal["linear", "mlp", "affine", "gelu", "none"]
 Freeze = Literal["none", "image", "text", "both"]
+Errors = Literal["raise", "skip"]
 MAX_SCALE = 100.0
 _log = logging.getLogger(__name__)
 
 
 class ResidualMLPHead(nn.Module):
-    """Linear projection, then one residual block with GELU, dropout and layer norm."""
+    """A linear projection followed by one residual block with GELU, dropout and layer norm."""
 
     def __init__(self, width: int, embed_dim: int, dropout: float) -> None:
         super().__init__()
@@ -53,48 +50,32 @@ class ResidualMLPHead(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Embeddings (B, embed_dim) of features (B, width), not yet of unit length."""
+        """Return embeddings (B, embed_dim) of features (B, width), which are not normalized."""
         projected = self.projection(features)
         return self.norm(projected + self.dropout(self.hidden(F.gelu(projected))))
 
 
-class Heads(nn.Module):
-    """Both projections into the shared space."""
-
-    def __init__(
-        self,
-        image_width: int,
-        text_width: int,
-        embed_dim: int,
-        kinds: Mapping[str, SideHeadKind],
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.image = self._head(image_width, embed_dim, kinds["image"], dropout)
-        self.text = self._head(text_width, embed_dim, kinds["text"], dropout)
-
-    @staticmethod
-    def _head(width: int, embed_dim: int, kind: SideHeadKind, dropout: float) -> nn.Module:
-        if kind == "mlp":
-            return ResidualMLPHead(width, embed_dim, dropout)
-        if kind == "none":
-            return nn.Identity()
-        if kind not in ("linear", "affine", "gelu"):
-            raise ValueError(f"unknown head {kind!r}")
-        if kind == "gelu":
-            hidden = (width + embed_dim) // 2
-            first, last = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, embed_dim, bias=False)
-            return nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), last)
+def _head(kind: SideHeadKind, width: int, embed_dim: int, dropout: float) -> nn.Module:
+    if kind == "none":
+        return nn.Identity()
+    if kind == "mlp":
+        return ResidualMLPHead(width, embed_dim, dropout)
+    if kind in ("linear", "affine"):
         return nn.Sequential(nn.Dropout(dropout), nn.Linear(width, embed_dim, bias=kind == "affine"))
+    if kind == "gelu":
+        hidden = (width + embed_dim) // 2
+        first, last = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, embed_dim, bias=False)
+        return nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), last)
+    raise ValueError(f"unknown head {kind!r}")
 
 
-class CLIP(nn.Module, PyTorchModelHubMixin):
-    """An image tower and a text tower whose embeddings of what belongs together are close.
+class CLIP(nn.Module):
+    """An image tower and a text tower that embed matching images and texts close to each other.
 
     Attributes:
-        transform: how a picture becomes the image tower's pixels.
-        tokenize: texts → `input_ids` and `attention_mask`.
-        metadata: what its bundle says besides (metrics, loss, training data, licence).
+        transform: transform from an image to the pixels that the image tower expects.
+        tokenize: turns texts into `input_ids` and `attention_mask`.
+        metadata: further values in the bundle, such as metrics, loss, training data and license.
     """
 
     def __init__(
@@ -108,28 +89,36 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
         init_scale: float = 1 / 0.07,
         init_bias: float | None = None,
     ) -> None:
-        """Put two towers together with fresh projection heads.
+        """Combine two towers with new projection heads; `from_towers` accepts names of towers.
 
         Args:
-            image_tower: gives features of pictures.
-            text_tower: gives features of texts.
-            embed_dim: width of the shared space.
-            head: `linear`, or `mlp` with one residual block; or a kind for `image` and one for `text`, among
-                which `affine` (linear with a bias), `gelu` (two layers) and `none` too.
-            dropout: share of features (linear) or hidden units (mlp) dropped in training.
-            init_scale: where the learnable inverse temperature starts.
-            init_bias: where the learnable bias on logits starts; None for no bias.
+            image_tower: tower that returns features of images.
+            text_tower: tower that returns features of texts.
+            embed_dim: width of the embeddings.
+            head: `linear`, or `mlp` with one residual block; or a mapping with one kind for `image` and one
+                for `text`, which may also be `affine` (linear with a bias), `gelu` (two layers) or `none`.
+            dropout: fraction of features (linear) or hidden units (mlp) that is dropped in training.
+            init_scale: initial value of the learnable inverse temperature.
+            init_bias: initial value of the learnable bias of the logits, or None for no bias.
         """
         super().__init__()
+        for which, tower in (("image_tower", image_tower), ("text_tower", text_tower)):
+            if not isinstance(tower, Tower):
+                raise TypeError(
+                    f"{which} is {tower!r}, expected a tower; CLIP.from_towers accepts names and modules"
+                )
         if embed_dim < 1 or not 0 <= dropout < 1:
             raise UserError(
-                f"--model.heads.embed_dim {embed_dim} and --model.heads.dropout {dropout}: expected a "
-                "width of 1 or more and a fraction of at least 0 and below 1"
+                f"embed_dim {embed_dim} and dropout {dropout}: expected a width of 1 or more, and a fraction "
+                "of at least 0 and below 1"
             )
         self.image_tower = image_tower
         self.text_tower = text_tower
         kinds: Mapping[str, SideHeadKind] = {"image": head, "text": head} if isinstance(head, str) else head
-        self.heads = Heads(image_tower.width, text_tower.width, embed_dim, kinds, dropout)
+        widths = {"image": image_tower.width, "text": text_tower.width}
+        self.heads = nn.ModuleDict(
+            {side: _head(kinds[side], width, embed_dim, dropout) for side, width in widths.items()}
+        )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_scale)))
         self.logit_bias = None if init_bias is None else nn.Parameter(torch.tensor(init_bias))
         self.transform = image_tower.transform
@@ -143,33 +132,102 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
             "dropout": dropout,
         }
 
+    @classmethod
+    def from_towers(
+        cls,
+        image_tower: str | nn.Module,
+        text_tower: str | nn.Module,
+        *,
+        image_size: int | None = None,
+        max_length: int | None = None,
+        embed_dim: int = 512,
+        head: HeadKind = "linear",
+        dropout: float = 0.0,
+        init_scale: float = 1 / 0.07,
+        init_bias: float | None = None,
+    ) -> CLIP:
+        """Build a model with new heads from the names of towers, or from your own modules.
+
+        A module needs a `width`, the number of features that it returns. An image module is called with
+        pixels (B, 3, H, W), normalized by its `transform` (an `ImageTransform`) or, if it has none, from 0 to
+        1. A text module is called with the `input_ids` and `attention_mask` (N, L) of its `tokenizer`, a
+        tokenizer of transformers.
+
+        Args:
+            image_tower: a module, or a name (see `ImageTower.from_name`).
+            text_tower: a module, or a name (see `TextTower.from_name`).
+            image_size: side of the square input in pixels; by default, the one that the tower was trained
+                with.
+            max_length: maximum number of tokens per text; by default 77, or the tower's limit if it is lower.
+            embed_dim: width of the embeddings.
+            head: `linear`, or `mlp` with one residual block.
+            dropout: fraction of features (linear) or hidden units (mlp) that is dropped in training.
+            init_scale: initial value of the learnable inverse temperature.
+            init_bias: initial value of the learnable bias of the logits (SigLIP), or None for no bias.
+
+        Raises:
+            UserError: a tower does not exist or is not supported.
+        """
+        return cls(
+            ImageTower.from_name(image_tower, image_size)
+            if isinstance(image_tower, str)
+            else ImageTower.from_module(image_tower, image_size),
+            TextTower.from_name(text_tower, max_length)
+            if isinstance(text_tower, str)
+            else TextTower.from_module(text_tower, max_length),
+            embed_dim=embed_dim,
+            head=head,
+            dropout=dropout,
+            init_scale=init_scale,
+            init_bias=init_bias,
+        )
+
+    def __repr__(self) -> str:
+        towers = f"image_tower={self.image_tower.spec['name']!r}, text_tower={self.text_tower.spec['name']!r}"
+        millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
+        return f"CLIP({towers}, embed_dim={self._embed_dim}, {millions:.1f}M parameters, {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return self.logit_scale.dtype
+
     @property
     def scale(self) -> Tensor:
-        """The inverse temperature, fp32."""
+        """Inverse temperature in fp32."""
         return self.logit_scale.float().exp()
 
     @property
     def bias(self) -> float | None:
-        """What a sigmoid model adds to scaled similarities; None for a softmax model."""
+        """Bias that a sigmoid model adds to scaled similarities; None for a softmax model."""
         return None if self.logit_bias is None else self.logit_bias.item()
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Keep the scale at or below 100, or what a loaded model came with; call after each optimiser step.
+        """Clamp the scale to 100, or to that of the loaded model; call this after each optimizer step.
 
-        The parameter itself is clamped: clamping in the forward pass would leave it without gradient, stuck.
+        The parameter itself is clamped, because clamping in the forward pass would set its gradient to zero.
         """
         self.logit_scale.clamp_(max=self._max_logit_scale)
 
+    def keep_scale(self) -> None:
+        """Raise the limit of `clamp_scale` to the current scale if it is above 100 (SigLIP's is 117)."""
+        self._max_logit_scale = max(self._max_logit_scale, self.logit_scale.item())
+
     def freeze(self, which: Freeze) -> None:
-        """Fix the weights of one tower, both or none."""
+        """Freeze one tower, both or none."""
         if which in ("image", "both"):
             self.image_tower.freeze()
         if which in ("text", "both"):
             self.text_tower.freeze()
 
     def add_lora(self, config: LoRAConfig) -> None:
-        """Put trainable adapters into towers, whose own weights are fixed; a bundle has them merged in."""
+        """Freeze towers and add trainable adapters, which are merged when a bundle is saved."""
         add_lora({"image": self.image_tower, "text": self.text_tower}, config)
         self.train(self.training)
 
@@ -178,74 +236,128 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
         """Whether a tower has adapters."""
         return self.image_tower.adapted or self.text_tower.adapted
 
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of `encode_image` (B, D) and of `encode_text` (N, D)."""
+        return self.encode_image(pixel_values), self.encode_text(input_ids, attention_mask)
+
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Unit-length embeddings (B, D) fp32 of `pixel_values` (B, 3, H, W), uint8 or float in 0..1."""
+        """Return unit-length embeddings (B, D) fp32 of pixels (B, 3, H, W), uint8 or float in 0..1."""
         return self.project_image(self.image_tower(pixel_values))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Unit-length embeddings (N, D) fp32 of tokens (N, L)."""
+        """Return unit-length embeddings (N, D) fp32 of tokens (N, L)."""
         return self.project_text(self.text_tower(input_ids, attention_mask))
 
     def project_image(self, features: Tensor) -> Tensor:
-        """Unit-length embeddings (B, D) fp32 of the image tower's features (B, width)."""
-        return F.normalize(self.heads.image(features).float(), dim=-1)
+        """Return unit-length embeddings (B, D) fp32 of the image tower's features (B, width)."""
+        return F.normalize(self.heads["image"](features).float(), dim=-1)
 
     def project_text(self, features: Tensor) -> Tensor:
-        """Unit-length embeddings (N, D) fp32 of the text tower's features (N, width)."""
-        return F.normalize(self.heads.text(features).float(), dim=-1)
+        """Return unit-length embeddings (N, D) fp32 of the text tower's features (N, width)."""
+        return F.normalize(self.heads["text"](features).float(), dim=-1)
 
-    @torch.inference_mode()
     def embed_images(
-        self, images: Any, batch_size: int = 64, errors: Literal["raise", "skip"] = "raise"
+        self,
+        images: Any,
+        batch_size: int = BATCH_SIZE,
+        errors: Errors = "raise",
+        progress: bool = False,
     ) -> Tensor:
         """Return unit-length embeddings (B, D) of images, on the CPU.
 
         Args:
-            images: one image or any iterable of them, a generator too. An image is the name of a file, its
-                content as bytes, a file object, a PIL image, a uint8 array (H, W, 3) in RGB, or a uint8
-                tensor (3, H, W); arrays (B, H, W, 3) and tensors (B, 3, H, W) are several.
-            batch_size: images that the tower sees at once.
-            errors: `skip` leaves images that cannot be read out of the result and logs a warning for each.
+            images: one image, or any iterable of images, including generators. An image is the name of a
+                file, the content of a file as bytes, a file object, a PIL image, a uint8 array (H, W, 3) in
+                RGB, or a uint8 tensor (3, H, W). Arrays (B, H, W, 3) and tensors (B, 3, H, W) are several
+                images.
+            batch_size: number of images per forward pass.
+            errors: `raise`, or `skip` to leave out images that cannot be read and log a warning for each.
+            progress: whether to show a progress bar.
 
         Raises:
-            BrokenImage: an image cannot be read; names the first one.
-            ValueError: an argument is not one of those described above.
+            BrokenImage: an image cannot be read; the message names the first one.
+            ValueError: `batch_size` or `errors` is invalid.
         """
-        if errors not in ("raise", "skip") or batch_size < 1:
-            raise ValueError(
-                f"expected errors='raise' or 'skip' and batch_size >= 1, got {errors!r} and {batch_size}"
-            )
+        _check_arguments(errors, batch_size)
         self.eval()
-        parts = [torch.empty(0, self._embed_dim)]
-        for batch in encode_batches(self, one_or_many(images), batch_size):
+        parts = []
+        batches = encode_images(
+            self.image_tower,
+            one_or_many(images),
+            project=self.project_image,
+            batch_size=batch_size,
+            progress="images" if progress else "",
+        )
+        for batch in batches:
             for row, name, reason in batch.broken:
-                where = name if name == f"image {row}" else f"image {row}, {name}"
+                label = name if name == f"image {row}" else f"image {row}, {name}"
                 if errors == "raise":
-                    raise BrokenImage(f"{where} cannot be read: {reason}") from reason
-                _log.warning("skipped %s: %s", where, reason)
-            parts.append(self.project_image(batch.features).cpu())
+                    raise BrokenImage(f"{label} cannot be read: {reason}") from reason
+                _log.warning("skipped %s: %s", label, reason)
+            parts.append(batch.features)
         return torch.cat(parts)
 
-    @torch.inference_mode()
-    def embed_texts(self, texts: str | Iterable[str], batch_size: int = 256) -> Tensor:
-        """Return unit-length embeddings (N, D) of one text or any iterable of them, on the CPU.
+    def embed_texts(
+        self,
+        texts: str | Iterable[str],
+        batch_size: int = TEXT_BATCH_SIZE,
+        errors: Errors = "raise",
+        progress: bool = False,
+    ) -> Tensor:
+        """Return unit-length embeddings (N, D) of texts, on the CPU.
+
+        Args:
+            texts: one text, or any iterable of texts.
+            batch_size: number of texts per forward pass.
+            errors: `raise`, or `skip` to leave out items that are not strings and log a warning for each.
+            progress: whether to show a progress bar.
 
         Raises:
             TypeError: an item is not a string.
+            ValueError: `batch_size` or `errors` is invalid.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        _check_arguments(errors, batch_size)
+        items: list[Any] = [texts] if isinstance(texts, str) else list(texts)
+        for row, text in enumerate(items):
+            if not isinstance(text, str):
+                if errors == "raise":
+                    raise TypeError(f"text {row} is {text!r}; expected a string")
+                _log.warning("skipped text %s: %r is not a string", row, text)
         self.eval()
-        parts = [torch.empty(0, self._embed_dim)]
-        for start in range(0, len(texts), batch_size):
-            tokens = self.tokenize(texts[start : start + batch_size])
-            device = self.logit_scale.device
-            parts.append(
-                self.encode_text(tokens["input_ids"].to(device), tokens["attention_mask"].to(device)).cpu()
-            )
-        return torch.cat(parts)
+        return encode_texts(
+            self.text_tower,
+            [text for text in items if isinstance(text, str)],
+            project=self.project_text,
+            batch_size=batch_size,
+            progress="texts" if progress else "",
+        )
+
+    def zero_shot_classifier(
+        self,
+        labels: str | Iterable[str | Iterable[str]],
+        templates: str | Iterable[str] = ("a photo of a {}.",),
+    ) -> Tensor:
+        """Return unit-length embeddings (C, D) of classes; see `clip_lightning.zero_shot_classifier`."""
+        return zero_shot_classifier(self, labels, templates)
+
+    def classify(
+        self, images: Any, labels: str | Iterable[str | Iterable[str]] | Tensor, errors: Errors = "raise"
+    ) -> Tensor:
+        """Return the probability (B, C) of each label for each image, on the CPU.
+
+        Args:
+            images: images in any form that `embed_images` accepts.
+            labels: names of the classes, or embeddings (C, D) returned by `zero_shot_classifier`.
+            errors: see `embed_images`.
+        """
+        classes = labels if isinstance(labels, Tensor) else self.zero_shot_classifier(labels)
+        similarity = self.embed_images(images, errors=errors) @ classes.T
+        return probabilities(similarity, self.scale.item(), self.bias).float()
 
     def config(self) -> dict[str, Any]:
-        """Everything but the weights and the tokenizer that `from_config` needs, as plain JSON values."""
+        """Return the JSON values from which `from_config` builds the model, without weights and tokenizer."""
         return {
             "format": BUNDLE_FORMAT,
             "image_tower": self.image_tower.spec,
@@ -257,7 +369,7 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], tokenizer_folder: Path) -> CLIP:
-        """Build the architecture that `config` describes, with fresh weights and no network."""
+        """Build the architecture in `config`, with random weights and without network access."""
         transform = ImageTransform.from_dict(config["transform"])
         return cls(
             ImageTower.from_spec(config["image_tower"], transform),
@@ -268,135 +380,88 @@ class CLIP(nn.Module, PyTorchModelHubMixin):
             init_bias=0.0 if config["logit_bias"] else None,
         )
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         folder: str | Path,
         *,
         weights: dict[str, Tensor] | None = None,
         metadata: dict[str, Any] | None = None,
-        config: dict[str, Any] | None = None,
-        model_card_kwargs: dict[str, Any] | None = None,
+        place: str = "FOLDER",
     ) -> Path:
-        """Write the bundle: weights, configuration, tokenizer and model card, all or nothing.
+        """Save the model as a bundle with weights, configuration, tokenizer and model card.
 
         Args:
-            folder: a bundle that is there already is replaced, once the new one is complete.
-            weights: a complete state dict to write in place of the present weights (the best epoch's, say).
-            metadata: `metrics`, `loss`, `training_data`, `license`, ...: kept in config.json and on the card.
-            config: the same, by the name under which `push_to_hub` hands it on.
-            model_card_kwargs: `place`, the name that the card loads the model by; from `push_to_hub`, too.
+            folder: a new or empty folder, or a bundle, which is replaced when the new one is complete.
+            weights: a complete state dict to save instead of the current weights, such as the best epoch's.
+            metadata: further values for config.json and the model card, such as `metrics`, `loss`,
+                `training_data` and `license`.
+            place: name from which the example on the model card loads the model.
 
         Returns:
             The folder.
 
         Raises:
-            UserError: the folder holds something else than a bundle.
-            ValueError: `weights` are not those of this model.
+            UserError: the folder contains something other than a bundle.
+            ValueError: `weights` do not match this model.
         """
-        folder = Path(folder).absolute()
-        check_replaceable(folder)
         state = self.state_dict() if weights is None else weights
         if wrong := state.keys() ^ self.state_dict().keys():
-            raise ValueError(f"weights lack or add {len(wrong)} tensors, {min(wrong)} among them")
+            raise ValueError(f"{len(wrong)} weights are missing or unexpected, such as {min(wrong)}")
         if self.adapted:
             state = merged_state(self, state)
-        values = self.config() | (metadata or config or {})
-        write_bundle(folder, self.tokenize.tokenizer, values, state, **(model_card_kwargs or {}))
-        return folder
+        values = self.config() | (metadata or {})
+        return write_bundle(Path(folder), self.tokenize.tokenizer, values, state, place)
 
-    @classmethod
-    def from_pretrained(cls, name: str | Path) -> CLIP:  # type: ignore[override]
-        """Load a bundle, or a model of transformers or open_clip with its own weights, in eval mode.
+    def push_to_hub(self, repo: str, *, private: bool | None = None) -> str:
+        """Upload the bundle to the Hugging Face Hub, and return the URL of the commit.
 
         Args:
-            name: a folder (no network is touched), a Hugging Face hub id, a W&B artifact as
-                `wandb:ENTITY/PROJECT/NAME:ALIAS`, or `open_clip:NAME/TAG`. A folder or hub repository holds a
-                bundle, a `CLIPModel`, `SiglipModel` or `VisionTextDualEncoderModel` of transformers, or an
-                open_clip model with its `open_clip_config.json`.
-
-        Raises:
-            UserError: no such model there, a damaged one, one of another kind, one whose weights are not
-                finite, or a bundle whose tokenizer or transform does not belong to its weights.
+            repo: repository OWNER/NAME, which is created if it does not exist.
+            private: whether a new repository is private; by default, the owner's settings apply.
         """
-        name = str(name)
-        if name.startswith("open_clip:"):
-            return cls._from_parts(foreign.load_open_clip(name), name)
-        folder = find_model(name)
-        config = read_json(folder / "config.json", name)
-        if kind := foreign.kind_of(folder, config, name):
-            fetch_weights(name, folder, *foreign.WEIGHTS[kind])
-            with refusing_damage(name):
-                return cls._from_parts(foreign.load(kind, folder, name), name)
-        fetch_weights(name, folder, WEIGHTS)
-        if not config or not (folder / WEIGHTS).is_file():
-            raise UserError(
-                f"{name} is no clip-lightning bundle: expected config.json and {WEIGHTS} in it, or a CLIP of "
-                "transformers or open_clip"
+        from huggingface_hub import HfApi
+
+        repo = HfApi().create_repo(repo_id=repo, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = self.save_pretrained(Path(folder) / "model", metadata=self.metadata, place=repo)
+            commit = HfApi().upload_folder(
+                repo_id=repo,
+                repo_type="model",
+                folder_path=bundle,
+                commit_message="Upload a clip-lightning bundle",
             )
-        state = read_bundle(folder, config, name)
-        with refusing_damage(name):
-            cls._check_shapes(config, folder, state)
-            model = cls.from_config(config, folder)
-            model.load_state_dict(state)
-        own = {*model.config(), "tokenizer_files"}
-        model.metadata = {key: value for key, value in config.items() if key not in own}
-        return model._ready(name)
+        return str(commit)
 
     @classmethod
-    def _check_shapes(cls, config: dict[str, Any], folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Compare the configuration with the weights before memory is taken for what it describes.
+    def from_pretrained(cls, name: str | Path) -> CLIP:
+        """Load a trained model, in eval mode.
+
+        Args:
+            name: a bundle, the folder of a run, a checkpoint RUN/checkpoints/NAME.ckpt, a Hugging Face Hub
+                id, a W&B artifact `wandb:ENTITY/PROJECT/NAME:ALIAS`, or `open_clip:NAME/TAG`. A folder or Hub
+                repository contains a bundle, a `CLIPModel`, `SiglipModel` or `VisionTextDualEncoderModel` of
+                transformers, or an open_clip model with `open_clip_config.json`.
 
         Raises:
-            ValueError: they do not belong together.
+            UserError: the model does not exist, is damaged or not supported, has weights that are not finite,
+                or is a bundle whose tokenizer or transform does not match its weights.
         """
-        try:
-            with torch.device("meta"):
-                described = cls.from_config(config, folder).state_dict()
-        except UserError:
-            raise
-        except Exception:  # some architectures compute with values when they are built
-            return
-        for name, tensor in described.items():
-            if name not in state or state[name].shape != tensor.shape:
-                there = tuple(state[name].shape) if name in state else "missing"
-                raise ValueError(f"{name} is {tuple(tensor.shape)} in config.json, {there} in {WEIGHTS}")
+        from clip_lightning.model.loading import load
 
-    @classmethod
-    def _from_parts(cls, parts: foreign.Parts, name: str) -> CLIP:
-        model = cls(
-            parts.image_tower,
-            parts.text_tower,
-            embed_dim=parts.embed_dim,
-            head=parts.head,
-            init_bias=None if parts.logit_bias is None else 0.0,
-        )
-        model.heads.load_state_dict(parts.heads)
-        # a bundle's weights lie in memory of their own: beside a file's, the last bit of a product can differ
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
-        with torch.no_grad():
-            model.logit_scale.copy_(parts.logit_scale.reshape(()))
-            if model.logit_bias is not None and parts.logit_bias is not None:
-                model.logit_bias.copy_(parts.logit_bias.reshape(()))
-        return model._ready(name)
-
-    def _ready(self, name: str) -> CLIP:
-        """In eval mode, with room for the scale that the weights came with (SigLIP's own is 117).
-
-        Raises:
-            UserError: weights are not finite, and so would be all embeddings.
-        """
-        for weight, tensor in self.named_parameters():
-            if not tensor.isfinite().all():
-                raise UserError(f"{name} has weights that are not finite ({weight}): its training failed")
-        self._max_logit_scale = max(self._max_logit_scale, self.logit_scale.item())
-        return self.eval()
+        return load(cls, str(name))
 
 
 def parameter_counts(clip: CLIP) -> dict[str, int]:
-    """`parameters` in all, and `parameters_trained` of them."""
+    """Return the number of `parameters`, and of `parameters_trained`."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in clip.parameters()]
     return {
         "parameters": sum(size for size, _ in sizes),
         "parameters_trained": sum(size for size, trained in sizes if trained),
     }
+
+
+def _check_arguments(errors: str, batch_size: int) -> None:
+    if errors not in ("raise", "skip") or batch_size < 1:
+        raise ValueError(
+            f"expected errors='raise' or 'skip' and batch_size >= 1, got {errors!r} and {batch_size}"
+        )

@@ -1,51 +1,39 @@
-"""Images to the image tower's features, for whatever evaluates or uses a model without training.
+"""Encodes images and texts as features or embeddings: decoding, batching and the forward pass.
 
-I images, width of the tower.
+I images, N texts, D the width of the features or embeddings.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from clip_lightning.cores import cores
 from clip_lightning.data.images import BrokenImage, to_pixels
 
 if TYPE_CHECKING:
-    from clip_lightning.data.classes import Picture
-    from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.towers import ImageTower, TextTower, Tower
 
-BATCH_SIZE = 64
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What could be read of a list of pictures.
-
-    Attributes:
-        rows: positions in the list, ascending, one for each of `features`.
-        features: (I, width) float32 of the image tower, on the CPU.
-        broken: path → reason, of the others.
-    """
-
-    rows: list[int]
-    features: Tensor
-    broken: dict[str, str]
+BATCH_SIZE, TEXT_BATCH_SIZE = 64, 128
+Project = Callable[[Tensor], Tensor]
 
 
 class Encoded(NamedTuple):
-    """A batch: positions and features (on the model's device) of the images that could be read.
+    """Encoded images: one batch, or several that were joined.
 
-    `size` is the number of all; `broken` has position, name and reason of those that could not.
+    Attributes:
+        size: number of images, including the broken ones.
+        rows: positions, among all images, of those that went through the tower, in ascending order.
+        features: (len(rows), D) float32 on the CPU.
+        broken: position, name and reason of each image that cannot be decoded.
     """
 
     size: int
@@ -53,77 +41,129 @@ class Encoded(NamedTuple):
     features: Tensor
     broken: list[tuple[int, str, BrokenImage]]
 
-
-def best_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def encode_pictures(clip: CLIP, pictures: Sequence[Picture], *, progress: str = "") -> Pictures:
-    """Run the image tower over pictures; those that cannot be decoded are left out and named.
-
-    Args:
-        clip: the model, in eval mode.
-        pictures: files, or what else gives pixels.
-        progress: what a bar on stderr says; none without it.
-    """
-    rows: list[int] = []
-    parts = [torch.empty(0, clip.image_tower.width)]
-    broken: dict[str, str] = {}
-    with tqdm(total=len(pictures), desc=progress, unit="pictures", disable=not progress) as bar:
-        for batch in encode_batches(clip, pictures):
-            rows += batch.rows
-            parts.append(batch.features.float().cpu())
-            broken |= {name: str(reason) for _, name, reason in batch.broken}
-            bar.update(batch.size)
-    return Pictures(rows, torch.cat(parts), broken)
+    @classmethod
+    def join(cls, batches: Iterable[Encoded]) -> Self:
+        """Join the batches of `encode_images` into one."""
+        sizes, rows, features, broken = zip(*batches, strict=True)
+        return cls(sum(sizes), [*chain(*rows)], torch.cat(features), [*chain(*broken)])
 
 
-@torch.inference_mode()
-def project_pictures(clip: CLIP, features: Tensor) -> Tensor:
-    """Unit-length embeddings (I, D) of the image tower's features (I, width), on the CPU."""
-    return clip.project_image(features.to(clip.logit_scale.device)).cpu()
+def encode_images(
+    tower: ImageTower,
+    images: Iterable[Any],
+    decode: Callable[[Any], Tensor | None] | None = None,
+    *,
+    project: Project | None = None,
+    batch_size: int = BATCH_SIZE,
+    threads: int | None = None,
+    precision: torch.dtype | None = None,
+    progress: str = "",
+) -> Iterator[Encoded]:
+    """Decode images in threads, two batches ahead, and yield the features of one batch after another.
 
-
-def encode_batches(clip: CLIP, images: Iterable[Any], batch_size: int = BATCH_SIZE) -> Iterator[Encoded]:
-    """Decode images in threads, two batches ahead, and run the image tower over one batch after another.
+    If there are no images, one empty batch is yielded.
 
     Args:
-        clip: the model, in eval mode.
-        images: anything that `to_pixels` takes; a generator is not read further ahead than that.
-        batch_size: images that the tower sees at once.
+        tower: image tower in eval mode, on the device on which it should run.
+        images: anything that `decode` accepts. A generator is read at most two batches ahead.
+        decode: function that returns the pixels of an image, uint8 (3, H, W), or None to leave the image out,
+            or raises `BrokenImage`; any other exception stops the iteration. It is called in threads. By
+            default, images are read by `to_pixels` and transformed as the tower expects.
+        project: function that turns features into embeddings, such as `CLIP.project_image`; by default, the
+            features are returned.
+        batch_size: number of images per forward pass.
+        threads: number of decoding threads; by default, one per core.
+        precision: data type for autocast; by default, the tower runs in fp32.
+        progress: title of a progress bar on stderr; by default, there is no bar.
     """
-    device = clip.logit_scale.device
+    decode = decode or (lambda image: tower.transform(to_pixels(image)))
 
-    def decode(image: Any) -> Tensor | BrokenImage:
+    def attempt(image: Any) -> Tensor | BrokenImage | None:
         try:
-            return clip.transform(to_pixels(image))
+            return decode(image)
         except BrokenImage as error:
             return error
 
     position, waiting = 0, iter(images)
-    # decoding hides warnings, which is not safe in threads: what is left over ends here
-    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        chunks = iter(lambda: list(islice(waiting, batch_size)), [])
-        batches = ((chunk, threads.map(decode, chunk)) for chunk in chunks)
-        ahead = deque(islice(batches, 2))
-        while ahead:
-            chunk, decoded = ahead.popleft()
-            found = list(enumerate(decoded, position))
-            ahead.extend(islice(batches, 1))
-            good = [pixels for _, pixels in found if isinstance(pixels, Tensor)]
-            features = torch.empty(0, clip.image_tower.width, device=device)
-            if good:
-                with torch.inference_mode():
-                    features = clip.image_tower(torch.stack(good).to(device))
-            rows = [row for row, pixels in found if isinstance(pixels, Tensor)]
-            broken = [
-                (row, _name(chunk[row - position], row), error)
-                for row, error in found
-                if isinstance(error, BrokenImage)
-            ]
-            yield Encoded(len(chunk), rows, features, broken)
-            position += len(chunk)
+    chunks = iter(lambda: list(islice(waiting, batch_size)), [])
+    with ThreadPoolExecutor(threads or cores()) as pool, _bar(progress, images) as bar:
+        try:
+            batches = ((chunk, pool.map(attempt, chunk)) for chunk in chunks)
+            ahead = deque(islice(batches, 2))
+            while ahead:
+                chunk, decoded = ahead.popleft()
+                pixels: dict[int, Tensor] = {}
+                broken: list[tuple[int, str, BrokenImage]] = []
+                for row, (image, result) in enumerate(zip(chunk, decoded, strict=True), position):
+                    if isinstance(result, BrokenImage):
+                        broken.append((row, _name(image, row), result))
+                    elif result is not None:
+                        pixels[row] = result.permute(1, 2, 0)  # channels last, as the decoders leave them
+                ahead.extend(islice(batches, 1))
+                if pixels:
+                    stacked = torch.stack([*pixels.values()]).permute(0, 3, 1, 2)
+                    features = _run(tower, (stacked,), project, precision)
+                else:
+                    features = _empty(tower, project)
+                yield Encoded(len(chunk), [*pixels], features, broken)
+                position += len(chunk)
+                bar.update(len(chunk))
+            if not position:
+                yield Encoded(0, [], _empty(tower, project), [])
+        finally:  # a consumer that stops early does not wait for the images ahead
+            pool.shutdown(cancel_futures=True)
+
+
+def encode_texts(
+    tower: TextTower,
+    texts: Sequence[str],
+    *,
+    project: Project | None = None,
+    batch_size: int = TEXT_BATCH_SIZE,
+    precision: torch.dtype | None = None,
+    progress: str = "",
+) -> Tensor:
+    """Return the features of texts, or embeddings if `project` is given: (N, D) float32 on the CPU.
+
+    Texts of similar length are encoded together to reduce padding. The arguments are those of
+    `encode_images`.
+    """
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    parts = [] if order else [_empty(tower, project)]
+    with _bar(progress, texts) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens = tower.tokenize([texts[row] for row in rows])
+            parts.append(_run(tower, (tokens["input_ids"], tokens["attention_mask"]), project, precision))
+            bar.update(len(rows))
+    return torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
+
+
+@torch.inference_mode()
+def _run(
+    tower: Tower, inputs: tuple[Tensor, ...], project: Project | None, precision: torch.dtype | None
+) -> Tensor:
+    device = tower.device
+    with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+        features = tower(*(tensor.to(device, non_blocking=True) for tensor in inputs))
+        return (features if project is None else project(features)).float().cpu()
+
+
+@torch.inference_mode()
+def _empty(tower: Tower, project: Project | None) -> Tensor:
+    """Return the features of no input, (0, D)."""
+    features = torch.empty(0, tower.width, device=tower.device)
+    return (features if project is None else project(features)).float().cpu()
+
+
+def _bar(title: str, items: Iterable[Any]) -> tqdm[Any]:
+    total = len(items) if isinstance(items, Sized) else None
+    return tqdm(total=total, desc=title, disable=not title)
+
+
+def best_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def one_or_many(images: Any) -> Iterable[Any]:
@@ -134,8 +174,8 @@ def one_or_many(images: Any) -> Iterable[Any]:
 
 
 def _name(image: Any, position: int) -> str:
-    """What a message calls an image: its file, if it has one."""
-    if isinstance(image, str | Path) or hasattr(image, "pixels"):
+    """Return the name of an image in messages: its file if it has one, else its position."""
+    if isinstance(image, str | Path):
         return str(image)
     file = getattr(image, "name", None) or getattr(image, "filename", None)
     return str(file) if file else f"image {position}"

@@ -1,7 +1,7 @@
-"""LoRA: small trainable matrices beside the fixed layers of a tower, through PEFT (Hu et al. 2022).
+"""LoRA: small trainable matrices beside the frozen layers of a tower, with PEFT (Hu et al. 2022).
 
-An adapted layer gives `layer(x) + alpha / rank · B(A(x))`; B starts at zero, so training starts from what the
-tower gives without adapters.
+An adapted layer returns `layer(x) + alpha / rank · B(A(x))`. B is initialized with zeros, so that training
+starts from the output of the tower without adapters.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from clip_lightning.model.towers import ImageTower, TextTower, Tower
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Adapters in towers whose own weights stay as they are, whatever `freeze` says of them.
+    """Configuration of the adapters; the weights of adapted towers are frozen, regardless of `freeze`.
 
     Args:
-        towers: that get adapters. Their rates are `optimizer.image_lr` and `optimizer.text_lr`, whose
-            defaults are meant for whole towers.
-        rank: of the matrix that an adapter adds to its layer's.
-        alpha: what an adapter adds is multiplied by alpha / rank.
-        dropout: share of an adapter's input that is dropped in training.
-        layers: ends of the names of the layers that get one, as `[query, value]`; by default all linear
+        towers: towers that get adapters. Their learning rates are `optimizer.image_lr` and
+            `optimizer.text_lr`, whose defaults are meant for complete towers.
+        rank: rank of the matrices that the adapters add to the weights.
+        alpha: scale of the adapters, whose output is multiplied by alpha / rank.
+        dropout: fraction of an adapter's input that is dropped in training.
+        layers: endings of the names of the layers to adapt, such as `[query, value]`; by default, all linear
             layers and all convolutions without groups or dilation.
     """
 
@@ -42,76 +42,80 @@ class LoRAConfig:
     layers: list[str] | None = None
 
     def __post_init__(self) -> None:
-        """Take one name for a list of one."""
+        """Accept a single name as a list."""
         if isinstance(self.layers, str):
             object.__setattr__(self, "layers", [self.layers])  # type: ignore[unreachable]
 
     def check(self) -> None:
-        """Check the ranges; not at construction, where jsonargparse would hide the message.
+        """Check the ranges; at construction, jsonargparse would hide the message.
 
         Raises:
-            UserError: names the option.
+            UserError: a value is out of its range.
         """
-        if self.rank < 1:
-            raise UserError(f"--model.lora.rank {self.rank}: expected 1 or more")
-        if self.alpha <= 0:
-            raise UserError(f"--model.lora.alpha {self.alpha}: expected more than 0")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--model.lora.dropout {self.dropout}: expected at least 0 and below 1")
+        for name, is_valid, expected in (
+            ("rank", self.rank >= 1, "1 or more"),
+            ("alpha", self.alpha > 0, "more than 0"),
+            ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
+        ):
+            if not is_valid:
+                raise UserError(f"lora.{name} {getattr(self, name)}: expected {expected}")
 
 
 def add_lora(towers: Mapping[str, Tower], config: LoRAConfig) -> None:
-    """Fix the weights of the towers that `config` chooses and put trainable adapters into them.
+    """Freeze the towers that `config` selects, and add trainable adapters to them.
 
     Args:
-        towers: `image` and `text`.
-        config: which towers and layers, and how large the adapters are.
+        towers: the towers by the names `image` and `text`.
+        config: configuration of the adapters.
 
     Raises:
-        UserError: PEFT is not installed, a number out of range, or a tower has no such layer.
+        UserError: PEFT is not installed, a number is out of range, or a tower has no such layer.
     """
     config.check()
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise UserError("--model.lora needs the package peft; pip install peft, or leave LoRA out") from error
+        raise UserError("LoRA needs the package peft; pip install peft, or leave LoRA out") from error
     chosen = {which: tower.freeze() for which, tower in towers.items() if config.towers in (which, "both")}
     adaptable = {which: _adaptable_layers(tower) for which, tower in chosen.items()}
-    for end in config.layers or []:
-        if not any(_ends(name, [end]) for names in adaptable.values() for name in names):
-            raise UserError(f"--model.lora.layers: no layer to adapt ends in {end!r}; {_ends_of(adaptable)}")
+    names = [name for layers in adaptable.values() for name in layers]
+    for ending in config.layers or []:
+        if not _with_endings(names, [ending]):
+            raise UserError(f"lora.layers: no layer that can be adapted ends in {ending!r}; {_remedy(names)}")
     for which, tower in chosen.items():
-        layers = [name for name in adaptable[which] if config.layers is None or _ends(name, config.layers)]
+        layers = _with_endings(adaptable[which], config.layers)
         if not layers:
             wanted = f" that ends in {' or '.join(config.layers)}" if config.layers else ""
             raise UserError(
-                f"--model.lora.towers {config.towers}: {which} tower {tower.spec['name']!r} has no "
-                f"linear layer or plain convolution{wanted}; {_ends_of({which: adaptable[which]})}"
+                f"lora.towers {config.towers}: {which} tower {tower.spec['name']!r} has no linear layer or "
+                f"plain convolution{wanted}; {_remedy(adaptable[which])}"
             )
         settings = peft.LoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]  # only ever divided by the rank
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # it is only divided by the rank
             lora_dropout=config.dropout,
-            # an expression: PEFT takes a name in a list for the end of others too
+            # a regular expression, because PEFT also matches names in a list as endings of other names
             target_modules="|".join(map(re.escape, layers)),
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # it knows better for GPT-2
+            warnings.filterwarnings(
+                "ignore", "fan_in_fan_out is set to False"
+            )  # PEFT corrects this for GPT-2
             peft.inject_adapter_in_model(settings, tower.backbone)
         tower.frozen, tower.adapted = False, True
 
 
 def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a state dict belongs to adapters."""
+    """Return the part of a state dict that belongs to adapters."""
     return {name: tensor for name, tensor in state.items() if ".lora_" in name}
 
 
 def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the adapters added to the weights beside them, under the names of a model without any.
+    """Merge the adapters in a state dict into the weights, with the names of a model without adapters.
 
     Args:
-        model: has the adapters; it is left as it is.
-        state: of that model, its present one or another.
+        model: model with adapters, which is not changed.
+        state: current or other state dict of that model.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -126,10 +130,10 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _adaptable_layers(tower: Tower) -> list[str]:
-    """Names of the backbone's layers that can have an adapter.
+    """Return the names of the layers in the backbone that can be adapted.
 
-    A layer counts only if a forward pass calls it: some models take its weight and multiply by themselves, so
-    that an adapter around it would never be asked.
+    Only layers that are called in a forward pass are included: some models use the weight of a layer without
+    calling it, so that an adapter would have no effect.
     """
     called: set[str] = set()
     hooks = [
@@ -139,7 +143,10 @@ def _adaptable_layers(tower: Tower) -> list[str]:
     ]
     try:
         with torch.no_grad():
-            tower(*_example(tower))
+            if isinstance(tower, ImageTower):
+                tower(torch.zeros(1, 3, *tower.transform.size))
+            elif isinstance(tower, TextTower):
+                tower(**tower.tokenize(["a"]))
     finally:
         for hook in hooks:
             hook.remove()
@@ -147,9 +154,9 @@ def _adaptable_layers(tower: Tower) -> list[str]:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether PEFT's adapter of the layer is exact, and can be merged.
+    """Return whether PEFT's adapter of a layer is exact and can be merged.
 
-    Subclasses standardise their weights, or pad by their input; PEFT forgets dilation and kinds of padding.
+    Subclasses may standardize their weights or pad dynamically, and PEFT ignores dilation and padding modes.
     """
     if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D):
         return False
@@ -158,21 +165,13 @@ def _is_plain(layer: nn.Module) -> bool:
     return True
 
 
-def _example(tower: Tower) -> tuple[Tensor, ...]:
-    """The smallest input of a tower."""
-    if isinstance(tower, ImageTower):
-        return (torch.zeros(1, 3, *tower.transform.size),)
-    assert isinstance(tower, TextTower)
-    tokens = tower.tokenize(["a"])
-    return tokens["input_ids"], tokens["attention_mask"]
+def _with_endings(names: list[str], endings: list[str] | None) -> list[str]:
+    """Return the names with one of the endings, which start at a dot; all names if `endings` is None."""
+    if endings is None:
+        return names
+    return [name for name in names if f".{name}".endswith(tuple(f".{ending}" for ending in endings))]
 
 
-def _ends(name: str, ends: list[str]) -> bool:
-    """Whether `name` is one of `ends`, or ends in one at a dot."""
-    return f".{name}".endswith(tuple(f".{end}" for end in ends))
-
-
-def _ends_of(layers: Mapping[str, list[str]]) -> str:
-    """The remedy: what --model.lora.layers can name."""
-    ends = sorted({name.rpartition(".")[2] for names in layers.values() for name in names})
-    return f"there are {', '.join(ends)}" if ends else "choose another tower, or leave LoRA out"
+def _remedy(layers: list[str]) -> str:
+    endings = sorted({name.rpartition(".")[2] for name in layers})
+    return f"expected one of {', '.join(endings)}" if endings else "choose another tower, or leave LoRA out"

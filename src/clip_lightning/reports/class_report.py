@@ -1,4 +1,4 @@
-"""A classification class by class: for a terminal, as files, and as rows for tables."""
+"""Reports a classification per class: in a terminal, as files, and as rows of tables."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from clip_lightning.reports.tables import csv_text
 
 @dataclass(frozen=True)
 class ClassReport:
-    """How well images were classified, with the names of the classes.
+    """A classification with the names of its classes.
 
     Attributes:
-        title: of plots and in the terminal.
-        names: of the classes.
-        result: of the classification.
+        title: title of the plots and of the summary.
+        names: names of the classes.
+        result: result of the classification.
     """
 
     title: str
@@ -27,26 +27,26 @@ class ClassReport:
     result: Classification
 
     def classes(self) -> list[tuple[str, int, int, float | None]]:
-        """List (name, images, right, percent or None if there are no images) of each class, in order."""
+        """Return (name, images, right, percentage or None without images) of each class, in order."""
         return [
             (name, asked, right, 100 * right / asked if asked else None)
             for name, (right, asked) in zip(self.names, self.result.per_class(), strict=True)
         ]
 
     def confused(self, most: int) -> list[tuple[str, str, int]]:
-        """List (true class, taken for, images) of the most frequent mistakes."""
+        """Return (true class, predicted class, images) of the most frequent mistakes."""
         pairs = self.result.confused(most)
         return [(self.names[true], self.names[taken], count) for true, taken, count in pairs]
 
     def summary(self) -> str:
-        """Describe the worst classes and mistakes in a few lines."""
+        """Summarize the worst classes and mistakes in a few lines."""
         ranked = sorted((percent, name) for name, _, _, percent in self.classes() if percent is not None)
         worst = ", ".join(f"{name} {percent:.0f} %" for percent, name in ranked[:5])
-        pairs = ", ".join(f"{true} for {taken} ({count})" for true, taken, count in self.confused(5))
-        return f"{self.title}\n  worst classes: {worst}\n  most often taken for another: {pairs or 'none'}"
+        pairs = ", ".join(f"{true} as {taken} ({count})" for true, taken, count in self.confused(5))
+        return f"{self.title}\n  worst classes: {worst}\n  most frequent confusions: {pairs or 'none'}"
 
     def plots(self) -> dict[str, bytes]:
-        """Draw `confusion` and `reliability`, PNG."""
+        """Draw `confusion` and `reliability` as PNG."""
         return {
             "confusion": plot_confusion(self.result.confusion, self.names, self.title),
             "reliability": plot_calibration(self.result.calibration, self.title),
@@ -54,8 +54,8 @@ class ClassReport:
 
     def write(self, folder: Path) -> None:
         """Write `classes.csv`, `confused.csv`, `calibration.csv` and the plots into the folder."""
-        found = self.result.calibration
-        bins = zip(found.images.tolist(), found.confidence.tolist(), found.accuracy.tolist(), strict=True)
+        result = self.result.calibration
+        bins = zip(result.images.tolist(), result.confidence.tolist(), result.accuracy.tolist(), strict=True)
         classes = [(*row, "" if percent is None else f"{percent:.2f}") for *row, percent in self.classes()]
         calibration = [(images, f"{100 * mean:.2f}", f"{100 * right:.2f}") for images, mean, right in bins]
         for name, header, rows in (

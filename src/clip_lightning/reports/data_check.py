@@ -1,4 +1,4 @@
-"""What `data check` has found, as text and as a page that stands alone."""
+"""Renders the results of `data check` as text and as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_lightning.data.check import Entry, Found
+from clip_lightning.data.check import Entry, Report
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.pages import embedded, template
 from clip_lightning.reports.plots import Plot, plot_counts
@@ -16,10 +16,10 @@ from clip_lightning.terminal import printable
 MOST_SHOWN = 40
 
 
-def as_text(found: Found) -> str:
-    """Render what was found for a terminal."""
+def as_text(found: Report) -> str:
+    """Render the results for a terminal."""
     splits = ", ".join(f"{name} {split['images']:,}" for name, split in found["splits"].items())
-    how = "official splits" if found["official_splits"] else "drawn as fit does by default"
+    how = "official splits" if found["official_splits"] else "random splits, as in fit by default"
     per_image, words = _range(found["captions_per_image"]), _range(found["words_per_caption"])
     lines = [
         found["root"],
@@ -41,12 +41,12 @@ def _range(spread: dict[str, float] | None) -> str:
     return low if low == high else f"{low} to {high} (median {middle})"
 
 
-def write_report(found: Found, entries: Sequence[Entry], folder: Path) -> None:
+def write_report(found: Report, entries: Sequence[Entry], folder: Path) -> None:
     """Write `check.json` and `check.html` into the folder."""
     readable = [entry for entry in entries if entry.broken is None]
     sides = [entry.short_side for entry in readable]
     words = [len(caption.split()) for entry in entries for caption in entry.image.captions]
-    counted = (sides, "Short side in pixels", "images"), (words, "Words of a caption", "captions")
+    counted = (sides, "Short side in pixels", "images"), (words, "Words per caption", "captions")
     leaks = found["leaks"] + found["alike_leaks"]
     sample = random.Random(0).sample(readable, min(MOST_SHOWN, len(readable)))
     html = template("check.html.j2").render(
@@ -54,14 +54,14 @@ def write_report(found: Found, entries: Sequence[Entry], folder: Path) -> None:
         text=as_text(found).splitlines(),
         plots=[Plot(plot_counts(*arguments), arguments[1]) for arguments in counted if arguments[0]],
         galleries={
-            "The same bytes in more than one split": found["leaks"],
-            "Alike, in more than one split": found["alike_leaks"],
-            "Alike, within a split": [group for group in found["alike"] if group not in leaks],
-            "Drawn at random": [[entry.name] for entry in sample],
+            "Identical files in different splits": found["leaks"],
+            "Near duplicates in different splits": found["alike_leaks"],
+            "Near duplicates in one split": [group for group in found["alike"] if group not in leaks],
+            "Random sample": [[entry.name] for entry in sample],
         },
         tables={
-            "Not usable": found["broken"] | found["left_out"],
-            "Captions of several images": found["most_shared"],
+            "Images that cannot be used": found["broken"] | found["left_out"],
+            "Captions shared by several images": found["most_shared"],
         },
         entries={entry.name: entry for entry in entries},
         embedded=embedded,

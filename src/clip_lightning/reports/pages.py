@@ -1,4 +1,4 @@
-"""What the model finds for fixed captions and images, as a page that needs no other file."""
+"""Renders predictions as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from clip_lightning.files import write_atomically
 from clip_lightning.reports.grids import MOST_KEPT, thumbnail
 from clip_lightning.reports.plots import Plot
 
+SHOWN = 6  # queries of each kind above the fold
 Ranks = Mapping[int, Mapping[str, int]]
-"""Epoch → id of a query, as JSON has it → rank."""
+"""Epoch → id of a query, as a string → rank."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows of an epoch.
+    """The predictions of an epoch.
 
     Attributes:
-        epoch: the epoch.
-        captions: fixed captions and the images found for them.
-        caption_ranks: their ranks in all epochs so far, this one included.
-        images: fixed images and the captions found for them.
-        image_ranks: their ranks in all epochs so far, this one included.
-        plots: of the whole split; none before training ends.
-        misses: the captions of the whole split whose image ranks worst; none before training ends.
+        epoch: number of the epoch.
+        captions: fixed captions and the images retrieved for them.
+        caption_ranks: ranks of the captions in all epochs so far, including this one.
+        images: fixed images and the captions retrieved for them.
+        image_ranks: ranks of the images in all epochs so far, including this one.
+        plots: plots of the complete split; empty before training ends.
+        misses: captions whose images rank worst in the complete split; empty before training ends.
     """
 
     epoch: int
@@ -46,7 +47,7 @@ class Report:
 
 
 def template(name: str, folder: Path = Path(__file__).parent) -> jinja2.Template:
-    """Return a page's template from `folder`, by default that of this file; it escapes what it is given."""
+    """Load a page's template from `folder`, by default that of this file, with escaping of all values."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
@@ -57,20 +58,20 @@ def template(name: str, folder: Path = Path(__file__).parent) -> jinja2.Template
 
 
 def write_page(report: Report, path: Path) -> None:
-    """Write the report as one HTML file, with the images in it."""
+    """Write the report as one HTML file with embedded images."""
     html = template("predictions.html.j2").render(
-        report=report, headline=headline, moves=_moves, spark=_spark, embedded=embedded
+        report=report, shown=SHOWN, headline=headline, moves=_moves, spark=_spark, embedded=embedded
     )
     write_atomically(path, html.encode(errors="replace"))
 
 
 def headline(queries: Sequence[Query]) -> str:
-    """Sum the queries up in one line."""
+    """Summarize the queries in one line."""
     if not queries:
-        return "nothing to show"
+        return "no queries"
     shown = max(len(query.answers) for query in queries)
     return (
-        f"{sum(query.hit for query in queries)} of {len(queries)} found among the first {shown}, "
+        f"{sum(query.hit for query in queries)} of {len(queries)} with a right answer in the top {shown}, "
         f"median rank {statistics.median(query.rank for query in queries):,g} of {queries[0].candidates:,}"
     )
 
@@ -84,16 +85,16 @@ def embedded(path: Path) -> str:
 
 
 def _moves(query: Query, ranks: Ranks, most: int = 8) -> list[tuple[int, int]]:
-    """(epoch, rank) of the first, the last and evenly spaced epochs between."""
+    """Return (epoch, rank) of evenly spaced epochs, including the first and the last one."""
     key = str(query.id)
-    moves = [(epoch, found[key]) for epoch, found in sorted(ranks.items()) if key in found]
+    moves = [(epoch, by_id[key]) for epoch, by_id in sorted(ranks.items()) if key in by_id]
     if len(moves) <= most:
         return moves
     return [moves[round(step * (len(moves) - 1) / (most - 1))] for step in range(most)]
 
 
 def _spark(query: Query, ranks: Ranks) -> str:
-    """Points of an SVG polyline in a box of 100 × 24: rank on a log scale, the first place on top."""
+    """Return the points of an SVG polyline in 100 × 24 pixels, with the rank on a logarithmic scale."""
     moves = [rank for _, rank in _moves(query, ranks, most=100)]
     if len(moves) < 2:
         return ""

@@ -1,4 +1,4 @@
-"""Curves over a whole split, as PNG: similarities of pairs, recall at every k, recall over the epochs.
+"""Draws plots of a complete split as PNG: similarities of pairs, recall at every k, recall over the epochs.
 
 Matplotlib is imported when something is drawn, and without pyplot, whose state belongs to the user.
 """
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from clip_lightning.evaluation.calibration import Calibration
 from clip_lightning.evaluation.diagnostics import MOST_K, Similarities, recall_curve, similarities
 from clip_lightning.evaluation.metrics import DIRECTIONS
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
+from clip_lightning.evaluation.zero_shot import Calibration
 from clip_lightning.reports.grids import GREEN, INK, LINE, MUTED
 
 if TYPE_CHECKING:
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 BLUE = "#2563eb"
 COLOURS = {"text_to_image": GREEN, "image_to_text": BLUE}
-MOST_NAMES = 120  # of classes; more of them could not be read
-SIZE, DPI = (5.0, 3.5), 200  # inches; small, so that the words can be read on a phone
+MOST_NAMES = 120  # class names; more would not be legible
+SIZE, DPI = (5.0, 3.5), 200  # inches; small, so that text is legible on a phone
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A PNG, and what it shows in words."""
+    """A plot as PNG, with a description."""
 
     png: bytes
     words: str
 
     @property
     def embedded(self) -> str:
-        """For `src` of a page."""
+        """The PNG as a `data:` URL."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
@@ -51,13 +51,13 @@ def plots_of_split(
     """Draw `similarities`, `recall`, and `recall-history` if there is more than one epoch, by file name.
 
     Args:
-        embeddings: of the split.
-        content: for each image of the split, the group of byte-identical images it is in.
-        history: epoch → `text_to_image_R@1` and so on → percent.
-        epoch: the epoch of the embeddings.
+        embeddings: embeddings of the split.
+        content: group of byte-identical images that each image of the split belongs to.
+        history: metrics such as `text_to_image_R@1` of each epoch, in percent.
+        epoch: epoch of the embeddings.
 
     Raises:
-        ValueError: there is nothing to retrieve, or an embedding holds NaN or infinity.
+        ValueError: there are no images or captions, or an embedding contains NaN or infinity.
     """
     found = similarities(embeddings, content)
     text_ranks, image_ranks = retrieval_ranks(
@@ -73,8 +73,8 @@ def plots_of_split(
         "similarities": Plot(
             plot_similarities(found, f"Similarity of pairs, epoch {epoch}"),
             f"Cosine similarity: {found.matched_mean:z.2f} on average for matched pairs, "
-            f"{found.unmatched_mean:z.2f} for unmatched ones; a matched pair is the more similar one "
-            f"in {found.separation:.1f} % of comparisons",
+            f"{found.unmatched_mean:z.2f} for unmatched ones; a matched pair is more similar than an "
+            f"unmatched one in {found.separation:.1f} % of comparisons",
         ),
         "recall": Plot(
             plot_recall(curves, candidates, f"Recall at k, epoch {epoch}"),
@@ -89,13 +89,13 @@ def plots_of_split(
         first, *_, last = sorted(history)
         plots["recall-history"] = Plot(
             plot_history(history, "Recall over the epochs"),
-            f"R@1, R@5 and R@10 from epoch {first} to epoch {last}, both ways",
+            f"R@1, R@5 and R@10 from epoch {first} to epoch {last}, in both directions",
         )
     return plots
 
 
 def plot_similarities(found: Similarities, title: str) -> bytes:
-    """Draw the fraction of matched and of unmatched pairs at each cosine."""
+    """Draw histograms of the cosines of matched and unmatched pairs."""
     with _figure(title) as (figure, buffer):
         axes = figure.subplots()
         edges = found.edges.numpy()
@@ -110,7 +110,7 @@ def plot_similarities(found: Similarities, title: str) -> bytes:
         filled = (found.matched + found.unmatched).nonzero().flatten().tolist() or [0, len(edges) - 2]
         axes.set_xlim(edges[max(filled[0] - 2, 0)], edges[min(filled[-1] + 3, len(edges) - 1)])
         axes.locator_params(axis="x", nbins=6)
-        axes.set(xlabel="cosine similarity", ylabel="% of the pairs, in bins of 0.01")
+        axes.set(xlabel="cosine similarity", ylabel="% of pairs per bin of 0.01")
         # between the title and the axes, where it covers nothing
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=3, handlelength=1.4)
     return buffer.getvalue()
@@ -120,9 +120,9 @@ def plot_recall(curves: Mapping[str, Tensor], candidates: int, title: str) -> by
     """Draw R@k over k, on a logarithmic axis.
 
     Args:
-        curves: `text_to_image` and `image_to_text` → R@1, R@2, ... in percent, of one length.
-        candidates: number of images, for the line of chance.
-        title: of the plot.
+        curves: R@1, R@2, ... in percent for `text_to_image` and `image_to_text`, of the same length.
+        candidates: number of images, which determines the chance level.
+        title: title of the plot.
     """
     with _figure(title) as (figure, buffer):
         axes = figure.subplots()
@@ -142,11 +142,11 @@ def plot_recall(curves: Mapping[str, Tensor], candidates: int, title: str) -> by
 
 
 def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> bytes:
-    """Draw R@1, R@5 and R@10 over the epochs, both ways.
+    """Draw R@1, R@5 and R@10 over the epochs in both directions.
 
     Args:
-        history: epoch → `text_to_image_R@1` and so on → percent.
-        title: of the plot.
+        history: metrics such as `text_to_image_R@1` of each epoch, in percent.
+        title: title of the plot.
     """
     with _figure(title) as (figure, buffer):
         panels: Any = figure.subplots(1, 2, sharey=True)
@@ -165,12 +165,12 @@ def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> byte
 
 
 def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
-    """Draw how often each value occurs.
+    """Draw a histogram.
 
     Args:
-        values: one or more.
-        title: of the plot.
-        counted: what is counted, in the plural.
+        values: one or more integers.
+        title: title of the plot.
+        counted: label of the y-axis.
     """
     with _figure(title) as (figure, buffer):
         axes = figure.subplots()
@@ -183,31 +183,31 @@ def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
 
 
 def plot_confusion(confusion: Tensor, names: Sequence[str], title: str) -> bytes:
-    """Draw the fraction of each true class (rows) that was taken for each class (columns), in percent.
+    """Draw the percentage of each true class (rows) that was classified as each class (columns).
 
     Args:
-        confusion: (C, C) numbers of images; rows without images stay white.
-        names: of the classes.
-        title: of the plot.
+        confusion: (C, C) numbers of images; rows without images are white.
+        names: names of the classes.
+        title: title of the plot.
     """
     fractions = 100 * confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
-    side = min(max(5.0, 0.16 * len(names) + 3), 20.0)
+    side = min(max(5.0, 0.2 * len(names) + 3), 25.0)
     with _figure(title, (side, side)) as (figure, buffer):
         axes = figure.subplots()
         axes.grid(visible=False)
         drawn = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
         if len(names) <= MOST_NAMES:
-            places, small = range(len(names)), 6 if len(names) > 30 else 9
+            places, small = range(len(names)), 8 if len(names) > 30 else 9
             plain = [_plain(name) for name in names]
             axes.set_xticks(places, plain, rotation=90, fontsize=small)
             axes.set_yticks(places, plain, fontsize=small)
-        axes.set(xlabel="taken for", ylabel="true class")
+        axes.set(xlabel="predicted class", ylabel="true class")
         figure.colorbar(drawn, ax=axes, label="% of the true class", shrink=0.6)
     return buffer.getvalue()
 
 
 def plot_calibration(found: Calibration, title: str) -> bytes:
-    """Draw the reliability diagram: how often answers are right, by their probability."""
+    """Draw a reliability diagram: the fraction of right answers by their probability."""
     bins = len(found.images)
     middles, width = [100 * (i + 0.5) / bins for i in range(bins)], 90 / bins
     filled = [i for i, images in enumerate(found.images.tolist()) if images]
@@ -222,18 +222,18 @@ def plot_calibration(found: Calibration, title: str) -> bytes:
         upper.set(ylabel="right answers, %", xlim=(0, 100), ylim=(0, 100))
         upper.legend(loc="upper left")
         lower.bar(middles, found.images.tolist(), width, color=MUTED)
-        lower.set(xlabel="the model's probability for its answer, %", ylabel="images")
+        lower.set(xlabel="probability of the answer, %", ylabel="images")
     return buffer.getvalue()
 
 
 def _plain(text: str) -> str:
-    """Escape what Matplotlib would take for the beginning of a formula."""
+    """Escape the dollar signs with which Matplotlib marks formulas."""
     return text.replace("$", r"\$")
 
 
 @contextmanager
 def _figure(title: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, BytesIO]]:
-    """Yield a figure in our style, and the buffer that has it as PNG afterwards."""
+    """Yield a styled figure, and a buffer to which it is saved as PNG on exit."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -257,7 +257,7 @@ def _figure(title: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Figu
     }
     buffer = BytesIO()
     with matplotlib.rc_context(looks), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # names in scripts that no font here has
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # no font for some scripts
         figure = Figure(size, DPI, facecolor="white", layout="constrained")
         figure.suptitle(_plain(title), x=0.02, ha="left", fontsize="large", fontweight="bold")
         yield figure, buffer

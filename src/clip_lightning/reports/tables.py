@@ -1,4 +1,4 @@
-"""Results of models on data sets as a table: for a terminal, as Markdown, CSV and JSON."""
+"""Renders the results of models on data sets as tables in the terminal, Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from clip_lightning.files import write_atomically
 
 Row = dict[str, Any]
-"""One model on one data set: `model`, `data`, then flat values; `NAME_low` and `NAME_high` bound `NAME`."""
+"""Results of a model on a data set: `model`, `data`, and values with bounds `NAME_low` and `NAME_high`."""
 _ENDINGS = ("_low", "_high", "_p")
 
 
 def lines(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a header and one line per value, with a column for each of the rows (of one data set)."""
+    """Return a header and one line per value, with one column per row; all rows are of one data set."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     shown = [name for name in names if name not in ("model", "data") and not name.endswith(_ENDINGS)]
     header = ["", *(str(row["model"]) for row in rows)]
@@ -45,7 +45,7 @@ def by_data(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Render a heading and a table for each data set."""
+    """Render a heading and a table per data set."""
     parts = []
     for data, group in by_data(rows).items():
         header, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines(group)]
@@ -74,7 +74,7 @@ def write_results(rows: Sequence[Row], folder: Path) -> None:
 
 
 def print_results(rows: Sequence[Row], *, as_json: bool) -> None:
-    """Print one JSON object (a list for several rows), or a table for each data set."""
+    """Print a JSON object (or a list of several rows), or one table per data set."""
     if as_json:
         print(json.dumps(rows[0] if len(rows) == 1 else list(rows), ensure_ascii=False))
         return

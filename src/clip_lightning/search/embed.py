@@ -1,202 +1,236 @@
-"""Pictures and captions → embeddings, kept in shards as they are made, so that a killed build goes on."""
+"""Embeds images and captions into the parts of an embeddings folder, skipping what is embedded already."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from itertools import islice
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from pyarrow import ArrowException
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_lightning.data.images import BrokenImage, ImageTransform, decode_bytes
+from clip_lightning.data.formats import NothingFound, read_captions
+from clip_lightning.data.image_formats import READ_SUFFIXES, counted, is_image, walk
+from clip_lightning.data.images import RETRY_SECONDS, UnreadableFile, decode_bytes, read_file
+from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
-from clip_lightning.search.store import Row, load_shards, save_shard
+from clip_lightning.model.encode import encode_images, encode_texts
+from clip_lightning.search.folder import EmbeddingsFolder, Manifest, Row
+from clip_lightning.terminal import one_line
 
-SHARD_ROWS = 512
-TEXT_BATCH = 128
-PICTURES, CAPTIONS = "pictures", "captions"
-FIELDS = [field.name for field in fields(Row) if field.name != "captions"]
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """A picture's size in pixels and its embedding (D,)."""
-
-    width: int
-    height: int
-    vector: np.ndarray
+_AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-class Known:
-    """Embeddings that are there already, by content, and the content of files that are as they were."""
+def find_images(source: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Return the captions of each image by absolute path, and the reasons for which paths cannot be stored.
 
-    def __init__(self) -> None:
-        self.contents: dict[str, Embedded] = {}
-        self._files: dict[tuple[str, int, int], str] = {}
+    In a folder, all images are found, except those in hidden folders, with the captions of its annotations if
+    `read_captions` finds any. In an annotation file, the images that it names are found.
 
-    def add(self, rows: Sequence[Row], vectors: np.ndarray) -> None:
-        """Remember these rows and their embeddings (rows, D)."""
-        for row, vector in zip(rows, vectors, strict=True):
-            self.contents[row.sha256] = Embedded(row.width, row.height, vector)
-            self._files[row.path, row.file_size, row.modified_ns] = row.sha256
-
-    def unchanged(self, path: str, status: os.stat_result) -> Row | None:
-        """The row of a file whose size and time of change are those of one that is known."""
-        sha256 = self._files.get((path, status.st_size, status.st_mtime_ns))
-        return None if sha256 is None else _row(path, status, sha256, self.contents[sha256])
-
-
-@dataclass(frozen=True)
-class _Read:
-    path: str
-    row: Row | None = None
-    pixels: Tensor | None = None
-    """None where the content is known, too."""
-    reason: str = ""
-
-
-def embed_pictures(
-    clip: CLIP, paths: Sequence[str], known: Known, pending: Path, batch_size: int, workers: int
-) -> tuple[dict[str, Row], dict[str, str], int]:
-    """Read every file, and run those through the image tower whose content is new.
-
-    Args:
-        clip: on the device where it is to run.
-        paths: of the files.
-        known: what need not be computed; what is computed is added.
-        pending: folder for the finished shards.
-        batch_size: pictures that the tower sees at once.
-        workers: threads that read and decode.
-
-    Returns:
-        Rows by path, reasons by path of those that cannot be read, and how many went through the tower.
+    Raises:
+        UserError: there are no images.
     """
-    rows: dict[str, Row] = {}
-    left_out: dict[str, str] = {}
-    shard = _Shard(pending, known)
-    embedded = 0
-    with tqdm(total=len(paths), desc="pictures", unit="picture", mininterval=1, disable=not paths) as bar:
-        try:
-            for batch in _batches(paths, known.contents, clip.transform, batch_size, workers):
-                fresh = [read for read in batch if read.pixels is not None]
-                if fresh:
-                    vectors = _run(clip, [read.pixels for read in fresh if read.pixels is not None])
-                    shard.extend([read.row for read in fresh if read.row is not None], vectors)
-                    embedded += len(fresh)
-                rows |= {read.path: read.row for read in batch if read.row is not None}
-                left_out |= {read.path: read.reason for read in batch if read.row is None}
-                bar.update(len(batch))
-        finally:  # after Ctrl-C too
-            shard.flush()
-    return rows, left_out, embedded
-
-
-def embed_captions(clip: CLIP, captions: Sequence[str], known: dict[str, np.ndarray], pending: Path) -> None:
-    """Add the embeddings of the captions that are not known."""
-    for columns, vectors in load_shards(pending, CAPTIONS):
-        known.update(zip(columns["caption"], vectors, strict=True))
-    missing = sorted({text for text in captions if text not in known}, key=len)
-    # neighbours of similar length, so that little is padding
-    with tqdm(total=len(missing), desc="captions", unit="caption", mininterval=1, disable=not missing) as bar:
-        for start in range(0, len(missing), 4 * SHARD_ROWS):
-            texts = missing[start : start + 4 * SHARD_ROWS]
-            vectors = clip.embed_texts(texts, TEXT_BATCH).numpy()
-            save_shard(pending, CAPTIONS, {"caption": texts}, vectors)
-            known.update(zip(texts, vectors.astype(np.float16), strict=True))
-            bar.update(len(texts))
-
-
-def load_pending(pending: Path, known: Known) -> None:
-    """Remember what a build that was stopped has left."""
-    for columns, vectors in load_shards(pending, PICTURES):
-        values = zip(*(columns[name] for name in FIELDS), strict=True)
-        known.add([Row(path, (), *rest) for path, *rest in values], vectors)
-
-
-class _Shard:
-    """Gathers rows until they are worth a file."""
-
-    def __init__(self, folder: Path, known: Known) -> None:
-        self._folder, self._known = folder, known
-        self._rows: list[Row] = []
-        self._vectors: list[np.ndarray] = []
-
-    def extend(self, rows: Sequence[Row], vectors: np.ndarray) -> None:
-        self._rows += rows
-        self._vectors.append(vectors)
-        if len(self._rows) >= SHARD_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._rows:
-            return
-        vectors = np.concatenate(self._vectors).astype(np.float16)
-        columns = {name: [getattr(row, name) for row in self._rows] for name in FIELDS}
-        save_shard(self._folder, PICTURES, columns, vectors)
-        self._known.add(self._rows, vectors)
-        self._rows, self._vectors = [], []
-
-
-def _batches(
-    paths: Sequence[str],
-    known: Mapping[str, Embedded],
-    transform: ImageTransform,
-    batch_size: int,
-    workers: int,
-) -> Iterator[list[_Read]]:
-    """The files in batches, two ahead of whoever asks, so that the tower need not wait.
-
-    Threads, not processes: decoding, resizing and hashing let go of the interpreter's lock, and nothing has
-    to be sent.
-    """
-    read: Callable[[str], _Read] = lambda path: _read(path, known, transform)  # noqa: E731
-    # decoding hides warnings, which is not safe in threads: what is left over ends here
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        starts = range(0, len(paths), batch_size)
-        batches = (pool.map(read, paths[start : start + batch_size]) for start in starts)
-        ahead = deque(islice(batches, 2))
-        while ahead:
-            batch = list(ahead.popleft())
-            ahead.extend(islice(batches, 1))
-            yield batch
-
-
-def _read(path: str, known: Mapping[str, Embedded], transform: ImageTransform) -> _Read:
+    if not source.exists():
+        raise UserError(f"no folder or file {source}; give a folder of images or a data set")
+    captions_of: dict[str, tuple[str, ...]] = {}
+    broken: dict[str, str] = {}
+    if source.is_dir():
+        skipped: Counter[str] = Counter()
+        for folder, names in walk(source.resolve(), skipped):
+            captions_of |= {os.path.join(folder, name): () for name in names if is_image(name)}
+        if skipped:
+            print(one_line(f"skipped: {counted(skipped)}"), file=sys.stderr)
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            data = file.read()
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 in known:
-            return _Read(path, _row(path, status, sha256, known[sha256]))
-        pixels = decode_bytes(data)
-        now = os.stat(path)
-    except BrokenImage as error:
-        return _Read(path, reason=str(error))
-    except OSError as error:
-        return _Read(path, reason=error.strerror or str(error))
-    if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-        return _Read(path, reason="it changed while it was read; the next run takes it")
-    size = Embedded(pixels.shape[2], pixels.shape[1], np.empty(0))
-    return _Read(path, _row(path, status, sha256, size), transform(pixels))
+        data = read_captions(source)
+    except UserError as error:
+        if not source.is_dir():
+            raise
+        if not isinstance(error, NothingFound):  # there are captions, but they cannot be read
+            print(one_line(f"continuing without captions: {error}"), file=sys.stderr)
+    else:
+        captions_of |= {os.path.abspath(image.path): image.captions for image in data.images}
+        if not source.is_dir():
+            for name, reason in data.left_out.items():
+                print(one_line(f"left out {name}: {reason}"), file=sys.stderr)
+    for path in [path for path in captions_of if path != path.encode(errors="replace").decode()]:
+        del captions_of[path]
+        broken[path.encode(errors="replace").decode()] = "its name is not UTF-8"
+    if not captions_of:
+        raise UserError(
+            f"no images in {source}; expected files that end in {', '.join(sorted(READ_SUFFIXES))}"
+        )
+    return dict(sorted(captions_of.items())), broken
 
 
-def _row(path: str, status: os.stat_result, sha256: str, size: Embedded) -> Row:
-    return Row(path, (), size.width, size.height, status.st_size, status.st_mtime_ns, sha256)
+class Embedder:
+    """Writes the parts of a folder, and reuses embeddings that are in the folder already.
+
+    Attributes:
+        broken: reasons for which images cannot be decoded, by path.
+        unreadable: reasons for which files could not be read this time, by path.
+        embedded: number of images that were embedded.
+    """
+
+    def __init__(
+        self, clip: CLIP, folder: EmbeddingsFolder, wanted: Manifest, batch_size: int, threads: int
+    ) -> None:
+        """Read the rows that are in the folder."""
+        self.clip, self.folder, self.wanted = clip, folder, wanted
+        self.batch_size, self.threads = batch_size, threads
+        self.broken: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}
+        self.embedded = 0
+        self._pauses: Sequence[float] = RETRY_SECONDS
+        self._rows: dict[str, list[Row]] = {}
+        self._known: dict[Any, tuple[str, int]] = {}
+        self._vectors = lru_cache(4)(folder.vectors)
+        if folder.root.is_dir():
+            self._look_for("")
+
+    def write(self, captions_of: Mapping[str, Sequence[str]], *, wait: bool) -> dict[str, int]:
+        """Write the missing parts, and return the number of rows of each part by name.
+
+        Args:
+            captions_of: captions of each image by absolute path; other processes may be writing the same.
+            wait: whether to wait for parts that other processes are writing, instead of leaving them out.
+        """
+        parts = self._plan(captions_of)
+        names = {stem: self._part_of(stem, rows) for stem, rows in parts.items()}
+        missing = [stem for stem, name in names.items() if name is None]
+        total = sum(len(parts[stem]) for stem in missing)
+        off = not total or not wait
+        with tqdm(total=total, desc="embedding", unit="row", disable=off) as self._bar:
+            for waits, stem in product((False, True) if wait else (False,), missing):
+                lock = FileLock(self.folder.root / f".{stem}.lock", timeout=-1 if waits else 0)
+                if names[stem] is None:
+                    with contextlib.suppress(Timeout), lock:
+                        self._look_for(stem)
+                        names[stem] = self._part_of(stem, parts[stem]) or self._write(stem, parts[stem])
+        return {name: len(self._rows[name]) for name in names.values() if name is not None}
+
+    def digests(self, parts: Iterable[str]) -> dict[str, str]:
+        """Return the SHA-256 of each image in these parts by path."""
+        rows = (row for part in parts for row in self._rows.get(part, []))
+        return {row["path"]: row["sha256"] for row in rows if "sha256" in row}
+
+    def _plan(self, captions_of: Mapping[str, Sequence[str]]) -> dict[str, list[Row]]:
+        """Return the known values of the rows of each part by stem; all processes get the same result."""
+        images: list[Row] = []
+        for path, texts in captions_of.items():
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                self.unreadable[path] = error.strerror or str(error)
+            else:
+                about = {"file_size": status.st_size, "modified_ns": status.st_mtime_ns}
+                images.append({"path": path, "captions": list(texts), **about})
+        captions = [{"path": path, "caption": text} for path, texts in captions_of.items() for text in texts]
+        size = self.wanted.shard_size
+        return {
+            f"{kind}-{start // size:05}-of-{-(-len(rows) // size):05}": rows[start : start + size]
+            for kind, rows in (("images", images), ("captions", captions))
+            if self.wanted.what in (kind, "both")
+            for start in range(0, len(rows), size)
+        }
+
+    def _look_for(self, stem: str) -> None:
+        """Read parts that this process has not written."""
+        for name in self.folder.parts(stem):
+            # an incomplete, damaged or just replaced part is ignored
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, ArrowException):
+                if name not in self._rows and self.folder.is_intact(name):
+                    self._learn(name, [json.loads(line) for line in self.folder.lines(name)])
+
+    def _learn(self, name: str, rows: list[Row]) -> None:
+        for number, row in enumerate(rows):
+            self._known[_key(row)] = self._known[row.get("sha256")] = name, number
+        self._rows[name] = rows
+
+    def _part_of(self, stem: str, wanted: list[Row]) -> str | None:
+        """Return the name of a part with exactly the wanted rows, if there is one."""
+        for name, rows in self._rows.items():
+            if name.startswith(f"{stem}-") and name.endswith(self.wanted.format) and len(rows) == len(wanted):
+                if all(row.items() >= about.items() for row, about in zip(rows, wanted, strict=True)):
+                    return name
+        return None
+
+    def _write(self, stem: str, wanted: list[Row]) -> str:
+        missing = [row for row in wanted if _key(row) not in self._known]
+        self._bar.update(len(wanted) - len(missing))
+        fresh: dict[Any, np.ndarray] = {}
+        try:
+            (self._embed_images if stem.startswith("images") else self._embed_captions)(missing, fresh)
+        finally:  # after Ctrl-C, too: the next command resumes from here
+            rows, vectors = [], []
+            for row in wanted:
+                if (key := _key(row)) in fresh:
+                    rows.append(row)
+                    vectors.append(fresh[key])
+                elif key in self._known:
+                    name, number = self._known[key]
+                    rows.append(self._rows[name][number] | row)
+                    vectors.append(self._vectors(name)[number])
+            array = np.array(vectors, np.float32).reshape(-1, self.wanted.width)
+            part = self.folder.write_part(stem, self.wanted.format, rows, array)
+            self._learn(part, rows)
+        return part
+
+    def _embed_images(self, missing: list[Row], fresh: dict[Any, np.ndarray]) -> None:
+        def decode(row: Row) -> Tensor | None:
+            data = read_file(Path(row["path"]), self._pauses)
+            sha256 = hashlib.sha256(data).hexdigest()
+            if sha256 in self._known:
+                self._known[_key(row)] = self._known[sha256]
+                return None
+            pixels = decode_bytes(data)
+            row |= {"sha256": sha256, "width": pixels.shape[2], "height": pixels.shape[1]}
+            return self.clip.transform(pixels)
+
+        batches = encode_images(
+            self.clip.image_tower,
+            missing,
+            decode,
+            project=self.clip.project_image,
+            batch_size=self.batch_size,
+            threads=self.threads,
+            precision=_AUTOCAST[self.wanted.precision],
+        )
+        for batch in batches:
+            fresh |= zip((_key(missing[row]) for row in batch.rows), batch.features.numpy(), strict=True)
+            for row, _, reason in batch.broken:
+                if isinstance(reason, UnreadableFile):
+                    self._pauses = ()  # retry only for the first unreadable file
+                    self.unreadable[missing[row]["path"]] = str(reason)
+                else:
+                    self.broken[missing[row]["path"]] = str(reason)
+            self.embedded += len(batch.rows)
+            self._bar.update(batch.size)
+
+    def _embed_captions(self, missing: list[Row], fresh: dict[Any, np.ndarray]) -> None:
+        texts = list(dict.fromkeys(map(_key, missing)))
+        vectors = encode_texts(
+            self.clip.text_tower,
+            texts,
+            project=self.clip.project_text,
+            batch_size=self.batch_size,
+            precision=_AUTOCAST[self.wanted.precision],
+        )
+        fresh |= zip(texts, vectors.numpy(), strict=True)
+        self._bar.update(len(missing))
 
 
-@torch.inference_mode()
-def _run(clip: CLIP, pixels: list[Tensor]) -> np.ndarray:
-    # channels last, as the decoders left them
-    batch = torch.stack([picture.permute(1, 2, 0) for picture in pixels]).permute(0, 3, 1, 2)
-    vectors: np.ndarray = clip.encode_image(batch.to(clip.logit_scale.device)).cpu().numpy()
-    return vectors
+def _key(row: Row) -> Any:
+    """Return the identity of a row: its caption, or its file with size and modification time."""
+    return row["caption"] if "caption" in row else (row["path"], row["file_size"], row["modified_ns"])

@@ -1,7 +1,7 @@
-"""The page of an index, and the same answers as JSON.
+"""The web page of an index, and its JSON API.
 
-Uploads are decoded in memory and never stored. No indexed file is served as it is: images are decoded and
-encoded again, without their metadata, and only after a search has found them.
+Uploads are decoded in memory and never stored. Indexed files are not served directly: images are decoded and
+encoded again without their metadata, and only after a search has returned them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, Lock
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,17 +29,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.staticfiles import StaticFiles
+from torch import Tensor
 
-from clip_lightning.data.images import BrokenImage, decode_image
+from clip_lightning.data.images import BrokenImage, decode_bytes, decode_image
 from clip_lightning.errors import UserError
+from clip_lightning.evaluation.prompts import TEMPLATES
+from clip_lightning.model.zero_shot import probabilities, zero_shot_classifier
 from clip_lightning.reports.pages import template
-from clip_lightning.search.answers import MOST_FOUND, Answers
-from clip_lightning.search.index import ImageIndex
+from clip_lightning.search.index import FoundImage, ImageIndex
 from clip_lightning.terminal import one_line
 
+MOST_FOUND = 60
+MOST_LABELS = 200
+LONGEST = 10_000  # characters of a sentence, or of all labels
 LARGEST_UPLOAD = 20_000_000  # bytes
+MOST_PIXELS = 50_000_000  # a small upload may decode to gigabytes
 UPLOAD_SECONDS = 60
-MOST_QUESTIONS = 8  # uploads in memory at the same time; other requests wait before they are read
+MOST_UPLOADS = 8  # uploads in memory at the same time; further requests wait before they are read
 
 _HERE = Path(__file__).parent
 _DEFAULTS = {"q": "", "k": "12", "image": "", "labels": "", "templates": "simple"}
@@ -58,16 +65,16 @@ _decoders = BoundedSemaphore(4)  # an image of 100 megapixels takes 300 MB
 def page_server(
     index: ImageIndex, model: str | Path | None, hosts: frozenset[str] | None, root_path: str = ""
 ) -> uvicorn.Server:
-    """Return the server of an index's page, which is yet to run.
+    """Create the server of an index's page, without starting it.
 
     Args:
-        index: its model is loaded now.
-        model: where the model was loaded from; the page shows the run that trained it.
-        hosts: names that requests may address the server by, against DNS rebinding; any if None.
-        root_path: the prefix, such as `/photos`, that a reverse proxy may leave on paths.
+        index: the index, whose model is loaded now.
+        model: location from which the model was loaded; the page shows the run that trained it.
+        hosts: host names that requests may use, to prevent DNS rebinding; None allows all names.
+        root_path: prefix such as `/photos` that a reverse proxy may keep in paths.
     """
     metrics, report = _read_run(model)
-    page = _Page(Answers(index), metrics, report is not None)
+    page = _Page(index, metrics, report is not None)
     routes: list[BaseRoute] = [
         Route("/", page.answer, methods=["GET", "POST"]),
         Route("/api", page.answer, methods=["GET", "POST"]),
@@ -93,7 +100,7 @@ def page_server(
                 response = page.reply(request, {"error": one_line(str(error))}, 400)
             except Exception as error:
                 print(one_line(f"clip-lightning app: {type(error).__name__}: {error}")[:300], file=sys.stderr)
-                reason = "something went wrong; the terminal in which the page was started shows the error"
+                reason = "internal error; see the terminal in which the page was started"
                 response = page.reply(request, {"error": reason}, 500)
         for name, value in _HEADERS.items():
             response.headers.setdefault(name, value)
@@ -112,7 +119,7 @@ def page_server(
 
 
 def _refusal(request: Request, hosts: frozenset[str] | None) -> str | None:
-    """Say why not, if a request addresses the server by another name, or if another website makes it."""
+    """Return why a request is refused: it uses another host name, or it comes from another website."""
     headers = request.headers
     host, origin, site = headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site")
     try:
@@ -120,7 +127,7 @@ def _refusal(request: Request, hosts: frozenset[str] | None) -> str | None:
     except ValueError:
         name = None
     if hosts is not None and name not in hosts:
-        return f"the page does not answer to the name {name}; see --allowed_hosts"
+        return f"the host name {name} is not allowed; see --allowed_hosts"
     # Browsers send Sec-Fetch-Site to HTTPS and to localhost, and Origin with every POST.
     foreign = origin not in (None, f"http://{host}", f"https://{host}")
     is_link = request.method == "GET" and headers.get("sec-fetch-mode") == "navigate"
@@ -130,19 +137,24 @@ def _refusal(request: Request, hosts: frozenset[str] | None) -> str | None:
 
 
 class _Page:
-    def __init__(self, answers: Answers, metrics: dict[str, Any], report: bool) -> None:
-        self.answers = answers
-        self.found: dict[str, Path] = {}
-        self.questions = asyncio.Semaphore(MOST_QUESTIONS)
+    def __init__(self, index: ImageIndex, metrics: dict[str, Any], report: bool) -> None:
+        self.index, self.clip = index, index.clip
+        self.lock = Lock()  # fast tokenizers are not thread-safe, and one query uses all cores anyway
+        self.paths: dict[str, Path] = {}
+        self.uploads = asyncio.Semaphore(MOST_UPLOADS)
         self.template = template("page.html.j2", _HERE)
-        towers = [tower.spec["name"] for tower in (answers.clip.image_tower, answers.clip.text_tower)]
+        towers = [tower.spec["name"] for tower in (self.clip.image_tower, self.clip.text_tower)]
+        # short captions of the data set are the best examples
+        images = index.search("a photo", MOST_FOUND)[0]
+        texts = [text.rstrip(" .") for image in images for text in image.captions]
+        short = [text for text in dict.fromkeys(texts) if 0 < len(text) <= 50]
         self.about: dict[str, Any] = {
-            "total": f"{len(answers.index):,}",
-            "source": Path(answers.index.manifest.source).name,
+            "total": f"{len(index):,}",
+            "source": Path(index.manifest.source).name,
             "towers": " × ".join(Path(name).name.removeprefix("pypi:") for name in towers),
             "metrics": metrics,
             "report": report,
-            "examples": _examples(answers),
+            "examples": short[:: len(short) // 3 or 1][:3] or ["a dog running on grass", "people at a table"],
             "most": MOST_FOUND,
         }
 
@@ -150,48 +162,73 @@ class _Page:
         return Response(_jpeg(self._path(request.path_params["id"]), side), media_type="image/jpeg")
 
     async def answer(self, request: Request) -> Response:
-        asked = _DEFAULTS | dict(request.query_params)
-        is_question = asked["q"].strip() or asked["image"] or request.method == "POST"
-        if not is_question and request["path"].endswith("/"):
+        query = _DEFAULTS | dict(request.query_params)
+        has_query = query["q"].strip() or query["image"] or request.method == "POST"
+        if not has_query and request["path"].endswith("/"):
             return self.reply(request, {})
-        async with self.questions:
+        async with self.uploads:
             upload = await _read_body(request) if request.method == "POST" else None
-            return self.reply(request, await run_in_threadpool(self._find, asked, upload))
+            return self.reply(request, await run_in_threadpool(self._find, query, upload))
 
     def reply(self, request: Request, answer: dict[str, Any], status: int = 200) -> Response:
-        """Answer a browser with the page, and a program with JSON."""
+        """Respond with the page, or with JSON to requests for the API."""
         if not request["path"].endswith("/"):
             return JSONResponse(answer, status)
-        asked = _DEFAULTS | dict(request.query_params)
-        return HTMLResponse(self.template.render(self.about, asked=asked, answer=answer), status)
+        query = _DEFAULTS | dict(request.query_params)
+        return HTMLResponse(self.template.render(self.about, query=query, answer=answer), status)
 
-    def _find(self, asked: Mapping[str, str], image: bytes | None) -> dict[str, Any]:
-        """Search for the sentence `q`, else for the result whose id is `image`, else for the upload."""
-        if not re.fullmatch(r"\d{1,9}", asked["k"]):
-            raise UserError(f"k is {asked['k'][:40]!r}; expected a whole number from 1 to {MOST_FOUND}")
-        k, sentence = int(asked["k"]), asked["q"]
-        if asked["image"] and not sentence.strip():
-            image = self._path(asked["image"]).read_bytes()
-        if image is None or sentence.strip():
-            return self._results(self.answers.search(sentence, k))
-        answer = self._results(self.answers.search_by_image(image, k))
-        if asked["labels"]:
-            answer |= self.answers.classify(image, asked["labels"], asked["templates"]).as_dict()
-        return answer
+    def _find(self, query: Mapping[str, str], image: bytes | None) -> dict[str, Any]:
+        """Search for the sentence `q`, or else for the result with the id `image`, or else for the upload."""
+        k, sentence = query["k"], " ".join(query["q"].split())
+        if not re.fullmatch(r"\d{1,9}", k) or not 1 <= int(k) <= MOST_FOUND:
+            raise UserError(f"k is {k[:40]!r}; expected a whole number from 1 to {MOST_FOUND}")
+        for name in ("q", "labels"):
+            if len(query[name]) > LONGEST:
+                raise UserError(f"{name} has {len(query[name]):,} characters; give at most {LONGEST:,}")
+        if query["image"] and not sentence:
+            image = self._path(query["image"]).read_bytes()
+        if not sentence and image is None:
+            raise UserError("the query is empty; type a sentence")
+        with self.lock:
+            if sentence or image is None:
+                return self._results(self.index.search(sentence, int(k))[0])
+            try:
+                embedding = self.clip.embed_images(decode_bytes(image, max_pixels=MOST_PIXELS))
+            except BrokenImage as error:
+                raise UserError(f"the image cannot be read: {error}") from error
+            answer = self._results(self.index.search(embedding, int(k))[0])
+            return answer | (self._classify(embedding, query) if query["labels"] else {})
 
-    def _results(self, found: Sequence[Any]) -> dict[str, Any]:
-        by_id = {sha256(bytes(each.path)).hexdigest()[:16]: each for each in found}
-        self.found |= {id: each.path for id, each in by_id.items()}
-        return {"results": [each.as_dict() | {"id": id} for id, each in by_id.items()]}
+    def _classify(self, embedding: Tensor, query: Mapping[str, str]) -> dict[str, Any]:
+        """Return the probabilities of comma-separated labels; they are never opened as files."""
+        labels = dict.fromkeys(" ".join(label.split()) for label in query["labels"].split(","))
+        names, bias = [name for name in labels if name], self.clip.bias
+        if not 1 <= len(names) <= MOST_LABELS:
+            raise UserError(f"got {len(names)} labels; give 1 to {MOST_LABELS}, separated by commas")
+        if (templates := query["templates"]) not in TEMPLATES:
+            raise UserError(f"templates {templates!r}: expected {', '.join(TEMPLATES)}")
+        similarity = embedding @ zero_shot_classifier(self.clip, names, TEMPLATES[templates]).T
+        values = probabilities(similarity, self.clip.scale.item(), bias)[0].tolist()
+        ordered = sorted(zip(names, values, strict=True), key=lambda entry: -entry[1])
+        # softmax assumes that one of the labels is right, a sigmoid judges each label independently
+        return {"reading": "softmax" if bias is None else "sigmoid", "probabilities": dict(ordered)}
+
+    def _results(self, images: list[FoundImage]) -> dict[str, Any]:
+        by_id = {sha256(bytes(image.path)).hexdigest()[:16]: image for image in images}
+        self.paths |= {id: image.path for id, image in by_id.items()}
+        results = [asdict(image) | {"path": str(image.path), "id": id} for id, image in by_id.items()]
+        return {"results": results}
 
     def _path(self, id: str) -> Path:
-        if id not in self.found:
-            raise HTTPException(404, "no search has found this image since the page was started")
-        return self.found[id]
+        if id not in self.paths:
+            raise HTTPException(
+                404, "this image is not in the results of any search since the page was started"
+            )
+        return self.paths[id]
 
 
 async def _read_body(request: Request) -> bytes:
-    """Read the body; the rest of a large one is dropped, as a client that cannot send it reads no answer."""
+    """Read the body to its end, as clients read no response before; more than the limit is dropped."""
     content, size = bytearray(), 0
     try:
         async with asyncio.timeout(UPLOAD_SECONDS):
@@ -199,31 +236,26 @@ async def _read_body(request: Request) -> bytes:
                 size += len(part)
                 content += part if size <= LARGEST_UPLOAD else b""
     except (TimeoutError, ClientDisconnect) as error:
-        raise HTTPException(408, f"the upload was cut off, or took {UPLOAD_SECONDS} seconds") from error
+        raise HTTPException(
+            408, f"the upload was interrupted, or took more than {UPLOAD_SECONDS} seconds"
+        ) from error
     if size > LARGEST_UPLOAD:
-        raise HTTPException(413, f"the file has more than {LARGEST_UPLOAD // 10**6} MB")
+        raise HTTPException(413, f"the file is larger than {LARGEST_UPLOAD // 10**6} MB; give a smaller one")
     return bytes(content)
 
 
 def _read_run(model: str | Path | None) -> tuple[dict[str, Any], Path | None]:
-    """Return the metrics and the predictions of the run whose `model/` this is, if it is in its folder."""
-    folder = Path(model).resolve().parent if model and Path(model).is_dir() else None
-    if folder is None or not (folder / "config.yaml").is_file():
-        return {}, None
+    """Return the metrics and the predictions of the run whose `model/` this is."""
+    folder = Path(model or "").resolve().parent
     try:
         metrics = dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}, None
+    if not model or not (folder / "config.yaml").is_file():
+        return {}, None
     report = folder / "predictions.html"
-    is_inside = report.is_file() and report.resolve() == report  # a link may lead out of the folder
+    is_inside = report.is_file() and report.resolve() == report  # a link could lead out of the folder
     return metrics, report if is_inside else None
-
-
-def _examples(answers: Answers) -> list[str]:
-    """Return some short captions of the data set, which certainly fit it, or what fits most photographs."""
-    captions = [text.rstrip(" .") for each in answers.search("a photo", MOST_FOUND) for text in each.captions]
-    short = [text for text in dict.fromkeys(captions) if 0 < len(text) <= 50]
-    return short[:: max(1, len(short) // 3)][:3] or ["a dog running on grass", "people at a table"]
 
 
 @lru_cache(256)

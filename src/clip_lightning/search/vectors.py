@@ -1,122 +1,79 @@
-"""FAISS: which index for how many vectors, building it, and exact cosines of what it finds.
+"""Searches unit-length embeddings, exactly with NumPy or approximately with FAISS.
 
-N vectors, Q queries, D their width; all of unit length, so that inner products are cosines.
+N embeddings, Q queries, D the width of both. Inner products are cosines.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from clip_lightning.errors import UserError
+from clip_lightning.search.folder import IndexType
 
-IndexType = Literal["flat", "hnsw", "ivfpq"]
-# A flat index is exact and needs no training. It reads every vector for every query: 200 MB for 100,000 of
-# width 512, some ten milliseconds. Beyond that, vectors are compressed to a bit a number: 64 MB for a
-# million. A graph answers several times as fast where pictures have neighbours, for 1.3 GB of memory and
-# minutes of building.
+# An exact search reads every embedding for every query: 200 MB for 100,000 of width 512, in about 10 ms.
+# Larger indexes are compressed to one bit per number, 64 MB for a million; the best rows are scored again.
 MOST_FLAT = 100_000
 FEWEST_IVFPQ = 1_000
+MOST_SCANNED = 1_000_000  # compressed embeddings per query, about 4 ms on one core
 CHUNK = 65_536
-MOST_SCANNED = 1_000_000  # compressed vectors that a query passes over, some four milliseconds on a core
-# Queries at a time; and candidates, so that they stay in the processor's cache
-QUERIES, ROWS = 64, 512
+QUERIES, SCORES = 64, 1 << 24  # limits per chunk, which bound the memory
 
 
 def faiss_module() -> Any:
-    """The package faiss.
+    """Import FAISS.
 
     Raises:
-        UserError: it is not installed.
+        UserError: FAISS is not installed.
     """
     try:
         import faiss
     except ModuleNotFoundError as error:
-        raise UserError("an index needs FAISS: pip install faiss-cpu") from error
+        raise UserError("an index of type ivfpq needs FAISS; pip install faiss-cpu") from error
     return faiss
 
 
 def chosen_type(given: str, count: int) -> IndexType:
-    """The type itself, or the one for this many vectors where it is `auto`.
+    """Return the given type, or the type for this number of embeddings if it is `auto`.
 
     Raises:
-        UserError: no such type, or too few vectors for it.
+        UserError: there are too few embeddings for the type, or FAISS is not installed.
     """
-    if given == "auto":
-        return "flat" if count < MOST_FLAT else "ivfpq"
-    if given not in ("flat", "hnsw", "ivfpq"):
-        raise UserError(f"--type {given}: expected flat, hnsw, ivfpq or auto")
-    if given == "ivfpq" and count < FEWEST_IVFPQ:
+    if given not in ("auto", "flat", "ivfpq"):
+        raise UserError(f"--type {given}: expected auto, flat or ivfpq")
+    if given == "flat" or (given == "auto" and count < MOST_FLAT):
+        return "flat"
+    if count < FEWEST_IVFPQ:
         raise UserError(
-            f"--type ivfpq learns from the vectors, {FEWEST_IVFPQ:,} or more, and there are {count:,}; "
-            "use --type flat"
+            f"--type ivfpq needs {FEWEST_IVFPQ:,} images or more, got {count:,}; give --type flat"
         )
-    return given  # type: ignore[return-value]
+    faiss_module()
+    return "ivfpq"
 
 
-def build(kind: IndexType, vectors: np.ndarray) -> Any:
-    """A FAISS index over vectors (N, D), in their order."""
+def build(vectors: np.ndarray) -> Any:
+    """Build an approximate FAISS index of embeddings (N, D), in their order.
+
+    The embeddings are compressed to one bit per number, in a layout of which a processor scans 16 at a time,
+    and also stored in fp16 to score candidates exactly. Up to `MOST_SCANNED` embeddings form one list; more
+    are divided into several lists, of which a query scans the nearest.
+    """
     faiss = faiss_module()
     count, width = vectors.shape
-    if kind == "flat":
-        index = faiss.IndexFlatIP(width)
-    elif kind == "hnsw":
-        # fp16, as the vectors are stored: nothing is lost
-        index = faiss.IndexHNSWSQ(width, faiss.ScalarQuantizer.QT_fp16, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = 100, 128
-    else:
-        index = _trained_ivfpq(faiss, vectors)
+    parts = max(part for part in range(1, max(1, width // 4) + 1) if width % part == 0)
+    lists = round(math.sqrt(count)) if count > MOST_SCANNED else 1
+    kind = f"PQ{parts}x4fs" if lists == 1 else f"IVF{lists},PQ{parts}x4fs"
+    index = faiss.index_factory(width, f"{kind},Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT)
+    sample = np.random.default_rng(0).permutation(count)[: max(64 * lists, CHUNK)]
+    index.train(vectors[np.sort(sample)])
+    if lists > 1:
+        faiss.extract_index_ivf(index).nprobe = math.ceil(lists * MOST_SCANNED / count)
     for start in range(0, count, CHUNK):
-        index.add(_single(vectors[start : start + CHUNK]))
+        index.add(vectors[start : start + CHUNK])
     return index
-
-
-def search(
-    index: Any, kind: IndexType, vectors: np.ndarray, queries: np.ndarray, k: int
-) -> list[list[tuple[int, float]]]:
-    """For each query (Q, D) the k best rows with their cosines, the best first; fewer where N is smaller."""
-    k = min(k, index.ntotal)
-    queries = _single(queries)
-    wide = k
-    if kind == "hnsw":
-        index.hnsw.efSearch = max(128, 2 * k, index.ntotal // 2_000)
-    elif kind == "ivfpq":
-        # of uniform random vectors, which are the hardest, that many hold 96 % of the k best of a million
-        wide = min(index.ntotal, math.ceil(2 * math.sqrt(k * min(index.ntotal, MOST_SCANNED))))
-    found = []
-    for start in range(0, len(queries), QUERIES):
-        block = queries[start : start + QUERIES]
-        for query, scores, rows in zip(block, *index.search(block, wide), strict=True):
-            there = rows >= 0  # -1 where an approximate index found no more
-            rows, scores = rows[there], scores[there]
-            if kind == "ivfpq":  # its own scores are of compressed vectors
-                rows, scores = _scored(vectors, rows, query, k)
-            found.append(list(zip(rows.tolist(), scores.tolist(), strict=True)))
-    return found
-
-
-def _scored(
-    vectors: np.ndarray, rows: np.ndarray, query: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of some rows with their exact cosines, the best first.
-
-    FAISS multiplies fp16 vectors in a tenth of the time in which NumPy turns them into fp32.
-    """
-    faiss = faiss_module()
-    exact = faiss.IndexScalarQuantizer(len(query), faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    best = [(np.empty(0, rows.dtype), np.empty(0, np.float32))]
-    for start in range(0, len(rows), ROWS):
-        part = rows[start : start + ROWS]
-        exact.reset()
-        exact.add_sa_codes(np.asarray(vectors[part], np.float16).view(np.uint8))
-        scores, places = exact.search(query[None], min(k, len(part)))
-        best.append((part[places[0]], scores[0]))
-    found, scores = (np.concatenate(each) for each in zip(*best, strict=True))
-    order = np.argsort(-scores, kind="stable")[:k]
-    return found[order], scores[order]
 
 
 def write_index(index: Any, path: Path) -> None:
@@ -124,35 +81,51 @@ def write_index(index: Any, path: Path) -> None:
     faiss_module().write_index(index, str(path))
 
 
-def read_index(path: Path) -> Any:
-    """Read a FAISS index into memory."""
+def read_index(path: Path, size: int) -> Any:
+    """Read a FAISS index of the given size in bytes, with memory-mapped fp16 embeddings."""
     faiss = faiss_module()
-    try:
-        return faiss.read_index(str(path))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[-120:]
-        raise UserError(f"{path} is damaged ({reason}); build the index anew in another folder") from error
+    if path.stat().st_size != size:
+        raise ValueError(f"{path.name} is not complete")  # FAISS would crash
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
 
 
-def _trained_ivfpq(faiss: Any, vectors: np.ndarray) -> Any:
-    """An index of compressed vectors, a bit a number, laid out so that a processor scans 16 at a time.
+def search(index: Any, queries: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
+    """Find the k best rows for each query (Q, D), with their cosines, the best first.
 
-    Up to `MOST_SCANNED` of them are one list; more are divided into lists, of which a query sees the nearest.
+    Args:
+        index: embeddings (N, D) fp32, which are searched exactly, or an index returned by `build`.
+        queries: unit-length embeddings.
+        k: number of rows per query; all rows are returned if there are fewer.
     """
-    count, width = vectors.shape
-    parts = max(part for part in range(1, max(1, width // 4) + 1) if width % part == 0)
-    lists = round(math.sqrt(count)) if count > MOST_SCANNED else 1
-    kind = f"PQ{parts}x4fs" if lists == 1 else f"IVF{lists},PQ{parts}x4fs"
-    index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
-    wanted = max(64 * lists, 65_536)
-    chosen = np.arange(count)
-    if count > wanted:
-        chosen = np.sort(np.random.default_rng(0).choice(count, wanted, replace=False))
-    index.train(_single(vectors[chosen]))
-    if lists > 1:
-        index.nprobe = math.ceil(lists * MOST_SCANNED / count)
-    return index
+    if k < 1:
+        raise UserError(f"--k {k}: expected 1 or more")
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    exact = isinstance(index, np.ndarray)
+    count = len(index) if exact else index.ntotal
+    step = max(1, min(QUERIES, SCORES // count))
+    results = []
+    for start in range(0, len(queries), step):
+        find = _search_exactly if exact else _search_approximately
+        scored = find(index, queries[start : start + step], min(k, count))
+        for scores, rows in zip(*scored, strict=True):
+            valid = rows >= 0  # FAISS returns -1 if it finds fewer
+            results.append(list(zip(rows[valid].tolist(), scores[valid].tolist(), strict=True)))
+    return results
 
 
-def _single(vectors: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(vectors, dtype=np.float32)
+def _search_exactly(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    scores = queries @ vectors.T
+    rows = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
+    best = np.take_along_axis(scores, rows, 1)
+    order = np.argsort(-best, axis=1, kind="stable")
+    return np.take_along_axis(best, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def _search_approximately(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    # enough candidates for a recall of 96 % on a million uniform random vectors, the hardest case
+    candidates = max(k, math.ceil(2 * math.sqrt(k * min(index.ntotal, MOST_SCANNED))))
+    wide = (min(index.ntotal, candidates) + 0.5) / k
+    scores_and_rows: tuple[np.ndarray, np.ndarray] = index.search(
+        queries, k, params=faiss_module().IndexRefineSearchParameters(k_factor=wide)
+    )
+    return scores_and_rows

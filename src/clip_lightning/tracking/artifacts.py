@@ -1,4 +1,4 @@
-"""Data and models as W&B artifacts: uploaded, and used or logged by a run."""
+"""Uploads data and logs models as W&B artifacts, and records the data that a run uses."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ SERVER_TRIES = 3
 
 
 def check_upload(name: str) -> None:
-    """Complain before the data is looked at.
+    """Check the login and the name before the data are read.
 
     Raises:
-        UserError: nobody is logged in, or the name cannot be an artifact's.
+        UserError: no API key is configured, or the name is not a valid artifact name.
     """
-    if why := why_unreachable():
-        raise UserError(f"data cannot be uploaded: {why}")
+    if reason := why_unreachable():
+        raise UserError(f"data cannot be uploaded: {reason}")
     if not re.fullmatch(PART, name):
         raise UserError(f"--artifact {name!r}: expected letters, digits, _, - and . only")
 
 
 def check_names(model_name: str | None, link_to: str | None) -> None:
-    """Complain before hours of training.
+    """Check the names before hours of training.
 
     Raises:
-        UserError: a name that W&B would refuse.
+        UserError: W&B does not accept a name.
     """
     if model_name is not None and not re.fullmatch(PART, model_name):
         raise UserError(
@@ -55,21 +55,21 @@ def upload_data(
     by_reference: bool,
     metadata: Mapping[str, Any],
 ) -> str:
-    """Log a folder as a data artifact, in a run of its own.
+    """Log a folder as a data artifact, in a W&B run of its own.
 
     Args:
-        name: of the artifact within the project.
+        name: the name of the artifact within the project.
         root: the folder, whose layout is kept.
-        project: W&B project.
-        entity: W&B user or team; your default one if not given.
-        by_reference: whether W&B keeps only where the files lie and their checksums.
-        metadata: digest, counts and whatever else describes the data.
+        project: the W&B project.
+        entity: the W&B user or team; by default yours.
+        by_reference: whether W&B stores only the URLs of the files and their checksums.
+        metadata: digest, counts and other metadata of the data.
 
     Returns:
         `ENTITY/PROJECT/NAME:vN`.
 
     Raises:
-        UserError: nobody is logged in, or the server did not take it.
+        UserError: no API key is configured, or the server rejected the upload.
     """
     import wandb
 
@@ -83,18 +83,14 @@ def upload_data(
         with wandb.init(project=project, entity=entity, job_type="upload-data") as run:
             return str(run.log_artifact(artifact).wait().source_qualified_name)
     except (wandb.errors.Error, ValueError, OSError) as error:
-        raise UserError(f"W&B did not take the data ({' '.join(str(error).split())})") from error
-
-
-# What a run uses and makes -------------------------------------------------------------------------------
+        raise UserError(f"W&B rejected the data ({' '.join(str(error).split())})") from error
 
 
 def use_data(run: Any, data: Fetched) -> None:
-    """Let the run's lineage begin with the version of the data that it trains on.
+    """Record the version of the data that the run trains on, in the lineage of the run.
 
-    A run that is kept offline notes it so that `wandb sync` records it: as a draft with the version's
-    content, which the server recognises. That takes the same entity and project, or the data would be
-    uploaded there.
+    An offline run stores a draft artifact with the same content, which the server recognizes at `wandb
+    sync`. This requires the same entity and project; otherwise the data would be uploaded there.
     """
     import wandb
 
@@ -107,25 +103,25 @@ def use_data(run: Any, data: Fetched) -> None:
         return
     draft = wandb.Artifact(data.name.name, about["type"], metadata=about["metadata"])
     draft.add_dir(str(data.folder), policy="immutable", skip_cache=True)
-    if draft.digest == about["digest"]:  # not so where files are references, or were changed
-        # the public `use_artifact` refuses offline, although what it would write is all there
+    if draft.digest == about["digest"]:  # else the files are references, or were changed
+        # the public `use_artifact` does not work offline, although it needs no server
         run._log_artifact(draft, aliases=[], is_user_created=True, use_after_commit=True)
 
 
 def why_not_best(run: Any, metadata: Mapping[str, Any], shared_name: str | None) -> str | None:
-    """Return the reason why a run's model must not take the alias `best` of its name, None if it takes it.
+    """Return why a run's model must not get the alias `best`, or None if it gets the alias.
 
     Args:
         run: the W&B run.
-        metadata: of the model, with the metrics of its best epoch.
-        shared_name: of the model's artifact if other runs may log models under it, too.
+        metadata: the metadata of the model, with the metrics of its best epoch.
+        shared_name: the name of the model's artifact if other runs may log models under it, too.
     """
     if "rsum" not in metadata:
         return "no epoch was validated"
     if shared_name is None:
         return None
     if run.offline:
-        return "offline, its score cannot be compared with that of the present best"
+        return "the run is offline, so its score cannot be compared with that of the present best"
     import wandb
 
     api = wandb.Api(timeout=SERVER_SECONDS)
@@ -143,17 +139,17 @@ def why_not_best(run: Any, metadata: Mapping[str, Any], shared_name: str | None)
 
 
 def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any], is_best: bool) -> Any:
-    """Log a run's bundle as `NAME` and its last checkpoint as `NAME-checkpoint:last`; no others.
+    """Log a run's bundle as `NAME`, and its last checkpoint as `NAME-checkpoint:last`, if they exist.
 
     Args:
         run: the W&B run.
-        folder: the run's folder, with `model/` and `checkpoints/last.ckpt` where they exist.
-        name: of the model's artifact.
-        metadata: metrics, towers, data.
-        is_best: whether the bundle takes the alias `best`.
+        folder: the run's folder, with `model/` and `checkpoints/last.ckpt`.
+        name: the name of the model's artifact.
+        metadata: metrics, towers and data.
+        is_best: whether the bundle gets the alias `best`.
 
     Returns:
-        The bundle's artifact, None where there is no bundle.
+        The bundle's artifact, or None if there is no bundle.
     """
     bundle, checkpoint = RunFolder(folder).model, RunFolder(folder).last
     logged = None
@@ -167,10 +163,10 @@ def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any],
 
 
 def _log(run: Any, name: str, kind: str, files: Path, metadata: Mapping[str, Any], aliases: list[str]) -> Any:
-    """Log a folder; online until it has arrived, since after an outage the SDK drops it without a word.
+    """Log a folder; online, wait until it is uploaded, since the SDK silently drops it after an outage.
 
     Raises:
-        Exception: it has not arrived after `SERVER_TRIES`.
+        Exception: it was not uploaded in `SERVER_TRIES` attempts.
     """
     import wandb
 
@@ -183,7 +179,7 @@ def _log(run: Any, name: str, kind: str, files: Path, metadata: Mapping[str, Any
                 logged.wait()
                 shutil.rmtree(files, ignore_errors=True)
             return logged
-        except Exception:  # the SDK has a dozen kinds
+        except Exception:  # the SDK raises a dozen types
             if attempt == SERVER_TRIES:
                 raise
             time.sleep(SERVER_SECONDS)
@@ -191,18 +187,18 @@ def _log(run: Any, name: str, kind: str, files: Path, metadata: Mapping[str, Any
 
 
 def _pinned(files: Sequence[Path], base: Path, folder: Path) -> Path:
-    """A folder with hard links to the files below `base` (or copies), which stay when those are replaced.
+    """Return a folder with hard links to the files in `base`, or copies, that W&B can read later.
 
-    W&B may read them long after: when it has uploaded the rest, or at `wandb sync`.
+    W&B may read them only after other uploads, or at `wandb sync`, when the files may have been replaced.
     """
     logged = RunFolder(folder).wandb / "logged"
     logged.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f"{base.name}-", dir=logged))
+    pinned = Path(tempfile.mkdtemp(prefix=f"{base.name}-", dir=logged))
     for file in files:
-        link = place / file.relative_to(base)
+        link = pinned / file.relative_to(base)
         link.parent.mkdir(exist_ok=True)
         try:
             os.link(file, link)
         except OSError:
             shutil.copy2(file, link)
-    return place
+    return pinned

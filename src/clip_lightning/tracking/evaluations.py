@@ -1,4 +1,4 @@
-"""Runs of the kind `evaluate`: what `clip-lightning evaluate --wandb PROJECT` has found."""
+"""Logs the results of `clip-lightning evaluate --wandb PROJECT` as a W&B run."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Any
 from clip_lightning.errors import UserError
 from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.reports.tables import Row
-from clip_lightning.tracking.media import class_media
+from clip_lightning.tracking.zero_shot_panel import class_media
 from clip_lightning.wandb_fetch import stays_offline
 
 
 def track_evaluation(project: str, row: Row, folder: Path, report: ClassReport | None = None) -> str:
-    """Make a W&B run of one model's figures on one data set; offline where nobody is logged in.
+    """Log the scores of one model on one data set as a W&B run, offline if no API key is configured.
 
     Args:
         project: PROJECT or ENTITY/PROJECT.
-        row: figures, which become the run's summary, and what they are of, which becomes its configuration.
-        folder: where W&B's own folder is made.
-        report: of classes, which adds tables and pictures.
+        row: the scores, which become the run's summary, and the model and data, which become its
+            configuration.
+        folder: the folder in which W&B creates its own.
+        report: a report on classes, which adds tables and plots.
 
     Returns:
-        The run's page, or how it is sent there later.
+        The URL of the run, or the command that uploads an offline run.
 
     Raises:
-        UserError: the name is none, or W&B did not take the run.
+        UserError: the name is invalid, or W&B rejected the run.
     """
     import wandb
 
@@ -33,8 +34,8 @@ def track_evaluation(project: str, row: Row, folder: Path, report: ClassReport |
     if not name or "/" in entity:
         raise UserError(f"--wandb {project}: expected PROJECT or ENTITY/PROJECT")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {key: value for key, value in row.items() if isinstance(value, float)}
-    about = {key: value for key, value in row.items() if key not in figures}
+    scores = {key: value for key, value in row.items() if isinstance(value, float)}
+    about = {key: value for key, value in row.items() if key not in scores}
     settings: dict[str, Any] = {"mode": "offline"} if stays_offline(None) else {}
     try:
         with wandb.init(
@@ -47,12 +48,12 @@ def track_evaluation(project: str, row: Row, folder: Path, report: ClassReport |
             reinit="finish_previous",
             **settings,
         ) as run:
-            run.summary.update(figures)
+            run.summary.update(scores)
             if report is not None:
                 run.log(class_media(report))
-            return run.url or f"offline; `wandb sync {Path(run.dir).parent}` sends it"
-    except Exception as error:  # the SDK has a dozen kinds
+            return run.url or f"offline; `wandb sync {Path(run.dir).parent}` uploads it"
+    except Exception as error:  # the SDK raises a dozen types
         raise UserError(
-            f"W&B did not take the evaluation ({' '.join(str(error).split())}); its figures are printed all "
-            "the same, and WANDB_MODE=offline keeps the run on disk"
+            f"W&B rejected the evaluation ({' '.join(str(error).split())}); its scores are printed above; "
+            "set WANDB_MODE=offline to keep the run on disk"
         ) from error

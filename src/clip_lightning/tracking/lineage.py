@@ -1,4 +1,4 @@
-"""What a W&B run records beside its metrics: data used, model made, and alerts."""
+"""Records the data and the model of a run in W&B, and sends alerts."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from clip_lightning.run_folder import RunFolder
 from clip_lightning.tracking.artifacts import log_model, use_data, why_not_best
 from clip_lightning.tracking.logger import RunLogger
 
-STALLED_SHARE, STALLED_STEPS = 0.98, 200
-COLLAPSED_SCALE = 2.0  # it begins at 14 (InfoNCE) or 10 (SigLIP)
+STALLED_RANGE, STALLED_STEPS = 0.02, 200  # distance from the loss at chance, and the steps before an alert
+COLLAPSED_SCALE = 2.0  # the scale starts at 14 (InfoNCE) or 10 (SigLIP)
 
 
 class Lineage(Checkpoint):
-    """Records the data that a run uses, and its best bundle and last checkpoint at the end.
+    """Records the data that a run uses, and at the end its best bundle and last checkpoint.
 
-    Also when the run is interrupted, once it has trained a step. Lightning runs callbacks of this kind last,
-    in their order: listed behind those that write checkpoints, it finds what they have written.
+    It does so also if the run is interrupted after its first step. Lightning runs checkpoint callbacks last
+    and in order, so this one must come after those that write checkpoints.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the data."""
+        """Record the data."""
         data = getattr(getattr(trainer, "datamodule", None), "fetched", None)
         for logger in _loggers(trainer):
             if data is not None:
-                _attempt(logger, "note the data's lineage", lambda run: use_data(run, data))
+                _attempt(logger, "record the data", lambda run: use_data(run, data))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The model; also when a run that was done is resumed, which trains no more."""
+        """Log the model, also if the resumed run was already finished."""
         self._log_model(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The model so far."""
+        """Log the model so far."""
         if trainer.global_step > 0:
             self._log_model(trainer)
 
     def _log_model(self, trainer: Trainer) -> None:
         for logger in _loggers(trainer):
             if logger.logs_model and RunFolder(self.folder).metrics.is_file():
-                _attempt(logger, "take the model", lambda run: self._log_model_of(run, logger))  # noqa: B023
+                _attempt(logger, "log the model", lambda run: self._log_model_of(run, logger))  # noqa: B023
 
     def _log_model_of(self, run: Any, logger: RunLogger) -> None:
         name = logger.model_name or f"model-{run.id}"
@@ -64,84 +64,72 @@ class Lineage(Checkpoint):
             return
         if reason is not None:
             link = f" and without a link to {logger.link_to}" if logger.link_to else ""
-            rank_zero_warn(f"the model {name} is logged without the alias `best`{link}: {reason}")
+            rank_zero_warn(f"the model {name} was logged without the alias `best`{link}: {reason}")
         elif logger.link_to is None:
             return
         elif run.offline:
-            rank_zero_warn(f"the model is not linked to {logger.link_to}: that takes a run that is online")
+            rank_zero_warn(f"the model was not linked to {logger.link_to}, which requires an online run")
         else:
             run.link_artifact(model, logger.link_to)
 
 
 class Alerts(Callback):
-    """Warns of a loss that is not finite or learns nothing, in W&B and on stderr; in W&B of an early stop."""
+    """Warns if the loss is not finite or does not fall, and alerts in W&B also if the run stops early."""
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._sent: set[str] = set()
         self._chance_steps = 0
-        self._looked_at = 0
+        self._last_step = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the loss as often as it is logged."""
+        """Check the loss as often as it is logged."""
         step = trainer.global_step
-        if step in (0, self._looked_at) or step % max(trainer.log_every_n_steps, 1):
+        if step in (0, self._last_step) or step % max(trainer.log_every_n_steps, 1):
             return
-        self._looked_at = step
-        logged = trainer.callback_metrics
-        if "train/loss" in logged and not math.isfinite(float(logged["train/loss"])):
-            self._say(
-                trainer,
-                "the loss is not finite",
-                f"at step {trainer.global_step}; lower the learning rate, or look at the data",
-            )
-        scale = logged.get("train/scale")
-        if scale is not None and float(scale) < COLLAPSED_SCALE:
-            self._say(
-                trainer,
-                "the scale has collapsed",
-                f"to {float(scale):.2f} at step {step}: logits are all but equal; lower the learning rate, "
-                "or look at whether captions belong to their pictures",
-            )
-        share = logged.get("train/loss_over_ln_batch")
-        at_chance = share is not None and STALLED_SHARE <= float(share) <= 2 - STALLED_SHARE
+        self._last_step = step
+        names = ("train/loss", "train/scale", "train/loss_over_ln_batch")
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
+        if not math.isfinite(logged.get("train/loss", 0.0)):
+            text = f"at step {step}; lower the learning rate, or check the data"
+            self._warn(trainer, "the loss is not finite", text)
+        if (scale := logged.get("train/scale", math.inf)) < COLLAPSED_SCALE:
+            text = f"to {scale:.2f} at step {step}: all logits are nearly equal; lower the learning rate, or "
+            self._warn(trainer, "the scale has collapsed", text + "check that captions match their images")
+        at_chance = abs(logged.get("train/loss_over_ln_batch", 0.0) - 1) <= STALLED_RANGE
         self._chance_steps = self._chance_steps + trainer.log_every_n_steps if at_chance else 0
         if self._chance_steps >= STALLED_STEPS:
-            self._say(
-                trainer,
-                "the loss stays at ln(batch)",
-                f"up to step {trainer.global_step}, which is what chance gives: nothing is learnt; look at "
-                "whether captions belong to their pictures, and at the learning rate",
-            )
+            text = f"up to step {step}, which is the loss at chance; check the learning rate, and "
+            self._warn(trainer, "the loss stays at ln(batch)", text + "that captions match their images")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The run has stopped early; one that its scheduler ended is marked as preempted."""
+        """Send an alert that the run has stopped early, and mark it as preempted after SIGTERM."""
         if isinstance(exception, SIGTERMException):
             for logger in _loggers(trainer):
-                _attempt(logger, "note the preemption", lambda run: run.mark_preempting())
+                _attempt(logger, "mark the run as preempted", lambda run: run.mark_preempting())
         if trainer.global_step > 0:
             self._alert(trainer, "stopped", f"at step {trainer.global_step}: {type(exception).__name__}")
 
-    def _say(self, trainer: Trainer, title: str, text: str) -> None:
-        if title not in self._said:
-            self._said.add(title)
+    def _warn(self, trainer: Trainer, title: str, text: str) -> None:
+        if title not in self._sent:
+            self._sent.add(title)
             rank_zero_warn(f"{title} {text}")
             self._alert(trainer, title, text)
 
     def _alert(self, trainer: Trainer, title: str, text: str) -> None:
         for logger in _loggers(trainer):
-            _attempt(logger, "take an alert", lambda run: run.alert(title, text, level="WARN"))
+            _attempt(logger, "send an alert", lambda run: run.alert(title, text, level="WARN"))
 
 
 def _loggers(trainer: Trainer) -> Iterator[RunLogger]:
-    """Of this process's run, if it has one in W&B."""
+    """Yield the W&B loggers of rank 0."""
     if trainer.is_global_zero and not trainer.fast_dev_run:
         yield from (logger for logger in trainer.loggers if isinstance(logger, RunLogger))
 
 
 def _attempt(logger: RunLogger, what: str, do: Callable[[Any], object]) -> None:
-    """Do it with the run; W&B's failure is said and ends nothing."""
+    """Call `do` with the W&B run; a failure is a warning and does not end the training."""
     try:
         do(logger.experiment)
     except Exception as error:
@@ -149,7 +137,7 @@ def _attempt(logger: RunLogger, what: str, do: Callable[[Any], object]) -> None:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    """What describes a model: metrics and data from metrics.json, towers and loss from the bundle."""
+    """Return the metadata of a model: metrics and data from metrics.json, towers and loss from the bundle."""
     about: dict[str, Any] = json.loads(RunFolder(folder).metrics.read_text())
     config = RunFolder(folder).model / "config.json"
     if config.is_file():

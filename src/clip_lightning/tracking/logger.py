@@ -1,4 +1,4 @@
-"""The run in Weights & Biases: online where a key is configured, on disk otherwise."""
+"""Logs a run to Weights & Biases, online if an API key is configured and on disk otherwise."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import itertools
 import os
 import subprocess
 import sys
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -21,37 +20,37 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import public
 from clip_lightning.tracking.artifacts import check_names
-from clip_lightning.tracking.history import History, history_file, mend_parts
+from clip_lightning.tracking.history import History, cut_torn_records, history_file
 from clip_lightning.wandb_fetch import default_project, has_api_key, stays_offline
 
 TRAINER_OPTIONS = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 SYNC_SECONDS = FINISH_SECONDS = 600
-EARLIER_PART = "take the earlier part of the run, so that this part stays offline too,"
 
 
 class RunLogger(WandbLogger):
-    """Lightning's WandbLogger, offline by itself when nobody is logged in, with the best epoch as summary.
+    """Lightning's WandbLogger, offline if no API key is configured, with the best epoch as summary.
 
-    W&B never ends a run: what it refuses is said once, and stays on disk. A resumed run, also one that was
-    done, gives W&B the rows that it lacks and repeats none: `wandb/history-ID.jsonl` has them all. W&B's own
-    variables (WANDB_PROJECT, WANDB_NAME, ...) count wherever no argument is given, but for WANDB_DIR.
+    A failure of W&B never ends a run: you get a warning, and the rows stay on disk. A resumed run, even a
+    finished one, sends W&B the rows that it lacks and repeats none: `wandb/history-ID.jsonl` contains all of
+    them. W&B's environment variables (WANDB_PROJECT, WANDB_JOB_TYPE, ...) apply if the argument is not given,
+    except for WANDB_DIR.
 
     Args:
-        project: W&B project; `clip-lightning` by default.
-        entity: W&B user or team; your default one if not given.
-        name: the run's display name; the name of its folder by default.
-        group: runs that belong together.
-        job_type: what kind of run this is; `train` by default.
-        tags: labels to filter by.
-        notes: a sentence about the run.
-        offline: keep the run on disk, for `wandb sync` later; by default as WANDB_MODE or W&B's settings say,
-            else only when no API key is configured. The modes `disabled` and `shared` stay whatever is given,
-            and so does WANDB_MODE=offline.
-        log_model: log the bundle of the best epoch and the last checkpoint as artifacts when the run ends.
-        model_name: name of the model's artifact; `model-` and the run's id if not given.
-        link_to: `wandb-registry-REGISTRY/COLLECTION` to link the model to.
-        save_dir: where W&B's own folder is made.
-        id: the run's id; the same id goes on with the same run.
+        project: the W&B project; by default `clip-lightning`.
+        entity: the W&B user or team; by default yours.
+        name: the run's display name; by default the name of its folder.
+        group: the name of a group of runs.
+        tags: labels to filter runs by.
+        notes: a description of the run.
+        offline: whether to keep the run on disk, for `wandb sync` later; by default as in WANDB_MODE or W&B's
+            settings, else only if no API key is configured. The modes `disabled` and `shared`, and
+            WANDB_MODE=offline, take precedence.
+        log_model: whether to log the bundle of the best epoch and the last checkpoint as artifacts when the
+            run ends.
+        model_name: the name of the model's artifact; by default `model-` and the run's ID.
+        link_to: a registry to link the model to, as `wandb-registry-REGISTRY/COLLECTION`.
+        save_dir: the folder in which W&B creates its own.
+        id: the run's ID; the same ID continues the same run.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class RunLogger(WandbLogger):
         entity: str | None = None,
         name: str | None = None,
         group: str | None = None,
-        job_type: str | None = None,
         tags: str | list[str] | None = None,
         notes: str | None = None,
         offline: bool | None = None,
@@ -75,13 +73,13 @@ class RunLogger(WandbLogger):
         self._folder = Path(save_dir or ".")
         _set_data_dir(RunFolder(self._folder).wandb)
         if name is None and id is not None and not history_file(self._folder, id).exists():
-            name = os.environ.get("WANDB_NAME") or id  # a resumed run keeps what it was called since
+            name = os.environ.get("WANDB_NAME") or id  # a resumed run keeps its name
         super().__init__(
             project=project or default_project(),
             entity=entity,
             name=name,
             group=group,
-            job_type=job_type or os.environ.get("WANDB_JOB_TYPE") or "train",
+            job_type=os.environ.get("WANDB_JOB_TYPE") or "train",
             tags=[tags] if isinstance(tags, str) else tags,
             notes=notes,
             save_dir=str(self._folder),
@@ -89,7 +87,7 @@ class RunLogger(WandbLogger):
             settings=_settings(),
             **({"mode": "offline"} if stays_offline(offline) else {}),
         )
-        self._wandb_init.pop("anonymous", None)  # W&B no longer knows it, and warns
+        self._wandb_init.pop("anonymous", None)  # a deprecated argument, about which W&B warns
         self._defined: set[str] = set()
         self._history: History | None = None
         self._failures: set[str] = set()
@@ -97,22 +95,20 @@ class RunLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run; on disk where the server does not answer, and none at all where the disk is full."""
+        """The W&B run: offline if the server does not answer, and disabled if the disk is full."""
         if self._experiment is None:
             global _our_run
-            anothers = _finish_our_run()
-            earlier = self._rows_of_earlier_parts()
-            if self._mode() == "online" and not self._send_earlier_parts():
-                self._wandb_init["mode"] = "offline"
+            is_users = _finish_our_run()
+            self._prepare_earlier_parts()
             self._begin()
-            if not anothers:
+            if not is_users:
                 _our_run = self._experiment
             if self._id is not None and self._mode() in ("online", "offline"):
-                self._log_lost_rows(earlier)
+                self._log_lost_rows()
         return self._experiment
 
     def _mode(self) -> str:
-        """Which of W&B's modes the run has."""
+        """Return the W&B mode of the run."""
         import wandb
 
         mode = self._wandb_init.get("mode") or wandb.setup().settings.mode
@@ -121,57 +117,46 @@ class RunLogger(WandbLogger):
     def _begin(self) -> None:
         import wandb
 
-        given = sys.argv
-        for instead in ("offline", "disabled"):
+        original = sys.argv
+        for fallback in ("offline", "disabled"):
             try:
-                sys.argv = [*map(public, given)]  # which W&B records
+                sys.argv = [*map(public, original)]  # W&B records the arguments
                 _ = super().experiment
                 return
-            except Exception as error:  # the SDK has a dozen kinds
-                was, self._wandb_init["mode"] = self._mode(), instead
-                self.complain(f"start the run {was}", error)
-                wandb.teardown()  # or the run's id stays taken
+            except Exception as error:  # the SDK raises a dozen types
+                mode, self._wandb_init["mode"] = self._mode(), fallback
+                self.complain(f"start the run {mode}", error)
+                wandb.teardown()  # else the run's ID stays in use
             finally:
-                sys.argv = given
+                sys.argv = original
         _ = super().experiment
 
-    def _rows_of_earlier_parts(self) -> int | None:
-        """How many rows W&B's own files hold; None where they do not tell."""
-        try:
-            return mend_parts(self._folder, str(self._id)) if self._id else 0
-        except Exception as error:
-            self.complain("read its own files of the run's earlier part", error)
-            return None
-
-    def _log_lost_rows(self, on_disk: int | None) -> None:
-        """Give a resumed run the rows that W&B has not: those logged just before it was killed."""
+    def _log_lost_rows(self) -> None:
+        """Send the server the rows of a resumed run that it lacks: those logged just before a kill."""
         run: Any = self._experiment
         try:
             self._history = History(history_file(self._folder, str(self._id)))
-            kept = on_disk if run.offline else run.starting_step
-            if kept is not None:
-                for step, metrics in itertools.islice(self._history.rows(), kept, None):
-                    self._give({name: value for name, value in metrics.items() if value is not None}, step)
+            if not run.offline:
+                for step, metrics in itertools.islice(self._history.rows(), run.starting_step, None):
+                    self._log_row({name: value for name, value in metrics.items() if value is not None}, step)
         except Exception as error:
-            self.complain("take the rows that it lacked", error)
+            self.complain("log the rows of the earlier part", error)
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log; a step that was logged before the run was resumed is left out."""
-        self.log_row(metrics, step)
-
-    @rank_zero_only
-    def log_row(self, content: Mapping[str, Any], step: int | None = None) -> None:
-        """Log a row of metrics or tables, without `step=`: W&B drops rows whose step lies behind."""
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log a row of metrics or tables, unless it was logged before the run was resumed."""
         try:
             _ = self.experiment
-            if self._history is None or step is None or self._history.is_new(content, step):
-                self._give(content, step)
+            if self._history is None or step is None or self._history.is_new(metrics, step):
+                self._log_row(metrics, step)
         except Exception as error:
-            self.complain("take metrics", error)
+            self.complain("log metrics", error)
 
-    def _give(self, content: Mapping[str, Any], step: int | None) -> None:
-        """Log one row; the summary has no metrics of a validation but those that `summarise` sets."""
+    def _log_row(self, content: Mapping[str, Any], step: int | None) -> None:
+        """Log one row without `step=`, since W&B drops rows of earlier steps.
+
+        The summary contains only those metrics of a validation that `summarize` sets.
+        """
         run: Any = self._experiment
         for name in set(content) - self._defined:
             self._defined.add(name)
@@ -181,26 +166,25 @@ class RunLogger(WandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Log options, but for those that a sweep has put into the run's configuration under dotted names."""
+        """Log the configuration."""
         try:
-            options = vars(params) if isinstance(params, Namespace) else params
-            super().log_hyperparams(_without(dict(self.experiment.config), options))
+            super().log_hyperparams(params)
         except Exception as error:
-            self.complain("take the configuration", error)
+            self.complain("log the configuration", error)
 
     @rank_zero_only
     def log_graph(self, model: LightningModule, input_array: Any = None) -> None:
-        """Log the options of a module, its data and its trainer if no command line has done so.
+        """Log the options of the data and the trainer, unless the command line has done so.
 
-        It is the one method that Lightning hands the module to.
+        Lightning passes the module to no other method of a logger.
         """
-        if "model" in dict(self.experiment.config):
+        if "data" in dict(self.experiment.config):
             return
         trainer = model.trainer
         data: Any = getattr(trainer, "datamodule", None)
+        seed = os.environ.get("PL_GLOBAL_SEED")
         options = {
-            "seed_everything": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
-            "model": _plain(getattr(model, "options", {})),
+            "seed_everything": None if seed is None else int(seed),
             "data": _plain(getattr(data, "options", {})),
             "trainer": {name: _plain(getattr(trainer, name)) for name in TRAINER_OPTIONS},
             "data_digest": getattr(data, "digest", ""),
@@ -208,69 +192,71 @@ class RunLogger(WandbLogger):
         self.log_hyperparams(options)
 
     @rank_zero_only
-    def summarise(self, values: Mapping[str, Any], gone: Iterable[str] = ()) -> None:
-        """Set values of the run's summary, and remove those that are `gone`."""
+    def summarize(self, values: Mapping[str, Any], obsolete: Iterable[str] = ()) -> None:
+        """Set values of the run's summary, and remove the obsolete ones."""
         try:
             summary: Any = self.experiment.summary
-            for name in gone:
+            for name in obsolete:
                 if name in summary.keys():
                     del summary[name]
             summary.update(dict(values))
         except Exception as error:
-            self.complain("take the summary", error)
+            self.complain("update the summary", error)
 
     @rank_zero_only
     def complain(self, what: str, error: BaseException) -> None:
-        """Say once that W&B failed to do something."""
+        """Warn once that W&B failed to do something, and how to send it later."""
         if what not in self._failures:
             self._failures.add(what)
-            # rows of an online part that never arrived are in the history, which `wandb sync` does not know
+            # the history contains rows of online parts that W&B lacks, and `wandb sync` does not read it
             offline = self._mode() == "offline" and not self._online_parts()
             remedy = f"`wandb sync {self._folder / 'wandb'}/offline-run-*`" if offline else "--ckpt_path last"
             rank_zero_warn(
-                f"W&B did not {what} ({' '.join(str(error).split())}); training goes on, and {remedy} sends "
-                "later what W&B lacks"
+                f"W&B failed to {what} ({' '.join(str(error).split())}); training continues, and you can "
+                f"upload what is missing later with {remedy}"
             )
 
-    def _send_earlier_parts(self) -> bool:
-        """Upload what earlier parts of this run have left offline, so that this part follows them.
+    def _prepare_earlier_parts(self) -> None:
+        """Upload the offline parts of the run before this part.
 
-        Where an online part came before, its last rows may be missing on the server, and offline parts that
-        are uploaded would take their place: then only the history fills the gap.
-
-        Returns:
-            Whether the run may go on online.
+        If that fails, this part stays offline, too. If there is an earlier online part, its last rows may be
+        missing on the server, and uploaded offline parts would take their place. In this case the rows are
+        logged from the history instead.
         """
+        try:
+            cut_torn_records(self._folder, str(self._id))
+        except OSError as error:
+            self.complain("read its files of the earlier part of the run", error)
         parts = [part for part in self._folder.glob(f"wandb/offline-run-*-{self._id}") if not _was_sent(part)]
-        if not parts or not has_api_key():
-            return True
+        if self._mode() != "online" or not parts or not has_api_key():
+            return
         if self._online_parts():
             for log in (log for part in parts for log in part.glob("*.wandb")):
                 log.with_name(f"{log.name}.synced").touch()
-            return True
+            return
         command = [sys.executable, "-m", "wandb", "sync", *map(str, sorted(parts))]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=SYNC_SECONDS
             )
-        except subprocess.TimeoutExpired as error:
-            self.complain(EARLIER_PART, error)
-            return False
-        if not all(map(_was_sent, parts)):
             errors = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line]
-            self.complain(EARLIER_PART, RuntimeError(*errors[:1]))
-        return all(map(_was_sent, parts))
+            failure: Exception | None = None if all(map(_was_sent, parts)) else RuntimeError(*errors[:1])
+        except subprocess.TimeoutExpired as error:
+            failure = error
+        if failure is not None:
+            self.complain("upload the earlier part of the run, so this part stays offline, too", failure)
+            self._wandb_init["mode"] = "offline"
 
     def _online_parts(self) -> list[Path]:
         return list(self._folder.glob(f"wandb/run-*-{self._id}")) if self._id else []
 
 
 def _plain(value: Any) -> Any:
-    """An option as W&B can show it: of an object its fields, or the name of its class."""
+    """Return an option in a form that W&B can show: the fields of a dataclass, or the name of a class."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     if value is None or isinstance(value, bool | int | float):
@@ -278,40 +264,27 @@ def _plain(value: Any) -> Any:
     return public(str(value)) if isinstance(value, str | Path) else type(value).__name__
 
 
-def _without(known: Mapping[str, Any], options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options without those that `known` has under their dotted names."""
-    return {
-        name: _without(known, value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
-        for name, value in options.items()
-        if f"{prefix}{name}" not in known or "." not in f"{prefix}{name}"
-    }
-
-
 def _was_sent(part: Path) -> bool:
-    """Whether `wandb sync` has uploaded this part of a run."""
+    """Return whether `wandb sync` has uploaded this part of a run."""
     return any(part.glob("*.synced"))
 
 
 @contextlib.contextmanager
 def finished_run() -> Iterator[None]:
-    """At the end, the W&B run that was begun within is finished, so that the next one is another."""
-    try:
-        yield
-    except BaseException:
-        _finish(exit_code=1)
-        raise
-    _finish(exit_code=0)
-
-
-def _finish(exit_code: int) -> None:
+    """Finish the W&B run at the end of the block, so that the next one is a new run."""
     import wandb
 
-    if wandb.run is not None:
-        wandb.finish(exit_code)
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        if wandb.run is not None:
+            wandb.finish(exit_code)
 
 
 def _settings() -> dict[str, Any]:
-    """Lose a second at most when killed, and wait at the end for a server that is gone, but not for ever."""
+    """Return settings that lose at most a second when killed, and limit the wait for an absent server."""
     import wandb
 
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
@@ -320,11 +293,11 @@ def _settings() -> dict[str, Any]:
 
 
 _our_run: Any = None
-"""The run that a logger of this process has begun last."""
+"""The last run that a logger of this process has started."""
 
 
 def _finish_our_run() -> bool:
-    """Finish that run, which Lightning would reuse; return whether there is one that the user began."""
+    """Finish our last run, which Lightning would reuse; return whether the user has started a run."""
     import wandb
 
     if wandb.run is not None and wandb.run is _our_run:
@@ -333,31 +306,11 @@ def _finish_our_run() -> bool:
 
 
 _our_data_dir: str | None = None
-"""What `_set_data_dir` has put into the environment."""
+"""The value of WANDB_DATA_DIR that `_set_data_dir` has set."""
 
 
 def _set_data_dir(folder: Path) -> None:
-    """Let the pictures of tables wait in `folder` to be uploaded, the run's own.
-
-    What the user has set stays; what an earlier run of this process has set gives way.
-    """
+    """Store the images of tables in `folder` until they are uploaded, unless the user has chosen a folder."""
     global _our_data_dir
     if os.environ.get("WANDB_DATA_DIR") in (None, _our_data_dir):
         os.environ["WANDB_DATA_DIR"] = _our_data_dir = str(folder)
-
-
-def log_media(trainer: Trainer, step: int, make: Callable[[], dict[str, Any]]) -> None:
-    """Log tables, images or plots in every W&B run of the trainer; without one, `make` is not called.
-
-    Args:
-        trainer: of the run.
-        step: as Lightning counts it: `trainer.global_step - 1` in a validation.
-        make: returns W&B's own types by the names that they have in the run.
-    """
-    runs = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    content = make() if runs else {}
-    for logger in runs:
-        if isinstance(logger, RunLogger):
-            logger.log_row(content, step)
-        else:  # no `step=`: W&B drops rows whose step is in the past, as after a resume
-            logger.experiment.log({**content, "trainer/global_step": step})

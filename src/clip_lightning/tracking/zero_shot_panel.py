@@ -1,51 +1,53 @@
-"""Zero-shot accuracy while a model is trained."""
+"""Measures zero-shot accuracy during training."""
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from PIL import Image
 from torch import Tensor
 
-from clip_lightning.data.classes import ClassSet, class_names
-from clip_lightning.data.named import check_name, find_classes
+from clip_lightning.data.class_sets import find_classes
+from clip_lightning.data.classes import ClassSet, check_name, class_names
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import read_templates
-from clip_lightning.evaluation.zero_shot import Classification, classify, zero_shot_classifier
+from clip_lightning.evaluation.zero_shot import Classification, classify
 from clip_lightning.model.clip import CLIP
-from clip_lightning.model.encode import encode_pictures, project_pictures
+from clip_lightning.model.encode import Encoded, encode_images
+from clip_lightning.model.zero_shot import zero_shot_classifier
 from clip_lightning.reports.class_report import ClassReport
-from clip_lightning.run_folder import RunFolder
-from clip_lightning.terminal import one_line
-from clip_lightning.tracking.logger import log_media
-from clip_lightning.tracking.media import class_media
+from clip_lightning.terminal import one_line, printable
+from clip_lightning.tracking.panel import Panel
 
 METRICS = ("zero_shot_top1", "zero_shot_top5")
+MOST_CONFUSED = 200
 
 
-class ZeroShot(Callback):
-    """Classifies pictures by the names of their classes at each validation.
+class ZeroShot(Panel):
+    """Classifies images by the names of their classes at each validation.
 
-    Logs `val/zero_shot_top1` and `val/zero_shot_top5`, in percent, with the weights that the validation
-    itself uses, in fp32. When training ends, of the last time: `zero_shot/` in the run's folder, with
-    classes, confusions and calibration, and in W&B tables of them. The image tower runs again only where it
-    is trained.
+    It logs `val/zero_shot_top1` and `val/zero_shot_top5`, in percent, computed in fp32 with the weights that
+    are validated. When training ends, it writes the classes, confusions and calibration of the last
+    validation to `zero_shot/` in the run's folder, and logs tables of them to W&B. The features of a frozen
+    image tower are computed once.
 
     Args:
-        data: a folder of class folders, a CSV with the columns image and label, torchvision:CIFAR10 and the
-            like, or hf:OWNER/NAME; nothing is done without it.
-        templates: simple, imagenet, none, or a file with one template a line, {} where the name goes.
-        names: file of the names of classes, as for evaluate zero-shot.
-        split: all, train, val or test; by default the data's own val split (test, if it has no val), and all
-            where it has none.
-        every: validations from one time to the next; those of the last epoch always count.
-        data_cache: folder for what torchvision downloads; the user's cache folder by default.
+        data: a folder of class folders, a CSV with the columns image and label, a torchvision data set such
+            as torchvision:CIFAR10, or hf:OWNER/NAME; without it, nothing is classified.
+        templates: simple, imagenet, none, or a file with one template per line, in which {} stands for the
+            name of the class.
+        names: file with the names of the classes, as in evaluate zero-shot.
+        split: all, train, val or test; by default the val split of the data, else its test split, else all.
+        every: classify at each n-th validation, and always in the last epoch.
+        data_cache: folder for downloads of torchvision; by default the user's cache folder.
 
     Attributes:
-        folder: of the run; nothing is written without it.
+        folder: the folder of the run; without it, nothing is written.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class ZeroShot(Callback):
         self.data = data
         self.templates = read_templates(templates) if data is not None else ()
         self.names, self.split, self.every, self.data_cache = names, split, every, data_cache
-        self.folder: Path | None = None
+        super().__init__()
         self._set: ClassSet | None = None
         self._rows: list[int] = []
         self._names: list[list[str]] = []
@@ -84,16 +86,15 @@ class ZeroShot(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.data is None or self._set is not None or stage not in ("fit", "validate"):
             return
-        found = find_classes(self.data, self.data_cache)
-        own = {split for split in found.splits if split}
-        split = self.split or next((name for name in ("val", "test") if name in own), "all")
-        self._rows = found.rows(split)
+        classes = find_classes(self.data, self.data_cache)
+        split = self.split or next((name for name in ("val", "test") if name in classes.splits), "all")
+        self._rows = classes.rows(split)
         if not self._rows:
             raise UserError(
-                f"--zero_shot.split {split}: {self.data} has no such split; give one it has, or all"
+                f"--zero_shot.split {split}: {self.data} has no such split; choose another split, or all"
             )
-        self._names = class_names(found.classes, self.names)
-        self._set = found
+        self._names = class_names(classes.classes, self.names)
+        self._set = classes
 
     def on_validation_batch_start(
         self,
@@ -103,8 +104,8 @@ class ZeroShot(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        # Not at the epoch's start or end, where a callback that averages weights puts its own in and takes
-        # them out again, before or after this one.
+        # At the first batch, since callbacks that average weights swap them when the epoch starts and ends,
+        # before or after this callback.
         if self._set is None or batch_idx or trainer.sanity_checking:
             return
         self._validations += 1
@@ -118,62 +119,82 @@ class ZeroShot(Callback):
         if self._set is None or trainer.sanity_checking:
             return
         result, self._now = self._now, None
-        if result is None:  # else the last figure would pass for this epoch's
+        if result is None:  # else the previous accuracy would be recorded for this epoch
             for name in METRICS:
                 trainer.callback_metrics.pop(f"val/{name}", None)
             return
-        # equal on all ranks already; sync_dist only spares Lightning's advice
+        # the values are equal on all ranks; sync_dist only avoids Lightning's warning
         pl_module.log_dict({f"val/{name}": result.metrics[name] for name in METRICS}, sync_dist=True)
         title = f"{self.data}, epoch {trainer.current_epoch}"
-        self._step = trainer.global_step - 1  # as Lightning counts it for the metrics of this validation
+        self._step = trainer.global_step - 1  # as Lightning counts the metrics of this validation
         self._last = ClassReport(title, [entry[0] for entry in self._names], result)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._show(trainer)
-
     def _classify(self, trainer: Trainer, clip: CLIP, data: ClassSet) -> Classification:
-        """Every rank embeds its share; all have the same result."""
+        """Embed a part of the images on each rank, and classify all of them on every rank."""
         features, labels = self._features(trainer, clip, data)
-        share = project_pictures(clip, features), labels
-        shares: list[Any] = [share]
+        part = clip.project_image(features.to(clip.device)).cpu(), labels
+        parts: list[Any] = [part]
         if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, share)
-        image, label = (torch.cat(parts) for parts in zip(*shares, strict=True))
+            parts = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, part)
+        image, label = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         if not len(image):
             raise UserError(
-                f"--zero_shot.data {self.data}: none of its pictures can be read; give other data"
+                f"--zero_shot.data {self.data}: no image can be read; check the files, or give other data"
             )
         classifier = zero_shot_classifier(clip, self._names, self.templates)
         return classify(image, classifier, label, scale=clip.scale.item(), bias=clip.bias)
 
     def _features(self, trainer: Trainer, clip: CLIP, data: ClassSet) -> tuple[Tensor, Tensor]:
-        """The image tower's features of this rank's share (I, width), and the labels (I,)."""
+        """Return the features (I, width) of the images of this rank, and their labels (I,)."""
         if self._kept is not None and clip.image_tower.frozen:
             return self._kept
         rows = self._rows[trainer.global_rank :: trainer.world_size]
         first = self._kept is None and trainer.is_global_zero
-        found = encode_pictures(
-            clip, [data.pictures[row] for row in rows], progress="zero-shot pictures" if first else ""
-        )
-        if found.broken and self._kept is None:
-            path, reason = next(iter(found.broken.items()))
-            rank_zero_warn(one_line(f"zero-shot: skipped {len(found.broken)} pictures; {path}: {reason}"))
-        labels = torch.tensor([data.labels[rows[at]] for at in found.rows], dtype=torch.long)
-        self._kept = found.features, labels
+        images, progress = [data.images[row] for row in rows], "zero-shot images" if first else ""
+        encoded = Encoded.join(encode_images(clip.image_tower, images, progress=progress))
+        if encoded.broken and self._kept is None:
+            _, path, reason = encoded.broken[0]
+            count = len(encoded.broken)
+            rank_zero_warn(
+                one_line(f"zero-shot: skipped {count} unreadable images, such as {path}: {reason}")
+            )
+        labels = torch.tensor([data.labels[rows[index]] for index in encoded.rows], dtype=torch.long)
+        self._kept = encoded.features, labels
         return self._kept
 
-    def _show(self, trainer: Trainer) -> None:
-        """Classes and confusions of the last time, once; they are never worth a run."""
+    def show_rest(self, trainer: Trainer) -> None:
+        """Show the classes, confusions and calibration of the last classification."""
         report, self._last = self._last, None
         if report is None or not trainer.is_global_zero or trainer.state.fn != "fit":
             return
-        try:
+        with self.sparing("the zero-shot classes could not be shown"):
             if self.folder is not None and not trainer.fast_dev_run:
-                report.write(RunFolder(self.folder).zero_shot)
-            log_media(trainer, self._step, lambda: class_media(report, "val/"))
-        except Exception as error:
-            rank_zero_warn(f"the zero-shot classes could not be shown: {type(error).__name__}: {error}")
+                report.write(self.run_folder(trainer).zero_shot)
+            self.log_media(trainer, self._step, lambda: class_media(report, "val/"))
+
+
+def class_media(report: ClassReport, prefix: str = "") -> dict[str, Any]:
+    """Return by name a table of the classes, a table of the most frequent confusions, and two plots.
+
+    Args:
+        report: the report on the classification.
+        prefix: a prefix of the names, such as `val/`.
+    """
+    import wandb
+
+    classes = wandb.Table(columns=["class", "images", "right", "accuracy"])
+    for name, images, right, accuracy in report.classes():
+        classes.add_data(printable(name), images, right, accuracy)
+    confused = wandb.Table(columns=["class", "taken for", "images"])
+    for true, taken, count in report.confused(MOST_CONFUSED):
+        confused.add_data(printable(true), printable(taken), count)
+    plots = {
+        f"{prefix}zero_shot_{name}": wandb.Image(Image.open(BytesIO(png)), caption=printable(report.title))
+        for name, png in report.plots().items()
+    }
+    return {
+        f"{prefix}zero_shot_classes": classes,
+        f"{prefix}zero_shot_confused": confused,
+        **plots,
+    }

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, the one before kept, damage found before it is trained on."""
+"""Writes checkpoints that are always complete, keeps the previous one, and detects damaged files."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from clip_lightning.run_folder import LAST, PREVIOUS
 
 
 def within_a_step(trainer: Trainer) -> bool:
-    """Return whether a step has begun and not finished: a batch of it, or the accumulation of its gradients.
+    """Return whether a step has begun and not finished, including the accumulation of its gradients.
 
-    A checkpoint would hold part of it in its weights or statistics, and lack the gradients.
+    A checkpoint would contain a part of the step in its weights or statistics, but not the gradients.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    return bool(progress.current.started > progress.current.processed) or accumulates(trainer)
+    return bool(progress.current.started > progress.current.processed) or is_accumulating(trainer)
 
 
-def accumulates(trainer: Trainer) -> bool:
-    """Return whether gradients of finished batches wait for those of later ones."""
+def is_accumulating(trainer: Trainer) -> bool:
+    """Return whether gradients of finished batches are still to be added to those of later ones."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     done = progress.current.processed
     at_end = progress.is_last_batch and done == progress.current.ready
@@ -40,41 +40,41 @@ def accumulates(trainer: Trainer) -> bool:
 
 
 def all_ranks_save(trainer: Trainer, exception: BaseException) -> bool:
-    """Whether weights can be saved after an exception.
+    """Return whether all ranks save their weights after this exception.
 
-    Where they are sharded all ranks have to give theirs: they do when they have agreed to stop, and if one
-    alone has failed, waiting for it would never end.
+    Sharded weights need every rank. If all ranks have agreed to stop, they all save; if one rank has failed,
+    the others would wait for it forever.
     """
     agreed = isinstance(exception, AgreedStop | SIGTERMException)
     return agreed or not isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 class WhenInterrupted(ModelCheckpoint):
-    """Saves at an exception between steps; half a step takes the place of no checkpoint that is whole."""
+    """Saves when an exception ends training; half a step never replaces a complete checkpoint."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save, unless the last checkpoint is the better one."""
-        no_better = not within_a_step(trainer) or not Path(str(self.dirpath), LAST).is_file()
-        if no_better and all_ranks_save(trainer, exception):
+        """Save, unless it would replace a complete checkpoint by half a step."""
+        loses_nothing = not within_a_step(trainer) or not Path(str(self.dirpath), LAST).is_file()
+        if loses_nothing and all_ranks_save(trainer, exception):
             super().on_exception(trainer, pl_module, exception)
 
 
 class WithinEpoch(ModelCheckpoint):
-    """Saves between steps, except after the last batch of an epoch, from where Lightning would repeat it."""
+    """Saves between steps, except after the last batch of an epoch, which a resumed run would repeat."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save, if it is time."""
-        if not (trainer.is_last_batch or accumulates(trainer)):
+        """Save if the interval has passed."""
+        if not (trainer.is_last_batch or is_accumulating(trainer)):
             super().on_train_batch_end(trainer, pl_module, *args)
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """When `last.ckpt` is written, beside the end of every epoch and an interruption.
+    """When to write `last.ckpt`, in addition to the end of every epoch and an interruption.
 
     Attributes:
-        every_minutes: at most this long after the last time; a kill without warning costs no more.
-        every_n_steps: after as many optimiser steps.
+        every_minutes: minutes between two checkpoints, the most that a killed run loses.
+        every_n_steps: optimizer steps between two checkpoints.
     """
 
     every_minutes: float | None = 30.0
@@ -83,33 +83,28 @@ class CheckpointOptions:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.every_minutes is not None and not 0 < self.every_minutes < math.inf:
-            raise UserError(f"--checkpoint.every_minutes {self.every_minutes}: expected more than 0, or null")
+            raise UserError(
+                f"--checkpoint.every_minutes {self.every_minutes}: expected a number greater than 0, or null"
+            )
         if self.every_n_steps is not None and self.every_n_steps < 1:
             raise UserError(f"--checkpoint.every_n_steps {self.every_n_steps}: expected 1 or more, or null")
 
     def callbacks(self, folder: Path) -> list[Callback]:
-        """That write it."""
-        name = LAST.removesuffix(".ckpt")
-        kinds: list[Callback] = []
+        """Return the callbacks that write `last.ckpt` into a folder."""
+        intervals: list[dict[str, Any]] = []
         if self.every_minutes is not None:
-            interval = timedelta(minutes=self.every_minutes)
-            kinds.append(
-                WithinEpoch(folder, name, train_time_interval=interval, enable_version_counter=False)
-            )
+            intervals.append({"train_time_interval": timedelta(minutes=self.every_minutes)})
         if self.every_n_steps is not None:
-            kinds.append(
-                WithinEpoch(
-                    folder, name, every_n_train_steps=self.every_n_steps, enable_version_counter=False
-                )
-            )
-        return kinds
+            intervals.append({"every_n_train_steps": self.every_n_steps})
+        name = LAST.removesuffix(".ckpt")
+        return [WithinEpoch(folder, name, enable_version_counter=False, **kind) for kind in intervals]
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and renames; `last.ckpt` that gives way becomes `previous.ckpt`.
+    """Writes a checkpoint to a temporary name and renames it; `previous.ckpt` is the replaced `last.ckpt`.
 
-    Lightning's own holds the whole file in memory first, and moves it over from the folder of temporary
-    files, which copies it where that is another file system: a kill then leaves half of it.
+    Lightning's class collects the complete file in memory, and moves it from the folder of temporary files.
+    On another file system, the move is a copy, and a kill leaves half of the file.
     """
 
     def save_checkpoint(
@@ -118,14 +113,14 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Write the file.
 
         Raises:
-            RunFailed: there is no room, or the folder cannot be written; what was there stays.
+            RunFailed: the disk is full or the folder cannot be written; existing files do not change.
         """
         path = Path(path)
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-                left.unlink()
+            for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                leftover.unlink()
             with draft.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -133,11 +128,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
             if path.name == LAST and path.exists():
                 _link(path, path.with_name(PREVIOUS))
             os.replace(draft, path)
-        except (OSError, RuntimeError) as error:  # torch wraps what the file system says
+        except (OSError, RuntimeError) as error:  # torch wraps the errors of the file system
             reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
             raise RunFailed(
-                f"the checkpoint {path} cannot be written ({reason}); what was saved before is still there: "
-                "make room and continue with --ckpt_path last"
+                f"the checkpoint {path} cannot be written ({reason}); earlier checkpoints are intact: free "
+                "disk space, and resume with --ckpt_path last"
             ) from error
         finally:
             draft.unlink(missing_ok=True)
@@ -145,18 +140,18 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the file on the CPU, and no code from it."""
+        """Load the file on the CPU, without executing code from it."""
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return checkpoint
 
 
 def _link(path: Path, name: Path) -> None:
-    """Give the file a second name, in place of whatever has it; without a moment at which it has none."""
+    """Link a second name to the file, which atomically replaces the file of that name."""
     draft = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     draft.unlink(missing_ok=True)
     try:
         os.link(path, draft)
-    except OSError:  # a file system without links: then there is none before
+    except OSError:  # a file system without links has no `previous.ckpt`
         return
     try:
         os.replace(draft, name)
@@ -165,10 +160,10 @@ def _link(path: Path, name: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """Why the file is not a whole checkpoint, None if it is one; its checksums are compared."""
+    """Return why the file is not a complete checkpoint, or None if it is; its checksums are verified."""
     try:
         with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
+            damaged = archive.testzip()
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
-        return f"it is cut off or no checkpoint: {error}"
-    return None if wrong is None else f"{wrong} in it does not match its checksum"
+        return f"it is truncated or not a checkpoint: {error}"
+    return None if damaged is None else f"{damaged} in it does not match its checksum"

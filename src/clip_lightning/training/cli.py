@@ -1,4 +1,4 @@
-"""`fit`, `validate` and `test`: LightningCLI with our defaults, links, run folders and messages."""
+"""Runs `fit`, `validate` and `test`: LightningCLI with our defaults, run folders and messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -39,12 +39,11 @@ from clip_lightning.terminal import public
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
 from clip_lightning.tracking.prediction_panel import PredictionTable
-from clip_lightning.tracking.zero_shot_panel import ZeroShot
+from clip_lightning.tracking.zero_shot_panel import METRICS, ZeroShot
 from clip_lightning.training.checkpoints import CheckpointOptions, SafeCheckpointIO, WhenInterrupted
-from clip_lightning.training.guard import NonFinite
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.ranks import lost_rank, watch_children
-from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder, SaveConfig
+from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder
 from clip_lightning.training.runs import (
     changed_options,
     check_fits,
@@ -52,10 +51,11 @@ from clip_lightning.training.runs import (
     find_checkpoint,
     keep_scores,
     place_logger,
+    read_checkpoint,
     run_of,
 )
 from clip_lightning.training.sharding import ShardedStrategy, check_shardable
-from clip_lightning.training.stopping import EarlyStopping, GracefulStop
+from clip_lightning.training.stopping import EarlyStopping, GracefulStop, NonFinite
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -63,56 +63,43 @@ TRAINER_DEFAULTS = {
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,
-    "enable_model_summary": False,  # one line says it
-    "use_distributed_sampler": False,  # our samplers know of ranks
+    "enable_model_summary": False,  # one line replaces it
+    "use_distributed_sampler": False,  # our samplers divide the data among ranks
     "logger": {"class_path": "clip_lightning.tracking.logger.RunLogger"},
 }
 
 
-# Warnings that say nothing to the user of a command.
+# Warnings that do not concern the user of a command.
 QUIET = (
-    ".*Checkpoint directory .* is not empty.*",  # a resumed run's
-    ".*module\\(s\\) in eval mode.*",  # frozen towers are meant to be
+    ".*Checkpoint directory .* is not empty.*",  # when a run is resumed
+    ".*module\\(s\\) in eval mode.*",  # frozen towers should be
     ".*smaller than the logging interval.*",
-    ".*The dirpath has changed.*",  # BestCheckpoint finds its file again
+    ".*The dirpath has changed.*",  # BestCheckpoint corrects the path
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.15
-    ".*all_gather is deprecated.*",  # likewise
-    ".*callbacks used to create the checkpoint need to be provided.*",  # not for scoring
-    ".*WeightAveraging doesn't support sharding.*",  # which is refused with it
-    ".*returned a view tensor.*",  # a sharded tower; its features are changed nowhere in place
-    ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours skips what was done
+    ".*all_gather is deprecated.*",  # Lightning 2.6 with torch 2.15
+    ".*callbacks used to create the checkpoint need to be provided.*",  # scoring needs none
+    ".*WeightAveraging doesn't support sharding.*",  # we reject the combination
+    ".*returned a view tensor.*",  # sharded towers; nothing changes their features in place
+    ".*ended before the epoch ended and your dataloader is not resumable.*",  # our samplers are
 )
 
 
 class Parser(PlainErrors, LightningArgumentParser):
-    """LightningCLI's parser, with our complaints."""
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's bar on stderr, without the logger's version number."""
-
-    def __init__(self) -> None:
-        super().__init__(console_kwargs={"stderr": True})
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What the bar shows behind the time."""
-        shown = super().get_metrics(trainer, pl_module)
-        shown.pop("v_num", None)
-        return shown
+    """Extends LightningCLI's parser with our error messages."""
 
 
 class RunCLI(LightningCLI):
     """Builds model, data and trainer from the command line and gives the run its folder.
 
     Args:
-        words: the command line, the command first.
-        callbacks: of the caller's own, beside those of every run.
+        args: the command and its arguments.
+        callbacks: additional callbacks of a command that trains several models, such as a sweep.
     """
 
     run: RunFolder
     config_to_save: str
 
-    def __init__(self, words: list[str], callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(self, args: list[str], callbacks: Sequence[Callback] = ()) -> None:
         self.callers_callbacks = callbacks
         super().__init__(
             CLIPModule,
@@ -121,18 +108,18 @@ class RunCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
-            args=with_logger_folder(named_configs(words)),
+            args=with_logger_folder(named_configs(args)),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The trainer's methods that are commands, and their arguments that are none of the user's."""
+        """Return the methods of the trainer that are commands, and their arguments that are not options."""
         return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Callbacks with options, and what one part takes from another."""
+        """Add the callbacks that have options, and pass the transform and the tokenizer on to the data."""
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.set_defaults(
             {
@@ -145,24 +132,25 @@ class RunCLI(LightningCLI):
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
         parser.add_lightning_class_args(PredictionTable, "predictions")
         parser.add_lightning_class_args(ZeroShot, "zero_shot")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.link_arguments("data.image_size", "model.image_size")
         parser.link_arguments("model.transform", "data.transform", apply_on="instantiate")
         parser.link_arguments("model.tokenize", "data.tokenize", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the words given; Lightning's own version warns of any that do not come from the process."""
+        """Parse the arguments without Lightning's warning that they are not those of the process."""
         self.config = parser.parse_args(args)
         for name, value in list(self.config.items()):
-            if value == "" and ".init_args." not in name:  # other people's classes have it as a default
+            if (
+                value == "" and ".init_args." not in name
+            ):  # classes of other packages may have it as a default
                 option = name.removeprefix(f"{self.config.subcommand}.")
-                raise UserError(f"--{option} is empty in a configuration; give a value, or leave it out")
+                raise UserError(f"--{option} is empty in a configuration file; set a value or remove it")
             self.config[name] = changed_strings(value, with_home)
 
     def before_instantiate_classes(self) -> None:
-        """Settle the run's folder, the checkpoint to start from, and where loggers write."""
+        """Choose the run's folder, the checkpoint to start from, and where loggers write."""
         config = self.config[self.subcommand]
-        # re-runnable, so taken before the run's own folder and id are put in
+        check_numbers(config)
+        # config.yaml can start another run, so it is dumped before the run's folder and id are filled in
         parser = self._parser(self.subcommand)
         rerunnable = config.clone()
         rerunnable.ckpt_path = None
@@ -171,37 +159,34 @@ class RunCLI(LightningCLI):
         self.config_to_save = parser.dump(rerunnable, skip_unset=False)
         root = Path(config.trainer.default_root_dir)
         checkpoint = find_checkpoint(config.ckpt_path, root)
-        config.ckpt_path = None
-        if checkpoint is not None:
-            config.ckpt_path = str(checkpoint)
-            config.weights_only = True  # a checkpoint may come from a stranger
+        config.ckpt_path = None if checkpoint is None else str(checkpoint)
+        config.weights_only = True  # a checkpoint may come from a stranger
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"--trainer.default_root_dir {root} cannot be written ({error.strerror}); give another folder"
+                f"--trainer.default_root_dir {root} cannot be created ({error.strerror}); use another folder"
             ) from error
-        run = RunFolder.of_checkpoint(checkpoint) if checkpoint is not None else None
-        resumed = run is not None and run.is_run() and self.subcommand == "fit"
-        self.run = run if run is not None and resumed else RunFolder.new(root)
+        self.run = RunFolder.new(root)
+        if self.subcommand == "fit" and checkpoint and (run := RunFolder.of_checkpoint(checkpoint)).is_run():
+            self.run = run
         if self.subcommand != "fit":
             if checkpoint is None and config.model.init_from is None:
                 raise UserError(
-                    "nothing to score: give --ckpt_path FILE|last|best, or --model.init_from BUNDLE"
+                    "no model to score: set --ckpt_path FILE|last|best, or --model.init_from BUNDLE"
                 )
-            # a score belongs to the run that it is of; it is no run of its own
+            # scores are stored with the run that trained the model, and do not make a new run
             self.scored_run = run_of(checkpoint or config.model.init_from)
             self.tracks_scores = config.trainer.logger is not False
             config.trainer.logger = config.trainer.enable_checkpointing = config.verbose = False
         if config.trainer.logger is True:
             config.trainer.logger = parser.get_defaults().trainer.logger
-        loggers = config.trainer.logger
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
+        for logger in as_list(config.trainer.logger):
             if isinstance(logger, Namespace):
                 place_logger(logger, self.run.path)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would take hyperparameters from the checkpoint; ours are all in the configuration."""
+        """Ignore the hyperparameters in the checkpoint: the configuration is complete."""
 
     def _set_seed(self) -> None:
         try:
@@ -210,42 +195,46 @@ class RunCLI(LightningCLI):
             raise UserError(f"--seed_everything: {error}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Look for what does not go together before ranks start and frozen towers run for minutes."""
+        """Reject incompatible options before ranks start and frozen towers run for minutes."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             check_shardable(self.model.clip, self.model.micro_batch_size, self.trainer)
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint is not None:
-            check_fits(Path(checkpoint), self.model)
+            check_fits(checkpoint, read_checkpoint(Path(checkpoint)), self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer with the callbacks that every run has."""
+        """Build the trainer with the callbacks of every run."""
         config = self._get(self.config_init, "trainer")
-        given = config.get("callbacks") or []
-        given = given if isinstance(given, list) else [given]
-        config["callbacks"] = [*given, *self._own_callbacks(config), *self.callers_callbacks]
-        if config.get("precision") == "bf16-mixed" and runs_on_cpu(config) and not cpu_computes_in_bf16():
+        callbacks = as_list(config.get("callbacks"))
+        config["callbacks"] = [*callbacks, *self._own_callbacks(config), *self.callers_callbacks]
+        accelerator = config.get("accelerator")
+        on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+        if config.get("precision") == "bf16-mixed" and on_cpu and not cpu_computes_in_bf16():
             print(
-                "this CPU has no fast bf16: training in fp32 (--trainer.precision 32-true)", file=sys.stderr
+                "this CPU has no fast bf16 kernels: training in fp32 (--trainer.precision 32-true)",
+                file=sys.stderr,
             )
             config["precision"] = "32-true"
-        plugins = config.get("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = as_list(config.get("plugins"))
         if config.get("strategy") == "fsdp":
             config["strategy"] = ShardedStrategy()
         elif "fsdp" in str(config.get("strategy")).lower():
-            raise UserError(f"--trainer.strategy {config['strategy']}: expected fsdp, with nothing besides")
+            raise UserError(
+                f"--trainer.strategy {config['strategy']}: expected fsdp without further settings"
+            )
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, SafeCheckpointIO()]
         if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in plugins):
-            plugins = [*plugins, SLURMEnvironment(auto_requeue=False)]  # `GracefulStop` does it
+            plugins = [*plugins, SLURMEnvironment(auto_requeue=False)]  # `GracefulStop` requeues jobs
         config["plugins"] = plugins
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, ModuleNotFoundError) as error:  # an accelerator or strategy that is not there
+        except (ValueError, ModuleNotFoundError) as error:  # such as an unknown accelerator or strategy
             raise UserError(f"--trainer: {error}") from error
 
     def _own_callbacks(self, trainer_config: Any) -> list[Callback]:
-        bar = [ProgressBar()] if trainer_config.get("enable_progress_bar") is not False else []
+        shown = trainer_config.get("enable_progress_bar") is not False
+        bar = [RichProgressBar(console_kwargs={"stderr": True})] if shown else []
         if self.subcommand != "fit":
             return bar
         predictions = self._get(self.config_init, "predictions")
@@ -253,12 +242,11 @@ class RunCLI(LightningCLI):
         self._get(self.config_init, "zero_shot").folder = self.run.path
         callbacks: list[Callback] = [
             *bar,
-            SaveConfig(self.config_to_save, self.run.path),
-            RunRecorder(self.run.path),
+            RunRecorder(self.run.path, self.config_to_save),
             Alerts(),
             NonFinite(self.run.path),
-            GracefulStop(says_how=not self.callers_callbacks),
-            # `last` is written at every epoch's end, when the run is interrupted, and as the options say
+            GracefulStop(prints_remedy=not self.callers_callbacks),
+            # `last` is written after every epoch, when the run is interrupted, and as `checkpoint` says
             BestCheckpoint(self.run.checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
             WhenInterrupted(
                 self.run.checkpoints,
@@ -275,34 +263,39 @@ class RunCLI(LightningCLI):
         return callbacks
 
     def before_fit(self) -> None:
-        """Check data and checkpoint before a logger starts a run, then print where everything goes."""
+        """Check the data and the checkpoint before a logger starts a run, then print the run's folder."""
+        is_alone = not self.callers_callbacks  # else the caller prints what its runs have in common
+        self.datamodule.prints_summary = is_alone
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
+        ranks = self.trainer.num_devices * self.trainer.num_nodes
+        interval = self.trainer.val_check_interval
+        counts = isinstance(interval, int) and self.trainer.check_val_every_n_epoch is not None
+        if counts and interval > (batches := len(self.datamodule.train_dataloader()) // ranks):
+            raise UserError(
+                f"--trainer.val_check_interval {interval} is more than the {batches} batches of an epoch; "
+                "lower it, or set --trainer.check_val_every_n_epoch null to count batches across epochs"
+            )
         checkpoint = self.config["fit"].ckpt_path
         if checkpoint:
-            ranks = self.trainer.num_devices * self.trainer.num_nodes
             check_resumes(Path(checkpoint), self.model, self.datamodule, ranks)
         if self.trainer.is_global_zero:
-            self.run.path.mkdir(parents=True, exist_ok=True)  # W&B wants it to be there
+            self.run.path.mkdir(parents=True, exist_ok=True)  # W&B expects it to exist
             sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
             trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-            print(f"training {trained:,} of {total:,} parameters", file=sys.stderr)
-            print(f"run folder: {self.run.path}", file=sys.stderr)
+            if is_alone:
+                print(f"training {trained:,} of {total:,} parameters", file=sys.stderr)
+                print(f"run folder: {self.run.path}", file=sys.stderr)
             if checkpoint:
-                print(f"going on from {checkpoint}", file=sys.stderr)
-                self._take_over_run(Path(checkpoint))
-
-    def _take_over_run(self, checkpoint: Path) -> None:
-        """Print what the resumed run does otherwise than before."""
-        if not self.run.is_run():  # a checkpoint without its run begins another
-            return
-        for line in changed_options(self.run.config.read_text(), self.config_to_save):
-            print(f"changed: {line}", file=sys.stderr)
-        if checkpoint.name != LAST:
-            go_back(history_file(self.run.path, self.run.path.name))
+                print(f"resuming from {checkpoint}", file=sys.stderr)
+                if self.run.is_run():  # else the checkpoint was moved, and starts a new run
+                    for line in changed_options(self.run.config.read_text(), self.config_to_save):
+                        print(f"changed: {line}", file=sys.stderr)
+                    if Path(checkpoint).name != LAST:
+                        go_back(history_file(self.run.path, self.run.path.name))
 
     def after_fit(self) -> None:
-        """Print the result."""
+        """Print the metrics, the run's folder and the time spent."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             recorder = next(c for c in self.trainer.callbacks if isinstance(c, RunRecorder))
             if recorder.metrics:
@@ -310,7 +303,7 @@ class RunCLI(LightningCLI):
             else:
                 print(
                     "no epoch was validated: there are no metrics and no best checkpoint, and model/ has the "
-                    "last weights; leave --trainer.limit_val_batches out to validate",
+                    "last weights; remove --trainer.limit_val_batches to validate",
                     file=sys.stderr,
                 )
             print("run folder:", self.run.path)
@@ -321,16 +314,10 @@ class RunCLI(LightningCLI):
             print("time:", ", ".join(parts))
 
     def after_validate(self) -> None:
-        """Print and keep the scores; Lightning's own table goes where the progress bar goes."""
-        self._finish_scores("val")
-
-    def after_test(self) -> None:
-        """Print and keep the scores."""
-        self._finish_scores("test")
-
-    def _finish_scores(self, split: str) -> None:
+        """Print and store the scores; Lightning's own table is part of the progress bar."""
         if not self.trainer.is_global_zero:
             return
+        split = "test" if self.subcommand == "test" else "val"
         logged = self.trainer.callback_metrics.items()
         scores = {name.removeprefix(f"{split}/"): float(value) for name, value in logged}
         print_metrics(scores, split)
@@ -340,23 +327,46 @@ class RunCLI(LightningCLI):
             about = {"scored": scored, "data_digest": self.datamodule.digest}
             keep_scores(self.scored_run, self.subcommand, scores, about, track=self.tracks_scores)
 
+    after_test = after_validate
 
-def runs_on_cpu(trainer: Any) -> bool:
-    """Return whether a trainer with these arguments runs on a CPU."""
-    accelerator = trainer.get("accelerator")
-    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+
+def as_list(value: Any) -> list[Any]:
+    """Return the value of an option that accepts one item, several or none as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def check_numbers(config: Any) -> None:
+    """Reject values of trainer options that Lightning accepts and that fail only during training.
+
+    Raises:
+        UserError: an option has such a value.
+    """
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
+        given = config.trainer[name]
+        if isinstance(given, int | float) and given <= 0:
+            raise UserError(f"--trainer.{name} {given}: expected a number greater than 0")
+    callbacks = config.trainer.callbacks
+    if "StochasticWeightAveraging" in str(callbacks):
+        raise UserError(
+            "--trainer.callbacks StochasticWeightAveraging averages the weights after the last validation, "
+            "which does not score them; use EMAWeightAveraging"
+        )
+    measures = [f"{direction}_{measure}" for direction in DIRECTIONS for measure in MEASURES]
+    known = [f"val/{name}" for name in ("rsum", *measures, *METRICS)] + ["train/loss", "train/grad_norm"]
+    if "early_stopping" in config and not callbacks and (name := config.early_stopping.monitor) not in known:
+        raise UserError(f"--early_stopping.monitor {name}: expected one of {', '.join(known)}")
 
 
 def cpu_computes_in_bf16() -> bool:
     """Return whether torch has fast kernels in bf16 for this CPU.
 
-    Without AVX-512 or its like, a convolution in bf16 takes up to a hundred times as long as in fp32.
+    Without AVX-512 or an equivalent, a convolution in bf16 takes up to a hundred times as long as in fp32.
     """
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def print_metrics(metrics: dict[str, float], title: str) -> None:
-    """Show retrieval metrics as a table on stdout."""
+    """Print retrieval metrics as a table on stdout."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for measure in MEASURES.values():
@@ -372,10 +382,13 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
 
 
 def run(args: list[str]) -> None:
-    """Run `fit`, `validate` or `test` with the words of the command line, the command first.
+    """Run `fit`, `validate` or `test`.
+
+    Args:
+        args: the command and its arguments.
 
     Raises:
-        UserError: what was asked for cannot be done.
+        UserError: an argument is invalid, or the run fails.
     """
     run_as(RunCLI, args)
 
@@ -383,30 +396,35 @@ def run(args: list[str]) -> None:
 AnyCLI = TypeVar("AnyCLI", bound=RunCLI)
 
 
-def run_as(kind: type[AnyCLI], words: list[str], callbacks: Sequence[Callback] = ()) -> AnyCLI:
-    """Run the words of a command line, the command first, with callbacks of the caller's own besides.
+def run_as(kind: type[AnyCLI], args: list[str], callbacks: Sequence[Callback] = ()) -> AnyCLI:
+    """Run a command with additional callbacks, and turn errors of Lightning and torch into ours.
+
+    Args:
+        kind: the class of the command line interface.
+        args: the command and its arguments.
+        callbacks: as for `RunCLI`.
 
     Raises:
-        UserError: what was asked for cannot be done.
+        UserError: an argument is invalid, or the run fails.
     """
-    transformers.utils.logging.disable_progress_bar()  # of loading weights, over in a blink
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers tokenise, one core each
-    # Lightning's news of accelerators that are not there, and its advertisement; warnings stay
+    transformers.utils.logging.disable_progress_bar()  # weights load too quickly to show progress
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each loader process tokenizes on one core
+    # hide Lightning's lines about unused accelerators and its tips; its warnings are still shown
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     watch_children()
     try:
-        return kind(words, callbacks)
-    except MisconfigurationException as error:  # Lightning's word for what its options cannot do
+        return kind(args, callbacks)
+    except MisconfigurationException as error:  # Lightning rejects a combination of options
         raise UserError(str(error)) from error
     except UserError:
         raise
     except ValueError as error:
-        said = error_within(error)
-        if said is None:
+        reason = error_within(error)
+        if reason is None:
             raise
-        raise UserError(said) from error
+        raise UserError(reason) from error
     except RuntimeError as error:
         lost = lost_rank(error)
         if lost is None:

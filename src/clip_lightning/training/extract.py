@@ -1,53 +1,48 @@
-"""Runs frozen towers once over a split and hands their features to the data module.
+"""Runs frozen towers once over a split, and passes their features to the data module.
 
-R rows, D the tower's width.
+Shapes: R rows of features of width D.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_lightning.cores import cores
 from clip_lightning.data.captions import CaptionedImage, unreadable
 from clip_lightning.data.features import FeatureCache, Features
 from clip_lightning.data.images import (
     RETRY_SECONDS,
     Augmentation,
-    BrokenImage,
     ImageTransform,
     UnreadableFile,
     augment,
     decode_image,
 )
-from clip_lightning.errors import RunFailed
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.encode import encode_images, encode_texts
 from clip_lightning.model.towers import ImageTower, TextTower
 
-IMAGE_BATCH, TEXT_BATCH = 64, 128
-# Part of every key: to be raised with any change to the values that decode_image, augment, ImageTransform,
-# `_view` or the pooling of a tower give.
+# Part of every key. Raise it whenever decode_image, augment, ImageTransform, `_view` or the pooling of a
+# tower returns different values.
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Where features are kept, and how they are computed.
+    """Computes features of frozen towers, or reads them from the cache.
 
     Attributes:
-        cache: looked into before anything is computed.
-        device: where the towers run.
-        precision: of autocast; None for fp32.
+        cache: the cache of features.
+        device: the device that the towers run on.
+        precision: the type of autocast; None for fp32.
     """
 
     cache: FeatureCache
@@ -62,14 +57,14 @@ class Extractor:
         augmentation: Augmentation,
         title: str,
     ) -> Features:
-        """Return features (R, D) of one view of every image; a row of NaN if it cannot be decoded.
+        """Return the features (R, D) of one view of every image; NaN for an image that cannot be decoded.
 
-        View 0 is plain and, where flips are on, view 1 its mirror image; the others are cropped and coloured
-        as functions of (view, row), the odd ones mirrored where flips are on. Names, sizes and times of
-        change of the images are part of the key.
+        View 0 is the image itself. The crop and the colors of later views are functions of (view, row). If
+        flips are on, odd views are mirrored, and view 1 is the mirror image of view 0. The key contains the
+        path, size and modification time of every image.
 
         Raises:
-            RunFailed: a file cannot be read at the moment; nothing is cached of it.
+            RunFailed: a file cannot be read at the moment; its features are not cached.
         """
         key = {
             "version": VERSION,
@@ -84,34 +79,18 @@ class Extractor:
             "pictures": _digest(map(_identity, images)),
         }
 
-        def picture(row: int) -> Tensor | None:
-            return _view(images[row], row, view, tower.transform, augmentation)
-
         def compute(rows: range) -> np.ndarray:
             values = np.full((len(rows), tower.width), np.nan, np.float32)
-            # decoding hides warnings, which is not safe in threads: what is left over ends here
-            with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
-                starts = range(0, len(rows), IMAGE_BATCH)
-                # two batches at a time, so that one is decoded while the tower works on the other
-                batches = (pool.map(picture, rows[start : start + IMAGE_BATCH]) for start in starts)
-                ahead = deque(islice(batches, 2))
-                for start in starts:
-                    try:
-                        batch = list(ahead.popleft())
-                    except RunFailed:
-                        pool.shutdown(cancel_futures=True)
-                        raise
-                    ahead.extend(islice(batches, 1))
-                    readable = [i for i, pixels in enumerate(batch) if pixels is not None]
-                    if readable:
-                        pixels = torch.stack([pixels for pixels in batch if pixels is not None])
-                        values[[start + i for i in readable]] = self._run(tower, pixels)
+            decode = partial(_view, images, view, tower.transform, augmentation)
+            with self._evaluation_mode(tower):
+                for batch in encode_images(tower, rows, decode, precision=self.precision):
+                    values[batch.rows] = batch.features
             return values
 
         return self.cache.get(key, len(images), compute, title)
 
     def text_features(self, tower: TextTower, captions: Sequence[str], title: str) -> Features:
-        """Features (R, D) of every caption."""
+        """Return the features (R, D) of every caption."""
         key = {
             "version": VERSION,
             "kind": "text",
@@ -124,80 +103,82 @@ class Extractor:
         }
 
         def compute(rows: range) -> np.ndarray:
-            values = np.empty((len(rows), tower.width), np.float32)
-            # neighbours of similar length, so that little is padding
-            order = sorted(range(len(rows)), key=lambda i: len(captions[rows[i]]))
-            for start in range(0, len(order), TEXT_BATCH):
-                chosen = order[start : start + TEXT_BATCH]
-                tokens = tower.tokenize([captions[rows[i]] for i in chosen])
-                values[chosen] = self._run(tower, tokens["input_ids"], tokens["attention_mask"])
-            return values
+            with self._evaluation_mode(tower):
+                return encode_texts(tower, [captions[row] for row in rows], precision=self.precision).numpy()
 
         return self.cache.get(key, len(captions), compute, title)
 
-    @torch.inference_mode()
-    def _run(self, tower: nn.Module, *inputs: Tensor) -> np.ndarray:
+    @contextmanager
+    def _evaluation_mode(self, tower: nn.Module) -> Iterator[None]:
+        """Run the tower in evaluation mode, so that features do not depend on the statistics of a batch."""
         training = tower.training
-        tower.to(self.device).eval()  # a batch's statistics would be in the features, and the key not say so
+        tower.to(self.device).eval()
         try:
-            with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-                return tower(*(tensor.to(self.device) for tensor in inputs)).float().cpu().numpy()
+            yield
         finally:
             tower.train(training)
 
 
 def cache_frozen_towers(extractor: Extractor, clip: CLIP, data: Any, split: str) -> None:
-    """Give the data module the features of `split` from each frozen tower.
+    """Pass the features of a split from each frozen tower to the data module.
 
     Args:
-        extractor: where features are kept and computed.
-        clip: the towers.
-        data: a `CaptionDataModule` after its setup.
-        split: `train` has all views, the others the plain one.
+        extractor: computes the features.
+        clip: the model with the towers.
+        data: a `CaptionDataModule` after its `setup`.
+        split: the split; `train` has all views, and the others only the first.
     """
     images = data.images(split)
     if not images:
         return
-    pictures, texts = None, None
+    image_features, text_features = None, None
     if clip.image_tower.frozen:
         views = data.views if split == "train" else 1
         if data.augmentation.min_scale == 1 and data.augmentation.colour == 0:
-            views = min(views, 2)  # there is nothing but the plain one and its mirror image
-        pictures = [
+            views = min(views, 2)  # the image and its mirror image
+        image_features = [
             extractor.image_features(
                 clip.image_tower,
                 images,
                 view,
                 data.augmentation,
-                f"{split} pictures, view {view + 1} of {views}",
+                f"{split} images, view {view + 1} of {views}",
             )
             for view in range(views)
         ]
     if clip.text_tower.frozen:
-        texts = extractor.text_features(clip.text_tower, data.captions(split), f"{split} captions")
-    data.use_features(split, pictures=pictures, texts=texts)
+        text_features = extractor.text_features(clip.text_tower, data.captions(split), f"{split} captions")
+    data.use_features(split, images=image_features, texts=text_features)
 
 
 def _view(
-    image: CaptionedImage, row: int, view: int, transform: ImageTransform, augmentation: Augmentation
-) -> Tensor | None:
-    """Return the pixels uint8 (3, H, W) of one view, or None if the image cannot be decoded."""
+    images: Sequence[CaptionedImage],
+    view: int,
+    transform: ImageTransform,
+    augmentation: Augmentation,
+    row: int,
+) -> Tensor:
+    """Return the pixels, uint8 (3, H, W), of one view of the image in this row.
+
+    Raises:
+        BrokenImage: the image cannot be decoded.
+        RunFailed: the file cannot be read at the moment.
+    """
+    path = images[row].path
     try:
-        pixels = decode_image(image.path, pauses=RETRY_SECONDS)
+        pixels = decode_image(path, pauses=RETRY_SECONDS)
     except UnreadableFile as error:
-        raise unreadable(image.path, error) from error
-    except BrokenImage:
-        return None
+        raise unreadable(path, error) from error
     if _is_plain(view, augmentation):
-        seen = transform(pixels)
+        pixels = transform(pixels)
     else:
         rng = np.random.default_rng((view, row))
-        seen = augment(pixels, transform, replace(augmentation, flip=False), rng)
-    return seen.flip(-1) if augmentation.flip and view % 2 else seen
+        pixels = augment(pixels, transform, replace(augmentation, flip=False), rng)
+    return pixels.flip(-1) if augmentation.flip and view % 2 else pixels
 
 
 def _is_plain(view: int, augmentation: Augmentation) -> bool:
-    """Whether the view is the whole picture as it is, or its mirror image."""
+    """Return whether the view is the image itself or its mirror image."""
     return view == 0 or (view == 1 and augmentation.flip)
 
 

@@ -1,8 +1,9 @@
-"""Run `fit` from within a process, or only parse and check its options: for what trains many times."""
+"""Runs `fit` within another command, or only parses and checks its options."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,46 +19,48 @@ from clip_lightning.tracking.logger import finished_run
 from clip_lightning.training.cli import RunCLI, run_as
 
 
-def fit(words: list[str], callbacks: Sequence[Callback] = (), out: TextIO | None = None) -> Path:
-    """Train once within this process, as `clip-lightning fit` with these words does.
+def fit(options: list[str], callbacks: Sequence[Callback] = (), out: TextIO | None = None) -> Path:
+    """Train once within this process, as `clip-lightning fit` does.
 
-    Stdout stays the caller's own. A W&B run that it began is finished.
+    Nothing is printed to stdout, and the W&B run is finished at the end.
 
     Args:
-        words: the options of `fit`.
-        callbacks: of the caller's own, beside those of every run.
-        out: where its result is printed; stderr by default.
+        options: the options of `fit`.
+        callbacks: additional callbacks.
+        out: where the result is printed; stderr by default.
 
     Returns:
         The run's folder.
 
     Raises:
-        UserError: what was asked for cannot be done.
+        UserError: an option is invalid, or the run fails.
         KeyboardInterrupt: Ctrl-C, after the run was saved.
     """
-    with contextlib.redirect_stdout(out or sys.stderr), finished_run(), _ranks_of_its_own(["fit", *words]):
+    _hide_repeated_messages()
+    args = ["fit", *options]
+    with contextlib.redirect_stdout(out or sys.stderr), finished_run(), _separate_ranks(args):
         try:
-            return run_as(RunCLI, ["fit", *words], callbacks).run.path
-        except SystemExit as stop:  # how Lightning ends after Ctrl-C
+            return run_as(RunCLI, args, callbacks).run.path
+        except SystemExit as stop:  # Lightning exits after Ctrl-C
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from stop
             raise
 
 
-# What Lightning leaves in the environment of the process that has started other ranks.
+# The variables that Lightning sets in the process that starts the other ranks.
 _LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 @contextlib.contextmanager
-def _ranks_of_its_own(words: list[str]) -> Iterator[None]:
-    """Ranks that Lightning starts within get these words; at the end, the next run can start its own."""
+def _separate_ranks(args: list[str]) -> Iterator[None]:
+    """Pass `args` to the ranks that Lightning starts, and let the next run start ranks of its own."""
     before = {name: os.environ.get(name) for name in _LAUNCHED}
-    given = sys.argv[1:]
-    sys.argv[1:] = words  # Lightning starts the program of this process again
+    original = sys.argv[1:]
+    sys.argv[1:] = args  # Lightning starts each rank with the arguments of this process
     try:
         yield
     finally:
-        sys.argv[1:] = given
+        sys.argv[1:] = original
         if before["LOCAL_RANK"] is None and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         for name, value in before.items():
@@ -68,24 +71,24 @@ def _ranks_of_its_own(words: list[str]) -> Iterator[None]:
 
 
 class Rehearsal(RunCLI):
-    """What `fit` makes of its words, without a run: the complete configuration, and the data."""
+    """Parses the options of `fit` into the complete configuration, and reads the data, without training."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Only `fit`: to build a parser takes a while."""
+        """Return only `fit`, since building a parser is slow."""
         return {"fit": RunCLI.subcommands()["fit"]}
 
     def instantiate_classes(self) -> None:
-        """Nothing is built before it is asked for."""
+        """Leave this to `read_data`."""
 
     def after_instantiate_classes(self) -> None:
-        """There is no model yet."""
+        """Check nothing, since there is no model yet."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Run nothing."""
 
     def read_data(self, image_tower: str, text_tower: str) -> str:
-        """Build everything with these towers, which shows what else is wrong; the data's digest."""
+        """Build the model and the data with these towers, which may find errors; return the data's digest."""
         config = self.config["fit"]
         config.model.image_tower, config.model.text_tower = image_tower, text_tower
         config.trainer.logger = False
@@ -96,7 +99,7 @@ class Rehearsal(RunCLI):
 
 
 def check_validates(config: Namespace) -> None:
-    """Refuse options of `fit` with which there is nothing to compare runs by.
+    """Reject options of `fit` that turn the validation off, since it is what runs are compared by.
 
     Raises:
         UserError: the run would not be validated.
@@ -104,15 +107,21 @@ def check_validates(config: Namespace) -> None:
     if config.trainer.fast_dev_run or config.trainer.limit_val_batches == 0:
         option = "fast_dev_run" if config.trainer.fast_dev_run else "limit_val_batches"
         raise UserError(
-            f"--trainer.{option} {config.trainer[option]}: a run without validation has no result to compare "
-            "with others; leave it out"
+            f"--trainer.{option} {config.trainer[option]}: a run without a validation has no result to "
+            "compare; remove the option"
         )
 
 
-def rehearse(words: list[str]) -> Rehearsal:
-    """Read the options of `fit` without running it.
+def rehearse(options: list[str]) -> Rehearsal:
+    """Parse the options of `fit` without training.
 
     Raises:
-        UserError: what was asked for cannot be done.
+        UserError: an option is invalid.
     """
-    return run_as(Rehearsal, ["fit", *words])
+    _hide_repeated_messages()
+    return run_as(Rehearsal, ["fit", *options])
+
+
+def _hide_repeated_messages() -> None:
+    os.environ.setdefault("WANDB_SILENT", "true")
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # configs have the seed

@@ -1,10 +1,10 @@
-"""Gradient caching: any effective batch in the memory of one micro-batch (GradCache, Gao et al. 2021).
+"""Implements gradient caching: any batch in the memory of one micro-batch (GradCache, Gao et al. 2021).
 
-A contrastive loss needs the embeddings of the whole batch at once, but not their graphs. Each micro-batch is
-encoded under non-reentrant checkpointing: the forward pass keeps its inputs and its embeddings only, and the
-backward pass, which then knows the gradient of every embedding, encodes it once more with the same dropout
-and backpropagates through it. The gradients are those of the same micro-batches held in one graph, so
-clipping, bf16 and data-parallel training need to know nothing of it.
+A contrastive loss needs the embeddings of the complete batch at once, but not their graphs. Each micro-batch
+is encoded under non-reentrant checkpointing: the forward pass keeps only its inputs and embeddings. The
+backward pass, when the gradient of every embedding is known, encodes it again with the same dropout and
+backpropagates through it. The gradients equal those of the same micro-batches in one graph, so clipping, bf16
+and data-parallel training work as usual.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.utils.checkpoint import checkpoint
 def encode_in_micro_batches(
     encode: Callable[..., Tensor], inputs: tuple[Tensor, ...], micro_batch_size: int, module: nn.Module
 ) -> Tensor:
-    """`encode(*inputs)`, with the activations of one micro-batch in memory at a time.
+    """Return `encode(*inputs)`, with the activations of one micro-batch in memory at a time.
 
     Args:
-        encode: maps tensors with B rows to embeddings (B, D); must be a function of its rows alone, except
-            for batch norm in training mode, whose statistics are then those of the micro-batch.
+        encode: maps tensors with B rows to embeddings (B, D). Each embedding may depend only on its own row,
+            except for batch norm in training mode, whose statistics are then those of the micro-batch.
         inputs: tensors with B rows each.
-        micro_batch_size: rows encoded at a time.
-        module: what `encode` runs; its batch-norm statistics are updated once, not again in the backward
-            pass.
+        micro_batch_size: the number of rows to encode at a time.
+        module: the module that `encode` runs. Its batch-norm statistics are updated once, and not again in
+            the backward pass.
 
     Returns:
         Embeddings (B, D), differentiable.
@@ -47,15 +47,15 @@ def encode_in_micro_batches(
 
 
 def training_norms(module: nn.Module) -> list[_BatchNorm]:
-    """Batch norms that would note the statistics of a batch."""
+    """Return the batch norms that update their statistics."""
     return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
 
 
 @contextmanager
 def statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Let batch norms normalise by the batch as in training, without recording it a second time.
+    """Let batch norms normalize by the batch as in training, without updating their statistics.
 
-    The buffers are swapped for copies, so that a recomputation that stops early leaves no trace either.
+    The buffers are replaced by copies, which is also safe if a recomputation stops early.
     """
     kept = [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

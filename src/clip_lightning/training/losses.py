@@ -1,9 +1,9 @@
-"""Contrastive losses as pure functions of embeddings, and thin modules to choose one by name.
+"""Defines contrastive losses as pure functions of embeddings, and modules to choose one by name.
 
-B images, N texts, D the embedding's width. Embeddings have unit length, `scale` is already exponentiated.
+Shapes: B images, N texts, embeddings of width D. Embeddings have unit length; `scale` is exponentiated.
 
-With several ranks each computes its own rows against everybody's columns: a `share`, of which the mean over
-the ranks is the loss of all pairs together. Nor is a loss what limits the batch: see `similarities`.
+Each rank computes its own rows against the columns of all ranks. The mean of the results over the ranks is
+the loss of all pairs. The memory does not grow with the square of the batch: see `similarities`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from clip_lightning.training.similarities import fits_in_a_block, for_blocks, lo
 
 @dataclass(frozen=True)
 class Pairs:
-    """Embeddings of unit length and the pictures they belong to: of one rank, or of all.
+    """Holds embeddings of unit length and the images they belong to, of one rank or of all ranks.
 
     Attributes:
-        image: (B, D).
-        text: (N, D).
-        image_id: (B,) which picture each row of `image` shows.
-        text_image_id: (N,) the picture that each text describes.
+        image: (B, D), embeddings of images.
+        text: (N, D), embeddings of texts.
+        image_id: (B,), the image of each row of `image`.
+        text_image_id: (N,), the image that each text describes.
     """
 
     image: Tensor
@@ -34,12 +34,38 @@ class Pairs:
     image_id: Tensor
     text_image_id: Tensor
 
-    def float(self) -> Pairs:
-        """In fp32: bf16 has 3 digits, too few for close candidates and for sums of gradients over blocks."""
-        return Pairs(self.image.float(), self.text.float(), self.image_id, self.text_image_id)
+    @classmethod
+    def checked(
+        cls, image: Tensor, text: Tensor, image_id: Tensor | None = None, text_image_id: Tensor | None = None
+    ) -> Pairs:
+        """Check the shapes, fill in ids, and convert to fp32, since bf16 cannot sum gradients over blocks.
 
-    def turned(self) -> Pairs:
-        """Texts in place of images, and images in place of texts."""
+        Args:
+            image: (B, D), embeddings of images.
+            text: (N, D), embeddings of texts.
+            image_id: (B,), by default all images differ.
+            text_image_id: (N,), by default `image_id`, which requires N = B.
+
+        Raises:
+            ValueError: the shapes do not match.
+        """
+        if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
+            raise ValueError(
+                f"expected (B, D) and (N, D) embeddings, got {tuple(image.shape)} and {tuple(text.shape)}"
+            )
+        if image_id is None:
+            image_id = torch.arange(len(image), device=image.device)
+        if text_image_id is None:
+            text_image_id = image_id
+        if len(image_id) != len(image) or len(text_image_id) != len(text):
+            raise ValueError(
+                f"expected one id per image and text, got {len(image_id)} ids for {len(image)} images and "
+                f"{len(text_image_id)} ids for {len(text)} texts; pass text_image_id (N,) unless N = B"
+            )
+        return cls(image.float(), text.float(), image_id, text_image_id)
+
+    def swapped(self) -> Pairs:
+        """Swap images and texts."""
         return Pairs(self.text, self.image, self.text_image_id, self.image_id)
 
 
@@ -52,36 +78,42 @@ def info_nce(
     text_image_id: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Symmetric cross-entropy over similarities (van den Oord et al. 2018; CLIP, Radford et al. 2021).
+    """Compute the symmetric cross-entropy (van den Oord et al. 2018; CLIP, Radford et al. 2021).
 
-    Every text of an image is a positive of it: with several positives in a row, the mean of −log p over
-    them. Rows without a positive count for nothing. Computed in fp32 whatever the autocast state.
+    Every text of an image is a positive. If a row has several positives, its loss is the mean of −log p over
+    them. Rows without a positive are ignored. The loss is computed in fp32, also under autocast.
 
     Args:
-        image: (B, D).
-        text: (N, D).
+        image: (B, D), embeddings of images.
+        text: (N, D), embeddings of texts.
         scale: inverse temperature.
-        image_id: (B,) which picture each row of `image` shows; by default all differ.
-        text_image_id: (N,) the picture that each text describes; by default `image_id`, which needs N = B.
-        label_smoothing: share of each target spread evenly over all candidates.
+        image_id: (B,), the image of each row of `image`; by default all differ.
+        text_image_id: (N,), the image that each text describes; by default `image_id`, which requires N = B.
+        label_smoothing: fraction of each target that is spread evenly over all candidates.
 
     Returns:
         The mean of both directions, a scalar.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: the shapes do not match.
     """
-    pairs = _checked(image, text, image_id, text_image_id)
-    if not fits_in_a_block(image, text):
-        return _info_nce_share(pairs, pairs, scale, label_smoothing)
-    positive = pairs.image_id[:, None] == pairs.text_image_id
-    logits = similarities(pairs.image, pairs.text) * scale
-    one_way = _cross_entropy(logits, positive, label_smoothing)
-    return (one_way + _cross_entropy(logits.T, positive.T, label_smoothing)) / 2
+    pairs = Pairs.checked(image, text, image_id, text_image_id)
+    return _info_nce(pairs, pairs, scale, label_smoothing)
+
+
+def _info_nce(own: Pairs, everyone: Pairs, scale: Tensor | float, label_smoothing: float) -> Tensor:
+    if own is everyone and fits_in_a_block(own.image, own.text):
+        positive = own.image_id[:, None] == own.text_image_id
+        logits = similarities(own.image, own.text) * scale
+        one_way = _cross_entropy(logits, positive, label_smoothing)
+        return (one_way + _cross_entropy(logits.T, positive.T, label_smoothing)) / 2
+    both = _rows_cross_entropy(own, everyone, scale, label_smoothing)
+    both += _rows_cross_entropy(own.swapped(), everyone.swapped(), scale, label_smoothing)
+    return both / 2 * _ranks(own, everyone)
 
 
 def _cross_entropy(logits: Tensor, positive: Tensor, label_smoothing: float) -> Tensor:
-    """Mean over the rows that have a positive."""
+    """Return the mean over the rows that have a positive."""
     count = positive.sum(dim=1, keepdim=True)
     target = positive / count.clamp(min=1) * (1 - label_smoothing) + label_smoothing / logits.shape[1]
     per_row = -(target * logits.log_softmax(dim=1)).sum(dim=1)
@@ -89,28 +121,23 @@ def _cross_entropy(logits: Tensor, positive: Tensor, label_smoothing: float) -> 
     return (per_row * chosen).sum() / chosen.sum().clamp(min=1)
 
 
-def _info_nce_share(own: Pairs, everyone: Pairs, scale: Tensor | float, label_smoothing: float) -> Tensor:
-    """`info_nce` of these rows from −Σ target · log p = log Σ exp(logit) − Σ target · logit.
+def _rows_cross_entropy(own: Pairs, everyone: Pairs, scale: Tensor | float, label_smoothing: float) -> Tensor:
+    """Compute `_cross_entropy` of own rows from −Σ target · log p = log Σ exp(logit) − Σ target · logit.
 
-    Only the first term needs all logits. In the second, a row's mean logit is the product of its embedding
-    with the mean of the others' embeddings.
+    Only the first term needs all logits. In the second, the mean logit of a row is the product of its
+    embedding with the mean embedding of the columns.
     """
-
-    def one_way(own: Pairs, everyone: Pairs) -> Tensor:
-        columns, column_id = everyone.text, everyone.text_image_id
-        present, member = torch.cat([own.image_id, column_id]).unique(return_inverse=True)
-        row_member, column_member = member.split([len(own.image), len(columns)])
-        count = column_member.bincount(minlength=len(present))[row_member]
-        total = columns.new_zeros(len(present), columns.shape[1]).index_add(0, column_member, columns)
-        mean = total[row_member] / count.clamp(min=1)[:, None]
-        target = (1 - label_smoothing) * mean + label_smoothing * columns.mean(dim=0)
-        rows = own.image * scale
-        per_row = log_sum_exp(rows, columns) - (rows * target).sum(dim=1)
-        counted = (_count(everyone.image_id, column_id) > 0).sum().clamp(min=1)
-        return (per_row * (count > 0)).sum() / counted
-
-    both = one_way(own, everyone) + one_way(own.turned(), everyone.turned())
-    return both / 2 * _ranks(own, everyone)
+    columns, column_id = everyone.text, everyone.text_image_id
+    present, member = torch.cat([own.image_id, column_id]).unique(return_inverse=True)
+    row_member, column_member = member.split([len(own.image), len(columns)])
+    count = column_member.bincount(minlength=len(present))[row_member]
+    total = columns.new_zeros(len(present), columns.shape[1]).index_add(0, column_member, columns)
+    mean = total[row_member] / count.clamp(min=1)[:, None]
+    target = (1 - label_smoothing) * mean + label_smoothing * columns.mean(dim=0)
+    rows = own.image * scale
+    per_row = log_sum_exp(rows, columns) - (rows * target).sum(dim=1)
+    counted = (_count(everyone.image_id, column_id) > 0).sum().clamp(min=1)
+    return (per_row * (count > 0)).sum() / counted
 
 
 def siglip_loss(
@@ -122,15 +149,15 @@ def siglip_loss(
     image_id: Tensor | None = None,
     text_image_id: Tensor | None = None,
 ) -> Tensor:
-    """Pairwise sigmoid loss (SigLIP, Zhai et al. 2023), summed over pairs and divided by B.
+    """Compute the pairwise sigmoid loss (SigLIP, Zhai et al. 2023), summed over pairs and divided by B.
 
-    Arguments and errors as for `info_nce`; `bias` is added to every scaled similarity.
+    `bias` is added to every scaled similarity. The other arguments and the errors are those of `info_nce`.
     """
-    pairs = _checked(image, text, image_id, text_image_id)
-    return _siglip_share(pairs, pairs, scale, bias)
+    pairs = Pairs.checked(image, text, image_id, text_image_id)
+    return _siglip(pairs, pairs, scale, bias)
 
 
-def _siglip_share(own: Pairs, everyone: Pairs, scale: Tensor | float, bias: Tensor | float) -> Tensor:
+def _siglip(own: Pairs, everyone: Pairs, scale: Tensor | float, bias: Tensor | float) -> Tensor:
     def block(image: Tensor, image_id: Tensor) -> Tensor:
         logits = similarities(image, everyone.text) * scale + bias
         sign = (image_id[:, None] == everyone.text_image_id).to(logits.dtype) * 2 - 1
@@ -140,31 +167,8 @@ def _siglip_share(own: Pairs, everyone: Pairs, scale: Tensor | float, bias: Tens
     return torch.stack(sums).sum() / len(own.image)
 
 
-def max_violation_loss(
-    image: Tensor,
-    text: Tensor,
-    margin: float = 0.2,
-    *,
-    image_id: Tensor | None = None,
-    text_image_id: Tensor | None = None,
-) -> Tensor:
-    """Hinge of each pair against its hardest negative, both ways (VSE++, Faghri et al. 2018).
-
-    Arguments and errors as for `info_nce`, without a scale: cosines are compared with the `margin`. The mean
-    over all positive pairs; a row or column without a negative has no violation.
-    """
-    pairs = _checked(image, text, image_id, text_image_id)
-    return _max_violation_share(pairs, pairs, margin)
-
-
-def _max_violation_share(own: Pairs, everyone: Pairs, margin: float) -> Tensor:
-    pairs = _count(everyone.image_id, everyone.text_image_id).sum()
-    both = _violations(own, everyone, margin) + _violations(own.turned(), everyone.turned(), margin)
-    return both / pairs.clamp(min=1) * _ranks(own, everyone)
-
-
 def _violations(own: Pairs, everyone: Pairs, margin: float) -> Tensor:
-    """Sum over the positive pairs of all own images of the hinge against the row's hardest negative."""
+    """Return the sum over all positive pairs of own images of the hinge against the hardest negative."""
 
     def block(rows: Tensor, row_id: Tensor) -> Tensor:
         positive = row_id[:, None] == everyone.text_image_id
@@ -175,41 +179,26 @@ def _violations(own: Pairs, everyone: Pairs, margin: float) -> Tensor:
     return torch.stack(for_blocks(block, len(everyone.text), own.image, own.image_id)).sum()
 
 
-def _checked(image: Tensor, text: Tensor, image_id: Tensor | None, text_image_id: Tensor | None) -> Pairs:
-    """The arguments of a loss with ids, (B,) and (N,): where they are equal, text describes image."""
-    if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
-        raise ValueError(
-            f"expected (B, D) and (N, D) embeddings, got {tuple(image.shape)} and {tuple(text.shape)}"
-        )
-    if image_id is None:
-        image_id = torch.arange(len(image), device=image.device)
-    if text_image_id is None:
-        text_image_id = image_id
-    if len(image_id) != len(image) or len(text_image_id) != len(text):
-        raise ValueError(
-            f"{len(image)} images with {len(image_id)} ids and {len(text)} texts with {len(text_image_id)} "
-            "ids; with other than one text an image, give text_image_id (N,)"
-        )
-    return Pairs(image, text, image_id, text_image_id).float()
-
-
 def _ranks(own: Pairs, everyone: Pairs) -> float:
-    """How many there are, each with as many images as the others."""
+    """Return the number of ranks, since all have equally many images."""
     return len(everyone.image) / len(own.image)
 
 
 def _count(ids: Tensor, among: Tensor) -> Tensor:
-    """How often each of `ids` (R,) occurs in `among`."""
+    """Return how often each of `ids` (R,) occurs in `among`."""
     ordered = among.sort().values
     return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
 
 
 class ContrastiveLoss(nn.Module):
-    """What `--model.loss` chooses: a subclass by its name, or one of your own by its class path.
+    """Base class of the losses: `--model.loss` takes the name of ours, or the class path of your own.
+
+    A subclass defines `forward`, and stores the arguments of its constructor as attributes of the same names,
+    so that checkpoints contain them.
 
     Attributes:
-        init_scale: where the learnable scale starts.
-        init_bias: where the learnable bias starts; None for a loss without one.
+        init_scale: initial value of the learnable scale.
+        init_bias: initial value of the learnable bias, or None for a loss without a bias.
     """
 
     init_scale: float = 1 / 0.07
@@ -224,112 +213,105 @@ class ContrastiveLoss(nn.Module):
         image_id: Tensor,
         text_image_id: Tensor,
     ) -> Tensor:
-        """The loss of `image` (B, D) and `text` (N, D) with the ids of the pictures they belong to."""
+        """Return the loss of `image` (B, D) and `text` (N, D), whose images have the ids (B,) and (N,)."""
         raise NotImplementedError
 
     def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """This rank's share of the loss; the mean of all ranks' shares is the loss of all pairs together.
+        """Return this rank's part, so that the mean over the ranks is the loss of all pairs.
 
-        Here every rank computes the whole; a loss that is a sum over rows needs only its own.
+        By default every rank computes the loss of all pairs; see `SumOverRows` for a cheaper way.
 
         Args:
-            own: of this rank.
-            everyone: of all ranks, as many of each; with gradients, which return to the rank they are of.
-            scale: as for `forward`.
-            bias: likewise.
+            own: the pairs of this rank.
+            everyone: the pairs of all ranks, which have equally many. Gradients flow back to the rank of each
+                pair. With one rank, it is `own` itself.
+            scale: as in `forward`.
+            bias: as in `forward`.
         """
         return self(everyone.image, everyone.text, scale, bias, everyone.image_id, everyone.text_image_id)
 
 
-class InfoNCE(ContrastiveLoss):
-    """CLIP's loss; see `info_nce`.
+class SumOverRows(ContrastiveLoss):
+    """Base class of losses that are sums over rows, so that each rank computes only its own rows.
+
+    A subclass defines `rows`. If it overrides `forward`, every rank computes the loss of all pairs with it.
+    """
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        image_id: Tensor,
+        text_image_id: Tensor,
+    ) -> Tensor:
+        """Return the loss of all rows of the batch."""
+        pairs = Pairs.checked(image, text, image_id, text_image_id)
+        return self.rows(pairs, pairs, scale, bias)
+
+    def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the part of this rank's rows."""
+        if type(self).forward is not SumOverRows.forward:
+            return super().share(own, everyone, scale, bias)
+        return self.rows(own, everyone, scale, bias)
+
+    def rows(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the part of own rows, as `ContrastiveLoss.share` defines it."""
+        raise NotImplementedError
+
+
+class InfoNCE(SumOverRows):
+    """The loss of CLIP; see `info_nce`.
 
     Args:
-        label_smoothing: share of each target spread evenly over all candidates, 0 to 1.
+        label_smoothing: fraction of each target that is spread evenly over all candidates, 0 to 1.
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise UserError(
-                f"--model.loss.label_smoothing {label_smoothing}: expected 0 or more, and less than 1"
+                f"--model.loss.label_smoothing {label_smoothing}: expected a number from 0 to below 1"
             )
         self.label_smoothing = label_smoothing
 
-    def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        image_id: Tensor,
-        text_image_id: Tensor,
-    ) -> Tensor:
-        """See `info_nce`; `bias` is not used."""
-        return info_nce(
-            image,
-            text,
-            scale,
-            image_id=image_id,
-            text_image_id=text_image_id,
-            label_smoothing=self.label_smoothing,
-        )
-
-    def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Of its own images and its own texts, against all."""
-        return _info_nce_share(own.float(), everyone.float(), scale, self.label_smoothing)
+    def rows(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Compare own images and texts with those of all ranks; `bias` is not used."""
+        return _info_nce(own, everyone, scale, self.label_smoothing)
 
 
-class SigLIP(ContrastiveLoss):
-    """The sigmoid loss; see `siglip_loss`. Scale and bias start where the paper has them."""
+class SigLIP(SumOverRows):
+    """The sigmoid loss; see `siglip_loss`. Scale and bias start at the values of the paper."""
 
     init_scale = 10.0
     init_bias = -10.0
 
-    def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        image_id: Tensor,
-        text_image_id: Tensor,
-    ) -> Tensor:
-        """See `siglip_loss`."""
-        offset = 0.0 if bias is None else bias
-        return siglip_loss(image, text, scale, offset, image_id=image_id, text_image_id=text_image_id)
-
-    def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Of its own images, against all texts."""
-        return _siglip_share(own.float(), everyone.float(), scale, 0.0 if bias is None else bias)
+    def rows(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Compare own images with the texts of all ranks."""
+        return _siglip(own, everyone, scale, 0.0 if bias is None else bias)
 
 
-class MaxViolation(ContrastiveLoss):
-    """The triplet loss of VSE++; see `max_violation_loss`.
+class MaxViolation(SumOverRows):
+    """The hinge loss of each pair against its hardest negatives (VSE++, Faghri et al. 2018).
+
+    It is the mean over all positive pairs in both directions, and uses cosines without the scale. A row or
+    column without a negative has a loss of 0.
 
     Args:
-        margin: by how much a pair's cosine should exceed that of its hardest negative.
+        margin: how much the cosine of a pair should exceed that of its hardest negative.
     """
 
     def __init__(self, margin: float = 0.2) -> None:
         super().__init__()
         if not 0 < margin <= 2:
-            raise UserError(f"--model.loss.margin {margin}: expected more than 0 and at most 2")
+            raise UserError(f"--model.loss.margin {margin}: expected a number greater than 0 and at most 2")
         self.margin = margin
 
-    def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        image_id: Tensor,
-        text_image_id: Tensor,
-    ) -> Tensor:
-        """See `max_violation_loss`; `scale` and `bias` are not used, but keep a zero gradient."""
-        loss = max_violation_loss(image, text, self.margin, image_id=image_id, text_image_id=text_image_id)
-        return loss + 0 * scale  # data-parallel training waits for every parameter's gradient
-
-    def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Of its own images and its own texts, against all."""
-        return _max_violation_share(own.float(), everyone.float(), self.margin) + 0 * scale
+    def rows(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Compare own images and texts with those of all ranks; the gradient of `scale` is 0."""
+        both = _violations(own, everyone, self.margin)
+        both += _violations(own.swapped(), everyone.swapped(), self.margin)
+        pairs = _count(everyone.image_id, everyone.text_image_id).sum().clamp(min=1)
+        # data-parallel training expects a gradient of every parameter
+        return both / pairs * _ranks(own, everyone) + 0 * scale

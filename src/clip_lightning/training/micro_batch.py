@@ -1,4 +1,4 @@
-"""How many rows a trained tower can hold in memory at a time: `--model.micro_batch_size auto`."""
+"""Finds the largest micro-batch that fits in memory, for `--model.micro_batch_size auto`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from clip_lightning.model.clip import CLIP
 from clip_lightning.training.gradcache import statistics_kept, training_norms
 
 SMALLEST = 8
-"""Rows below which a micro-batch is not worth its overhead."""
+"""Smaller micro-batches are not worth their overhead."""
 
 
 def largest_for_batch(clip: CLIP, batch: dict[str, Tensor], ranks: int) -> tuple[int, int] | None:
-    """The rows that this process has memory for at a time, and the rows of a batch; None: nothing is trained.
+    """Return how many rows this process has memory for, and the rows of a batch; None if no tower is trained.
 
     Args:
-        clip: on the device that it will be trained on.
+        clip: the model, on the device that it will be trained on.
         batch: `pixel_values` (B, 3, H, W) and `input_ids` and `attention_mask` (N, L) of the towers that are
-            trained; the captions are taken to be as long as they may become.
-        ranks: processes that share this machine's memory (on a CPU).
+            trained. The captions are padded to the maximum length.
+        ranks: the number of processes that share this machine's memory (on a CPU).
     """
     parts: list[tuple[Callable[..., Tensor], list[Tensor]]] = []
     if not clip.image_tower.frozen:
@@ -49,29 +49,29 @@ def largest_for_batch(clip: CLIP, batch: dict[str, Tensor], ranks: int) -> tuple
 def largest_micro_batch(
     encode: Callable[[int], Tensor], rows: int, module: nn.Module, *, reserve: int = 0, ranks: int = 1
 ) -> int:
-    """How many rows a forward and backward pass has room for now: a power of two, or all of them.
+    """Find how many rows fit in memory in a forward and backward pass: a power of two, or all rows.
 
-    A GPU tries sizes until its memory runs out, then takes half of the largest that fits; on a CPU, where
-    running out ends the process, the activations of a few rows are measured and set against half of the
-    memory that is free. Weights, gradients, batch-norm statistics and the state of the random numbers stay
-    as they are.
+    On a GPU, growing sizes are tried until the memory runs out, and half of the largest that fits is used. On
+    a CPU, where running out of memory ends the process, the activations of a few rows are measured and
+    compared with half of the free memory. Weights, gradients, batch-norm statistics and the state of the
+    random number generators do not change.
 
     Args:
-        encode: embeddings of so many rows.
-        rows: of the whole batch.
-        module: what `encode` runs.
-        reserve: bytes that training will allocate and has not yet, for the optimiser's moments, say.
-        ranks: processes that share this machine's memory (on a CPU).
+        encode: returns the embeddings of the first rows, given their number.
+        rows: the rows of the complete batch.
+        module: the module that `encode` runs.
+        reserve: bytes that training will allocate later, for example for the optimizer's moments.
+        ranks: the number of processes that share this machine's memory (on a CPU).
 
     Returns:
-        The number, or 0 where not even `SMALLEST` rows fit.
+        The number of rows, or 0 if not even `SMALLEST` rows fit.
     """
     device = next(module.parameters()).device
     parameters = [p for p in module.parameters() if p.requires_grad]
     norms = training_norms(module)
 
     def backward(size: int) -> None:
-        # not .backward(): it would leave gradients, and start the exchange between ranks
+        # .backward() would leave gradients behind, and synchronize them between ranks
         torch.autograd.grad(encode(size).sum(), parameters, allow_unused=True)
 
     with torch.random.fork_rng([] if device.type == "cpu" else [device]), statistics_kept(norms):
@@ -86,13 +86,13 @@ def largest_micro_batch(
 
 
 def sizes(rows: int) -> list[int]:
-    """What may be chosen, in ascending order: powers of two from `SMALLEST` on, and last all rows."""
+    """Return the possible sizes in ascending order: powers of two from `SMALLEST` on, and all rows."""
     powers = [2**k for k in range(rows.bit_length()) if SMALLEST <= 2**k < rows]
     return [*powers, rows]
 
 
 def by_trying(run: Callable[[int], object], rows: int) -> int:
-    """`rows` if they fit, else half of the largest size that does; 0 where none does."""
+    """Return `rows` if they fit, else half of the largest size that fits, or 0 if none does."""
     fits = 0
     for size in sizes(rows):
         try:
@@ -104,14 +104,14 @@ def by_trying(run: Callable[[int], object], rows: int) -> int:
 
 
 def within_budget(measure: Callable[[int], int], rows: int, budget: int) -> int:
-    """The largest size whose bytes, by what two and four rows take, stay within the budget; or 0."""
+    """Return the largest size within the budget of bytes, extrapolated from two and four rows, or 0."""
     two, four = measure(2), measure(4)
-    each = (four - two) / 2
-    return max((size for size in sizes(rows) if two + (size - 2) * each <= budget), default=0)
+    per_row = (four - two) / 2
+    return max((size for size in sizes(rows) if two + (size - 2) * per_row <= budget), default=0)
 
 
 def saved_bytes(encode: Callable[[int], Tensor], size: int, module: nn.Module) -> int:
-    """What the graph of so many rows holds for its backward pass, without the weights."""
+    """Return the bytes that autograd saves for the backward pass of `size` rows, without the weights."""
     held = {}
     weights = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
 
@@ -121,6 +121,6 @@ def saved_bytes(encode: Callable[[int], Tensor], size: int, module: nn.Module) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        graph = encode(size)  # kept until all is counted: freed memory is handed out again
+        graph = encode(size)  # kept alive, since freed memory would be reused and counted once
     del graph
     return sum(count for place, count in held.items() if place not in weights)

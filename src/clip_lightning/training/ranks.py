@@ -1,4 +1,4 @@
-"""Several processes that train together: agreeing among them, and ending when one of them has."""
+"""Ends a run if one of its processes has ended, so that the others can save instead of waiting forever."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch.utils.data._utils import signal_handling
 from clip_lightning.errors import RunFailed
 
 GRACE_SECONDS = 60
-_STOPPED = (0, 130, 143)  # by itself, or by a signal after which it has saved
-# What gloo, NCCL and the rendezvous store say when a connection is gone.
+_SAVED = (0, 130, 143)  # the status of a process that has finished, or saved after a signal
+# The messages of gloo, NCCL and the rendezvous store about a lost connection.
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -28,60 +28,43 @@ _LOST = (
     "Timed out waiting",
     "before timing out",
 )
-# What torch says when a process that reads data is gone.
+# The message of torch about a loader process that has ended.
 _LOST_WORKER = re.compile(
     r"DataLoader worker \(pid.*?\d\) (?:is )?(killed by signal: [\w ]+|exited unexpectedly)"
 )
 
 
-class Agreement:
-    """The largest of all ranks' numbers, told by way of the CPUs: a GPU is not waited for."""
-
-    def __init__(self) -> None:
-        self._group: Any = None
-
-    def largest(self, number: int) -> int:
-        """Every rank has to ask at the same step."""
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return number
-        if self._group is None:
-            self._group = torch.distributed.new_group(backend="gloo")
-        answer = torch.tensor(number)
-        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, group=self._group)
-        return int(answer)
-
-
 def lost_rank(error: BaseException) -> RunFailed | None:
-    """What to say of an error that another process's end has brought about; None of any other."""
+    """Return the message for an error that the end of another process has caused, or None for any other."""
     if isinstance(error, RuntimeError) and (worker := _LOST_WORKER.match(str(error))):
         return RunFailed(
-            f"a loader process has ended ({worker[1]}); if memory was short, lower --data.num_workers; "
-            "then go on with --ckpt_path last"
+            f"a loader process has ended ({worker[1]}); if it ran out of memory, lower --data.num_workers, "
+            "and resume with --ckpt_path last"
         )
     distributed = torch.distributed
     kinds = (distributed.DistNetworkError, distributed.DistBackendError, distributed.DistStoreError)
-    known = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+    known = isinstance(error, RuntimeError) and any(message in str(error) for message in _LOST)
     if not isinstance(error, kinds) and not known:
         return None
     return RunFailed(
-        "another process of this run has ended or cannot be reached; see what it said, then go on with "
+        "another process of this run has ended or cannot be reached; see its messages, and resume with "
         "--ckpt_path last"
     )
 
 
 def watch_children() -> None:
-    """Notice that a process has ended where nothing is cut short.
+    """Replace the handlers of Lightning and torch for a process that has ended, which prevent saving.
 
-    The thread by which Lightning watches ranks kills all with SIGKILL, in the middle of saving: `_Watch` is
-    in its place. The handler by which torch watches loaders raises in the middle of a step, and what is saved
-    then is half a step: without it, the next batch that is asked for tells, within seconds.
+    Lightning's thread kills all ranks, possibly while they save: `_Watch` replaces it. Torch's signal handler
+    raises in the middle of a step, which then cannot be saved. Without the handler, the error is raised
+    seconds later, when the next batch is read.
     """
     signal_handling._SIGCHLD_handler_set = True
     subprocess_script._launch_process_observer = lambda children: _Watch(children).start()
 
 
 class _Watch(threading.Thread):
-    """Says which process has ended, and ends the others if they have not noticed after a while."""
+    """Prints which process has ended, and kills the others if they do not end by themselves."""
 
     def __init__(self, children: Sequence[subprocess.Popen[Any]]) -> None:
         super().__init__(daemon=True, name="watch-ranks")  # ends with this process
@@ -91,9 +74,10 @@ class _Watch(threading.Thread):
         while any(child.poll() is None for child in self._children) and not self._failed():
             time.sleep(1)
         for rank, status in self._failed().items():
-            print(f"the process of rank {rank} has ended ({_reason(status)})", file=sys.stderr)
+            reason = signal.Signals(-status).name if status < 0 else f"status {status}"
+            print(f"the process of rank {rank} has ended ({reason})", file=sys.stderr)
         if self._failed():
-            # what the others do next tells them, and they save and leave
+            # the others fail at their next exchange, save and exit
             time.sleep(GRACE_SECONDS)
             for child in self._children:
                 child.kill()
@@ -102,9 +86,5 @@ class _Watch(threading.Thread):
     def _failed(self) -> dict[int, int]:
         statuses = {rank: child.poll() for rank, child in enumerate(self._children, start=1)}
         return {
-            rank: status for rank, status in statuses.items() if status is not None and status not in _STOPPED
+            rank: status for rank, status in statuses.items() if status is not None and status not in _SAVED
         }
-
-
-def _reason(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"status {status}"

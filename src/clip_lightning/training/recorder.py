@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, timings, the bundle, the list of broken pictures."""
+"""Writes the results of a run: configuration, metrics, timings, bundle and the list of broken images."""
 
 from __future__ import annotations
 
@@ -33,70 +33,57 @@ VERSIONED = ("torch", "lightning", "timm", "transformers", "wandb")
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, which after a resume in a folder that was moved still knows the best checkpoint there."""
+    """Lightning's ModelCheckpoint, except that it finds the best checkpoint in a folder that was moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the file in this run's folder for the one that the state names elsewhere."""
+        """Replace the path of the best checkpoint by that in the run's present folder."""
         here = Path(str(self.dirpath), BEST)
         if here.is_file() and state_dict["best_k_models"]:
-            score = state_dict["best_model_score"]
-            state_dict = {
-                **state_dict,
-                "dirpath": self.dirpath,
-                "best_model_path": str(here),
-                "kth_best_model_path": str(here),
-                "best_k_models": {str(here): score},
-            }
+            names = dict.fromkeys(("best_model_path", "kth_best_model_path"), str(here))
+            scores = {str(here): state_dict["best_model_score"]}
+            state_dict = {**state_dict, **names, "dirpath": self.dirpath, "best_k_models": scores}
         super().load_state_dict(state_dict)
 
 
-class SaveConfig(Callback):
-    """Writes the complete configuration into the run's folder and sends it to the logger.
-
-    Lightning's own callback would collide with W&B's `config.yaml`, and sends nothing.
-    """
-
-    def __init__(self, config: str, folder: Path) -> None:
-        self.config = config
-        self.run = RunFolder(folder)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Runs after the data module's setup, so that the data's digest is known."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
-            return
-        write_atomically(self.run.config, self.config.encode())
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        content = {**yaml.safe_load(self.config), "data_digest": datamodule.digest}
-        content["model"]["loss"] = content["model"]["loss"] or type(pl_module.loss).__name__
-        if datamodule.fetched:
-            content["data_artifact"] = str(datamodule.fetched.name)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(content)
-
-
 class RunRecorder(Callback):
-    """Measures the run and writes `metrics.json`, `model/` and `broken.json` into the run's folder.
+    """Writes `config.yaml`, `metrics.json`, `model/` and `broken.json`, and measures time and memory.
+
+    Args:
+        folder: the folder of the run.
+        config: the complete configuration in YAML. Lightning's SaveConfigCallback would conflict with W&B's
+            `config.yaml`, and sends nothing to loggers.
 
     Attributes:
-        metrics: of the best epoch by `val/rsum`, by their plain names.
+        metrics: the metrics of the best epoch by `val/rsum`, without the prefix `val/`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.run = RunFolder(folder)
+    def __init__(self, folder: Path, config: str) -> None:
+        self.run, self.config = RunFolder(folder), config
         self.metrics: dict[str, float] = {}
         self.stopwatch = Stopwatch()
         self._samples = 0
         self._peak_memory = 0
         self._memory_noted = float("-inf")
         self._finished = False
-        self._last_log = self._sums()
+        self._last_log = self._progress()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Share the module's stopwatch, which runs since it was built."""
-        self.stopwatch = pl_module.stopwatch
+        """Write the configuration, and log it together with the digest of the data."""
+        self.stopwatch = pl_module.stopwatch  # started when the module was built
+        pl_module._log_hyperparams = False  # the configuration contains them
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        write_atomically(self.run.config, self.config.encode())
+        data: Any = getattr(trainer, "datamodule", None)
+        content = {**yaml.safe_load(self.config), "data_digest": data.digest}
+        content["model"]["loss"] = content["model"]["loss"] or type(pl_module.loss).__name__
+        if data.fetched:
+            content["data_artifact"] = str(data.fetched.name)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(content)
 
     def state_dict(self) -> dict[str, Any]:
-        """Travels in the checkpoint, so that a resumed run goes on counting."""
+        """Return the metrics and measurements, which a resumed run continues."""
         return {
             "metrics": self.metrics,
             "seconds": self.stopwatch.seconds,
@@ -105,94 +92,91 @@ class RunRecorder(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the counts of the run so far."""
+        """Restore the metrics and measurements."""
         if self.run.best.is_file():
-            self.metrics = state_dict["metrics"]  # they describe that file
+            self.metrics = state_dict["metrics"]  # they are those of that file
         for part, seconds in state_dict["seconds"].items():
             self.stopwatch.seconds[part] += seconds
         self._samples = state_dict["samples"]
         self._peak_memory = state_dict["peak_memory"]
-        self._last_log = self._sums()
+        self._last_log = self._progress()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All before this was preparation: towers, features, loaders."""
+        """Measure the preparation: towers, features and loaders."""
         self.stopwatch.lap("preparation")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Between epochs lie checkpoints, pictures and logs."""
+        """Measure what runs between epochs: checkpoints, panels and logs."""
         self.stopwatch.lap("other")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """All since the last batch was waiting for this one."""
+        """Measure the time spent waiting for this batch."""
         self.stopwatch.lap("waiting_for_data")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log throughput and the share of time spent waiting for data."""
+        """Log throughput and the fraction of time spent waiting for data."""
         self.stopwatch.lap("optimiser")
         self._samples += len(batch["image_id"]) * trainer.world_size
         if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
-            now = self._sums()
-            since = {name: now[name] - self._last_log[name] for name in now}
-            seconds = max(since["waiting_for_data"] + since["step"], 1e-9)
-            pl_module.log("train/samples_per_second", since["samples"] / seconds)
-            pl_module.log("train/data_wait_share", since["waiting_for_data"] / seconds)
+            now = self._progress()
+            samples, waiting, step = (new - old for new, old in zip(now, self._last_log, strict=True))
+            seconds = max(waiting + step, 1e-9)
+            pl_module.log("train/samples_per_second", samples / seconds)
+            pl_module.log("train/data_wait_share", waiting / seconds)
             self._last_log = now
             self._note_memory()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What comes now is evaluation."""
+        """Measure what runs before the evaluation."""
         self.stopwatch.lap("other")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metrics of the best epoch."""
+        """Store the metrics of the best epoch."""
         self.stopwatch.lap("evaluation")
         if trainer.sanity_checking:
             return
         self._note_memory()
-        now = {
+        metrics = {
             name.removeprefix("val/"): float(value)
             for name, value in trainer.callback_metrics.items()
             if name.startswith("val/")
         }
-        if "rsum" in now and now["rsum"] > self.metrics.get("rsum", float("-inf")):
-            gone = self.metrics.keys() - now.keys()
-            self.metrics = {**now, "epoch": trainer.current_epoch, "step": trainer.global_step}
-            self._summarise(trainer, {}, gone)
+        if "rsum" in metrics and metrics["rsum"] > self.metrics.get("rsum", float("-inf")):
+            obsolete = self.metrics.keys() - metrics.keys()
+            self.metrics = {**metrics, "epoch": trainer.current_epoch, "step": trainer.global_step}
+            self._summarize(trainer, {}, obsolete)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write everything."""
+        """Write all files."""
         self._finished = True
         self._write(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it now, where training was done already and writing it had failed."""
+        """Write all files if the resumed run was already trained, and an earlier attempt to write failed."""
         if not self._finished:
             self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what there is, also when the run is interrupted."""
+        """Write the results so far when the run is interrupted."""
         if trainer.global_step > 0:
             try:
                 self._write(trainer, pl_module, model=all_ranks_save(trainer, exception))
-            except RunFailed as error:  # said, so that the first exception is the one that counts
+            except RunFailed as error:  # printed, so that the first exception is raised
                 print(error, file=sys.stderr)
 
+    def _progress(self) -> tuple[float, float, float]:
+        """Return the samples so far, and the seconds spent waiting for data and in steps."""
+        return self._samples, self.stopwatch.seconds["waiting_for_data"], self.stopwatch.step_seconds
+
     def _note_memory(self) -> None:
-        """Every few seconds at most: to ask takes 20 ms a gigabyte."""
+        """Measure the memory every few seconds at most, since it takes 20 ms per gigabyte."""
         if time.perf_counter() - self._memory_noted > MEMORY_SECONDS:
             self._memory_noted = time.perf_counter()
             self._peak_memory = max(self._peak_memory, memory_of_processes())
-
-    def _sums(self) -> dict[str, float]:
-        return {
-            "samples": self._samples,
-            "waiting_for_data": self.stopwatch.seconds["waiting_for_data"],
-            "step": self.stopwatch.step_seconds,
-        }
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, *, model: bool = True) -> None:
         if trainer.fast_dev_run:
@@ -201,82 +185,73 @@ class RunRecorder(Callback):
         if not trainer.is_global_zero:
             return
         self.stopwatch.lap("other")
+        data: Any = getattr(trainer, "datamodule", None)
+        record = self._record(pl_module, data)
         try:
-            self._write_files(trainer, pl_module, weights)
+            _write_json(self.run.metrics, record)
+            self._summarize(trainer, {name: record[name] for name in record.keys() - self.metrics.keys()})
+            if data and data.broken:
+                _write_json(self.run.broken, data.broken)
+            if weights is not None:
+                about = {"digest": data.digest} if data else {}
+                about |= {"artifact": str(data.fetched.name)} if data and data.fetched else {}
+                name = type(pl_module.loss).__name__
+                pl_module.clip.save_pretrained(
+                    self.run.model,
+                    weights=_best_weights(trainer, weights),
+                    metadata={"metrics": self.metrics, "loss": name, "training_data": about},
+                )
         except (OSError, SafetensorError) as error:
             raise RunFailed(
                 f"metrics and model cannot be written to {self.run.path} ({error}); the checkpoints are "
-                "kept: make room and continue with --ckpt_path last"
+                "intact: free disk space, and resume with --ckpt_path last"
             ) from error
 
-    def _write_files(
-        self, trainer: Trainer, pl_module: LightningModule, weights: dict[str, torch.Tensor] | None
-    ) -> None:
-        data: Any = getattr(trainer, "datamodule", None)
+    def _record(self, pl_module: LightningModule, data: Any) -> dict[str, Any]:
+        """Return the content of `metrics.json`."""
         seconds = self.stopwatch.seconds
         training = seconds["waiting_for_data"] + self.stopwatch.step_seconds
-        record = {
+        gpu = torch.cuda.is_available()
+        return {
             **self.metrics,
             "finished": self._finished,
             "seconds": round(sum(seconds.values()), 1),
             **{f"seconds_{part}": round(spent, 1) for part, spent in seconds.items()},
             "samples_per_second": round(self._samples / max(training, 1e-9), 1),
             "peak_memory_bytes": self._peak_memory,
+            **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()} if gpu else {}),
             **parameter_counts(pl_module.clip),
             "data_digest": data.digest if data else "",
             **({"data_artifact": str(data.fetched.name)} if data and data.fetched else {}),
             "version_clip_lightning": clip_lightning.__version__,
             **{f"version_{name}": importlib.metadata.version(name) for name in VERSIONED},
         }
-        if torch.cuda.is_available():
-            record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-        write_json(self.run.metrics, record)
-        self._summarise(trainer, {name: record[name] for name in record.keys() - self.metrics.keys()})
-        if data and data.broken:
-            write_json(self.run.broken, data.broken)
-        if weights is None:
-            return
-        metadata = {
-            "metrics": self.metrics,
-            "loss": type(pl_module.loss).__name__,
-            "training_data": _training_data(data) if data else {},
-        }
-        pl_module.clip.save_pretrained(
-            self.run.model, weights=_best_weights(trainer, weights), metadata=metadata
-        )
 
-    def _summarise(self, trainer: Trainer, costs: dict[str, Any], gone: Iterable[str] = ()) -> None:
-        """Let the summary of the W&B run be what `metrics.json` is: the best epoch's values, and costs."""
+    def _summarize(self, trainer: Trainer, costs: dict[str, Any], obsolete: Iterable[str] = ()) -> None:
+        """Set the summary of the W&B run to the content of `metrics.json`."""
         best = {f"val/{name}": value for name, value in self.metrics.items() if name not in ("epoch", "step")}
         best |= {"best_epoch": self.metrics["epoch"]} if self.metrics else {}
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                logger.summarise(best | costs, [f"val/{name}" for name in gone])
+                logger.summarize(best | costs, [f"val/{name}" for name in obsolete])
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write `content` as JSON, all or nothing."""
+def _write_json(file: Path, content: dict[str, Any]) -> None:
     write_atomically(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _training_data(data: Any) -> dict[str, str]:
-    """What a bundle says of the data it was trained on."""
-    said = {"dataset": data.dataset, "digest": data.digest}
-    return said | ({"artifact": str(data.fetched.name)} if data.fetched else {})
-
-
 def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The CLIP weights of the best checkpoint, or the present ones, `weights`, where there is none."""
+    """Return the weights of the best checkpoint without the prefix `clip.`, by default `weights`."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, BestCheckpoint) and Path(callback.best_model_path).is_file():
             checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
-            stored = checkpoint["state_dict"] | checkpoint.get("adapters", {})
-            weights = weights | stored  # frozen towers are not in the checkpoint and have not changed since
+            # frozen towers are not in the checkpoint, and have not changed
+            weights = weights | checkpoint["state_dict"] | checkpoint.get("adapters", {})
     return {name.removeprefix("clip."): weights[name] for name in weights if name.startswith("clip.")}
 
 
 def memory_of_processes() -> int:
-    """Resident bytes of this process and its workers; pages they share count once where Linux tells."""
+    """Return the resident bytes of this process and its workers; on Linux, shared pages count once."""
     me = psutil.Process()
     total = 0
     for process in [me, *me.children(recursive=True)]:

@@ -1,4 +1,4 @@
-"""The checkpoint to resume from: where it is, and whether it fits."""
+"""Finds the checkpoint to resume, checks that it fits the options, and stores scores with their run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pickle
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from clip_lightning.errors import UserError
@@ -25,12 +25,14 @@ from clip_lightning.training.checkpoints import damage
 from clip_lightning.training.optim import param_groups
 from clip_lightning.wandb_fetch import default_project, stays_offline
 
+Module = TypeVar("Module", bound=LightningModule)
+
 
 def find_checkpoint(given: Any, root: Path) -> Path | None:
-    """The file that `--ckpt_path` means: a path, or `last` or `best` of the newest run under `root`.
+    """Return the file that `--ckpt_path` names: a path, or `last` or `best` of the newest run under `root`.
 
-    `auto` is the newest `last` that there is, and None where there is none: for a job that is started again
-    by the same command.
+    `auto` is the newest `last.ckpt`, or None if there is none, so that a job can be restarted with the same
+    command.
 
     Raises:
         UserError: there is no such file; a run never starts over silently.
@@ -44,111 +46,118 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
             raise UserError(f"--ckpt_path {given} is a folder; {expected}")
         if not Path(given).is_file():
             raise UserError(f"--ckpt_path {given}: no such file; {expected}")
-        return _sound(Path(given), given)
+        return _intact(Path(given), given)
     runs = RunFolder.runs(root)
     if given == "auto":
         saved = [run.last for run in runs if run.last.is_file()]
-        return _sound(max(saved, key=lambda file: file.stat().st_mtime), given) if saved else None
+        return _intact(max(saved, key=lambda file: file.stat().st_mtime), given) if saved else None
     if not runs:
         raise UserError(
-            f"--ckpt_path {given}: no run under {root}; start one without --ckpt_path, "
-            "or give its --trainer.default_root_dir"
+            f"--ckpt_path {given}: there is no run in {root}; start one without --ckpt_path, or set "
+            "--trainer.default_root_dir to the folder that contains the runs"
         )
     newest = runs[-1]
     checkpoint = newest.last if given == "last" else newest.best
     if not checkpoint.is_file():
         raise UserError(
             f"--ckpt_path {given}: the newest run, {newest.path}, has no {given}.ckpt; "
-            "name the checkpoint of another run, or start anew without --ckpt_path"
+            "set --ckpt_path to the checkpoint of another run, or remove it to start again"
         )
-    return _sound(checkpoint, given)
+    return _intact(checkpoint, given)
 
 
-def _sound(checkpoint: Path, given: Any) -> Path:
-    """The checkpoint, or in place of a damaged last one the one before.
-
-    Raises:
-        UserError: it is damaged, and there is none to take in its place.
-    """
-    wrong = damage(checkpoint)
-    if wrong is None:
+def _intact(checkpoint: Path, given: Any) -> Path:
+    """Return the checkpoint, or `previous.ckpt` in place of a damaged `last.ckpt`."""
+    reason = damage(checkpoint)
+    if reason is None:
         return checkpoint
-    before = checkpoint.with_name(PREVIOUS)
-    if checkpoint.name != LAST or not before.is_file() or damage(before) is not None:
+    previous = checkpoint.with_name(PREVIOUS)
+    if checkpoint.name != LAST or not previous.is_file() or damage(previous) is not None:
         raise UserError(
-            f"--ckpt_path {given}: {checkpoint} is damaged ({wrong}); name another checkpoint, or start anew"
+            f"--ckpt_path {given}: {checkpoint} is damaged ({reason}); choose another checkpoint, or start "
+            "again without --ckpt_path"
         )
-    print(f"{checkpoint} is damaged ({wrong}); the one before is taken, {before.name}", file=sys.stderr)
-    return before
+    print(f"{checkpoint} is damaged ({reason}); using {previous.name} instead", file=sys.stderr)
+    return previous
 
 
-def check_fits(file: Path, model: LightningModule) -> None:
-    """Refuse what is no checkpoint, or one of another model.
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Map a checkpoint of a `CLIPModule` into memory, without executing code from it.
 
     Raises:
-        UserError: says what is different.
+        UserError: the file is not such a checkpoint.
     """
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        stored, frozen = checkpoint["state_dict"], checkpoint["frozen_towers"]
-        then = checkpoint["preprocessing"]
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        _ = [checkpoint[name] for name in ("state_dict", "frozen_towers", "preprocessing")]
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
-        raise UserError(f"--ckpt_path {file} is no checkpoint of `clip-lightning fit`") from error
-    same = "give the same --model options as in training (they are in config.yaml of the run)"
+        raise UserError(f"{file} is not a checkpoint of `clip-lightning fit`") from error
+    return checkpoint
+
+
+def check_fits(file: str | Path, checkpoint: Mapping[str, Any], model: LightningModule) -> None:
+    """Reject the checkpoint of a different model.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    frozen, same = checkpoint["frozen_towers"], "set the same --model options as in training"
     if frozen.keys() != fixed_towers(model.clip).keys():
         were = " and ".join(name.removeprefix("clip.") for name in frozen) or "no tower"
-        raise UserError(f"--ckpt_path {file} was trained with {were} frozen; {same}")
+        raise UserError(f"{file} was trained with {were} frozen; {same}")
     own = {
-        name: tensor
+        name: tensor.shape
         for name, tensor in model.state_dict().items()
         if not name.startswith(tuple(f"{tower}." for tower in frozen))
     }
-    if differing := _differing(stored, own):
-        raise UserError(f"--ckpt_path {file} is of another model ({differing}); {same}")
-    for what, now in preprocessing(model.clip, model.lora).items():
-        if then.get(what) != now:
-            raise UserError(f"--ckpt_path {file}: its {what} is {then.get(what)}, here {now}; {same}")
+    stored = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+    if stored != own:
+        name = next(name for name in {**stored, **own} if stored.get(name) != own.get(name))
+        there, here = (f"{tuple(shapes[name])}" if name in shapes else "absent" for shapes in (stored, own))
+        raise UserError(f"{file} is of a different model ({name} is {there} there and {here} here); {same}")
+    for option, now in preprocessing(model.clip, model.lora).items():
+        if (then := checkpoint["preprocessing"].get(option)) != now:
+            raise UserError(f"{file} was trained with {option} {then}, and the model has {now}; {same}")
     check_fixed_towers(frozen, model.clip)
 
 
 def check_resumes(file: Path, model: LightningModule, data: LightningDataModule, ranks: int) -> None:
-    """Refuse to resume with other data, batches or groups of weights, before anything is computed or written.
+    """Reject a resume with different data, batches or parameter groups, before anything is computed.
 
     Args:
         file: a checkpoint that `check_fits` has accepted.
-        model: to train.
-        data: after its `setup`.
-        ranks: how many will train.
+        model: the model to train.
+        data: the data module after its `setup`.
+        ranks: the number of ranks that will train.
 
     Raises:
-        UserError: says what is different.
+        UserError: names the first difference.
     """
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_checkpoint(file)
     data.check_resumes(checkpoint.get(type(data).__qualname__, {}), ranks)
+    own = _sizes(param_groups(model.clip, model.optimizer))
     for optimizer in checkpoint.get("optimizer_states", ()):
-        stored = [(group["name"], len(group["params"])) for group in optimizer["param_groups"]]
-        own = [(group["name"], len(group["params"])) for group in param_groups(model.clip, model.optimizer)]
-        if stored != own:
+        if (stored := _sizes(optimizer["param_groups"])) != own:
             raise UserError(
-                f"--ckpt_path {file} was trained with other groups of weights ({_listed(stored)}; here "
-                f"{_listed(own)}); give the same --model.optimizer.layer_decay and freeze_below as then"
+                f"{file} was trained with the parameter groups {stored}, and the model has {own}; set "
+                "--model.optimizer.layer_decay and freeze_below as in training"
             )
 
 
-def _listed(groups: list[tuple[str, int]]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in groups)
+def _sizes(groups: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{group['name']}: {len(group['params'])}" for group in groups)
 
 
 def changed_options(before: str, now: str) -> list[str]:
-    """List the options that differ between two configurations in YAML, a line for each.
+    """Return one line per option that differs between two configurations in YAML.
 
-    A resumed run takes the new values, unless the line says that it ignores one.
+    A resumed run uses the new values, except for those whose line says that they are ignored.
     """
     old, new = (dict(_flat(yaml.safe_load(text))) for text in (before, now))
     ignored = ("model.init_from", "model.loss.init_args.init_")
     return [
         f"--{name} {json.dumps(new.get(name))} (was {json.dumps(old.get(name))})"
-        + ("; ignored, since the checkpoint has these weights" if name.startswith(ignored) else "")
+        + ("; ignored, since the checkpoint contains the weights" if name.startswith(ignored) else "")
         for name in {**new, **old}
         if old.get(name) != new.get(name)
     ]
@@ -162,39 +171,26 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def _differing(stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
-    """The first tensor that `own` lacks or has in another shape; nothing if there is none."""
-    for name, tensor in stored.items():
-        if name not in own:
-            return f"it has {name}"
-        if tensor.shape != own[name].shape:
-            return f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
-    for name in own:
-        if name not in stored:
-            return f"it lacks {name}"
-    return ""
-
-
 def place_logger(logger: Namespace, folder: Path) -> None:
-    """Let a logger write into the run's folder, under the run's id."""
+    """Make a logger write to the run's folder, under the run's id."""
     settings = logger.init_args
     kind = logger.class_path.rpartition(".")[2]
     if kind in ("RunLogger", "WandbLogger"):
         run_id = settings.get("id") or os.environ.get("WANDB_RUN_ID") or folder.name
         settings.update(Namespace(save_dir=str(folder), id=run_id))
-    if kind == "WandbLogger":  # Lightning's, which asks for a key, and refuses to log models offline
+    if kind == "WandbLogger":  # Lightning's class asks for a key, and cannot log models offline
         settings.project = settings.get("project") or default_project()
         if settings.get("offline") or stays_offline(None):
             settings.update(Namespace(mode="offline", log_model=False))
     elif kind in ("CSVLogger", "TensorBoardLogger"):
-        # Lightning's CSVLogger deletes what it finds: a resumed run gets a folder of its own
+        # Lightning's CSVLogger deletes existing files, so a resumed run gets a new folder
         earlier = (folder / "metrics.csv").exists()
         version = f"resumed-{len(list(folder.glob('resumed-*'))) + 1}" if earlier else ""
         settings.update(Namespace(save_dir=str(folder), name="", version=version))
 
 
 def run_of(place: str | Path | None) -> Path | None:
-    """Return the folder of the run that has left a checkpoint or a bundle at this place, if it is one's."""
+    """Return the folder of the run that wrote a checkpoint or a bundle, or None if no run did."""
     folders = Path(place).absolute().parents[:2] if place is not None and Path(place).exists() else ()
     return next((folder for folder in folders if RunFolder(folder).is_run()), None)
 
@@ -202,14 +198,14 @@ def run_of(place: str | Path | None) -> Path | None:
 def keep_scores(
     folder: Path, name: str, scores: Mapping[str, float], about: Mapping[str, str], *, track: bool
 ) -> None:
-    """Keep the scores of `test` or `validate` as `NAME.json` in a run's folder, and in its W&B run.
+    """Store the scores of `test` or `validate` as `NAME.json` in a run's folder, and in its W&B run.
 
     Args:
-        folder: of the run.
-        name: of the command.
-        scores: by their plain names.
-        about: what was scored, and on which data.
-        track: whether the W&B run, if there is one, gets them in its summary.
+        folder: the folder of the run.
+        name: the name of the command.
+        scores: the scores by name, without a prefix.
+        about: which model was scored, and on which data.
+        track: whether to add the scores to the summary of the W&B run, if there is one.
     """
     content = json.dumps({**scores, **about}, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / f"{name}.json", content.encode())
@@ -220,4 +216,21 @@ def keep_scores(
             run_id = settings.get("id") or os.environ.get("WANDB_RUN_ID") or folder.name
             if history_file(folder, run_id).is_file():  # else W&B was disabled
                 run = RunLogger(**{**settings, "save_dir": str(folder), "id": run_id})
-                run.summarise({f"{name}/{metric}": score for metric, score in scores.items()})
+                run.summarize({f"{name}/{metric}": score for metric, score in scores.items()})
+
+
+def build_module(kind: type[Module], stored: dict[str, Any], given: dict[str, Any]) -> Module:
+    """Build a module from a stored configuration, as the command line would.
+
+    Args:
+        kind: the class of the module.
+        stored: its arguments in the form of a configuration file.
+        given: arguments that replace stored ones.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "model", skip=set(given), instantiate=False)
+    options = {"model": {name: value for name, value in stored.items() if name not in given}}
+    try:
+        return kind(**parser.instantiate(parser.parse_object(options)).model, **given)
+    except ArgumentError as error:
+        raise UserError(f"the checkpoint was written by an incompatible version: {error}") from error

@@ -1,7 +1,7 @@
-"""Sharded training (FSDP2): each rank keeps its shard of the trained towers' weights, gradients and moments.
+"""Implements sharded training (FSDP2): ranks share the weights, gradients and moments of trained towers.
 
-The engine is torch's `fully_shard` (FSDP, Zhao et al. 2023) behind Lightning's `ModelParallelStrategy`. What
-is small or not trained (heads, scale, bias, adapters, frozen towers) is whole on every rank.
+It uses torch's `fully_shard` (FSDP, Zhao et al. 2023) through Lightning's `ModelParallelStrategy`. Heads,
+scale, bias, adapters and frozen towers, which are small or not trained, are complete on every rank.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from clip_lightning.training.gradcache import training_norms
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """`--trainer.strategy fsdp`: shards the trained towers; any strategy can resume from its checkpoints.
+    """Shards the trained towers, for `--trainer.strategy fsdp`; any strategy can resume its checkpoints.
 
-    Only rank 0 has complete tensors in what it saves, the others have empty ones. Unlike with Lightning's
-    class, a checkpoint is loaded before setup, whose loaders have to know the position in the epoch.
-    Moments are numbered by the optimizer's parameter groups, as in every other strategy.
+    Only rank 0 has complete tensors in the checkpoint that it saves; the others have empty ones. Unlike in
+    Lightning's class, a checkpoint is loaded before setup, since the loaders start at the stored position
+    in the epoch. Moments are numbered by the optimizer's parameter groups, as in every other strategy.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Let Lightning hand over the optimizer's state, as it does to other strategies."""
+        """Let Lightning pass on the optimizer's state, as for other strategies."""
         return True
 
     @property
@@ -49,7 +49,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return False
 
     def setup_environment(self) -> None:
-        """Make a mesh of one dimension: all ranks share the data and the weights."""
+        """Set up a mesh of one dimension, over which both the data and the weights are divided."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -67,10 +67,10 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write the file on rank 0, and fail on every rank if that fails.
+        """Write the file on rank 0, and raise on every rank if that fails.
 
         Raises:
-            RunFailed: there is no room, or the folder cannot be written; what was there stays.
+            RunFailed: the disk is full or the folder cannot be written; existing files do not change.
         """
         failure = None
         try:
@@ -83,26 +83,26 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Map the file into memory: ranks on one machine share it, and copy only their shards."""
+        """Map the file into memory, so that the ranks of a machine share it and copy only their shards."""
         checkpoint: dict[str, Any] = torch.load(
             checkpoint_path, map_location="cpu", weights_only=True, mmap=True
         )
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Give each rank its shards of the weights."""
+        """Load this rank's shards of the weights."""
         own = self._module.state_dict()
         stored = checkpoint["state_dict"].items()
         state = {name: own_shard(value, own.get(name)) for name, value in stored}
         self._module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give each rank its shards of the moments."""
+        """Load this rank's shards of the moments."""
         for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = {
                 number: {
-                    # a copy: the original is a file in memory
+                    # copied, since the original is a mapped file
                     name: own_shard(value, parameters[number]).clone() if isinstance(value, Tensor) else value
                     for name, value in moments.items()
                 }
@@ -117,7 +117,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def own_shard(complete: Tensor, like: Tensor | None) -> Tensor:
-    """Return this rank's shard of a tensor that every rank has complete, if `like` is sharded."""
+    """Return this rank's shard of a complete tensor if `like` is sharded, else the tensor."""
     if not isinstance(like, DTensor) or complete.shape != like.shape:  # AdamW's step is a single number
         return complete
     return distribute_tensor(
@@ -126,9 +126,9 @@ def own_shard(complete: Tensor, like: Tensor | None) -> Tensor:
 
 
 def gather_on_first_rank(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace sharded tensors by complete ones on the CPU of rank 0, and by empty ones elsewhere.
+    """Replace sharded tensors by complete ones on the CPU of rank 0, and by empty ones on other ranks.
 
-    If some are sharded, every rank has to call it.
+    All ranks must call it if any tensor is sharded.
     """
     gathered = dict(tensors)
     for name, value in gathered.items():
@@ -139,47 +139,44 @@ def gather_on_first_rank(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_shardable(clip: CLIP, micro_batch_size: int | str | None, trainer: Trainer) -> None:
-    """Refuse what does not go with sharding.
+    """Reject options that cannot be combined with sharding.
 
     Raises:
-        UserError: says what, and what goes.
+        UserError: names the option and an alternative.
     """
     if not isinstance(trainer.strategy, ShardedStrategy):
         raise UserError(
-            f"{type(trainer.strategy).__name__} is not how this model is sharded; give --trainer.strategy "
-            "fsdp, or Trainer(strategy=clip_lightning.training.sharding.ShardedStrategy())"
+            f"{type(trainer.strategy).__name__} cannot shard this model; set --trainer.strategy fsdp, or "
+            "Trainer(strategy=clip_lightning.training.sharding.ShardedStrategy())"
         )
-    for tower in _trained_towers(clip):
-        scalars = [name for name, parameter in tower.named_parameters() if parameter.ndim == 0]
-        if scalars:
-            raise UserError(
-                f"--trainer.strategy fsdp cannot shard {tower.spec['name']!r}: {scalars[0]} is a single "
-                "number; give ddp"
-            )
-    if not _trained_towers(clip):
+    trained = _trained_towers(clip)
+    if not trained:
         raise UserError(
-            "--trainer.strategy fsdp shards the weights of trained towers, and none is trained; give ddp"
+            "--trainer.strategy fsdp shards the weights of trained towers, and both are frozen; use ddp"
         )
-    if micro_batch_size == "auto":
-        raise UserError(
-            "--model.micro_batch_size auto does not go with --trainer.strategy fsdp; give a number"
-        )
-    if trainer.precision not in ("32-true", "bf16-mixed"):
-        raise UserError(
-            f"--trainer.precision {trainer.precision} does not go with --trainer.strategy fsdp; give "
-            "bf16-mixed or 32"
-        )
-    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
-        raise UserError(
-            "--trainer.callbacks with averaged weights does not go with --trainer.strategy fsdp; give ddp"
-        )
+    for tower in trained:
+        for name, parameter in tower.named_parameters():
+            if parameter.ndim == 0:
+                raise UserError(
+                    f"--trainer.strategy fsdp cannot shard {tower.spec['name']!r}: {name} is a single "
+                    "number; use ddp"
+                )
+    averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+    precise = trainer.precision in ("32-true", "bf16-mixed")
+    for is_refused, given, remedy in (
+        (micro_batch_size == "auto", "--model.micro_batch_size auto", "a number"),
+        (not precise, f"--trainer.precision {trainer.precision}", "bf16-mixed or 32"),
+        (averaged, "--trainer.callbacks with averaged weights", "ddp"),
+    ):
+        if is_refused:
+            raise UserError(f"{given} cannot be combined with --trainer.strategy fsdp; use {remedy}")
 
 
 def shard_towers(clip: CLIP, mesh: DeviceMesh) -> None:
     """Shard the weights of trained towers, layer by layer, over the ranks of a mesh of one dimension.
 
-    Every rank gets the first one's weights. They travel in fp32, so that steps in bf16 are those of autocast
-    without sharding; in bf16 the sums that they are added to would be rounded, too.
+    Every rank gets the weights of rank 0. They are exchanged in fp32, so that steps in bf16 equal those of
+    autocast without sharding, since bf16 would also round the reduced gradients.
     """
     for tensor in (*clip.parameters(), *clip.buffers()):
         same = tensor.detach().to(mesh.device_type)
@@ -192,12 +189,12 @@ def shard_towers(clip: CLIP, mesh: DeviceMesh) -> None:
 
 
 def _trained_towers(clip: CLIP) -> list[Tower]:
-    """Those whose own weights are trained, not only adapters beside them."""
+    """Return the towers whose own weights are trained, and not only their adapters."""
     return [tower for tower in (clip.image_tower, clip.text_tower) if not (tower.frozen or tower.adapted)]
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """What the outermost lists and sequences hold: a transformer's blocks, a convolutional tower's stages."""
+    """Yield the items of the outermost lists: blocks of a transformer, stages of a convolutional tower."""
     for child in module.children():
         listed = isinstance(module, nn.ModuleList | nn.Sequential)
         if not listed or isinstance(child, nn.ModuleList | nn.ModuleDict):  # which are never called
@@ -207,12 +204,12 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def sharded_modules(clip: CLIP) -> list[FSDPModule]:
-    """Layers and towers that are sharded; none without sharding."""
+    """Return the layers and towers that are sharded."""
     return [module for module in clip.modules() if isinstance(module, FSDPModule)]
 
 
 def gather_towers(clip: CLIP) -> None:
-    """Whole towers on every rank until `release_towers`: each may then encode as many batches as it has."""
+    """Gather complete towers on every rank until `release_towers`, so that ranks can encode independently."""
     for module in sharded_modules(clip):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -226,18 +223,19 @@ def release_towers(clip: CLIP) -> None:
 
 
 def average_replicated(clip: CLIP) -> None:
-    """Average over ranks the gradients of what is replicated; the others are averaged already."""
-    found = [parameter.grad for parameter in clip.parameters() if parameter.grad is not None]
-    whole = [gradient for gradient in found if not isinstance(gradient, DTensor)]
-    flat = torch.cat([gradient.flatten() for gradient in whole])
+    """Average the gradients that are not sharded over the ranks; FSDP averages the others."""
+    gradients = [parameter.grad for parameter in clip.parameters() if parameter.grad is not None]
+    replicated = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    flat = torch.cat([gradient.flatten() for gradient in replicated])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
-    for gradient, average in zip(whole, flat.split([gradient.numel() for gradient in whole]), strict=True):
+    averages = flat.split([gradient.numel() for gradient in replicated])
+    for gradient, average in zip(replicated, averages, strict=True):
         gradient.copy_(average.view_as(gradient))
 
 
 def broadcast_statistics(clip: CLIP) -> None:
-    """Give every rank the first one's batch-norm statistics, as DDP does before each step."""
+    """Broadcast the batch-norm statistics of rank 0, as DDP does before each step."""
     for norm in training_norms(clip):
         for buffer in norm.buffers():
             torch.distributed.broadcast(buffer, 0)

@@ -1,4 +1,4 @@
-"""Similarities of many rows with many columns, in blocks of rows: no (B, N) array is ever held."""
+"""Computes similarities in blocks of rows, so that no (B, N) array is ever in memory."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 BLOCK = 2**22
-"""Similarities held at a time: 16 MB an array, of which a loss needs two to seven."""
+"""Similarities in memory at a time: 16 MB per array, and a loss needs two to seven arrays."""
 
 T = TypeVar("T")
 
 
 def similarities(rows: Tensor, columns: Tensor) -> Tensor:
-    """Products (B, N) of (B, D) and (N, D), in fp32 under autocast too."""
+    """Return the products (B, N) of (B, D) and (N, D), in fp32 also under autocast."""
     with torch.autocast(rows.device.type, enabled=False):
         return rows @ columns.T
 
 
 def fits_in_a_block(rows: Tensor, columns: Tensor) -> bool:
-    """Whether all similarities may be held."""
+    """Return whether all similarities fit in one block."""
     return len(rows) * len(columns) <= BLOCK
 
 
 def for_blocks(block: Callable[..., T], columns: int, *rows: Tensor) -> list[T]:
-    """`block` of as many rows at a time as make `BLOCK` similarities, run again in the backward pass.
+    """Call `block` on as many rows at a time as make `BLOCK` similarities, and return the results.
 
-    Where all rows make one block it is not run again.
+    With several blocks, the backward pass calls it again instead of storing the activations.
     """
     size = max(1, BLOCK // max(1, columns))
     if len(rows[0]) <= size:
@@ -40,16 +40,16 @@ def for_blocks(block: Callable[..., T], columns: int, *rows: Tensor) -> list[T]:
 
 
 def log_sum_exp(rows: Tensor, columns: Tensor) -> Tensor:
-    """Sums (B,), log Σ exp, over each row of the similarities of (B, D) and (N, D)."""
+    """Return log Σ exp (B,) over the rows of the similarities of (B, D) and (N, D)."""
     if fits_in_a_block(rows, columns):
         return similarities(rows, columns).logsumexp(dim=1)
     return _LogSumExp.apply(rows, columns)
 
 
 class _LogSumExp(torch.autograd.Function):
-    """`log_sum_exp` in blocks, which are computed twice.
+    """Computes `log_sum_exp` in blocks, once forward and once backward.
 
-    They share their memory: allocated anew, they leave holes in the CPU's heap that none of them fits.
+    The blocks share their memory, since allocating each of them would fragment the CPU's heap.
     """
 
     @staticmethod
@@ -76,7 +76,7 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows, and their part of a bᵀ."""
+        """Yield slices of rows, and their rows of a bᵀ."""
         size = min(len(a), max(1, BLOCK // len(b)))
         space = a.new_empty(size, len(b))
         for start in range(0, len(a), size):

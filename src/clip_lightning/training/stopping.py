@@ -1,106 +1,124 @@
-"""What stops a run: Ctrl-C, SIGTERM and SIGUSR1, on every rank after the same step, and early stopping."""
+"""Stops a run on all ranks after the same step: on a signal, by early stopping, or if it has diverged."""
 
 from __future__ import annotations
 
 import atexit
+import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from clip_lightning.errors import AgreedStop
-from clip_lightning.training.checkpoints import accumulates, all_ranks_save, within_a_step
-from clip_lightning.training.ranks import Agreement
+from clip_lightning.errors import AgreedStop, Diverged
+from clip_lightning.files import write_atomically
+from clip_lightning.run_folder import RunFolder
+from clip_lightning.training.checkpoints import all_ranks_save, is_accumulating, within_a_step
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+MAX_BATCHES = 100  # batches in `non-finite.json`
 
 
 class GracefulStop(Callback):
-    """Finishes the current step or validation after the first signal; a second Ctrl-C does not wait for it.
+    """Finishes the current step or validation after a signal, then stops; a second Ctrl-C stops at once.
 
-    It is enough that one rank receives it. SIGUSR1 is what schedulers send some time before a job's end: in a
-    job of SLURM it is put back into the queue.
+    All ranks stop, even if only one receives the signal. Schedulers send SIGUSR1 some time before the end of
+    a job, and a SLURM job is then requeued.
 
     Args:
-        says_how: whether the run is the command itself, which then says how it goes on.
+        prints_remedy: whether to print how to resume the run.
     """
 
-    def __init__(self, says_how: bool = True) -> None:
-        self._says_how = says_how
-        self._asked = 0  # the signal's number
-        self._before: dict[int, Any] = {}
-        self._agreement = Agreement()
+    def __init__(self, prints_remedy: bool = True) -> None:
+        self._prints_remedy = prints_remedy
+        self._received = 0  # the number of the signal
+        self._handlers: dict[int, Any] = {}
+        self._group: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """A warning that comes while frozen towers run does not end the process."""
-        self._take_over(signal.SIGUSR1)
+        """Handle SIGUSR1, which would otherwise end the process while frozen towers run."""
+        self._handle(signal.SIGUSR1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals, also from Lightning, which would have ranks stop at different batches."""
+        """Handle all signals in place of Lightning, whose ranks would stop after different batches."""
         for number in _SIGNALS:
-            self._take_over(number)
+            self._handle(number)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop here if asked; after an epoch's last batch, Ctrl-C lets its validation come first.
+        """Stop if a rank has received a signal; Ctrl-C after the last batch of an epoch waits for validation.
 
-        While gradients are accumulated nothing stops: a checkpoint does not hold them.
+        Training does not stop while gradients accumulate, since checkpoints do not contain them.
         """
-        if accumulates(trainer):
+        if is_accumulating(trainer):
             return
-        self._asked = self._agreement.largest(self._asked)
-        if self._asked in (signal.SIGTERM, signal.SIGUSR1):
-            # Lightning raises when it has counted the batch; then a resumed run knows that it is done
+        self._received = self._largest_of_all_ranks(self._received)
+        if self._received in (signal.SIGTERM, signal.SIGUSR1):
+            # Lightning raises after it has counted the batch, so that a resumed run does not repeat it
             trainer._signal_connector.received_sigterm = True
-        elif self._asked and not trainer.is_last_batch:
+        elif self._received and not trainer.is_last_batch:
             raise AgreedStop
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
+        """Restore the handlers of the signals."""
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._handlers.clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how to go on, or have the scheduler do so."""
+        """Print how to resume, or requeue the job."""
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException) or not trainer.is_global_zero:
             return
-        if self._asked == signal.SIGUSR1 and (job := slurm_job()):
-            atexit.register(requeue, job)  # when everything is saved
-        if not self._says_how:
+        if self._received == signal.SIGUSR1 and (job := slurm_job()):
+            atexit.register(requeue, job)  # after everything is saved
+        if not self._prints_remedy:
             return
         if trainer.global_step > 0:
             saved = all_ranks_save(trainer, exception) and not within_a_step(trainer)
-            place = "here" if saved else "the last checkpoint"
-            print(f"stopped; the same command with --ckpt_path last goes on from {place}", file=sys.stderr)
+            place = "this step" if saved else "the last checkpoint"
+            print(f"stopped; the same command with --ckpt_path last resumes from {place}", file=sys.stderr)
         else:
             print("stopped before the first step", file=sys.stderr)
 
-    def _take_over(self, number: signal.Signals) -> None:
-        """Only the main thread may; W&B's agents train in another."""
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != self._ask:
-            before = signal.signal(number, self._ask)
-            self._before.setdefault(number, before)
+    def _largest_of_all_ranks(self, number: int) -> int:
+        """Return the largest number of all ranks, exchanged on the CPU in order not to wait for a GPU."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return number
+        if self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
+        largest = torch.tensor(number)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(largest)
 
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self._asked == signum == signal.SIGINT:
+    def _handle(self, number: signal.Signals) -> None:
+        """Install the handler in the main thread; W&B's agents train in another thread."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(number) != self._receive:
+            handler = signal.signal(number, self._receive)
+            self._handlers.setdefault(number, handler)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self._received == signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = signum
-        again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
-        print(f"\nstopping after this step{again}", file=sys.stderr)
+        self._received = signum
+        remedy = "; press Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
+        print(f"\nstopping after this step{remedy}", file=sys.stderr)
 
 
 class EarlyStopping(callbacks.EarlyStopping):
-    """Lightning's early stopping, with which a resumed run that had stopped does not train another epoch.
+    """Lightning's early stopping, except that a run that has stopped early does not train on when resumed.
 
-    A higher `patience` than before lets it continue; Lightning would restore the old value.
+    A higher `patience` lets it continue, while Lightning would restore the patience of the checkpoint.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -108,35 +126,116 @@ class EarlyStopping(callbacks.EarlyStopping):
         super().load_state_dict({**state_dict, "patience": self.patience})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before the first step if the checkpoint is of a run that had stopped."""
+        """Stop before the first step if the resumed run has stopped early."""
         out_of_patience = self.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
-        has_more_now = out_of_patience and self.wait_count < self.patience
-        if self.stopping_reason != EarlyStoppingReason.NOT_STOPPED and not has_more_now:
+        is_more_patient = out_of_patience and self.wait_count < self.patience
+        if self.stopping_reason != EarlyStoppingReason.NOT_STOPPED and not is_more_patient:
             trainer.should_stop = True
             if trainer.is_global_zero:
                 print(
-                    f"the run had stopped early ({self.stopping_reason_message}); a higher "
-                    "--early_stopping.patience than before would let it continue",
+                    f"the run has stopped early ({self.stopping_reason_message}); increase "
+                    "--early_stopping.patience to continue it",
                     file=sys.stderr,
                 )
 
 
+class NonFinite(Callback):
+    """Counts the steps that `CLIPModule` has skipped, and ends the run after several in a row.
+
+    Args:
+        folder: the folder of the run, in which `non-finite.json` will list the samples of these batches.
+        in_a_row: the number of consecutive skipped steps that ends the run. Mixed precision in fp16 skips a
+            few at the start, until its loss scale has settled.
+    """
+
+    def __init__(self, folder: Path, in_a_row: int = 20) -> None:
+        self.run = RunFolder(folder)
+        self.in_a_row = in_a_row
+        self.left_out = self.row = 0
+        self._step = 0
+        self._batches: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count, for the checkpoint."""
+        return {"left_out": self.left_out}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the count."""
+        self.left_out = state_dict["left_out"]
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the samples of this rank's batch."""
+        rows = batch.get("text_id")  # converted to numbers only at the end, in order not to wait for a GPU
+        seen = {"names": batch["names"]} if "names" in batch else {} if rows is None else {"captions": rows}
+        self._batches.append({"epoch": trainer.current_epoch, "batch": batch_idx, **seen})
+        del self._batches[:-MAX_BATCHES]
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step if it was skipped, warn about the first, and end the run after too many.
+
+        Raises:
+            Diverged: `in_a_row` steps in a row were skipped.
+        """
+        if trainer.global_step == self._step:  # gradients are still being accumulated
+            return
+        if math.isfinite(pl_module.gradient_norm):
+            self.row = 0
+            self._batches.clear()
+        else:
+            self.left_out, self.row = self.left_out + 1, self.row + 1
+            if self.row == 1:
+                rank_zero_warn(
+                    f"skipped step {trainer.global_step}, whose gradient is not finite "
+                    f"({pl_module.gradient_norm}); {self.in_a_row} skipped steps in a row end the run"
+                )
+        if self.left_out:
+            pl_module.log("train/steps_left_out", float(self.left_out))
+        if self.row >= self.in_a_row:
+            file = self._write(trainer)
+            raise Diverged(
+                f"{self.row} steps in a row had a gradient that is not finite, up to step "
+                f"{trainer.global_step}; {file} lists their images and captions; lower "
+                "--model.optimizer.lr, use --trainer.precision bf16-mixed instead of 16-mixed, or check the "
+                "data with clip-lightning data check"
+            )
+
+    def _write(self, trainer: Trainer) -> Path:
+        """Write the samples of the batches to a file of this rank, and return it."""
+        file = self.run.non_finite(trainer.global_rank)
+        data: Any = getattr(trainer, "datamodule", None)
+        captions = [] if data is None else data.captions("train")
+        paths = [] if data is None else [str(i.path) for i in data.images("train") for _ in i.captions]
+        batches = [dict(batch) for batch in self._batches]
+        for batch in batches:
+            if "captions" in batch:
+                rows = batch["captions"].tolist()
+                batch["captions"] = [
+                    {"picture": paths[row], "caption": captions[row]} if captions else row for row in rows
+                ]
+        write_atomically(file, json.dumps(batches, indent=2, ensure_ascii=False).encode(errors="replace"))
+        return file
+
+
 def slurm_job() -> str | None:
-    """The job that this process is part of, as `scontrol` names it; None outside of one."""
+    """Return the ID of the SLURM job of this process for `scontrol`, or None outside of a job."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
     return job if re.fullmatch(r"\d+(_\d+)?", job) else None
 
 
 def requeue(job: str) -> None:
-    """Put the job back into the queue; its command goes on with `--ckpt_path auto`."""
+    """Requeue the job, whose command resumes with `--ckpt_path auto`."""
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        failure = " ".join((done.stderr or done.stdout).split()) if done.returncode else None
     except OSError as error:
-        print(f"the job {job} is not put back into the queue: scontrol: {error.strerror}", file=sys.stderr)
-        return
-    said = " ".join((done.stderr or done.stdout).split())
-    if done.returncode:
-        print(f"the job {job} is not put back into the queue: scontrol: {said}", file=sys.stderr)
+        failure = error.strerror
+    if failure is None:
+        print(f"the job {job} was requeued", file=sys.stderr)
     else:
-        print(f"the job {job} is back in the queue", file=sys.stderr)
+        print(f"the job {job} could not be requeued: scontrol: {failure}", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Captioned pictures in shards: written once, streamed by many machines."""
+"""Convert captioned images to tars, and train from tars."""

@@ -1,4 +1,4 @@
-"""`data convert`: captioned images, or the samples of tars, as new tars; in parallel, and resumable."""
+"""Write captioned images, or the samples of tars, to new tars (`data convert`), in parallel and resumable."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock, Timeout
 from PIL import Image
 from pyarrow import parquet
 from tqdm import tqdm
 
-from clip_lightning.data.captions import CaptionedImage, split_by_image
-from clip_lightning.data.captions import Splits as SplitFractions
-from clip_lightning.data.columns import RECOGNISED, ReadOptions
+from clip_lightning.data.captions import CaptionedImage, split_by_image, unreadable
+from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import to_rgb
 from clip_lightning.data.shards.index import Index
@@ -35,7 +35,7 @@ from clip_lightning.data.shards.manifest import FIELDS_FILE, FILE, Shard, Splits
 from clip_lightning.data.shards.record import BrokenRecord, Filter, Record
 from clip_lightning.data.shards.storage import expand, known
 from clip_lightning.data.shards.tars import joined, scan, write_table
-from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.errors import RunFailed, UserError, reason_of
 from clip_lightning.files import write_atomically
 
 PENDING = "pending"
@@ -44,7 +44,7 @@ _ORIENTATION, _FIRST_TURNED = 0x0112, 5  # EXIF's tag, and its first value for a
 
 @dataclass(frozen=True)
 class Settings:
-    """How tars are written; see `data convert`."""
+    """Options for writing tars, which `data convert` describes."""
 
     samples_per_shard: int = 2000
     short_side: int | None = None
@@ -64,39 +64,31 @@ class Settings:
 
 
 class Job(NamedTuple):
-    """A tar to write: its split and number, and the captioned images or the tar that it is made from."""
+    """A tar to write: its split, its number, and the captioned images or the tar to write it from."""
 
     split: str
     number: int
     content: Sequence[CaptionedImage] | str
 
     def note(self, out: Path) -> Path:
-        """Return the file that holds the table of its samples once the tar is finished."""
+        """Return the file with the table of its samples, which exists when the tar is finished."""
         return out / PENDING / f"{self.split}-{self.number:05d}.parquet"
 
 
 class Source(NamedTuple):
-    """What is converted: the tars to write, a digest of their content, and what is left out, with reasons."""
+    """The tars to write, a digest of their content, and name → reason for what is left out."""
 
     jobs: Sequence[Job]
     digest: str
     left_out: Mapping[str, str]
 
 
-def captioned(
-    root: Path,
-    samples_per_shard: int,
-    dataset: str = "auto",
-    val_share: float = 0.1,
-    test_share: float = 0.1,
-    split_seed: int = 0,
-    read: ReadOptions = RECOGNISED,
-) -> Source:
-    """Divide captioned images as `fit` divides them; those of `train` come in an order drawn once."""
-    captions = read_captions(root, dataset, read)
-    parts = split_by_image(captions, SplitFractions(val_share, test_share, split_seed))
-    # neighbours in a folder resemble each other, and other programs shuffle only what is close together
-    order = np.random.default_rng(split_seed).permutation(len(parts["train"]))
+def captioned(root: Path, samples_per_shard: int, read: ReadOptions = RECOGNIZED) -> Source:
+    """Split captioned images as `fit` does, and shuffle the training images once."""
+    captions = read_captions(root, read)
+    parts = split_by_image(captions, read.splits)
+    # Neighboring images in a folder are similar, and other programs shuffle only within a small buffer.
+    order = np.random.default_rng(read.splits.seed).permutation(len(parts["train"]))
     parts["train"] = [parts["train"][i] for i in order]
     jobs = [
         Job(split, number, images[first : first + samples_per_shard])
@@ -107,47 +99,51 @@ def captioned(
 
 
 def tars(source: str, split: str) -> Source:
-    """Take WebDataset tars, as img2dataset writes them; from each, one tar is made."""
+    """Use WebDataset tars as img2dataset writes them; each becomes one tar."""
     urls = expand(source)
     digest = hashlib.sha256(json.dumps([*map(known, urls)]).encode()).hexdigest()
     return Source([Job(split, number, url) for number, url in enumerate(urls)], digest, {})
 
 
 def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> tuple[Splits, dict[str, str]]:
-    """Write the tars that are not there yet, and `shards.json` when all are.
+    """Write the missing tars, and `shards.json` when all are complete.
 
-    What an interrupted conversion of the same source has left in `out` is kept.
+    The tars of an interrupted conversion of the same source in `out` are kept.
 
     Returns:
-        What was written; and name → reason, of samples that could not be used.
+        The tars per split; and name → reason, for samples that could not be used.
 
     Raises:
-        UserError: the folder holds something else.
-        RunFailed: there is no room, something cannot be read at the moment, or no sample could be used.
+        UserError: the folder has other content.
+        RunFailed: the disk is full, a file cannot be read at the moment, or no sample can be used.
     """
     plan = {"source": source.digest, "shards": len(source.jobs), **asdict(settings)}
     if (out / FILE).exists():
         splits, then = load((out / FILE).read_bytes(), str(out / FILE))
         left_out = then.pop("left_out", {})
         if json.dumps(then) != json.dumps(plan):
-            raise UserError(f"{out} holds another conversion; give another folder to --out, or remove it")
+            raise UserError(f"{out} has the result of another conversion; remove it, or give another --out")
         return splits, left_out
     note, content = out / PENDING / "plan.json", json.dumps(plan, indent=1).encode()
     if note.exists() and note.read_bytes() != content:
-        raise UserError(f"{out} holds the beginning of another conversion; remove it, or give another --out")
+        raise UserError(f"{out} has an unfinished, different conversion; remove it, or give another --out")
     if not note.exists() and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; give a new folder")
     try:
-        write_atomically(note, content)
-        missing = [job for job in source.jobs if not job.note(out).exists()]
-        done = len(source.jobs) - len(missing)
-        for _ in tqdm(_run(missing, settings, out, num_workers), "tars", len(source.jobs), initial=done):
-            pass
-        return _finish(source, out, plan)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(note.with_name("lock"), timeout=0):
+            write_atomically(note, content)
+            missing = [job for job in source.jobs if not job.note(out).exists()]
+            done = len(source.jobs) - len(missing)
+            for _ in tqdm(_run(missing, settings, out, num_workers), "tars", len(source.jobs), initial=done):
+                pass
+            return _finish(source, out, plan)
+    except Timeout as error:
+        raise UserError(f"another process is writing to {out}; wait for it, or give another --out") from error
     except OSError as error:
         raise RunFailed(
-            f"tars cannot be written to {out} ({error.strerror or error}); the finished ones stay: make room "
-            "and give the same command again"
+            f"tars cannot be written to {out} ({error.strerror or error}); free some space and run the same "
+            "command again: finished tars are kept"
         ) from error
 
 
@@ -157,7 +153,7 @@ def _run(jobs: Sequence[Job], settings: Settings, out: Path, num_workers: int) -
     if num_workers == 1 or len(jobs) < 2:
         yield from map(do, jobs)
         return
-    # not fork: this process has threads
+    # Do not fork, as this process has threads.
     spawn, ignore = get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(min(num_workers, len(jobs)), spawn, signal.signal, ignore) as pool:
         try:
@@ -165,15 +161,15 @@ def _run(jobs: Sequence[Job], settings: Settings, out: Path, num_workers: int) -
                 yield future.result()
         except BrokenProcessPool as error:
             raise RunFailed(
-                "a process that wrote tars was killed, perhaps for memory; the finished tars stay: give the "
-                "same command again, with fewer --num_workers"
+                "a worker process was killed, perhaps because memory ran out; run the same command again "
+                "with fewer --num_workers: finished tars are kept"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _write(job: Job, settings: Settings, out: Path) -> None:
-    """Write a tar beside its place, move it there, then note that it is finished."""
+    """Write a tar under a temporary name, rename it, and then write the note that it is finished."""
     path = out / job.split / f"{job.number:05d}.tar"
     draft = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,9 +186,9 @@ def _write(job: Job, settings: Settings, out: Path) -> None:
 
 
 def write_tar(records: Iterable[Record], path: Path) -> None:
-    """Write a WebDataset tar: per sample its image, `.txt` with the field of that name, `.json` with others.
+    """Write a WebDataset tar with each sample's image, the field `txt` as `.txt`, and others as `.json`.
 
-    The same samples make the same bytes.
+    Equal samples result in equal bytes.
     """
     with tarfile.open(path, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for record in records:
@@ -207,21 +203,21 @@ def write_tar(records: Iterable[Record], path: Path) -> None:
 
 
 def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator[Record]:
-    """Yield the samples for a tar that can be used and pass the filters."""
+    """Yield the usable samples for a tar that pass the filters."""
     filters = [Filter.parse(text) for text in settings.filters]
     if isinstance(job.content, str):
         index = Index([job.content], job.split)
         left_out |= index.broken
-        found = index.records()
+        records = index.records()
     else:
-        found = map(_record, count(job.number * settings.samples_per_shard), job.content)
-    for record in found:
+        records = map(_record, count(job.number * settings.samples_per_shard), job.content)
+    for record in records:
         try:
             image, width, height = sized(record, settings.short_side, settings.quality)
         except BrokenRecord as error:
             left_out[str(record.fields.get("name", record.name))] = str(error)
             continue
-        # img2dataset has these fields too: of the image as it is stored, which may be another one now
+        # img2dataset has these fields, too; they describe the stored image, which may have been resized.
         fields = {**record.fields, "width": width, "height": height}
         if all(condition([fields.get(condition.field)])[0] for condition in filters):
             yield Record(record.name, image, fields)
@@ -230,20 +226,17 @@ def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator
 def _record(number: int, image: CaptionedImage) -> Record:
     try:
         data = image.path.read_bytes()
-    except OSError as error:  # it was there when the captions were read: this is no property of the data
-        raise RunFailed(
-            f"{image.path} cannot be read ({error.strerror or error}); the finished tars stay: give the same "
-            "command again when it can be read"
-        ) from error
+    except OSError as error:  # it existed when the captions were read
+        raise unreadable(image.path, error.strerror or error) from error
     fields = {"txt": image.captions[0], "captions": [*image.captions], "name": image.path.name}
     return Record(f"#{number:09d}", data, fields)
 
 
 def sized(record: Record, short_side: int | None, quality: int) -> tuple[bytes, int, int]:
-    """Return an encoded image with its width and height, as JPEG with this short side if its own is longer.
+    """Return the encoded image, its width and its height; resize it to JPEG if its short side is longer.
 
     Raises:
-        BrokenRecord: it cannot be read.
+        BrokenRecord: the image cannot be read.
     """
     image = record.opened()
     try:
@@ -257,12 +250,12 @@ def sized(record: Record, short_side: int | None, quality: int) -> tuple[bytes, 
         smaller, encoded = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC), io.BytesIO()
         smaller.save(encoded, "JPEG", quality=quality)
         return encoded.getvalue(), width, height
-    except Exception as error:  # files from elsewhere make Pillow raise nearly every kind of error
-        raise BrokenRecord(" ".join(str(error).split())[:200] or type(error).__name__) from error
+    except Exception as error:  # Pillow raises nearly every kind of error for broken files
+        raise BrokenRecord(reason_of(error)) from error
 
 
 def _finish(source: Source, out: Path, plan: dict[str, Any]) -> tuple[Splits, dict[str, str]]:
-    """Put together what is noted of all tars."""
+    """Combine the notes on all tars."""
     splits: dict[str, list[Shard]] = {}
     tables: dict[str, list[pa.Table]] = {}
     left_out = dict(source.left_out)
@@ -277,8 +270,8 @@ def _finish(source: Source, out: Path, plan: dict[str, Any]) -> tuple[Splits, di
         else:
             (out / job.split / shard.file).unlink(missing_ok=True)
     if not splits:
-        example = "".join(f", for example {name}: {reason}" for name, reason in list(left_out.items())[:1])
-        raise RunFailed(f"no sample can be used or passes the filters{example}; {out} can be removed")
+        example = "".join(f" (first {name}: {reason})" for name, reason in list(left_out.items())[:1])
+        raise RunFailed(f"no sample is usable and passes --filters{example}; remove {out} and try again")
     for split, part in tables.items():
         write_table(joined(part), out / split / FIELDS_FILE)
     write_atomically(out / FILE, dump(splits, {**plan, "left_out": left_out}))

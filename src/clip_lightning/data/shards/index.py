@@ -1,4 +1,4 @@
-"""Every sample of the tars of a split: where it is, whether it passes the filters, and what it holds."""
+"""Index the samples in the tars of a split: their positions, their fields, and which pass the filters."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _ROW_BITS = 32
 
 @dataclass
 class Tar:
-    """A tar, and what is known of it.
+    """A tar and what is known about it.
 
     Attributes:
-        url: its address.
-        sha256: the checksum of its content, empty if nobody has noted it.
-        noted: the number of its samples that `shards.json` has.
-        count: the number of its samples that pass the filters, None as long as it has not arrived.
-        spans: offset and length (count, 2) of these samples, in their order.
+        url: the path or URL.
+        sha256: the checksum of the content, or an empty string if it is unknown.
+        noted: the number of samples according to `shards.json`.
+        count: the number of samples that pass the filters, or None until the tar has been indexed.
+        spans: offset and length (count, 2) of these samples, in order.
     """
 
     url: str
@@ -50,13 +50,17 @@ class Tar:
 
     @cached_property
     def key(self) -> str:
-        """A name for this content at this address."""
+        """A unique name for this content at this address."""
         address = self.url if is_url(self.url) else os.path.abspath(self.url)
         content = json.dumps([_VERSION, address, self.sha256 or identity(self.url)])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def expected(self) -> int:
-        """Return `count`, or what `shards.json` or img2dataset's NAME_stats.json has, or raise UserError."""
+        """Return `count`, or the number in `shards.json` or img2dataset's NAME_stats.json.
+
+        Raises:
+            UserError: the number is unknown.
+        """
         for count in (self.count, self.noted):
             if count is not None:
                 return count
@@ -65,27 +69,27 @@ class Tar:
             return int(json.loads(call(note, "cat_file"))["successes"])
         except (MissingFile, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"it is not known how many samples {public(self.url)} holds (no count in {public(note)}); "
-                "give --data.shards.samples_per_epoch"
+                f"the number of samples in {public(self.url)} is unknown, as {public(note)} has none; give "
+                "--data.shards.samples_per_epoch"
             ) from error
 
 
 class Index:
     """The tars of a split of one or several sources, and the samples in them that pass the filters.
 
-    `data convert` has noted where each sample is. Other tars are gone through once, those of this machine at
-    the beginning, remote ones when they arrive; the result is kept in the cache folder, by address, size and
-    ETag or time of the last change. In memory are 16 bytes per sample; of tars that are gone through when
-    they arrive, only those of the `recent` last ones. Of remote tars, copies of `budget` bytes are kept.
+    `data convert` stores the position of each sample. Other tars are scanned once, local tars at the start
+    and remote tars when they are downloaded. The result is cached by address, size, and ETag or modification
+    time. The index needs 16 bytes of memory per sample; of tars that are scanned when they are downloaded,
+    only the `recent` last ones stay in memory. Copies of remote tars are limited to `budget` bytes.
 
-    A sample is numbered by its tar and by its row among the samples of this tar that pass.
+    The number of a sample consists of the number of its tar and its row among the samples that pass there.
 
     Attributes:
-        tars: those of all sources, which are numbered in this order.
+        tars: the tars of all sources, numbered in this order.
         parts: the numbers of the tars of each source.
-        splits: source → the splits of its `shards.json`, if it has one.
-        fields: the names of the fields that samples have.
-        broken: name → reason, of what cannot be used.
+        splits: source → the splits in its `shards.json`, if it has one.
+        fields: the names of the samples' fields.
+        broken: name → reason, for samples and tars that cannot be used.
     """
 
     def __init__(
@@ -96,7 +100,7 @@ class Index:
         budget: float = 50e9,
         recent: int = 1,
     ) -> None:
-        """Look for the tars, or raise UserError if there is none or `shards.json` says something else."""
+        """Find the tars, or raise UserError if there are none or they do not match `shards.json`."""
         self.filters, self._mirror = filters, Mirror(budget)
         self.tars: list[Tar] = []
         self.parts: list[range] = []
@@ -114,31 +118,31 @@ class Index:
             self.parts.append(range(first, len(self.tars)))
         local = [tar for tar in self.tars if tar.spans is None and not is_url(tar.url)]
         random.Random(os.getpid()).shuffle(local)  # so that ranks share the work
-        for tar in tqdm(local, desc="looking for samples", unit=" tars", delay=2):
+        for tar in tqdm(local, desc="index samples", unit=" tars", delay=2):
             self._find(tar, self._table(tar))
 
     def take_broken(self) -> dict[str, str]:
-        """Return what was found broken since the last call, and forget it."""
+        """Return the entries of `broken` that are new since the last call, and remove them."""
         return dict(self.broken.popitem() for _ in range(len(self.broken)))
 
     def count(self, number: int) -> int:
-        """Return the number of samples of a tar that pass."""
+        """Return the number of samples in a tar that pass the filters."""
         count = self.tars[number].count
         return len(self._spans(self.tars[number])) if count is None else count
 
     def samples(self, number: int) -> np.ndarray:
-        """Return the numbers (n,) of the samples of a tar that pass."""
+        """Return the numbers (n,) of the samples in a tar that pass the filters."""
         return (number << _ROW_BITS) + np.arange(self.count(number))
 
     def after(self, sample: int) -> int:
-        """Return the number of the next sample; the first one follows the last."""
+        """Return the number of the next sample; the last sample is followed by the first."""
         number, row = divmod(sample + 1, 1 << _ROW_BITS)
         while row >= self.count(number):
             number, row = (number + 1) % len(self.tars), 0
         return (number << _ROW_BITS) + row
 
     def read(self, sample: int) -> Record:
-        """Read the sample with this number, or raise UserError if its tar cannot be read or has changed."""
+        """Read the sample with this number, or raise RunFailed if its tar cannot be read or has changed."""
         number, row = divmod(sample, 1 << _ROW_BITS)
         tar = self.tars[number]
         offset, length = self._spans(tar)[row].tolist()
@@ -150,34 +154,35 @@ class Index:
             raise RunFailed(f"{public(tar.url)} cannot be read: {error}") from error
 
     def records(self) -> Iterator[Record]:
-        """Read all samples that pass, in their order."""
+        """Read all samples that pass the filters, in order."""
         for number in range(len(self.tars)):
             yield from map(self.read, self.samples(number).tolist())
 
     def fetch(self, numbers: Sequence[int]) -> None:
-        """Copy those of these tars that are remote to this machine, and find their samples."""
+        """Download the remote ones of these tars, and index their samples."""
         for number in numbers:
             if self.count(number) and is_url(self.tars[number].url):
                 self.read(number << _ROW_BITS)
 
     def _add_converted(self, folder: str, shards: Sequence[Shard]) -> None:
-        """Add the tars that `data convert` wrote, and where their samples are."""
+        """Add the tars that `data convert` wrote, with the stored positions of their samples."""
         tars = [Tar(join(folder, shard.file), shard.sha256, shard.samples) for shard in shards]
         self.tars += tars
         for tar, shard in zip(tars, shards, strict=True):
-            there = is_url(folder) or (os.path.isfile(tar.url) and os.path.getsize(tar.url) == shard.bytes)
-            if not there:
-                raise UserError(f"{tar.url} is not of {shard.bytes:,} bytes; convert the data again")
+            if not is_url(folder) and not (
+                os.path.isfile(tar.url) and os.path.getsize(tar.url) == shard.bytes
+            ):
+                raise UserError(f"{tar.url} does not have {shard.bytes:,} bytes; convert the data again")
         if not tars:
             return
         fields = join(folder, FIELDS_FILE)
         try:
             file = parquet.ParquetFile(io.BytesIO(call(fields, "cat_file")))
             names = {*file.schema_arrow.names}
-            table = file.read([*({OFFSET, BYTES, *(each.field for each in self.filters)} & names)])
+            table = file.read([*({OFFSET, BYTES, *(condition.field for condition in self.filters)} & names)])
         except (MissingFile, pa.ArrowException) as error:
             raise UserError(f"{public(fields)} is damaged ({error}); convert the data again") from error
-        # else an earlier version wrote it, and the tars are gone through like any others
+        # An earlier version did not store positions; its tars are scanned like other tars.
         if OFFSET in names and len(table) == sum(shard.samples for shard in shards):
             self.fields |= names - {OFFSET, BYTES}
             for tar, shard in zip(tars, shards, strict=True):
@@ -193,10 +198,11 @@ class Index:
         return spans
 
     def _find(self, tar: Tar, table: pa.Table) -> np.ndarray:
-        """Note where the samples of a tar are that pass all filters."""
+        """Set the positions of the samples in a tar that pass all filters."""
         self.broken |= json.loads((table.schema.metadata or {}).get(BROKEN, "{}"))
         self.fields |= {*table.column_names} - {OFFSET, BYTES}
-        kept = np.full(len(table), all(each.field in table.column_names for each in self.filters))
+        has_fields = all(condition.field in table.column_names for condition in self.filters)
+        kept = np.full(len(table), has_fields)
         for condition in self.filters if kept.all() else ():
             column = table[condition.field]
             numbers = pa.types.is_floating(column.type)
@@ -206,7 +212,7 @@ class Index:
         return tar.spans
 
     def _table(self, tar: Tar) -> pa.Table:
-        """Return a row per sample of a tar, from the cache folder or by going through the tar."""
+        """Return a table with a row per sample of a tar, from the cache or by scanning the tar."""
         name = public(tar.url)
         try:
             path = cache_folder("shards") / "index" / f"{tar.key}.parquet"
@@ -219,5 +225,5 @@ class Index:
         except OSError as error:
             if not (is_url(tar.url) and isinstance(error, MissingFile)):
                 raise RunFailed(f"{name} cannot be read: {error}") from error
-            broken = {name: "there is no such file"}  # a pattern may name more than there is
+            broken = {name: "there is no such file"}  # a pattern may include missing files
             return scan(io.BytesIO(), name).replace_schema_metadata({BROKEN: json.dumps(broken)})

@@ -1,4 +1,4 @@
-"""One sample of a tar: an encoded image and its fields; which captions are drawn, which samples pass."""
+"""Represent samples of tars (encoded images with fields), choose their captions, and filter them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_lightning.data.image_formats import PICTURE_FORMATS, PICTURE_SUFFIXES
+from clip_lightning.data.image_formats import IMAGE_FORMATS, IMAGE_SUFFIXES
 from clip_lightning.errors import UserError
 
-# Where a sample's captions are by default: what `data convert` writes, then img2dataset's fields.
+# The default fields for captions: the one that `data convert` writes, then those of img2dataset.
 _CAPTION_FIELDS = ("captions", "txt", "caption")
 _MOST_PIXELS = 100_000_000
 
 
 class BrokenRecord(ValueError):
-    """A sample that cannot be used; the message is a short reason."""
+    """A sample cannot be used; the message is a short reason."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A sample as it is stored in a tar.
+    """A sample as stored in a tar.
 
     Attributes:
-        name: the tar and the sample's key in it, for messages.
+        name: the tar and the key of the sample, for messages.
         image: the encoded image.
-        fields: the content of `KEY.json`; `txt` is the content of `KEY.txt`.
+        fields: the content of `KEY.json`, with the content of `KEY.txt` as the field `txt`.
     """
 
     name: str
@@ -44,26 +44,26 @@ class Record:
 
     @property
     def image_id(self) -> int:
-        """64 bits of the image's content (BLAKE2b), so that its copies are recognised in any tar."""
+        """A hash of 64 bits (BLAKE2b) of the encoded image, which is equal for copies in all tars."""
         return int.from_bytes(hashlib.blake2b(self.image, digest_size=8).digest(), "big", signed=True)
 
     def opened(self) -> Image.Image:
-        """Return the image, of which only the header has been read, or raise BrokenRecord."""
+        """Open the image and read its header, or raise BrokenRecord."""
         try:
-            image = Image.open(io.BytesIO(self.image), formats=PICTURE_FORMATS)
-        except Exception as error:  # files from elsewhere make Pillow raise nearly every kind of error
+            image = Image.open(io.BytesIO(self.image), formats=IMAGE_FORMATS)
+        except Exception as error:  # Pillow raises nearly every kind of error for broken files
             raise BrokenRecord("not an image of a known format") from error
         if image.width * image.height > _MOST_PIXELS:
             raise BrokenRecord(f"{image.width}x{image.height} pixels are more than {_MOST_PIXELS}")
         return image
 
     def suffix(self) -> str:
-        """Return the suffix of files with an image of this format, or raise BrokenRecord."""
-        return PICTURE_SUFFIXES.get(self.opened().format or "", ".jpg").removeprefix(".")
+        """Return the suffix of the image's format, or raise BrokenRecord."""
+        return IMAGE_SUFFIXES.get(self.opened().format or "", ".jpg").removeprefix(".")
 
 
 def fields_of(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return what the JSON and the text beside an image hold, or raise BrokenRecord."""
+    """Return the fields in the JSON and text files of a sample, or raise BrokenRecord."""
     try:
         fields = json.loads(files.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
@@ -77,11 +77,11 @@ def fields_of(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CaptionChoice:
-    """Which fields captions are taken from.
+    """The fields that contain the captions.
 
     Attributes:
-        probabilities: field → how often a caption is taken from it, in proportion; the other fields make up
-            for one that a sample lacks. If empty, the first of `captions`, `txt` and `caption` is used.
+        probabilities: field → relative probability of drawing a caption from it; if a sample lacks a field,
+            the others replace it. If empty, the first of `captions`, `txt` and `caption` is used.
     """
 
     probabilities: Mapping[str, float] = field(default_factory=dict)
@@ -91,15 +91,15 @@ class CaptionChoice:
         for name, probability in self.probabilities.items():
             if not (math.isfinite(probability) and probability > 0):
                 raise UserError(
-                    f"--data.shards.captions gives {name} {probability}; expected a number above 0"
+                    f"--data.shards.captions has {probability} for {name}: expected a number above 0"
                 )
 
     def all(self, fields: Mapping[str, Any]) -> list[str]:
-        """Return every caption that may be drawn, or raise BrokenRecord if there is none."""
+        """Return all captions that can be drawn, or raise BrokenRecord if there are none."""
         return [text for texts in self._texts(fields).values() for text in texts]
 
     def draw(self, fields: Mapping[str, Any], count: int, rng: np.random.Generator) -> list[str]:
-        """Draw `count` captions, those of a field all different as long as there are enough.
+        """Draw `count` captions, without repetition within a field as long as it has enough.
 
         Raises:
             BrokenRecord: there is no caption.
@@ -111,12 +111,12 @@ class CaptionChoice:
         return [next(shuffled[number]) for number in chosen]
 
     def _texts(self, fields: Mapping[str, Any]) -> dict[str, list[str]]:
-        """Return the captions of each field that has some, with their whitespace collapsed."""
+        """Return the captions of each field that has any, with collapsed whitespace."""
         texts: dict[str, list[str]] = {}
         for name in self.probabilities or _CAPTION_FIELDS:
             value = fields.get(name)
             values = value if isinstance(value, list) else [value]
-            sentences = [" ".join(each.split()) for each in values if isinstance(each, str) and each.strip()]
+            sentences = [" ".join(text.split()) for text in values if isinstance(text, str) and text.strip()]
             if sentences and (self.probabilities or not texts):
                 texts[name] = sentences
         if not texts:
@@ -145,29 +145,24 @@ class Filter:
 
     @classmethod
     def parse(cls, text: str) -> Filter:
-        """Read a condition.
-
-        Raises:
-            UserError: the text is not a condition.
-        """
+        """Parse a condition, or raise UserError."""
         match = _FILTER.fullmatch(text)
         if match is None:
             raise UserError(
-                f"--data.shards.filters {text!r}: expected FIELD COMPARISON VALUE, as in 'width >= 200' or "
-                f"'similarity > 0.28'; comparisons are {' '.join(_COMPARISONS)}"
+                f"--data.shards.filters {text!r}: expected FIELD COMPARISON VALUE, such as 'width >= 200' or "
+                f"'similarity > 0.28', with one of the comparisons {' '.join(_COMPARISONS)}"
             )
         name, comparison, value = match.groups()
         if math.isfinite(number := _number(value)):
             return cls(name, comparison, number)
         if comparison not in ("==", "!="):
             raise UserError(
-                f"--data.shards.filters {text!r}: {value} is not a number, and texts can only be compared by "
-                "== and !="
+                f"--data.shards.filters {text!r}: {value} is not a number; compare texts with == or !="
             )
         return cls(name, comparison, value.strip("'\""))
 
     def __call__(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return which of N values pass (N,); None does not, nor does what is not a number but should be."""
+        """Return which of N values pass (N,); None, and texts that are compared with numbers, do not."""
         compare = _COMPARISONS[self.comparison]
         if isinstance(self.value, str):
             return np.array([value is not None and compare(str(value), self.value) for value in values], bool)
@@ -177,7 +172,7 @@ class Filter:
 
 
 def _number(value: Any) -> float:
-    """Return a number, also of a text that spells one; NaN for anything else."""
+    """Convert a number, or a text with a number, to float; return NaN for anything else."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):

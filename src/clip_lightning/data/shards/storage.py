@@ -1,4 +1,4 @@
-"""Files on this machine or behind a URL (`s3://`, `gs://`, `hf://`, `https://`), through fsspec."""
+"""Access files on this machine or at URLs (`s3://`, `gs://`, `hf://`, `https://`) with fsspec."""
 
 from __future__ import annotations
 
@@ -10,62 +10,69 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import aiohttp
 import fsspec
 from filelock import FileLock
 
-from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.errors import RunFailed, UserError, reason_of
 from clip_lightning.files import cache_folder
 from clip_lightning.terminal import public
 
 _ATTEMPTS = 4
-_LONGEST_FETCH = 3600  # seconds without a byte, after which a draft is that of a process that was killed
+SILENCE = 60.0  # seconds without data after which an attempt fails
+_LONGEST_FETCH = 3600  # seconds without data after which the process of a partial download counts as killed
 _TAR = re.compile(r".*\.(tar(\.\w+)?|tgz)")
 
 
 class MissingFile(UserError, FileNotFoundError):
-    """A file that is not there."""
+    """A file or URL does not exist."""
 
 
 def is_url(source: str) -> bool:
-    """Return whether a source is not a path of this machine."""
+    """Return whether a source is a URL, not a path on this machine."""
     return "://" in source
 
 
 def join(source: str, *names: str) -> str:
-    """Return the address of a file or folder below a source."""
+    """Return the path or URL of a file or folder below a source."""
     return "/".join((source.rstrip("/"), *names)) if is_url(source) else str(Path(source, *names))
 
 
-def call(source: str, method: str, *arguments: Any) -> Any:
-    """Call a method of fsspec's for a path or URL; for a URL again after a while if it fails, as networks do.
+def call(source: str, method: str, *arguments: Any, **options: Any) -> Any:
+    """Call a method of fsspec for a path or URL; calls for URLs are retried after a pause if they fail.
 
     Raises:
-        MissingFile: there is no such file.
-        UserError: it cannot be read here, or not at the moment.
+        MissingFile: the file does not exist.
+        UserError: the URL is not supported, or (RunFailed) cannot be read at the moment.
     """
+    client: dict[str, Any] = {}
+    if source.startswith(("http://", "https://")):
+        # aiohttp's default limit is five minutes per file, regardless of its size.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        client = {"client_kwargs": {"timeout": timeout}}
     try:
-        system, path = fsspec.core.url_to_fs(source)
+        system, path = fsspec.core.url_to_fs(source, **client)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{public(source)} cannot be read here: {' '.join(str(error).split())}") from error
+        raise UserError(f"{public(source)} cannot be read: {reason_of(error)}") from error
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return getattr(system, method)(path, *arguments)
+            return getattr(system, method)(path, *arguments, **options)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise MissingFile(f"there is no {public(source)}") from error
-        except Exception as error:  # stores also raise what their libraries have
+            raise MissingFile(f"{public(source)} does not exist") from error
+        except Exception as error:  # stores also raise the errors of their own libraries
             if attempt == _ATTEMPTS or not is_url(source):
-                reason = public(" ".join(str(error).split())[:300]) or type(error).__name__
-                raise RunFailed(f"{public(source)} cannot be read here: {reason}") from error
+                reason = public(reason_of(error))
+                raise RunFailed(f"{public(source)} cannot be read: {reason}") from error
             time.sleep(2**attempt / 2)
 
 
 def known(source: str) -> tuple[str, int]:
-    """Return what a file is known by without asking another machine: its name, and its size if it is here."""
+    """Identify a file without using the network: by its name, and by its size if it is on this machine."""
     return Path(public(source)).name, 0 if is_url(source) else os.path.getsize(source)
 
 
 def identity(source: str) -> str:
-    """Return the size of a file, and its ETag or the time of its last change."""
+    """Return the size of a file, and its ETag or modification time."""
     info = call(source, "info")
     return str(
         [info.get(name) for name in ("size", "ETag", "etag", "mtime", "LastModified", "Last-Modified")]
@@ -73,37 +80,42 @@ def identity(source: str) -> str:
 
 
 def holds_tars(source: str) -> bool:
-    """Return whether a source is a tar, a pattern or folder of tars, or a URL, which can be nothing else."""
+    """Return whether a source is a tar, a pattern or folder of tars, or a URL, which must be of tars."""
     return is_url(source) or bool(_TAR.fullmatch(source)) or any(Path(source).glob("*.tar"))
 
 
+def holds_numbered_tars(folder: Path) -> bool:
+    """Return whether `data convert` or img2dataset wrote a folder."""
+    return (folder / "shards.json").is_file() or any(folder.glob("[0-9]*.tar"))
+
+
 def expand(source: str) -> list[str]:
-    """List the files that a source names, in order: a pattern with `{00..09}`, `{a,b}` or `*`, or a folder.
+    """List the tars of a source in order: of a pattern with `{00..09}`, `{a,b}` or `*`, or of a folder.
 
     Raises:
-        UserError: it names no file.
+        UserError: there is no such file.
     """
-    found: list[str] = []
+    files: list[str] = []
     for pattern in _without_braces(source):
         if not _TAR.fullmatch(pattern):
             pattern = join(pattern, "*.tar")
         if "*" in pattern:
             protocol = f"{pattern.partition('://')[0]}://" if is_url(pattern) else ""
-            found += sorted(name if is_url(name) else protocol + name for name in call(pattern, "glob"))
+            files += sorted(name if is_url(name) else protocol + name for name in call(pattern, "glob"))
         elif is_url(pattern) or Path(pattern).is_file():
-            found.append(pattern)
+            files.append(pattern)
         else:
-            raise UserError(f"there is no {pattern}")
-    if not found:
+            raise UserError(f"{pattern} does not exist; check --data.root or --data.shards.sources")
+    if not files:
         raise UserError(
-            f"{public(source)} names no file; expected a folder of uncompressed .tar files, or a pattern "
+            f"{public(source)} matches no file; expected a folder of uncompressed .tar files, or a pattern "
             "such as 'DIR/{00000..00099}.tar' or 'DIR/*.tar'"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(files))
 
 
 def _without_braces(pattern: str) -> list[str]:
-    """Write out `{00..09}` and `{a,b}`."""
+    """Expand `{00..09}` and `{a,b}`."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -116,18 +128,18 @@ def _without_braces(pattern: str) -> list[str]:
 
 
 class Mirror:
-    """Copies of remote files in the cache folder, `budget` bytes of them; those unread for longest go first.
+    """Caches up to `budget` bytes of remote files; the least recently read copies are removed first.
 
-    Several processes may share the folder. A file that is open stays readable when its copy is removed.
+    Several processes may share the folder. An open file stays readable when its copy is removed.
     """
 
     def __init__(self, budget: float) -> None:
         self.budget, self.folder = budget, cache_folder("shards") / "copies"
 
     def open(self, url: str, key: str, sha256: str = "") -> BinaryIO:
-        """Open a file of this machine, or the copy of a remote one, which is fetched if it is not there.
+        """Open a file on this machine, or the copy of a remote file, which is downloaded if necessary.
 
-        The name of the copy is `key`; it must have this checksum (hex) when it arrives, if one is given.
+        The copy has the name `key`. If `sha256` (hex) is given, the download must have this checksum.
         """
         if not is_url(url):
             return open(url, "rb")
@@ -142,16 +154,16 @@ class Mirror:
                     self._fetch(url, path, sha256)
 
     def _fetch(self, url: str, path: Path, sha256: str) -> None:
-        draft = path.with_name(f"{path.name}.tmp")  # whoever writes it holds the lock
+        draft = path.with_name(f"{path.name}.tmp")  # the writer holds the lock
         call(url, "get_file", str(draft))
         with draft.open("rb") as content:
             if sha256 and hashlib.file_digest(content, "sha256").hexdigest() != sha256:
-                raise RunFailed(f"{public(url)} is not what was written: its checksum differs")
+                raise RunFailed(f"{public(url)} has changed since the conversion: its checksum differs")
         os.replace(draft, path)
-        with contextlib.suppress(FileNotFoundError):  # another process removes copies, too
+        with contextlib.suppress(FileNotFoundError):  # other processes may remove copies as well
             files = [(file.stat(), file) for file in self.folder.iterdir() if file.suffix != ".lock"]
             left = self.budget
-            for stat, file in sorted(files, key=lambda each: -each[0].st_mtime_ns):
+            for stat, file in sorted(files, key=lambda entry: -entry[0].st_mtime_ns):
                 left -= stat.st_size
                 is_draft = file.suffix == ".tmp" and stat.st_mtime > time.time() - _LONGEST_FETCH
                 if left < 0 and file != path and not is_draft:

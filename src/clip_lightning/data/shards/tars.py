@@ -1,7 +1,7 @@
-"""WebDataset tars, as img2dataset and `data convert` write them: what is in one, and where.
+"""Scan WebDataset tars, as img2dataset and `data convert` write them, for their samples.
 
-A sample is the files `KEY.jpg`, `KEY.txt`, `KEY.json`, which follow each other. It is found again by its
-place in the tar, which reaches from the header of the first of these to the end of the last.
+A sample consists of consecutive files `KEY.jpg`, `KEY.txt` and `KEY.json`. It is read by its span in the tar,
+from the header of the first of these files to the end of the last.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ _LARGEST_HEADER = 1 << 20
 _LONGEST_TEXT, _LARGEST_NUMBER = 64, 1e300
 _ROWS = 10_000
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-# As WebDataset divides names: the key ends at the first dot; `__NAME__/` and hidden files are not samples.
+# As in WebDataset, the key ends at the first dot, and `__NAME__/` and hidden files are not samples.
 _NAME = re.compile(r"(?!__[^/]*__(?:$|/))((?:.*/|)[^.]+)\.([^/]*)")
 _IMAGE = re.compile(r"(.*\.)?(jpe?g|png|webp|gif|bmp|tiff?|ppm)")
 
 Sample = tuple[str, int, dict[str, tuple[int, int]]]
-"""Key, beginning, and suffix → place and size of the content of the image, the text and the JSON."""
+"""Key, offset, and suffix → offset and size of the content of the image, text and JSON files."""
 
 
 class DamagedTar(ValueError):
-    """A file that is not a tar, or not all of one; the message is a short reason."""
+    """A file is not a tar or is incomplete; the message is a short reason."""
 
 
 def read_record(span: bytes, tar: str) -> Record:
-    """Read a sample from its place in a tar, or raise DamagedTar if there is none."""
+    """Read a sample from its span in a tar, or raise DamagedTar if there is no sample."""
     try:
         end = bytes(_BLOCK + -len(span) % _BLOCK)
         key, _, places = next(_samples(io.BytesIO(span + end)))
         files = {suffix: span[start : start + size] for suffix, (start, size) in places.items()}
         return Record(f"{tar}#{key}", files[_image(files)], fields_of(files))
     except (BrokenRecord, DamagedTar, StopIteration) as error:
-        raise DamagedTar("a sample is not where it was, so the tar has changed") from error
+        raise DamagedTar("a sample is not at its indexed position, so the tar has changed") from error
 
 
 def scan(file: BinaryIO, tar: str) -> pa.Table:
-    """Go through a tar once, and make a table of its samples; `tar` is its address, for messages.
+    """Scan a tar once, and return a table of its samples; `tar` is its address, for messages.
 
-    A row has the key of a sample, its place, and the numbers and short texts of its fields. What cannot be
-    used is in the schema's metadata, under BROKEN, as JSON: name → reason.
+    A row has the key of a sample, its span, and those of its fields that are numbers or short texts. Samples
+    that cannot be used are in the schema's metadata, under BROKEN, as JSON: name → reason.
 
     Raises:
         UserError: the tar is compressed.
     """
     if file.read(6).startswith(_COMPRESSED):
-        raise UserError(f"{tar} is compressed, so no sample can be read on its own; unpack it to a .tar")
+        raise UserError(f"{tar} is compressed, so samples cannot be read at random; convert it to .tar")
     broken: dict[str, str] = {}
     rows = _rows(file, tar, broken)
     tables = [_table(part) for part in iter(lambda: list(islice(rows, _ROWS)), [])]
     if not tables and not broken:
-        broken[tar] = "it holds no sample"
+        broken[tar] = "it has no sample"
     return joined(tables or [_table([])]).replace_schema_metadata({BROKEN: json.dumps(broken)})
 
 
@@ -90,7 +90,7 @@ def _rows(file: BinaryIO, tar: str, broken: dict[str, str]) -> Iterator[dict[str
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """Make a table of keys and places, and of the fields that are numbers or short texts."""
+    """Return a table of keys, spans, and fields that are numbers or short texts."""
     types = {"key": pa.string(), OFFSET: pa.int64(), BYTES: pa.int64()}
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()}
     for name in dict.fromkeys(
@@ -112,19 +112,17 @@ def _is_short(value: Any) -> bool:
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:
-    """Put tables together; a column that is one of texts anywhere is one of texts."""
-    texts = {each.name for part in tables for each in part.schema if each.type == pa.string()}
-    alike = [
-        part.cast(
-            pa.schema([(each.name, pa.string() if each.name in texts else each.type) for each in part.schema])
-        )
-        for part in tables
-    ]
-    return pa.concat_tables(alike, promote_options="default")
+    """Concatenate tables; a column that has texts in any of them becomes a column of texts."""
+    texts = {field.name for part in tables for field in part.schema if field.type == pa.string()}
+    compatible = []
+    for part in tables:
+        types = [(field.name, pa.string() if field.name in texts else field.type) for field in part.schema]
+        compatible.append(part.cast(pa.schema(types)))
+    return pa.concat_tables(compatible, promote_options="default")
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a table as a Parquet file, which is there whole or not at all."""
+    """Write a table atomically as a Parquet file."""
     content = io.BytesIO()
     parquet.write_table(table, content)
     write_atomically(path, content.getvalue())
@@ -140,7 +138,7 @@ def _image(suffixes: Iterable[str]) -> str:
 
 
 def _samples(file: BinaryIO) -> Iterator[Sample]:
-    """Find the samples of a tar by its headers; raise DamagedTar after the last that is surely complete."""
+    """Yield the samples of a tar by its headers; raise DamagedTar after the last complete one."""
     key, begin = "", 0
     places: dict[str, tuple[int, int]] = {}
     for name, offset, start, size in _members(file):
@@ -160,9 +158,9 @@ def _samples(file: BinaryIO) -> Iterator[Sample]:
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, int, int, int]]:
-    """Yield the name of each plain file, where its headers begin, where its content begins, and its size.
+    """Yield each regular file's name, the offsets of its headers and its content, and its size.
 
-    This is several times as fast as `tarfile`, and keeps no list of the members.
+    This is several times as fast as `tarfile`, and stores no list of members.
     """
     end = file.seek(0, io.SEEK_END)
     begin = place = 0
@@ -177,28 +175,26 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, int, int, int]]:
             if sum(header) - sum(header[148:156]) + 8 * ord(" ") != _number(header[148:156]) or size < 0:
                 raise ValueError
         except (ValueError, IndexError) as error:
-            raise DamagedTar(f"not a tar, or damaged at byte {place:,}") from error
+            raise DamagedTar(f"it is not a tar, or is damaged at byte {place:,}") from error
         start, kind = place + _BLOCK, header[156:157]
         place = start + -(-size // _BLOCK) * _BLOCK
         if start + size > end:
-            raise DamagedTar("it is cut off")
+            raise DamagedTar("it is truncated")
         if kind in (b"x", b"L") and size <= _LARGEST_HEADER:
-            content = file.read(size)  # pax's or GNU's header, which says more about the next file
-            found = (
-                {b"path": content} if kind == b"L" else dict(re.findall(rb"\d+ (path|size)=(.*)", content))
-            )
-            extended |= {name.decode(): _text(value) for name, value in found.items()}
+            content = file.read(size)  # a pax or GNU header for the next file
+            values = [(b"path", content)] if kind == b"L" else re.findall(rb"\d+ (path|size)=(.*)", content)
+            extended |= {name.decode(): _text(value) for name, value in values}
             continue
         if kind in (b"0", b"\0"):
             name, prefix = _text(header[:100]), _text(header[345:500])
             name = f"{prefix}/{name}" if prefix and header.startswith(b"ustar\0", 257) else name
             yield extended.get("path", name), begin, start, size
         begin, extended = place, {}
-    raise DamagedTar("it is cut off")
+    raise DamagedTar("it is truncated")
 
 
 def _number(digits: bytes) -> int:
-    """Read an octal number, or a large one as GNU tar writes it."""
+    """Read an octal number, or a large number in GNU tar's format."""
     return int.from_bytes(digits[1:], "big") if digits[0] == 0x80 else int(digits.strip(b" \0") or b"0", 8)
 
 

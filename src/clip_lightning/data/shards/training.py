@@ -1,4 +1,4 @@
-"""Training from tars: the options, the samples, the order that they come in, and what is held out."""
+"""Train from tars: the options, the dataset, the sampler, and the held-out images."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """Training from tars, with `--data.dataset shards`.
+    """Options for training from tars.
 
     Attributes:
-        sources: folders, URLs (s3://, gs://, hf://, https://) or patterns of tars, DIR/{00000..00099}.tar,
-            in place of --data.root; or each of them with its weight, in proportion to which samples are
-            taken from it.
-        captions: fields that captions are taken from, with probabilities: {txt: 0.5, synthetic: 0.5}; by
-            default the first of captions, txt and caption that a sample has.
-        filters: conditions on a sample's fields: 'width >= 200', 'similarity > 0.28'.
-        samples_per_epoch: by default every sample once; needed for remote tars without a NAME_stats.json.
-        val: captioned images or tars to validate on; by default the split `val` beside `train`.
-        window: tars whose samples are shuffled among each other; by default all if they are on this machine,
-            else 16.
+        sources: folders, URLs (s3://, gs://, hf://, https://) or patterns of tars, such as
+            DIR/{00000..00099}.tar, instead of --data.root; or a mapping from these to weights, in proportion
+            to which samples are drawn from them.
+        captions: fields with captions and their probabilities, such as {txt: 0.5, synthetic: 0.5}; by default
+            the first of captions, txt and caption that a sample has.
+        filters: conditions on a sample's fields, such as 'width >= 200' or 'similarity > 0.28'.
+        samples_per_epoch: number of samples per epoch; by default every sample once. Required for remote tars
+            without a NAME_stats.json.
+        val: captioned images or tars for validation; by default the split `val` next to `train`.
+        window: number of tars whose samples are shuffled together; by default all tars if they are on this
+            machine, or else 16.
     """
 
     sources: Mapping[str, float] | Sequence[str] | None = None
@@ -61,7 +62,7 @@ class ShardOptions:
     def __post_init__(self) -> None:
         """Check the ranges."""
         filters = [self.filters] if isinstance(self.filters, str) else self.filters
-        object.__setattr__(self, "filters", tuple(filters))  # to compare with others: YAML has lists
+        object.__setattr__(self, "filters", tuple(filters))  # so that lists from YAML compare equal
         if isinstance(self.sources, str):
             object.__setattr__(self, "sources", [self.sources])
         for name in ("samples_per_epoch", "window"):
@@ -70,21 +71,23 @@ class ShardOptions:
                 raise UserError(f"--data.shards.{name} {value}: expected 1 or more")
         for source, weight in (self.sources if isinstance(self.sources, Mapping) else {}).items():
             if not (math.isfinite(weight) and weight > 0):
-                raise UserError(f"--data.shards.sources gives {public(source)} {weight}; expected above 0")
+                raise UserError(
+                    f"--data.shards.sources has the weight {weight} for {public(source)}: expected above 0"
+                )
 
 
 class ShardDataset(Dataset[Samples]):
-    """Images out of tars with K captions of their own: pure functions of (seed, epoch, sample).
+    """Images in tars with K captions each: samples are pure functions of (seed, epoch, sample).
 
     Attributes:
         index: the tars and their samples.
-        streams: the numbers of tars whose samples are shuffled together: all, or one stream per source if the
-            sources have weights.
-        weights: the fraction of the samples that comes from each stream.
-        window: the number of tars of a stream whose samples are shuffled among each other.
-        samples: the number of samples of an epoch.
-        digest: SHA-256 (hex) of the options that choose samples and captions, and of what is known of the
-            tars without reading them.
+        streams: the numbers of the tars that are shuffled together: one stream of all tars, or one stream per
+            source if the sources have weights.
+        weights: the fraction of the samples from each stream.
+        window: the number of tars of a stream whose samples are shuffled together.
+        samples: the number of samples per epoch.
+        digest: SHA-256 (hex) of the options that choose samples and captions, and of the tars as far as they
+            are known without reading them.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class ShardDataset(Dataset[Samples]):
         seed: int = 0,
         budget: float = 50e9,
     ) -> None:
-        """Look for the tars, or raise UserError; of remote ones, copies of `budget` bytes are kept."""
+        """Find the tars, or raise UserError; copies of remote tars are limited to `budget` bytes."""
         self.transform, self.augmentation = transform, augmentation
         self.captions_per_image, self.seed = captions_per_image, seed
         self.options, self.choice = options, CaptionChoice(options.captions)
@@ -116,32 +119,32 @@ class ShardDataset(Dataset[Samples]):
         self.samples = options.samples_per_epoch or sum(tar.expected() for tar in self.index.tars)
         if not self.samples:
             names = ", ".join(sorted(self.index.fields))
-            raise UserError(f"no sample passes --data.shards.filters; there are the fields {names}")
+            raise UserError(f"no sample passes --data.shards.filters; the samples have the fields {names}")
         known = [weights, [*map(len, self.streams)], [*options.captions.items()], options.filters]
         known.append([tar.sha256 or storage.known(tar.url) for tar in self.index.tars])
         self.digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def held_out(self, split: str) -> list[CaptionedImage]:
-        """Return the images of `val` or `test`, as files with all their captions, if a source has any."""
+        """Return the images of `val` or `test` as files with all their captions, if a source has any."""
         source = self.options.val if split == "val" else None
         source = source or next((name for name, has in self.index.splits.items() if split in has), None)
         return [] if source is None else held_out(source, split, self.choice)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Samples:
-        """Return the samples of these (epoch, sample), and for a broken one the next that can be used.
+        """Return the samples of these (epoch, sample); a broken sample is replaced by the next usable one.
 
         Raises:
-            UserError: a hundred in a row are broken, or a tar cannot be read.
+            UserError: a hundred consecutive samples are broken, or a tar cannot be read.
         """
         broken: dict[str, str] = {}
-        samples = [self._sample(*each, broken) for each in keys]
+        samples = [self._sample(*key, broken) for key in keys]
         counts = np.full(len(keys), self.captions_per_image)
         return Samples(
-            pictures=[pixels for pixels, _, _ in samples],
+            images=[pixels for pixels, _, _ in samples],
             image_id=np.array([record.image_id for _, _, record in samples]),
             counts=counts,
             captions=[text for _, texts, _ in samples for text in texts],
-            caption_rows=np.full(int(counts.sum()), -1),  # nobody has counted the captions
+            caption_rows=np.full(int(counts.sum()), -1),  # captions in tars are not numbered
             broken=broken,
             names=[record.name for _, _, record in samples],
         )
@@ -158,17 +161,17 @@ class ShardDataset(Dataset[Samples]):
                 broken[record.name] = str(error)
                 sample = self.index.after(sample)
         raise UserError(
-            f"{MOST_BROKEN_IN_A_ROW} samples in a row cannot be used, the last is {record.name}: "
-            f"{broken[record.name]}; look at the tars, and at --data.shards.captions"
+            f"{MOST_BROKEN_IN_A_ROW} consecutive samples cannot be used (last {record.name}: "
+            f"{broken[record.name]}); check the tars and --data.shards.captions"
         )
 
 
 class ShardSampler(TrainSampler):
-    """Shuffled (epoch, sample) pairs for one rank, pass after pass over the tars.
+    """Shuffled (epoch, sample) pairs for one rank, in repeated passes over the tars.
 
-    In each pass the tars come in another order, and the samples of `window` tars are shuffled among each
-    other. An epoch is the next `samples` of these. Batches have the same members for every number of ranks
-    and of workers, as those of `TrainSampler`.
+    Each pass shuffles the tars, and then the samples within windows of `window` tars. An epoch consists of
+    the next `samples` samples. As with `TrainSampler`, the members of a batch do not depend on the numbers of
+    ranks and workers.
     """
 
     def __init__(self, dataset: ShardDataset, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
@@ -177,7 +180,7 @@ class ShardSampler(TrainSampler):
         self.dataset, self.index = dataset, dataset.index
 
     def order(self, epoch: int, skip: int) -> Iterator[int]:
-        """Mix the streams, in blocks that each hold the same number of samples of a stream."""
+        """Mix the streams in blocks with a fixed number of samples per stream."""
         number, first = divmod(epoch * self.size + skip, _BLOCK)
         counts = np.diff(np.round(_BLOCK * np.cumsum(self.dataset.weights)).astype(int), prepend=0)
         streams: list[Iterator[int]] = []
@@ -192,13 +195,13 @@ class ShardSampler(TrainSampler):
             first = 0
 
     def _stream(self, stream: int, skip: int) -> Iterator[int]:
-        """Yield the samples of a stream, pass after pass, without the first `skip`."""
+        """Yield the samples of a stream in repeated passes, without the first `skip`."""
         empty = 0
         for (seeds, now), (_, coming) in pairwise(self._windows(stream)):
             size = sum(map(self.index.count, now))
             empty = 0 if size else empty + len(now)
-            if empty >= 2 * len(self.dataset.streams[stream]):  # a whole pass, wherever it began
-                raise UserError("a source has no sample that can be used and passes --data.shards.filters")
+            if empty >= 2 * len(self.dataset.streams[stream]):  # at least one complete pass
+                raise UserError("a source has no usable sample that passes --data.shards.filters")
             if skip >= size:
                 skip -= size
                 continue
@@ -209,7 +212,7 @@ class ShardSampler(TrainSampler):
             skip = 0
 
     def _windows(self, stream: int) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-        """Yield the tars whose samples are shuffled among each other, with the seeds of their order."""
+        """Yield the tars whose samples are shuffled together, with the seeds of the permutation."""
         for number in count():
             seeds = (self.seed, stream, number)
             tars = np.random.default_rng(seeds).permutation(self.dataset.streams[stream]).tolist()
@@ -217,22 +220,22 @@ class ShardSampler(TrainSampler):
                 yield (*seeds, first), tars[first : first + self.dataset.window]
 
     def _fetch_ahead(self, tars: list[int]) -> None:
-        with contextlib.suppress(Exception):  # raised again when these tars are wanted
+        with contextlib.suppress(Exception):  # raised again when these tars are needed
             self.index.fetch(tars)
 
 
 def held_out(source: str, split: str, choice: CaptionChoice) -> list[CaptionedImage]:
-    """Return the images for `val` or `test`, with all captions that might be drawn in training.
+    """Return the images for `val` or `test`, with all captions that could be drawn in training.
 
-    Those of tars are written once as files into the cache folder: a data set like any other. Of a source that
-    has splits, this one is taken, else everything.
+    Images in tars are written once to the cache folder, as a data set of files. If the source has splits,
+    only this split is used, otherwise everything.
 
     Raises:
-        UserError: the source cannot be read, or holds no sample.
+        UserError: the source cannot be read, or has no sample.
     """
     if not holds_tars(source) and find(source) is None:
-        found = read_captions(Path(source))
-        return [image for image in found.images if not found.has_official_splits or image.split == split]
+        data = read_captions(Path(source))
+        return [image for image in data.images if not data.has_official_splits or image.split == split]
     index = Index([source], split)
     if not index.tars:
         return []
@@ -251,6 +254,8 @@ def held_out(source: str, split: str, choice: CaptionChoice) -> list[CaptionedIm
                 (draft / name).write_bytes(record.image)
                 file.write(json.dumps({"image": name, "captions": captions}) + "\n")
             if not file.tell():
-                name, reason = next(iter(index.broken.items()), ("there is none", ""))
-                raise UserError(f"{public(source)} holds no sample to validate on ({name}: {reason})")
+                example = "".join(
+                    f" (first {name}: {reason})" for name, reason in [*index.broken.items()][:1]
+                )
+                raise UserError(f"{public(source)} has no usable sample for {split}{example}")
     return list(read_captions(folder).images)

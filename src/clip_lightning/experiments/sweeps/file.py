@@ -22,7 +22,7 @@ KEYS = ("name", "description", "project", "entity", "method", "metric", "paramet
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a search tries.
+    """Represents a W&B sweep file.
 
     Attributes:
         name: name of the study.
@@ -30,12 +30,12 @@ class SweepFile:
         metric: metric as the run logs it, `val/rsum`.
         maximize: whether a greater value is better.
         parameters: the options that vary.
-        constants: options of `fit` that are the same in every trial.
+        constants: options of `fit` with the same value in every trial.
         base: arguments of `fit` in the file's `command`.
         halving: (n, eta): the best 1/eta of the trials continue after n validations, after n * eta, and so on
             (W&B's `hyperband`); None if no trial is stopped early.
-        run_cap: how many trials the file asks for.
-        identity: what must not change while a study is resumed.
+        run_cap: number of trials; None if the file has no limit.
+        identity: the parts that must not change when a study is resumed.
     """
 
     name: str
@@ -51,7 +51,7 @@ class SweepFile:
 
     @property
     def points(self) -> float:
-        """How many points the search space has; may be infinite."""
+        """The number of points in the search space; may be infinite."""
         return math.prod(math.inf if one.every is None else len(one.every) for one in self.parameters)
 
     def values(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,55 +60,36 @@ class SweepFile:
 
     def arguments(self, drawn: Mapping[str, Any]) -> list[str]:
         """Return the arguments of `fit` for what was drawn, and the constants."""
-        return option_arguments(self.constants | self.values(drawn))
-
-    def short_names(self) -> dict[str, str]:
-        """Return the last part of each parameter's name, or all of it if another name ends like it."""
-        ends = {one.name: one.name.rpartition(".")[2] for one in self.parameters}
-        return {name: end if [*ends.values()].count(end) == 1 else name for name, end in ends.items()}
-
-
-def option_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Return options of `fit` as arguments of the command line."""
-    return [f"--{name}={space.argument(value)}" for name, value in options.items()]
+        options = self.constants | self.values(drawn)
+        return [f"--{name}={space.argument(value)}" for name, value in options.items()]
 
 
 def read_sweep(given: str) -> SweepFile:
-    """Read a sweep file, or the packaged sweep file of this name.
-
-    Raises:
-        UserError: the file does not exist, or something in it is wrong or cannot be searched.
-    """
+    """Read a sweep file, or the packaged one of this name; raise a UserError if it cannot be searched."""
     path = Path(packaged_config(given, "sweeps"))
     try:
         return _sweep(yaml.safe_load(path.read_text()), path.stem)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
+        why = error if isinstance(error, UserError) else f"it is not valid YAML: {error}"
+        raise UserError(f"{path}: {why}") from error
 
 
 def _sweep(content: Any, stem: str) -> SweepFile:
-    if not isinstance(content, dict):
-        raise UserError("expected a W&B sweep file, with `method` and `parameters`")
-    space.refuse_unknown(content, KEYS)
-    method = content.get("method")
-    if method not in METHODS:
-        wrong = "method is missing" if method is None else f"unknown method {method!r}"
-        raise UserError(f"{wrong}{space.did_you_mean(str(method), METHODS)}")
-    if "parameters" not in content:
-        raise UserError("parameters is missing")
+    space.check_keys(content, KEYS, "a W&B sweep file")
+    method = space.one_of(content.get("method"), METHODS, "method")
     constants: dict[str, Any] = {}
     parameters: list[space.Parameter] = []
-    for name, spec in (specs := space.flatten(content["parameters"])).items():
+    for name, spec in (specs := space.flatten(content.get("parameters"))).items():
         try:
-            if "value" in spec or spec.get("distribution") == "constant":
-                constants[name] = _constant(spec)
+            if "value" in spec:
+                space.check_keys(spec, ("value", "distribution"), "a constant")
+                constants[name] = spec["value"]
             else:
                 parameters.append(space.parameter(name, spec, method))
-        except UserError as error:
+        except ValueError as error:  # ours, or Optuna's
             raise UserError(f"parameters.{name}: {error}") from error
     metric, maximize = _metric(content.get("metric", {"name": "val/rsum", "goal": "maximize"}))
+    halving = _halving(content.get("early_terminate"))
     return SweepFile(
         name=str(content.get("name") or stem),
         method=method,
@@ -117,34 +98,16 @@ def _sweep(content: Any, stem: str) -> SweepFile:
         parameters=tuple(parameters),
         constants=constants,
         base=_base(content.get("command")),
-        halving=_halving(content.get("early_terminate")),
+        halving=halving,
         run_cap=_count(content, "run_cap"),
-        identity={
-            "method": method,
-            "metric": [metric, maximize],
-            "parameters": specs,
-            "early_terminate": content.get("early_terminate"),
-        },
+        identity={"method": method, "metric": [metric, maximize], "parameters": specs, "halving": halving},
     )
 
 
-def _constant(spec: space.Spec) -> Any:
-    space.refuse_unknown(spec, ("value", "distribution"), "a constant: ")
-    if "value" not in spec or spec.get("distribution", "constant") != "constant":
-        raise UserError(f"a constant has `value`, got {spec}")
-    return spec["value"]
-
-
 def _metric(given: Any) -> tuple[str, bool]:
-    if not isinstance(given, dict):
-        raise UserError(f"metric: expected `{{name: val/rsum, goal: maximize}}`, got {given}")
-    space.refuse_unknown(given, ("name", "goal"), "metric: ")
-    name, goal = given.get("name"), given.get("goal", "minimize")
-    known = [f"val/{metric}" for metric in METRICS]
-    if name not in known:
-        raise UserError(f"metric.name: no run logs {name!r}{space.did_you_mean(str(name), known)}")
-    if goal not in ("maximize", "minimize"):
-        raise UserError(f"metric.goal: expected maximize or minimize, got {goal!r}")
+    space.check_keys(given, ("name", "goal"), "metric")
+    name = space.one_of(given.get("name"), [f"val/{metric}" for metric in METRICS], "metric.name")
+    goal = space.one_of(given.get("goal", "minimize"), ("minimize", "maximize"), "metric.goal")
     return name, goal == "maximize"
 
 
@@ -155,9 +118,9 @@ def _base(command: Any) -> tuple[str, ...]:
     arguments = [str(item) for item in command[command.index("fit") + 1 :]] if "fit" in command else []
     macros = [item for item in arguments if item.startswith("${")]
     if not isinstance(command, list) or macros != ["${args}"]:
-        example = "[clip-lightning, fit, --config, heads, '${args}']"
+        example = "such as [clip-lightning, fit, --config, heads, '${args}']"
         raise UserError(
-            f"command: expected a list with `fit` and only ${{args}} after it, {example}; got {command}"
+            f"command: expected `fit` followed by no macro but ${{args}}, {example}; got {command}"
         )
     return tuple(item for item in arguments if item != "${args}")
 
@@ -165,9 +128,9 @@ def _base(command: Any) -> tuple[str, ...]:
 def _halving(given: Any) -> tuple[int, int] | None:
     if given is None:
         return None
-    if not isinstance(given, dict) or given.get("type") != "hyperband":
-        raise UserError(f"early_terminate: expected `type: hyperband`, got {given}")
-    space.refuse_unknown(given, ("type", "min_iter", "max_iter", "s", "eta", "strict"), "early_terminate: ")
+    keys = ("type", "min_iter", "max_iter", "s", "eta", "strict")
+    space.check_keys(given, keys, "early_terminate")
+    space.one_of(given.get("type"), ["hyperband"], "early_terminate.type")
     eta = _count({"eta": 3, **given}, "eta", least=2) or 3
     first, last, steps = (_count(given, key) for key in ("min_iter", "max_iter", "s"))
     if (first is None) == (last is None or steps is None):

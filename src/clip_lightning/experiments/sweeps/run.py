@@ -1,11 +1,10 @@
-"""Runs a search: checks everything that can be known before the first trial, trains, and reports."""
+"""Runs a search: checks the options before the first trial, trains, and writes a report."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -15,23 +14,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import optuna
 import torch
 import yaml
-from jsonargparse import Namespace
 from optuna.trial import TrialState
 
 from clip_lightning.allocator import keep_freed_memory
 from clip_lightning.cores import cores
+from clip_lightning.data.captions import Splits
 from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.sources import find_source, read_source
 from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.experiments.backbones import group_arguments
 from clip_lightning.experiments.compare import settings_of
 from clip_lightning.experiments.run_records import flat
-from clip_lightning.experiments.sweeps.file import SweepFile, option_arguments
+from clip_lightning.experiments.sweeps.file import SweepFile
 from clip_lightning.experiments.sweeps.report import draw_plots, print_table, summarize, write_tables
-from clip_lightning.experiments.sweeps.study import Worker, count_finished, open_study
+from clip_lightning.experiments.sweeps.study import FINISHED, Worker, open_study, points_of
 from clip_lightning.files import write_atomically
+from clip_lightning.terminal import one_line
 from clip_lightning.training.fitting import Rehearsal, check_validates, rehearse
 
 
@@ -44,60 +44,56 @@ def search(
     storage: str | None,
     as_json: bool,
 ) -> None:
-    """Search, then write and print the results. `sweep --help` describes the arguments.
+    """Search, then write and print the results; see `sweep --help` for the arguments.
 
     Raises:
         UserError: an argument or the data cannot be used, or too few trials have finished.
-        SystemExit: `fit` does not accept an option, which was printed.
+        SystemExit: `fit` rejected an option, and printed the reason.
         KeyboardInterrupt: Ctrl-C, after the running trials were saved.
     """
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it is in every config
-    os.environ.setdefault("WANDB_SILENT", "true")
     arguments, name = [*file.base, *given], study or file.name
     rehearsal = _rehearse_ends(file, arguments)
     config = rehearsal.config["fit"]
     wanted = min(trials or file.run_cap or math.inf, file.points)
     if wanted == math.inf:
-        raise UserError("--trials N: how many? The search space is infinite, and the file has no run_cap")
+        raise UserError("the search space is infinite, and the file has no run_cap; set --trials N")
     folder = Path(config.trainer.default_root_dir, "sweep-" + re.sub(r"[^\w.-]+", "-", name))
+    group = group_arguments(config, f"sweep-{name}")
+    of_trials = [*group, *(["--trainer.logger.log_model=false"] if group else []), *arguments]
     settings = _shared_settings(file, rehearsal)
     folder.mkdir(parents=True, exist_ok=True)
-    found = open_study(file, name, storage or f"sqlite:///{(folder / 'study.db').resolve()}")
-    _begin(found, file.identity | settings, None if file.method == "grid" else base_point(file, arguments))
+    opened = open_study(file, name, storage or f"sqlite:///{(folder / 'study.db').resolve()}", settings)
+    if file.method != "grid" and not opened.trials and (first := base_point(file, arguments)):
+        opened.enqueue_trial(first)
     print(f"search {name}: {wanted} trials in {folder}", file=sys.stderr)
-    failed = {trial.number for trial in found.trials if trial.state == TrialState.FAIL}
-    for_logger = _logger_arguments(config, name)
-    worker = Worker(file, found, failed, (*for_logger, *arguments), folder, int(wanted))
+    failed = {trial.number for trial in opened.trials if trial.state == TrialState.FAIL}
     try:
-        _work(worker, parallel)
-    finally:  # also after Ctrl-C, and when too many trials fail
-        report = summarize(file, found, folder)
+        _work(Worker(file, opened, failed, of_trials, folder, int(wanted)), parallel)
+    finally:  # also after Ctrl-C, or if too many trials fail
+        report = summarize(file, opened, folder)
         if best := report["best"]:
-            chosen = rehearse(
-                [*arguments, *file.arguments(found.trials[best["trial"]].params)]
-            ).config_to_save
-            head = (
-                f"# Trial {best['trial']} of the search {name}: {file.metric} {best['value']:.2f}, the best"
-            )
-            command = f"# command:  clip-lightning fit --config {folder / 'best.yaml'}"
-            write_atomically(folder / "best.yaml", f"{head}\n{command}\n{chosen}".encode())
+            value = f"{file.metric} {best['value']:.2f}"
+            head = f"# Trial {best['trial']} of the search {name}: {value}, the best\n"
+            head += f"# command:  clip-lightning fit --config {report['best_config']}\n"
+            chosen = rehearse([*arguments, *file.arguments(opened.trials[best["trial"]].params)])
+            write_atomically(folder / "best.yaml", (head + chosen.config_to_save).encode())
         write_tables(file, report, folder)
-        draw_plots(file, found, folder)
+        draw_plots(file, opened, folder)
         if as_json:
             print(json.dumps(report, ensure_ascii=False))
         else:
             print_table(file, report)
-    finished = count_finished(file, found)
+    finished = len(points_of(file, opened.get_trials(states=FINISHED)))
+    if not any(row["metrics"] for row in report["trials"]):  # all trials diverged
+        finished = 0
     if finished == file.points:
         print(f"the search space is exhausted: all {finished} points have been tried", file=sys.stderr)
     least = wanted if file.method == "grid" else 1
-    if not any(row["metrics"] for row in report["trials"]):  # all trials have diverged
-        finished = 0
     if finished < least:
-        wrong = [row for row in report["trials"] if row["error"]]
-        last = max(wrong, key=lambda row: row["trial"], default=None)
-        why = f"; trial {last['trial']} {last['state']}: {last['error']}" if last else ""
-        raise RunFailed(f"{finished} of {least} trials finished{why}")
+        failures = [row for row in report["trials"] if row["error"]]
+        last = max(failures, key=lambda row: row["trial"], default=None)
+        reason = f"; trial {last['trial']} {last['state']}: {last['error']}" if last else ""
+        raise RunFailed(f"{finished} of {least} trials finished{reason}")
 
 
 def _rehearse_ends(file: SweepFile, arguments: list[str]) -> Rehearsal:
@@ -111,7 +107,7 @@ def _rehearse_ends(file: SweepFile, arguments: list[str]) -> Rehearsal:
 
 
 def base_point(file: SweepFile, arguments: list[str]) -> dict[str, Any] | None:
-    """Return what to draw for the options as they are without the search; None if it cannot be drawn."""
+    """Return what to draw for the options without the search, or None if the search space lacks them."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             options = _options(rehearse([*arguments, *file.arguments({})]))
@@ -121,30 +117,20 @@ def base_point(file: SweepFile, arguments: list[str]) -> dict[str, Any] | None:
 
 
 def _shared_settings(file: SweepFile, rehearsal: Rehearsal) -> dict[str, Any]:
-    """Return the options that all trials share, and the digest of the data, which is read for it."""
+    """Read the data, and return the options that all trials have in common, with the digest of the data."""
     config, varied = rehearsal.config["fit"], {_plain(one.name) for one in file.parameters}
     options = settings_of(_options(rehearsal))
     options |= {f"model.{kind}_tower": config.model[f"{kind}_tower"] for kind in ("image", "text")}
-    shared = {name: value for name, value in options.items() if _plain(name) not in varied}
-    shared = {name: value for name, value in shared.items() if not name.startswith("trainer.callbacks")}
-    data, read = config.data, ReadOptions(**config.data.read)
-    source = find_source(data.root, scenes=data.dataset == "scenes", read=read)
+    own = {*varied, *(name for name in options if name.startswith("trainer.callbacks"))}
+    shared = {name: value for name, value in options.items() if name not in own}
+    reading = config.data.read.as_dict()
+    read = ReadOptions(**reading | {"splits": Splits(**reading["splits"])})
+    source = find_source(config.data.root, read)
     source.fetch()
-    return shared | {"data": read_source(source, data.dataset, read).digest()}
-
-
-def _begin(study: optuna.Study, identity: dict[str, Any], first: dict[str, Any] | None) -> None:
-    """Give a new study its identity and first point; refuse a study whose trials would not be comparable."""
-    identity = json.loads(json.dumps(identity, default=str))
-    begun = study.user_attrs.get("identity", identity)
-    if changed := [key for key in begun | identity if begun.get(key) != identity.get(key)]:
-        raise UserError(
-            f"the study {study.study_name!r} was begun with other {', '.join(sorted(changed))}; "
-            "give --study NAME to begin another"
-        )
-    study.set_user_attr("identity", identity)
-    if first is not None and not study.trials:
-        study.enqueue_trial(first)
+    captions = read_source(source, read)
+    for line in (captions.summary(), *(f"warning: {line}" for line in captions.warnings)):
+        print(one_line(line), file=sys.stderr)
+    return shared | {"data": captions.digest()}
 
 
 def _options(rehearsal: Rehearsal) -> dict[str, Any]:
@@ -152,17 +138,8 @@ def _options(rehearsal: Rehearsal) -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """Return an option's name as it is in a flat configuration."""
+    """Return the name of an option in a flat configuration."""
     return name.replace(".init_args", "")
-
-
-def _logger_arguments(config: Namespace, name: str) -> list[str]:
-    """Return arguments that put the trials' W&B runs into one group, and log no artifact of every model."""
-    logger = config.trainer.logger
-    if not isinstance(logger, Namespace) or not logger.class_path.endswith(".RunLogger"):
-        return []
-    group = {} if logger.init_args.group else {"trainer.logger.init_args.group": f"sweep-{name}"}
-    return option_arguments(group | {"trainer.logger.init_args.log_model": False})
 
 
 def _work(worker: Worker, parallel: int) -> None:
@@ -188,13 +165,10 @@ def _work(worker: Worker, parallel: int) -> None:
 
 
 def _work_beside(worker: Worker) -> None:
-    """Work in another process, apart from the terminal, so that Ctrl-C reaches it once: from `_work`."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+    """Work in another process group, so that Ctrl-C reaches this process only through `_work`."""
+    os.setpgrp()
     keep_freed_memory()
     try:
         worker.work()
-    except UserError:  # the first process stops for the same reason
+    except (UserError, KeyboardInterrupt):  # the first process stops for the same reason
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,11 +17,9 @@ from optuna.trial import Trial
 from clip_lightning.errors import UserError
 
 CHOICES = ("categorical", "categorical_w_probabilities")
-QUANTISED = ("q_uniform", "q_log_uniform", "q_log_uniform_values")
+QUANTIZED = ("q_uniform", "q_log_uniform", "q_log_uniform_values")
 RANGES = ("int_uniform", "uniform", "log_uniform", "log_uniform_values", "inv_log_uniform",
-    "inv_log_uniform_values", *QUANTISED)  # fmt: skip
-UNBOUNDED = ("normal", "q_normal", "log_normal", "q_log_normal", "beta", "q_beta")
-"""Distributions that W&B has and Optuna does not."""
+    "inv_log_uniform_values", *QUANTIZED)  # fmt: skip
 
 Spec = Mapping[str, Any]
 
@@ -51,18 +49,14 @@ class Parameter:
         return round(value, 12) if isinstance(value, float) else value
 
     def drawn(self, value: Any) -> Any:
-        """Return what must be drawn for the option to have this value.
-
-        Raises:
-            LookupError: the search cannot draw it.
-        """
+        """Return what must be drawn for a value of the option; raise a LookupError if it cannot be drawn."""
+        space = self.distribution
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(self.distribution, CategoricalDistribution):
-            same = [choice for choice in self.distribution.choices if argument(choice) == argument(value)]
+        if isinstance(space, CategoricalDistribution):
+            same = [c for c in space.choices if argument(c) == argument(value)]
             # 1 and 1.0 are the same number to `fit`
-            same += [c for c in self.distribution.choices if is_number and type(c) is not bool and c == value]
-            return same[0]
-        drawn = min(max(value, self.distribution.low), self.distribution.high) if is_number else None
+            return (same + [c for c in space.choices if is_number and c == value and type(c) is not bool])[0]
+        drawn = min(max(value, space.low), space.high) if is_number else None
         if drawn is None or self.value(drawn) != value:
             raise LookupError(value)
         return drawn
@@ -80,16 +74,15 @@ class Parameter:
 
     def ends(self) -> list[Any]:
         """Return all choices, or both ends of a range: if `fit` accepts these, it accepts every draw."""
-        if isinstance(self.distribution, CategoricalDistribution):
-            return list(self.distribution.choices)
-        return [self.distribution.low, self.distribution.high]
+        space = self.distribution
+        return [*space.choices] if isinstance(space, CategoricalDistribution) else [space.low, space.high]
 
     def suggest(self, trial: Trial) -> Any:
         """Draw in a trial."""
-        found = self.distribution
-        if isinstance(found, CategoricalDistribution):
-            return trial.suggest_categorical(self.name, found.choices)
-        return trial.suggest_float(self.name, found.low, found.high, step=found.step, log=found.log)
+        space = self.distribution
+        if isinstance(space, CategoricalDistribution):
+            return trial.suggest_categorical(self.name, space.choices)
+        return trial.suggest_float(self.name, space.low, space.high, step=space.step, log=space.log)
 
 
 def argument(value: Any) -> str:
@@ -98,49 +91,37 @@ def argument(value: Any) -> str:
 
 
 def flatten(parameters: Any, prefix: str = "parameters") -> dict[str, Spec]:
-    """Return nested `parameters` under dotted names.
-
-    Raises:
-        UserError: an entry does not describe a parameter.
-    """
+    """Return nested `parameters` under dotted names."""
     if not isinstance(parameters, dict) or not parameters:
-        raise UserError(f"{prefix}: expected options of fit and what to try for each, got {parameters!r}")
-    found: dict[str, Spec] = {}
+        raise UserError(f"{prefix}: expected options of fit and the values to try, got {parameters!r}")
+    specs: dict[str, Spec] = {}
     for name, spec in parameters.items():
         if not isinstance(spec, dict):
             raise UserError(f"{prefix}.{name}: expected `value`, `values`, or `min` and `max`, got {spec!r}")
         inner = flatten(spec["parameters"], f"{prefix}.{name}") if "parameters" in spec else {"": spec}
-        found |= {f"{name}.{end}".rstrip("."): one for end, one in inner.items()}
-    return found
+        specs |= {f"{name}.{end}".rstrip("."): one for end, one in inner.items()}
+    return specs
 
 
 def parameter(name: str, spec: Spec, method: str) -> Parameter:
-    """Return the parameter that Optuna draws as W&B would.
-
-    Raises:
-        UserError: W&B has no such parameter, or Optuna cannot draw it by the method.
-    """
+    """Return a parameter that Optuna draws as W&B would; raise a UserError if Optuna cannot."""
     kind = spec.get("distribution")
     if kind is None and "values" not in spec and not {"min", "max"} <= spec.keys():
         raise UserError(f"expected `value`, `values`, or `min` and `max`, got {spec}")
     if kind is None:
         integers = type(spec.get("min")) is type(spec.get("max")) is int
         kind = "categorical" if "values" in spec else "int_uniform" if integers else "uniform"
-    if kind in UNBOUNDED:
-        raise UserError(
-            f"only W&B draws from {kind}, Optuna does not; use uniform or log_uniform_values, or search with "
-            "`wandb sweep` and `wandb agent`"
-        )
-    if kind not in (*CHOICES, *RANGES):
-        raise UserError(f"unknown distribution {kind!r}{did_you_mean(str(kind), (*RANGES, CHOICES[0]))}")
+    if kind == "constant":
+        raise UserError(f"a constant has `value`, got {spec}")
+    one_of(kind, (*CHOICES, *RANGES), "distribution that Optuna draws from")
     keys = ("values", "probabilities") if kind in CHOICES else ("min", "max")
-    refuse_unknown(spec, ("distribution", *keys, *(["q"] if kind in QUANTISED else [])), f"{kind}: ")
-    found = _choice(name, spec) if kind in CHOICES else _range(name, kind, spec)
-    if method == "grid" and found.every is None:
-        raise UserError("method grid needs `values`, whole numbers or `q`")
-    if method != "random" and found.weights is not None:
-        raise UserError(f"probabilities: method {method} does not use them, only random does")
-    return found
+    check_keys(spec, ("distribution", *keys, *(["q"] if kind in QUANTIZED else [])), kind)
+    result = _choice(name, spec) if kind in CHOICES else _range(name, kind, spec)
+    if method == "grid" and result.every is None:
+        raise UserError("method grid requires `values`, whole numbers or `q`")
+    if method != "random" and result.weights is not None:
+        raise UserError(f"probabilities: method {method} does not use them; set method random")
+    return result
 
 
 def _choice(name: str, spec: Spec) -> Parameter:
@@ -156,28 +137,24 @@ def _choice(name: str, spec: Spec) -> Parameter:
     numbers = isinstance(weights, list) and all(isinstance(w, int | float) and w >= 0 for w in weights)
     if not numbers or len(weights) != len(values) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise UserError(f"probabilities: expected {len(values)} numbers that add up to 1, got {weights}")
-    possible = [(choice, weight) for choice, weight in zip(choices, weights, strict=True) if weight]
-    choices, weights = [choice for choice, _ in possible], tuple(weight for _, weight in possible)
-    return Parameter(name, CategoricalDistribution(choices), None, weights if len({*weights}) > 1 else None)
+    choices = [choice for choice, weight in zip(choices, weights, strict=True) if weight]
+    likely = tuple(weight / sum(weights) for weight in weights if weight)
+    return Parameter(name, CategoricalDistribution(choices), None, likely if len({*likely}) > 1 else None)
 
 
 def _range(name: str, kind: str, spec: Spec) -> Parameter:
     low, high, quantum = (_number(spec, key) for key in ("min", "max", "q"))
-    if low > high:
-        raise UserError(f"min {low} is greater than max {high}")
     if quantum <= 0:
         raise UserError(f"q: expected a number greater than 0, got {quantum}")
     if kind == "int_uniform":
         if not type(low) is type(high) is int:
-            raise UserError(f"int_uniform needs whole numbers, got {low} and {high}")
+            raise UserError(f"int_uniform requires whole numbers, got {low} and {high}")
         return Parameter(name, FloatDistribution(low, high, step=1), quantum=1)
     logarithmic = "log_uniform" in kind
     if logarithmic and not kind.endswith("_values"):  # W&B expects the natural logarithms of the bounds
         low, high = (-high, -low) if kind.startswith("inv_") else (low, high)
         low, high = math.exp(low), math.exp(high)
-    if logarithmic and low <= 0:
-        raise UserError(f"{kind} needs min greater than 0, got {low}")
-    if kind not in QUANTISED:
+    if kind not in QUANTIZED:
         return Parameter(name, FloatDistribution(low, high, log=logarithmic))
     if logarithmic and round(low / quantum) < 1:
         raise UserError(f"{kind} would draw 0; set min to q, which is {quantum}, or more")
@@ -197,14 +174,18 @@ def _number(spec: Spec, key: str) -> Any:
     return value
 
 
-def refuse_unknown(given: Iterable[Any], known: Iterable[str], place: str = "") -> None:
-    """Raise a UserError if a key is not known."""
+def check_keys(given: Any, known: Sequence[str], what: str) -> None:
+    """Raise a UserError if `given` is not a mapping with no keys but the known ones."""
+    if not isinstance(given, dict):
+        raise UserError(f"{what}: expected a mapping with {', '.join(known)}, got {given!r}")
     for key in given:
-        if key not in known:
-            raise UserError(f"{place}unknown key {key!r}{did_you_mean(str(key), known)}")
+        one_of(key, known, f"key of {what}")
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return a question after the name that is most similar to `given`, or a list of all known names."""
-    found = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else f"; expected one of {', '.join(known)}"
+def one_of(given: Any, known: Sequence[str], what: str) -> str:
+    """Return what is given; raise a UserError that suggests the most similar name if it is not known."""
+    if given in known:
+        return str(given)
+    similar = difflib.get_close_matches(str(given), known, n=1, cutoff=0.6)
+    expected = f"did you mean {similar[0]}?" if similar else f"expected one of {', '.join(known)}"
+    raise UserError(f"{what}: {'it is missing' if given is None else f'unknown {given!r}'}; {expected}")

@@ -1,4 +1,4 @@
-"""The study of a search, and the workers that train its trials."""
+"""Opens the study of a search, draws its trials, and trains them."""
 
 from __future__ import annotations
 
@@ -11,40 +11,50 @@ import sys
 import time
 import traceback
 import warnings
+import zlib
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
+from optuna.distributions import BaseDistribution
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import ArgumentError, OperationalError
 
 from clip_lightning.errors import Diverged, RunFailed, UserError
 from clip_lightning.evaluation.metrics import METRICS
 from clip_lightning.experiments.sweeps.file import SweepFile
-from clip_lightning.experiments.sweeps.sampler import UntriedSampler
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import one_line
 from clip_lightning.training.fitting import fit
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
-"""A trial whose worker has sent no heartbeat for this long has failed, and is tried once more."""
+"""A trial whose worker has sent no heartbeat for this long has failed, and is retried once."""
 FAILURES_AT_START = 3
 FAILURES_IN_A_ROW = 10
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+ATTEMPTS = 20
+"""Number of draws before the first untried point is used instead."""
+Drawn = dict[str, Any]
+Space = dict[str, BaseDistribution]
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search prints its own lines
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats
 
 
-def open_study(file: SweepFile, name: str, storage: str) -> optuna.Study:
+def open_study(file: SweepFile, name: str, storage: str, settings: dict[str, Any]) -> optuna.Study:
     """Open the study of this name in the database at the URL `storage`; create it if it does not exist.
 
     Raises:
-        UserError: the database cannot be opened.
+        UserError: the database cannot be opened, or the study was started with a different file or settings.
     """
     # SQLite's writers wait for each other
     options = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {"pool_pre_ping": True}
@@ -59,24 +69,80 @@ def open_study(file: SweepFile, name: str, storage: str) -> optuna.Study:
     except (ArgumentError, OperationalError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--storage {storage.partition('://')[0]}://... does not open ({reason}); "
+            f"--storage {storage.partition('://')[0]}://... cannot be opened ({reason}); "
             "expected the URL of a database whose driver is installed, such as sqlite:///FILE"
         ) from error
     pruner = optuna.pruners.SuccessiveHalvingPruner(*file.halving) if file.halving else None
-    return optuna.create_study(
+    study = optuna.create_study(
         storage=database,
         study_name=name,
         pruner=pruner or optuna.pruners.NopPruner(),
         direction="maximize" if file.maximize else "minimize",
         load_if_exists=True,
     )
+    identity = json.loads(json.dumps(file.identity | settings, default=str))
+    begun = study.user_attrs.get("identity", identity)
+    if changed := [key for key in begun | identity if begun.get(key) != identity.get(key)]:
+        raise UserError(
+            f"the study {name!r} was started with different {', '.join(sorted(changed))}; "
+            "set --study NAME to start another study"
+        )
+    study.set_user_attr("identity", identity)
+    return study
 
 
-def count_finished(file: SweepFile, study: optuna.Study) -> int:
-    """Count the finished trials; trials of the same point of a finite space count as one."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    points = {tuple(file.arguments(trial.params)) for trial in finished}
-    return len(finished) if file.points == math.inf else len(points)
+def points_of(file: SweepFile, trials: Iterable[FrozenTrial]) -> set[tuple[str, ...]]:
+    """Return the points that the trials have drawn, each as the arguments of `fit`."""
+    return {tuple(file.arguments(t.params)) for t in trials if len(t.params) == len(file.parameters)}
+
+
+class UntriedSampler(RandomSampler):
+    """Draws all parameters of a trial at once, by the method of the sweep file.
+
+    A draw depends only on the results so far, the name of the study and the number of the trial. A resumed
+    study therefore draws the same points as without the interruption, and parallel workers draw different
+    points.
+
+    Args:
+        file: the sweep file.
+        failed: numbers of the failed trials whose points may be drawn again: those of earlier commands.
+    """
+
+    def __init__(self, file: SweepFile, failed: Collection[int] = ()) -> None:
+        super().__init__()
+        self.file, self.failed = file, failed
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Space:
+        """Return the complete space."""
+        return {one.name: one.distribution for one in self.file.parameters}
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Space) -> Drawn:
+        """Draw a point; if the space is finite, a point that has not been tried."""
+        points, draws = self.file.points, self._draws(study, trial, search_space)
+        if points == math.inf:
+            return next(draws)
+        grid = [[(one.name, drawn) for drawn in one.every or []] for one in self.file.parameters]
+        if self.file.method == "grid":  # machines that start at the same time start at different points
+            draws = map(dict, itertools.islice(itertools.product(*grid), trial.number % int(points), None))
+        trials = study.get_trials(deepcopy=False)
+        tried = points_of(self.file, (t for t in trials if t.number not in self.failed))
+        candidates = itertools.chain(itertools.islice(draws, ATTEMPTS), map(dict, itertools.product(*grid)))
+        return next((one for one in candidates if tuple(self.file.arguments(one)) not in tried), {})
+
+    def _draws(self, study: optuna.Study, trial: FrozenTrial, space: Space) -> Iterator[Drawn]:
+        """Yield draws: from TPE, or at random for the first ten trials and for method `random`."""
+        several = {name: distribution for name, distribution in space.items() if not distribution.single()}
+        for attempt in itertools.count():
+            seed = zlib.crc32(f"{study.study_name} {trial.number} {attempt}".encode())
+            generator, uniform = np.random.default_rng(seed), RandomSampler(seed=seed)
+            drawn = {name: uniform.sample_independent(study, trial, name, space[name]) for name in space}
+            if self.file.method == "bayes":
+                drawn |= TPESampler(seed=seed).sample_relative(study, trial, several)
+            for one in self.file.parameters:
+                if one.weights and one.every:
+                    drawn[one.name] = generator.choice(np.array(one.every, object), p=one.weights)
+            # store the quantized value instead of the number that was rounded
+            yield {one.name: one.drawn(one.value(drawn[one.name])) for one in self.file.parameters}
 
 
 @dataclass(frozen=True)
@@ -86,40 +152,41 @@ class Worker:
     Attributes:
         file: the sweep file.
         study: the study.
-        failed: numbers of the trials that had failed before the command began.
+        failed: numbers of the trials that had failed before the command started.
         arguments: arguments of `fit` for every trial.
         folder: folder of the results.
-        wanted: how many finished trials the study is to have.
+        wanted: number of finished trials that the study should have.
     """
 
     file: SweepFile
     study: optuna.Study
     failed: set[int]
-    arguments: tuple[str, ...]
+    arguments: list[str]
     folder: Path
     wanted: int
 
     def work(self) -> None:
-        """Train one trial after another until the study has as many as are wanted.
+        """Train one trial after another until the study has the wanted number.
 
         Raises:
             RunFailed: trials fail, and none finishes.
             KeyboardInterrupt: Ctrl-C, after the running trial was saved and queued again.
         """
-        self.study.sampler = sampler = UntriedSampler(self.file, self.failed)
+        self.study.sampler = UntriedSampler(self.file, self.failed)
         lock, waits = FileLock(self.folder / ".claim.lock"), False
         while True:
-            with lock:  # no other worker on this machine may begin a trial while the trials are counted
+            with lock:  # so that no other worker on this machine starts a trial meanwhile
                 optuna.storages.fail_stale_trials(self.study)
                 trials = self.study.get_trials(deepcopy=False)
-                states = [trial.state for trial in trials]
+                new = [trial for trial in trials if trial.number not in self.failed]
+                states = [trial.state for trial in new]
                 running, queued = states.count(TrialState.RUNNING), states.count(TrialState.WAITING)
-                finished = count_finished(self.file, self.study)
-                exhausted = not queued and len(sampler.tried(self.study)) >= self.file.points
+                finished = len(points_of(self.file, (t for t in new if t.state in FINISHED)))
+                exhausted = not queued and len(points_of(self.file, new)) >= self.file.points
                 if finished >= self.wanted or (exhausted and not running):
                     return
-                new = [t.state for t in trials if t.state.is_finished() and t.number not in self.failed]
-                failures = len([*itertools.takewhile(lambda state: state == TrialState.FAIL, reversed(new))])
+                ended = [state for state in reversed(states) if state.is_finished()]
+                failures = len([*itertools.takewhile(lambda state: state == TrialState.FAIL, ended)])
                 if failures >= (FAILURES_IN_A_ROW if finished else FAILURES_AT_START):
                     raise RunFailed(f"the search stops because {failures} trials in a row failed")
                 waited, waits = waits, exhausted or finished + running >= self.wanted
@@ -127,85 +194,87 @@ class Worker:
                     train = partial(self._train, lock)
                     self.study.optimize(train, n_trials=1, catch=(Exception,), gc_after_trial=True)
             if waits and not waited:
-                print("waiting for trials that other workers have begun", file=sys.stderr)
+                print("waiting for the trials of other workers", file=sys.stderr)
             if waits:
                 time.sleep(1)
 
     def _train(self, lock: FileLock, trial: Trial) -> float:
         """Train with what is drawn, and return the best value of the metric."""
-        began, say = time.perf_counter(), partial(print, f"trial {trial.number}", sep="", file=sys.stderr)
+        began, watch = time.perf_counter(), Watch(self.file.metric, trial)
         options = self.file.arguments({one.name: one.suggest(trial) for one in self.file.parameters})
-        lock.release()  # from here on the trial counts
-        say(f": {' '.join(options)}")
-        watch = Watch(self.file, trial)
+        lock.release()  # other workers now count the trial
+        print(f"trial {trial.number}: {' '.join(options)}", file=sys.stderr)
         try:
-            best = self._fit(options, watch)
-        except Diverged as error:  # a result: nothing is worse
-            trial.set_user_attr("error", one_line(str(error)))
-            say(f" diverged: {error}")
+            run = self._fit(options, watch)
+        except Diverged as error:  # counts as the worst result
+            _end(trial, "diverged", one_line(str(error)), error=one_line(str(error)))
             return 0.0 if self.file.maximize else math.inf
         except Exception as error:
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            if kind:
+            expected = isinstance(error, UserError)
+            if not expected:
                 traceback.print_exc()
-            trial.set_user_attr("error", one_line(f"{kind}{error}")[:1000])
-            say(f" failed: {kind}{error}")
+            text = one_line(str(error) if expected else f"{type(error).__name__}: {error}")
+            _end(trial, "failed", text, error=text[:1000])
             raise
         except (KeyboardInterrupt, SystemExit) as stop:
             RetryHeartbeatStaleTrialCallback()(self.study, self.study.trials[trial.number])
-            if isinstance(stop, SystemExit):  # SIGTERM; Optuna only knows Ctrl-C
+            if isinstance(stop, SystemExit):  # SIGTERM, which Optuna does not handle
                 self.study.tell(trial, state=TrialState.FAIL)
-            print("stopped; the same command again resumes the search", file=sys.stderr)
+            print("stopped; repeat the same command to resume the search", file=sys.stderr)
             raise
-        state, seconds = "stopped early" if watch.stopped else "finished", time.perf_counter() - began
-        say(f" {state}: {self.file.metric} {best:.2f}, {seconds:.0f} s")
+        best = (max if self.file.maximize else min)(watch.curve)
+        stored = json.loads(RunFolder(run).metrics.read_text())
+        metrics = {name: stored[name] for name in ("epoch", *METRICS) if name in stored}
+        state = "stopped early" if watch.stopped else "finished"
+        text = f"{self.file.metric} {best:.2f}, {time.perf_counter() - began:.0f} s"
+        _end(trial, state, text, best=best, metrics=metrics, run=os.path.relpath(run, self.folder))
         if watch.stopped:
             raise optuna.TrialPruned
         return best
 
-    def _fit(self, options: list[str], watch: Watch) -> float:
-        """Train, store the results in the trial, and return the best value of the metric."""
+    def _fit(self, options: list[str], watch: Watch) -> Path:
         quiet = ("--trainer.enable_progress_bar=false", "--predictions.queries=0")  # defaults of trials
         root = f"--trainer.default_root_dir={self.folder / 'trials'}"
         try:
-            # what `fit` prints as the result is in the run's folder
+            # the result that `fit` prints is in the run's folder, too
             run = fit([*quiet, *self.arguments, *options, root], [watch], io.StringIO())
         except SystemExit as stop:
             if not stop.code:  # SIGTERM
                 raise
-            raise UserError("fit refuses these options") from stop
+            raise UserError("fit rejects these options") from stop
         if not watch.curve:
             raise UserError(f"the run was never validated, so it has no {self.file.metric}")
-        best = (max if self.file.maximize else min)(watch.curve)
-        found = json.loads((run / "metrics.json").read_text())
-        metrics = {name: found[name] for name in ("epoch", *METRICS) if name in found}
-        stored = {"run": os.path.relpath(run, self.folder), "metrics": metrics, "best": best}
-        for name, value in stored.items():
-            watch.trial.set_user_attr(name, value)
-        return best
+        return run
+
+
+def _end(trial: Trial, state: str, text: str, **results: Any) -> None:
+    """Store the state and the results in the trial, and print a line."""
+    for name, value in {"state": state, **results}.items():
+        trial.set_user_attr(name, value)
+    print(f"trial {trial.number} {state}: {text}", file=sys.stderr)
 
 
 class Watch(Callback):
-    """Keeps the metric of each validation as `curve`, and ends the run if the pruner asks for it.
+    """Stores the values of a metric as `curve`, and ends the run (`stopped`) if the pruner decides so.
 
     Args:
-        file: the sweep file, which names the metric.
+        metric: the metric as the run logs it.
         trial: the trial that is trained.
     """
 
-    def __init__(self, file: SweepFile, trial: Trial) -> None:
-        self.file, self.trial = file, trial
+    def __init__(self, metric: str, trial: Trial) -> None:
+        self.metric, self.trial = metric, trial
         self.curve: list[float] = []
         self.stopped = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the value to the pruner."""
-        if trainer.sanity_checking or self.file.metric not in trainer.callback_metrics:
+        if trainer.sanity_checking or self.metric not in trainer.callback_metrics:
             return
-        self.curve.append(float(trainer.callback_metrics[self.file.metric]))
+        self.curve.append(float(trainer.callback_metrics[self.metric]))
         self.trial.report(self.curve[-1], len(self.curve))
         if self.trial.should_prune():
             self.stopped = True
-            # all ranks have early stopping and agree on it: its goal counts as reached
+            # early stopping agrees across ranks, so it is told that its threshold is reached
             stopping: Any = trainer.early_stopping_callback
             stopping.stopping_threshold = -math.inf if stopping.mode == "max" else math.inf

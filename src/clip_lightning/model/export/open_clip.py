@@ -1,4 +1,4 @@
-"""A folder that open_clip loads as `local-dir:FOLDER`, with the same embeddings."""
+"""Exports a folder that open_clip loads as `local-dir:FOLDER`, with the same embeddings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
+from transformers import AutoConfig
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.export.onnx import EXAMPLES, TOLERANCE
-from clip_lightning.model.towers.base import first_line
+from clip_lightning.model.towers.base import first_line, plain_config
 
-# Our name of a part → open_clip's
+# Prefixes of weights → those of open_clip
 PARTS = {
     "image_tower.backbone.": "visual.trunk.",
     "heads.image.1.": "visual.head.proj.",
@@ -26,66 +27,80 @@ PARTS = {
     "logit_": "logit_",
 }
 POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
-# Those of open_clip's table of text models whose encoder it builds by that name.
+# Text models for which open_clip builds the encoder.
 TEXT_MODELS = ("bert", "roberta", "xlm-roberta")
 
 
 def write_open_clip(clip: CLIP, folder: Path, final: Path) -> float:
-    """Write configuration, weights and tokenizer into `folder`, which will be moved to `final`.
+    """Write configuration, weights and tokenizer into `folder`, which is later moved to `final`.
 
-    open_clip finds the text model's config.json by the absolute path in its configuration: the folder can be
-    moved again only if `hf_model_name` in open_clip_config.json is changed with it.
+    open_clip loads the text model's configuration from the Hub or, if it is not available there, from the
+    absolute path of the folder: `hf_model_name` must then be changed if the folder is moved again.
 
     Returns:
-        The largest absolute difference between open_clip's embeddings and ours, of test inputs.
-
-    Raises:
-        UserError: open_clip is not installed, cannot express the model, or gives other embeddings.
+        The largest absolute difference from open_clip's embeddings on test inputs.
     """
     try:
         import open_clip  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
-            "--to open_clip checks what it writes with open_clip: pip install open_clip_torch"
+            "--to open_clip needs the package open_clip_torch; pip install open_clip_torch"
         ) from error
     if reason := inexpressible(clip):
-        raise UserError(f"open_clip cannot express this model: {reason}; try --to onnx or --to hub")
+        raise UserError(f"open_clip does not support this model: {reason}; try --to onnx or --to hub")
     clip = copy.deepcopy(clip).cpu().eval()
     config: Any = copy.deepcopy(clip.text_tower.backbone.config)
-    config.dtype = torch.float32  # open_clip would build it in the precision that it was once saved in
+    config.dtype = torch.float32  # the configuration may name another precision
     config.save_pretrained(folder)
     clip.tokenize.tokenizer.save_pretrained(folder)
-    state = {_their_name(name): tensor.clone().contiguous() for name, tensor in clip.state_dict().items()}
+    names = {ours: next(part for part in PARTS if ours.startswith(part)) for ours in clip.state_dict()}
+    state = {
+        PARTS[part] + name.removeprefix(part): clip.state_dict()[name].clone().contiguous()
+        for name, part in names.items()
+    }
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    _write_config(clip, folder, folder)
+    on_hub = _name_on_hub(clip)
+    _write_config(clip, folder, on_hub or str(folder))
     difference = _check(clip, folder)
-    _write_config(clip, folder, final.absolute())
+    _write_config(clip, folder, on_hub or str(final.absolute()))
     return difference
 
 
+def _name_on_hub(clip: CLIP) -> str | None:
+    """Return the Hub name of the text tower if its configuration there is identical."""
+    tower = clip.text_tower.spec
+    name = tower["name"].removesuffix(f"@{tower['pooling']}")
+    if Path(name).exists():
+        return None
+    try:
+        same = plain_config(AutoConfig.from_pretrained(name)) == tower["config"]
+    except (OSError, ValueError):
+        return None
+    return name if same else None
+
+
 def inexpressible(clip: CLIP) -> str | None:
-    """Why open_clip has no such model, in a few words; None where it has."""
+    """Return why open_clip does not support a model, or None if it does."""
     image, text = clip.image_tower.spec, clip.text_tower.spec
     height, width = clip.transform.size
-    heads: Any = clip.heads
     if not timm.is_model(image["architecture"]):
-        return f"its image tower {image['architecture']} is not timm's"
-    if not all(_is_linear(head) for head in (heads.image, heads.text)):
-        return "its heads are not linear"
+        return f"the image tower {image['architecture']} is not a timm model"
+    if not all(_is_linear(head) for head in clip.heads.values()):
+        return "the projection heads are not linear"
     if clip.adapted:
-        return "it has adapters; export the bundle, which has them merged in"
+        return "it has adapters, which are only merged in its bundle"
     if height != width:
-        return f"pictures of {height}x{width} pixels are not square"
-    if odd := {key: value for key, value in image["arguments"].items() if key != "global_pool"}:
+        return f"images of {height}x{width} pixels are not square"
+    if extra := {key: value for key, value in image["arguments"].items() if key != "global_pool"}:
         default = timm.get_pretrained_cfg(image["architecture"], allow_unregistered=True)
-        if odd != {"img_size": default.input_size[1] if default else None}:
-            return f"its image tower is built with {odd}"
+        if extra != {"img_size": default.input_size[1] if default else None}:
+            return f"the image tower is built with {extra}"
     if text["config"]["model_type"] not in TEXT_MODELS:
-        return f"its text tower is a {text['config']['model_type']}, open_clip has {', '.join(TEXT_MODELS)}"
+        return f"the text tower is a {text['config']['model_type']}, expected {', '.join(TEXT_MODELS)}"
     if text["pooling"] not in POOLERS:
-        return f"its text tower is pooled by {text['pooling']!r}, open_clip has {', '.join(POOLERS)}"
+        return f"the text tower is pooled by {text['pooling']!r}, expected {', '.join(POOLERS)}"
     if clip.tokenize.tokenizer.pad_token_id != text["config"].get("pad_token_id"):
-        return "its tokenizer pads with another token than its text tower's configuration says"
+        return "the tokenizer and the text tower have different padding tokens"
     return None
 
 
@@ -94,24 +109,19 @@ def _is_linear(head: nn.Module) -> bool:
     return len(layers) == 1 and isinstance(layers[0], nn.Linear) and layers[0].bias is None
 
 
-def _their_name(name: str) -> str:
-    ours = next(ours for ours in PARTS if name.startswith(ours))
-    return PARTS[ours] + name.removeprefix(ours)
-
-
-def _write_config(clip: CLIP, folder: Path, text_model: Path) -> None:
+def _write_config(clip: CLIP, folder: Path, text_model: str) -> None:
     image, transform = clip.image_tower.spec, clip.transform
     model = {
         "embed_dim": clip.config()["embed_dim"],
         "vision_cfg": {
             "timm_model_name": image["architecture"],
-            "timm_pool": image["arguments"].get("global_pool", ""),  # "": the architecture's own
+            "timm_pool": image["arguments"].get("global_pool", ""),  # "": the architecture's default
             "timm_proj": "linear",
             "image_size": transform.size[0],
         },
         "text_cfg": {
-            "hf_model_name": str(text_model),
-            "hf_tokenizer_name": str(text_model),
+            "hf_model_name": text_model,
+            "hf_tokenizer_name": text_model,  # must be set; the tokenizer is loaded from the folder
             "hf_proj_type": "linear",
             "hf_pooler_type": POOLERS[clip.text_tower.pooling],
             "context_length": clip.tokenize.max_length,
@@ -131,7 +141,7 @@ def _write_config(clip: CLIP, folder: Path, text_model: Path) -> None:
 
 @torch.inference_mode()
 def _check(clip: CLIP, folder: Path) -> float:
-    """The largest difference between what open_clip, from the folder, and we make of test inputs."""
+    """Load the folder with open_clip, and return the largest difference of its embeddings from ours."""
     import open_clip
 
     name = f"local-dir:{folder}"
@@ -146,20 +156,14 @@ def _check(clip: CLIP, folder: Path) -> float:
             pairs.append((model.encode_text(tokenize(texts), normalize=True), clip.embed_texts(texts)))
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError) as error:
         raise UserError(
-            f"open_clip cannot express this model: it builds {clip.image_tower.spec['architecture']} or the "
-            f"text tower otherwise ({first_line(error)[:300]}); try --to onnx or --to hub"
+            f"open_clip does not support this model: it builds {clip.image_tower.spec['architecture']} or "
+            f"the text tower differently ({first_line(error)[:300]}); try --to onnx or --to hub"
         ) from error
-    worst = max((theirs - ours).abs().max().item() for theirs, ours in pairs)
-    same = _equal(model.logit_scale, clip.logit_scale) and _equal(model.logit_bias, clip.logit_bias)
-    if not same or not worst <= TOLERANCE:
+    worst = torch.stack([(theirs - ours).abs().max() for theirs, ours in pairs]).max().item()
+    bias = None if model.logit_bias is None else model.logit_bias.item()
+    if not worst <= TOLERANCE or not torch.equal(model.logit_scale, clip.logit_scale) or bias != clip.bias:
         raise UserError(
-            f"open_clip's embeddings of this model differ by {worst:.1e}, more than {TOLERANCE}, or its "
-            "scale differs; try --to onnx"
+            f"open_clip's embeddings differ by {worst:.1e}, more than {TOLERANCE}, or its scale or bias "
+            "differs; try --to onnx"
         )
     return worst
-
-
-def _equal(theirs: Any, ours: Tensor | None) -> bool:
-    if theirs is None or ours is None:
-        return theirs is ours
-    return bool(torch.equal(theirs, ours))

@@ -1,57 +1,76 @@
-"""`CLIPModel`, `SiglipModel` and `VisionTextDualEncoderModel` of transformers, taken apart."""
+"""Loads `CLIPModel`, `SiglipModel` and `VisionTextDualEncoderModel` of transformers as `CLIP`."""
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPModel, SiglipModel, VisionTextDualEncoderModel
+from transformers import AutoImageProcessor, CLIPModel, SiglipModel
 
+from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.model.pretrained.parts import Parts
-from clip_lightning.model.pretrained.pixels import transform_of_processor
+from clip_lightning.model.pretrained.assemble import assemble
 from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
 from clip_lightning.model.towers.base import first_line, plain_config
-from clip_lightning.model.towers.text import DEFAULT_MAX_LENGTH, TokenizeSettings
-from clip_lightning.model.towers.transformers_image import TransformersImage
+from clip_lightning.model.towers.image import TransformersImage
+from clip_lightning.model.towers.text import DEFAULT_MAX_LENGTH
+from clip_lightning.model.towers.tokenize import TokenizeSettings, load_tokenizer
 
-_MODELS: dict[str, Any] = {
-    "clip": CLIPModel,
-    "siglip": SiglipModel,
-    "vision-text-dual-encoder": VisionTextDualEncoderModel,
-}
+if TYPE_CHECKING:
+    from clip_lightning.model.clip import CLIP
+
+# Image processors that do nothing but what their settings describe. ConvNeXt's also enlarges before it crops.
+_PROCESSORS = ("CLIP", "Siglip", "ViT", "DeiT", "Beit", "Bit")
+_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def load_transformers(folder: Path, name: str) -> Parts:
-    """The model in a folder, with its weights in fp32, its image processor and its tokenizer.
+def load_transformers(clip_class: type[CLIP], folder: Path, model_class: str, name: str) -> CLIP:
+    """Load a model in fp32, with its image processor and its tokenizer.
 
     Args:
-        folder: as transformers saves it. Nothing else is read, and none of its code is run.
-        name: what the user called it.
-
-    Raises:
-        UserError: it lacks something, or has a part that cannot be taken.
+        clip_class: class of the result.
+        folder: folder that transformers saved. No other files are read, and no code in the folder is run.
+        model_class: name of the model's class in transformers.
+        name: name of the model in messages.
     """
-    transform = transform_of_processor(folder, name)
+    transform = _transform(folder, name)
     tokenizer = load_tokenizer(folder, name)
-    model = _load_model(folder, name)
+    try:
+        model, info = getattr(transformers, model_class).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(
+            f"{name} cannot be read as a {model_class} ({first_line(error)}); expected "
+            "config.json and the weights that belong to it, as safetensors"
+        ) from error
+    if missing := info["missing_keys"]:
+        raise UserError(
+            f"the weights of {name} lack {len(missing)} of its tensors, {min(missing)} among them; "
+            "get the complete model again"
+        )
     backbone = TransformersImage(model.vision_model)
-    _check_pooled(backbone, transform.size, name)
-    vision = plain_config(model.config.vision_config)
-    image_tower = ImageTower(
-        backbone,
-        {"name": f"{name} (image)", "architecture": backbone.ARCHITECTURE, "arguments": vision},
-        transform,
-    )
-    image_projection, text_projection = _projections(model)
-    text_tower = _text_tower(model, tokenizer, name)
-    return Parts(
+    spec = {
+        "name": f"{name} (image)",
+        "architecture": backbone.ARCHITECTURE,
+        "arguments": plain_config(model.config.vision_config),
+    }
+    try:
+        image_tower = ImageTower(backbone, spec, transform)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    if isinstance(model, SiglipModel):  # the projection is part of its text model
+        image_projection, text_projection = None, model.text_model.head
+    else:
+        image_projection, text_projection = model.visual_projection, model.text_projection
+    return assemble(
+        clip_class,
         image_tower,
-        text_tower,
+        _text_tower(model, tokenizer, name),
         {"image": image_projection, "text": text_projection},
         embed_dim=image_tower.width if image_projection is None else image_projection.out_features,
         logit_scale=model.logit_scale.detach(),
@@ -59,88 +78,67 @@ def load_transformers(folder: Path, name: str) -> Parts:
     )
 
 
-def load_tokenizer(place: Path | str, name: str) -> Any:
-    """The tokenizer of transformers in a folder.
-
-    Raises:
-        UserError: there is none, or it needs a package that is missing.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except ImportError as error:
-        raise UserError(
-            f"the tokenizer of {name} needs a package ({first_line(error)}); "
-            "pip install sentencepiece protobuf"
-        ) from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the tokenizer of {name} cannot be read ({first_line(error)})") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
-        raise UserError(f"{name} has no tokenizer; expected tokenizer.json or a vocabulary in its folder")
-    return tokenizer
-
-
-def _load_model(folder: Path, name: str) -> Any:
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
-    try:
-        model, info = _MODELS[kind].from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(
-            f"{name} cannot be read as a {_MODELS[kind].__name__} ({first_line(error)}); expected "
-            "config.json and the weights that belong to it, as safetensors"
-        ) from error
-    if missing := info["missing_keys"]:
-        raise UserError(
-            f"the weights of {name} lack {len(missing)} of its tensors, {min(missing)} among them; "
-            "get it whole again"
-        )
-    return model
-
-
 def _text_tower(model: Any, tokenizer: Any, name: str) -> TextTower:
     config = model.config.text_config
-    spec: dict[str, Any] = {
-        "name": f"{name} (text)",
-        "config": plain_config(config),
-        "pooling": "pooler",
-        "max_length": config.max_position_embeddings,
-    }
+    length, settings = config.max_position_embeddings, None
+    spec: dict[str, Any] = {"name": f"{name} (text)", "config": plain_config(config), "pooling": "pooler"}
     if isinstance(model, SiglipModel):
-        # It was trained on texts padded to its length, reads the padding and pools the last token.
-        settings: TokenizeSettings | None = {"padding_side": tokenizer.padding_side}
+        # SigLIP is trained on padded texts, attends to the padding, and pools the last token.
+        settings = TokenizeSettings(padding_side=tokenizer.padding_side)
         spec |= {"pooling": "last", "tokenize": settings}
-    else:
-        settings = None
-        if not isinstance(model, CLIPModel):  # BERT's 512 positions are not what it was trained with
-            spec["max_length"] = min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
-            if getattr(model.text_model, "pooler", None) is None and config.model_type != "clip_text_model":
-                raise UserError(
-                    f"{name}: its text model {config.model_type!r} has no pooler, which the projection "
-                    "needs; expected a BERT-like one"
-                )
-    return TextTower(model.text_model, Tokenize(tokenizer, spec["max_length"], settings), spec)
+    elif not isinstance(model, CLIPModel):  # it was trained on fewer tokens than BERT's 512 positions
+        length = min(DEFAULT_MAX_LENGTH, length)
+        if getattr(model.text_model, "pooler", None) is None and config.model_type != "clip_text_model":
+            raise UserError(
+                f"{name}: the text model {config.model_type!r} has no pooler; expected a model like "
+                "BERT, whose pooled output is projected"
+            )
+    return TextTower(model.text_model, Tokenize(tokenizer, length, settings), spec | {"max_length": length})
 
 
-def _projections(model: Any) -> tuple[Any, Any]:
-    """The linear layers behind the towers' features, None for none.
-
-    SigLIP's is called the head of its text model; its pictures have none.
-    """
-    if isinstance(model, SiglipModel):
-        return None, model.text_model.head  # the text tower leaves it out
-    return model.visual_projection, model.text_projection
-
-
-@torch.no_grad()
-def _check_pooled(backbone: TransformersImage, size: tuple[int, int], name: str) -> None:
-    """Refuse vision models that give no vector a picture, or none for pictures of this size."""
+def _transform(folder: Path, name: str) -> ImageTransform:
+    """Return the transform of the image processor in a folder."""
     try:
-        features = backbone(torch.zeros(1, 3, *size))
-    except (ValueError, RuntimeError) as error:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"{name} cannot take pictures of {size[0]}x{size[1]} pixels, as its image processor makes them "
-            f"({first_line(error)})"
+            f"the image processor of {name} cannot be read ({first_line(error)}); expected the "
+            "preprocessor_config.json that transformers saves"
         ) from error
-    if features is None or features.ndim != 2:
-        raise UserError(f"{name}: its vision model gives no pooled output; expected one as ViT's or CLIP's")
+    kind = type(processor).__name__
+    if kind.removesuffix("Fast").removesuffix("Pil").removesuffix("ImageProcessor") not in _PROCESSORS:
+        problem = "is not supported"
+    elif (
+        not processor.do_resize or not processor.do_rescale or abs(processor.rescale_factor * 255 - 1) > 1e-3
+    ):
+        problem = "does not resize, or does not divide by 255"
+    elif int(processor.resample) not in _INTERPOLATIONS:
+        problem = f"resizes by Pillow's method {int(processor.resample)} instead of bilinear or bicubic"
+    elif (shape := _shape(processor)) is None:
+        problem = f"has the size {dict(processor.size)}"
+    else:
+        mean, std = processor.image_mean, processor.image_std
+        return ImageTransform(
+            interpolation=_INTERPOLATIONS[int(processor.resample)],  # type: ignore[arg-type]
+            mean=tuple(mean) if processor.do_normalize else (0.0,) * 3,
+            std=tuple(std) if processor.do_normalize else (1.0,) * 3,
+            **shape,
+        )
+    raise UserError(
+        f"{name}: the image processor {kind} {problem}; expected one that resizes the shortest edge and "
+        "crops the center, or resizes to height and width"
+    )
+
+
+def _shape(processor: Any) -> dict[str, Any] | None:
+    """Return `size`, `fit` and `shortest_edge` of the transform, or None if it cannot be expressed."""
+    size = {key: value for key, value in dict(processor.size).items() if value is not None}
+    crop = processor.crop_size if processor.do_center_crop else None
+    cropped = (crop["height"], crop["width"]) if crop else None
+    if size.keys() == {"height", "width"}:
+        full = (size["height"], size["width"])
+        return {"size": full, "fit": "squash"} if cropped in (None, full) else None
+    if size.keys() != {"shortest_edge"} or cropped is None or size["shortest_edge"] < max(cropped):
+        return None
+    edge = size["shortest_edge"]
+    return {"size": cropped, "shortest_edge": None if cropped == (edge, edge) else edge}

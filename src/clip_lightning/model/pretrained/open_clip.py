@@ -1,11 +1,11 @@
-"""open_clip's models, taken apart."""
+"""Loads models of open_clip as `CLIP`."""
 
 from __future__ import annotations
 
 import difflib
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -13,28 +13,33 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.model.pretrained.parts import Parts
-from clip_lightning.model.pretrained.pixels import transform_of_open_clip
+from clip_lightning.model.pretrained.assemble import assemble
 from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
 from clip_lightning.model.towers.base import first_line, plain_config
 from clip_lightning.model.towers.open_clip import WORDS, OpenCLIPImage, OpenCLIPText, open_clip_package
-from clip_lightning.model.towers.text import TokenizeSettings
+from clip_lightning.model.towers.tokenize import TokenizeSettings
+
+if TYPE_CHECKING:
+    from clip_lightning.model.clip import CLIP
 
 _PLACES = ("local-dir:", "hf-hub:")
 _HF_POOLERS = {"MeanPooler": "mean", "ClsPooler": "pooler", "ClsLastHiddenStatePooler": "cls"}
 _CLEANINGS = ("lower", "whitespace", "canonicalize")
+_NOT_LOADED = (
+    *(OSError, HfHubHTTPError, LocalEntryNotFoundError, pickle.UnpicklingError, SafetensorError),
+    *(RuntimeError, ValueError, TypeError, KeyError, AssertionError),
+)
 
 
-def load_named(place: str, name: str) -> Parts:
-    """The model at a place, with its weights in fp32, its preprocessing and its tokenizer.
+def load_named(clip_class: type[CLIP], place: str, name: str) -> CLIP:
+    """Load a model in fp32, with its preprocessing and its tokenizer.
 
     Args:
+        clip_class: class of the result.
         place: `NAME/TAG`, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
-        name: what the user called it.
-
-    Raises:
-        UserError: open_clip is missing, there is no such model, or it has a part that cannot be taken.
+        name: name of the model in messages.
     """
     package = open_clip_package()
     architecture, tag = (place, None) if place.startswith(_PLACES) else _architecture_and_tag(package, place)
@@ -42,11 +47,11 @@ def load_named(place: str, name: str) -> Parts:
         config = package.get_model_config(architecture)
         if "multimodal_cfg" in config:
             raise UserError(
-                f"{name} is a CoCa model, whose text tower also writes captions; expected one with two "
-                "towers only"
+                f"{name} is a CoCa model, which also generates captions; expected a model with only an image "
+                "tower and a text tower"
             )
         if tag and package.get_pretrained_cfg(architecture, tag).get("quick_gelu"):
-            config["quick_gelu"] = True  # as these weights were trained; open_clip itself only warns
+            config["quick_gelu"] = True  # these weights need it; open_clip only warns
         model = package.create_model(
             architecture,
             tag,
@@ -58,49 +63,24 @@ def load_named(place: str, name: str) -> Parts:
         tokenizer = package.get_tokenizer(architecture)
     except UserError:
         raise
-    except _NOT_HAD + _NOT_BUILT as error:
+    except _NOT_LOADED as error:
         raise UserError(
-            f"open_clip cannot load {name} ({first_line(error)[:300]}); check it, or connect once"
+            f"open_clip cannot load {name} ({first_line(error)[:300]}); check the name, or connect once"
         ) from error
-    return _take_apart(model, config, tokenizer, name)
-
-
-_NOT_HAD = (OSError, HfHubHTTPError, LocalEntryNotFoundError, pickle.UnpicklingError, SafetensorError)
-_NOT_BUILT = (RuntimeError, ValueError, TypeError, KeyError, AssertionError)
-
-
-def _architecture_and_tag(package: Any, place: str) -> tuple[str, str]:
-    architecture, _, tag = place.partition("/")
-    if architecture not in package.list_models():
-        near = ", ".join(difflib.get_close_matches(architecture, package.list_models(), n=3)) or "ViT-B-32"
-        raise UserError(
-            f"open_clip has no model {architecture!r}; near names: {near} (expected open_clip:NAME/TAG, or "
-            "open_clip:local-dir:FOLDER)"
-        )
-    tags = package.list_pretrained_tags_by_model(architecture)
-    if tag not in tags and not Path(tag).is_file():
-        known = ", ".join(tags) or "none"
-        if not tag:
-            raise UserError(f"open_clip:{architecture} names no weights; add /TAG, one of {known}")
-        raise UserError(f"open_clip has no weights {tag!r} of {architecture}; there are {known}")
-    return architecture, tag
-
-
-def _take_apart(model: Any, config: dict[str, Any], tokenizer: Any, name: str) -> Parts:
     shared = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False)}
     image = OpenCLIPImage(model.visual)
     image_projection = image.take_projection()
-    preprocess = open_clip_package("open_clip.model").get_model_preprocess_cfg(model)
-    # weights are of this model now, not timm's own
+    # timm must not load its own weights when the tower is built again
     arguments = {**shared, "vision_cfg": {**config["vision_cfg"], "timm_model_pretrained": False}}
     spec = {"name": f"{name} (image)", "architecture": image.ARCHITECTURE, "arguments": arguments}
-    image_tower = ImageTower(image, spec, transform_of_open_clip(preprocess, name))
+    preprocess = open_clip_package("open_clip.model").get_model_preprocess_cfg(model)
     if type(model.text).__name__ == "HFTextEncoder":
         text_tower, text_projection = _transformers_text(model.text, tokenizer, name)
     else:
         text_tower, text_projection = _own_text(model.text, shared, config["text_cfg"], tokenizer, name)
-    return Parts(
-        image_tower,
+    return assemble(
+        clip_class,
+        ImageTower(image, spec, _transform(preprocess, name)),
         text_tower,
         {"image": image_projection, "text": text_projection},
         embed_dim=config["embed_dim"],
@@ -109,21 +89,56 @@ def _take_apart(model: Any, config: dict[str, Any], tokenizer: Any, name: str) -
     )
 
 
+def _architecture_and_tag(package: Any, place: str) -> tuple[str, str]:
+    architecture, _, tag = place.partition("/")
+    if architecture not in package.list_models():
+        similar = difflib.get_close_matches(architecture, package.list_models(), n=3) or ["ViT-B-32"]
+        raise UserError(
+            f"open_clip has no model {architecture!r}; expected open_clip:NAME/TAG or "
+            f"open_clip:local-dir:FOLDER; similar names: {', '.join(similar)}"
+        )
+    tags = package.list_pretrained_tags_by_model(architecture)
+    if tag not in tags and not Path(tag).is_file():
+        known = ", ".join(tags) or "none"
+        if not tag:
+            raise UserError(f"open_clip:{architecture} names no weights; append /TAG, one of {known}")
+        raise UserError(f"open_clip has no weights {tag!r} for {architecture}; expected one of {known}")
+    return architecture, tag
+
+
+def _transform(settings: dict[str, Any], name: str) -> ImageTransform:
+    """Convert the preprocessing settings of open_clip (`size`, `resize_mode`, `mean`, ...)."""
+    size, mode = settings["size"], settings["resize_mode"]
+    if mode not in ("shortest", "squash"):
+        raise UserError(
+            f"{name} resizes images with open_clip's mode {mode!r}, which pads them; expected 'shortest' or "
+            "'squash'"
+        )
+    return ImageTransform(
+        size=(size, size) if isinstance(size, int) else tuple(size),
+        # with `random`, which is for training, open_clip evaluates with bicubic
+        interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        fit="crop" if mode == "shortest" else "squash",
+    )
+
+
 def _own_text(
     text: Any, shared: dict[str, Any], text_cfg: dict[str, Any], tokenizer: Any, name: str
 ) -> tuple[TextTower, nn.Module | None]:
-    """open_clip's own transformer, with whichever tokenizer."""
+    """Convert open_clip's own text transformer, with any tokenizer."""
     backbone = OpenCLIPText(text)
     projection = backbone.take_projection()
     settings = _cleaning(tokenizer, name)
     if type(tokenizer).__name__ == "SimpleTokenizer":
-        words = simple_tokenizer(tokenizer)
+        converted = simple_tokenizer(tokenizer)
         settings["clean"] += WORDS
         if backbone.reads_padding:
             settings |= {"padding_side": "right", "pad_id": 0}
     else:
-        words = tokenizer.tokenizer
-        settings |= {"padding_side": words.padding_side}
+        converted = tokenizer.tokenizer
+        settings |= {"padding_side": converted.padding_side}
     spec = {
         "name": f"{name} (text)",
         "config": {"model_type": backbone.ARCHITECTURE, **shared, "text_cfg": text_cfg},
@@ -131,16 +146,16 @@ def _own_text(
         "max_length": tokenizer.context_length,
         "tokenize": settings,
     }
-    return TextTower(backbone, Tokenize(words, tokenizer.context_length, settings), spec), projection
+    return TextTower(backbone, Tokenize(converted, tokenizer.context_length, settings), spec), projection
 
 
 def _transformers_text(text: Any, tokenizer: Any, name: str) -> tuple[TextTower, nn.Module | None]:
-    """A text model of transformers, which needs nothing of open_clip any more."""
+    """Convert a text model of transformers, which then works without open_clip."""
     pooling = _HF_POOLERS.get(type(text.pooler).__name__)
     if pooling is None or text.config.is_encoder_decoder or text.config.pad_token_id is None:
         raise UserError(
-            f"{name}: its text tower {text.config.model_type!r} with {type(text.pooler).__name__} cannot be "
-            "taken; expected an encoder that pools its first token, the mean or the model's own pooler"
+            f"{name}: the text tower {text.config.model_type!r} with {type(text.pooler).__name__} is not "
+            "supported; expected an encoder that pools the first token, the mean, or with its own pooler"
         )
     if pooling == "pooler" and getattr(text.transformer, "pooler", None) is None:
         pooling = "cls"
@@ -158,27 +173,22 @@ def _transformers_text(text: Any, tokenizer: Any, name: str) -> tuple[TextTower,
 
 
 def _cleaning(tokenizer: Any, name: str) -> TokenizeSettings:
-    """What happens to a text before open_clip's tokenizer sees it.
-
-    Raises:
-        UserError: more than that happens.
-    """
-    own = open_clip_package("open_clip.tokenizer")
-    ways = {own.get_clean_fn(way): way for way in _CLEANINGS}
-    way = ways.get(getattr(tokenizer, "clean_fn", None))
-    special = any(
-        getattr(tokenizer, name, None) for name in ("tokenizer_mode", "strip_sep_token", "reduction_fn")
-    )
-    if way is None or special or len(getattr(tokenizer, "all_special_ids", "..")) != 2:
+    """Return how open_clip cleans a text before it is tokenized."""
+    clean_fn = getattr(tokenizer, "clean_fn", None)
+    functions = open_clip_package("open_clip.tokenizer")
+    name_of_clean = next((clean for clean in _CLEANINGS if functions.get_clean_fn(clean) == clean_fn), None)
+    unusual = ("tokenizer_mode", "strip_sep_token", "reduction_fn")
+    special = any(getattr(tokenizer, option, None) for option in unusual)
+    if name_of_clean is None or special or len(getattr(tokenizer, "all_special_ids", "..")) != 2:
         raise UserError(
-            f"{name}: its tokenizer changes tokens in a way of its own ({type(tokenizer).__name__}); "
-            "expected open_clip's own tokenizer, or one of transformers that pads and cuts"
+            f"{name}: the tokenizer {type(tokenizer).__name__} changes tokens in an unsupported way; "
+            "expected open_clip's own tokenizer, or one of transformers that only pads and truncates"
         )
-    return {"clean": way}
+    return {"clean": name_of_clean}
 
 
 def simple_tokenizer(own: Any) -> PreTrainedTokenizerFast:
-    """open_clip's `SimpleTokenizer` as one of transformers, for texts split by `clean_text`."""
+    """Convert open_clip's `SimpleTokenizer` to transformers, for texts that `clean_text` has split."""
     merges = sorted(own.bpe_ranks, key=own.bpe_ranks.__getitem__)
     tokenizer = Tokenizer(models.BPE(vocab=own.encoder, merges=merges, end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,7 +1,8 @@
-"""The two towers: any timm image model and any Hugging Face text model, as features of known width."""
+"""Image and text towers: any timm image model and any Hugging Face text model."""
 
 from clip_lightning.model.towers.base import Tower
 from clip_lightning.model.towers.image import ImageTower
-from clip_lightning.model.towers.text import TextTower, Tokenize
+from clip_lightning.model.towers.text import TextTower
+from clip_lightning.model.towers.tokenize import Tokenize
 
 __all__ = ["ImageTower", "TextTower", "Tokenize", "Tower"]

@@ -1,8 +1,9 @@
-"""What both towers share: freezing, a digest of the weights, and where packaged weights lie."""
+"""The base class of both towers, and helpers that they share."""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import warnings
@@ -11,20 +12,23 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
 
+OWN = "module of one's own"
+"""The architecture in the spec of a custom module, which a bundle cannot rebuild."""
+
 
 class Tower(nn.Module):
-    """A backbone that can be frozen: then it runs without gradients and always in eval mode.
+    """A backbone that can be frozen: it then runs without gradients and always in eval mode.
 
     Attributes:
-        frozen: whether nothing of the tower is trained.
-        adapted: whether adapters beside its fixed weights are (`lora.py`).
-        fixed_statistics: whether batch norms normalise in training as in evaluation.
+        frozen: whether no part of the tower is trained.
+        adapted: whether only LoRA adapters are trained (`lora.py`).
+        fixed_statistics: whether batch norms use their running statistics in training, too.
     """
 
     width: int
@@ -35,103 +39,98 @@ class Tower(nn.Module):
     fixed_statistics = False
     _frozen_digest: str | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(itertools.chain(self.parameters(), self.buffers())).device
+
     def freeze(self) -> Self:
-        """Fix the weights: no gradients, no dropout, no drifting batch-norm statistics."""
+        """Freeze the weights, and disable dropout and updates of batch-norm statistics."""
         self.requires_grad_(False)
         self.frozen = True
         self._frozen_digest = None
         return self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode; what is frozen stays in eval mode, and so do batch norms with fixed weights."""
+        """Set training mode; frozen towers and batch norms with frozen weights stay in eval mode."""
         super().train(mode and not self.frozen)
         fixed = self.adapted or self.fixed_statistics
         for module in self.modules():
-            if isinstance(module, _BatchNorm) and (fixed or _is_fixed(module)):
+            if isinstance(module, _BatchNorm) and (
+                fixed or (module.weight is not None and not module.weight.requires_grad)
+            ):
                 module.eval()
         return self
 
     def fix_statistics(self) -> None:
-        """Let batch norms keep their statistics, and normalise by them in training too."""
+        """Make batch norms keep their running statistics, and normalize with them in training, too."""
         self.fixed_statistics = True
         self.train(self.training)
 
     def layers(self) -> dict[str, int]:
-        """For each parameter the number of its layer, 0 next to the input."""
+        """Return the layer of each parameter, counted from 0 at the input."""
         raise NotImplementedError
 
     def compile_backbone(self) -> None:
-        """Let torch.compile make the backbone faster; where it cannot, say so and go on without."""
+        """Compile the backbone; if compilation fails, a warning is issued and it runs uncompiled."""
         self.backbone.compile()
 
     def checkpoint_activations(self) -> None:
-        """Keep only the inputs of each layer in training, and run it once more in the backward pass.
-
-        Raises:
-            UserError: the backbone cannot, or has batch norms that would note every batch twice.
-        """
+        """Store only the inputs of each layer in training, and recompute the rest in the backward pass."""
+        option = "--model.towers.activation_checkpointing"
         if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
             raise UserError(
-                "--model.towers.activation_checkpointing: the batch norms of "
-                f"{self.spec['name']!r} would note every batch twice; give --model.towers.fix_statistics "
-                "true, or --model.micro_batch_size N instead"
+                f"{option} would update the batch-norm statistics of {self.spec['name']!r} twice per batch; "
+                "give --model.towers.fix_statistics true as well, or --model.micro_batch_size N instead"
             )
         try:
             self._checkpoint_layers()
         except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(
-                f"--model.towers.activation_checkpointing: {self.spec['name']!r} cannot do it; leave it out, "
-                "or give --model.micro_batch_size N instead"
+                f"{option} is not supported by {self.spec['name']!r}; leave it out, or give "
+                "--model.micro_batch_size N instead"
             ) from error
 
     def _checkpoint_layers(self) -> None:
         raise NotImplementedError
 
     def run_backbone(self, *args: Any, **kwargs: Any) -> Any:
-        """The backbone's output."""
+        """Run the backbone, without torch.compile if that fails."""
         try:
             return self.backbone(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.backbone._compiled_call_impl = None  # undoes compile()
             warnings.warn(
-                f"--model.towers.compile: torch.compile failed on the {type(self).__name__} and is left out: "
-                f"{first_line(error)}",
+                f"--model.towers.compile: torch.compile failed for the {type(self).__name__}, which now runs "
+                f"uncompiled: {first_line(error)}",
                 stacklevel=2,
             )
             return self.backbone(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Called for each module by whichever `load_state_dict`; other weights have another digest."""
+        """Forget the digest whenever weights are loaded; torch calls this for every module."""
         self._frozen_digest = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def digest(self) -> str:
-        """SHA-256 (hex) over the names and values of all weights and buffers, without adapters."""
+        """Return SHA-256 (hex) of the names and values of all weights and buffers, without adapters."""
         if (self.frozen or self.adapted) and self._frozen_digest is not None:
             return self._frozen_digest
-        self._frozen_digest = weights_digest(self._own_state())
-        return self._frozen_digest
-
-    def _own_state(self) -> dict[str, Tensor]:
-        """Weights and buffers under the names that they have in a tower without adapters."""
         state = self.state_dict()
-        if not self.adapted:
-            return state
-        return {name.replace(".base_layer.", "."): state[name] for name in state if ".lora_" not in name}
-
-
-def _is_fixed(norm: _BatchNorm) -> bool:
-    return norm.weight is not None and not norm.weight.requires_grad
+        if self.adapted:
+            state = {n.replace(".base_layer.", "."): state[n] for n in state if ".lora_" not in n}
+        self._frozen_digest = weights_digest(state)
+        return self._frozen_digest
 
 
 def numbered_layers(names: Iterable[str]) -> dict[str, int]:
-    """For each parameter the number of its layer, 0 next to the input, for models that number them in names.
+    """Return the layer of each parameter, counted from 0 at the input, as numbered in the names.
 
-    What comes before the first number is layer 0, what belongs to none and comes later (a last norm, a
-    pooler) is of the top layer.
+    Parameters before the first number belong to layer 0, and later parameters without a number (a final norm,
+    a pooler) to the top layer.
 
     Args:
-        names: of all parameters, in the order in which the model has them.
+        names: names of all parameters, in the order of the model.
     """
     layers, top = {}, 0
     for name in names:
@@ -142,23 +141,28 @@ def numbered_layers(names: Iterable[str]) -> dict[str, int]:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A configuration of transformers as JSON values, without the folder it happened to lie in."""
+    """Return a configuration of transformers as JSON values, without the folder that it was read from."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)
     return values
 
 
 def own_values(config: dict[str, Any]) -> dict[str, Any]:
-    """A stranger's configuration without what makes transformers fetch code for its attention."""
+    """Return an untrusted configuration without the keys for which transformers downloads attention code."""
     return {name: value for name, value in config.items() if "attn_implementation" not in name}
 
 
-def pypi_folder(package: str) -> Path:
-    """Where an installed package lies.
+def refuse_own(architecture: str, name: str) -> None:
+    """Raise `UserError` for a custom module, which cannot be rebuilt."""
+    if architecture == OWN:
+        raise UserError(
+            f"the tower {name} is a custom module, which a bundle does not contain; build the model with "
+            "CLIP.from_towers again, and load model.safetensors of the bundle"
+        )
 
-    Raises:
-        UserError: it is not installed.
-    """
+
+def pypi_folder(package: str) -> Path:
+    """Return the folder of an installed package."""
     try:
         module = importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -168,9 +172,9 @@ def pypi_folder(package: str) -> Path:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, for a message of our own.
+    """Return the first line of an error's message, to be quoted in another message.
 
-    With the second one where the first ends with a colon, as torch's about a state dict does.
+    If it ends with a colon, as in torch's errors about state dicts, the second line is included.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")

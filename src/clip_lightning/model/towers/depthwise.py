@@ -1,6 +1,6 @@
-"""Depthwise convolutions on the CPU under bf16: backwards in fp32, which is up to 20 times as fast.
+"""Computes gradients of depthwise convolutions on the CPU in fp32, up to 20 times faster than in bf16.
 
-Their forward pass is faster in bf16; their gradients, for nearly all shapes that we tried, much slower: two
+In bf16, the forward pass is faster, but the backward pass is much slower for nearly all shapes: it takes two
 thirds of a training step of EfficientNet-Lite0 with torch 2.15 (docs/log.md).
 """
 
@@ -16,16 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 
 class DepthwiseBackwardInFloat32(TorchFunctionMode):
-    """Within this context, `conv2d` of one channel a group computes its gradients in fp32.
+    """A context in which `conv2d` with one channel per group computes its gradients in fp32.
 
-    Only on the CPU, under bf16 autocast, and where gradients are wanted; all else stays as it is. The results
-    of the forward pass are the same.
+    This applies only on the CPU, under bf16 autocast, and if gradients are needed. The results of the forward
+    pass do not change.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Take over what is such a convolution; hand on everything else."""
+        """Replace depthwise convolutions, and pass on everything else."""
         kwargs = kwargs or {}
         if func is torch.conv2d:
             output = _depthwise(*args, **kwargs)
@@ -43,11 +43,11 @@ def _depthwise(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """`torch.conv2d` of the same arguments, or None where it is not for us."""
-    wanted = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    """Return `torch.conv2d` of the same arguments, or None if the default should be used."""
+    has_gradient = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
     bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     depthwise = groups > 1 and weight.shape[1] == 1 and input.ndim == 4 and not isinstance(padding, str)
-    if not (wanted and bf16 and depthwise and input.device.type == "cpu"):
+    if not (has_gradient and bf16 and depthwise and input.device.type == "cpu"):
         return None
     pairs = [[n, n] if isinstance(n, int) else list(n) for n in (stride, padding, dilation)]
     output: Tensor = _Depthwise.apply(input.to(torch.bfloat16), weight, bias, *pairs)

@@ -1,6 +1,6 @@
-"""open_clip's towers without projections, and the way it cleans texts; for the package open_clip_torch.
+"""Towers of open_clip without their projections, and its cleaning of texts.
 
-B pictures, N texts, H, W pixels, L tokens.
+B images, N texts, H, W pixels, L tokens.
 """
 
 from __future__ import annotations
@@ -21,31 +21,27 @@ WORDS = "+words"
 
 
 def open_clip_package(part: str = "open_clip") -> Any:
-    """The package, or a module of it.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import open_clip, or one of its modules."""
     try:
         return importlib.import_module(part)
     except ModuleNotFoundError as error:
         raise UserError(
-            "an open_clip model needs the package open_clip_torch; pip install open_clip_torch"
+            "open_clip models need the package open_clip_torch; pip install open_clip_torch"
         ) from error
 
 
-def clean_text(text: str, way: str) -> str:
-    """What open_clip makes of a text before it looks for tokens.
+def clean_text(text: str, name: str) -> str:
+    """Clean a text as open_clip does before it is tokenized.
 
     Args:
-        text: as it was written.
-        way: open_clip's name (`lower`, `whitespace`, `canonicalize`); with `+words` behind it, the text
-            is also split into words, with blanks between them, as its own tokenizer does. Which characters
-            are letters changes with the version of Unicode, which is another one in other tokenizers.
+        text: the text.
+        name: function of open_clip: `lower`, `whitespace` or `canonicalize`. With the suffix `+words`, the
+            text is also split into words, separated by spaces, as open_clip's own tokenizer does: tokenizers
+            differ in their version of Unicode, and so in which characters are letters.
     """
     tokenizer = open_clip_package("open_clip.tokenizer")
-    cleaned: str = tokenizer.get_clean_fn(way.removesuffix(WORDS))(text)
-    return " ".join(_word_pattern().findall(cleaned)) if way.endswith(WORDS) else cleaned
+    cleaned: str = tokenizer.get_clean_fn(name.removesuffix(WORDS))(text)
+    return " ".join(_word_pattern().findall(cleaned)) if name.endswith(WORDS) else cleaned
 
 
 @cache
@@ -54,38 +50,38 @@ def _word_pattern() -> Any:
 
 
 class OpenCLIPImage(nn.Module):
-    """open_clip's image tower (its own ViT or ResNet, or timm's), behaving like a timm model."""
+    """An image tower of open_clip (its own ViT or ResNet, or a timm model) with the interface of timm."""
 
     ARCHITECTURE = "open_clip"
-    """Name in an image tower's spec; its arguments are those of open_clip's models."""
+    """The architecture in a spec; the arguments are those of open_clip's models."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
         self.visual = visual
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Features (B, width) of normalised `pixel_values` (B, 3, H, W)."""
+        """Return features (B, width) of normalized `pixel_values` (B, 3, H, W)."""
         return self.visual(pixel_values)
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """A parameter's layer, for timm's `group_parameters`."""
+        """Return the function from a parameter to its layer, for timm's `group_parameters`."""
         names = [name for name, _ in self.named_parameters()]
         trunk = getattr(self.visual, "trunk", None)
         if trunk is None:
-            # the stages of open_clip's ResNet are numbered without a dot: layer1.0.conv1
+            # open_clip's ResNet numbers its stages without a dot: layer1.0.conv1
             as_numbers = {name: re.sub(r"\blayer(\d)\.\d+\.", r"layer.\1.", name) for name in names}
             layers = numbered_layers(as_numbers.values())
             return lambda name: layers[as_numbers[name]]
         groups = group_parameters(trunk, trunk.group_matcher(coarse=False))
-        inside = {f"visual.trunk.{name}": layer for layer, those in groups.items() for name in those}
+        inside = {f"visual.trunk.{name}": layer for layer, members in groups.items() for name in members}
         return lambda name: inside.get(name, max(groups))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As timm's models have it."""
+        """Set activation checkpointing, as timm's models do."""
         self.visual.set_grad_checkpointing(enable)
 
     def take_projection(self) -> nn.Linear | None:
-        """Take the linear projection off, so that features come before it; None where there is none."""
+        """Remove and return the linear projection, if there is one."""
         visual = self.visual
         if isinstance(getattr(visual, "proj", None), nn.Parameter):
             projection: nn.Linear | None = _linear(visual.proj)
@@ -98,7 +94,7 @@ class OpenCLIPImage(nn.Module):
 
     @classmethod
     def from_config(cls, arguments: dict[str, Any]) -> Self:
-        """The architecture with fresh weights, without its projection."""
+        """Build the architecture with random weights, without its projection."""
         build = open_clip_package("open_clip.model")._build_vision_tower
         tower = cls(build(arguments["embed_dim"], arguments["vision_cfg"], arguments["quick_gelu"]))
         tower.take_projection()
@@ -106,44 +102,40 @@ class OpenCLIPImage(nn.Module):
 
 
 class OpenCLIPText(nn.Module):
-    """open_clip's own text transformer."""
+    """The text transformer of open_clip."""
 
     ARCHITECTURE = "open_clip"
-    """`model_type` in the configuration of a text tower; the rest is what open_clip's models take."""
+    """`model_type` in the configuration of a text tower; the other values are those of open_clip's models."""
 
     def __init__(self, text: Any) -> None:
         super().__init__()
         self.text = text
-        # A causal one has a mask for its longest text, and open_clip pads them all to it.
+        self.width = int(text.width)
+        # A causal transformer has a mask for the maximum length, to which open_clip pads all texts.
         text.transformer.register_forward_pre_hook(_shorten_mask, with_kwargs=True)
 
     @property
-    def width(self) -> int:
-        """Of the features."""
-        return int(self.text.width)
-
-    @property
     def reads_padding(self) -> bool:
-        """Whether what follows a text's end changes its features."""
+        """Whether padding after the end of a text changes its features."""
         return self.text.attn_mask is None or self.text.pool_type not in ("argmax", "eos")
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Features (N, width) of tokens (N, L)."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return features (N, width) of tokens (N, L); the attention mask is not used."""
         return self.text(input_ids)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As timm's models have it."""
+        """Set activation checkpointing, as timm's models do."""
         self.text.set_grad_checkpointing(enable)
 
     def take_projection(self) -> nn.Linear | None:
-        """Take the projection off, so that features come before it; None where there is none."""
+        """Remove and return the projection, if there is one."""
         projection = self.text.text_projection
         self.text.text_projection = None
         return _linear(projection) if isinstance(projection, nn.Parameter) else projection
 
     @classmethod
     def from_config(cls, arguments: dict[str, Any]) -> Self:
-        """The architecture with fresh weights, without its projection."""
+        """Build the architecture with random weights, without its projection."""
         build = open_clip_package("open_clip.model")._build_text_tower
         tower = cls(build(arguments["embed_dim"], arguments["text_cfg"], arguments["quick_gelu"]))
         tower.take_projection()
@@ -151,7 +143,7 @@ class OpenCLIPText(nn.Module):
 
 
 def _linear(matrix: nn.Parameter) -> nn.Linear:
-    """The layer that multiplies with this (width, embed_dim) matrix."""
+    """Return the linear layer that multiplies by a matrix (width, embed_dim)."""
     layer = nn.Linear(matrix.shape[0], matrix.shape[1], bias=False)
     layer.weight = nn.Parameter(matrix.detach().T.contiguous())
     return layer

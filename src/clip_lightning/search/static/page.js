@@ -1,4 +1,4 @@
-// The server renders every answer. This adds what a form cannot: an image as the body, labels while they are typed.
+// The server renders every result. This script adds uploads, and results while labels are typed.
 "use strict";
 const $ = (id) => document.getElementById(id);
 let upload = null, newest, typing;
@@ -7,7 +7,7 @@ async function ask() {
   const mine = (newest = {});
   const query = new URLSearchParams(new FormData($("form")));
   if (upload) query.delete("q");
-  let answer = ["The server does not answer. Is clip-lightning app still running?"];
+  let answer = ["The server does not respond. Is clip-lightning app still running?"];
   try {
     const response = await fetch(`?${query}`, upload && { method: "POST", body: upload });
     const text = await response.text();

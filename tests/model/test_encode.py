@@ -1,0 +1,76 @@
+"""Images and texts to features: in their order, whatever the batches, and what cannot be read is named."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_lightning import CLIP
+from clip_lightning.data.formats import read_captions
+from clip_lightning.data.images import decode_image
+from clip_lightning.model.encode import Encoded, encode_images, encode_texts
+
+
+def test_features_are_those_of_the_tower_in_the_order_of_the_images(
+    make_clip: Callable[..., CLIP], scenes: Path, tmp_path: Path
+):
+    clip = make_clip().eval()
+    paths = [image.path for image in read_captions(scenes).images[:10]]
+    (tmp_path / "broken.png").write_bytes(b"")
+    given = [*paths[:5], tmp_path / "broken.png", tmp_path / "missing.png", *paths[5:]]
+    encoded = Encoded.join(encode_images(clip.image_tower, given))
+    assert (encoded.size, encoded.rows) == (12, [0, 1, 2, 3, 4, 7, 8, 9, 10, 11])
+    names = [(5, str(tmp_path / "broken.png")), (6, str(tmp_path / "missing.png"))]
+    assert [broken[:2] for broken in encoded.broken] == names
+    with torch.no_grad():
+        pixels = torch.stack([clip.transform(path) for path in paths])
+        torch.testing.assert_close(encoded.features, clip.image_tower(pixels), atol=1e-5, rtol=0)
+
+    batches = list(encode_images(clip.image_tower, given, project=clip.project_image, batch_size=4))
+    assert [(batch.size, len(batch.rows)) for batch in batches] == [(4, 4), (4, 2), (4, 4)]
+    torch.testing.assert_close(torch.cat([b.features for b in batches]), clip.embed_images(paths))
+
+
+def test_nothing_readable_is_an_array_without_rows(make_clip: Callable[..., CLIP], tmp_path: Path):
+    clip = make_clip().eval()
+    for images in ([tmp_path / "missing.png"], []):
+        encoded = Encoded.join(encode_images(clip.image_tower, images))
+        assert encoded.rows == [] and encoded.features.shape == (0, clip.image_tower.width)
+        (batch,) = encode_images(clip.image_tower, images, project=clip.project_image)
+        assert batch.features.shape == (0, 16)
+
+
+def test_a_decoder_may_leave_images_out_and_end_everything(make_clip: Callable[..., CLIP], scenes: Path):
+    clip, started = make_clip().eval(), threading.Event()
+    paths = sorted(scenes.glob("*.jpg"))[:3]
+
+    def decode(path: Path) -> torch.Tensor | None:
+        return None if path == paths[1] else clip.transform(decode_image(path))
+
+    (batch,) = encode_images(clip.image_tower, paths, decode)
+    assert (batch.size, batch.rows, batch.broken) == (3, [0, 2], [])
+
+    def fail(path: Path) -> torch.Tensor:
+        started.set()
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(encode_images(clip.image_tower, paths, fail))
+    assert started.is_set()
+
+
+def test_texts_come_back_in_their_order(make_clip: Callable[..., CLIP], capsys: pytest.CaptureFixture[str]):
+    clip = make_clip().eval()
+    texts = ["a large red circle left of a small blue square", "a star", "", "two triangles"]
+    features = encode_texts(clip.text_tower, texts, batch_size=3, progress="captions")
+    with torch.no_grad():
+        torch.testing.assert_close(features, clip.text_tower(**clip.tokenize(texts)), atol=1e-5, rtol=0)
+    assert "captions: 100%" in capsys.readouterr().err
+    embeddings = encode_texts(clip.text_tower, texts, project=clip.project_text)
+    torch.testing.assert_close(embeddings, clip.project_text(features))
+    half = encode_texts(clip.text_tower, texts, precision=torch.bfloat16)
+    assert half.dtype == torch.float32 and not torch.equal(half, features)

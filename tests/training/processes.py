@@ -1,0 +1,40 @@
+"""Runs of `clip-lightning` in processes of their own, and what they leave."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def clip_lightning(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a command, which finds the callbacks of the tests beside this file."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    line = [sys.executable, "-m", "clip_lightning", *map(str, words)]
+    env = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def the_run(root: Path) -> Path:
+    (folder,) = (path for path in root.iterdir() if path.is_dir())
+    return folder
+
+
+def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return content
+
+
+def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two checkpoints are equal bit for bit, including both moments of the optimizer."""
+    assert one["global_step"] == other["global_step"]
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, other["state_dict"][name]), name
+    (first,), (second,) = one["optimizer_states"], other["optimizer_states"]
+    for key, state in first["state"].items():
+        assert all(torch.equal(value, second["state"][key][name]) for name, value in state.items())
