@@ -505,7 +505,7 @@ def test_images_chosen_dropped_and_pasted_and_sentences_replace_each_other(
     page.get_by_label("Results").fill("3")
     page.get_by_role("searchbox").fill("a star")
     page.get_by_role("button", name="Search").click()
-    page.get_by_text("3 of 12 images, most similar to “a star”").wait_for()
+    page.get_by_text("3 of 12 images, the most similar to “a star”").wait_for()
     assert page.locator("#given").is_hidden()
 
 
