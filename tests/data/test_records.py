@@ -66,6 +66,7 @@ def test_images_in_every_form_equal_the_files(form: str, rows: list[Any], data: 
             assert np.array_equal(np.array(Image.open(image.path)), np.array(Image.open(path)))
     assert len(next(iter(module.train_dataloader()))["image_id"]) == 8
     assert data(records).root == module.root  # nothing is written again
+    assert "records" not in module.options, "loggers would record all captions"
 
 
 class Pairs(torch.utils.data.Dataset[tuple[Image.Image, str]]):

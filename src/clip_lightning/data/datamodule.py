@@ -29,7 +29,6 @@ from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
 from clip_lightning.data.features import CacheOptions, FeatureCache, Features, default_cache
 from clip_lightning.data.images import Augmentation, ImageTransform
-from clip_lightning.data.records import Records
 from clip_lightning.data.sampler import EvalSampler, FirstEpoch, TrainSampler
 from clip_lightning.data.shards.storage import holds_numbered_tars
 from clip_lightning.data.shards.training import ShardDataset, ShardOptions, ShardSampler
@@ -37,7 +36,6 @@ from clip_lightning.data.sources import (
     Artifact,
     Folder,
     Scenes,
-    Source,
     find_source,
     names_tars,
     read_source,
@@ -102,8 +100,10 @@ class CaptionDataModule(LightningDataModule):
                 cache folder once.
         """
         super().__init__()
-        self.options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        """The arguments, which loggers record."""
+        self.options = {
+            name: value for name, value in locals().items() if name not in ("self", "__class__", "records")
+        }
+        """The arguments, without the data itself, which loggers record."""
         for name, value, minimum in (
             ("batch_size", batch_size, 1),
             ("captions_per_image", captions_per_image, 1),
@@ -119,11 +119,8 @@ class CaptionDataModule(LightningDataModule):
         self.num_workers = min(8, cores()) if num_workers is None else num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._tars = str(root) if names_tars(root) else None
-        self.source: Source
-        if records is not None:
-            self.source = Records(records, read)
-        else:
-            self.source = Folder(Path()) if self._tars or shards.sources else find_source(root, read)
+        is_streamed = self._tars or shards.sources
+        self.source = Folder(Path()) if is_streamed else find_source(root, read, records)
         self.augmentation = augmentation or Augmentation(flip=not isinstance(self.source, Scenes))
         self.views = cache_options.views if self.augmentation != Augmentation(flip=False) else 1
         folder = default_cache() if cache == "auto" else Path(cache)

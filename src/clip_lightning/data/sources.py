@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from clip_lightning.data.archive import Archive
 from clip_lightning.data.captions import CaptionSet
@@ -100,8 +100,10 @@ KINDS: Mapping[str, Callable[[str], Source]] = {
 }
 
 
-def find_source(root: str | Path | None, read: ReadOptions = RECOGNIZED) -> Source:
-    """Return the source for a path, or for a name such as `hf:OWNER/NAME`."""
+def find_source(root: str | Path | None, read: ReadOptions = RECOGNIZED, records: Any = None) -> Source:
+    """Return the source for a path, for a name such as `hf:OWNER/NAME`, or for data from Python."""
+    if records is not None:
+        return Records(records, read)
     if root is None:
         raise UserError(
             "--data.root is missing; give a folder, hf:OWNER/NAME, wandb:ENTITY/PROJECT/NAME:ALIAS, the URL "
