@@ -158,7 +158,9 @@ def test_values_and_gradients_match_open_clip_in_one_block_and_in_several(
     wanted = value_and_gradients(ClipLoss(), *inputs)
     assert_equal_but_for_rounding(value_and_gradients(info_nce, *inputs), wanted, size=max(1, scale))
     found = value_and_gradients(in_blocks(info_nce, block), *inputs)
-    assert_equal_but_for_rounding(found, wanted, size=max(5, 5 * scale))
+    # sums over several blocks round more often, which shows at large scales
+    size = max(1, scale) if scale <= 5 else 5 * scale
+    assert_equal_but_for_rounding(found, wanted, size=size)
     inputs = *inputs, torch.tensor(bias)
     wanted = value_and_gradients(SigLipLoss(), *inputs)
     for loss in (siglip_loss, in_blocks(siglip_loss, block)):
