@@ -226,7 +226,7 @@ def changes_reading(path: Path, root: Path, read: ReadOptions) -> bool:
     root = root.resolve()
     try:
         files = find_annotations(root, dict(walk(root, Counter())), read, Counter())
-        return [file.path for file in files] == [path.resolve()]
+        return [file for file, _ in files] == [path.resolve()]
     except UserError:  # there are two files now
         return True
 

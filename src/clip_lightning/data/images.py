@@ -73,6 +73,15 @@ def decode_image(path: Path, *, max_pixels: int = 100_000_000, pauses: Sequence[
     return decode_bytes(read_file(path, pauses), max_pixels=max_pixels)
 
 
+def open_image(data: bytes) -> Image.Image:
+    """Read the header of an encoded image, or raise BrokenImage."""
+    _ignore_warnings_of_decoders()
+    try:
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except Exception as error:  # as in `decode_bytes`
+        raise BrokenImage("not an image of a known format") from error
+
+
 def decode_bytes(data: bytes, *, max_pixels: int = 100_000_000) -> Tensor:
     """Decode the content of a file like `decode_image`.
 
