@@ -29,7 +29,7 @@ class PlainErrors:
         line = " ".join(public(message).split())
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        print(f"clip-lightning: error: {_plain(line)}{_suggestion(line, known)}", file=sys.stderr)
+        print(f"clip-lightning: error: {plain_message(line)}{_suggestion(line, known)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -138,7 +138,7 @@ def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
     return type(value)(change(str(value))) if isinstance(value, str | Path) else value
 
 
-def _plain(line: str) -> str:
+def plain_message(line: str) -> str:
     """Rewrite a message of jsonargparse without names of Python types."""
     if found := re.fullmatch(r"the following arguments are required: (.*)", line):
         names = (name.strip().removeprefix("fit.") for name in found[1].split(","))

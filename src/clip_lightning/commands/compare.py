@@ -61,7 +61,7 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
         json: print the table as one JSON object instead.
     """
     from clip_lightning.experiments.compare import compared
-    from clip_lightning.experiments.costs import with_costs
+    from clip_lightning.experiments.costs import add_latencies
     from clip_lightning.experiments.run_records import read_runs
 
     if not runs:
@@ -75,7 +75,8 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
         place, reason = next(iter(left_out.items()))
         raise UserError(f"there is nothing to compare; left out {place}: {reason}")
     out = _create(out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S"))
-    _finish(compared(with_costs(records), "Runs compared", left_out=left_out), out, json)
+    add_latencies(records)
+    _finish(compared(records, "Runs compared", left_out=left_out), out, json)
 
 
 def compare_backbones(

@@ -96,7 +96,7 @@ def plots_of_split(
 
 def plot_similarities(found: Similarities, title: str) -> bytes:
     """Draw histograms of the cosines of matched and unmatched pairs."""
-    with _figure(title) as (figure, buffer):
+    with styled_figure(title) as (figure, buffer):
         axes = figure.subplots()
         edges = found.edges.numpy()
         kinds = (
@@ -124,7 +124,7 @@ def plot_recall(curves: Mapping[str, Tensor], candidates: int, title: str) -> by
         candidates: number of images, which determines the chance level.
         title: title of the plot.
     """
-    with _figure(title) as (figure, buffer):
+    with styled_figure(title) as (figure, buffer):
         axes = figure.subplots()
         most = len(next(iter(curves.values())))
         ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= most]
@@ -148,7 +148,7 @@ def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> byte
         history: metrics such as `text_to_image_R@1` of each epoch, in percent.
         title: title of the plot.
     """
-    with _figure(title) as (figure, buffer):
+    with styled_figure(title) as (figure, buffer):
         panels: Any = figure.subplots(1, 2, sharey=True)
         epochs = sorted(history)
         for axes, (direction, name) in zip(panels, DIRECTIONS.items(), strict=True):
@@ -172,7 +172,7 @@ def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
         title: title of the plot.
         counted: label of the y-axis.
     """
-    with _figure(title) as (figure, buffer):
+    with styled_figure(title) as (figure, buffer):
         axes = figure.subplots()
         low, high = min(values), max(values)
         bins, span = min(40, high - low + 1), (low - 0.5, high + 0.5)
@@ -192,7 +192,7 @@ def plot_confusion(confusion: Tensor, names: Sequence[str], title: str) -> bytes
     """
     fractions = 100 * confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(max(5.0, 0.2 * len(names) + 3), 25.0)
-    with _figure(title, (side, side)) as (figure, buffer):
+    with styled_figure(title, (side, side)) as (figure, buffer):
         axes = figure.subplots()
         axes.grid(visible=False)
         drawn = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
@@ -212,7 +212,7 @@ def plot_calibration(found: Calibration, title: str) -> bytes:
     middles, width = [100 * (i + 0.5) / bins for i in range(bins)], 90 / bins
     filled = [i for i, images in enumerate(found.images.tolist()) if images]
     title = f"{textwrap.fill(title, 52)}\nexpected calibration error {found.error:.1f} %"
-    with _figure(title, (5.5, 6)) as (figure, buffer):
+    with styled_figure(title, (5.5, 6)) as (figure, buffer):
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.plot((0, 100), (0, 100), "--", color=MUTED, linewidth=1, label="perfectly calibrated")
         at, right = [middles[i] for i in filled], [100 * found.accuracy[i].item() for i in filled]
@@ -232,7 +232,7 @@ def _plain(text: str) -> str:
 
 
 @contextmanager
-def _figure(title: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, BytesIO]]:
+def styled_figure(title: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, BytesIO]]:
     """Yield a styled figure, and a buffer to which it is saved as PNG on exit."""
     import matplotlib
     from matplotlib.figure import Figure
