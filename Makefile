@@ -13,7 +13,7 @@ INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
 
 SCENES := runs/scenes
 
-.PHONY: help quickstart test test-faults test-browser check wheel options clean
+.PHONY: help quickstart test test-faults test-browser check docs wheel options clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -47,6 +47,10 @@ check: $(DEV)  ## lint, formatting, types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+docs: $(DEV)  ## build the documentation site into site/; warnings and dead links are errors
+	@$(INSTALL) --editable ".[dev,docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 wheel: $(DEV)  ## build the wheel, and try it in an empty environment outside the tree
 	rm -rf dist && $(VENV)/bin/python -m build --wheel
 	trial=$$(mktemp -d) && wheel=$$(ls $(CURDIR)/dist/*.whl) && $(PYTHON) -m venv $$trial/venv \
@@ -62,7 +66,7 @@ options: $(DEV)  ## generate the table of options for fit --help and docs/option
 	$(VENV)/bin/python tests/options.py
 
 clean:  ## remove build products and caches (runs and the virtual environment stay)
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/pip:
