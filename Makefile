@@ -13,7 +13,7 @@ INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
 
 SCENES := runs/scenes
 
-.PHONY: help quickstart test test-faults test-browser check docs wheel options clean
+.PHONY: help quickstart test test-faults test-browser check docs wheel release options clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -51,16 +51,20 @@ docs: $(DEV)  ## build the documentation site into site/; warnings and dead link
 	@$(INSTALL) --editable ".[dev,docs]"
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
-wheel: $(DEV)  ## build the wheel, and try it in an empty environment outside the tree
-	rm -rf dist && $(VENV)/bin/python -m build --wheel
-	trial=$$(mktemp -d) && wheel=$$(ls $(CURDIR)/dist/*.whl) && $(PYTHON) -m venv $$trial/venv \
-	  && $$trial/venv/bin/pip install -qq --constraint constraints.txt "$$wheel[quickstart,app]" \
+wheel: $(DEV)  ## build wheel and sdist, and try the wheel in an empty environment outside the tree
+	rm -rf dist && $(VENV)/bin/python -m build
+	trial=$$(mktemp -d) && wheel=$$(ls $(CURDIR)/dist/*.whl) && PYTHON=$(PYTHON) docker/install.sh $$trial/venv "$$wheel" \
 	  && cd $$trial && export HOME=$$trial WANDB_MODE=offline PATH=$$trial/venv/bin:$$PATH \
 	  && clip-lightning fit --config quickstart --data.root scenes:$$trial/scenes --trainer.max_epochs 1 \
 	  && clip-lightning index runs/*/model scenes --out index \
 	  && clip-lightning search index "a large red circle left of a small blue square" \
 	  && python $(CURDIR)/examples/library.py runs/* scenes/00000.jpg \
 	  && rm -rf $$trial
+
+release: check docs test wheel  ## everything that a release needs: all checks, then the wheel and sdist in dist/
+	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) && grep -q "^## \[$$version\] - " CHANGELOG.md \
+	  || { echo "CHANGELOG.md has no dated section for version $$version" >&2; exit 1; }
+	@ls -l dist
 
 options: $(DEV)  ## generate the table of options for fit --help and docs/options.md
 	$(VENV)/bin/python tests/options.py
