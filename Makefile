@@ -13,7 +13,7 @@ INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
 
 SCENES := runs/scenes
 
-.PHONY: help quickstart test test-faults test-browser check docs wheel release options clean
+.PHONY: help quickstart test test-lowest test-faults test-browser check docs wheel release options clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -41,6 +41,12 @@ test-faults: $(DEV)  ## run the tests that break things, for more than an hour
 test-browser: $(DEV)  ## run the tests that need Chromium
 	@$(INSTALL) --editable ".[dev,browser]"
 	$(VENV)/bin/pytest -m browser $(PYTEST_ARGS)
+
+test-lowest:  ## run some tests with the lowest versions that pyproject.toml promises, in an environment of their own
+	@$(PYTHON) -m venv $(VENV)-lowest
+	@$(VENV)-lowest/bin/pip install -qq --constraint constraints-lowest.txt --editable ".[dev]"
+	$(VENV)-lowest/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile -o filterwarnings=default \
+	  -m "not slow and not faults and not browser" tests/training tests/model tests/tracking $(PYTEST_ARGS)
 
 check: $(DEV)  ## lint, formatting, types
 	$(VENV)/bin/ruff check
