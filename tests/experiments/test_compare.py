@@ -18,8 +18,7 @@ from wandb_server import WandbServer
 from clip_lightning.__main__ import main
 from clip_lightning.data.features import FeatureCache
 from clip_lightning.experiments import backbones
-from clip_lightning.experiments.costs import image_latency
-from clip_lightning.experiments.run_records import RECALLS
+from clip_lightning.experiments.run_records import RECALLS, image_latency
 from clip_lightning.model.clip import CLIP, parameter_counts
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.

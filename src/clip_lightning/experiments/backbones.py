@@ -16,8 +16,7 @@ import yaml
 
 from clip_lightning.errors import UserError
 from clip_lightning.experiments.compare import settings_of, short_names, short_tower
-from clip_lightning.experiments.costs import CostRecorder
-from clip_lightning.experiments.run_records import COSTS_FILE, RunRecord, flat, read_folder
+from clip_lightning.experiments.run_records import COSTS_FILE, CostRecorder, RunRecord, flat, read_folder
 from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.run_folder import RunFolder

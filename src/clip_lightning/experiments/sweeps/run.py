@@ -39,7 +39,6 @@ STATES = ("finished", "stopped early", "diverged", "running", "failed", "interru
 """States of a trial, in the order of the tables."""
 METRICS = ("rsum", "text_to_image_R@1", "image_to_text_R@1")
 SHOWN = 10
-Report = dict[str, Any]
 
 
 def search(
@@ -163,7 +162,7 @@ def _work_beside(worker: Worker) -> None:
         sys.exit(1)
 
 
-def summarize(file: SweepFile, study: optuna.Study, folder: Path) -> Report:
+def summarize(file: SweepFile, study: optuna.Study, folder: Path) -> dict[str, Any]:
     """Return the complete report, in which the best trial comes first."""
     rows = []
     for trial in study.get_trials(states=[state for state in TrialState if state != TrialState.WAITING]):
@@ -205,7 +204,7 @@ def _columns(file: SweepFile, rows: list[dict[str, Any]], metrics: Sequence[str]
     ]
 
 
-def write_tables(file: SweepFile, report: Report, folder: Path) -> None:
+def write_tables(file: SweepFile, report: dict[str, Any], folder: Path) -> None:
     """Write the report as `trials.json`, `trials.csv` and `trials.md`."""
     columns = _columns(file, report["trials"], METRICS)
     complete = [
@@ -221,7 +220,7 @@ def write_tables(file: SweepFile, report: Report, folder: Path) -> None:
         write_atomically(folder / f"trials.{kind}", content.encode())
 
 
-def print_table(file: SweepFile, report: Report) -> None:
+def print_table(file: SweepFile, report: dict[str, Any]) -> None:
     """Print the best trials."""
     rows, console = report["trials"], Console(markup=False, highlight=False)
     title = f"search {report['study']}, {len(rows)} trials"
