@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from clip_lightning.experiments.compare import Comparison, short_names, short_tower
-from clip_lightning.reports.grids import GREEN, INK, LINE, MUTED
+from clip_lightning.reports.plots import GREEN, INK, LINE, MUTED
 
 MAX_LABEL = 60  # characters
 COLORS = ("#2563eb", "#ea580c", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#92400e", "#475569")
