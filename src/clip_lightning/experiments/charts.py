@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from clip_lightning.experiments.compare import Comparison, Row, short_names, short_tower
-from clip_lightning.reports.grids import GREEN, MUTED
-from clip_lightning.reports.plots import Plot, styled_figure
+from clip_lightning.reports.plots import GREEN, MUTED, Plot, styled_axes
 
 MAX_LABEL = 60  # characters
 MARKERS = "osD^vP*X"
@@ -26,8 +24,7 @@ def heatmap(comparison: Comparison) -> Plot | None:
     values = [[row.means["rsum"] if row else math.nan for row in line] for line in cells]
     low, high = rows[-1].means["rsum"], rows[0].means["rsum"]
     size = (1.5 * len(texts) + 4, 0.72 * len(images) + 2)
-    with styled_figure(_title("rsum", comparison), size) as (figure, buffer):
-        axes = figure.subplots()
+    with styled_axes(_title("rsum", comparison), size) as (axes, buffer):
         axes.grid(visible=False)
         axes.imshow(values, cmap="YlGn", aspect="auto", vmin=low - 0.1, vmax=high + 0.8 * (high - low) + 0.1)
         for (y, line), x in itertools.product(enumerate(cells), range(len(texts))):
@@ -48,11 +45,8 @@ def recall_latency(comparison: Comparison) -> Plot | None:
     points = [(row.means["image_latency_ms"], row.means["rsum"] / 6) for row in rows]
     images, texts = _towers(rows)
     markers = dict(zip(texts, itertools.cycle(MARKERS)))
-    with styled_figure(_title("Recall against latency, with ranks", comparison), (9.6, 6)) as (
-        figure,
-        buffer,
-    ):
-        axes: Any = figure.subplots()
+    title = _title("Recall against latency, with ranks", comparison)
+    with styled_axes(title, (9.6, 6)) as (axes, buffer):
         front = zip(*pareto_front(points), strict=True)
         axes.plot(*front, color=GREEN, alpha=0.6, drawstyle="steps-post", label="Pareto front")
         for i, label in enumerate(_labels(images)):
@@ -63,7 +57,7 @@ def recall_latency(comparison: Comparison) -> Plot | None:
             image, text = row.first.towers
             axes.plot(*point, markers[text], color=f"C{images.index(image)}", markersize=10)
             axes.annotate(str(row.rank), point, (7, 5), textcoords="offset points", color=MUTED)
-        figure.legend(loc="outside right upper")
+        axes.figure.legend(loc="outside right upper")
         axes.margins(0.1)
         axes.set(xlabel="image latency, ms", ylabel="mean of the six recalls, %")
     return Plot(buffer.getvalue(), "recall against image latency, with the Pareto front")
@@ -84,9 +78,9 @@ def _towers(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
 
 
 def _labels(towers: Sequence[str]) -> list[str]:
-    """Shorten names, and replace `$`, which starts a formula, and half emojis, which no font contains."""
+    """Shorten names, and replace half emojis, which no font contains."""
     names = (" ".join(name.split())[:MAX_LABEL] for name in short_names(towers, short_tower).values())
-    return [name.encode(errors="replace").decode().replace("$", r"\$") for name in names]
+    return [name.encode(errors="replace").decode() for name in names]
 
 
 def _title(title: str, comparison: Comparison) -> str:
