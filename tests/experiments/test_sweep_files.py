@@ -217,7 +217,7 @@ def test_arguments_of_sweep_and_of_fit_are_split() -> None:
         ([], "FILE is missing; give a W&B sweep file, or the name of a packaged one"),
         (["heads", "--trials", "--json"], "--trials: expected one argument"),
         (["heads", "--trial", "4"], "unknown option --trial; did you mean --trials?"),
-        (["heads", "--trials", "0"], "--trials 0: expected 1 or more"),
+        (["heads", "--trials", "0"], "--trials: expected a whole number of 1 or more"),
         (["heads", "more"], "unrecognized arguments: more"),
         (["--data.root", "x", "headz"], "no configuration 'headz': expected a file, or one of backbones, "),
     ],

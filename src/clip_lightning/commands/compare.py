@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, own_arguments
 from clip_lightning.errors import UserError
@@ -82,7 +83,7 @@ def compare_backbones(
     options: list[str],
     image_towers: str = "",
     text_towers: str = "",
-    seeds: int = 1,
+    seeds: PositiveInt = 1,
     out: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -106,8 +107,6 @@ def compare_backbones(
     for option, names in (("image_towers", images), ("text_towers", texts)):
         if not all(names):
             raise UserError(f"--{option}: expected names separated by commas, for example {EXAMPLES[option]}")
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: expected 1 or more")
     if not any(re.match(r"(--config|-c)(=|$)", option) for option in options):
         options = [f"--config={DEFAULT_CONFIG}", *options]
     from clip_lightning.experiments.backbones import Backbones

@@ -26,7 +26,7 @@ SPLITS = ("all", "train", "val", "test")
 def run(args: list[str]) -> None:
     """Run `evaluate` with the arguments of the command line."""
     commands = {"retrieval": retrieval, "zero-shot": zero_shot, "linear-probe": linear_probe}
-    run_functions(commands, args, positional=True)
+    run_functions(commands, args)
 
 
 def retrieval(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 
+from jsonargparse.typing import PositiveInt
+
 from clip_lightning.arguments import Parser, own_arguments
 from clip_lightning.errors import UserError
 
@@ -25,8 +27,8 @@ def run(args: list[str]) -> None:
 def sweep(
     file: str,
     arguments: list[str],
-    trials: int | None = None,
-    parallel: int = 1,
+    trials: PositiveInt | None = None,
+    parallel: PositiveInt = 1,
     study: str | None = None,
     storage: str | None = None,
     json: bool = False,
@@ -48,9 +50,6 @@ def sweep(
             of the study.
         json: print one JSON object instead.
     """
-    for name, value in (("trials", trials), ("parallel", parallel)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: expected 1 or more")
     from clip_lightning.experiments.sweeps.file import read_sweep
     from clip_lightning.experiments.sweeps.run import search
 
