@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from clip_lightning.__main__ import main
-from clip_lightning.commands.sweep import split_arguments
 from clip_lightning.errors import UserError
 from clip_lightning.experiments.sweeps.file import Parameter, SweepFile, argument, read_sweep
 from clip_lightning.experiments.sweeps.run import base_point
@@ -202,24 +201,19 @@ def test_shipped_files(path: Path, tmp_path: Path) -> None:
 # arguments
 
 
-def test_arguments_of_sweep_and_of_fit_are_split() -> None:
-    given = ["--data.root", "x", "heads", "--trials", "3", "--json", "--study=a", "--data.views=1", "more"]
-    own, files, others = split_arguments(given)
-    assert own == ["--trials", "3", "--json=true", "--study=a"]
-    assert files == ["heads", "more"]
-    assert others == ["--data.root", "x", "--data.views=1"]
-    assert split_arguments(["--json", "false", "x"])[:2] == (["--json=false"], ["x"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "FILE is missing; give a W&B sweep file, or the name of a packaged one"),
+        ([], "FILE is missing; give it before the options of fit: a W&B sweep file, or the name of"),
+        (["--data.root", "x", "heads"], "FILE is missing"),
         (["heads", "--trials", "--json"], "--trials: expected one argument"),
         (["heads", "--trial", "4"], "unknown option --trial; did you mean --trials?"),
         (["heads", "--trials", "0"], "--trials: expected a whole number of 1 or more"),
         (["heads", "more"], "unrecognized arguments: more"),
-        (["--data.root", "x", "headz"], "no configuration 'headz': expected a file, or one of backbones, "),
+        (
+            ["--json", "headz", "--data.root", "x"],
+            "no configuration 'headz': expected a file, or one of backbones, ",
+        ),
     ],
 )
 def test_invalid_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
