@@ -16,7 +16,7 @@ from clip_lightning.terminal import one_line
 
 def run(args: list[str]) -> None:
     """Run `data` with the arguments of the command line."""
-    run_functions({"check": check, "convert": convert, "upload": upload}, args, positional=True)
+    run_functions({"check": check, "convert": convert, "upload": upload}, args)
 
 
 def check(
