@@ -224,7 +224,7 @@ def test_rows_without_an_image_or_caption_are_counted(hub: Callable[[Any], list[
         "train row 1 (it has no image)",
         "train row 2 (No such file or directory)",
         "train row 3 (not an image of a known format)",
-        "train row 4 (not an image of a known format)",
+        "train row 4 (the file is empty)",
         "train row 5 (not an image of a known format)",
     ]
     assert captions.left_out[sorted(captions.left_out)[0]] == "row 7 has no caption"
