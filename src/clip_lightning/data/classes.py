@@ -90,27 +90,20 @@ def check_name(place: str) -> None:
         )
 
 
-def find_classes(place: str, cache: Path | None = None) -> ClassSet:
+def find_classes(place: str | Path, cache: Path | None = None) -> ClassSet:
     """Read images and their classes; data that is downloaded by name is cached on this machine.
 
     Args:
-        place: a folder or table as for `read_classes`; `torchvision:NAME`; `hf:OWNER/NAME[:SUBSET]`; or `hf:`
-            and a local folder of the package `datasets`.
+        place: a folder with one folder per class, or with such folders in train, val and test; a table with
+            the columns `image` (relative to its folder), `label` and optionally `split`; `torchvision:NAME`;
+            `hf:OWNER/NAME[:SUBSET]`; or `hf:` and a local folder of the package `datasets`.
         cache: folder for data sets of torchvision; by default in the user's cache folder.
     """
-    check_name(place)
-    kind, colon, name = place.partition(":")
-    if not colon or Path(place).exists():
-        return read_classes(Path(place))
-    return _read_torchvision(name, cache) if kind == "torchvision" else _read_hub(place)
-
-
-def read_classes(root: Path) -> ClassSet:
-    """Read a folder with one folder per class, or with such folders in train, val and test, or a table.
-
-    A table has the columns `image` (relative to its folder), `label` and optionally `split`.
-    """
-    check_name(str(root))
+    check_name(str(place))
+    kind, colon, name = str(place).partition(":")
+    root = Path(place)
+    if colon and not root.exists():
+        return _read_torchvision(name, cache) if kind == "torchvision" else _read_hub(str(place))
     left_out: dict[str, str] = {}
     rows = _folder_rows(root, left_out) if root.is_dir() else _table_rows(root, left_out)
     classes = tuple(sorted({label for _, label, _ in rows}, key=_natural))
