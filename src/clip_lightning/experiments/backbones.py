@@ -21,7 +21,7 @@ from clip_lightning.experiments.run_records import COSTS_FILE, RunRecord, flat, 
 from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.training.fitting import check_validates, fit, rehearse
+from clip_lightning.training.fitting import fit, rehearse
 
 
 class Pair(NamedTuple):
@@ -151,7 +151,6 @@ class Backbones:
 
 def _check(config: Any) -> None:
     """Reject options of `fit` that cannot be used in a comparison."""
-    check_validates(config)
     one_device = config.trainer.num_nodes == 1 and str(config.trainer.devices) in ("auto", "1")
     remove = "each pair is trained on one device; remove the option"
     for is_given, message in (

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from clip_lightning.arguments import flat
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.metrics import METRICS
 from clip_lightning.run_folder import RunFolder
@@ -52,21 +53,6 @@ class RunRecord:
     data_digest: str = ""
     latency_conditions: str = ""
     unfinished: str = ""
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a configuration to dotted names, and a class to its name and its arguments.
-
-    {"loss": {"class_path": "a.SigLIP", "init_args": {"x": 1}}} → {"loss": "SigLIP", "loss.x": 1}
-    """
-    options: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
-            options[name] = value["class_path"].rpartition(".")[2]
-            value = value.get("init_args") or {}
-        options |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return options
 
 
 def run_folders(place: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:

@@ -32,7 +32,7 @@ from clip_lightning.experiments.sweeps.report import draw_plots, print_table, su
 from clip_lightning.experiments.sweeps.study import FINISHED, Worker, open_study, points_of
 from clip_lightning.files import write_atomically
 from clip_lightning.terminal import one_line
-from clip_lightning.training.fitting import Rehearsal, check_validates, rehearse
+from clip_lightning.training.fitting import Rehearsal, rehearse
 
 
 def search(
@@ -102,7 +102,6 @@ def _rehearse_ends(file: SweepFile, arguments: list[str]) -> Rehearsal:
     for row in range(max(map(len, ends.values()), default=1)):
         drawn = {name: values[min(row, len(values) - 1)] for name, values in ends.items()}
         rehearsal = rehearse([*arguments, *file.arguments(drawn)])
-        check_validates(rehearsal.config["fit"])
     return rehearsal
 
 
