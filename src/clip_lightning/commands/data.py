@@ -16,7 +16,7 @@ from clip_lightning.terminal import one_line
 
 def run(args: list[str]) -> None:
     """Run `data` with the arguments of the command line."""
-    run_functions({"check": check, "convert": convert, "upload": upload}, args, positional=True)
+    run_functions({"check": check, "convert": convert, "upload": upload}, args)
 
 
 def check(
@@ -47,9 +47,9 @@ def check(
             images in other splits; train on it with `fit --data.root FILE`.
         json: print one JSON object instead.
     """
-    from clip_lightning.data.check import changes_reading, find, open_all, write_cleaned
+    from clip_lightning.data.check import as_text, find, open_all, write_cleaned
     from clip_lightning.data.sources import find_source, read_source
-    from clip_lightning.reports.data_check import as_text, write_report
+    from clip_lightning.reports.data_check import write_report
 
     _check_options(out, num_workers)
     if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
@@ -84,12 +84,6 @@ def check(
             f"wrote {fix} with {fixed['images']:,} images and {fixed['captions']:,} captions, without "
             f"{fixed['without_broken']:,} broken images, {fixed['without_leaks']:,} copies in another split "
             f"and {fixed['without_repeats']:,} repeated captions; next: clip-lightning fit --data.root {fix}"
-        )
-    if fix is not None and changes_reading(fix, source.folder(), read):
-        print(
-            f"warning: {fix} changes what is read from the folder {root}; give the file that you want to "
-            "--data.root, or move it elsewhere",
-            file=sys.stderr,
         )
     if report["errors"]:
         raise SystemExit(1)

@@ -26,7 +26,7 @@ SPLITS = ("all", "train", "val", "test")
 def run(args: list[str]) -> None:
     """Run `evaluate` with the arguments of the command line."""
     commands = {"retrieval": retrieval, "zero-shot": zero_shot, "linear-probe": linear_probe}
-    run_functions(commands, args, positional=True)
+    run_functions(commands, args)
 
 
 def retrieval(
@@ -236,7 +236,7 @@ def _linear_probe(
     if "train" in own and part:
         train, test = (torch.tensor([name == wanted for name in own]) for wanted in ("train", part))
     else:
-        test = held_out(labels, test_share, seed=0)
+        test = held_out(labels, test_share)
         train = ~test
     if not train.any() or not test.any():
         raise UserError(f"{title}: there are no images to train or to test on; give more images per class")
