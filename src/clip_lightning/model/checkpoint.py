@@ -7,17 +7,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
 from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
-from clip_lightning.model.clip import CLIP
 from clip_lightning.model.lora import LoRAConfig, adapter_state, merged_state
 from clip_lightning.model.towers import Tower
 from clip_lightning.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from clip_lightning.model.clip import CLIP
 
 
 def leave_out_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConfig | None) -> None:
@@ -87,7 +89,7 @@ def _towers(clip: CLIP) -> dict[str, Tower]:
     return {"clip.image_tower": clip.image_tower, "clip.text_tower": clip.text_tower}
 
 
-def load_checkpoint(file: Path) -> CLIP:
+def load_checkpoint(clip_class: type[CLIP], file: Path) -> CLIP:
     """Load the model in a checkpoint, with the metadata of its bundle.
 
     Towers that were fixed in training are not in the checkpoint. They are built by name, and their digests
@@ -98,10 +100,10 @@ def load_checkpoint(file: Path) -> CLIP:
     options = options_of(checkpoint, file)
     lora = LoRAConfig(**options["lora"]) if options["lora"] else None
     if options["init_from"]:
-        clip = CLIP.from_pretrained(options["init_from"])
+        clip = clip_class.from_pretrained(options["init_from"])
     else:
         heads, towers = options["heads"], options["towers"]
-        clip = CLIP.from_towers(
+        clip = clip_class.from_towers(
             options["image_tower"],
             options["text_tower"],
             image_size=towers.get("image_size"),

@@ -412,7 +412,7 @@ class CLIP(nn.Module):
         """
         from clip_lightning.model.loading import load
 
-        return load(str(name))
+        return load(cls, str(name))
 
 
 def parameter_counts(clip: CLIP) -> dict[str, int]:

@@ -10,8 +10,7 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, SiglipModel
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.model.clip import CLIP
-from clip_lightning.model.pretrained import assemble
+from clip_lightning.model.pretrained import Parts
 from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
 from clip_lightning.model.towers.base import plain_config
 from clip_lightning.model.towers.image import TransformersImage
@@ -23,8 +22,8 @@ _PROCESSORS = ("CLIP", "Siglip", "ViT", "DeiT", "Beit", "Bit")
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def load_transformers(folder: Path, name: str) -> CLIP:
-    """Load the model `name` in fp32, with its image processor and its tokenizer.
+def load_transformers(folder: Path, name: str) -> Parts:
+    """Read the model `name` in fp32, with its image processor and its tokenizer.
 
     No other files in the folder are read, and no code in it is run.
     """
@@ -46,7 +45,7 @@ def load_transformers(folder: Path, name: str) -> CLIP:
         logit_bias = model.logit_bias
     else:
         image_projection, text_projection = model.visual_projection, model.text_projection
-    return assemble(
+    return Parts(
         image_tower,
         _text_tower(model, tokenizer, name),
         {"image": image_projection, "text": text_projection},

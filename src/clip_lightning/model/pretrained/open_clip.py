@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.model.clip import CLIP
-from clip_lightning.model.pretrained import assemble
+from clip_lightning.model.pretrained import Parts
 from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
 from clip_lightning.model.towers.base import plain_config
 from clip_lightning.model.towers.open_clip import WORDS, OpenCLIPImage, OpenCLIPText, open_clip_package
@@ -21,8 +20,8 @@ _HF_POOLERS = {"MeanPooler": "mean", "ClsPooler": "pooler", "ClsLastHiddenStateP
 _CLEANINGS = ("lower", "whitespace", "canonicalize")
 
 
-def load_open_clip(place: str, name: str) -> CLIP:
-    """Load the model `name` in fp32, with its preprocessing and its tokenizer.
+def load_open_clip(place: str, name: str) -> Parts:
+    """Read the model `name` in fp32, with its preprocessing and its tokenizer.
 
     `place` is `NAME/TAG`, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
     """
@@ -52,7 +51,7 @@ def load_open_clip(place: str, name: str) -> CLIP:
     tokenizer = package.get_tokenizer(architecture)
     text_config = shared | {"text_cfg": config["text_cfg"]}
     text_tower, text_projection = _text_tower(model.text, text_config, tokenizer, name)
-    return assemble(
+    return Parts(
         ImageTower(image, spec, _transform(preprocess)),
         text_tower,
         {"image": image_projection, "text": text_projection},
