@@ -268,8 +268,8 @@ def test_a_file_of_options_and_precedence_of_the_command_line(
     [
         ({"image_towers": ...}, "--image_towers: expected names separated by commas"),
         ({"text_towers": "a,,b"}, "--text_towers: expected names separated by commas"),
-        ({"seeds": 0}, "--seeds: expected a whole number of 1 or more, got 0"),
-        ({"seeds": "true"}, "--seeds: expected a whole number of 1 or more, got true"),
+        ({"seeds": 0}, "--seeds: expected a positive whole number, got 0"),
+        ({"seeds": "true"}, "--seeds: expected a positive whole number, got true"),
         ({"data__root": "nowhere"}, "nowhere"),
         ({"model__embed_dims": 3}, "did you mean --model.heads.embed_dim?"),
         ({"model__init_from": "bundle"}, "--model.init_from has its own towers"),

@@ -240,7 +240,7 @@ def test_shipped_files(path: Path, tmp_path: Path) -> None:
 def test_arguments_of_sweep_and_of_fit_are_split() -> None:
     given = ["--data.root", "x", "heads", "--trials", "3", "--json", "--study=a", "--data.views=1", "more"]
     own, files, others = split_arguments(given)
-    assert own == ["--trials", "3", "--json=true", "--study=a"]
+    assert own == ["--trials=3", "--json=true", "--study=a"]
     assert files == ["heads", "more"]
     assert others == ["--data.root", "x", "--data.views=1"]
     assert split_arguments(["--json", "false", "x"])[:2] == (["--json=false"], ["x"])
@@ -252,7 +252,7 @@ def test_arguments_of_sweep_and_of_fit_are_split() -> None:
         ([], "FILE is missing; give a W&B sweep file, or the name of a packaged one"),
         (["heads", "--trials", "--json"], "--trials: expected one argument"),
         (["heads", "--trial", "4"], "unknown option --trial; did you mean --trials?"),
-        (["heads", "--trials", "0"], "--trials: expected a whole number of 1 or more"),
+        (["heads", "--trials", "0"], "--trials: expected a positive whole number"),
         (["heads", "more"], "unrecognized arguments: more"),
         (["--data.root", "x", "headz"], "no configuration 'headz': expected a file, or one of backbones, "),
     ],

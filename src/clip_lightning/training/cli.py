@@ -27,9 +27,8 @@ from clip_lightning.arguments import (
     PlainErrors,
     changed_strings,
     error_within,
-    named_configs,
+    with_full_values,
     with_home,
-    with_logger_folder,
 )
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
@@ -108,7 +107,7 @@ class RunCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
-            args=with_logger_folder(named_configs(args)),
+            args=with_full_values(args),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
