@@ -86,7 +86,7 @@ def rows() -> dict[str, tuple[str, str]]:
         if name.endswith(".help"):
             found[f"{name.removesuffix('.help')}.*"] = ("", "options of the class")
         elif f"--{name}" in action.option_strings and action.help not in skipped:
-            shown = default not in (None, "==SUPPRESS==", {}, ()) and name != "trainer.logger"
+            shown = default not in (None, "==SUPPRESS==", {}, (), []) and name != "trainer.logger"
             text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", " ".join((action.help or "").split()))
             text = re.sub(r"\s*Default: .*$", "", text.replace("``", "`"))
             found[name] = (str(default) if shown else "", OWN_HELP.get(name, text))

@@ -26,7 +26,9 @@ _KINDS = {
     "bool": "true or false",
     "NoneType": "null",
     "dot import path": "the name of a class",
-    "PositiveInt": "a positive whole number",
+    "PositiveInt": "a whole number of 1 or more",
+    "NonNegativeInt": "a whole number of 0 or more",
+    "PositiveFloat": "a number above 0",
     "NonNegativeFloat": "a number of 0 or more",
     "OpenUnitInterval": "a fraction above 0 and below 1",
 }
@@ -43,7 +45,7 @@ class PlainErrors:
         line = " ".join(public(message).split())
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        print(f"clip-lightning: error: {_plain(line)}{_suggestion(line, known)}", file=sys.stderr)
+        print(f"clip-lightning: error: {plain_message(line)}{_suggestion(line, known)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -150,7 +152,7 @@ def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
     return type(value)(change(str(value))) if isinstance(value, str | Path) else value
 
 
-def _plain(line: str) -> str:
+def plain_message(line: str) -> str:
     """Rewrite a message of jsonargparse without names of Python types."""
     if found := re.fullmatch(r"the following arguments are required: (.*)", line):
         names = (re.sub(r"^[\w-]+\.", "", name.strip()) for name in found[1].split(","))  # of a subcommand

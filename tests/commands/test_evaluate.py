@@ -231,7 +231,7 @@ def test_classify(make_clip: Make, pictures: Path, tmp_path: Path, capsys: Print
         ("retrieval , D", "has no model"),
         ("linear-probe M D --test_share 1", "--test_share: expected a fraction above 0 and below 1, got 1"),
         ("linear-probe M D --shots 1,x", "--shots 1,x"),
-        ("linear-probe M D --seeds 0", "--seeds: expected a positive whole number"),
+        ("linear-probe M D --seeds 0", "--seeds: expected a whole number of 1 or more"),
         ("classify M P --labels ,", "has no label"),
         ("classify M nothing.jpg --labels a", "the file nothing.jpg does not exist"),
         ("classify M BROKEN --labels a", "none of the 1 images"),

@@ -49,9 +49,9 @@ def check(
             images in other splits; train on it with `fit --data.root FILE`.
         json: print one JSON object instead.
     """
-    from clip_lightning.data.check import changes_reading, find, open_all, write_cleaned
+    from clip_lightning.data.check import as_text, find, open_all, write_cleaned
     from clip_lightning.data.sources import find_source, read_source
-    from clip_lightning.reports.data_check import as_text, write_report
+    from clip_lightning.reports.data_check import write_report
 
     check_folder(out)
     if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
@@ -85,12 +85,6 @@ def check(
             f"and {fixed['without_repeats']:,} repeated captions; next: clip-lightning fit --data.root {fix}"
         )
     print_result(report, text, json)
-    if fix is not None and changes_reading(fix, source.folder(), read):
-        print(
-            f"warning: {fix} changes what is read from the folder {root}; give the file that you want to "
-            "--data.root, or move it elsewhere",
-            file=sys.stderr,
-        )
     if report["errors"]:
         raise SystemExit(1)
 

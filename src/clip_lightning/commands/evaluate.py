@@ -230,7 +230,7 @@ def linear_probe(
         if "train" in own and part:
             train, test = (torch.tensor([name == wanted for name in own]) for wanted in ("train", part))
         else:
-            test = linear_probe.held_out(labels, test_share, seed=0)
+            test = linear_probe.held_out(labels, test_share)
             train = ~test
         if not train.any() or not test.any():
             raise UserError(f"{row['data']} has no images to train or to test on; give more images per class")

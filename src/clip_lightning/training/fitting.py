@@ -41,9 +41,11 @@ def fit(options: list[str], callbacks: Sequence[Callback] = (), out: TextIO | No
     with contextlib.redirect_stdout(out or sys.stderr), finished_run(), _separate_ranks(args):
         try:
             return run_as(RunCLI, args, callbacks).run.path
-        except SystemExit as stop:  # Lightning exits after Ctrl-C
-            if isinstance(stop.__context__, KeyboardInterrupt):
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits after Ctrl-C
                 raise KeyboardInterrupt from stop
+            if stop.code == 2:  # the parser has printed the reason
+                raise UserError("fit rejects these options") from stop
             raise
 
 

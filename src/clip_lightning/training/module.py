@@ -222,7 +222,7 @@ class CLIPModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Discard the embeddings of an interrupted evaluation."""
-        self._collector.clear()
+        self._collector = EmbeddingCollector()
         gather_towers(self.clip)
 
     def on_validation_epoch_end(self) -> None:
