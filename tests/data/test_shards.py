@@ -619,8 +619,8 @@ def test_tars_must_match_the_manifest(scenes: Path, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-1])
         with pytest.raises(UserError, match=rf"{name} {problem}.*convert the data again"):
             dataset(out)
-    splits, about = manifest.load((out / manifest.FILE).read_bytes(), "x")
-    (out / manifest.FILE).write_bytes(manifest.dump({"val": splits["val"]}, about))
+    content = json.loads((out / manifest.FILE).read_bytes())
+    (out / manifest.FILE).write_text(json.dumps(content | {"splits": {"val": content["splits"]["val"]}}))
     with pytest.raises(UserError, match="has no train split"):
         dataset(out)
 

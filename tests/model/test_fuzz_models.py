@@ -128,7 +128,6 @@ def test_a_bundle_with_other_bytes(bundle: Path, examples: settings, name: str) 
     [
         (None, {"tokenizer_files": ["../secret.txt"]}, "'../secret.txt' in tokenizer_files is not the name"),
         (None, {"tokenizer_files": ["/etc/passwd"]}, "'/etc/passwd' in tokenizer_files is not the name"),
-        (None, {"metrics": {"rsum": "x"}}, "metrics or training_data"),
         (None, {"head": "triple"}, "unknown head 'triple'"),
         ("transform", {"size": [10**6, 10**6]}, "expected sides of 1 to 4096 pixels"),
         ("transform", {"size": [32, 32, 32]}, "expected sides of 1 to 4096 pixels"),
@@ -157,7 +156,7 @@ def test_a_bundle_of_impossible_values_with_checksums_that_fit(
         state = {name: file.get_tensor(name) for name in file.keys()}
         metadata = file.metadata() | _companions(folder, config)
     save_file(state, folder / "model.safetensors", metadata=metadata)
-    with pytest.raises(UserError, match=f"is damaged .*{re.escape(said)}"):
+    with pytest.raises(UserError, match=f"cannot be loaded .*{re.escape(said)}"):
         CLIP.from_pretrained(folder)
 
 

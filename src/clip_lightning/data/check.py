@@ -74,9 +74,9 @@ def open_all(
     """Open every image in `workers` threads (by default one per core), with a progress bar on stderr."""
     split_of = {image.path: name for name, images in parts.items() for image in images}
     opened = partial(_open, captions.root, split_of)
-    bar = {"desc": "open", "unit": " images", "max_workers": workers or cores()}
-    entries: list[Entry] = thread_map(opened, captions.images, **bar)
-    return entries
+    return list(
+        thread_map(opened, captions.images, max_workers=workers or cores(), desc="open", unit=" images")
+    )
 
 
 def _open(root: Path, split_of: Mapping[Path, str], image: CaptionedImage) -> Entry:
@@ -273,18 +273,18 @@ def alike(hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]]:
 
     This compares all pairs with N² / 2 × 512 operations, which takes half a minute for 100,000 images.
     """
-    rows = [row for row, bits in enumerate(hashes) if bits is not None]
-    if len(rows) < 2:
-        return []
-    # With ±1, the product of two hashes is 256 minus twice the number of different bits.
-    signs = torch.from_numpy(np.stack([hashes[row] for row in rows])).float() * 2 - 1  # type: ignore[misc]
-    least = signs.shape[1] - 2 * MOST_DIFFERENT
+    # With ±1, the product of two hashes is 256 minus twice the number of different bits; with 0, it is 0.
+    signs = torch.zeros((len(hashes), KEPT**2))
+    for row, bits in enumerate(hashes):
+        if bits is not None:
+            signs[row] = torch.from_numpy(bits) * 2.0 - 1
+    least = KEPT**2 - 2 * MOST_DIFFERENT
     pairs = []
-    for start in range(0, len(rows), BLOCK):
-        left = signs[start : start + BLOCK]
-        for other in range(start, len(rows), BLOCK):
-            close = (left @ signs[other : other + BLOCK].T >= least).nonzero().tolist()
-            pairs += [(rows[start + a], rows[other + b]) for a, b in close if start + a < other + b]
+    for start in range(0, len(hashes), BLOCK):
+        for other in range(start, len(hashes), BLOCK):
+            products = signs[start : start + BLOCK] @ signs[other : other + BLOCK].T
+            close = (products >= least).nonzero().tolist()
+            pairs += [(start + a, other + b) for a, b in close if start + a < other + b]
     return sorted(pairs)
 
 

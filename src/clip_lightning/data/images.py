@@ -195,15 +195,10 @@ class ImageTransform:
         height, width = self.size if self.shortest_edge is None else (self.shortest_edge,) * 2
         # Only the center remains, so the ends of a panorama need not be resized (1x5000 becomes 1x4).
         scale = max(height / image.shape[1], width / image.shape[2])
-        image = _crop_center(
-            image,
-            min(image.shape[1], math.ceil(_LONGEST_COVER * height / scale)),
-            min(image.shape[2], math.ceil(_LONGEST_COVER * width / scale)),
-        )
-        cover = (
-            max(height, int(image.shape[1] * width / image.shape[2])),
-            max(width, int(image.shape[2] * height / image.shape[1])),
-        )
+        longest = [math.ceil(_LONGEST_COVER * side / scale) for side in (height, width)]
+        image = _crop_center(image, *longest)
+        _, rows, columns = image.shape
+        cover = max(height, int(rows * width / columns)), max(width, int(columns * height / rows))
         return _crop_center(self.resize(image, cover), *self.size)
 
     def resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -232,7 +227,7 @@ class ImageTransform:
 
 
 def _crop_center(image: Tensor, height: int, width: int) -> Tensor:
-    top, left = round((image.shape[1] - height) / 2), round((image.shape[2] - width) / 2)
+    top, left = max(round((image.shape[1] - height) / 2), 0), max(round((image.shape[2] - width) / 2), 0)
     return image[:, top : top + height, left : left + width]
 
 

@@ -30,7 +30,7 @@ from clip_lightning.data.captions import CaptionedImage, split_by_image, unreada
 from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import BrokenImage, decoder_errors, open_image, to_rgb
-from clip_lightning.data.shards.index import FIELDS_FILE, FILE, Index, Shard, Splits, dump, load
+from clip_lightning.data.shards.index import FIELDS_FILE, FILE, HEADER, Index, Shard, Splits, load
 from clip_lightning.data.shards.record import Filter, Record
 from clip_lightning.data.shards.storage import expand, known
 from clip_lightning.data.shards.tars import joined, scan, write_table
@@ -255,6 +255,8 @@ def _finish(source: Source, out: Path, plan: dict[str, Any]) -> tuple[Splits, di
         )
     for split, part in tables.items():
         write_table(joined(part), out / split / FIELDS_FILE)
-    write_atomically(out / FILE, dump(splits, {**plan, "left_out": left_out}))
+    shards = {split: [*map(asdict, part)] for split, part in splits.items()}
+    content = {**HEADER, "splits": shards, "settings": {**plan, "left_out": left_out}}
+    write_atomically(out / FILE, json.dumps(content, indent=1).encode() + b"\n")
     shutil.rmtree(out / PENDING)
     return splits, left_out

@@ -10,7 +10,7 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,7 @@ from clip_lightning.files import cache_folder
 from clip_lightning.terminal import public
 
 FILE, FIELDS_FILE = "shards.json", "fields.parquet"
-_HEADER = {"version": 1, "format": "webdataset"}
+HEADER = {"version": 1, "format": "webdataset"}
 _VERSION = 1
 _ROW_BITS = 32
 
@@ -53,19 +53,13 @@ Splits = Mapping[str, Sequence[Shard]]
 """`train`, `val` and `test` → their tars."""
 
 
-def dump(splits: Splits, settings: Mapping[str, Any]) -> bytes:
-    """Return the content of `shards.json`; the settings are only for information."""
-    shards = {split: [asdict(shard) for shard in part] for split, part in splits.items()}
-    return json.dumps({**_HEADER, "splits": shards, "settings": settings}, indent=1).encode() + b"\n"
-
-
 def load(data: bytes, source: str) -> tuple[Splits, dict[str, Any]]:
     """Read splits and settings from the content of `shards.json`, whose address is `source`."""
     try:
         content = json.loads(data)
         splits = {name: tuple(Shard(**shard) for shard in part) for name, part in content["splits"].items()}
-        if not (content.items() >= _HEADER.items() and splits.keys() <= {*SPLITS}):
-            raise ValueError(f"expected {_HEADER} and the splits {SPLITS}")
+        if not (content.items() >= HEADER.items() and splits.keys() <= {*SPLITS}):
+            raise ValueError(f"expected {HEADER} and the splits {SPLITS}")
         return splits, dict(content["settings"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{source} is damaged ({error}); convert the data again") from error
@@ -87,18 +81,13 @@ class Tar:
 
     Attributes:
         url: the path or URL.
-        shard: its line in `shards.json`, if it has one.
+        sha256: the checksum of the content, or an empty string if it is unknown.
         spans: offset and length (n, 2) of the samples that pass the filters, or None until it is indexed.
     """
 
     url: str
-    shard: Shard | None = None
+    sha256: str = ""
     spans: np.ndarray | None = None
-
-    @property
-    def sha256(self) -> str:
-        """The checksum of the content, or an empty string if it is unknown."""
-        return self.shard.sha256 if self.shard else ""
 
     @cached_property
     def key(self) -> str:
@@ -202,7 +191,7 @@ class Index:
             raise UserError(f"{public(fields)} is damaged ({error}); convert the data again") from error
         self.fields |= names - {OFFSET, BYTES}
         for shard in shards:
-            tar = Tar(join(folder, shard.file), shard)
+            tar = Tar(join(folder, shard.file), shard.sha256)
             size = shard.bytes if is_url(folder) else os.path.isfile(tar.url) and os.path.getsize(tar.url)
             if size != shard.bytes:
                 raise UserError(f"{tar.url} does not have {shard.bytes:,} bytes; convert the data again")

@@ -33,9 +33,9 @@ def is_url(source: str) -> bool:
     return "://" in source
 
 
-def join(source: str, *names: str) -> str:
-    """Return the path or URL of a file or folder below a source."""
-    return "/".join((source.rstrip("/"), *names))
+def join(source: str, name: str) -> str:
+    """Return the path or URL of a file or folder in a source."""
+    return f"{source.rstrip('/')}/{name}"
 
 
 def call(source: str, method: str, *arguments: Any, **options: Any) -> Any:

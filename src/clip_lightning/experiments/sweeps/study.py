@@ -105,7 +105,7 @@ class UntriedSampler(RandomSampler):
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> Drawn:
         """Draw a point; if the space is finite, a point that has not been tried."""
         grid = [[(name, drawn) for drawn in one.every or []] for name, one in self.file.varied.items()]
-        draws = itertools.islice(self._draws(study, trial), ATTEMPTS)
+        draws: Iterator[Drawn] = itertools.islice(self._draws(study, trial), ATTEMPTS)
         if self.file.method == "grid":  # machines that start at the same time start at different points
             first = trial.number % int(self.file.points)
             draws = map(dict, itertools.islice(itertools.product(*grid), first, None))
