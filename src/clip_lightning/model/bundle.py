@@ -20,12 +20,7 @@ WEIGHTS = "model.safetensors"
 # Endings of the files of tokenizers, which are downloaded with a model.
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 # Files that transformers always loads into a tokenizer if they exist.
-TOKENIZER_NAMES = {
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
+TOKENIZER_NAMES = {"added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
 _CARD = """---
 library_name: clip-lightning
 pipeline_tag: zero-shot-image-classification
