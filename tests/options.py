@@ -78,42 +78,35 @@ def fit_actions() -> list[Any]:
 
 
 def rows() -> dict[str, tuple[str, str]]:
-    """(default, help) of each option."""
-    found = {"verbose": ("", "")}
+    """(default, help) of each option, in the order of the page."""
+    found = {"verbose": ("", OWN_HELP["verbose"])}
+    skipped = ("Path to a configuration file.", "show this help message and exit")
     for action in fit_actions():
-        name = action.dest
-        if f"--{name}" not in action.option_strings and name != "config":
-            continue
+        name, default = action.dest, action.default
         if name.endswith(".help"):
             found[f"{name.removesuffix('.help')}.*"] = ("", "options of the class")
-        elif name != "help":
-            default = action.default
-            shown = (
-                "" if default in (None, "==SUPPRESS==", {}, ()) or name == "trainer.logger" else str(default)
-            )
-            if action.help == "Path to a configuration file.":
-                continue
+        elif f"--{name}" in action.option_strings and action.help not in skipped:
+            shown = default not in (None, "==SUPPRESS==", {}, (), []) and name != "trainer.logger"
             text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", " ".join((action.help or "").split()))
-            found[name] = (shown, re.sub(r"\s*Default: .*$", "", text.replace("``", "`")))
-    return {name: (default, OWN_HELP.get(name, text)) for name, (default, text) in found.items()}
+            text = re.sub(r"\s*Default: .*$", "", text.replace("``", "`"))
+            found[name] = (str(default) if shown else "", OWN_HELP.get(name, text))
+    order = "config ckpt_path data model seed_everything checkpoint predictions zero_shot".split()
+    order += ["early_stopping", "trainer", "print_config"]  # others come last
+    groups = {name: name.split(".")[0] for name in found}
+    return {name: found[name] for name in sorted(found, key=lambda n: [*order, groups[n]].index(groups[n]))}
 
 
 def table() -> str:
-    order = ("config", "ckpt_path", "data", "model", "seed_everything", "checkpoint")
-    order += ("predictions", "zero_shot", "early_stopping", "trainer", "print_config")
-    found = rows()
-    names = sorted(found, key=lambda name: [*order, name.split(".")[0]].index(name.split(".")[0]))
-    return "".join(f"{name}\t{found[name][0]}\t{found[name][1]}\n" for name in names)
+    return "".join(f"{name}\t{default}\t{text}\n" for name, (default, text) in rows().items())
 
 
 def document() -> str:
-    lines = (line.split("\t") for line in table().splitlines())
-    shown = [
-        [cell.replace("|", "\\|") for cell in (f"`--{name}`", default, text)]
-        for name, default, text in lines
+    lines = (
+        (f"`--{name}`", *(cell.replace("|", "\\|") for cell in cells))
+        for name, cells in rows().items()
         if not name.endswith(".*")
-    ]
-    return INTRODUCTION + "".join(f"| {' | '.join(line)} |\n" for line in shown)
+    )
+    return INTRODUCTION + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import bad_input
 import pytest
-from bad_input import CASES, Case, Place, documented, shown
+from bad_input import CASES, Place, documented, shown
 
 
 def test_the_page_has_every_case() -> None:
     assert len(CASES) >= 60
-    assert list(documented()) == [case.what for case in CASES]
+    assert list(documented()) == list(CASES)
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +22,11 @@ def place() -> Iterator[Place]:
 
 @pytest.mark.faults
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
-def test_it_is_said_in_one_line(place: Place, case: Case) -> None:
-    status, said = place.run(case.words)
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_said_in_one_line(place: Place, case: str) -> None:
+    status, said = place.run(CASES[case])
     assert status in (1, 2)
     assert "Traceback" not in said
     last = said.splitlines()[-1]
     assert last.startswith("clip-lightning: error: ")
-    assert shown(place.plain(last)) == documented()[case.what]
+    assert shown(place.plain(last)) == documented()[case]

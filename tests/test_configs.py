@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,18 +18,13 @@ CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
 
-def header(config: Path) -> list[str]:
-    lines = config.read_text().splitlines()
-    return [line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
-
-
 def test_there_are_some() -> None:
     assert {"quickstart", "heads"} <= {config.stem for config in CONFIGS}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_the_header_says_how_to_run_it(config: Path) -> None:
-    comments = header(config)
+    comments = [*itertools.takewhile(lambda line: line.startswith("#"), config.read_text().splitlines())]
     assert len(comments) >= 2
     (command,) = (line for line in comments if "command:" in line)
     assert f"--config {config.stem}" in command or f"--config configs/{config.name}" in command
@@ -52,26 +49,12 @@ def test_it_is_complete(config: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_it_runs(config: Path, bert: Path, scenes: Path, tmp_path: Path) -> None:
-    """Two steps and a validation, with tiny towers on tiny pictures."""
-    tiny = {
-        "model.image_tower": "random:test_resnet",
-        "model.text_tower": f"random:{bert}",
-        "data.read.layout": "auto",
-        "data.root": scenes,
-        "model.towers.image_size": 32,
-        "data.batch_size": 8,
-        "data.num_workers": 0,
-        "data.cache": tmp_path / "cache",
-        "trainer.accelerator": "cpu",
-        "trainer.logger": "false",
-        "trainer.enable_progress_bar": "false",
-        "trainer.default_root_dir": tmp_path / "runs",
-        "trainer.max_epochs": 1,
-        "trainer.limit_train_batches": 2,
-    }
-    words = [f"--{name}={value}" for name, value in tiny.items()]
-    assert main(["fit", "--config", str(config), *words]) == 0
+def test_it_runs(config: Path, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Two steps and a validation, with tiny towers on tiny images."""
+    small = {"trainer__max_epochs": 1, "trainer__limit_train_batches": 2, "data__batch_size": 8}
+    own = {"data__read__layout": "auto", "data__cache": tmp_path / "cache"}
+    words = command("fit", tmp_path / "runs", **small, **own)[1:]
+    assert main(["fit", f"--config={config}", *words]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "model" / "model.safetensors").is_file()
     assert (run / "metrics.json").is_file()

@@ -43,22 +43,22 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     return load
 
 
-def fit(bert: Path, scenes: Path, *options: str) -> Path:
+@pytest.fixture
+def fit(command: Callable[..., list[str]]) -> Callable[..., Path]:
     """Train for an epoch; return the run's folder."""
-    words = ["fit", "--model.image_tower", "random:test_resnet", "--model.text_tower", f"random:{bert}"]
-    words += ["--data.root", str(scenes), "--model.towers.image_size", "32", "--data.cache", "off"]
-    words += ["--data.batch_size", "8", "--data.num_workers", "0", "--trainer.max_epochs", "1"]
-    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    assert commands.main([*words, *options]) == 0
-    (run,) = (run for run in Path("runs").iterdir() if (run / "metrics.json").is_file())
-    return run
+
+    def train(**options: str) -> Path:
+        small = {"data__cache": "off", "data__batch_size": 8, "trainer__max_epochs": 1}
+        assert commands.main(command("fit", Path("runs"), **small, **options)) == 0
+        (run,) = (run for run in Path("runs").iterdir() if (run / "metrics.json").is_file())
+        return run
+
+    return train
 
 
-def test_a_loss(load: Load, bert: Path, scenes: Path) -> None:
+def test_a_loss(load: Load, fit: Callable[..., Path]) -> None:
     load("losses_of_mine")
-    run = fit(
-        bert, scenes, "--model.loss=losses_of_mine.Focal", "--model.loss.gamma=1", "--trainer.logger=false"
-    )
+    run = fit(model__loss="losses_of_mine.Focal", model__loss__gamma="1")
     assert json.loads((run / "model" / "config.json").read_text())["loss"] == "Focal"
 
 
@@ -89,10 +89,10 @@ def test_a_metric(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["text_to_image_mrr"] == pytest.approx(1 / 3)
 
 
-def test_a_panel(load: Load, bert: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panel(load: Load, fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     load("panels_of_mine")
-    run = fit(bert, scenes, "--trainer.callbacks=panels_of_mine.Captions")
+    run = fit(trainer__callbacks="panels_of_mine.Captions", trainer__logger=...)
     wandb.finish()
     (table,) = run.glob("wandb/offline-run-*/files/media/table/val/captions_*.table.json")
     assert len(json.loads(table.read_text())["data"]) == 4

@@ -20,8 +20,8 @@ from clip_lightning.data.formats import read_captions
 from clip_lightning.data.sources import unpack
 from clip_lightning.errors import UserError
 
-QUICK = settings(max_examples=40, deadline=None, derandomize=True)
-LONG = settings(max_examples=3000, deadline=None)
+QUICK = pytest.param(settings(max_examples=40, deadline=None, derandomize=True), id="quick")
+LONG = pytest.param(settings(max_examples=3000, deadline=None), marks=pytest.mark.faults, id="long")
 
 CSV = b'image,caption,split\na.jpg,"a dog, running",train\nb.jpg,two cats,test\n'
 KARPATHY = {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}]}
@@ -106,12 +106,8 @@ def fuzz_records(records: list[Any]) -> None:
 
 def fuzz_karpathy(value: Any, where: int) -> None:
     image: dict[str, Any] = {"filename": "a.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}
-    places: list[tuple[Any, Any]] = [
-        *((image, key) for key in ("filename", "filepath", "split", "sentences")),
-        (image["sentences"][0], "raw"),
-    ]
-    holder, key = places[where]
-    holder[key] = value
+    key = ("filename", "filepath", "split", "sentences", "raw")[where]
+    (image["sentences"][0] if key == "raw" else image)[key] = value
     read({"dataset_coco.json": json.dumps({"images": [image]}).encode()})
 
 
@@ -183,17 +179,11 @@ FUZZ: dict[str, tuple[Callable[..., None], dict[str, st.SearchStrategy[Any]]]] =
 }
 
 
+@pytest.mark.parametrize("effort", [QUICK, LONG])
 @pytest.mark.parametrize("what", FUZZ)
-def test_bad_bytes_are_read_right_or_refused(what: str) -> None:
+def test_bad_bytes_are_read_right_or_refused(what: str, effort: settings) -> None:
     check, arguments = FUZZ[what]
-    QUICK(given(**arguments)(check))()
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("what", FUZZ)
-def test_bad_bytes_are_read_right_or_refused_for_long(what: str) -> None:
-    check, arguments = FUZZ[what]
-    LONG(given(**arguments)(check))()
+    effort(given(**arguments)(check))()
 
 
 REFUSED = {

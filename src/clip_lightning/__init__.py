@@ -31,18 +31,7 @@ _HOME = {
     "zero_shot_classifier": "clip_lightning.model.zero_shot",
 }
 
-__all__ = [
-    "CLIP",
-    "CLIPModule",
-    "CaptionDataModule",
-    "ContrastiveLoss",
-    "ImageIndex",
-    "__version__",
-    "info_nce",
-    "retrieval_metrics",
-    "siglip_loss",
-    "zero_shot_classifier",
-]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,22 +8,15 @@ import importlib
 import io
 import os
 import sys
-from types import ModuleType
 
+from clip_lightning import __version__
+from clip_lightning.allocator import keep_freed_memory
 from clip_lightning.commands import COMMANDS
+from clip_lightning.errors import UserError
+from clip_lightning.terminal import one_line, public
 
 # Variables with the rank of a process, as set by torchrun, SLURM and Lightning.
 _RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
-_USAGE = """usage: clip-lightning COMMAND [options]
-
-Train and use contrastive image-text models with any timm image tower and any Hugging Face text tower.
-
-commands:
-{commands}
-
-Run clip-lightning COMMAND --help to list the options of a command.
-To get started, run clip-lightning fit --config quickstart.
-"""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -40,16 +33,10 @@ def main(args: list[str] | None = None) -> int:
         print(_usage())
         return 0 if args else 2
     if args[0] == "--version":
-        from clip_lightning import __version__
-
         print(__version__)
         return 0
     if args[0] not in COMMANDS:
         return _fail(_unknown(args[0]))
-    from clip_lightning.allocator import keep_freed_memory
-    from clip_lightning.arguments import checked_arguments
-    from clip_lightning.errors import UserError
-
     keep_freed_memory()
     _set_progress_bars()
     if os.getcwd() not in sys.path:  # for `--model.loss myloss.Focal`; console scripts do not add it
@@ -59,6 +46,8 @@ def main(args: list[str] | None = None) -> int:
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # W&B does not accept an empty value
     try:
+        from clip_lightning.arguments import checked_arguments
+
         args = checked_arguments(args)
         if args[0] in ("fit", "validate", "test"):  # before importing torch, which takes seconds
             from clip_lightning.commands.help import check_options, print_help
@@ -67,7 +56,10 @@ def main(args: list[str] | None = None) -> int:
                 print_help(args[0], everything=args[-1] == "all")
                 return 0
             check_options(args[1:])
-        _imported(f"clip_lightning.{COMMANDS[args[0]][0]}").run(args)
+        gc.disable()  # which saves a second or two
+        module = importlib.import_module(f"clip_lightning.{COMMANDS[args[0]][0]}")
+        gc.enable()
+        module.run(args)
     except UserError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
@@ -87,33 +79,30 @@ def _set_progress_bars() -> None:
         os.environ.setdefault(f"TQDM_{name}", value)
 
 
-def _imported(module: str) -> ModuleType:
-    """Import with the garbage collector disabled, which saves a second or two."""
-    gc.disable()
-    try:
-        return importlib.import_module(module)
-    finally:
-        gc.enable()
-
-
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    commands = (f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
-    return _USAGE.format(commands="\n".join(commands))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"""usage: clip-lightning COMMAND [options]
+
+Train and use contrastive image-text models with any timm image tower and any Hugging Face text tower.
+
+commands:
+{commands}
+
+Run clip-lightning COMMAND --help to list the options of a command.
+To get started, run clip-lightning fit --config quickstart.
+"""
 
 
 def _unknown(command: str) -> str:
-    option = command.startswith("-")
-    known = ["--version", "--help"] if option else list(COMMANDS)
-    similar = {"train": "fit", "predict": "classify"}.get(command)
-    similar = similar or next(iter(difflib.get_close_matches(command, known, n=1)), None)
-    expected = f"did you mean {similar}?" if similar else f"expected one of {', '.join(known)}"
-    return f"unknown {'option' if option else 'command'} {command!r}; {expected}"
+    known = [*COMMANDS, "--version", "--help"]
+    names = {"train": "fit", "predict": "classify"}
+    similar = [names[command]] if command in names else difflib.get_close_matches(command, known, n=1)
+    expected = f"did you mean {similar[0]}?" if similar else f"expected one of {', '.join(known)}"
+    return f"unknown command {command!r}; {expected}"
 
 
 def _fail(message: str, status: int = 2) -> int:
-    from clip_lightning.terminal import one_line, public
-
     print(f"clip-lightning: error: {one_line(public(message))}", file=sys.stderr)
     return status
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import json
@@ -48,6 +49,10 @@ class PlainErrors:
         sys.exit(2)
 
 
+class _OwnParser(PlainErrors, argparse.ArgumentParser):
+    """Finds the options of a command among those of `fit`."""
+
+
 class Parser(PlainErrors, jsonargparse.ArgumentParser):
     """The parser of commands that are implemented as functions; `--json` and `--open` need no value."""
 
@@ -66,14 +71,10 @@ class Parser(PlainErrors, jsonargparse.ArgumentParser):
 
 
 def run_functions(functions: Any, args: list[str]) -> None:
-    """Call a command, or the subcommand that the second argument names, with the arguments.
+    """Call a command, or the one of several subcommands that the second argument names.
 
     Signatures and docstrings are the help. Parameters without a default are positional unless they are
     keyword-only.
-
-    Args:
-        functions: a command, or subcommands by name.
-        args: arguments of the command line, starting with the command.
     """
     jsonargparse.auto_cli(
         functions, args=args[1:], prog=f"clip-lightning {args[0]}", as_positional=True, parser_class=Parser
@@ -83,6 +84,12 @@ def run_functions(functions: Any, args: list[str]) -> None:
 def print_result(record: Any, text: str, as_json: bool) -> None:
     """Print the result of a command: as one JSON object with `--json`, otherwise as text."""
     print(json.dumps(record, ensure_ascii=False, default=str) if as_json else text)
+
+
+def check_folder(out: Path | None) -> None:
+    """Refuse a file where a folder is to be written, before anything is computed."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
 
 
 def with_flag_values(args: Sequence[str]) -> list[str]:
@@ -97,34 +104,20 @@ def with_flag_values(args: Sequence[str]) -> list[str]:
 
 
 def own_arguments(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate the arguments of a command from those that it passes to `fit`.
-
-    Args:
-        args: arguments after the command.
-        names: names of the command's options without hyphens; all take a value, which is optional for
-            `--json`.
-
-    Returns:
-        The command's options with their values, including `--help`, and the other arguments.
+    """Return the arguments of a command, whose options have these names, and those that it passes to `fit`.
 
     Raises:
         UserError: an unknown option resembles one of the command's.
     """
-    own: list[str] = []
-    others: list[str] = []
-    left = with_flag_values(args)
-    while left:
-        arg = left.pop(0)
-        name, equals, _ = arg.partition("=")
-        if name in ("-h", "--help") or (name.startswith("--") and name[2:] in names):
-            own.append(arg)
-            if left and not equals and name[2:] in names and not left[0].startswith("--"):
-                own.append(left.pop(0))
-        elif name.startswith("--") and "." not in name and (similar := near_options(name[2:], names)):
-            raise UserError(f"unknown option {name}; did you mean --{similar[0]}?")
-        else:
-            others.append(arg)
-    return own, others
+    parser = _OwnParser(add_help=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="store_true")
+    for name in names:
+        parser.add_argument(f"--{name}")
+    own, others = parser.parse_known_args(with_flag_values(args))
+    for option in (arg.partition("=")[0] for arg in others if arg.startswith("--")):
+        if "." not in option and (similar := near_options(option[2:], names)):
+            raise UserError(f"unknown option {option}; did you mean --{similar[0]}?")
+    return ["--help" if name == "help" else f"--{name}={value}" for name, value in vars(own).items()], others
 
 
 def with_home(text: str) -> str:
@@ -143,10 +136,10 @@ def checked_arguments(args: list[str]) -> list[str]:
         UserError: an argument is empty, often because a shell variable is not set.
     """
     for before, arg in zip(["", *args], args, strict=False):
-        name, _, value = arg.partition("=")
-        if not arg or (name.startswith("--") and name != arg and not value):
-            option = name or (before if before.startswith("--") and "=" not in before else "an argument")
-            raise UserError(f"{option} is empty; give a value, or leave it out (is a shell variable unset?)")
+        name, equals, value = arg.partition("=")
+        if not arg or (name.startswith("--") and equals and not value):
+            given = name or f"the argument after {before}"
+            raise UserError(f"{given} is empty; give a value, or leave it out (is a shell variable unset?)")
     return [*map(with_home, args)]
 
 
@@ -216,33 +209,22 @@ def near_options(name: str, known: Sequence[str]) -> list[str]:
     """Return the option that ends with `.NAME`, or up to two that resemble the name."""
     if parts := [option for option in known if option.endswith(f".{name}")]:
         return parts[:1]
-    starting = [option for option in known if len(name) > 2 and option.startswith(name)]
-    ending = [option for option in known if len(name) > 2 and option.endswith(f"_{name}")]
+    long = [option for option in known if len(name) > 2]
+    starting = [option for option in long if option.startswith(name)]
+    ending = [option for option in long if option.endswith(f"_{name}")]
     similar = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
     return list(dict.fromkeys([*starting, *ending, *similar]))[:2]
 
 
-def named_configs(args: list[str]) -> list[str]:
-    """Resolve `--config heads` to the packaged `configs/heads.yaml`, unless there is a file of that name."""
+def with_full_values(args: list[str]) -> list[str]:
+    """Resolve `--config heads` to the packaged file, and add the folder that loggers of Lightning require."""
+    full = {"--config": _config_path, "-c": _config_path, "--trainer.logger": _with_folder}
     result = []
     for before, arg in zip(["", *args], args, strict=False):
         option, equals, value = arg.partition("=")
-        if equals and option in ("--config", "-c"):
-            arg = f"{option}={_config_path(value)}"
-        elif before in ("--config", "-c"):
-            arg = _config_path(arg)
-        result.append(arg)
-    return result
-
-
-def with_logger_folder(args: list[str]) -> list[str]:
-    """Add the folder that `--trainer.logger CSVLogger` requires."""
-    result = []
-    for before, arg in zip(["", *args], args, strict=False):
-        result.append(arg)
-        name = arg if before == "--trainer.logger" else arg.partition("--trainer.logger=")[2]
-        if name.rpartition(".")[2] in ("CSVLogger", "TensorBoardLogger"):
-            result.append("--trainer.logger.save_dir=.")
+        if equals and option in full:
+            arg = f"{option}={full[option](value)}"
+        result.append(full[before](arg) if before in full else arg)
     return result
 
 
@@ -255,16 +237,14 @@ def _config_path(name: str) -> str:
     return path
 
 
+def _with_folder(logger: str) -> str:
+    if logger.rpartition(".")[2] not in ("CSVLogger", "TensorBoardLogger"):
+        return logger
+    return json.dumps({"class_path": logger, "init_args": {"save_dir": "."}})
+
+
 def packaged_config(name: str, kind: str = "") -> str:
-    """Return the path of a file or of a packaged configuration.
-
-    Args:
-        name: a file, or the name of a packaged configuration.
-        kind: subfolder of the packaged configurations.
-
-    Raises:
-        UserError: there is no such file or configuration.
-    """
+    """Return the path of a file, or of a packaged configuration in the subfolder `kind`."""
     if Path(name).is_file():
         return name
     configs = packaged_configs(kind)
@@ -277,7 +257,7 @@ def packaged_config(name: str, kind: str = "") -> str:
 def packaged_configs(kind: str = "") -> dict[str, Path]:
     """Return the packaged configurations of `fit`, or those in a subfolder, by name."""
     here = Path(__file__).parent
-    folders = [root / kind for root in (here / "configs", here.parents[1] / "configs")]
+    folders = (here / "configs" / kind, here.parents[1] / "configs" / kind)  # of a wheel, and a checkout
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 

@@ -56,54 +56,37 @@ def is_draft(name: str) -> bool:
 def whole_folder(folder: Path, keep: Collection[str] = ()) -> Iterator[Path]:
     """Yield a draft folder to write to, which replaces `folder` at the end, or is removed after an error.
 
-    The old content of `folder` is removed only then, so the folder is never incomplete.
-
-    Args:
-        folder: the folder to write.
-        keep: names in `folder` that are kept unless the draft has the same name.
+    The old content of `folder` is removed only then, so the folder is never incomplete. Its files
+    and folders named in `keep` are moved into the new one unless the draft has the same name.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    old = draft.with_name(f"{draft.name}-old")
     try:
         yield draft
         draft.chmod(0o755)  # mkdtemp creates a private folder
-        _replace_folder(draft, folder, keep)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _replace_folder(draft: Path, folder: Path, keep: Collection[str]) -> None:
-    if not folder.exists():
-        os.replace(draft, folder)
-        return
-    attic = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    old = attic / folder.name
-    try:
-        os.replace(folder, old)
+        if folder.exists():
+            os.replace(folder, old)
         try:
             os.replace(draft, folder)
         except BaseException:
-            os.replace(old, folder)
+            if old.exists():
+                os.replace(old, folder)
             raise
         for name in keep:
-            if not os.path.lexists(folder / name):
+            if not (folder / name).exists():
                 os.replace(old / name, folder / name)
-    except BaseException:
-        if not old.exists():  # else it has files that could not be moved
-            attic.rmdir()
-        raise
-    shutil.rmtree(attic)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def make_once(folder: Path, fill: Callable[[Path], Path]) -> None:
     """Create a folder of data, unless it exists, in one process while others wait.
 
-    A process that is killed leaves no `folder`, but only a draft next to it, which the next process removes.
-
-    Args:
-        folder: the folder.
-        fill: fills an empty draft folder, and returns the draft or a folder in it, which becomes `folder`.
+    `fill` writes into an empty draft folder and returns it, or a folder in it, which becomes `folder`. A
+    process that is killed leaves only the draft next to it, which the next process removes.
 
     Raises:
         UserError: the disk is full or cannot be written.

@@ -11,15 +11,24 @@ from pathlib import Path
 LAST, BEST, PREVIOUS = "last.ckpt", "best.ckpt", "previous.ckpt"
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """Paths in a run folder, whether or not the files exist.
-
-    Attributes:
-        path: the folder, whose name is the run's id.
-    """
+    """Paths in a run folder, whose name is the run's id, whether or not the files exist."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        self.config = self.path / "config.yaml"  # the complete configuration
+        self.metrics = self.path / "metrics.json"  # of the best epoch, with durations, versions, data digest
+        self.broken = self.path / "broken.json"  # the images that could not be read, with the reasons
+        self.model = self.path / "model"  # the bundle
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / LAST  # the checkpoint that a run is resumed from
+        self.best = self.checkpoints / BEST  # the checkpoint of the best epoch
+        self.predictions = self.path / "predictions"  # plots and the results for fixed queries
+        self.predictions_page = self.path / "predictions.html"
+        self.zero_shot = self.path / "zero_shot"  # the last zero-shot classification
+        self.wandb = self.path / "wandb"  # W&B's own files
 
     @classmethod
     def new(cls, root: Path) -> RunFolder:
@@ -39,65 +48,8 @@ class RunFolder:
 
     def is_run(self) -> bool:
         """Return whether the folder has a run's configuration; other programs also write `config.yaml`."""
-        return self.config.is_file() and bool(
-            re.search(rb"^trainer:", self.config.read_bytes(), re.MULTILINE)
-        )
+        return self.config.is_file() and bool(re.search(rb"(?m)^trainer:", self.config.read_bytes()))
 
-    @property
-    def config(self) -> Path:
-        """The complete configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """The metrics of the best epoch, durations, versions and the digest of the data."""
-        return self.path / "metrics.json"
-
-    @property
-    def broken(self) -> Path:
-        """The images that could not be read, with the reasons."""
-        return self.path / "broken.json"
-
-    def non_finite(self, rank: int = 0) -> Path:
+    def non_finite(self, rank: int) -> Path:
         """Return the file of batches with non-finite gradients of one rank."""
         return self.path / ("non-finite.json" if rank == 0 else f"non-finite-rank{rank}.json")
-
-    @property
-    def model(self) -> Path:
-        """The bundle."""
-        return self.path / "model"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of `last.ckpt`, `best.ckpt` and `previous.ckpt`."""
-        return self.path / "checkpoints"
-
-    @property
-    def last(self) -> Path:
-        """The checkpoint that a run is resumed from."""
-        return self.checkpoints / LAST
-
-    @property
-    def best(self) -> Path:
-        """The checkpoint of the best epoch."""
-        return self.checkpoints / BEST
-
-    @property
-    def predictions(self) -> Path:
-        """The folder with plots and the results for fixed queries."""
-        return self.path / "predictions"
-
-    @property
-    def predictions_page(self) -> Path:
-        """The page with the results for fixed queries."""
-        return self.path / "predictions.html"
-
-    @property
-    def zero_shot(self) -> Path:
-        """The folder of the last zero-shot classification."""
-        return self.path / "zero_shot"
-
-    @property
-    def wandb(self) -> Path:
-        """The folder of W&B's own files."""
-        return self.path / "wandb"

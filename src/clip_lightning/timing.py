@@ -9,13 +9,9 @@ STEP = ("towers", "loss", "optimiser")
 
 
 class Stopwatch:
-    """Divides the time since it was made among the parts of a run.
+    """Divides the time since it was created among `PARTS`.
 
-    A step's parts are told apart as Python reaches them: on a GPU, which works behind Python's back, only
-    their sum says something.
-
-    Attributes:
-        seconds: spent in each of `PARTS`.
+    On a GPU, which computes asynchronously, only the sum of the parts of a step is meaningful.
     """
 
     def __init__(self) -> None:
@@ -23,12 +19,12 @@ class Stopwatch:
         self._lap_began = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """All since the last lap went into `part`."""
+        """Count the time since the last lap as this part."""
         now = time.perf_counter()
         self.seconds[part] += now - self._lap_began
         self._lap_began = now
 
     @property
     def step_seconds(self) -> float:
-        """Spent in training steps, data there already."""
+        """Seconds spent in training steps, without waiting for data."""
         return sum(self.seconds[part] for part in STEP)

@@ -6,19 +6,20 @@ it is complete. `@ALIAS.json` has the version of an alias when the server was la
 
 from __future__ import annotations
 
+import contextlib
 import json
 import netrc
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from filelock import FileLock
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, reason_of
 from clip_lightning.files import cache_folder, write_atomically
 
 PART = r"[\w. -]*\w[\w. -]*"
@@ -27,7 +28,7 @@ SERVER_SECONDS = 30
 
 @dataclass(frozen=True)
 class ArtifactName:
-    """`ENTITY/PROJECT/NAME:ALIAS`, where ALIAS may be a version (`v3`)."""
+    """`ENTITY/PROJECT/NAME:ALIAS`, where ALIAS may be a version (`v3`), which never changes."""
 
     entity: str
     project: str
@@ -36,11 +37,7 @@ class ArtifactName:
 
     @classmethod
     def parse(cls, text: str, option: str) -> ArtifactName:
-        """Parse a name, whose alias is `latest` by default.
-
-        Raises:
-            UserError: the name has another form; the message begins with `option`.
-        """
+        """Parse a name, whose alias is `latest` by default; an error begins with `option`."""
         match = re.fullmatch(rf"({PART})/({PART})/({PART})(?::({PART}))?", text)
         if not match:
             raise UserError(
@@ -49,14 +46,15 @@ class ArtifactName:
         return cls(match[1], match[2], match[3], match[4] or "latest")
 
     @property
-    def is_version(self) -> bool:
-        """Whether the alias is a version, which never changes."""
-        return re.fullmatch(r"v\d+", self.alias) is not None
-
-    @property
     def home(self) -> Path:
         """The folder of all versions on this machine."""
         return cache_folder("artifacts") / self.entity / self.project / self.name
+
+    @property
+    def copies(self) -> str:
+        """What to say about the versions on this machine."""
+        versions = sorted(file.stem for file in self.home.glob("v*.json"))
+        return f"complete versions on this machine: {', '.join(versions) or 'none'}"
 
     def __str__(self) -> str:
         return f"{self.entity}/{self.project}/{self.name}:{self.alias}"
@@ -64,13 +62,7 @@ class ArtifactName:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A complete version of an artifact on this machine.
-
-    Attributes:
-        name: the name, with the version instead of the alias.
-        folder: the folder with the content.
-        metadata: the metadata with which the artifact was logged.
-    """
+    """A complete version of an artifact on this machine, whose name has the version instead of an alias."""
 
     name: ArtifactName
     folder: Path
@@ -85,15 +77,15 @@ def fetch(name: ArtifactName) -> Fetched:
     Raises:
         UserError: the artifact does not exist, or cannot be downloaded and has no complete copy.
     """
-    if name.is_version and (present := _complete(name)) is not None:
-        return present
+    if re.fullmatch(r"v\d+", name.alias) and record_of(name).is_file():
+        return fetched(name)
     import wandb
 
     artifact = _ask_server(name)
-    version = ArtifactName(name.entity, name.project, name.name, artifact.version)
+    version = replace(name, alias=artifact.version)
     name.home.mkdir(parents=True, exist_ok=True)
     with FileLock(name.home / f"{version.alias}.lock"):
-        if _complete(version) is None:
+        if not record_of(version).is_file():
             _download(artifact, name.home / version.alias)
             about = {
                 "digest": artifact.digest,
@@ -102,8 +94,7 @@ def fetch(name: ArtifactName) -> Fetched:
                 "own": artifact.entity == wandb.Api(timeout=SERVER_SECONDS).default_entity,
             }
             write_atomically(record_of(version), json.dumps(about).encode())
-    if not name.is_version:
-        write_atomically(_pointer(name), json.dumps({"version": version.alias}).encode())
+    write_atomically(_pointer(name), json.dumps({"version": version.alias}).encode())
     return fetched(version)
 
 
@@ -113,21 +104,12 @@ def fetched(name: ArtifactName) -> Fetched:
     Raises:
         UserError: the artifact is not on this machine.
     """
-    version = name
-    if not name.is_version and _pointer(name).is_file():
-        alias = json.loads(_pointer(name).read_text())["version"]
-        version = ArtifactName(name.entity, name.project, name.name, alias)
-    present = _complete(version)
-    if present is None:
-        raise UserError(f"the artifact {name} is not on this machine; {_copies(name)}")
-    return present
-
-
-def _complete(version: ArtifactName) -> Fetched | None:
-    record = record_of(version)
+    if (pointer := _pointer(name)).is_file():
+        name = replace(name, alias=json.loads(pointer.read_text())["version"])
+    record = record_of(name)
     if not record.is_file():
-        return None
-    return Fetched(version, version.home / version.alias, json.loads(record.read_text())["metadata"])
+        raise UserError(f"the artifact {name} is not on this machine; {name.copies}")
+    return Fetched(name, name.home / name.alias, json.loads(record.read_text())["metadata"])
 
 
 def record_of(version: ArtifactName) -> Path:
@@ -139,26 +121,19 @@ def _pointer(name: ArtifactName) -> Path:
     return name.home / f"@{name.alias}.json"
 
 
-def _copies(name: ArtifactName) -> str:
-    versions = sorted(file.stem for file in name.home.glob("v*.json"))
-    return f"complete versions on this machine: {', '.join(versions) or 'none'}"
-
-
 def _ask_server(name: ArtifactName) -> Any:
     import wandb
 
-    if why := why_unreachable():
-        raise UserError(
-            f"the artifact {name} cannot be downloaded: {why}; give a complete version as :vN "
-            f"({_copies(name)})"
-        )
-    try:
-        return wandb.Api(timeout=SERVER_SECONDS).artifact(str(name))
-    except Exception as error:  # the SDK raises a dozen kinds of errors
-        raise UserError(
-            f"the artifact {name} cannot be downloaded from W&B ({' '.join(str(error).split())}); check the "
-            f"name and the network, or give a complete version as :vN ({_copies(name)})"
-        ) from error
+    reason = why_unreachable()
+    if not reason:
+        try:
+            return wandb.Api(timeout=SERVER_SECONDS).artifact(str(name))
+        except Exception as error:  # the SDK raises a dozen kinds of errors
+            reason = reason_of(error)
+    raise UserError(
+        f"the artifact {name} cannot be downloaded from W&B: {reason}; check the name and the network, or "
+        f"give a complete version as :vN ({name.copies})"
+    )
 
 
 def why_unreachable() -> str:
@@ -174,15 +149,10 @@ def _download(artifact: Any, folder: Path) -> None:
         # Do not use skip_cache: the threads of wandb 0.31 then write files under each other's names.
         artifact.download(root=str(folder))
         artifact.verify(root=str(folder))
-    except OSError as error:
+    except Exception as error:  # of the SDK, or because the disk is full
         raise UserError(
-            f"the artifact {artifact.name} cannot be written to {folder} ({error.strerror or error}); free "
-            "some space, or set XDG_CACHE_HOME to another folder"
-        ) from error
-    except Exception as error:
-        raise UserError(
-            f"the download of the artifact {artifact.name} is incomplete ({' '.join(str(error).split())}); "
-            f"run the same command again to resume it, or remove {folder} to start over"
+            f"the artifact {artifact.name} could not be downloaded to {folder} ({reason_of(error)}); run the "
+            "same command again to resume the download, or remove the folder to start over"
         ) from error
 
 
@@ -212,13 +182,8 @@ def has_api_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(wandb.setup().settings.base_url).hostname or ""
-    candidates = (
-        [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path("~/.netrc"), Path("~/_netrc")]
-    )
-    for file in candidates:
-        try:
-            if netrc.netrc(file.expanduser()).authenticators(host):
+    for file in [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(os.path.expanduser(file)).authenticators(host):
                 return True
-        except (OSError, netrc.NetrcParseError):
-            continue
     return False

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from wandb_server import WandbServer
 
 Printed = pytest.CaptureFixture[str]
+Make = Callable[..., CLIP]
 
 
 @pytest.fixture
-def bundle(make_clip: Callable[..., CLIP], tmp_path: Path) -> Path:
+def bundle(make_clip: Make, tmp_path: Path) -> Path:
     return make_clip().save_pretrained(tmp_path / "one")
 
 
@@ -56,17 +57,8 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def test_zero_shot(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed):
-    found, err = printed_json(
-        capsys,
-        "evaluate",
-        "zero-shot",
-        bundle,
-        pictures,
-        "--templates",
-        "imagenet",
-        "--out",
-        tmp_path / "out",
-    )
+    words = ("evaluate", "zero-shot", bundle, pictures, "--templates", "imagenet")
+    found, err = printed_json(capsys, *words, "--out", tmp_path / "out")
     assert found["images"] == 12 and found["classes"] == 3 and found["broken"] == 1
     assert found["split"] == "all" and found["probabilities"] == "softmax"
     assert "broken.jpg: not an image" in err
@@ -91,12 +83,7 @@ def test_zero_shot(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed
 
 @pytest.mark.parametrize("command", ["retrieval", "zero-shot", "linear-probe"])
 def test_a_model_whose_training_failed_is_refused(
-    command: str,
-    make_clip: Callable[..., CLIP],
-    pictures: Path,
-    scenes: Path,
-    tmp_path: Path,
-    capsys: Printed,
+    command: str, make_clip: Make, pictures: Path, scenes: Path, tmp_path: Path, capsys: Printed
 ):
     clip = make_clip()
     clip.heads.text[1].weight.data[0, 0] = torch.nan
@@ -152,7 +139,7 @@ def test_a_run_without_an_account_stays_here(
 
 
 def test_retrieval_of_two_models(
-    bundle: Path, make_clip: Callable[..., CLIP], scenes: Path, tmp_path: Path, capsys: Printed
+    bundle: Path, make_clip: Make, scenes: Path, tmp_path: Path, capsys: Printed
 ):
     other = make_clip(embed_dim=8).save_pretrained(tmp_path / "two")
     words = ("evaluate", "retrieval", f"{bundle},{other}", scenes, "--out", tmp_path / "out")
@@ -195,9 +182,7 @@ def test_linear_probe(bundle: Path, pictures: Path, capsys: Printed):
 
 
 @pytest.mark.parametrize("bias", [None, -3.0])
-def test_classify(
-    make_clip: Callable[..., CLIP], pictures: Path, tmp_path: Path, capsys: Printed, bias: float | None
-):
+def test_classify(make_clip: Make, pictures: Path, tmp_path: Path, capsys: Printed, bias: float | None):
     clip = make_clip(init_bias=bias)
     bundle = clip.save_pretrained(tmp_path / "model")
     paths = [str(pictures / "green" / "0.png"), str(pictures / "red_square" / "1.png")]
@@ -232,8 +217,8 @@ def test_classify(
     ("args", "message"),
     [
         ("zero-shot M D --templates odd", "--templates odd"),
-        ("zero-shot M D --split dev", "--split dev"),
-        ("zero-shot M D --split test", "it has no splits"),
+        ("zero-shot M D --split dev", "--split: expected all or train or val or test"),
+        ("zero-shot M D --split test", "has no such split; expected all"),
         ("zero-shot M D --names nothing.csv", "nothing.csv does not exist"),
         ("zero-shot M nothing", "the folder or file nothing does not exist"),
         ("zero-shot M torchvision:CIFAR10", "torchvision:CIFAR10 cannot be downloaded"),
@@ -244,9 +229,9 @@ def test_classify(
         ("zero-shot M D --out FILE", "is a file"),
         ("retrieval M D", "has no usable image with a caption"),
         ("retrieval , D", "has no model"),
-        ("linear-probe M D --test_share 1", "--test_share 1"),
+        ("linear-probe M D --test_share 1", "--test_share: expected a fraction above 0 and below 1, got 1"),
         ("linear-probe M D --shots 1,x", "--shots 1,x"),
-        ("linear-probe M D --seeds 0", "--seeds 0"),
+        ("linear-probe M D --seeds 0", "--seeds: expected a whole number of 1 or more"),
         ("classify M P --labels ,", "has no label"),
         ("classify M nothing.jpg --labels a", "the file nothing.jpg does not exist"),
         ("classify M BROKEN --labels a", "none of the 1 images"),
@@ -269,15 +254,7 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.parametrize(
     "command",
-    [
-        "evaluate retrieval",
-        "evaluate zero-shot",
-        "evaluate linear-probe",
-        "classify",
-        "export",
-        "index",
-        "app",
-    ],
+    "evaluate retrieval,evaluate zero-shot,evaluate linear-probe,classify,export,index,app".split(","),
 )
 def test_help_describes_the_model_in_the_same_way(command: str, capsys: Printed):
     assert main([*command.split(), "--help"]) == 0

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-import clip_lightning.files as files_module
 import clip_lightning.model.bundle as bundle_module
 from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.errors import UserError
@@ -357,7 +356,7 @@ def test_no_bundle_there(name: str) -> None:
         CLIP.from_pretrained(name)
 
 
-@pytest.mark.parametrize("step", ["save_file", "_model_card", "_replace_folder", "os.replace"])
+@pytest.mark.parametrize("step", ["save_file", "_model_card", "os.replace"])
 def test_a_failure_leaves_the_old_bundle_whole(
     bundle: Path, make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -370,7 +369,7 @@ def test_a_failure_leaves_the_old_bundle_whole(
             return replace(*arguments)  # type: ignore[arg-type]
         raise OSError("no space left on device")
 
-    owner = {"os.replace": os, "_replace_folder": files_module}.get(step, bundle_module)
+    owner = os if step == "os.replace" else bundle_module
     name = step.removeprefix("os.")
     monkeypatch.setattr(owner, name, fail)
     with pytest.raises(OSError, match="no space"):

@@ -8,10 +8,7 @@ COMMANDS = {
     "test": ("training.cli", "score a checkpoint on the test split"),
     "data": ("commands.data", "check captioned images, convert them to tars, or upload them to W&B"),
     "compare": ("commands.compare", "rank finished runs from their folders or a W&B project"),
-    "compare-backbones": (
-        "commands.compare",
-        "train every pair of image and text towers, and rank the pairs",
-    ),
+    "compare-backbones": ("commands.compare", "train and rank every pair of image and text towers"),
     "sweep": ("commands.sweep", "search hyperparameters with a W&B sweep file"),
     "index": ("commands.embed", "build or update a search index of images"),
     "search": ("commands.search", "find images in an index with a sentence or an image"),

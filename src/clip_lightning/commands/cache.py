@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
-from clip_lightning.arguments import run_functions
+from jsonargparse.typing import NonNegativeFloat
+
+from clip_lightning.arguments import print_result, run_functions
 from clip_lightning.data.features import CacheEntry, FeatureCache, default_cache
 from clip_lightning.errors import UserError
 
@@ -26,7 +27,7 @@ def list_entries(folder: Path | None = None, json: bool = False) -> None:
     _show(_cache(folder).entries(), "entries", json)
 
 
-def prune(keep_gb: float, folder: Path | None = None, json: bool = False) -> None:
+def prune(*, keep_gb: NonNegativeFloat, folder: Path | None = None, json: bool = False) -> None:
     """Remove the least recently used cache entries.
 
     Args:
@@ -34,8 +35,6 @@ def prune(keep_gb: float, folder: Path | None = None, json: bool = False) -> Non
         folder: the cache folder; by default the one that `fit` uses.
         json: print one JSON object instead.
     """
-    if not keep_gb >= 0:
-        raise UserError(f"--keep_gb {keep_gb:g}: expected 0 or more gigabytes")
     _show(_cache(folder).prune(keep_gb * 1e9), "removed", json)
 
 
@@ -48,21 +47,16 @@ def _cache(folder: Path | None) -> FeatureCache:
 
 
 def _show(entries: list[CacheEntry], title: str, as_json: bool) -> None:
-    total = sum(entry.bytes for entry in entries)
-    rows = []
+    rows, lines = [], []
     for entry in entries:
         kind, view, tower = entry.key.get("kind", "unknown"), entry.key.get("view"), entry.key.get("name", "")
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
-        rows.append(
-            {
-                **{"folder": str(entry.path), "kind": kind, "view": view, "tower": tower},
-                **{"rows": entry.rows, "bytes": entry.bytes, "last_used": used},
-            }
+        row = {"folder": str(entry.path), "kind": kind, "view": view, "tower": tower}
+        rows.append({**row, "rows": entry.rows, "bytes": entry.bytes, "last_used": used})
+        size = f"{entry.bytes / 1e6:8.1f} MB  {entry.rows:>9} rows"
+        lines.append(
+            f"{used}  {size}  {kind}{'' if view is None else f' view {view}'}  {tower}  {entry.path}"
         )
-        if not as_json:
-            shown = kind if view is None else f"{kind} view {view}"
-            size = f"{entry.bytes / 1e6:8.1f} MB  {entry.rows:>9} rows"
-            print(f"{used}  {size}  {shown}  {tower}  {entry.path}")
-    print(
-        json.dumps({title: rows, "bytes": total}) if as_json else f"{len(rows)} {title}, {total / 1e6:.1f} MB"
-    )
+    total = sum(entry.bytes for entry in entries)
+    lines.append(f"{len(rows)} {title}, {total / 1e6:.1f} MB")
+    print_result({title: rows, "bytes": total}, "\n".join(lines), as_json)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json as json_module
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from clip_lightning.arguments import run_functions
-from clip_lightning.data.captions import SPLITS, count_lost, split_by_image
+from clip_lightning.arguments import check_folder, print_result, run_functions
+from clip_lightning.data.captions import count_lost, split_by_image
 from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
@@ -53,7 +53,7 @@ def check(
     from clip_lightning.data.sources import find_source, read_source
     from clip_lightning.reports.data_check import write_report
 
-    _check_out(out)
+    check_folder(out)
     if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
         raise UserError(f"--fix {fix}: expected the name of a new .csv file; existing files are kept")
     source = find_source(root, read)
@@ -76,24 +76,17 @@ def check(
     if out is not None:
         write_report(report, entries, out)
         print(f"page: {out / 'check.html'}", file=sys.stderr)
-    fixed = None if fix is None else write_cleaned(report, entries, fix)
-    if json:
-        print(json_module.dumps(report if fixed is None else {**report, "fixed": fixed}))
-    else:
-        print(as_text(report))
-    if fixed and not json:
-        print(
-            f"wrote {fix} with {fixed['images']:,} images and {fixed['captions']:,} captions, without "
+    text = as_text(report)
+    if fix is not None:
+        report["fixed"] = fixed = write_cleaned(report, entries, fix)
+        text += (
+            f"\nwrote {fix} with {fixed['images']:,} images and {fixed['captions']:,} captions, without "
             f"{fixed['without_broken']:,} broken images, {fixed['without_leaks']:,} copies in another split "
             f"and {fixed['without_repeats']:,} repeated captions; next: clip-lightning fit --data.root {fix}"
         )
+    print_result(report, text, json)
     if report["errors"]:
         raise SystemExit(1)
-
-
-def _check_out(out: Path | None) -> None:
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
 
 
 def convert(
@@ -101,7 +94,7 @@ def convert(
     *,
     out: Path,
     read: ReadOptions = RECOGNIZED,
-    split: str = "train",
+    split: Literal["train", "val", "test"] = "train",
     filters: list[str] | None = None,
     samples_per_shard: PositiveInt = 2000,
     short_side: PositiveInt | None = None,
@@ -132,9 +125,7 @@ def convert(
     from clip_lightning.data.shards import convert as conversion
     from clip_lightning.data.shards.storage import holds_tars
 
-    _check_out(out)
-    if split not in SPLITS:
-        raise UserError(f"--split {split}: expected {', '.join(SPLITS)}")
+    check_folder(out)
     settings = conversion.Settings(samples_per_shard, short_side, quality, tuple(filters or ()))
     if holds_tars(root):
         source = conversion.tars(root, split)
@@ -145,11 +136,9 @@ def convert(
         name, reason = next(iter(left_out.items()))
         print(one_line(f"left out {len(left_out)} samples, first {name}: {reason}"), file=sys.stderr)
     counts = {part: sum(shard.samples for shard in shards) for part, shards in splits.items()}
-    if json:
-        print(json_module.dumps({"out": str(out), "samples": counts, "left_out": left_out}))
-    else:
-        written = ", ".join(f"{count:,} samples for {part}" for part, count in counts.items())
-        print(f"wrote {written}; next: clip-lightning fit --data.root {out}")
+    written = ", ".join(f"{count:,} samples for {part}" for part, count in counts.items())
+    record = {"out": str(out), "samples": counts, "left_out": left_out}
+    print_result(record, f"wrote {written}; next: clip-lightning fit --data.root {out}", json)
 
 
 def upload(
@@ -178,8 +167,6 @@ def upload(
     from clip_lightning.wandb_fetch import default_project
 
     check_upload(artifact)
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder; give the folder of the data set")
     captions = read_captions(root, read)
     metadata = {
         "captions_digest": captions.digest(),
@@ -193,7 +180,5 @@ def upload(
     name = upload_data(
         artifact, root, project=project, entity=entity, by_reference=reference, metadata=metadata
     )
-    if json:
-        print(json_module.dumps({"artifact": name, **metadata}))
-    else:
-        print(f"uploaded {name}; next: clip-lightning fit --data.root wandb:{name}")
+    text = f"uploaded {name}; next: clip-lightning fit --data.root wandb:{name}"
+    print_result({"artifact": name, **metadata}, text, json)

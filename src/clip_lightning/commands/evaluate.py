@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from clip_lightning.arguments import run_functions
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
+
+from clip_lightning.arguments import check_folder, run_functions
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
 
 if TYPE_CHECKING:
     from clip_lightning.data.captions import CaptionedImage
     from clip_lightning.data.classes import ClassSet
-    from clip_lightning.evaluation.intervals import Hits
     from clip_lightning.model.clip import CLIP
     from clip_lightning.model.encode import Encoded, Project
     from clip_lightning.reports.class_report import ClassReport
     from clip_lightning.reports.tables import Row
 
-SPLITS = ("all", "train", "val", "test")
+Split = Literal["all", "train", "val", "test"]
 
 
 def run(args: list[str]) -> None:
@@ -33,7 +37,7 @@ def retrieval(
     model: str,
     data: str,
     *,
-    split: str | None = None,
+    split: Split | None = None,
     out: Path | None = None,
     wandb: str | None = None,
     json: bool = False,
@@ -56,16 +60,33 @@ def retrieval(
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
-    from clip_lightning.evaluation.intervals import paired_differences
+    import torch
 
-    models = _checked(model, split, out)
+    from clip_lightning.evaluation.intervals import hits, paired_differences, recall_intervals
+    from clip_lightning.evaluation.retrieval import (
+        fold_metrics,
+        retrieval_metrics,
+        retrieval_ranks,
+        true_recall,
+    )
+
+    models = _listed(model)
+    check_folder(out)
     sets = {place: _captioned(place, split) for place in _listed(data)}
     rows: list[Row] = []
-    first: dict[str, tuple[str, Hits]] = {}
+    first: dict[str, Any] = {}
     for clip, row in _pairs(models, sets):
         row["split"], images = sets[row["data"]]
-        values, answers = _retrieval(clip, images, _title(row))
-        row |= values
+        encoded = _encode(clip, [image.path for image in images], row, clip.project_image)
+        captions = [(at, text) for at, i in enumerate(encoded.rows) for text in images[i].captions]
+        owner = torch.tensor([at for at, _ in captions])
+        embedded = encoded.features, clip.embed_texts([text for _, text in captions]), owner
+        answers = hits(*retrieval_ranks(*embedded), owner)
+        row |= {"images": len(encoded.rows), "captions": len(captions), "broken": len(encoded.broken)}
+        row |= retrieval_metrics(*embedded)
+        for metric, (low, high) in recall_intervals(answers).items():
+            row |= {f"{metric}_low": low, f"{metric}_high": high}
+        row |= true_recall(*embedded) | fold_metrics(*embedded)
         name, reference = first.setdefault(row["data"], (row["model"], answers))
         if reference is not answers:
             row["compared_with"] = name
@@ -82,7 +103,7 @@ def zero_shot(
     *,
     templates: str = "simple",
     names: Path | None = None,
-    split: str | None = None,
+    split: Split | None = None,
     data_cache: Path | None = None,
     out: Path | None = None,
     wandb: str | None = None,
@@ -112,44 +133,49 @@ def zero_shot(
             classes and confusions.
         json: print one JSON object instead, or a list for several models or data sets.
     """
+    import torch
+
     from clip_lightning.data.classes import class_names
     from clip_lightning.evaluation.prompts import read_templates
     from clip_lightning.evaluation.zero_shot import classify
     from clip_lightning.model.zero_shot import zero_shot_classifier
     from clip_lightning.reports.class_report import ClassReport
 
-    models = _checked(model, split, out)
+    models = _listed(model)
+    check_folder(out)
     sentences = read_templates(templates)
     sets = _class_sets(data, data_cache)
     chosen = {place: _choose_split(place, split, class_set.splits) for place, class_set in sets.items()}
     named = {place: class_names(class_set.classes, names) for place, class_set in sets.items()}
-    _warn_of_same_names(named.values())
-    several = len(models) * len(sets) > 1
+    for entries in named.values():
+        name, count = Counter(map(", ".join, entries)).most_common(1)[0]
+        if count > 1:
+            _warn(f"several classes have the name {name}; give them different names with --names")
     rows: list[Row] = []
     reports: list[ClassReport] = []
     for clip, row in _pairs(models, sets):
         place = row["data"]
         class_set, names_of = sets[place], named[place]
-        row |= {"split": chosen[place], "templates": templates, "template_count": len(sentences)}
         members = class_set.rows(chosen[place])
-        images = [class_set.images[member] for member in members]
-        encoded = _encode(clip, images, _title(row), clip.project_image)
+        encoded = _encode(clip, [class_set.images[member] for member in members], row, clip.project_image)
         result = classify(
             encoded.features,
             zero_shot_classifier(clip, names_of, sentences),
-            _labels(class_set, [members[at] for at in encoded.rows]),
+            torch.tensor([class_set.labels[members[at]] for at in encoded.rows]),
             scale=clip.scale.item(),
             bias=clip.bias,
         )
+        row |= {"split": chosen[place], "templates": templates, "template_count": len(sentences)}
         row |= {"images": len(encoded.rows), "classes": len(names_of), "broken": len(encoded.broken)}
         row["probabilities"] = "softmax" if clip.bias is None else "sigmoid"
-        rows.append(row | result.metrics)
-        reports.append(ClassReport(_title(row), [entry[0] for entry in names_of], result))
+        report = ClassReport(_title(row), [entry[0] for entry in names_of], result)
         if out is not None:
-            folder = f"{len(rows) - 1}-{_slug(row['model'])}-on-{_slug(place)}"
-            reports[-1].write(out / folder if several else out)
+            slugs = (re.sub(r"[\W_]", "-", name).strip("-")[-40:] for name in (row["model"], place))
+            report.write(out / f"{len(rows)}-{'-on-'.join(slugs)}" if len(models) * len(sets) > 1 else out)
         if not json:
-            print(reports[-1].summary())
+            print(report.summary())
+        rows.append(row | result.metrics)
+        reports.append(report)
     _finish(rows, out, json, wandb, reports)
 
 
@@ -157,9 +183,9 @@ def linear_probe(
     model: str,
     data: str,
     *,
-    test_share: float = 0.4,
+    test_share: OpenUnitInterval = 0.4,
     shots: str = "1,2,4,8,16",
-    seeds: int = 3,
+    seeds: PositiveInt = 3,
     data_cache: Path | None = None,
     out: Path | None = None,
     wandb: str | None = None,
@@ -184,65 +210,36 @@ def linear_probe(
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
-    if not 0 < test_share < 1:
-        raise UserError(f"--test_share {test_share:g}: expected a fraction above 0 and below 1")
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: expected 1 or more")
+    import torch
+
+    from clip_lightning.evaluation import linear_probe
+
     counts = [int(word) for word in shots.split(",") if word.strip().isdigit() and int(word) > 0]
     if len(counts) != len(shots.split(",")):
         raise UserError(f"--shots {shots}: expected numbers of images separated by commas, such as 1,2,4")
-    models = _checked(model, None, out)
+    models = _listed(model)
+    check_folder(out)
     sets = _class_sets(data, data_cache)
     rows = []
     for clip, row in _pairs(models, sets):
-        class_set, title = sets[row["data"]], _title(row)
-        encoded = _encode(clip, class_set.images, title)
+        class_set = sets[row["data"]]
+        encoded = _encode(clip, class_set.images, row)
+        labels = torch.tensor([class_set.labels[at] for at in encoded.rows])
+        own = [class_set.splits[at] for at in encoded.rows]
+        part = next((name for name in ("test", "val") if name in own), None)
+        if "train" in own and part:
+            train, test = (torch.tensor([name == wanted for name in own]) for wanted in ("train", part))
+        else:
+            test = linear_probe.held_out(labels, test_share)
+            train = ~test
+        if not train.any() or not test.any():
+            raise UserError(f"{row['data']} has no images to train or to test on; give more images per class")
+        parts = (encoded.features[train], labels[train], encoded.features[test], labels[test])
         row |= {"classes": len(class_set.classes), "broken": len(encoded.broken)}
-        rows.append(row | _linear_probe(encoded, class_set, title, test_share, counts, seeds))
+        row |= {"train_images": int(train.sum()), "test_images": int(test.sum())}
+        row |= linear_probe.linear_probe(*parts)
+        rows.append(row | linear_probe.few_shot(*parts, shots=counts, seeds=seeds))
     _finish(rows, out, json, wandb)
-
-
-def _retrieval(clip: CLIP, images: Sequence[CaptionedImage], title: str) -> tuple[dict[str, Any], Hits]:
-    import torch
-
-    from clip_lightning.evaluation import retrieval
-    from clip_lightning.evaluation.intervals import hits, recall_intervals
-
-    encoded = _encode(clip, [image.path for image in images], title, clip.project_image)
-    captions = [(row, text) for row, at in enumerate(encoded.rows) for text in images[at].captions]
-    owner = torch.tensor([row for row, _ in captions])
-    image, text = encoded.features, clip.embed_texts([text for _, text in captions])
-    answers = hits(*retrieval.retrieval_ranks(image, text, owner), owner)
-    bounds = recall_intervals(answers)
-    values: dict[str, Any] = {"images": len(image), "captions": len(text), "broken": len(encoded.broken)}
-    for name, value in retrieval.retrieval_metrics(image, text, owner).items():
-        values[name] = value
-        if name in bounds:
-            values[f"{name}_low"], values[f"{name}_high"] = bounds[name]
-    values |= retrieval.true_recall(image, text, owner) | retrieval.fold_metrics(image, text, owner)
-    return values, answers
-
-
-def _linear_probe(
-    encoded: Encoded, data: ClassSet, title: str, test_share: float, shots: Sequence[int], seeds: int
-) -> dict[str, Any]:
-    import torch
-
-    from clip_lightning.evaluation.linear_probe import few_shot, held_out, linear_probe
-
-    labels = _labels(data, encoded.rows)
-    own = [data.splits[row] for row in encoded.rows]
-    part = next((name for name in ("test", "val") if name in own), None)
-    if "train" in own and part:
-        train, test = (torch.tensor([name == wanted for name in own]) for wanted in ("train", part))
-    else:
-        test = held_out(labels, test_share)
-        train = ~test
-    if not train.any() or not test.any():
-        raise UserError(f"{title}: there are no images to train or to test on; give more images per class")
-    parts = (encoded.features[train], labels[train], encoded.features[test], labels[test])
-    values = {"train_images": int(train.sum()), "test_images": int(test.sum())}
-    return values | linear_probe(*parts) | few_shot(*parts, shots=shots, seeds=seeds)
 
 
 def _pairs(models: Sequence[str], places: Iterable[str]) -> Iterator[tuple[CLIP, Row]]:
@@ -260,23 +257,17 @@ def _title(row: Row) -> str:
     return f"{row['model']} on {row['data']}"
 
 
-def _encode(clip: CLIP, images: Sequence[Any], title: str, project: Project | None = None) -> Encoded:
+def _encode(clip: CLIP, images: Sequence[Any], row: Row, project: Project | None = None) -> Encoded:
     """Encode images, and warn about those that cannot be read."""
     from clip_lightning.model.encode import Encoded, encode_images
 
-    encoded = Encoded.join(encode_images(clip.image_tower, images, project=project, progress=title))
+    encoded = Encoded.join(encode_images(clip.image_tower, images, project=project, progress=_title(row)))
     broken = {path: str(reason) for _, path, reason in encoded.broken}
     if not encoded.rows:
         path, reason = next(iter(broken.items()), ("the split", "it has no images"))
         raise UserError(f"no image can be read ({path}: {reason}); give other data")
     _warn_of_each("skipped", broken)
     return encoded
-
-
-def _labels(data: ClassSet, rows: Iterable[int]) -> Any:
-    import torch
-
-    return torch.tensor([data.labels[row] for row in rows])
 
 
 def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]]:
@@ -288,14 +279,10 @@ def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]
     source = find_source(place)
     source.fetch()
     captions = read_source(source, RECOGNIZED)
-    own = {image.split for image in captions.images} if captions.has_official_splits else set()
-    chosen = _choose_split(place, split, own, may_draw=True)
-    if chosen == "all":
-        return chosen, list(captions.images)
-    images = split_by_image(captions, Splits())[chosen]  # as `fit` does by default
-    if not images:
-        raise UserError(f"{place} has no {chosen} split; give another --split")
-    return chosen, images
+    own = {image.split for image in captions.images if image.split} if captions.has_official_splits else set()
+    drawn = {"train", "val", "test"} if split else set()  # as `fit` draws them by default
+    chosen = _choose_split(place, split, own or drawn)
+    return chosen, split_by_image(captions, Splits())[chosen] if chosen != "all" else list(captions.images)
 
 
 def _class_sets(places: str, cache: Path | None) -> dict[str, ClassSet]:
@@ -315,38 +302,20 @@ def _listed(text: str) -> list[str]:
     return list(dict.fromkeys(places))
 
 
-def _checked(model: str, split: str | None, out: Path | None) -> list[str]:
-    """Check the options, and return the names of the models."""
-    if split is not None and split not in SPLITS:
-        raise UserError(f"--split {split}: expected {', '.join(SPLITS)}")
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
-    return _listed(model)
-
-
-def _choose_split(place: str, split: str | None, own: Iterable[str | None], *, may_draw: bool = False) -> str:
+def _choose_split(place: str, split: str | None, own: Iterable[str | None]) -> str:
     named = {name for name in own if name}
     if split is None:
         return next((name for name in ("test", "val") if name in named), "all")
-    if split != "all" and split not in named and (named or not may_draw):
-        expected = (
-            f"expected all, {', '.join(sorted(named))}" if named else "expected all, as it has no splits"
-        )
-        raise UserError(f"--split {split}: {place} has no such split; {expected}")
+    if split not in ("all", *named):
+        expected = ", ".join(["all", *sorted(named)])
+        raise UserError(f"--split {split}: {place} has no such split; expected {expected}")
     return split
 
 
-def _warn_of_same_names(sets: Iterable[Sequence[Sequence[str]]]) -> None:
-    for entries in sets:
-        joined = [", ".join(entry) for entry in entries]
-        for name in sorted({name for name in joined if joined.count(name) > 1})[:1]:
-            _warn(f"several classes have the name {name}; give them different names with --names")
-
-
-def _warn_of_each(what: str, reasons: Mapping[str, str], most: int = 5) -> None:
-    for name, reason in list(reasons.items())[:most]:
+def _warn_of_each(what: str, reasons: Mapping[str, str]) -> None:
+    for name, reason in list(reasons.items())[:5]:
         _warn(f"{what} {name}: {reason}")
-    if len(reasons) > most:
+    if len(reasons) > 5:
         _warn(f"{what} {len(reasons)} in total")
 
 
@@ -354,16 +323,8 @@ def _warn(line: str) -> None:
     print(one_line(line), file=sys.stderr, flush=True)
 
 
-def _slug(place: str) -> str:
-    return "".join(mark if mark.isalnum() else "-" for mark in place).strip("-")[-40:]
-
-
 def _finish(
-    rows: Sequence[Row],
-    out: Path | None,
-    json: bool,
-    wandb: str | None,
-    reports: Sequence[ClassReport | None] = (),
+    rows: list[Row], out: Path | None, json: bool, wandb: str | None, reports: Sequence[ClassReport] = ()
 ) -> None:
     """Write, print and track the rows, each with its class report if there is one."""
     from clip_lightning.reports.tables import print_results, write_results
@@ -375,5 +336,5 @@ def _finish(
     if wandb is not None:
         from clip_lightning.tracking.evaluations import track_evaluation
 
-        for row, report in zip(rows, reports or [None] * len(rows), strict=True):
+        for row, report in zip_longest(rows, reports):
             _warn(f"W&B run: {track_evaluation(wandb, row, out or Path('runs'), report)}")

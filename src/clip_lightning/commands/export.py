@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from clip_lightning.arguments import run_functions
+from clip_lightning.arguments import print_result, run_functions
 from clip_lightning.errors import UserError, reason_of
+
+if TYPE_CHECKING:
+    from clip_lightning.model.clip import CLIP
 
 
 def run(args: list[str]) -> None:
@@ -40,40 +42,39 @@ def export(
         private: whether --to hub creates a private repository; by default the owner's settings decide.
         json: print one JSON object instead.
     """
+    from clip_lightning.model.clip import CLIP
+
     if to == "hub":
         if repo is None or out is not None:
             raise UserError("--to hub uploads a bundle and writes no folder; give --repo, and omit --out")
-        answer: dict[str, Any] = {"repo": repo, "url": _push(model, repo, private)}
-        message = f"uploaded to {repo}; load it with CLIP.from_pretrained({repo!r})"
-    else:
-        if out is None or repo is not None or private is not None:
-            raise UserError(f"--to {to} writes a folder; give --out FOLDER, and omit --repo and --private")
-        try:
-            difference = _write(model, to, out)
-        except OSError as error:
-            raise UserError(
-                f"--out {out} cannot be written ({error}); free some space there, or give another --out"
-            ) from error
-        answer = {"out": str(out.resolve()), "max_difference": difference}
-        message = f"wrote {out}"
-        if difference is not None:
-            message += f"; its embeddings differ from PyTorch's by at most {difference:.1e}"
-    print(json_module.dumps({"to": to, **answer}) if json else message)
+        url = _upload(CLIP.from_pretrained(model), repo, private)
+        text = f"uploaded to {repo}; load it with CLIP.from_pretrained({repo!r})"
+        print_result({"to": to, "repo": repo, "url": url}, text, json)
+        return
+    if out is None or repo is not None or private is not None:
+        raise UserError(f"--to {to} writes a folder; give --out FOLDER, and omit --repo and --private")
+    if to != "bundle" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} already exists; give a new or empty folder")
+    try:
+        difference = _write(CLIP.from_pretrained(model), to, out)
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written ({error}); free some space there, or give another --out"
+        ) from error
+    text = f"wrote {out}"
+    if difference is not None:
+        text += f"; its embeddings differ from PyTorch's by at most {difference:.1e}"
+    print_result({"to": to, "out": str(out.resolve()), "max_difference": difference}, text, json)
 
 
-def _write(model: str, to: str, out: Path) -> float | None:
+def _write(clip: CLIP, to: str, out: Path) -> float | None:
     """Write the folder, and return the largest difference to PyTorch's embeddings (None for a bundle)."""
     from clip_lightning.files import whole_folder
-    from clip_lightning.model.clip import CLIP
 
     if to == "bundle":
-        clip = CLIP.from_pretrained(model)
         clip.save_pretrained(out, metadata=clip.metadata)
         return None
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} already exists; give a new or empty folder")
     with whole_folder(out) as draft:
-        clip = CLIP.from_pretrained(model)
         if to == "onnx":
             from clip_lightning.model.export.onnx import write_onnx
 
@@ -83,15 +84,8 @@ def _write(model: str, to: str, out: Path) -> float | None:
         return write_open_clip(clip, draft, out)
 
 
-def _push(model: str, repo: str, private: bool | None) -> str:
+def _upload(clip: CLIP, repo: str, private: bool | None) -> str:
     """Upload the bundle; return the address of the commit."""
-    from huggingface_hub import get_token
-
-    from clip_lightning.model.clip import CLIP
-
-    if get_token() is None:
-        raise UserError("--to hub needs a Hugging Face token; run `hf auth login` or set HF_TOKEN")
-    clip = CLIP.from_pretrained(model)
     try:
         return clip.push_to_hub(repo, private=private)
     except UserError:
@@ -99,5 +93,5 @@ def _push(model: str, repo: str, private: bool | None) -> str:
     except Exception as error:  # huggingface_hub exports no base class for errors of its HTTP client
         raise UserError(
             f"--repo {repo}: the upload to the Hugging Face hub failed ({reason_of(error)}); check the name, "
-            "the token's write permission, and the connection"
+            "the connection, and that your token may write (run `hf auth login`, or set HF_TOKEN)"
         ) from error

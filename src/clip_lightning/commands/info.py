@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_format
 import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from clip_lightning import __version__
-from clip_lightning.arguments import packaged_configs, run_functions
+from clip_lightning.arguments import packaged_configs, print_result, run_functions
 from clip_lightning.commands import COMMANDS
 from clip_lightning.commands.help import read_options
 from clip_lightning.cores import cores
@@ -42,19 +41,14 @@ def configs(json: bool = False) -> None:
     Args:
         json: print one JSON object instead.
     """
-    described = {}
+    described, lines = {}, []
     for name, path in packaged_configs().items():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        about, *facts = (line.removeprefix("# ") for line in lines if line.startswith("#"))
-        named = (fact.partition(":") for fact in facts)
-        described[name] = {"about": about} | {key: value.strip() for key, _, value in named}
-    if json:
-        print(json_format.dumps(described, ensure_ascii=False))
-        return
-    for name, facts_of in described.items():
-        print(f"{name}: {facts_of.pop('about')}")
-        for key, value in facts_of.items():
-            print(f"    {key + ':':<10}{value}")
+        comments = path.read_text(encoding="utf-8").splitlines()
+        about, *facts = (line.removeprefix("# ") for line in comments if line.startswith("#"))
+        facts_of = {key: value.strip() for key, _, value in (fact.partition(":") for fact in facts)}
+        described[name] = {"about": about, **facts_of}
+        lines += [f"{name}: {about}", *(f"    {key + ':':<10}{value}" for key, value in facts_of.items())]
+    print_result(described, "\n".join(lines), json)
 
 
 def env(json: bool = False) -> None:
@@ -75,11 +69,7 @@ def env(json: bool = False) -> None:
         "cache": str(cache_folder("").resolve()),
         **{name: public(os.environ[name]) for name in VARIABLES if name in os.environ},
     }
-    if json:
-        print(json_format.dumps(values))
-        return
-    for name, value in values.items():
-        print(f"{name:<16}{value}")
+    print_result(values, "\n".join(f"{name:<16}{value}" for name, value in values.items()), json)
 
 
 def _version(package: str) -> str:

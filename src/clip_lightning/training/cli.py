@@ -88,7 +88,7 @@ class RunCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
-            args=arguments.with_logger_folder(arguments.named_configs(args)),
+            args=arguments.with_full_values(args),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )

@@ -1,0 +1,92 @@
+"""The flat modules: memory, cores, names of runs, and text for the terminal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+
+from clip_lightning.commands.search import search
+from clip_lightning.cores import cores
+from clip_lightning.run_folder import RunFolder
+from clip_lightning.search.index import FoundImage, ImageIndex
+from clip_lightning.terminal import one_line, printable
+
+FREED = """
+import resource, torch
+from clip_lightning.allocator import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+for step in range(20):
+    if step == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)  # 40 MB, more than glibc would ever keep
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+HARMFUL = "a\x1b[2J\x9b2J\nclip-lightning: error"
+SHOWN = "a\ufffd[2J\ufffd2J clip-lightning: error"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_freed_memory_is_used_again_without_asking_the_kernel() -> None:
+    faults = {}
+    for keep in (False, True):  # each in a process of its own, as it cannot be undone
+        script = FREED.format(keep=keep)
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        faults[keep] = int(result.stdout)
+    assert faults[True] * 10 < faults[False]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no CPU affinity")
+def test_cores_that_the_process_may_not_use_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    files = {"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/job/cpu.max": "max 100000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    assert cores() == 8
+    files["/sys/fs/cgroup/job/cpu.max"] = "250000 100000\n"
+    assert cores() == 3
+    monkeypatch.undo()
+    assert 1 <= cores() <= len(os.sched_getaffinity(0))
+
+
+def test_only_one_function_counts_cores() -> None:
+    package = Path(sys.modules["clip_lightning"].__file__ or "").parent
+    asking = [path.name for path in package.rglob("*.py") if "cpu_count" in path.read_text(encoding="utf-8")]
+    assert asking == ["cores.py"]
+
+
+def test_the_newest_run_is_last_and_other_programs_configurations_are_not_runs(tmp_path: Path) -> None:
+    for age, name in enumerate(("newest", "older", "oldest", "other")):
+        run = RunFolder(tmp_path / name)
+        run.path.mkdir()
+        run.config.write_text("server: x\n" if name == "other" else "model: {}\ntrainer: {}\n")
+        os.utime(run.config, (1000 - age, 1000 - age))
+    assert [run.path.name for run in RunFolder.runs(tmp_path)] == ["oldest", "older", "newest"]
+    assert RunFolder.of_checkpoint(run.last) == RunFolder.of_checkpoint(run.best) == run
+
+
+def test_new_runs_have_names_of_their_own_in_order_of_time(tmp_path: Path) -> None:
+    runs = [RunFolder.new(tmp_path) for _ in range(50)]
+    assert len({run.path for run in runs}) == 50
+    assert [run.path.name[:15] for run in runs] == sorted(run.path.name[:15] for run in runs)
+
+
+def test_control_characters_are_replaced() -> None:
+    assert one_line(HARMFUL) == SHOWN
+    assert printable("a\nb\tc\x07") == "a\nb\tc\ufffd"
+    assert printable("\ud83d") == "?"
+
+
+def test_search_prints_harmless_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    image = FoundImage(Path(HARMFUL), 0.5, (HARMFUL,), 1, 1, missing=True)
+    index = MagicMock(search=lambda queries, k: [[image]])
+    monkeypatch.setattr(ImageIndex, "load", lambda *_: index)
+    search(tmp_path, HARMFUL)
+    assert capsys.readouterr().out == f"0.500  {SHOWN} (missing)  {SHOWN}\n"
