@@ -213,7 +213,6 @@ def test_another_model_or_precision_is_refused_and_other_data_is_embedded(
     [
         ("M D --out O --shard_size 0", "--shard_size 0"),
         ("M D --out O --batch_size 0", "--batch_size 0"),
-        ("M D --out O --devices 0", "--devices 0"),
         ("M D --out D", "contains something other than embeddings"),
         ("M D --out D/captions.csv", "cannot be written"),
         ("M D --out D/captions.csv/o", "cannot be written"),

@@ -11,7 +11,7 @@ import pytest
 from jsonargparse import Namespace
 
 from clip_lightning.tracking.logger import RunLogger
-from clip_lightning.training.runs import place_logger
+from clip_lightning.training.cli import place_logger
 
 
 @pytest.fixture(autouse=True)

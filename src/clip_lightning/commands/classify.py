@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_format
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.arguments import Parser, with_json_value
+from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
@@ -24,7 +23,7 @@ def run(args: list[str]) -> None:
     parser = Parser.of_function("classify", classify, skip={"model", "images"})
     parser.add_argument("model", type=str, help=MODEL)
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files")
-    classify(**vars(parser.parse_args(with_json_value(args[1:]))))
+    classify(**vars(parser.parse_args(args[1:])))
 
 
 def classify(
@@ -69,15 +68,13 @@ def classify(
         ranked = sorted(zip(names, row.tolist(), strict=True), key=lambda entry: -entry[1])
         results.append({"image": images[position], "label": ranked[0][0], "probabilities": dict(ranked)})
     reading = "softmax" if clip.bias is None else "sigmoid"
-    if json:
-        record = {"reading": reading, "results": results, "broken": broken}
-        print(json_format.dumps(record, ensure_ascii=False))
-        return
+    lines = []
     for result in results:
-        print(one_line(result["image"]))
-        for label, probability in list(result["probabilities"].items())[:10]:
-            print(f"  {100 * probability:5.1f} %  {one_line(label)}")
-    print(_READINGS[reading])
+        best = list(result["probabilities"].items())[:10]
+        lines.append(one_line(result["image"]))
+        lines += [f"  {100 * probability:5.1f} %  {one_line(label)}" for label, probability in best]
+    record = {"reading": reading, "results": results, "broken": broken}
+    print_result(record, "\n".join([*lines, _READINGS[reading]]), json)
 
 
 def _read_labels(given: str) -> list[str]:

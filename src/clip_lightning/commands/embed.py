@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 
-from clip_lightning.arguments import Parser, with_json_value
+from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
-from clip_lightning.errors import UserError
 from clip_lightning.search.folder import Options
 from clip_lightning.terminal import one_line
 
@@ -40,7 +39,7 @@ def run(args: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write or update")
     if embeds:
         devices = "GPUs to use, or CPU processes if there is no GPU; by default all GPUs, or one process"
-        parser.add_argument("--devices", type=int | None, help=devices)
+        parser.add_argument("--devices", type=PositiveInt | None, help=devices)
         parser.add_class_arguments(Options, as_group=False, skip={"type", "onnx"})
     else:
         captions = "also embed the captions, for search --captions true; an update keeps this setting"
@@ -49,14 +48,12 @@ def run(args: list[str]) -> None:
             Options, as_group=False, skip={"what", "format", "shard_size", "precision"}
         )
     parser.add_argument("--json", type=bool, default=False, help="print one JSON object instead")
-    given = parser.parse_args(with_json_value(args[1:]))
+    given = parser.parse_args(args[1:])
     options = {field.name: given[field.name] for field in fields(Options) if field.name in given}
     (_embed if embeds else _index)(given, Options(**options))
 
 
 def _embed(given: Namespace, options: Options) -> None:
-    if given.devices is not None and given.devices < 1:
-        raise UserError(f"--devices {given.devices}: expected 1 or more")
     from clip_lightning.search.build import build_in_processes
 
     done = build_in_processes(given.model, given.source, given.out, options, given.devices)
@@ -80,10 +77,8 @@ def _print(done: dict[str, Any], given: Namespace, result: str) -> None:
     for kind, hint in (("broken", ""), ("unreadable", "; the next run retries it")):
         for path, reason in list(done[kind].items())[:MOST_NAMED]:
             print(one_line(f"left out {path}: {reason}{hint}"), file=sys.stderr)
-    if given.json:
-        print(json.dumps({"out": str(given.out.resolve()), **done}))
-    else:
-        print(f"{summary(done)}, {result}")
+    record = {"out": str(given.out.resolve()), **done}
+    print_result(record, f"{summary(done)}, {result}", given.json)
 
 
 def summary(done: dict[str, Any]) -> str:

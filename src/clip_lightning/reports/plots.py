@@ -96,7 +96,7 @@ def plots_of_split(
 
 def plot_similarities(found: Similarities, title: str) -> bytes:
     """Draw histograms of the cosines of matched and unmatched pairs."""
-    with _figure(title) as (axes, buffer):
+    with styled_axes(title) as (axes, buffer):
         edges = found.edges.numpy()
         for name, counts, mean, colour in (
             ("matched", found.matched, found.matched_mean, GREEN),
@@ -116,7 +116,7 @@ def plot_similarities(found: Similarities, title: str) -> bytes:
 
 def plot_recall(curves: Mapping[str, Tensor], candidates: int, title: str) -> bytes:
     """Draw R@1, R@2, ... in percent for both directions, and the chance level of so many images."""
-    with _figure(title) as (axes, buffer):
+    with styled_axes(title) as (axes, buffer):
         most = len(next(iter(curves.values())))
         ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= most]
         for name, curve in curves.items():
@@ -134,7 +134,7 @@ def plot_recall(curves: Mapping[str, Tensor], candidates: int, title: str) -> by
 
 def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> bytes:
     """Draw R@1, R@5 and R@10 over the epochs in both directions."""
-    with _figure(title, ncols=2, sharey=True) as (panels, buffer):
+    with styled_axes(title, ncols=2, sharey=True) as (panels, buffer):
         epochs = sorted(history)
         for axes, (direction, name) in zip(panels, DIRECTIONS.items(), strict=True):
             for k, style in ((10, ":"), (5, "--"), (1, "-")):
@@ -151,7 +151,7 @@ def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> byte
 
 def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
     """Draw a histogram of one or more integers, with `counted` as label of the y-axis."""
-    with _figure(title) as (axes, buffer):
+    with styled_axes(title) as (axes, buffer):
         low, high = min(values), max(values)
         bins, span = min(40, high - low + 1), (low - 0.5, high + 0.5)
         axes.hist(values, bins, range=span, color=GREEN, alpha=0.8)
@@ -167,7 +167,7 @@ def plot_confusion(confusion: Tensor, names: Sequence[str], title: str) -> bytes
     """
     fractions = 100 * confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(max(5.0, 0.2 * len(names) + 3), 25.0)
-    with _figure(title, (side, side)) as (axes, buffer):
+    with styled_axes(title, (side, side)) as (axes, buffer):
         axes.grid(visible=False)
         drawn = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
         if len(names) <= MOST_NAMES:
@@ -186,7 +186,7 @@ def plot_calibration(found: Calibration, title: str) -> bytes:
     right, mean = 100 * found.accuracy.numpy()[filled], 100 * found.confidence.numpy()[filled]
     title = f"{textwrap.fill(title, 52)}\nexpected calibration error {found.error:.1f} %"
     layout = {"nrows": 2, "sharex": True, "height_ratios": (3, 1)}
-    with _figure(title, (5.5, 6), **layout) as ((upper, lower), buffer):
+    with styled_axes(title, (5.5, 6), **layout) as ((upper, lower), buffer):
         upper.plot((0, 100), (0, 100), "--", color=MUTED, linewidth=1, label="perfectly calibrated")
         upper.bar(middles[filled], right, width, color=BLUE, alpha=0.6)
         dots = {"color": INK, "markersize": 4, "clip_on": False, "label": "mean probability of the bin"}
@@ -199,7 +199,7 @@ def plot_calibration(found: Calibration, title: str) -> bytes:
 
 
 @contextmanager
-def _figure(title: str, size: tuple[float, float] = SIZE, **layout: Any) -> Iterator[tuple[Any, BytesIO]]:
+def styled_axes(title: str, size: tuple[float, float] = SIZE, **layout: Any) -> Iterator[tuple[Any, BytesIO]]:
     """Yield the axes of a styled figure, and a buffer to which it is saved as PNG on exit."""
     import matplotlib
     from matplotlib.figure import Figure
