@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from jsonargparse import Namespace
 
-from clip_lightning.tracking import logger as logger_module
 from clip_lightning.tracking.logger import RunLogger
 from clip_lightning.training.cli import place_logger
 
@@ -22,7 +21,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(logger_module, "_our_data_dir", None)
+    monkeypatch.setattr(RunLogger, "_data_dir", None)
 
 
 def mode_given(

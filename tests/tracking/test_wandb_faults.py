@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, Trainer
-from test_lineage import EPOCHS, STEPS, Start, curve, finish, folder_of, kill_at, start  # noqa: F401
+from test_lineage import EPOCHS, STEPS, Start, curve, finish, folder_of, kill_at, start_fixture, sync  # noqa: F401
 from wandb_server import WandbServer
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
@@ -31,25 +30,24 @@ class Pace(Callback):
         time.sleep(self.seconds)
 
 
-def paced(note: Path, seconds: float) -> list[str]:
-    return [
-        "--trainer.callbacks+=test_wandb_faults.Pace",
-        f"--trainer.callbacks.seconds={seconds}",
-        f"--trainer.callbacks.note={note}",
-    ]
-
-
-def when(note: Path, do: Callable[[], object]) -> threading.Thread:
-    """Do it when the run has come to its third epoch."""
+def finish_with(
+    fault: Callable[[], object], start: Start, root: Path, *more: str, seconds: float, **environment: str
+) -> str:
+    """Run to the end, with a fault that begins with the third epoch; gives what stderr says."""
+    note = root.parent / "third-epoch"
 
     def wait() -> None:
         while not note.exists():
             time.sleep(0.05)
-        do()
+        fault()
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    return thread
+    pace = [f"--trainer.callbacks.{name}={value}" for name, value in (("seconds", seconds), ("note", note))]
+    words = ["--trainer.callbacks+=test_wandb_faults.Pace", *pace, *more]
+    said = finish(start, root, *words, **environment)
+    thread.join()
+    return " ".join(said.split())
 
 
 def assert_whole_on_disk(folder: Path) -> None:
@@ -67,90 +65,54 @@ def assert_arrived(server: WandbServer, folder: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["500 for a minute", "hangs up for a minute", "slow by 10 s"])
 def test_an_outage_ends_and_nothing_is_lost(
-    wandb_server: WandbServer,
-    start: Start,  # noqa: F811
-    tmp_path: Path,
-    fault: str,
+    wandb_server: WandbServer, start: Start, tmp_path: Path, fault: str
 ) -> None:
     begin: dict[str, Callable[[], object]] = {
         "500 for a minute": lambda: wandb_server.fail(60),
         "hangs up for a minute": lambda: wandb_server.fail(60, status=None),
         "slow by 10 s": lambda: setattr(wandb_server, "delay", 10.0),
     }
-    note = tmp_path / "third-epoch"
-    thread = when(note, begin[fault])
-    finish(start, tmp_path / "runs", *paced(note, 0.5))
-    thread.join()
+    finish_with(begin[fault], start, tmp_path / "runs", seconds=0.5)
     assert_whole_on_disk(folder_of(tmp_path / "runs"))
     assert_arrived(wandb_server, folder_of(tmp_path / "runs"))
 
 
 def test_missing_rows_are_sent_after_an_outage(
-    wandb_server: WandbServer,
-    start: Start,  # noqa: F811
-    tmp_path: Path,
+    wandb_server: WandbServer, start: Start, tmp_path: Path
 ) -> None:
-    note = tmp_path / "third-epoch"
-    thread = when(note, wandb_server.stop)
-    said = finish(start, tmp_path / "runs", *paced(note, 0.2), WANDB_FINISH_TIMEOUT="20")
-    thread.join()
+    said = finish_with(wandb_server.stop, start, tmp_path / "runs", seconds=0.2, WANDB_FINISH_TIMEOUT="20")
     folder = folder_of(tmp_path / "runs")
     assert_whole_on_disk(folder)
-    assert "W&B failed to log the model" in " ".join(said.split())
-    assert "upload what is missing later with --ckpt_path last" in " ".join(said.split())
+    assert "W&B failed to log the model" in said
+    assert "upload what is missing later with --ckpt_path last" in said
     wandb_server.recover()
     finish(start, tmp_path / "runs", "--ckpt_path=last")
     assert_arrived(wandb_server, folder)
 
 
-@pytest.fixture
-def small_disk(disk: Callable[[int], Path]) -> Path:
-    return disk(8)
-
-
 def fill(disk: Path) -> None:
     """Write until nothing fits any more."""
-    with (disk / "filler").open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(4096)):
-                pass
-        except OSError:
-            return
+    time.sleep(2)  # W&B writes every second
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_a_full_disk_under_wandb_does_not_end_training(
-    wandb_server: WandbServer,
-    start: Start,  # noqa: F811
-    small_disk: Path,
-    tmp_path: Path,
-    mode: str,
+    wandb_server: WandbServer, start: Start, disk: Callable[[int], Path], tmp_path: Path, mode: str
 ) -> None:
-    root = tmp_path / "runs"
+    root, small_disk = tmp_path / "runs", disk(8)
     kill_at(start, root, STEPS + 1, WANDB_MODE=mode)
     folder = folder_of(root)
     shutil.move(folder / "wandb", small_disk / "wandb")
     (folder / "wandb").symlink_to(small_disk / "wandb")
-    note = tmp_path / "third-epoch"
-
-    def fill_later() -> None:
-        time.sleep(2)  # W&B writes every second
-        fill(small_disk)
-
-    thread = when(note, fill_later)
-    finish(start, root, "--ckpt_path=last", *paced(note, 0.5), WANDB_MODE=mode, WANDB_FINISH_TIMEOUT="20")
-    thread.join()
+    given = {"WANDB_MODE": mode, "WANDB_FINISH_TIMEOUT": "20"}
+    finish_with(lambda: fill(small_disk), start, root, "--ckpt_path=last", seconds=0.5, **given)
     assert_whole_on_disk(folder)
     (small_disk / "filler").unlink()
     if mode == "offline":
-        command = [
-            sys.executable,
-            "-m",
-            "wandb",
-            "sync",
-            *map(str, sorted(folder.glob("wandb/offline-run-*"))),
-        ]
-        subprocess.run(command, capture_output=True, timeout=120, check=True)
+        sync(folder)
     run = wandb_server.runs["tester", "clip-lightning", folder.name]
     steps = [step for step, _ in curve(run, "train/loss")]
     assert steps == [*range(len(steps))]

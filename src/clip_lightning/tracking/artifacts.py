@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +14,23 @@ from clip_lightning.run_folder import RunFolder
 from clip_lightning.wandb_fetch import PART, SERVER_SECONDS, Fetched, record_of, why_unreachable
 
 DATA_TYPE, MODEL_TYPE, CHECKPOINT_TYPE = "dataset", "model", "checkpoint"
+REGISTRY = rf"(?:{PART}/)?{PART}/{PART}"
 SERVER_TRIES = 3
 
 
 def check_upload(name: str) -> None:
-    """Check the login and the name before the data are read.
-
-    Raises:
-        UserError: no API key is configured, or the name is not a valid artifact name.
-    """
+    """Check the login and the name before the data are read."""
     if reason := why_unreachable():
         raise UserError(f"data cannot be uploaded: {reason}")
-    if not re.fullmatch(PART, name):
-        raise UserError(f"--artifact {name!r}: expected letters, digits, _, - and . only")
+    check_name("--artifact", name)
 
 
-def check_names(model_name: str | None, link_to: str | None) -> None:
-    """Check the names before hours of training.
-
-    Raises:
-        UserError: W&B does not accept a name.
-    """
-    if model_name is not None and not re.fullmatch(PART, model_name):
-        raise UserError(
-            f"--trainer.logger.model_name {model_name!r}: expected letters, digits, _, - and . only"
-        )
-    if link_to is not None and not re.fullmatch(rf"(?:{PART}/)?{PART}/{PART}", link_to):
-        raise UserError(f"--trainer.logger.link_to {link_to!r}: expected wandb-registry-REGISTRY/COLLECTION")
+def check_name(
+    option: str, name: str | None, pattern: str = PART, expected: str = "letters, digits, _, - and . only"
+) -> None:
+    """Check a name for W&B, if it is given, before anything takes time."""
+    if name is not None and not re.fullmatch(pattern, name):
+        raise UserError(f"{option} {name!r}: expected {expected}")
 
 
 def upload_data(
@@ -55,25 +42,9 @@ def upload_data(
     by_reference: bool,
     metadata: Mapping[str, Any],
 ) -> str:
-    """Log a folder as a data artifact, in a W&B run of its own.
-
-    Args:
-        name: the name of the artifact within the project.
-        root: the folder, whose layout is kept.
-        project: the W&B project.
-        entity: the W&B user or team; by default yours.
-        by_reference: whether W&B stores only the URLs of the files and their checksums.
-        metadata: digest, counts and other metadata of the data.
-
-    Returns:
-        `ENTITY/PROJECT/NAME:vN`.
-
-    Raises:
-        UserError: no API key is configured, or the server rejected the upload.
-    """
+    """Log a folder, or references to its files, in a run of its own; return `ENTITY/PROJECT/NAME:vN`."""
     import wandb
 
-    check_upload(name)
     artifact = wandb.Artifact(name, DATA_TYPE, metadata=dict(metadata))
     try:
         if by_reference:
@@ -111,10 +82,7 @@ def use_data(run: Any, data: Fetched) -> None:
 def why_not_best(run: Any, metadata: Mapping[str, Any], shared_name: str | None) -> str | None:
     """Return why a run's model must not get the alias `best`, or None if it gets the alias.
 
-    Args:
-        run: the W&B run.
-        metadata: the metadata of the model, with the metrics of its best epoch.
-        shared_name: the name of the model's artifact if other runs may log models under it, too.
+    `shared_name` is the name of the model's artifact if other runs may log models under it, too.
     """
     if "rsum" not in metadata:
         return "no epoch was validated"
@@ -125,10 +93,8 @@ def why_not_best(run: Any, metadata: Mapping[str, Any], shared_name: str | None)
     import wandb
 
     api = wandb.Api(timeout=SERVER_SECONDS)
-    best = f"{run.entity}/{run.project}/{shared_name}:best"
-    if not api.artifact_exists(best, type=MODEL_TYPE):
-        return None
-    present = api.artifact(best, type=MODEL_TYPE).metadata
+    name = f"{run.entity}/{run.project}/{shared_name}:best"
+    present = api.artifact(name).metadata if api.artifact_exists(name, type=MODEL_TYPE) else {}
     if present.get("rsum") is None:
         return None
     if present.get("data_digest") != metadata.get("data_digest"):
@@ -138,67 +104,32 @@ def why_not_best(run: Any, metadata: Mapping[str, Any], shared_name: str | None)
     return None
 
 
-def log_model(run: Any, folder: Path, *, name: str, metadata: Mapping[str, Any], is_best: bool) -> Any:
-    """Log a run's bundle as `NAME`, and its last checkpoint as `NAME-checkpoint:last`, if they exist.
-
-    Args:
-        run: the W&B run.
-        folder: the run's folder, with `model/` and `checkpoints/last.ckpt`.
-        name: the name of the model's artifact.
-        metadata: metrics, towers and data.
-        is_best: whether the bundle gets the alias `best`.
-
-    Returns:
-        The bundle's artifact, or None if there is no bundle.
-    """
-    bundle, checkpoint = RunFolder(folder).model, RunFolder(folder).last
+def log_model(run: Any, folder: RunFolder, *, name: str, metadata: Mapping[str, Any], is_best: bool) -> Any:
+    """Log and return a run's bundle as `NAME`, and log its last checkpoint as `NAME-checkpoint:last`."""
     logged = None
-    if bundle.is_dir():
-        files = _pinned(sorted(bundle.iterdir()), bundle, folder)
-        logged = _log(run, name, MODEL_TYPE, files, metadata, ["best", "latest"] if is_best else ["latest"])
-    if checkpoint.is_file():
-        files = _pinned([checkpoint], checkpoint.parent, folder)
-        _log(run, f"{name}-checkpoint", CHECKPOINT_TYPE, files, metadata, ["last", "latest"])
+    if folder.model.is_dir():
+        aliases = ["best", "latest"] if is_best else ["latest"]
+        logged = _log(run, name, MODEL_TYPE, folder.model, metadata, aliases)
+    if folder.last.is_file():
+        _log(run, f"{name}-checkpoint", CHECKPOINT_TYPE, folder.last, metadata, ["last", "latest"])
     return logged
 
 
-def _log(run: Any, name: str, kind: str, files: Path, metadata: Mapping[str, Any], aliases: list[str]) -> Any:
-    """Log a folder; online, wait until it is uploaded, since the SDK silently drops it after an outage.
+def _log(run: Any, name: str, kind: str, path: Path, metadata: Mapping[str, Any], aliases: list[str]) -> Any:
+    """Log a copy of a file or folder, which may be replaced before `wandb sync`.
 
-    Raises:
-        Exception: it was not uploaded in `SERVER_TRIES` attempts.
+    Online, wait until it is uploaded, since the SDK silently drops it after an outage.
     """
     import wandb
 
     for attempt in range(1, SERVER_TRIES + 1):
         artifact = wandb.Artifact(name, kind, metadata=dict(metadata))
-        artifact.add_dir(str(files), policy="immutable", skip_cache=True)
+        add: Any = artifact.add_dir if path.is_dir() else artifact.add_file
+        add(str(path), skip_cache=True)
         try:
             logged = run.log_artifact(artifact, aliases=aliases)
-            if not run.offline:
-                logged.wait()
-                shutil.rmtree(files, ignore_errors=True)
-            return logged
+            return logged if run.offline else logged.wait()
         except Exception:  # the SDK raises a dozen types
             if attempt == SERVER_TRIES:
                 raise
             time.sleep(SERVER_SECONDS)
-    raise AssertionError
-
-
-def _pinned(files: Sequence[Path], base: Path, folder: Path) -> Path:
-    """Return a folder with hard links to the files in `base`, or copies, that W&B can read later.
-
-    W&B may read them only after other uploads, or at `wandb sync`, when the files may have been replaced.
-    """
-    logged = RunFolder(folder).wandb / "logged"
-    logged.mkdir(parents=True, exist_ok=True)
-    pinned = Path(tempfile.mkdtemp(prefix=f"{base.name}-", dir=logged))
-    for file in files:
-        link = pinned / file.relative_to(base)
-        link.parent.mkdir(exist_ok=True)
-        try:
-            os.link(file, link)
-        except OSError:
-            shutil.copy2(file, link)
-    return pinned

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from clip_lightning.errors import UserError
 from clip_lightning.reports.class_report import ClassReport
@@ -15,18 +14,8 @@ from clip_lightning.wandb_fetch import stays_offline
 def track_evaluation(project: str, row: Row, folder: Path, report: ClassReport | None = None) -> str:
     """Log the scores of one model on one data set as a W&B run, offline if no API key is configured.
 
-    Args:
-        project: PROJECT or ENTITY/PROJECT.
-        row: the scores, which become the run's summary, and the model and data, which become its
-            configuration.
-        folder: the folder in which W&B creates its own.
-        report: a report on classes, which adds tables and plots.
-
-    Returns:
-        The URL of the run, or the command that uploads an offline run.
-
-    Raises:
-        UserError: the name is invalid, or W&B rejected the run.
+    The scores in the row are the run's summary, and everything else is its configuration. Return the URL of
+    the run, or the command that uploads it.
     """
     import wandb
 
@@ -34,21 +23,18 @@ def track_evaluation(project: str, row: Row, folder: Path, report: ClassReport |
     if not name or "/" in entity:
         raise UserError(f"--wandb {project}: expected PROJECT or ENTITY/PROJECT")
     folder.mkdir(parents=True, exist_ok=True)
-    scores = {key: value for key, value in row.items() if isinstance(value, float)}
-    about = {key: value for key, value in row.items() if key not in scores}
-    settings: dict[str, Any] = {"mode": "offline"} if stays_offline(None) else {}
     try:
         with wandb.init(
             project=name,
             entity=entity or None,
             job_type="evaluate",
             name=f"{row['model']} on {row['data']}"[:120],
-            config=about,
+            config={key: value for key, value in row.items() if not isinstance(value, float)},
             dir=str(folder),
             reinit="finish_previous",
-            **settings,
+            mode="offline" if stays_offline(None) else None,
         ) as run:
-            run.summary.update(scores)
+            run.summary.update({key: value for key, value in row.items() if isinstance(value, float)})
             if report is not None:
                 run.log(class_media(report))
             return run.url or f"offline; `wandb sync {Path(run.dir).parent}` uploads it"

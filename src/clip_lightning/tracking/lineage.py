@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +32,46 @@ class Lineage(Checkpoint):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = RunFolder(folder)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the data."""
-        data = getattr(getattr(trainer, "datamodule", None), "fetched", None)
-        for logger in _loggers(trainer):
-            if data is not None:
-                _attempt(logger, "record the data", lambda run: use_data(run, data))
+        data: Any = getattr(getattr(trainer, "datamodule", None), "fetched", None)
+        for logger in _loggers(trainer) if data is not None else ():
+            with logger.sparing("record the data"):
+                use_data(logger.experiment, data)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the model, also if the resumed run was already finished."""
-        self._log_model(trainer)
+        for logger in _loggers(trainer):
+            if logger.logs_model and self.folder.metrics.is_file():
+                with logger.sparing("log the model"):
+                    self._log_model(logger.experiment, logger)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log the model so far."""
         if trainer.global_step > 0:
-            self._log_model(trainer)
+            self.on_fit_end(trainer, pl_module)
 
-    def _log_model(self, trainer: Trainer) -> None:
-        for logger in _loggers(trainer):
-            if logger.logs_model and RunFolder(self.folder).metrics.is_file():
-                _attempt(logger, "log the model", lambda run: self._log_model_of(run, logger))  # noqa: B023
-
-    def _log_model_of(self, run: Any, logger: RunLogger) -> None:
+    def _log_model(self, run: Any, logger: RunLogger) -> None:
+        """Log the model with its metrics, data, towers and loss, and link it if it is the best."""
+        metadata: dict[str, Any] = json.loads(self.folder.metrics.read_text())
+        config = self.folder.model / "config.json"
+        if config.is_file():
+            bundle = json.loads(config.read_text())
+            metadata |= {kind: bundle[kind]["name"] for kind in ("image_tower", "text_tower")}
+            metadata |= {name: bundle.get(name) for name in ("loss", "training_data")}
         name = logger.model_name or f"model-{run.id}"
-        about = _metadata(self.folder)
-        reason = why_not_best(run, about, logger.model_name)
-        model = log_model(run, self.folder, name=name, metadata=about, is_best=reason is None)
+        reason = why_not_best(run, metadata, logger.model_name)
+        model = log_model(run, self.folder, name=name, metadata=metadata, is_best=reason is None)
         if model is None:
             return
         if reason is not None:
             link = f" and without a link to {logger.link_to}" if logger.link_to else ""
             rank_zero_warn(f"the model {name} was logged without the alias `best`{link}: {reason}")
-        elif logger.link_to is None:
-            return
-        elif run.offline:
+        elif logger.link_to is not None and run.offline:
             rank_zero_warn(f"the model was not linked to {logger.link_to}, which requires an online run")
-        else:
+        elif logger.link_to is not None:
             run.link_artifact(model, logger.link_to)
 
 
@@ -89,25 +91,25 @@ class Alerts(Callback):
         if step in (0, self._last_step) or step % max(trainer.log_every_n_steps, 1):
             return
         self._last_step = step
-        names = ("train/loss", "train/scale", "train/loss_over_ln_batch")
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
-        if not math.isfinite(logged.get("train/loss", 0.0)):
+        harmless = {"train/loss": 0.0, "train/scale": math.inf, "train/loss_over_ln_batch": 0.0}
+        loss, scale, relative = (float(trainer.callback_metrics.get(*item)) for item in harmless.items())
+        at_chance = abs(relative - 1) <= STALLED_RANGE
+        self._chance_steps = self._chance_steps + trainer.log_every_n_steps if at_chance else 0
+        if not math.isfinite(loss):
             text = f"at step {step}; lower the learning rate, or check the data"
             self._warn(trainer, "the loss is not finite", text)
-        if (scale := logged.get("train/scale", math.inf)) < COLLAPSED_SCALE:
+        if scale < COLLAPSED_SCALE:
             text = f"to {scale:.2f} at step {step}: all logits are nearly equal; lower the learning rate, or "
             self._warn(trainer, "the scale has collapsed", text + "check that captions match their images")
-        at_chance = abs(logged.get("train/loss_over_ln_batch", 0.0) - 1) <= STALLED_RANGE
-        self._chance_steps = self._chance_steps + trainer.log_every_n_steps if at_chance else 0
         if self._chance_steps >= STALLED_STEPS:
             text = f"up to step {step}, which is the loss at chance; check the learning rate, and "
             self._warn(trainer, "the loss stays at ln(batch)", text + "that captions match their images")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Send an alert that the run has stopped early, and mark it as preempted after SIGTERM."""
-        if isinstance(exception, SIGTERMException):
-            for logger in _loggers(trainer):
-                _attempt(logger, "mark the run as preempted", lambda run: run.mark_preempting())
+        for logger in _loggers(trainer) if isinstance(exception, SIGTERMException) else ():
+            with logger.sparing("mark the run as preempted"):
+                logger.experiment.mark_preempting()
         if trainer.global_step > 0:
             self._alert(trainer, "stopped", f"at step {trainer.global_step}: {type(exception).__name__}")
 
@@ -119,29 +121,11 @@ class Alerts(Callback):
 
     def _alert(self, trainer: Trainer, title: str, text: str) -> None:
         for logger in _loggers(trainer):
-            _attempt(logger, "send an alert", lambda run: run.alert(title, text, level="WARN"))
+            with logger.sparing("send an alert"):
+                logger.experiment.alert(title, text, level="WARN")
 
 
 def _loggers(trainer: Trainer) -> Iterator[RunLogger]:
     """Yield the W&B loggers of rank 0."""
     if trainer.is_global_zero and not trainer.fast_dev_run:
         yield from (logger for logger in trainer.loggers if isinstance(logger, RunLogger))
-
-
-def _attempt(logger: RunLogger, what: str, do: Callable[[Any], object]) -> None:
-    """Call `do` with the W&B run; a failure is a warning and does not end the training."""
-    try:
-        do(logger.experiment)
-    except Exception as error:
-        logger.complain(what, error)
-
-
-def _metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a model: metrics and data from metrics.json, towers and loss from the bundle."""
-    about: dict[str, Any] = json.loads(RunFolder(folder).metrics.read_text())
-    config = RunFolder(folder).model / "config.json"
-    if config.is_file():
-        bundle = json.loads(config.read_text())
-        towers = {kind: bundle[kind]["name"] for kind in ("image_tower", "text_tower")}
-        about |= towers | {"loss": bundle.get("loss"), "training_data": bundle.get("training_data")}
-    return about

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
+import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,14 +16,19 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from clip_lightning.arguments import changed_strings
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import public
-from clip_lightning.tracking.artifacts import check_names
-from clip_lightning.tracking.history import History, cut_torn_records, history_file
-from clip_lightning.wandb_fetch import default_project, has_api_key, stays_offline
+from clip_lightning.tracking.artifacts import REGISTRY, check_name
+from clip_lightning.tracking.history import History, history_file
+from clip_lightning.wandb_fetch import default_project, stays_offline
 
 TRAINER_OPTIONS = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
-SYNC_SECONDS = FINISH_SECONDS = 600
+ENDED = "ended"  # an empty file in W&B's folder of each part of a run that was not killed
+WAITS = {  # seconds: for an absent server at the end, and until a row is on disk
+    "WANDB_FINISH_TIMEOUT": "600",
+    "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1",
+}
 
 
 class RunLogger(WandbLogger):
@@ -53,6 +57,9 @@ class RunLogger(WandbLogger):
         id: the run's ID; the same ID continues the same run.
     """
 
+    _latest_run: Any = None  # of a logger in this process
+    _data_dir: str | None = None  # the value of WANDB_DATA_DIR that a logger in this process has set
+
     def __init__(
         self,
         project: str | None = None,
@@ -68,10 +75,15 @@ class RunLogger(WandbLogger):
         save_dir: str | None = None,
         id: str | None = None,
     ) -> None:
-        check_names(model_name, link_to)
+        check_name("--trainer.logger.model_name", model_name)
+        check_name("--trainer.logger.link_to", link_to, REGISTRY, "wandb-registry-REGISTRY/COLLECTION")
         self.logs_model, self.model_name, self.link_to = log_model, model_name, link_to
         self._folder = Path(save_dir or ".")
-        _set_data_dir(RunFolder(self._folder).wandb)
+        for variable, seconds in WAITS.items():
+            os.environ.setdefault(variable, seconds)
+        if os.environ.get("WANDB_DATA_DIR") in (None, RunLogger._data_dir):  # else the user has chosen it
+            # images of tables stay there until they are uploaded
+            os.environ["WANDB_DATA_DIR"] = RunLogger._data_dir = str(RunFolder(self._folder).wandb)
         if name is None and id is not None and not history_file(self._folder, id).exists():
             name = os.environ.get("WANDB_NAME") or id  # a resumed run keeps its name
         super().__init__(
@@ -84,8 +96,7 @@ class RunLogger(WandbLogger):
             notes=notes,
             save_dir=str(self._folder),
             id=id,
-            settings=_settings(),
-            **({"mode": "offline"} if stays_offline(offline) else {}),
+            mode="offline" if stays_offline(offline) else None,
         )
         self._wandb_init.pop("anonymous", None)  # a deprecated argument, about which W&B warns
         self._defined: set[str] = set()
@@ -97,60 +108,77 @@ class RunLogger(WandbLogger):
     def experiment(self) -> Any:
         """The W&B run: offline if the server does not answer, and disabled if the disk is full."""
         if self._experiment is None:
-            global _our_run
-            is_users = _finish_our_run()
-            self._prepare_earlier_parts()
+            import wandb
+
+            if wandb.run is not None and wandb.run is RunLogger._latest_run:
+                wandb.finish()  # Lightning would reuse it, as it does if the user has started a run
+            is_users = wandb.run is not None
             self._begin()
             if not is_users:
-                _our_run = self._experiment
-            if self._id is not None and self._mode() in ("online", "offline"):
-                self._log_lost_rows()
+                RunLogger._latest_run = self._experiment
         return self._experiment
-
-    def _mode(self) -> str:
-        """Return the W&B mode of the run."""
-        import wandb
-
-        mode = self._wandb_init.get("mode") or wandb.setup().settings.mode
-        return {"dryrun": "offline", "run": "online"}.get(mode, mode)
 
     def _begin(self) -> None:
         import wandb
 
         original = sys.argv
         for fallback in ("offline", "disabled"):
-            try:
-                sys.argv = [*map(public, original)]  # W&B records the arguments
-                _ = super().experiment
+            with self.sparing(f"start the run, which is {fallback} instead"):
+                try:
+                    sys.argv = [*map(public, original)]  # W&B records the arguments
+                    _ = super().experiment
+                finally:
+                    sys.argv = original
+            if self._experiment is not None:
                 return
-            except Exception as error:  # the SDK raises a dozen types
-                mode, self._wandb_init["mode"] = self._mode(), fallback
-                self.complain(f"start the run {mode}", error)
-                wandb.teardown()  # else the run's ID stays in use
-            finally:
-                sys.argv = original
+            self._wandb_init["mode"] = fallback
+            wandb.teardown()  # else the run's ID stays in use
         _ = super().experiment
 
-    def _log_lost_rows(self) -> None:
-        """Send the server the rows of a resumed run that it lacks: those logged just before a kill."""
-        run: Any = self._experiment
+    def _log_earlier_rows(self) -> None:
+        """Log the rows of a resumed run that W&B lacks: those just before a kill, or of its offline parts.
+
+        The files of these parts are then renamed, so that `wandb sync` skips them: it would send their rows
+        again, and would stop at a row that was truncated by a kill.
+        """
+        run: Any = self.experiment
+        if self._history is not None or self._id is None or run.settings.mode in ("disabled", "shared"):
+            return
+        self._history = History(history_file(self._folder, self._id))
+        folder = RunFolder(self._folder).wandb
+        logs = [*folder.glob(f"offline-run-*-{self._id}/*.wandb")]
+        logs = [log for log in logs if log.parent.name != Path(run.dir).parent.name]
+        was_sent = any(log.with_name(f"{log.name}.synced").exists() for log in logs)
+        was_sent = was_sent or any(folder.glob(f"run-*-{self._id}"))
+        was_killed = not all((log.parent / ENDED).exists() for log in logs)
+        if run.offline and (was_sent or not was_killed):
+            return  # only the server knows which rows it has, or the files have all of them
+        for step, metrics in self._history.rows[run.starting_step :]:
+            self._log_row({name: value for name, value in metrics.items() if value is not None}, step)
+        for log in logs:
+            log.rename(log.with_suffix(".superseded"))
+
+    @contextlib.contextmanager
+    def sparing(self, what: str) -> Iterator[None]:
+        """Turn a failure of W&B to do something into a warning, once per run."""
         try:
-            self._history = History(history_file(self._folder, str(self._id)))
-            if not run.offline:
-                for step, metrics in itertools.islice(self._history.rows(), run.starting_step, None):
-                    self._log_row({name: value for name, value in metrics.items() if value is not None}, step)
-        except Exception as error:
-            self.complain("log the rows of the earlier part", error)
+            yield
+        except Exception as error:  # the SDK raises a dozen types
+            if what not in self._failures:
+                self._failures.add(what)
+                rank_zero_warn(
+                    f"W&B failed to {what} ({' '.join(str(error).split())}); training continues, and you can "
+                    "upload what is missing later with --ckpt_path last, or, if the run was offline from the "
+                    f"start, with `wandb sync {self._folder / 'wandb'}/offline-run-*`"
+                )
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log a row of metrics or tables, unless it was logged before the run was resumed."""
-        try:
-            _ = self.experiment
+        with self.sparing("log metrics"):
+            self._log_earlier_rows()
             if self._history is None or step is None or self._history.is_new(metrics, step):
                 self._log_row(metrics, step)
-        except Exception as error:
-            self.complain("log metrics", error)
 
     def _log_row(self, content: Mapping[str, Any], step: int | None) -> None:
         """Log one row without `step=`, since W&B drops rows of earlier steps.
@@ -167,10 +195,8 @@ class RunLogger(WandbLogger):
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
         """Log the configuration."""
-        try:
+        with self.sparing("log the configuration"):
             super().log_hyperparams(params)
-        except Exception as error:
-            self.complain("log the configuration", error)
 
     @rank_zero_only
     def log_graph(self, model: LightningModule, input_array: Any = None) -> None:
@@ -178,6 +204,8 @@ class RunLogger(WandbLogger):
 
         Lightning passes the module to no other method of a logger.
         """
+        with self.sparing("log the rows of the earlier part"):
+            self._log_earlier_rows()  # also if the run was finished, and logs no metrics
         if "data" in dict(self.experiment.config):
             return
         trainer = model.trainer
@@ -185,88 +213,34 @@ class RunLogger(WandbLogger):
         seed = os.environ.get("PL_GLOBAL_SEED")
         options = {
             "seed_everything": None if seed is None else int(seed),
-            "data": _plain(getattr(data, "options", {})),
-            "trainer": {name: _plain(getattr(trainer, name)) for name in TRAINER_OPTIONS},
+            "data": getattr(data, "options", {}),
+            "trainer": {name: getattr(trainer, name) for name in TRAINER_OPTIONS},
             "data_digest": getattr(data, "digest", ""),
         }
-        self.log_hyperparams(options)
+        self.log_hyperparams(changed_strings(json.loads(json.dumps(options, default=_plain)), public))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Mark that this part of the run was not killed."""
+        with self.sparing("mark its end"):
+            if self._history is not None:
+                (Path(self.experiment.dir).parent / ENDED).touch()
 
     @rank_zero_only
     def summarize(self, values: Mapping[str, Any], obsolete: Iterable[str] = ()) -> None:
         """Set values of the run's summary, and remove the obsolete ones."""
-        try:
+        with self.sparing("update the summary"):
             summary: Any = self.experiment.summary
-            for name in obsolete:
-                if name in summary.keys():
-                    del summary[name]
+            for name in set(obsolete) & set(summary.keys()):
+                del summary[name]
             summary.update(dict(values))
-        except Exception as error:
-            self.complain("update the summary", error)
-
-    @rank_zero_only
-    def complain(self, what: str, error: BaseException) -> None:
-        """Warn once that W&B failed to do something, and how to send it later."""
-        if what not in self._failures:
-            self._failures.add(what)
-            # the history contains rows of online parts that W&B lacks, and `wandb sync` does not read it
-            offline = self._mode() == "offline" and not self._online_parts()
-            remedy = f"`wandb sync {self._folder / 'wandb'}/offline-run-*`" if offline else "--ckpt_path last"
-            rank_zero_warn(
-                f"W&B failed to {what} ({' '.join(str(error).split())}); training continues, and you can "
-                f"upload what is missing later with {remedy}"
-            )
-
-    def _prepare_earlier_parts(self) -> None:
-        """Upload the offline parts of the run before this part.
-
-        If that fails, this part stays offline, too. If there is an earlier online part, its last rows may be
-        missing on the server, and uploaded offline parts would take their place. In this case the rows are
-        logged from the history instead.
-        """
-        try:
-            cut_torn_records(self._folder, str(self._id))
-        except OSError as error:
-            self.complain("read its files of the earlier part of the run", error)
-        parts = [part for part in self._folder.glob(f"wandb/offline-run-*-{self._id}") if not _was_sent(part)]
-        if self._mode() != "online" or not parts or not has_api_key():
-            return
-        if self._online_parts():
-            for log in (log for part in parts for log in part.glob("*.wandb")):
-                log.with_name(f"{log.name}.synced").touch()
-            return
-        command = [sys.executable, "-m", "wandb", "sync", *map(str, sorted(parts))]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=SYNC_SECONDS
-            )
-            errors = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line]
-            failure: Exception | None = None if all(map(_was_sent, parts)) else RuntimeError(*errors[:1])
-        except subprocess.TimeoutExpired as error:
-            failure = error
-        if failure is not None:
-            self.complain("upload the earlier part of the run, so this part stays offline, too", failure)
-            self._wandb_init["mode"] = "offline"
-
-    def _online_parts(self) -> list[Path]:
-        return list(self._folder.glob(f"wandb/run-*-{self._id}")) if self._id else []
 
 
 def _plain(value: Any) -> Any:
-    """Return an option in a form that W&B can show: the fields of a dataclass, or the name of a class."""
+    """Return an option in a form that JSON can store: the fields of a dataclass, or the name of a class."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    return public(str(value)) if isinstance(value, str | Path) else type(value).__name__
-
-
-def _was_sent(part: Path) -> bool:
-    """Return whether `wandb sync` has uploaded this part of a run."""
-    return any(part.glob("*.synced"))
+        return dataclasses.asdict(value)
+    return str(value) if isinstance(value, Path) else type(value).__name__
 
 
 @contextlib.contextmanager
@@ -279,38 +253,4 @@ def finished_run() -> Iterator[None]:
         yield
         exit_code = 0
     finally:
-        if wandb.run is not None:
-            wandb.finish(exit_code)
-
-
-def _settings() -> dict[str, Any]:
-    """Return settings that lose at most a second when killed, and limit the wait for an absent server."""
-    import wandb
-
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
-    wanted = {"x_transaction_log_flush_interval": 1.0}
-    return {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
-
-
-_our_run: Any = None
-"""The last run that a logger of this process has started."""
-
-
-def _finish_our_run() -> bool:
-    """Finish our last run, which Lightning would reuse; return whether the user has started a run."""
-    import wandb
-
-    if wandb.run is not None and wandb.run is _our_run:
-        wandb.finish()
-    return wandb.run is not None
-
-
-_our_data_dir: str | None = None
-"""The value of WANDB_DATA_DIR that `_set_data_dir` has set."""
-
-
-def _set_data_dir(folder: Path) -> None:
-    """Store the images of tables in `folder` until they are uploaded, unless the user has chosen a folder."""
-    global _our_data_dir
-    if os.environ.get("WANDB_DATA_DIR") in (None, _our_data_dir):
-        os.environ["WANDB_DATA_DIR"] = _our_data_dir = str(folder)
+        wandb.finish(exit_code)
