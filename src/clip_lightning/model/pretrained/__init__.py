@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,9 @@ def assemble(
 ) -> CLIP:
     """Assemble a model from towers without their projections, the projections, and one value each."""
     kinds = {side: _head_kind(layer) for side, layer in projections.items()}
+    head: Any = "linear" if {*kinds.values()} == {"linear"} else kinds
     bias = None if logit_bias is None else logit_bias.item()
-    clip = CLIP(image_tower, text_tower, embed_dim=embed_dim, head=kinds, init_bias=bias)
+    clip = CLIP(image_tower, text_tower, embed_dim=embed_dim, head=head, init_bias=bias)
     for side, layer in projections.items():
         if layer is not None:  # the head begins with a dropout
             layers = layer if isinstance(layer, nn.Sequential) else [layer]
