@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -157,6 +157,21 @@ def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list):
         return [changed_strings(inner, change) for inner in value]
     return type(value)(change(str(value))) if isinstance(value, str | Path) else value
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a configuration to dotted names, and a class to its name and its arguments.
+
+    {"loss": {"class_path": "a.SigLIP", "init_args": {"x": 1}}} → {"loss": "SigLIP", "loss.x": 1}
+    """
+    options: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
+            options[name] = value["class_path"].rpartition(".")[2]
+            value = value.get("init_args") or {}
+        options |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return options
 
 
 def plain_message(line: str) -> str:

@@ -32,7 +32,7 @@ from clip_lightning.data.images import Augmentation, decode_image
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training import extract as extract_module
-from clip_lightning.training.extract import Extractor, cache_frozen_towers
+from clip_lightning.training.extract import Extractor
 
 MakeClip = Callable[..., CLIP]
 PLAIN = Augmentation(flip=True)
@@ -99,7 +99,7 @@ def test_image_features_equal_the_towers_in_half_precision(
     mirrored = image_features(cache, clip, pictures, view=1)
     assert torch.equal(mirrored, forward(clip, pictures, mirrored=True).half().float())
     assert not torch.equal(mirrored, plain)
-    monkeypatch.setattr(Extractor, "_evaluation_mode", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(extract_module, "encode_images", lambda *_, **__: pytest.fail("computed again"))
     assert torch.equal(plain, image_features(FeatureCache(cache.root), clip, pictures))
 
 
@@ -151,7 +151,7 @@ def test_no_view_is_computed_twice(
     """Without crops and colours there is a plain view and its mirror image, however many are asked for."""
     clip.text_tower.frozen = False
     data = data_of(clip, scenes, cache, cache_options=CacheOptions(views=4), augmentation=augmentation)
-    cache_frozen_towers(extractor(cache), clip, data, "train")
+    extractor(cache).cache_frozen_towers(clip, data, "train")
     assert sorted(entry.key["view"] for entry in cache.entries()) == list(range(views))
 
 
@@ -205,7 +205,7 @@ def test_broken_images_are_nan_left_out_and_counted(
     for path in broken:
         path.write_bytes(b"")
     for split in ("train", "val"):
-        cache_frozen_towers(extractor(cache), clip, data, split)
+        extractor(cache).cache_frozen_towers(clip, data, split)
     stored = image_features(cache, clip, data.images("val"))
     readable = [0, 2, 3]
     assert stored.isnan().all(dim=1).tolist() == [False, True, False, False]

@@ -364,6 +364,15 @@ def test_damaged_tars_and_samples_are_skipped_and_named(
         dataset(none).__getitems__([(0, 0)])
 
 
+def test_a_header_that_points_back_is_damaged(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"1": {"jpg": picture()}}, tarfile.GNU_FORMAT)
+    content = bytearray(path.read_bytes())
+    content[124:136], content[148:156] = b"\xff" * 10 + b"\xf0\0", b" " * 8  # a size of -4,096
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    path.write_bytes(content)
+    assert [*Index([str(path)], "train").broken] == [str(path)]
+
+
 def test_a_tar_is_scanned_again_only_if_it_has_changed(tmp_path: Path, cache: Path) -> None:
     tar = laion(tmp_path / "0.tar", range(3))
     data = dataset(tmp_path)

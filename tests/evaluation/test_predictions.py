@@ -118,7 +118,7 @@ def test_identical_images_count_as_one() -> None:
     embeddings = Embeddings(image, text, torch.arange(5), torch.tensor([2]), torch.tensor([2]))
     (query,) = find_images(embeddings, images, [0, 1, 1, 3, 4], [2], k=5)
     assert (query.rank, query.candidates, query.wanted[0].stem) == (1, 4, "2")
-    assert [answer.item.stem for answer in query.answers] == ["2", "3", "0", "4"]
+    assert [answer.item.stem for answer in query.answers] == ["1", "3", "0", "4"]
     assert [answer.right for answer in query.answers] == [True, False, False, False]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from clip_lightning import CLIP, zero_shot_classifier
-from clip_lightning.data.classes import class_names, clean_name, read_classes
+from clip_lightning.data.classes import class_names, clean_name, find_classes
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES, read_templates
 from clip_lightning.evaluation.zero_shot import calibration, classify
@@ -171,7 +171,7 @@ def touch(root: Path, names: str) -> None:
 
 def test_folders_of_classes(tmp_path: Path):
     touch(tmp_path, "b/2.JPG b/deep/1.png a/x.jpg BACKGROUND_Google/z.jpg a/notes.txt .hidden/y.jpg")
-    found = read_classes(tmp_path)
+    found = find_classes(tmp_path)
     assert found.classes == ("a", "b") and found.labels == (0, 1, 1)
     assert [path.name for path in found.images] == ["x.jpg", "2.JPG", "1.png"]
     background = {"BACKGROUND_Google": "it is not a class"}
@@ -181,10 +181,10 @@ def test_folders_of_classes(tmp_path: Path):
 
 def test_folders_of_splits(tmp_path: Path):
     touch(tmp_path, "train/a/1.jpg train/b/1.jpg validation/a/1.jpg validation/b/1.jpg")
-    found = read_classes(tmp_path)
+    found = find_classes(tmp_path)
     assert found.classes == ("a", "b") and found.splits == ("train", "train", "val", "val")
     touch(tmp_path, "annotations/list.txt")  # else the splits would be taken for classes
-    assert read_classes(tmp_path) == found
+    assert find_classes(tmp_path) == found
     assert found.rows("val") == [2, 3]
 
 
@@ -195,20 +195,20 @@ def test_a_table(tmp_path: Path):
         "filename,Class,split\npictures/0.jpg,10,dev\npictures/1.jpg,9,\n"
         'pictures/2.jpg,,\nno.jpg,9,\n"pictures/2.jpg","9",test\n'
     )
-    found = read_classes(table)
+    found = find_classes(table)
     assert found.classes == ("9", "10") and found.labels == (1, 0, 0)  # numbers in their order
     assert found.splits == ("val", None, "test")
-    nothing = {"mine.csv row 3": "it has no image or no label"}
+    nothing = {"pictures/2.jpg": "row 3 has no label"}
     assert found.left_out == nothing | {"no.jpg": "there is no such image"}
     table.write_text("\ufeffImage;Label\npictures/0.jpg;x\npictures/1.jpg;y\n", encoding="utf-8")
-    assert read_classes(table).classes == ("x", "y")
+    assert find_classes(table).classes == ("x", "y")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("image,caption\na.jpg,b\n", "expected image .* and label"),
-        ("", r"\(none\)"),
+        ("image,caption\na.jpg,b\n", "begins with .image,caption.; expected the columns image .* and label"),
+        ("", "begins with ..; expected"),
         ("image,label,split\na.jpg,b,later\n", "split 'later'"),
         ("image,label\na.jpg,b\n", "has 0 classes"),
         ("image,label\nthere.jpg,b\n", "has 1 classes"),
@@ -220,13 +220,13 @@ def test_tables_that_cannot_be_read(tmp_path: Path, text: str | None, said: str)
     if text is not None:
         (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match=said):
-        read_classes(tmp_path / "t.csv")
+        find_classes(tmp_path / "t.csv")
 
 
 def test_names_by_line_follow_the_natural_order_and_are_printed(tmp_path: Path, capsys: Printed):
     touch(tmp_path, " ".join(f"data/class_{number}/1.jpg" for number in range(12)))
     (tmp_path / "names.txt").write_text("\n".join(f"name {number}" for number in range(12)))
-    found = read_classes(tmp_path / "data")
+    found = find_classes(tmp_path / "data")
     assert class_names(found.classes, tmp_path / "names.txt")[10] == ["name 10"]
     assert found.classes[10] == "class_10"
     assert "class_1 = name 1, class_2 = name 2, " in capsys.readouterr().err
@@ -252,10 +252,10 @@ def test_names_as_imagenet_writes_them(tmp_path: Path, capsys: Printed):
         ("n.txt", "cat, kitty\ndog\n", [["cat", "kitty"], ["dog"]]),
         ("n.json", "{", "expected a JSON object"),
         ("n.json", "3", "expected a JSON object"),
-        ("n.json", '{"cat_x": []}', r"got \[\]"),
-        ("n.json", '{"other": "x"}', "has none of the 2 classes"),
-        ("n.csv", "other,x\n", "has none of the 2 classes"),
-        ("n.txt", "cat\n", "1 entries for 2 classes"),
+        ("n.json", '{"cat_x": []}', r"got .*\[\]"),
+        ("n.json", '{"other": "x"}', r"1 entries \(first: other\) that do not match the 2 classes"),
+        ("n.csv", "other,x\n", r"1 entries \(first: other\) that do not match the 2 classes"),
+        ("n.txt", "cat\n", "1 entries .* do not match the 2 classes"),
         ("n.txt", None, "does not exist"),
     ],
 )

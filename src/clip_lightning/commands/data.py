@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
+
 from clip_lightning.arguments import run_functions
 from clip_lightning.data.captions import SPLITS, count_lost, split_by_image
 from clip_lightning.data.columns import RECOGNIZED, ReadOptions
@@ -25,7 +27,7 @@ def check(
     read: ReadOptions = RECOGNIZED,
     text_tower: str | None = None,
     max_length: int | None = None,
-    num_workers: int | None = None,
+    num_workers: PositiveInt | None = None,
     out: Path | None = None,
     fix: Path | None = None,
     json: bool = False,
@@ -51,7 +53,7 @@ def check(
     from clip_lightning.data.sources import find_source, read_source
     from clip_lightning.reports.data_check import write_report
 
-    _check_options(out, num_workers)
+    _check_out(out)
     if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
         raise UserError(f"--fix {fix}: expected the name of a new .csv file; existing files are kept")
     source = find_source(root, read)
@@ -89,9 +91,7 @@ def check(
         raise SystemExit(1)
 
 
-def _check_options(out: Path | None, num_workers: int | None) -> None:
-    if num_workers is not None and num_workers < 1:
-        raise UserError(f"--num_workers {num_workers}: expected 1 or more")
+def _check_out(out: Path | None) -> None:
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
 
@@ -103,10 +103,10 @@ def convert(
     read: ReadOptions = RECOGNIZED,
     split: str = "train",
     filters: list[str] | None = None,
-    samples_per_shard: int = 2000,
-    short_side: int | None = None,
+    samples_per_shard: PositiveInt = 2000,
+    short_side: PositiveInt | None = None,
     quality: int = 92,
-    num_workers: int | None = None,
+    num_workers: PositiveInt | None = None,
     json: bool = False,
 ) -> None:
     """Write captioned images, or the samples of tars, as WebDataset tars for training.
@@ -132,7 +132,7 @@ def convert(
     from clip_lightning.data.shards import convert as conversion
     from clip_lightning.data.shards.storage import holds_tars
 
-    _check_options(out, num_workers)
+    _check_out(out)
     if split not in SPLITS:
         raise UserError(f"--split {split}: expected {', '.join(SPLITS)}")
     settings = conversion.Settings(samples_per_shard, short_side, quality, tuple(filters or ()))

@@ -299,7 +299,7 @@ def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]
 
 
 def _class_sets(places: str, cache: Path | None) -> dict[str, ClassSet]:
-    from clip_lightning.data.class_sets import find_classes
+    from clip_lightning.data.classes import find_classes
 
     sets = {place: find_classes(place, cache) for place in _listed(places)}
     for class_set in sets.values():

@@ -91,18 +91,15 @@ def find_images(
     captions = _checked_captions(embeddings, images)
     candidates = different_images(embeddings, content)
     rows, groups = list(candidates.values()), torch.tensor(list(candidates))
-    vectors, ids = embeddings.image[rows].double(), embeddings.image_id[rows].tolist()
-    text_rows = {text_id: row for row, text_id in enumerate(embeddings.text_id.tolist())}
+    paths = [images[image_id].path for image_id in embeddings.image_id[rows].tolist()]
+    vectors, text_rows = embeddings.image[rows].double(), _rows(embeddings.text_id)
     queries = []
     for text_id in text_ids:
         owner, text = captions[text_id]
-        if text_id not in text_rows or content[owner] not in candidates:
-            continue
-        own = images[owner].path
-        rank, best = _best(vectors, embeddings.text[text_rows[text_id]], groups == content[owner], k)
-        found = ((own if right else images[ids[row]].path, score, right) for row, score, right in best)
-        answers = tuple(Answer(*answer) for answer in found)
-        queries.append(Query(text_id, text, (own,), rank, len(rows), answers))
+        if text_id in text_rows and content[owner] in candidates:
+            query = embeddings.text[text_rows[text_id]]
+            rank, answers = _best(vectors, paths, query, groups == content[owner], k)
+            queries.append(Query(text_id, text, (images[owner].path,), rank, len(rows), answers))
     return queries
 
 
@@ -118,18 +115,16 @@ def find_captions(
     Everything else is as in `find_images`.
     """
     captions = _checked_captions(embeddings, images)
+    texts = [captions[text_id][1] for text_id in embeddings.text_id.tolist()]
     groups = torch.as_tensor(content)[embeddings.text_image_id]
-    vectors, ids = embeddings.text.double(), embeddings.text_id.tolist()
-    image_rows = {image_id: row for row, image_id in enumerate(embeddings.image_id.tolist())}
+    vectors, image_rows = embeddings.text.double(), _rows(embeddings.image_id)
     queries = []
     for image_id in image_ids:
         is_right = groups == content[image_id]
-        if image_id not in image_rows or not is_right.any():
-            continue
-        image = images[image_id]
-        rank, best = _best(vectors, embeddings.image[image_rows[image_id]], is_right, k)
-        answers = (Answer(captions[ids[row]][1], score, right) for row, score, right in best)
-        queries.append(Query(image_id, image.path, image.captions, rank, len(ids), tuple(answers)))
+        if image_id in image_rows and is_right.any():
+            image, query = images[image_id], embeddings.image[image_rows[image_id]]
+            rank, answers = _best(vectors, texts, query, is_right, k)
+            queries.append(Query(image_id, image.path, image.captions, rank, len(texts), answers))
     return queries
 
 
@@ -152,11 +147,15 @@ def _checked_captions(embeddings: Embeddings, images: Sequence[CaptionedImage]) 
     return captions
 
 
+def _rows(ids: Tensor) -> dict[int, int]:
+    return {number: row for row, number in enumerate(ids.tolist())}
+
+
 def _best(
-    vectors: Tensor, query: Tensor, is_right: Tensor, k: int
-) -> tuple[int, list[tuple[int, float, bool]]]:
-    """Return the rank and (row, score, right) of the k best vectors; wrong ones come first in a tie."""
+    vectors: Tensor, items: Sequence[Path | str], query: Tensor, is_right: Tensor, k: int
+) -> tuple[int, tuple[Answer, ...]]:
+    """Return the rank of the best right item, and the k best items; wrong ones come first in a tie."""
     scores = vectors @ query.double()
     rank = 1 + int((scores[~is_right] >= scores[is_right].max() - TIE).sum())
     order = np.lexsort((is_right.numpy(), -scores.numpy().round(9)))[:k].tolist()
-    return rank, [(row, scores[row].item(), bool(is_right[row])) for row in order]
+    return rank, tuple(Answer(items[row], scores[row].item(), bool(is_right[row])) for row in order)

@@ -20,7 +20,7 @@ from clip_lightning.experiments.run_records import COSTS_FILE, CostRecorder, Run
 from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.training.fitting import check_validates, fit, rehearse
+from clip_lightning.training.fitting import fit, rehearse
 
 
 class Pair(NamedTuple):
@@ -117,7 +117,6 @@ class Backbones:
 
 def _check(config: Any) -> None:
     """Reject options of `fit` that cannot be used in a comparison."""
-    check_validates(config)
     trainer = config.trainer
     one_device = trainer.num_nodes == 1 and str(trainer.devices) in ("auto", "1")
     if config.ckpt_path:

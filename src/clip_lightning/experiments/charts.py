@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 
-from clip_lightning.experiments.compare import Comparison, Row, short_names, short_tower
+from clip_lightning.experiments.compare import Comparison, short_names, short_tower
 from clip_lightning.reports.plots import GREEN, MUTED, Plot, styled_axes
 
 MAX_LABEL = 60  # characters
@@ -19,12 +19,12 @@ def heatmap(comparison: Comparison) -> Plot | None:
         return None
     rows = comparison.data_sets[0]  # from best to worst
     best = {row.first.towers: row for row in reversed(rows)}
-    images, texts = _towers(rows)
+    images, texts = ([*dict.fromkeys(row.first.towers[kind] for row in rows)] for kind in (0, 1))
     cells = [[best.get((image, text)) for text in texts] for image in images]
     values = [[row.means["rsum"] if row else math.nan for row in line] for line in cells]
     low, high = rows[-1].means["rsum"], rows[0].means["rsum"]
     size = (1.5 * len(texts) + 4, 0.72 * len(images) + 2)
-    with styled_axes(_title("rsum", comparison), size) as (axes, buffer):
+    with styled_axes(f"rsum{comparison.scope}", size) as (axes, buffer):
         axes.grid(visible=False)
         axes.imshow(values, cmap="YlGn", aspect="auto", vmin=low - 0.1, vmax=high + 0.8 * (high - low) + 0.1)
         for (y, line), x in itertools.product(enumerate(cells), range(len(texts))):
@@ -43,9 +43,9 @@ def recall_latency(comparison: Comparison) -> Plot | None:
     if not rows:
         return None
     points = [(row.means["image_latency_ms"], row.means["rsum"] / 6) for row in rows]
-    images, texts = _towers(rows)
+    images, texts = ([*dict.fromkeys(row.first.towers[kind] for row in rows)] for kind in (0, 1))
     markers = dict(zip(texts, itertools.cycle(MARKERS)))
-    title = _title("Recall against latency, with ranks", comparison)
+    title = f"Recall against latency, with ranks{comparison.scope}"
     with styled_axes(title, (9.6, 6)) as (axes, buffer):
         front = zip(*pareto_front(points), strict=True)
         axes.plot(*front, color=GREEN, alpha=0.6, drawstyle="steps-post", label="Pareto front")
@@ -72,16 +72,7 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def _towers(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    images, texts = ([*dict.fromkeys(row.first.towers[kind] for row in rows)] for kind in (0, 1))
-    return images, texts
-
-
 def _labels(towers: Sequence[str]) -> list[str]:
     """Shorten names, and replace half emojis, which no font contains."""
     names = (" ".join(name.split())[:MAX_LABEL] for name in short_names(towers, short_tower).values())
     return [name.encode(errors="replace").decode() for name in names]
-
-
-def _title(title: str, comparison: Comparison) -> str:
-    return title + (f", {comparison.rows[0].data} only" if len(comparison.data_sets) > 1 else "")

@@ -100,6 +100,11 @@ class Comparison:
         return [row for rows in self.data_sets for row in rows]
 
     @property
+    def scope(self) -> str:
+        """The end of a plot's title: which of several data sets the plot shows."""
+        return f", {self.rows[0].data} only" if len(self.data_sets) > 1 else ""
+
+    @property
     def latency_conditions(self) -> list[str]:
         """The conditions under which the latencies were measured."""
         return sorted({run.latency_conditions for row in self.rows for run in row.records} - {""})

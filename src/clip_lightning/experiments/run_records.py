@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch.utils.benchmark import Timer
 
+from clip_lightning.arguments import flat
 from clip_lightning.data.features import DTYPE
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.metrics import METRICS
@@ -49,21 +50,6 @@ class RunRecord:
     data_digest: str = ""  # of the data and its splits
     latency_conditions: str = ""
     unfinished: str = ""  # `interrupted`, or the state in W&B; empty if the run finished
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a configuration to dotted names, and a class to its name and its arguments.
-
-    {"loss": {"class_path": "a.SigLIP", "init_args": {"x": 1}}} → {"loss": "SigLIP", "loss.x": 1}
-    """
-    options: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
-            options[name] = value["class_path"].rpartition(".")[2]
-            value = value.get("init_args") or {}
-        options |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return options
 
 
 def run_folders(place: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:

@@ -10,8 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from clip_lightning.data.class_sets import find_classes
-from clip_lightning.data.classes import ClassSet, check_name, class_names
+from clip_lightning.data.classes import ClassSet, check_name, class_names, find_classes
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import read_templates
 from clip_lightning.evaluation.zero_shot import Classification, classify

@@ -51,10 +51,6 @@ class Settings:
     filters: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise UserError(f"--samples_per_shard {self.samples_per_shard}: expected 1 or more")
-        if self.short_side is not None and self.short_side < 1:
-            raise UserError(f"--short_side {self.short_side}: expected 1 or more pixels")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality {self.quality}: expected 1 to 100")
         for text in self.filters:

@@ -33,7 +33,7 @@ from clip_lightning.experiments.sweeps.study import Worker, open_study
 from clip_lightning.experiments.tables import Column, column, markdown_table, print_columns
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.tables import csv_text
-from clip_lightning.training.fitting import Rehearsal, check_validates, rehearse
+from clip_lightning.training.fitting import Rehearsal, rehearse
 
 STATES = ("finished", "stopped early", "diverged", "running", "failed", "interrupted")
 """States of a trial, in the order of the tables."""
@@ -102,7 +102,6 @@ def _checked(file: SweepFile, arguments: list[str]) -> tuple[Any, dict[str, Any]
     for row in range(max(map(len, ends.values()), default=1)):
         drawn = {name: values[min(row, len(values) - 1)] for name, values in ends.items()}
         rehearsal = rehearse([*arguments, *file.arguments(drawn)])
-        check_validates(rehearsal.config["fit"])
     config = rehearsal.config["fit"].clone()
     towers = {name: config.model[name] for name in ("image_tower", "text_tower")}
     shared = settings_of(_options(rehearsal)) | {f"model.{name}": tower for name, tower in towers.items()}
