@@ -35,9 +35,9 @@ class AgreedStop(KeyboardInterrupt):
     """Ctrl-C, raised once every rank has finished the same batch."""
 
 
-def reason_of(error: Exception) -> str:
-    """Return an error's message as one short line, or its kind if it has none."""
-    return " ".join(str(error).split())[:200].rstrip(". ") or type(error).__name__
+def reason_of(error: Exception, length: int = 200) -> str:
+    """Return an error's message as one line of at most this length, or its kind if it has none."""
+    return " ".join(str(error).split())[:length].rstrip(". ") or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -48,4 +48,5 @@ def as_user_error(problem: str, remedy: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        raise UserError(f"{problem} ({type(error).__name__}: {reason_of(error)}); {remedy}") from error
+        kind = type(error).__name__
+        raise UserError(f"{problem} ({kind}: {reason_of(error, 400)}); {remedy}") from error

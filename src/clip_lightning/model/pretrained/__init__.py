@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,10 @@ class Parts(NamedTuple):
 def assemble(clip_class: type[CLIP], parts: Parts) -> CLIP:
     """Assemble the model of another library."""
     kinds = {side: _head_kind(layer) for side, layer in parts.projections.items()}
+    head: Any = "linear" if {*kinds.values()} == {"linear"} else kinds
     bias = None if parts.logit_bias is None else parts.logit_bias.item()
     clip = clip_class(
-        parts.image_tower, parts.text_tower, embed_dim=parts.embed_dim, head=kinds, init_bias=bias
+        parts.image_tower, parts.text_tower, embed_dim=parts.embed_dim, head=head, init_bias=bias
     )
     for side, layer in parts.projections.items():
         if layer is not None:  # the head begins with a dropout

