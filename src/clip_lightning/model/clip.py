@@ -74,8 +74,10 @@ def _head(kind: SideHeadKind, width: int, embed_dim: int, dropout: float) -> nn.
 class CLIP(nn.Module):
     """An image tower and a text tower that embed matching images and texts close to each other.
 
-    `transform` turns an image into the pixels that the image tower expects, `tokenize` texts into `input_ids`
-    and `attention_mask`. `metadata` has further values of the bundle, such as metrics and training data.
+    Attributes:
+        transform: turns an image into the pixels that the image tower expects.
+        tokenize: turns texts into `input_ids` and `attention_mask`.
+        metadata: further values of the bundle, such as metrics and training data.
     """
 
     def __init__(
@@ -139,7 +141,11 @@ class CLIP(nn.Module):
         *,
         image_size: int | None = None,
         max_length: int | None = None,
-        **heads: Any,
+        embed_dim: int = 512,
+        head: HeadKind = "linear",
+        dropout: float = 0.0,
+        init_scale: float = 1 / 0.07,
+        init_bias: float | None = None,
     ) -> CLIP:
         """Build a model with new heads from the names of towers, or from your own modules.
 
@@ -154,7 +160,11 @@ class CLIP(nn.Module):
             image_size: side of the square input in pixels; by default, the one that the tower was trained
                 with.
             max_length: maximum number of tokens per text; by default 77, or the tower's limit if it is lower.
-            heads: `embed_dim`, `head`, `dropout`, `init_scale` and `init_bias` of `CLIP`.
+            embed_dim: width of the embeddings.
+            head: `linear`, or `mlp` with one residual block.
+            dropout: fraction of features (linear) or hidden units (mlp) that is dropped in training.
+            init_scale: initial value of the learnable inverse temperature.
+            init_bias: initial value of the learnable bias of the logits (SigLIP), or None for no bias.
 
         Raises:
             UserError: a tower does not exist or is not supported.
@@ -167,7 +177,15 @@ class CLIP(nn.Module):
             text = TextTower.from_name(text_tower, max_length)
         else:
             text = TextTower.from_module(text_tower, max_length)
-        return cls(image, text, **heads)
+        return cls(
+            image,
+            text,
+            embed_dim=embed_dim,
+            head=head,
+            dropout=dropout,
+            init_scale=init_scale,
+            init_bias=init_bias,
+        )
 
     def __repr__(self) -> str:
         towers = f"image_tower={self.image_tower.spec['name']!r}, text_tower={self.text_tower.spec['name']!r}"

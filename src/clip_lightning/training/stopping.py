@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,8 +130,8 @@ def slurm_job() -> str | None:
 
 
 def requeue(job: str) -> None:
-    """Requeue the job, whose command resumes with `--ckpt_path auto`; the shell prints why if that fails."""
-    failed = subprocess.run(f"scontrol requeue {job}", shell=True).returncode
+    """Requeue the job, whose command resumes with `--ckpt_path auto`; `scontrol` prints why if that fails."""
+    failed = not shutil.which("scontrol") or subprocess.run(["scontrol", "requeue", job]).returncode
     print(f"the job {job} {'could not be' if failed else 'was'} requeued", file=sys.stderr)
 
 
