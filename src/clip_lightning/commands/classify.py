@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json as json_format
+import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from clip_lightning.arguments import Parser, with_json_value
 from clip_lightning.commands import MODEL
@@ -63,31 +63,27 @@ def classify(
     if templates != "none":  # avoid "a photo of a a dog"
         bare = [re.sub(r"^(?:an?|the) (?=.)", "", name, flags=re.IGNORECASE) for name in names]
     similarity = encoded.features @ zero_shot_classifier(clip, bare, sentences).T
-    results: list[dict[str, Any]] = []
     scores = probabilities(similarity, clip.scale.item(), clip.bias)
+    results = []
     for position, row in zip(encoded.rows, scores, strict=True):
         ranked = sorted(zip(names, row.tolist(), strict=True), key=lambda entry: -entry[1])
         results.append({"image": images[position], "label": ranked[0][0], "probabilities": dict(ranked)})
+        if not json:
+            print(one_line(images[position]))
+            for label, probability in ranked[:10]:
+                print(f"  {100 * probability:5.1f} %  {one_line(label)}")
     reading = "softmax" if clip.bias is None else "sigmoid"
-    if json:
-        record = {"reading": reading, "results": results, "broken": broken}
-        print(json_format.dumps(record, ensure_ascii=False))
-        return
-    for result in results:
-        print(one_line(result["image"]))
-        for label, probability in list(result["probabilities"].items())[:10]:
-            print(f"  {100 * probability:5.1f} %  {one_line(label)}")
-    print(_READINGS[reading])
+    record = {"reading": reading, "results": results, "broken": broken}
+    print(json_format.dumps(record, ensure_ascii=False) if json else _READINGS[reading])
 
 
 def _read_labels(given: str) -> list[str]:
-    file = Path(given)
+    labels = given.split(",")
     try:
-        labels = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else given.split(",")
+        if os.path.isfile(given):  # Path.is_file raises if the list is longer than a file name may be
+            labels = Path(given).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"--labels {given} is not UTF-8; save it as UTF-8") from error
-    except OSError:  # the list is longer than a file name may be
-        labels = given.split(",")
     names = list(dict.fromkeys(" ".join(label.split()) for label in labels if label.strip()))
     if not names:
         raise UserError(f"--labels {given!r} has no label; give labels separated by commas, or a file")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from jsonargparse import Namespace
 
 from clip_lightning.arguments import Parser, with_json_value
 from clip_lightning.commands import MODEL
@@ -50,33 +48,23 @@ def run(args: list[str]) -> None:
         )
     parser.add_argument("--json", type=bool, default=False, help="print one JSON object instead")
     given = parser.parse_args(with_json_value(args[1:]))
-    options = {field.name: given[field.name] for field in fields(Options) if field.name in given}
-    (_embed if embeds else _index)(given, Options(**options))
-
-
-def _embed(given: Namespace, options: Options) -> None:
-    if given.devices is not None and given.devices < 1:
+    options = Options(**{name: value for name, value in vars(given).items() if name in vars(Options())})
+    if embeds and given.devices is not None and given.devices < 1:
         raise UserError(f"--devices {given.devices}: expected 1 or more")
-    from clip_lightning.search.build import build_in_processes
+    from clip_lightning.search.build import build_in_processes, build_index
 
-    done = build_in_processes(given.model, given.source, given.out, options, given.devices)
-    if done is not None:
-        _print(done, given, f"in {done['shards']} shards: {given.out}")
-
-
-def _index(given: Namespace, options: Options) -> None:
-    from clip_lightning.search.build import build_index
-
-    if given.captions is not None:
-        options = replace(options, what="both" if given.captions else "images")
-    done = build_index(given.model, given.source, given.out, options)
-    if done["text_tower"] != "onnx" and options.onnx is None:
-        print(f"search must load the model to embed a sentence: {done['text_tower']}", file=sys.stderr)
-    _print(done, given, f'{done["type"]}: clip-lightning search {given.out} "..."')
-
-
-def _print(done: dict[str, Any], given: Namespace, result: str) -> None:
-    """Print the result on stdout, and on stderr the first images that could not be read."""
+    if embeds:
+        done = build_in_processes(given.model, given.source, given.out, options, given.devices)
+        if done is None:
+            return
+        result = f"in {done['shards']} shards: {given.out}"
+    else:
+        if given.captions is not None:
+            options = replace(options, what="both" if given.captions else "images")
+        done = build_index(given.model, given.source, given.out, options)
+        if done["text_tower"] != "onnx" and options.onnx is None:
+            print(f"search must load the model to embed a sentence: {done['text_tower']}", file=sys.stderr)
+        result = f'{done["type"]}: clip-lightning search {given.out} "..."'
     for kind, hint in (("broken", ""), ("unreadable", "; the next run retries it")):
         for path, reason in list(done[kind].items())[:MOST_NAMED]:
             print(one_line(f"left out {path}: {reason}{hint}"), file=sys.stderr)
