@@ -13,7 +13,7 @@ INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
 
 SCENES := runs/scenes
 
-.PHONY: help quickstart test test-faults test-browser check wheel options clean
+.PHONY: help quickstart test test-lowest test-faults test-browser check docs wheel release options clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -42,15 +42,24 @@ test-browser: $(DEV)  ## run the tests that need Chromium
 	@$(INSTALL) --editable ".[dev,browser]"
 	$(VENV)/bin/pytest -m browser $(PYTEST_ARGS)
 
+test-lowest:  ## run some tests with the lowest versions that pyproject.toml promises, in an environment of their own
+	@$(PYTHON) -m venv $(VENV)-lowest
+	@$(VENV)-lowest/bin/pip install -qq --constraint constraints-lowest.txt --editable ".[dev]"
+	$(VENV)-lowest/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile -o filterwarnings=default \
+	  -m "not slow and not faults and not browser" tests/training tests/model tests/tracking $(PYTEST_ARGS)
+
 check: $(DEV)  ## lint, formatting, types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-wheel: $(DEV)  ## build the wheel, and try it in an empty environment outside the tree
-	rm -rf dist && $(VENV)/bin/python -m build --wheel
-	trial=$$(mktemp -d) && wheel=$$(ls $(CURDIR)/dist/*.whl) && $(PYTHON) -m venv $$trial/venv \
-	  && $$trial/venv/bin/pip install -qq --constraint constraints.txt "$$wheel[quickstart,app]" \
+docs: $(DEV)  ## build the documentation site into site/; warnings and dead links are errors
+	@$(INSTALL) --editable ".[dev,docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+wheel: $(DEV)  ## build wheel and sdist, and try the wheel in an empty environment outside the tree
+	rm -rf dist && $(VENV)/bin/python -m build
+	trial=$$(mktemp -d) && wheel=$$(ls $(CURDIR)/dist/*.whl) && PYTHON=$(PYTHON) docker/install.sh $$trial/venv "$$wheel" \
 	  && cd $$trial && export HOME=$$trial WANDB_MODE=offline PATH=$$trial/venv/bin:$$PATH \
 	  && clip-lightning fit --config quickstart --data.root scenes:$$trial/scenes --trainer.max_epochs 1 \
 	  && clip-lightning index runs/*/model scenes --out index \
@@ -58,11 +67,16 @@ wheel: $(DEV)  ## build the wheel, and try it in an empty environment outside th
 	  && python $(CURDIR)/examples/library.py runs/* scenes/00000.jpg \
 	  && rm -rf $$trial
 
+release: check docs test wheel  ## everything that a release needs: all checks, then the wheel and sdist in dist/
+	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) && grep -q "^## \[$$version\] - " CHANGELOG.md \
+	  || { echo "CHANGELOG.md has no dated section for version $$version" >&2; exit 1; }
+	@ls -l dist
+
 options: $(DEV)  ## generate the table of options for fit --help and docs/options.md
 	$(VENV)/bin/python tests/options.py
 
 clean:  ## remove build products and caches (runs and the virtual environment stay)
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/pip:

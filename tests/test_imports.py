@@ -216,8 +216,12 @@ def test_public_names():
         _ = package.no_such_name
 
 
-def test_version_is_the_one_in_pyproject():
-    assert importlib.import_module("clip_lightning").__version__ == PYPROJECT["project"]["version"]
+def test_every_file_names_the_same_version():
+    version = PYPROJECT["project"]["version"]
+    assert importlib.import_module("clip_lightning").__version__ == version
+    assert f"\nversion: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
+    assert f"clip_lightning-{version}-py3" in (REPOSITORY / "README.md").read_text()
+    assert f"\n## [{version}] - " in (REPOSITORY / "CHANGELOG.md").read_text()
 
 
 # Times are not tested, machines differ; what makes the time is: none of these may be imported early.

@@ -1,4 +1,4 @@
-"""What README.md says can be done: its commands, code, targets, links and pictures."""
+"""What README.md and the documents in docs/ say can be done: commands, code, targets, links and images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from clip_lightning.commands import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-TRACKING = (REPOSITORY / "docs" / "tracking.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    path: path.read_text(encoding="utf-8")
+    for path in (*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"))
+    if path.name not in ("CHANGELOG.md", "log.md", "options.md")  # history, and what `make options` writes
+}
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 LIGHTNING_COMMANDS = ("fit", "validate", "test")
 HAND_TO_FIT = ("sweep", "compare-backbones")  # they take its options too
@@ -79,7 +83,14 @@ def test_the_readers_of_this_file() -> None:
     assert [imported(block) for block in blocks(SAMPLE, "python")] == [[("clip_lightning", "CLIP")]]
 
 
-@pytest.mark.parametrize("words", commands(README + TRACKING, "clip-lightning"), ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    # test_extend.py runs what extend.md says
+    commands(
+        "\n".join(text for path, text in DOCUMENTS.items() if path.name != "extend.md"), "clip-lightning"
+    ),
+    ids=" ".join,
+)
 def test_commands_are_understood(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if words[0] in LIGHTNING_COMMANDS and "--help" not in words:
         assert main([*words, "--print_config"]) == 0, capsys.readouterr().err
@@ -102,9 +113,9 @@ def test_make_has_the_targets(words: list[str]) -> None:
         assert "=" in target or re.search(rf"^{re.escape(target)}:", MAKEFILE, flags=re.MULTILINE), target
 
 
-@pytest.mark.parametrize("link", links(README))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (REPOSITORY / link).exists()
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    assert [link for link in links(DOCUMENTS[document]) if not (document.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("block", blocks(README, "python"))

@@ -81,9 +81,9 @@ class CaptionDataModule(LightningDataModule):
             transform: the transform of the image tower.
             tokenize: the tokenizer of the text tower.
             root: the images and captions: a folder, an annotation file, or several files separated by commas;
-                hf:OWNER/NAME[:SUBSET][@REVISION] for Hugging Face data; wandb:ENTITY/PROJECT/NAME:ALIAS for a
-                W&B artifact; https://SERVER/ARCHIVE#sha256=HEX for an archive and its checksum; a folder, URL
-                or pattern of tars; or `scenes` for synthetic scenes. Downloads are cached on this machine.
+                `hf:OWNER/NAME[:SUBSET][@REVISION]` for Hugging Face data; `wandb:ENTITY/PROJECT/NAME:ALIAS`
+                for a W&B artifact; https://SERVER/ARCHIVE#sha256=HEX for an archive and its checksum; a
+                folder, URL or pattern of tars; or `scenes` for synthetic scenes. Downloads are cached.
             read: layout, columns and splits, if they are not recognized.
             batch_size: number of images per rank and step.
             num_workers: number of loader processes per rank; by default one per usable core, at most 8.
