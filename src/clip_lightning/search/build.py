@@ -198,7 +198,8 @@ class Embedder:
         """Read parts that this process has not written."""
         for name in self.folder.intact_parts(stem):
             if name not in self._rows:
-                self._learn(name, [json.loads(line) for line in self.folder.read(name)[0]])
+                with contextlib.suppress(OSError):  # another process has just replaced it
+                    self._learn(name, [json.loads(line) for line in self.folder.read(name)[0]])
 
     def _learn(self, name: str, rows: list[Row]) -> None:
         self._rows[name] = rows

@@ -159,8 +159,8 @@ class EmbeddingsFolder:
                 f"{self.root} is damaged ({reason}); repair it by running the command that wrote it again"
             ) from error
 
-    def intact_parts(self, stem: str = "") -> Iterator[str]:
-        """Yield all parts whose content matches the digest in their name, also if no manifest names them."""
+    def intact_parts(self, stem: str) -> Iterator[str]:
+        """Yield the parts whose content matches the digest in their name, whether or not they are current."""
         for file in sorted(self.root.glob(f"{stem}*")):
             if part := _PART.fullmatch(file.name):
                 with contextlib.suppress(OSError):  # half a part, or one that was just replaced
