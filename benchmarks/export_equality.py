@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from clip_lightning.commands.export import run as export
-from clip_lightning.data.classes import class_names, read_classes
+from clip_lightning.data.classes import class_names, find_classes
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import decode_image
 from clip_lightning.evaluation.prompts import TEMPLATES
@@ -140,7 +140,7 @@ def retrieval(models: dict[str, Any], root: Path, split: str, count: int) -> dic
 
 def zero_shot(models: dict[str, Any], root: Path, kinds: list[str]) -> dict[str, Any]:
     """Top-1 in percent on the same pixels with the same captions: our code, and open_clip's on its model."""
-    data = read_classes(root)
+    data = find_classes(root)
     names = [entry[0] for entry in class_names(data.classes)]
     transform = models["bundle"].clip.transform
     pixels = [transform(decode_image(path)) for path in data.images if isinstance(path, Path)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 from clip_lightning.commands.search import search
-from clip_lightning.search.index import ImageIndex
+from clip_lightning.search.index import FoundImage, ImageIndex
 from clip_lightning.terminal import one_line, printable
 
 HARMFUL = "a\x1b[2J\x9b2J\nclip-lightning: error"
@@ -24,8 +24,8 @@ def test_control_characters_are_replaced() -> None:
 def test_search_prints_harmless_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    image = SimpleNamespace(score=0.5, path=HARMFUL, captions=(HARMFUL,), missing=True)
-    index = SimpleNamespace(search=lambda queries, k: [[image] for _ in queries])
+    image = FoundImage(Path(HARMFUL), 0.5, (HARMFUL,), 1, 1, missing=True)
+    index = MagicMock(search=lambda queries, k: [[image]])
     monkeypatch.setattr(ImageIndex, "load", lambda *_: index)
     search(tmp_path, HARMFUL)
     assert capsys.readouterr().out == f"0.500  {SHOWN} (missing)  {SHOWN}\n"

@@ -22,10 +22,7 @@ FEATURES = (
     "ARTIFACT_TAGS",
     "CLIENT_IDS",
     "LARGE_FILENAMES",
-    "MARK_RUN_FILES_UPLOADED",
     "PROJECT_ARTIFACT_COLLECTION_MEMBERSHIP",
-    "SWEEPS_QUERY_FILTERING",
-    "TOTAL_COUNT_IN_FILE_CONNECTION",
     "USE_ARTIFACT_WITH_ENTITY_AND_PROJECT_INFORMATION",
 )
 
@@ -60,15 +57,11 @@ def nothing(names: str) -> Json:
     return dict.fromkeys(names.split())
 
 
-def page(items: Iterable[Any], node: Callable[[Any], Json], v: Json) -> Json:
-    """The part of a list that the variables ask for."""
-    items, start = list(items), int(v.get("cursor") or 0)
-    end = min(len(items), start + (v.get("perPage") or len(items)))
-    return {
-        "totalCount": len(items),
-        "edges": [{"node": node(items[i]), "cursor": str(i + 1)} for i in range(start, end)],
-        "pageInfo": {"endCursor": str(end), "hasNextPage": end < len(items)},
-    }
+def page(items: Iterable[Any], node: Callable[[Any], Json]) -> Json:
+    """A list, all on one page."""
+    edges = [{"node": node(item), "cursor": str(n)} for n, item in enumerate(items, 1)]
+    end = {"endCursor": str(len(edges)), "hasNextPage": False}
+    return {"totalCount": len(edges), "edges": edges, "pageInfo": end}
 
 
 def project_node(entity: str, project: str) -> Json:
@@ -129,23 +122,23 @@ def alias_nodes(collection: Collection, artifact: Artifact) -> list[Json]:
 
 
 def artifact_node(server: WandbServer, artifact: Artifact) -> Json:
-    return nothing("commitHash updatedAt") | fields(
+    return nothing("commitHash description historyStep updatedAt") | fields(
         artifact,
-        "id description digest history_step created_at",
+        "id digest created_at",
         artifactSequence=collection_node(artifact.home),
         versionIndex=artifact.version,
         artifactType={"name": artifact.home.type},
         metadata=json.dumps(artifact.metadata),
         ttlDurationSeconds=-2,
         ttlIsInherited=True,
-        tags=[{"id": node_id("Tag", tag), "name": tag} for tag in artifact.tags],
+        tags=[],
         state="COMMITTED" if artifact.committed else "PENDING",
         size=sum(entry.get("size", 0) for entry in artifact.contents.values()),
         fileCount=len(artifact.contents),
         aliases=[node for home in server.collections.values() for node in alias_nodes(home, artifact)],
         currentManifest={"file": {"directUrl": server.storage_url(manifest_path(artifact))}},
         createdBy=artifact.logged_by and run_node(server.runs[artifact.logged_by]),
-        usedBy=page(artifact.used_by, lambda key: run_node(server.runs[key]), {}),
+        usedBy=page(artifact.used_by, lambda key: run_node(server.runs[key])),
     )
 
 
@@ -164,20 +157,18 @@ def sweep_node(server: WandbServer, sweep: Sweep) -> Json:
     keys = [(*sweep.key[:2], id) for id in sweep.runs]
     runs = [server.runs[key] for key in keys if key in server.runs]
     return (
-        nothing("description bestLoss controller scheduler")
+        nothing("description bestLoss controller scheduler displayName runCountExpected")
         | fields(
             sweep,
             "state created_at",
             id=sweep.node_id,
             name=sweep.id,
-            displayName=sweep.config.get("name"),
             method=sweep.config["method"],
             config=json.dumps(sweep.config),  # meant to be YAML, and JSON is YAML
             updatedAt=sweep.created_at,
             runCount=len(runs),
-            runCountExpected=sweep.expected_runs,
             project=project_node(*sweep.key[:2]),
-            runs=page(runs, run_node, {}),
+            runs=page(runs, run_node),
         )
     )
 
@@ -199,12 +190,12 @@ def answers(*names: str) -> Callable[[Operation], Operation]:
 # Operations: who is there
 
 
-@answers("ServerFeaturesQuery", "ServerInfo")
+@answers("ServerFeaturesQuery")
 def server_info(server: WandbServer, v: Json) -> Json:
     return {"serverInfo": {"features": [{"name": name, "isEnabled": True} for name in FEATURES]}}
 
 
-@answers("Viewer", "GetViewer", "GetDefaultEntity")
+@answers("Viewer", "GetDefaultEntity")
 def viewer(server: WandbServer, v: Json) -> Json:
     names = dict.fromkeys(["name", "username", "entity"], ENTITY)
     lists = {"apiKeys": {"edges": []}, "teams": {"edges": []}}
@@ -212,11 +203,11 @@ def viewer(server: WandbServer, v: Json) -> Json:
     return {"viewer": nothing("email deletedAt") | user | names | lists}
 
 
-@answers("FetchOrgInfoFromEntity", "OrganizationCoreWeaveOrganizationID", "XXHashDigestsEnabled")
+@answers("FetchOrgInfoFromEntity", "OrganizationCoreWeaveOrganizationID")
 def entity(server: WandbServer, v: Json) -> Json:
     organization = {"name": ORGANIZATION, "orgEntity": {"name": ORGANIZATION}}
     node = {"organization": organization | nothing("coreWeaveOrganizationId")}
-    return {"entity": node | {"user": None, "xxhashDigestsEnabled": False}}
+    return {"entity": node | {"user": None}}
 
 
 # Operations on runs
@@ -224,15 +215,12 @@ def entity(server: WandbServer, v: Json) -> Json:
 
 @answers("UpsertBucket")
 def upsert_bucket(server: WandbServer, v: Json) -> Json:
-    """A run says what it is; or the public API changes one, which it names by its node id."""
+    """A run says what it is."""
     key, count = run_key(v), len(server.runs)
-    if v.get("id"):
-        run = next(run for run in server.runs.values() if run.node_id == v["id"])
-    else:
-        run = server.runs.setdefault(key, Run(key, display_name=f"run-{count + 1}"))
-        run.state = v.get("state") or "running"
+    run = server.runs.setdefault(key, Run(key, display_name=f"run-{count + 1}"))
+    run.state = v.get("state") or "running"
     for name, value in {
-        "display_name": v.get("displayName") or v.get("display_name"),
+        "display_name": v.get("displayName"),
         "notes": v.get("notes"),
         "tags": v.get("tags"),
         "group": v.get("groupName"),
@@ -261,7 +249,7 @@ def run_resume_status(server: WandbServer, v: Json) -> Json:
     return {"model": project_node(*run.key[:2]) | {"bucket": bucket}}
 
 
-@answers("Run", "RunState", "RunHistoryKeys")
+@answers("Run")
 def find_run(server: WandbServer, v: Json) -> Json:
     run = server.runs.get(run_key(v))
     return {"project": {"run": run and run_node(run)}}
@@ -269,42 +257,22 @@ def find_run(server: WandbServer, v: Json) -> Json:
 
 @answers("Runs")
 def runs(server: WandbServer, v: Json) -> Json:
-    place = (v["entity"], v["project"])
+    """The runs of a project with these values, the oldest first."""
+    place, wanted = (v["entity"], v["project"]), json.loads(v.get("filters") or "{}")
     if not server.has_project(*place):
         return {"project": None}
-    filters, order = json.loads(v.get("filters") or "{}"), v.get("order") or "+created_at"
-    found = [run for run in server.runs.values() if run.key[:2] == place and run.matches(filters)]
-    path = order.lstrip("+-")
-    if path != "created_at":  # which is the order they are in
-        found = sorted((run for run in found if run.get(path) is not None), key=lambda run: run.get(path))
-    if order.startswith("-"):
-        found.reverse()
-    return {"project": project_node(*place) | {"runCount": len(found), "runs": page(found, run_node, v)}}
-
-
-@answers("RunFullHistory")
-def run_full_history(server: WandbServer, v: Json) -> Json:
-    run = server.runs[run_key(v)]
-    lines = {"history": run.history[: v["samples"]], "events": run.events[: v["samples"]]}
-    return {"project": {"run": {name: list(map(json.dumps, rows)) for name, rows in lines.items()}}}
+    found = [run for run in server.runs.values() if run.key[:2] == place]
+    found = [run for run in found if all(getattr(run, name) == value for name, value in wanted.items())]
+    return {"project": project_node(*place) | {"runCount": len(found), "runs": page(found, run_node)}}
 
 
 @answers("RunSampledHistory")
 def run_sampled_history(server: WandbServer, v: Json) -> Json:
-    specs = [json.loads(spec) for spec in v["specs"]]
-    sampled = [server.runs[run_key(v)].sampled(spec["keys"], spec.get("samples", 500)) for spec in specs]
+    """The rows that have all of the keys."""
+    history = server.runs[run_key(v)].history
+    keys = [json.loads(spec)["keys"] for spec in v["specs"]]
+    sampled = [[{k: row[k] for k in names} for row in history if set(names) <= row.keys()] for names in keys]
     return {"project": {"run": {"sampledHistory": sampled}}}
-
-
-@answers("RunParquetHistory")
-def run_parquet_history(server: WandbServer, v: Json) -> Json:
-    return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": []}}}}
-
-
-@answers("HistoryPage")
-def history_page(server: WandbServer, v: Json) -> Json:
-    rows = [row for row in server.runs[run_key(v)].history if v["minStep"] <= row["_step"] < v["maxStep"]]
-    return {"project": {"run": {"history": list(map(json.dumps, rows[: v["pageSize"]]))}}}
 
 
 @answers("CreateRunFiles")
@@ -313,22 +281,6 @@ def create_run_files(server: WandbServer, v: Json) -> Json:
     urls = {name: server.storage_url("/".join(["runs", *key, name])) for name in v["files"]}
     files = [{"name": name, "uploadUrl": url} for name, url in urls.items()]
     return {"createRunFiles": {"runID": server.runs[key].node_id, "uploadHeaders": [], "files": files}}
-
-
-@answers("MarkRunFilesUploaded")
-def mark_run_files_uploaded(server: WandbServer, v: Json) -> Json:
-    return {"markRunFilesUploaded": {"success": True}}
-
-
-@answers("RunFiles")
-def run_files(server: WandbServer, v: Json) -> Json:
-    run = server.runs[run_key(v)]
-    like = re.escape(v.get("pattern") or "%").replace("%", ".*").replace("_", ".")
-    names = [name for name in run.files if re.fullmatch(like, name) and name in (v["fileNames"] or run.files)]
-    part = {"cursor": v.get("fileCursor"), "perPage": v.get("fileLimit")}
-    files = page(names, lambda name: file_node(server, "/".join(["runs", *run.key, name])), part)
-    node = run_node(run) | {"fileCount": len(names), "files": files}
-    return {"project": project_node(*run.key[:2]) | {"run": node}}
 
 
 @answers("NotifyScriptableRunAlert")
@@ -350,17 +302,13 @@ def artifact_type(server: WandbServer, v: Json) -> Json:
 def create_artifact(server: WandbServer, v: Json) -> Json:
     (name,) = v.get("artifactCollectionNames") or [v["artifactCollectionName"]]
     home = server.collection((v["entity"], v["project"], name), v["artifactTypeName"])
-    home.client_id = home.client_id or v.get("sequenceClientID")
     artifact = server.create_artifact(
         home,
         v["digest"],
         client_id=v.get("clientID"),
-        description=v.get("description"),
         metadata=json.loads(v.get("metadata") or "{}"),
         wanted_aliases=[alias["alias"] for alias in v.get("aliases") or []],
         logged_by=run_key(v) if v.get("runName") else None,
-        history_step=v.get("historyStep"),
-        tags=[tag["tagName"] for tag in v.get("tags") or []],
     )
     return {"createArtifact": {"artifact": artifact_node(server, artifact)}}
 
@@ -388,7 +336,7 @@ def create_artifact_files(server: WandbServer, v: Json) -> Json:
             "artifact": {"id": file["artifactID"]},
         }
 
-    return {"createArtifactFiles": {"files": page(v["artifactFiles"], node, {})}}
+    return {"createArtifactFiles": {"files": page(v["artifactFiles"], node)}}
 
 
 @answers("CommitArtifact")
@@ -398,14 +346,7 @@ def commit_artifact(server: WandbServer, v: Json) -> Json:
     return {"commitArtifact": {"artifact": artifact_node(server, artifact)}}
 
 
-@answers("ClientIDMapping")
-def client_id_mapping(server: WandbServer, v: Json) -> Json:
-    owners = [*server.artifacts, *server.collections.values()]
-    found = next((owner for owner in owners if owner.client_id == v["clientID"]), None)
-    return {"clientIDMapping": found and {"serverID": found.id}}
-
-
-@answers("ArtifactByID", "ArtifactManifest", "FetchArtifactManifest", "ArtifactUsedBy", "ArtifactCreatedBy")
+@answers("ArtifactByID", "FetchArtifactManifest")
 def artifact_by_id(server: WandbServer, v: Json) -> Json:
     return {"artifact": artifact_node(server, server.artifact(v.get("id") or v["artifact_id"]))}
 
@@ -419,18 +360,7 @@ def artifact_membership_by_name(server: WandbServer, v: Json) -> Json:
     return {"project": {"artifactCollectionMembership": node}}
 
 
-@answers("ProjectArtifacts")
-def artifact_versions(server: WandbServer, v: Json) -> Json:
-    """The newest first."""
-    collection = server.collections[v["entity"], v["project"], v["collection"]]
-    versions = page(collection.versions[::-1], lambda one: artifact_node(server, one), v)
-    for edge in versions["edges"]:
-        edge["version"] = f"v{edge['node']['versionIndex']}"
-    node = collection_node(collection) | {"artifacts": versions}
-    return {"project": {"artifactType": {"artifactCollection": node}}}
-
-
-@answers("ArtifactMembershipFiles", "GetArtifactMembershipFileUrls")
+@answers("GetArtifactMembershipFileUrls")
 def artifact_files(server: WandbServer, v: Json) -> Json:
     collection = server.collections[v["entity"], v["project"], v["collection"]]
     contents = collection.find(v["alias"]).contents
@@ -444,7 +374,7 @@ def artifact_files(server: WandbServer, v: Json) -> Json:
         names = dict.fromkeys(["url", "directUrl", "storagePath"], entry["ref"])
         return nothing("mimetype updatedAt md5") | {"id": node_id("File", name), "name": name} | names | size
 
-    files = page(v.get("fileNames") or contents, node, v)
+    files = page(v.get("fileNames") or contents, node)
     found = collection_node(collection) | {"artifactMembership": {"files": files}}
     return {"project": {"artifactCollection": found}}
 
@@ -455,45 +385,6 @@ def use_artifact(server: WandbServer, v: Json) -> Json:
     if run_key(v) not in artifact.used_by:
         artifact.used_by.append(run_key(v))
     return {"useArtifact": {"artifact": artifact_node(server, artifact)}}
-
-
-@answers("RunOutputArtifacts")
-def run_output_artifacts(server: WandbServer, v: Json) -> Json:
-    found = [artifact for artifact in server.artifacts if artifact.logged_by == run_key(v)]
-    return {"project": {"run": {"artifacts": page(found, lambda one: artifact_node(server, one), v)}}}
-
-
-@answers("RunInputArtifacts")
-def run_input_artifacts(server: WandbServer, v: Json) -> Json:
-    found = [artifact for artifact in server.artifacts if run_key(v) in artifact.used_by]
-    return {"project": {"run": {"artifacts": page(found, lambda one: artifact_node(server, one), v)}}}
-
-
-@answers("UpdateArtifact")
-def update_artifact(server: WandbServer, v: Json) -> Json:
-    artifact = server.artifact(v["artifactID"])
-    artifact.metadata = json.loads(v.get("metadata") or "null") or artifact.metadata
-    artifact.description = v.get("description") or artifact.description
-    removed = [tag["tagName"] for tag in v.get("tagsToDelete") or []]
-    added = [tag["tagName"] for tag in v.get("tagsToAdd") or []]
-    artifact.tags = [tag for tag in artifact.tags if tag not in removed] + added
-    return {"updateArtifact": {"artifact": artifact_node(server, artifact)}}
-
-
-@answers("AddAliases")
-def add_aliases(server: WandbServer, v: Json) -> Json:
-    for alias in v["aliases"]:
-        key = (alias["entityName"], alias["projectName"], alias["artifactCollectionName"])
-        server.collections[key].alias_owners[alias["alias"]] = server.artifact(v["artifactID"])
-    return {"addAliases": {"success": True}}
-
-
-@answers("DeleteAliases")
-def delete_aliases(server: WandbServer, v: Json) -> Json:
-    for alias in v["aliases"]:
-        key = (alias["entityName"], alias["projectName"], alias["artifactCollectionName"])
-        server.collections[key].alias_owners.pop(alias["alias"], None)
-    return {"deleteAliases": {"success": True}}
 
 
 @answers("LinkArtifact")
@@ -511,23 +402,14 @@ def link_artifact(server: WandbServer, v: Json) -> Json:
 
 @answers("UpsertSweep")
 def upsert_sweep(server: WandbServer, v: Json) -> Json:
-    found = (sweep for sweep in server.sweeps.values() if v.get("id") in (sweep.id, sweep.node_id))
-    sweep = next(found, None) or server.create_sweep(v["entity"], v["project"], v["config"])
-    sweep.state = v.get("state") or sweep.state
+    sweep = server.create_sweep(v["entity"], v["project"], v["config"])
     return {"upsertSweep": {"sweep": sweep_node(server, sweep), "configValidationWarnings": []}}
 
 
-@answers("GetSweep", "GetSweepState", "SweepWithRuns")
+@answers("SweepWithRuns")
 def find_sweep(server: WandbServer, v: Json) -> Json:
     sweep = server.sweeps.get((v["entity"], v["project"], v.get("sweep") or v["name"]))
     return {"project": {"sweep": sweep and sweep_node(server, sweep)}}
-
-
-@answers("GetSweeps")
-def sweeps(server: WandbServer, v: Json) -> Json:
-    found = [sweep for sweep in server.sweeps.values() if sweep.key[:2] == (v["entity"], v["project"])]
-    nodes = page(found, lambda sweep: sweep_node(server, sweep), v)
-    return {"project": {"totalSweeps": len(found), "sweeps": nodes}}
 
 
 @answers("CreateAgent")
@@ -538,13 +420,7 @@ def create_agent(server: WandbServer, v: Json) -> Json:
 
 @answers("Heartbeat")
 def heartbeat(server: WandbServer, v: Json) -> Json:
-    """An agent is told to stop runs, to start the next one if it has none, or that there are no more."""
-    sweep = server.agents[int(v["id"])]
-    alive = [id for id, running in json.loads(v["runState"]).items() if running]
-    known = [server.runs.get((*sweep.key[:2], id)) for id in alive]
-    commands = [{"type": "stop", "run_id": run.id} for run in known if run is not None and run.stop_requested]
-    if not alive and sweep.state != "PAUSED":
-        next_run = sweep.next_run()
-        sweep.state = "FINISHED" if next_run is None and sweep.state == "RUNNING" else sweep.state
-        commands = [next_run or {"type": "exit"}]
+    """An agent without a run is told to start the next one, or that there are no more."""
+    is_idle = not any(json.loads(v["runState"]).values())
+    commands = [server.agents[int(v["id"])].next_run() or {"type": "exit"}] if is_idle else []
     return {"agentHeartbeat": {"agent": {"id": v["id"]}, "commands": json.dumps(commands)}}

@@ -16,21 +16,13 @@ import time
 from base64 import b64encode
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from wandb_operations import ENTITY, OPERATIONS, Json, common_names
 from wandb_store import Refused, Run, Store, md5
 
 API_KEY = "0" * 40
-
-
-class Fault(NamedTuple):
-    """What happens to all requests."""
-
-    status: int | None
-    handled: bool
-    end: float
 
 
 class WandbServer(Store):
@@ -51,12 +43,11 @@ class WandbServer(Store):
         """The names of the GraphQL operations that were handled, in order."""
         self.delay = 0.0
         """Seconds that each request waits."""
-        self.spoiled = 0
-        """How many requests `fail` has spoiled."""
         self.lock = threading.RLock()
         self._port = 0
         self._http: HttpServer | None = None
-        self._fault: Fault | None = None
+        self._status: int | None = None
+        self._fails_until = -math.inf
 
     @property
     def url(self) -> str:
@@ -95,22 +86,19 @@ class WandbServer(Store):
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def fail(self, seconds: float = math.inf, *, status: int | None = 500, handled: bool = False) -> None:
-        """Answer everything with `status`, or with None hang up without an answer, until `recover`.
-
-        `handled` requests take effect, and only their answers are lost.
-        """
-        self._fault = Fault(status, handled, time.monotonic() + seconds)
+    def fail(self, seconds: float, *, status: int | None = 500) -> None:
+        """Answer everything with `status`, or with None hang up without an answer, for so long."""
+        self._status, self._fails_until = status, time.monotonic() + seconds
 
     def recover(self) -> None:
         """End every fault: a failure, a delay, a stop."""
-        self._fault, self.delay = None, 0.0
+        self._fails_until, self.delay = -math.inf, 0.0
         self.start()
 
     @property
-    def fault(self) -> Fault | None:
-        """The one that is in force."""
-        return self._fault if self._fault and time.monotonic() < self._fault.end else None
+    def fault(self) -> tuple[int | None, bytes] | None:
+        """The answer to everything at the moment, if there is one."""
+        return (self._status, b"out of order") if time.monotonic() < self._fails_until else None
 
     def execute(self, query: str, variables: Json) -> Json:
         """Answer a GraphQL request."""
@@ -146,9 +134,9 @@ class WandbServer(Store):
                 self.failures.append(f"{run.key}: {len(kept[name])} lines of {name} go on with {start}")
             kept[name][start : start + len(lines)] = lines if name == "output.log" else map(json.loads, lines)
         run.preempting |= bool(body.get("preempting"))
-        run.exit_code = body["exitcode"] if body.get("complete") else None
-        run.state = {None: "running", 0: "finished"}.get(run.exit_code, "failed")
-        return {"stopped": run.stop_requested}
+        exit_code = body["exitcode"] if body.get("complete") else None
+        run.state = {None: "running", 0: "finished"}.get(exit_code, "failed")
+        return {"stopped": False}
 
     def storage_url(self, path: str) -> str:
         return f"{self.url}/storage/{quote(path)}"
@@ -195,16 +183,11 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         wandb, body = self.server.wandb, self.rfile.read(int(self.headers.get("Content-Length", 0)))
         time.sleep(wandb.delay)
-        fault = wandb.fault
         with wandb.lock:
-            wandb.spoiled += fault is not None
-            if fault is None or fault.handled:
-                status, content = self.respond(wandb, body)
-        if fault is not None and fault.status is None:
+            status, content = wandb.fault or self.respond(wandb, body)
+        if status is None:
             self.close_connection = True
             return
-        if fault is not None:
-            status, content = fault.status, b"out of order"
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", f'"{md5(content)}"')  # the digest of an http reference

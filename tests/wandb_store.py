@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
-import operator
-import random
 import re
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -56,11 +53,8 @@ class Run:
     sweep: str | None = None
     state: str = "running"
     """running, then finished or failed. Nobody declares a silent run crashed; a test may set it."""
-    exit_code: int | None = None
     alerts: list[dict[str, Any]] = field(default_factory=list)
     preempting: bool = False
-    stop_requested: bool = False
-    """Set it to stop the run as the button on W&B's page does."""
     created_at: str = field(default_factory=now)
 
     @property
@@ -76,53 +70,6 @@ class Run:
         """What the user put there."""
         return {name: entry["value"] for name, entry in self.raw_config.items() if name != "_wandb"}
 
-    def sampled(self, keys: list[str], samples: int) -> list[dict[str, Any]]:
-        """At most `samples` lines of the history that have all of `keys`, evenly spaced."""
-        rows = [{key: row[key] for key in keys} for row in self.history if all(key in row for key in keys)]
-        return rows[:: max(1, math.ceil(len(rows) / samples))]
-
-    def get(self, path: str) -> Any:
-        """The value that a filter or an order of the public API names: "state", "config.lr.value"."""
-        name, _, rest = path.partition(".")
-        if name not in ("config", "summary_metrics"):
-            columns = {"name": "id", "createdAt": "created_at", "displayName": "display_name"}
-            return getattr(self, columns.get(name, name.replace("jobType", "job_type")))
-        value: Any = self.config if name == "config" else self.summary
-        rest = rest.removesuffix(".value")
-        for part in [rest] if rest in value else rest.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
-
-    def matches(self, filters: dict[str, Any]) -> bool:
-        """Whether the run passes the public API's filters, which are MongoDB's."""
-        return all(self._meets(name, condition) for name, condition in filters.items())
-
-    def _meets(self, name: str, condition: Any) -> bool:
-        if name in ("$and", "$or"):
-            return (all if name == "$and" else any)(map(self.matches, condition))
-        if not (isinstance(condition, dict) and all(key.startswith("$") for key in condition)):
-            condition = {"$eq": condition}
-        value = self.get(name)
-        values = value if isinstance(value, list) else [value]
-        for sign, wanted in condition.items():
-            compare = CONDITIONS[NEGATED.get(sign, sign)]
-            if any(compare(value, wanted) for value in values) == (sign in NEGATED):
-                return False
-        return True
-
-
-NEGATED = {"$ne": "$eq", "$nin": "$in"}
-CONDITIONS: dict[str, Callable[[Any, Any], bool]] = {
-    "$eq": operator.eq,
-    "$in": lambda value, wanted: value in wanted,
-    "$gt": lambda value, wanted: value is not None and value > wanted,
-    "$gte": lambda value, wanted: value is not None and value >= wanted,
-    "$lt": lambda value, wanted: value is not None and value < wanted,
-    "$lte": lambda value, wanted: value is not None and value <= wanted,
-    "$regex": lambda value, wanted: re.search(wanted, str(value)) is not None,
-    "$exists": lambda value, wanted: (value is not None) == wanted,
-}
-
 
 @dataclass(eq=False)
 class Artifact:
@@ -133,12 +80,9 @@ class Artifact:
     number: int
     """Among all artifacts of the server; `version` counts within the collection."""
     client_id: str | None
-    description: str | None
     metadata: dict[str, Any]
     wanted_aliases: list[str]
     logged_by: Key | None
-    history_step: int | None
-    tags: list[str] = field(default_factory=list)
     used_by: list[Key] = field(default_factory=list)
     committed: bool = False
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -153,10 +97,6 @@ class Artifact:
         return self.home.versions.index(self) if self.committed else None
 
     @property
-    def aliases(self) -> list[str]:
-        return self.home.aliases_of(self)
-
-    @property
     def contents(self) -> dict[str, dict[str, Any]]:
         """Path -> digest, size and, for a reference, "ref"."""
         return self.manifest.get("contents", {})
@@ -169,7 +109,6 @@ class Collection:
     key: Key
     type: str
     portfolio: bool
-    client_id: str | None = None
     versions: list[Artifact] = field(default_factory=list)
     alias_owners: dict[str, Artifact] = field(default_factory=dict)
     created_at: str = field(default_factory=now)
@@ -204,7 +143,7 @@ class Sweep:
     created_at: str = field(default_factory=now)
 
     def __post_init__(self) -> None:
-        self._suggestions = suggestions(self.config)
+        self._points = grid(self.config)
 
     @property
     def id(self) -> str:
@@ -214,74 +153,25 @@ class Sweep:
     def node_id(self) -> str:
         return node_id("Sweep", *self.key)
 
-    @property
-    def expected_runs(self) -> int | None:
-        if self.config["method"] == "grid":
-            return sum(1 for _ in suggestions(self.config))
-        return self.config.get("run_cap")
-
     def next_run(self) -> dict[str, Any] | None:
         """The command that starts the next run; None when there are no more."""
-        values = next(self._suggestions, None) if self.state == "RUNNING" else None
+        values = next(self._points, None)
         if values is None:
+            self.state = "FINISHED"
             return None
         self.runs.append(f"{self.id}-{len(self.runs)}")
         arguments = {name: {"value": value} for name, value in values.items()}
-        return {
-            "type": "run",
-            "run_id": self.runs[-1],
-            "program": self.config.get("program"),
-            "args": arguments,
-        }
+        program = self.config.get("program")
+        return {"type": "run", "run_id": self.runs[-1], "program": program, "args": arguments}
 
 
-def suggestions(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The parameters of one run after another. `bayes` is answered like `random`: nothing is modelled."""
-    space = {"parameters": config["parameters"]}
-    if config["method"] == "grid":
-        every: Iterator[dict[str, Any]] = iter(choices(space))
-    else:
-        generator = random.Random(0)
-        every = (draw(space, generator) for _ in itertools.count())
-    return itertools.islice(every, config.get("run_cap"))
-
-
-def choices(spec: dict[str, Any]) -> list[Any]:
-    """Every value of a parameter."""
-    if "parameters" in spec:
-        nested = spec["parameters"]
-        combinations = itertools.product(*map(choices, nested.values()))
-        return [dict(zip(nested, values, strict=True)) for values in combinations]
-    if "value" in spec:
-        return [spec["value"]]
-    if "values" in spec:
-        return list(spec["values"])
-    if spec.get("distribution") == "int_uniform":
-        return list(range(spec["min"], spec["max"] + 1))
-    raise Refused(f"a grid needs values: {spec}")
-
-
-def draw(spec: dict[str, Any], generator: random.Random) -> Any:
-    """One value of a parameter."""
-    if "parameters" in spec:
-        return {name: draw(inner, generator) for name, inner in spec["parameters"].items()}
-    if "value" in spec or "values" in spec:
-        return generator.choices(choices(spec), spec.get("probabilities"))[0]
-    name = spec.get("distribution", "uniform")
-    kind = name.removeprefix("q_")
-    if kind == "int_uniform":
-        return generator.randint(spec["min"], spec["max"])
-    if kind in ("normal", "log_normal"):
-        value = generator.gauss(spec.get("mu", 0.0), spec.get("sigma", 1.0))
-    elif kind == "log_uniform_values":
-        value = generator.uniform(math.log(spec["min"]), math.log(spec["max"]))
-    elif kind in ("uniform", "log_uniform"):
-        value = generator.uniform(spec["min"], spec["max"])
-    else:
-        raise Refused(f"the test server does not know the distribution {name}")
-    value = math.exp(value) if kind.startswith("log_") else value
-    step = spec.get("q", 1)
-    return round(value / step) * step if name.startswith("q_") else value
+def grid(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parameters of one run after another."""
+    if config["method"] != "grid":
+        raise Refused(f"the test server does not know the method {config['method']}")
+    parameters = config["parameters"]
+    values = [[spec["value"]] if "value" in spec else spec["values"] for spec in parameters.values()]
+    return (dict(zip(parameters, point, strict=True)) for point in itertools.product(*values))
 
 
 class Store:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,20 @@ import yaml
 
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import public
+
+# Names of types in the messages of jsonargparse, for the user.
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "NoneType": "null",
+    "dot import path": "the name of a class",
+    "PositiveInt": "a whole number of 1 or more",
+    "NonNegativeInt": "a whole number of 0 or more",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number of 0 or more",
+    "OpenUnitInterval": "a fraction above 0 and below 1",
+}
 
 
 class PlainErrors:
@@ -29,12 +44,12 @@ class PlainErrors:
         line = " ".join(public(message).split())
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        print(f"clip-lightning: error: {_plain(line)}{_suggestion(line, known)}", file=sys.stderr)
+        print(f"clip-lightning: error: {plain_message(line)}{_suggestion(line, known)}", file=sys.stderr)
         sys.exit(2)
 
 
 class Parser(PlainErrors, jsonargparse.ArgumentParser):
-    """The parser of commands that are implemented as functions."""
+    """The parser of commands that are implemented as functions; `--json` and `--open` need no value."""
 
     @classmethod
     def of_function(
@@ -46,32 +61,38 @@ class Parser(PlainErrors, jsonargparse.ArgumentParser):
         parser.add_function_arguments(function, as_group=False, skip=skip)
         return parser
 
+    def parse_args(self, args: list[str], **options: Any) -> Any:  # type: ignore[override]
+        return super().parse_args(with_flag_values(args), **options)
 
-def run_functions(functions: Any, args: list[str], *, positional: bool = False) -> None:
+
+def run_functions(functions: Any, args: list[str]) -> None:
     """Call a command, or the subcommand that the second argument names, with the arguments.
 
+    Signatures and docstrings are the help. Parameters without a default are positional unless they are
+    keyword-only.
+
     Args:
-        functions: a command, or subcommands by name; the help is generated from signatures and docstrings.
-        args: arguments of the command line, starting with the command; `--json` needs no value.
-        positional: whether parameters without a default are positional.
+        functions: a command, or subcommands by name.
+        args: arguments of the command line, starting with the command.
     """
     jsonargparse.auto_cli(
-        functions,
-        args=with_json_value(args[1:]),
-        prog=f"clip-lightning {args[0]}",
-        as_positional=positional,
-        parser_class=Parser,
+        functions, args=args[1:], prog=f"clip-lightning {args[0]}", as_positional=True, parser_class=Parser
     )
 
 
-def with_json_value(args: Sequence[str]) -> list[str]:
-    """Replace `--json`, `--json true` and `--json false` by single arguments."""
+def print_result(record: Any, text: str, as_json: bool) -> None:
+    """Print the result of a command: as one JSON object with `--json`, otherwise as text."""
+    print(json.dumps(record, ensure_ascii=False, default=str) if as_json else text)
+
+
+def with_flag_values(args: Sequence[str]) -> list[str]:
+    """Replace `--json`, `--json true` and `--json false`, and the same of `--open`, by single arguments."""
     result: list[str] = []
     for arg in args:
-        if result[-1:] == ["--json=true"] and arg in ("true", "false"):
-            result[-1] = f"--json={arg}"
+        if arg in ("true", "false") and result[-1:] in (["--json=true"], ["--open=true"]):
+            result[-1] = f"{result[-1].partition('=')[0]}={arg}"
         else:
-            result.append("--json=true" if arg == "--json" else arg)
+            result.append(f"{arg}=true" if arg in ("--json", "--open") else arg)
     return result
 
 
@@ -91,7 +112,7 @@ def own_arguments(args: Sequence[str], names: Sequence[str]) -> tuple[list[str],
     """
     own: list[str] = []
     others: list[str] = []
-    left = with_json_value(args)
+    left = with_flag_values(args)
     while left:
         arg = left.pop(0)
         name, equals, _ = arg.partition("=")
@@ -138,34 +159,45 @@ def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
     return type(value)(change(str(value))) if isinstance(value, str | Path) else value
 
 
-def _plain(line: str) -> str:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a configuration to dotted names, and a class to its name and its arguments.
+
+    {"loss": {"class_path": "a.SigLIP", "init_args": {"x": 1}}} → {"loss": "SigLIP", "loss.x": 1}
+    """
+    options: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
+            options[name] = value["class_path"].rpartition(".")[2]
+            value = value.get("init_args") or {}
+        options |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return options
+
+
+def plain_message(line: str) -> str:
     """Rewrite a message of jsonargparse without names of Python types."""
     if found := re.fullmatch(r"the following arguments are required: (.*)", line):
-        names = (name.strip().removeprefix("fit.") for name in found[1].split(","))
-        names = (re.sub(r"^(validate|test|list|prune)\.", "", name) for name in names)
+        names = (re.sub(r"^[\w-]+\.", "", name.strip()) for name in found[1].split(","))  # of a subcommand
         return f"missing: {', '.join(f'--{name}' for name in names)}; give it, or a --config that sets it"
     line = re.sub(r'^Parser key "([^"]+)":', r"--\1:", line)
     subject, _, rest = line.partition(": ")
-    given = re.search(r"(?:Got value|Given value): (.*)$", rest)
     if found := re.search(r"Problem with given class_path '([^']+)': (.*?) - Expected ", rest):
         absent = found[2].startswith(("No module named", "module "))
         return f"{subject}: {f'cannot import {found[1]}' if absent else found[1]}: {found[2]}"
+    given = re.search(r"(?:Got value|Given value): (.*)$", rest)
+    given = given or re.fullmatch(r"Not of type \w+: (?:.*: )?'?(.*?)'?(?: does not conform .*)?", rest)
     if given and (found := re.search(r"Import path does not correspond to a subclass of (\w+)", rest)):
         return f"{subject}: {given[1]} is not a {found[1]}"
-    expected = re.findall(r"Expected an? (typing\.Literal\[.*?\]|<class '.*?'>|dot import path)", rest)
-    if not given or not expected:
-        return line
-    return f"{subject}: expected {' or '.join(map(_kind, expected))}, got {given[1]}"
+    types = r"(?:Expected an?|Not of type) (typing\.Literal\[.*?\]|<class '.*?'>|dot import path|\w+(?=:))"
+    expected = " or ".join(map(_kind, re.findall(types, rest)))
+    return f"{subject}: expected {expected}, got {given[1]}" if given and expected else line
 
 
 def _kind(expected: str) -> str:
     if expected.startswith("typing.Literal["):
         return " or ".join(re.findall(r"[\w.+-]+", expected.removeprefix("typing.Literal[")))
-    if expected.startswith("dot"):
-        return "the name of a class"
     name = expected.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
-    return kinds.get(name, name)
+    return _KINDS.get(name, name)
 
 
 def _suggestion(line: str, known: Sequence[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -36,3 +38,14 @@ class AgreedStop(KeyboardInterrupt):
 def reason_of(error: Exception) -> str:
     """Return an error's message as one short line, or its kind if it has none."""
     return " ".join(str(error).split())[:200].rstrip(". ") or type(error).__name__
+
+
+@contextlib.contextmanager
+def as_user_error(problem: str, remedy: str) -> Iterator[None]:
+    """Replace any exception but a `UserError` by one; libraries raise nearly every type for a bad file."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{problem} ({type(error).__name__}: {reason_of(error)}); {remedy}") from error

@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 
-from clip_lightning.data import archive as archives
-from clip_lightning.data.archive import Archive
+from clip_lightning.data import sources
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.shards import storage
+from clip_lightning.data.sources import Archive
 from clip_lightning.errors import UserError
 
 FILES = {
@@ -208,9 +208,6 @@ def test_an_invalid_url_is_one_line_without_credentials(url: str):
     with pytest.raises(UserError, match=r"--data\.root .*expected https://.*#sha256=HEX") as raised:
         Archive.parse(url)
     assert "\n" not in str(raised.value) and "secret" not in str(raised.value)
-    assert ("a.example/x.zip" in str(raised.value)) == (
-        "a.example/x.zip" in url and "[" not in url and "/@" not in url
-    )
 
 
 # The connection -----------------------------------------------------------------------------------------
@@ -284,63 +281,52 @@ def header_bomb() -> bytes:
     return gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + bytes(1 << 22), 1)
 
 
-def deep_links() -> bytes:
+def deep_links() -> list[tuple[Any, ...]]:
     """Names too long for the system to resolve, by which links have led out of the folder (CVE-2025-4517)."""
     long, place, members = "d" * 247, "", []
     for letter in "abcdefghijklmnop":
-        members += [(f"{place}{long}", tarfile.DIRTYPE, ""), (f"{place}{letter}", LINK, long)]
+        members += [(f"{place}{long}", tarfile.DIRTYPE, ""), (f"{place}{letter}", tarfile.SYMTYPE, long)]
         place += f"{letter}/"
-    chain = "/".join("abcdefghijklmnop")
-    members += [(f"{chain}/{'l' * 254}", LINK, "../" * 16), ("out", LINK, f"{chain}/{'l' * 254}/../escaped")]
-    return tar_of(*members, ("out", b"x"))
+    last = f"{place}{'l' * 254}"
+    members += [(last, tarfile.SYMTYPE, "../" * 16), ("out", tarfile.SYMTYPE, f"{last}/../escaped")]
+    return [*members, ("out", b"x")]
 
 
 LINK, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
-HARMFUL: dict[str, tuple[Callable[[], bytes], str]] = {
-    "zip link": (lambda: unix_zip("out", stat.S_IFLNK, "/etc/passwd"), "the link 'out'"),
-    "zip through a link": (
-        lambda: unix_zip("d", stat.S_IFLNK, "/tmp", **{"d/escaped": b"x"}),
-        "the link 'd'",
-    ),
-    "zip file and folder": (lambda: zipped({"a": b"x", "a/b": b"y"}), "unsafe .*Not a directory"),
-    "zip bomb": (lambda: zipped({"zeros": bytes(3_000_000)}), "unpacks to more than"),
-    "zip of many": (lambda: zipped({str(i): b"" for i in range(600)}), "unpacks to more than"),
-    "zip encrypted": (encrypted_zip, "broken .*encrypted"),
-    "zip damaged": (
-        lambda: unix_zip("a.jpg", 0, "picture").replace(b"picture", b"pasture", 1),
-        "broken .*CRC",
-    ),
-    "zip cut": (lambda: zipped(FILES)[:1000], "broken"),
-    "tar ..": (lambda: tarred({"../escaped": b"x"}), "would be extracted"),
-    "tar link out": (lambda: tar_of(("out", LINK, "/etc/passwd")), "'out' to '/etc/passwd'"),
-    "tar link up": (lambda: tar_of(("a/out", LINK, "../../x")), "to '../x'"),
-    "tar hard link out": (lambda: tar_of(("out", HARD, "/etc/passwd")), "'out' to '/etc/passwd'"),
-    "tar hard link up": (lambda: tar_of(("a/out", HARD, "../x")), "to '../x'"),
-    "tar link to nothing": (lambda: tar_of(("a", LINK, "b")), "a link to something else than its files"),
-    "tar link to a folder": (
-        lambda: tar_of(("d/x", b"x"), ("a", LINK, "d")),
-        "a link to something else than its files",
-    ),
-    "tar link to itself": (lambda: tar_of(("a", LINK, "a")), "a link to something else than its files"),
-    "tar through a link": (
-        lambda: tar_of(("d", LINK, "/tmp"), ("d/escaped", b"x")),
-        "a link to something else than its files",
-    ),
-    "tar over a link": (
-        lambda: tar_of(("d", LINK, "/tmp/escaped"), ("d", b"x")),
-        "a link to something else than its files",
-    ),
-    "tar deep links": (deep_links, "a link to something else than its files"),
-    "tar device": (lambda: tar_of(("null", tarfile.CHRTYPE, "")), "special file"),
-    "tar pipe": (lambda: tar_of(("pipe", tarfile.FIFOTYPE, "")), "special file"),
-    "tar bomb": (lambda: tarred({"zeros": bytes(3_000_000)}), "unpacks to more than"),
-    "tar header bomb": (header_bomb, "broken|empty"),
-    "tar.gz cut": (lambda: tarred(FILES)[:1000], "broken"),
-    "tar.bz2 damaged": (lambda: tarred(FILES, "bz2")[:80] + bytes(400), "broken"),
-    "tar.xz damaged": (lambda: tarred(FILES, "xz")[:80] + bytes(400), "broken"),
-    "no archive": (lambda: b"<html>Please log in</html>" * 100, "broken"),
-    "nothing": (lambda: b"", "broken"),
-    "empty zip": (lambda: zipped({}), "is empty"),
+ELSEWHERE = "a link to something else than its files"
+TARS: dict[str, tuple[list[tuple[Any, ...]], str]] = {
+    "..": ([("../escaped", b"x")], "would be extracted"),
+    "link out": ([("out", LINK, "/etc/passwd")], "'out' to '/etc/passwd'"),
+    "link up": ([("a/out", LINK, "../../x")], "to '../x'"),
+    "hard link out": ([("out", HARD, "/etc/passwd")], "'out' to '/etc/passwd'"),
+    "hard link up": ([("a/out", HARD, "../x")], "to '../x'"),
+    "link to nothing": ([("a", LINK, "b")], ELSEWHERE),
+    "link to a folder": ([("d/x", b"x"), ("a", LINK, "d")], ELSEWHERE),
+    "link to itself": ([("a", LINK, "a")], ELSEWHERE),
+    "through a link": ([("d", LINK, "/tmp"), ("d/escaped", b"x")], ELSEWHERE),
+    "over a link": ([("d", LINK, "/tmp/escaped"), ("d", b"x")], ELSEWHERE),
+    "deep links": (deep_links(), ELSEWHERE),
+    "device": ([("null", tarfile.CHRTYPE, "")], "special file"),
+    "pipe": ([("pipe", tarfile.FIFOTYPE, "")], "special file"),
+}
+HARMFUL: dict[str, tuple[bytes, str]] = {
+    **{f"tar {name}": (tar_of(*members), message) for name, (members, message) in TARS.items()},
+    "zip link": (unix_zip("out", stat.S_IFLNK, "/etc/passwd"), "the link 'out'"),
+    "zip through a link": (unix_zip("d", stat.S_IFLNK, "/tmp", **{"d/escaped": b"x"}), "the link 'd'"),
+    "zip file and folder": (zipped({"a": b"x", "a/b": b"y"}), "unsafe .*Not a directory"),
+    "zip bomb": (zipped({"zeros": bytes(3_000_000)}), "unpacks to more than"),
+    "zip of many": (zipped({str(i): b"" for i in range(600)}), "unpacks to more than"),
+    "zip encrypted": (encrypted_zip(), "broken .*encrypted"),
+    "zip damaged": (unix_zip("a.jpg", 0, "picture").replace(b"picture", b"pasture", 1), "broken .*CRC"),
+    "zip cut": (zipped(FILES)[:1000], "broken"),
+    "tar bomb": (tarred({"zeros": bytes(3_000_000)}), "unpacks to more than"),
+    "tar header bomb": (header_bomb(), "broken|empty"),
+    "tar.gz cut": (tarred(FILES)[:1000], "broken"),
+    "tar.bz2 damaged": (tarred(FILES, "bz2")[:80] + bytes(400), "broken"),
+    "tar.xz damaged": (tarred(FILES, "xz")[:80] + bytes(400), "broken"),
+    "no archive": (b"<html>Please log in</html>" * 100, "broken"),
+    "nothing": (b"", "broken"),
+    "empty zip": (zipped({}), "is empty"),
 }
 
 
@@ -348,10 +334,10 @@ HARMFUL: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_harmful_archives_are_refused(
     attack: str, tmp_path: Path, local: Callable[[bytes], Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(archives, "ALWAYS_ALLOWED", 2_000_000)
-    make, message = HARMFUL[attack]
+    monkeypatch.setattr(sources, "ALWAYS_ALLOWED", 2_000_000)
+    data, message = HARMFUL[attack]
     with pytest.raises(UserError, match=rf"--data\.root .*{message}") as raised:
-        local(make())
+        local(data)
     assert "\n" not in str(raised.value)
     assert {path.suffix for path in cache.iterdir()} == {".lock"}, "something of it was kept"
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "my data"}
@@ -376,17 +362,17 @@ def test_links_within_an_archive_become_files(local: Callable[[bytes], Path]):
 
 FETCH = """
 import sys
-from clip_lightning.data import archive
+from clip_lightning.data import sources
 if "stop" in sys.argv:
-    unpack = archive.unpack
+    unpack = sources.unpack
     def stop(*arguments):  # everything is written but not yet in place
         unpacked = unpack(*arguments)
         print("unpacked", flush=True)
         sys.stdin.read()
         return unpacked
-    archive.unpack = stop
+    sources.unpack = stop
 print("begun", flush=True)
-source = archive.Archive.parse(sys.argv[1])
+source = sources.Archive.parse(sys.argv[1])
 source.fetch()
 print(source.folder())
 """

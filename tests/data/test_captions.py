@@ -33,9 +33,7 @@ def caption_set(root: Path, contents: list[bytes], splits: Sequence[str | None] 
 
 @settings(max_examples=50, deadline=None)
 @given(
-    contents=st.lists(
-        st.sampled_from([b"a", b"b", b"c", b"dd", b"ee", b"f", b"g"]), min_size=12, max_size=40
-    ),
+    contents=st.lists(st.sampled_from([b"a", b"b", b"c", b"dd", b"ee", b"f"]), min_size=12, max_size=40),
     seed=st.integers(0, 5),
     val_fraction=st.floats(0, 0.3),
     test_fraction=st.floats(0, 0.3),
@@ -50,13 +48,10 @@ def test_copies_of_an_image_are_in_one_split(
         except UserError:  # few different pictures, all of them held out
             return
         assert set(parts) == set(SPLITS)
-        assert sorted(image.path for part in parts.values() for image in part) == sorted(
-            image.path for image in captions.images
-        )
-        for one, other in combinations(parts.values(), 2):
-            assert not {image.path.read_bytes() for image in one} & {
-                image.path.read_bytes() for image in other
-            }
+        paths = [image.path for part in parts.values() for image in part]
+        assert sorted(paths) == sorted(image.path for image in captions.images)
+        held = [{image.path.read_bytes() for image in part} for part in parts.values()]
+        assert all(one.isdisjoint(other) for one, other in combinations(held, 2))
         assert parts["train"]
 
 

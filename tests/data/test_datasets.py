@@ -75,14 +75,9 @@ def two_views(folder: Path, count: int, broken: set[int] = frozenset()) -> list[
 
 
 def same(one: Samples, other: Samples) -> bool:
-    return (
-        one.captions == other.captions
-        and len(one.images) == len(other.images)
-        and all(
-            np.array_equal(getattr(one, name), getattr(other, name))
-            for name in ("image_id", "counts", "caption_rows")
-        )
-        and all(torch.equal(mine, yours) for mine, yours in zip(one.images, other.images, strict=True))
+    names = ("captions", "image_id", "counts", "caption_rows")
+    return torch.equal(torch.stack(one.images), torch.stack(other.images)) and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in names
     )
 
 
@@ -136,16 +131,10 @@ def test_views_and_captions_are_drawn_uniformly(tmp_path: Path) -> None:
 def test_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     dataset = train_dataset(pictures(tmp_path, [5] * 12))
 
-    def batches(workers: int) -> list[dict[str, Any]]:
-        sampler = TrainSampler(12, 3, seed=0)
-        sampler.set_epoch(2)
-        return list(
-            DataLoader(
-                dataset, batch_size=3, sampler=sampler, num_workers=workers, collate_fn=Collate(tokenize)
-            )
-        )
-
-    for one, other in zip(batches(0), batches(2), strict=True):
+    sampler = TrainSampler(12, 3, seed=0)
+    sampler.set_epoch(2)
+    how: dict[str, Any] = {"batch_size": 3, "sampler": sampler, "collate_fn": Collate(tokenize)}
+    for one, other in zip(DataLoader(dataset, **how), DataLoader(dataset, num_workers=2, **how), strict=True):
         assert one.pop("broken") == other.pop("broken") == {}
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -236,11 +225,11 @@ def test_fit_warns_about_shared_captions(
 ) -> None:
     """Captions that the tokenizer cuts or does not know, and one caption for all images of a class."""
     clip = make_clip()
-    texts = (
-        ["a red circle"] * 4
-        + ["\u732b \u72ac", "red square " * 40]
-        + [f"a red circle {n} red" for n in range(6)]
-    )
+    texts = ["a red circle"] * 4 + [
+        "\u732b \u72ac",
+        "red square " * 40,
+        *map("a red circle {}".format, range(6)),
+    ]
     pictures(tmp_path, [1] * 12)
     rows = [f"{number}.jpg,{text}" for number, text in enumerate(texts)]
     (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
@@ -259,10 +248,8 @@ def test_an_error_in_a_loader_process_is_one_line(tmp_path: Path) -> None:
     images = pictures(tmp_path, [1, 1], broken={0, 1})
     lines = []
     for workers in (0, 1):
-        loader = DataLoader(
-            train_dataset(images), batch_size=2, sampler=TrainSampler(2, 2, seed=0), num_workers=workers
-        )
+        sampler = TrainSampler(2, 2, seed=0)
         with pytest.raises(UserError) as raised:
-            next(iter(loader))
+            next(iter(DataLoader(train_dataset(images), 2, sampler=sampler, num_workers=workers)))
         lines.append(str(raised.value))
     assert lines[0] == lines[1] and "\n" not in lines[0]

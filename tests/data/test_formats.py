@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import os
 import tempfile
@@ -11,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,16 +23,22 @@ from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.errors import UserError
 
-Files = dict[str, str]
+Files = dict[str, str | bytes]
 
 
 def write(root: Path, files: Files) -> Path:
-    """Text files; pictures are never opened here, so any content does."""
+    """Files of these contents; pictures are never opened here, so any content does."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode())
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     return root
+
+
+def parquet(**columns: list[Any]) -> bytes:
+    data = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), data)
+    return data.getvalue()
 
 
 def content(captions: CaptionSet) -> dict[str, tuple[tuple[str, ...], str | None]]:
@@ -39,78 +48,62 @@ def content(captions: CaptionSet) -> dict[str, tuple[tuple[str, ...], str | None
     }
 
 
-def karpathy(*images: tuple[str, str, list[str]], **extra: str) -> str:
-    records = [
-        {"filename": name, "split": split, "sentences": [{"raw": text} for text in texts], **extra}
-        for name, split, texts in images
-    ]
-    return json.dumps({"images": records, "dataset": "any"})
-
-
 PAIR = {"a.jpg": (("one", "two"), None), "b.jpg": (("three",), None)}
 A_RECORD = {"image": "a.jpg", "caption": ["one", "two"]}
-B_LINE = json.dumps({"image": "b.jpg", "caption": "three"})
+B_RECORD = {"image": "b.jpg", "caption": "three"}
+LINES = f"{json.dumps(A_RECORD)}\n{json.dumps(B_RECORD)}\n"
+TAB_TABLE = "image\tcaption\na.jpg\tone\na.jpg\ttwo\nb.jpg\tthree\n"
+TOKENS = "a.jpg#0\tone\na.jpg#1\ttwo\nb.jpg#0\tthree\n"
+
+
+def coco(**captions: list[str]) -> str:
+    names = [*captions]
+    images = [{"id": number, "file_name": f"{name}.jpg"} for number, name in enumerate(names)]
+    rows = [(names.index(name), text) for name in names for text in captions[name]]
+    annotations = [{"image_id": number, "caption": text} for number, text in sorted(rows, key=lambda r: r[1])]
+    return json.dumps({"images": images, "annotations": annotations})
+
+
+def llava(name: str, *answers: str) -> dict[str, Any]:
+    talk = [("human", "<image>"), *(("gpt", answer) for answer in answers)]
+    return {"image": name, "conversations": [{"from": who, "value": text} for who, text in talk]}
+
+
+# what is in the folder, and the folder of the images
 LAYOUTS: dict[str, tuple[Files, str]] = {
     "csv": ({"any.csv": "image,caption\na.jpg,one\nb.jpg,three\na.jpg,two\n"}, ""),
     "columns of open_clip": ({"x.csv": "filepath\ttitle\na.jpg\tone\na.jpg\ttwo\nb.jpg\tthree\n"}, ""),
     "tsv": ({"x.tsv": "id\tcaption\timage\n1\tone\ta.jpg\n2\ttwo\t./a.jpg\n3\tthree\tb.jpg\n"}, ""),
     "byte order mark, CRLF": ({"x.csv": "\ufeffImage,Text\r\na.jpg,one\r\na.jpg,two\r\nb.jpg,three\r\n"}, ""),
     "unquoted": ({"x.csv": 'image,caption\na.jpg,"one"\na.jpg,two\n\nb.jpg,  three \n'}, ""),
-    "jsonl": (
-        {"x.jsonl": '{"image": "a.jpg", "captions": ["one", "two"]}\n\n{"text": "three", "path": "b.jpg"}\n'},
-        "",
-    ),
+    "UTF-16": ({"x.csv": TAB_TABLE.encode("utf-16")}, ""),
+    "compressed table": ({"x.tsv.gz": gzip.compress(TAB_TABLE.encode())}, ""),
+    "compressed lines": ({"x.jsonl.gz": gzip.compress(LINES.encode())}, ""),
+    "Parquet": ({"x.parquet": parquet(id=[1, 2], captions=[["one", "two"], ["three"]], image=[*PAIR])}, ""),
+    "jsonl": ({"x.jsonl": LINES.replace("\n", "\n\n").replace('"caption"', '"text"')}, ""),
     "pairs": ({"a.txt": "one\n\ntwo\n", "b.txt": "three"}, ""),
     "Kaggle": ({"captions.txt": "image,caption\na.jpg,one\na.jpg,two\nb.jpg,three\n"}, "Images/"),
     "Illinois": (
         {
-            "Flickr8k_text/Flickr8k.token.txt": "a.jpg#0\tone\na.jpg#1\ttwo\nb.jpg#0\tthree\n",
+            "Flickr8k_text/Flickr8k.token.txt": TOKENS,
             "Flickr8k_text/Flickr8k.lemma.token.txt": "a.jpg#0\tno\n",
         },
         "Flicker8k_Dataset/",
     ),
-    "COCO": (
-        {
-            "annotations/captions_val2017.json": json.dumps(
-                {
-                    "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],
-                    "annotations": [
-                        {"image_id": i, "caption": text} for i, text in ((7, "one"), (8, "three"), (7, "two"))
-                    ],
-                }
-            )
-        },
-        "val2017/",
-    ),
-    "ALBEF": ({"x_train.json": json.dumps([A_RECORD, {"image": "b.jpg", "caption": "three"}])}, ""),
-    "LLaVA": (
-        {
-            "x.json": json.dumps(
-                [
-                    {"image": name, "conversations": [{"from": "human", "value": "<image>"}, *answers]}
-                    for name, answers in (
-                        ("a.jpg", [{"from": "gpt", "value": text} for text in ("one", "two")]),
-                        ("b.jpg", [{"from": "gpt", "value": "three"}]),
-                    )
-                ]
-            )
-        },
-        "images/",
-    ),
+    "COCO": ({"annotations/captions_val2017.json": coco(a=["one", "two"], b=["three"])}, "val2017/"),
+    "ALBEF": ({"x_train.json": json.dumps([A_RECORD, B_RECORD])}, ""),
+    "LLaVA": ({"x.json": json.dumps([llava("a.jpg", "one", "two"), llava("b.jpg", "three")])}, "images/"),
     "name to captions": ({"captions.json": '{"a.jpg": ["one", "two"], "b.jpg": "three"}'}, "images/"),
     "regions": (
         {
-            "r.json": json.dumps(
-                [
-                    {"id": "a", "regions": [{"phrase": "one"}, {"phrase": "two"}]},
-                    {"id": "b", "regions": [{"phrase": "three"}]},
-                ]
-            )
+            "r.json": '[{"id": "a", "regions": [{"phrase": "one"}, {"phrase": "two"}]},'
+            '{"id": "b", "regions": [{"phrase": "three"}]}]'
         },
         "VG_100K/",
     ),
-    "JSON lines": ({"x.json": f"{json.dumps(A_RECORD)}\n{B_LINE}\n"}, ""),
+    "JSON lines": ({"x.json": LINES}, ""),
     "pandas": ({"x.csv": """image,captions\na.jpg,"['one', ""two""]"\nb.jpg,['three']\n"""}, ""),
+    "JSON lists": ({"x.tsv": 'image\tcaptions\na.jpg\t["one", "two"]\nb.jpg\t["three"]\n'}, ""),
     "NumPy": ({"x.csv": "image,captions\na.jpg,['one' 'two']\nb.jpg,three\n"}, ""),
     "numbered": ({"x.csv": "image,caption_0,caption_1\na.jpg,one,two\nb.jpg,three,\n"}, ""),
     "Excel": ({"x.csv": "\ufeffsep=;\nimage;caption\na.jpg;one\na.jpg;two\nb.jpg;three\n"}, ""),
@@ -132,7 +125,7 @@ LAYOUTS: dict[str, tuple[Files, str]] = {
         },
         "",
     ),
-    "Illinois 30k": ({"results_20130124.token": "a.jpg#0\tone\na.jpg#1\ttwo\nb.jpg#0\tthree\n"}, "images/"),
+    "Illinois 30k": ({"results_20130124.token": TOKENS}, "images/"),
     "Kaggle 30k": (
         {
             "flickr30k_images/results.csv": "image_name| comment_number| comment\n"
@@ -153,23 +146,6 @@ def test_layouts_are_recognized(layout: str, tmp_path: Path) -> None:
     assert captions.left_out == {}
 
 
-def test_utf16_and_compressed_tables(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": "", "b.jpg": ""})
-    table = "image\tcaption\na.jpg\tone\na.jpg\ttwo\nb.jpg\tthree\n"
-    lines = f"{json.dumps(A_RECORD)}\n{B_LINE}".encode()
-    for name, data in {
-        "x.csv": table.encode("utf-16"),
-        "x.tsv.gz": gzip.compress(table.encode()),
-        "x.jsonl.gz": gzip.compress(lines),
-    }.items():
-        (tmp_path / name).write_bytes(data)
-        assert content(read_captions(tmp_path)) == PAIR
-        (tmp_path / name).unlink()
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines)[:20])
-    with pytest.raises(UserError, match="is damaged"):
-        read_captions(tmp_path)
-
-
 def test_the_annotation_file_itself_can_be_given(tmp_path: Path) -> None:
     write(tmp_path, {"x.csv": "image,caption\na.jpg,x", "y.csv": "image,caption\na.jpg,y", "a.jpg": ""})
     assert content(read_captions(tmp_path / "y.csv")) == {"a.jpg": (("y",), None)}
@@ -181,30 +157,17 @@ def test_the_annotation_file_itself_can_be_given(tmp_path: Path) -> None:
     assert len(captions.digest()) == 64
 
 
-def test_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    write(tmp_path, {"a.jpg": "", "b.jpg": ""})
-    table = {"id": [1, 2], "captions": [["one", "two"], ["three"]], "image": ["a.jpg", "b.jpg"]}
-    parquet.write_table(pyarrow.table(table), tmp_path / "x.parquet")
-    assert content(read_captions(tmp_path)) == PAIR
-    parquet.write_table(pyarrow.table({"image": [b"bytes"], "caption": ["a"]}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"has values of the types bytes, str, NoneType as image.*or hf:/"):
-        read_captions(tmp_path)
-    (tmp_path / "x.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(UserError, match=r"not a valid Parquet"):
-        read_captions(tmp_path)
-
-
-def test_karpathy(tmp_path: Path) -> None:
-    images = [("a.jpg", "restval", ["one", "two"]), ("b.jpg", "val", ["three"]), ("c.jpg", "test", ["four"])]
-    for folder, extra in (("Images", {}), ("val2014", {"filepath": "val2014"})):
-        root = write(tmp_path / folder, {f"{folder}/{name}.jpg": "" for name in "abc"})
-        write(root, {"dataset_flickr8k.json": karpathy(*images, **extra), "unrelated.json": "{}"})
-        captions = read_captions(root)
-        assert [image.split for image in captions.images] == ["train", "val", "test"]
-        assert captions.has_official_splits
+@pytest.mark.parametrize(("folder", "extra"), [("Images", {}), ("val2014", {"filepath": "val2014"})])
+def test_karpathy(folder: str, extra: dict[str, str], tmp_path: Path) -> None:
+    images = [
+        {"filename": f"{name}.jpg", "split": split, "sentences": [{"raw": "one"}, {"raw": "two"}], **extra}
+        for name, split in (("a", "restval"), ("b", "val"), ("c", "test"))
+    ]
+    write(tmp_path, {f"{folder}/{name}.jpg": "" for name in "abc"})
+    write(tmp_path, {"dataset_flickr8k.json": json.dumps({"images": images}), "unrelated.json": "{}"})
+    captions = read_captions(tmp_path)
+    assert [image.split for image in captions.images] == ["train", "val", "test"]
+    assert captions.has_official_splits and captions.images[0].captions == ("one", "two")
 
 
 def test_official_split_lists_may_be_incomplete(tmp_path: Path) -> None:
@@ -232,10 +195,8 @@ def test_the_names_of_splits_in_a_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("second", ["a.jpg", "./a.jpg", "sub/../a.jpg"])
 def test_an_image_in_two_splits_is_refused(second: str, tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        {"a.jpg": "", "sub/b.jpg": "", "x.csv": f"image,caption,split\na.jpg,x,train\n{second},y,val\n"},
-    )
+    table = f"image,caption,split\na.jpg,x,train\n{second},y,val\n"
+    write(tmp_path, {"a.jpg": "", "sub/b.jpg": "", "x.csv": table})
     with pytest.raises(UserError, match=r"a\.jpg is in two splits, train and val"):
         read_captions(tmp_path)
 
@@ -243,22 +204,21 @@ def test_an_image_in_two_splits_is_refused(second: str, tmp_path: Path) -> None:
 def test_unusable_rows_are_named(tmp_path: Path) -> None:
     token = "a.jpg#0\tone\na.jpg#1\t \n2258277193_586949ec62.jpg.1#0\tA man\nblank.jpg#0\t\nno tab\n"
     write(
-        tmp_path,
-        {"Flickr8k.token.txt": token, "Images/a.jpg": "", "Images/blank.jpg": "", "Images/c.jpg": ""},
+        tmp_path, {"Flickr8k.token.txt": token, **{f"Images/{name}.jpg": "" for name in ("a", "blank", "c")}}
     )
     captions = read_captions(tmp_path)
     assert content(captions) == {"Images/a.jpg": (("one",), None)}
     assert captions.left_out == {
         "a.jpg": "row 2 has no caption",
         "2258277193_586949ec62.jpg.1": "there is no such image",
-        "blank.jpg": "it has no caption",
+        "blank.jpg": "row 4 has no caption",
         "no tab": "there is no such image",
     }
     pairs = tmp_path / "pairs"
     write(pairs, {"deep/er/a.PNG": "", "deep/er/a.txt": "one", "b.jpg": "", "c.jpg": "", "c.txt": " \n"})
     captions = read_captions(pairs, ReadOptions("folder"))
     assert content(captions) == {"deep/er/a.PNG": (("one",), None)}
-    assert captions.left_out == {"b.jpg": "there is no b.txt next to it", "c.jpg": "it has no caption"}
+    assert captions.left_out == {"b.jpg": "there is no b.txt next to it", "c.jpg": "row 1 has no caption"}
 
 
 def test_links_stay_readable_and_below_the_root(tmp_path: Path) -> None:
@@ -271,24 +231,17 @@ def test_links_stay_readable_and_below_the_root(tmp_path: Path) -> None:
 
 
 def test_results_csv_keeps_bars_quotes_and_commas(tmp_path: Path) -> None:
-    lines = [
-        "image_name| comment_number| comment",
-        'a.jpg| 0| A "quoted", and | barred sentence .',
-        "2199200615.jpg| 4   A dog runs across the grass .",
-        '2199200615.jpg| 0|  "Open',
-    ]
-    write(tmp_path, {"results.csv": "\n".join(lines), "a.jpg": "", "2199200615.jpg": ""})
+    lines = ('a.jpg| 0| A "quoted", and | barred sentence .', "21.jpg| 4   A dog runs .", '21.jpg| 0|  "Open')
+    table = "\n".join(["image_name| comment_number| comment", *lines])
+    write(tmp_path, {"results.csv": table, "a.jpg": "", "21.jpg": ""})
     assert content(read_captions(tmp_path, ReadOptions("flickr30k"))) == {
         "a.jpg": (('A "quoted", and | barred sentence .',), None),
-        "2199200615.jpg": (("A dog runs across the grass .", '"Open'), None),
+        "21.jpg": (("A dog runs .", '"Open'), None),
     }
 
 
 SPLIT = {"a.jpg": (("one",), "train"), "b.jpg": (("two",), "val"), "c.jpg": (("three",), "test")}
 TABLE = "image,caption\n{}.jpg,{}\n"
-COCO = (
-    '{{"images": [{{"id": 1, "file_name": "{}.jpg"}}], "annotations": [{{"image_id": 1, "caption": "{}"}}]}}'
-)
 SPLIT_LAYOUTS: dict[str, Files] = {
     "a table per split": {
         **{"train.csv": TABLE.format("a", "one"), "valid.csv": TABLE.format("b", "two")},
@@ -299,9 +252,9 @@ SPLIT_LAYOUTS: dict[str, Files] = {
         '"test": {"c.jpg": "three"}}'
     },
     "COCO": {
-        "annotations/captions_train2017.json": COCO.format("a", "one"),
-        "annotations/captions_val2017.json": COCO.format("b", "two"),
-        "annotations/captions_test2017.json": COCO.format("c", "three"),
+        "annotations/captions_train2017.json": coco(a=["one"]),
+        "annotations/captions_val2017.json": coco(b=["two"]),
+        "annotations/captions_test2017.json": coco(c=["three"]),
     },
 }
 
@@ -330,22 +283,6 @@ def test_one_folder_per_split(tmp_path: Path) -> None:
     assert len(read_captions(write(tmp_path / "parts", {**parts, "a.jpg": "", "b.jpg": ""})).images) == 2
     given = ",".join(str(tmp_path / word / "captions.csv") for word in ("train", "val"))
     assert [image.split for image in read_captions(Path(given)).images] == ["train", "val"]
-
-
-@pytest.mark.parametrize(
-    ("files", "said"),
-    [
-        (
-            {"one/captions.txt": TABLE, "two/captions.txt": TABLE},
-            r"\(one/captions\.txt, two/captions\.txt\), but not one per",
-        ),
-        ({"a.txt": "x", "old/captions.csv": TABLE}, r"has old/captions\.csv and also pairs"),
-        ({"train.csv": TABLE, "val.csv": TABLE, "all.csv": TABLE}, r"all\.csv, train\.csv, val\.csv"),
-    ],
-)
-def test_ambiguous_annotations_are_refused(files: Files, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
-        read_captions(write(tmp_path, {"a.jpg": "", **files}))
 
 
 @pytest.mark.parametrize("header", ["image,caption", "caption,image"])
@@ -386,7 +323,7 @@ def test_columns_can_be_given(tmp_path: Path) -> None:
         read_captions(tmp_path)
     options = ReadOptions(image_column="bild", caption_column="satz,wort")
     assert content(read_captions(tmp_path, options)) == {"a.jpg": (("one", "two"), None)}
-    with pytest.raises(UserError, match=r"--data\.read\.caption_column saetze is not in"):
+    with pytest.raises(UserError, match=r"no caption column saetze: found .*give --data\.read\.caption_"):
         read_captions(tmp_path, ReadOptions(image_column="bild", caption_column="saetze"))
 
 
@@ -404,17 +341,15 @@ def test_probable_mistakes_are_reported(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_read_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, {"a.jpg": "", "a.txt": "a dog", "locked/b.jpg": "", "locked/b.txt": "a cat"})
-    (tmp_path / "link").symlink_to("locked")
 
     def refuse(list_folder: Callable[[Any], Any], path: Any) -> Any:
-        if os.path.basename(path) in ("locked", "link"):
+        if os.path.basename(path) == "locked":
             raise PermissionError(13, "Permission denied", path)
         return list_folder(path)
 
     for name in ("scandir", "listdir"):
         monkeypatch.setattr(os, name, partial(refuse, getattr(os, name)))
-    skipped = ", ".join(f"1 unreadable folder {name} (Permission denied)" for name in ("link", "locked"))
-    assert read_captions(tmp_path).warnings == (f"skipped: {skipped}",)
+    assert read_captions(tmp_path).warnings == ("skipped: 1 unreadable folder locked (Permission denied)",)
 
 
 AWKWARD = ["", " ", 'a "b", c', "two\nlines", "tab\there", "👩‍🚒 🐕", "word " * 10_000, "'", '"', "a|b;c"]
@@ -453,33 +388,49 @@ WRONG: dict[str, tuple[Files, str, str]] = {
     "no caption column": (
         {"x.csv": "image,word\n"},
         "auto",
-        r"no caption column: found image, word, expected one of caption, captions, text, title, comment",
+        "no caption column: found image, word, exp",
     ),
     "no image column": (
         {"x.jsonl": '{"bild": 1, "caption": "a"}'},
         "auto",
-        r"no image column: found bild, caption",
+        "no image column: found bild, caption",
     ),
-    "no header": ({"captions.txt": ""}, "auto", r"no image column: found nothing"),
-    "none of the pictures": (
-        {"x.csv": "image,caption\na.jpg,x"},
-        "auto",
-        r"a\.jpg: there is no such image",
-    ),
+    "no header": ({"captions.txt": ""}, "auto", "no image column: found nothing"),
+    "none of the pictures": ({"x.csv": TABLE}, "auto", "there is no such image"),
     "unknown JSON": (
-        {"dataset_flickr8k.json": '{"images": [{"id": 1}]}'},
+        {"dataset_coco.json": '{"images": [{"id": 1}]}'},
         "auto",
-        "an object with the keys images; expected COCO",
+        "begins with '{.*; expected COCO",
     ),
-    "list": ({"dataset_coco.json": "[3]"}, "captions", "a list that begins with 3; expected COCO"),
+    "list": ({"dataset_coco.json": "[3]"}, "captions", r"begins with '\[3\]'; expected COCO"),
     "broken JSON": ({"dataset_coco.json": "{"}, "captions", "is not JSON"),
     "broken line": ({"x.jsonl": "{"}, "auto", "line 1 is not JSON"),
     "no object": ({"x.jsonl": "\n3"}, "auto", "line 2 is not a JSON object"),
     "open quote": ({"x.csv": 'image,caption\na.jpg,"x'}, "auto", "broken at line 2.*quotes"),
     "too many fields": ({"x.csv": "caption,image\nx,y,a.jpg"}, "auto", "3 fields for 2 columns"),
     "unknown split": ({"x.csv": "image,caption,split\na.jpg,x,holdout"}, "auto", "'holdout'; expected train"),
-    "not Flickr": ({"x.csv": "image,caption\na.jpg,x"}, "flickr30k", "none of captions.txt, results.csv"),
-    "no table": ({"a.jpg": "", "a.txt": "x"}, "captions", "no CSV, TSV"),
+    "not Flickr": ({"x.csv": TABLE}, "flickr30k", "none of captions.txt, results.csv"),
+    "no table": ({"a.jpg": "", "a.txt": "x"}, "captions", "none of CSV, TSV"),
+    "latin1": ({"x.csv": "image,caption\na.jpg,café".encode("latin1")}, "auto", "not UTF-8"),
+    "cut off": ({"x.jsonl.gz": gzip.compress(LINES.encode())[:20]}, "auto", "is damaged"),
+    "not Parquet": ({"x.parquet": b"PAR1 no more"}, "auto", "not a valid Parquet"),
+    "images in Parquet": (
+        {"x.parquet": parquet(image=[b"bytes"], caption=["a"])},
+        "auto",
+        "has values of the types bytes, str, NoneType as image.*or hf:/",
+    ),
+    **{
+        f"two tables: {files[-1]}": (dict.fromkeys(("a.jpg", *files), TABLE), "auto", said)
+        for *files, said in (
+            (
+                "one/captions.txt",
+                "two/captions.txt",
+                r"\(one/captions\.txt, two/captions\.txt\), but not",
+            ),
+            ("a.txt", "old/captions.csv", r"has old/captions\.csv and also pairs"),
+            ("train.csv", "val.csv", "all.csv", r"all\.csv, train\.csv, val\.csv"),
+        )
+    },
 }
 
 
@@ -492,13 +443,10 @@ def test_wrong_input_has_one_clear_line(case: str, tmp_path: Path) -> None:
     assert "--data." in str(error.value)
 
 
-def test_missing_folders_and_unknown_encodings(tmp_path: Path) -> None:
+def test_missing_folders_and_unknown_formats(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the folder or file .*nowhere does not exist; .*--data\.root"):
         read_captions(tmp_path / "nowhere")
-    (tmp_path / "x.csv").write_bytes("image,caption\na.jpg,café".encode("latin1"))
-    with pytest.raises(UserError, match="not UTF-8"):
-        read_captions(tmp_path)
-    (tmp_path / "x.bin").write_bytes(b"\0\1")
+    write(tmp_path, {"x.bin": b"\0\1"})
     with pytest.raises(UserError, match="has an unknown format; expected Parquet"):
         read_captions(tmp_path / "x.bin")
 
@@ -509,13 +457,7 @@ def test_flickr8k(shared_data: Path) -> None:
     assert Counter(image.split for image in captions.images) == {"train": 6000, "val": 1000}
     assert {len(image.captions) for image in captions.images} == {5}
     assert captions.left_out == {}
-    groups = content_groups(captions.images)
-    copies = [
-        (captions.images[index], captions.images[first])
-        for index, first in enumerate(groups)
-        if index != first
-    ]
-    assert [{one.path.name, other.path.name} for one, other in copies] == [
-        {"2851198725_37b6027625.jpg", "3050606344_af711c726c.jpg"}
-    ]
-    assert {image.split for image in copies[0]} == {"train"}
+    ((index, first),) = [pair for pair in enumerate(content_groups(captions.images)) if pair[0] != pair[1]]
+    copies = [captions.images[index], captions.images[first]]
+    assert {i.path.name for i in copies} == {"2851198725_37b6027625.jpg", "3050606344_af711c726c.jpg"}
+    assert {image.split for image in copies} == {"train"}

@@ -18,7 +18,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from clip_lightning.data.shards.manifest import FILE
+from clip_lightning.data.shards.index import FILE
 
 pytestmark = pytest.mark.faults
 

@@ -1,23 +1,27 @@
-"""Which data `--data.root` names, what is refused before anything is fetched, and what is fetched once."""
+"""Which data `--data.root` and `records` name, and what is refused before anything is fetched."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
-from clip_lightning.data.archive import Archive
+from clip_lightning import CLIP, CaptionDataModule
 from clip_lightning.data.captions import Splits
 from clip_lightning.data.columns import ReadOptions
-from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.data.features import CacheOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.hub import HubDataset
-from clip_lightning.data.sources import Artifact, Folder, Scenes, find_source, names_tars
+from clip_lightning.data.sources import Archive, Artifact, Folder, Scenes, find_source, names_tars
 from clip_lightning.errors import UserError
 from clip_lightning.files import make_once
 from clip_lightning.wandb_fetch import ArtifactName
@@ -74,43 +78,113 @@ def test_options_out_of_range_are_one_line(make: Any, line: str) -> None:
         make()
 
 
-def test_an_archive_is_trained_on(
-    scenes: Path, make_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the data module reads is what the folder that was packed holds."""
+@pytest.fixture
+def data(
+    make_clip: Callable[..., CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Reads data as `fit` does, with a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clip = make_clip()
+
+    def read(records: Any = None, **options: Any) -> CaptionDataModule:
+        options = {"batch_size": 8, "num_workers": 0, "cache": "off", **options}
+        module = CaptionDataModule(clip.transform, clip.tokenize, records=records, **options)
+        module.prepare_data()
+        module.setup("fit")
+        return module
+
+    return read
+
+
+def test_an_archive_is_trained_on(scenes: Path, data: Callable[..., Any], tmp_path: Path) -> None:
+    """What the data module reads is what the folder that was packed holds."""
     archive = Path(shutil.make_archive(str(tmp_path / "scenes"), "zip", scenes))
     checksum = hashlib.sha256(archive.read_bytes()).hexdigest()
-    module, found = make_module(), []
-    for root in (f"{archive.as_uri()}#sha256={checksum}", scenes):
-        data = CaptionDataModule(module.transform, module.tokenize, root=root, batch_size=4)
-        data.prepare_data()
-        data.setup("fit")
-        found.append((data.digest, len(data.images("train")), data.root == scenes))
-    assert found == [(found[1][0], 32, False), (found[1][0], 32, True)]
+    unpacked, folder = data(root=f"{archive.as_uri()}#sha256={checksum}"), data(root=scenes)
+    assert unpacked.digest == folder.digest and unpacked.root != folder.root == scenes
+    assert len(unpacked.images("train")) == len(folder.images("train")) == 32
 
 
-def test_a_hub_data_set_is_trained_on(
-    scenes: Path, make_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A data set saved by the datasets library gives the captions and images that it was made of."""
+# Data from Python ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(scenes: Path) -> list[tuple[Path, tuple[str, ...], str | None]]:
+    return [(image.path, image.captions, image.split) for image in read_captions(scenes).images]
+
+
+FORMS: dict[str, Callable[[Path], Any]] = {
+    "name": str,
+    "bytes": Path.read_bytes,
+    "PIL": Image.open,
+    "array": lambda path: np.array(Image.open(path)),
+    "tensor": lambda path: torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_images_in_every_form_equal_the_files(form: str, rows: list[Any], data: Callable[..., Any]) -> None:
+    records = [(FORMS[form](path), captions, split) for path, captions, split in rows]
+    module = data(records)
+    for split in ("train", "val", "test"):
+        wanted = [(path, captions) for path, captions, named in rows if named == split]
+        for image, (path, captions) in zip(module.images(split), wanted, strict=True):
+            assert image.captions == captions
+            assert np.array_equal(np.array(Image.open(image.path)), np.array(Image.open(path)))
+    assert len(next(iter(module.train_dataloader()))["image_id"]) == 8
+    assert data(records).root == module.root  # nothing is written again
+    assert "records" not in module.options, "loggers would record all captions"
+
+
+class Pairs(torch.utils.data.Dataset[tuple[Image.Image, str]]):
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> tuple[Image.Image, str]:
+        path, captions, _ = self.rows[row]
+        return Image.open(path), captions[0]
+
+
+def test_data_sets_tables_and_splits(rows: list[Any], data: Callable[..., Any]) -> None:
+    table = [{"file_name": str(path), "text": captions[0], "split": split} for path, captions, split in rows]
+    expected = [len(data(rows).images(split)) for split in ("train", "val", "test")]
+    for records in (pd.DataFrame(table), table, iter(table)):
+        module = data(records)
+        assert [len(module.images(split)) for split in ("train", "val", "test")] == expected
+    module = data({"train": Pairs(rows[:20]), "val": Pairs(rows[20:30])})
+    assert [len(module.images(split)) for split in ("train", "val", "test")] == [20, 10, 0]
+    drawn = data(Pairs(rows))  # without splits, they are drawn as for files
+    assert sum(len(drawn.images(split)) for split in ("train", "val", "test")) == 40
+
+
+def test_a_hugging_face_data_set(rows: list[Any], data: Callable[..., Any]) -> None:
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    images = read_captions(scenes).images
-    rows = {
-        "image": [str(image.path) for image in images],
-        "caption": [list(image.captions) for image in images],
-        "split": ["train" if n % 4 else "validation" for n in range(len(images))],
-    }
-    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
-    made.save_to_disk(str(tmp_path / "saved"))
-    module = make_module()
-    data = CaptionDataModule(module.transform, module.tokenize, f"hf:{tmp_path / 'saved'}", batch_size=4)
-    data.prepare_data()
-    data.setup("fit")
-    wanted = {image.captions: image.path.read_bytes() for n, image in enumerate(images) if n % 4}
-    assert {image.captions: image.path.read_bytes() for image in data.images("train")} == wanted
-    assert len(data.images("val")) == len(images) - len(wanted)
+    table = {"image": [str(path) for path, _, _ in rows], "caption": [texts[0] for _, texts, _ in rows]}
+    held = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+    assert sum(len(data(held).images(split)) for split in ("train", "val", "test")) == 40
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([("a.png", 3)], "records has values of the types str, int"),
+        ([7], "record 0: expected .image, captions."),
+        ([{"image": "a.png"}], "records has no caption column"),
+        ([], "no usable image with a caption"),
+    ],
+)
+def test_invalid_records_are_one_line(records: Any, said: str, data: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=said):
+        data(records)
+
+
+def test_broken_and_missing_images_are_counted(rows: list[Any], data: Callable[..., Any]) -> None:
+    records = [*rows, (b"nothing", "a", "train"), ("gone.png", "b", "train"), (3.0, "c", "train")]
+    with pytest.raises(UserError, match=r"3 of 43 images or rows.*max_broken"):
+        data(records)
 
 
 # Once per machine, complete or not at all ---------------------------------------------------------------

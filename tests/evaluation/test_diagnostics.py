@@ -14,17 +14,12 @@ from clip_lightning.evaluation.retrieval import Embeddings, retrieval_metrics, r
 
 
 def embed(image: list[list[float]], text: list[list[float]], owner: list[int]) -> Embeddings:
-    return Embeddings(
-        normalize(torch.tensor(image, dtype=torch.float32)),
-        normalize(torch.tensor(text, dtype=torch.float32)),
-        torch.arange(len(image)),
-        torch.tensor(owner),
-        torch.arange(len(text)),
-    )
+    vectors = (normalize(torch.tensor(rows, dtype=torch.float32)) for rows in (image, text))
+    return Embeddings(*vectors, torch.arange(len(image)), torch.tensor(owner), torch.arange(len(text)))
 
 
-def random_embeddings(images: int, each: int, *, seed: int = 0) -> Embeddings:
-    generator = torch.Generator().manual_seed(seed)
+def random_embeddings(images: int, each: int) -> Embeddings:
+    generator = torch.Generator().manual_seed(0)
     owner = torch.arange(images).repeat_interleave(each)
     image = normalize(torch.randn(images, 16, generator=generator))
     text = normalize(image[owner] + torch.randn(len(owner), 16, generator=generator))
@@ -58,7 +53,7 @@ def test_one_picture_has_no_unmatched_pair() -> None:
     assert math.isnan(found.unmatched_mean) and math.isnan(found.separation)
 
 
-def test_chunks_and_samples_count_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_count_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings = random_embeddings(50, 3)
     whole = similarities(embeddings, range(50))
     scores = (embeddings.image @ embeddings.text.T)[torch.arange(50)[:, None] != embeddings.text_image_id]
@@ -66,9 +61,6 @@ def test_chunks_and_samples_count_the_same_pairs(monkeypatch: pytest.MonkeyPatch
     assert whole.unmatched_mean == pytest.approx(scores.mean().item(), abs=1e-6)
     beaten = (embeddings.image[embeddings.text_image_id] * embeddings.text).sum(1)[:, None] > scores
     assert whole.separation == pytest.approx(100 * beaten.double().mean().item(), abs=0.5)
-
-    monkeypatch.setattr(diagnostics, "CHUNK", 7)
-    assert torch.equal(similarities(embeddings, range(50)).unmatched, whole.unmatched)
     monkeypatch.setattr(diagnostics, "MOST_IMAGES", 10)
     monkeypatch.setattr(diagnostics, "MOST_TEXTS", 30)
     few = similarities(embeddings, range(50))
@@ -100,26 +92,9 @@ def test_the_worst_queries_are_the_worst_one_a_picture() -> None:
     others = [n for n in range(240) if n // 4 not in {text_id // 4 for text_id in worst}]
     assert ranks[others].max() <= found[-1]
 
-    mixed = torch.randperm(240, generator=torch.Generator().manual_seed(1))
-    shuffled = Embeddings(
-        embeddings.image.flip(0),
-        embeddings.text[mixed],
-        embeddings.image_id.flip(0),
-        embeddings.text_image_id[mixed],
-        embeddings.text_id[mixed],
-    )
-    assert worst_queries(shuffled, range(60), 5) == worst
-
 
 def test_identical_pictures_and_hits_are_no_misses() -> None:
     embeddings = embed([[1, 0], [1, 0], [0, 1]], [[1, 0], [1, 0.1], [1, 0.9]], [0, 1, 2])
     assert worst_queries(embeddings, [0, 1, 2], 9) == [2, 0, 1]  # a picture's twin outranks it
     assert worst_queries(embeddings, [0, 0, 2], 9) == [2]
     assert worst_queries(embeddings, [0, 0, 2], 0) == []
-
-
-def test_what_is_not_finite_is_refused() -> None:
-    broken = embed([[1, 0], [0, 1]], [[1, math.nan], [0, 1]], [0, 1])
-    for compute in (lambda: similarities(broken, range(2)), lambda: worst_queries(broken, range(2), 1)):
-        with pytest.raises(ValueError, match="NaN"):
-            compute()

@@ -42,10 +42,10 @@ def test_wilson_of_a_textbook():
     assert wilson(81, 263) == pytest.approx((25.53, 36.62), abs=0.005)
 
 
-@pytest.mark.parametrize(("right", "total"), [(0, 0), (2, 1), (-1, 3)])
-def test_wilson_of_nothing(right: int, total: int):
-    with pytest.raises(ValueError, match="expected 0 <= right <= total"):
-        wilson(right, total)
+def test_wilson_of_nothing():
+    for right, total in ((0, 0), (2, 1), (-1, 3)):
+        with pytest.raises(ValueError, match="expected 0 <= right <= total"):
+            wilson(right, total)
 
 
 def test_queries_without_an_answer_are_not_counted():

@@ -7,10 +7,11 @@ import statistics
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_lightning.evaluation.retrieval import retrieval_metrics, retrieval_ranks
+from clip_lightning.evaluation.retrieval import retrieval_metrics, retrieval_ranks, true_recall
 
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -86,11 +87,9 @@ def test_neither_order_nor_chunk_size_changes_a_bit(
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(count, 33, generator=generator)
     image[count // 2] = image[0]  # two pictures alike: a tie that rounding could break
-    image = torch.nn.functional.normalize(image, dim=1)
+    image = F.normalize(image, dim=1)
     owner = torch.arange(count).repeat_interleave(each)
-    text = torch.nn.functional.normalize(
-        torch.randn(len(owner), 33, generator=generator) + image[owner], dim=1
-    )
+    text = F.normalize(torch.randn(len(owner), 33, generator=generator) + image[owner], dim=1)
     whole = retrieval_metrics(image, text, owner, chunk_size=count)
     i, t = torch.randperm(count, generator=generator), torch.randperm(len(owner), generator=generator)
     assert retrieval_metrics(image[i], text[t], owner[t], image_id=i, chunk_size=chunk_size) == whole
@@ -138,11 +137,11 @@ def test_half_precision_context_leaves_the_scores_exact() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": torch.ones(3)}, r"image \(I, D\)"),
-        ({"text": torch.ones(4, 5)}, r"text \(N, D\), got \(3, 2\) and \(4, 5\)"),
-        ({"image": torch.ones(0, 2)}, "0 images"),
-        ({"text_image_id": torch.arange(3)}, r"text_image_id \(3,\) for 4 captions"),
-        ({"image_id": torch.arange(4)}, r"image_id \(4,\) for 3 images"),
+        ({"image": torch.ones(3)}, r"image \(I, D\).*got \(3,\), \(4, 2\), \(4,\), \(3,\)"),
+        ({"text": torch.ones(4, 5)}, r"text \(N, D\).*got \(3, 2\), \(4, 5\), \(4,\), \(3,\)"),
+        ({"image": torch.ones(0, 2)}, r"I and N above 0, got \(0, 2\)"),
+        ({"text_image_id": torch.arange(3)}, r"text_image_id \(N,\).*\(4, 2\), \(3,\), \(3,\)"),
+        ({"image_id": torch.arange(4)}, r"image_id \(I,\).*\(4,\), \(4,\)"),
         ({"image_id": torch.tensor([0, 1, 1])}, "twice"),
         ({"image": torch.tensor([[torch.nan, 0], [0, 1], [1, 0]])}, "1 of 3 image embeddings"),
         ({"text": torch.full((4, 2), torch.inf)}, "4 of 4 text embeddings"),
@@ -156,3 +155,48 @@ def test_wrong_input_is_named(change: dict[str, object], message: str) -> None:
     given = {"image": torch.eye(3, 2), "text": torch.ones(4, 2), "text_image_id": torch.tensor([0, 1, 2, 0])}
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(**(given | change))
+
+
+# True recall -----------------------------------------------------------------------------------------------
+
+
+def test_true_recall_by_hand():
+    # scores of the first picture 0.9, 0.8, 0.1 | 0.85, 0; its own captions are at the ranks 1, 3 and 4
+    image = torch.eye(2)
+    text = torch.tensor([[0.9, 0.0], [0.8, 0.0], [0.1, 0.0], [0.85, 0.5], [0.0, 0.7]])
+    found = true_recall(image, text, torch.tensor([0, 0, 0, 1, 1]), ks=(1, 2, 3, 4))
+    # the second picture's own are at the ranks 1 and 2
+    assert found == pytest.approx(
+        {
+            "image_to_text_true_recall@1": 100 * (1 / 3 + 1 / 2) / 2,
+            "image_to_text_true_recall@2": 100 * (1 / 3 + 1) / 2,
+            "image_to_text_true_recall@3": 100 * (2 / 3 + 1) / 2,
+            "image_to_text_true_recall@4": 100.0,
+        }
+    )
+
+
+def test_ties_count_against_the_model_in_true_recall():
+    image, text = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    # the first picture's two captions tie with one of the other's: ranks 2 and 3; images without captions
+    # are not asked
+    found = true_recall(torch.cat([image, image[:1]]), text, torch.tensor([0, 0, 1]), ks=(1, 2, 3))
+    assert list(found.values()) == [100 * (0 + 1) / 2, 100 * (0.5 + 1) / 2, 100.0]
+
+
+@pytest.mark.parametrize("captions", [1, 4])
+def test_true_recall_equals_a_loop(captions: int):
+    generator = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(30, 6, generator=generator), dim=1)
+    text = F.normalize(torch.randn(30 * captions, 6, generator=generator), dim=1)
+    owner = torch.arange(30).repeat_interleave(captions)[torch.randperm(len(text), generator=generator)]
+    found = true_recall(image, text, owner, chunk_size=7)
+    for k in (1, 5, 10):
+        shares = []
+        for row in range(30):
+            order = (text @ image[row]).argsort(descending=True)[:k]
+            shares.append((owner[order] == row).sum().item() / captions)
+        assert found[f"image_to_text_true_recall@{k}"] == pytest.approx(100 * sum(shares) / 30)
+    hits = retrieval_metrics(image, text, owner)
+    names = {f"image_to_text_true_recall@{k}": f"image_to_text_R@{k}" for k in (1, 5, 10)}
+    assert all(found[a] == pytest.approx(hits[b]) for a, b in names.items()) == (captions == 1)

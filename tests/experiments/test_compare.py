@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +17,8 @@ from wandb_server import WandbServer
 
 from clip_lightning.__main__ import main
 from clip_lightning.data.features import FeatureCache
-from clip_lightning.experiments import backbones, costs
-from clip_lightning.experiments.costs import image_latency
-from clip_lightning.experiments.run_records import RECALLS
+from clip_lightning.experiments import backbones
+from clip_lightning.experiments.run_records import RECALLS, image_latency
 from clip_lightning.model.clip import CLIP, parameter_counts
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
@@ -190,17 +187,15 @@ def test_failed_pairs_are_listed_and_retried(
         return fit(words, *given)
 
     monkeypatch.setattr(backbones, "fit", breaks_first)
-    given = words(tmp_path / "c", image_towers=f"random:nosuch,{IMAGES}", text_towers=bert)
+    given = words(tmp_path / "c", text_towers=bert)
     assert main(given) == 1
     out, err = capsys.readouterr()
-    assert err.index("random:nosuch cannot be used") < err.index("pair 1 of 3")
-    assert "2 of 3 pairs failed" in err and "Traceback" in err
+    assert "1 of 2 pairs failed" in err and "Traceback" in err
     assert "random:test_vit × bert" in out
-    missing, broken = result(tmp_path / "c")["failed"]
-    assert missing["name"] == "random:nosuch × bert" and "unknown image tower 'nosuch'" in missing["reason"]
-    assert broken == {"name": "random:test_resnet × bert", "reason": "RuntimeError: the disk is full"}
-    assert "unknown image tower" in (tmp_path / "c" / "index.html").read_text()
-    assert main(given) == 1
+    broken = {"name": "random:test_resnet × bert", "reason": "RuntimeError: the disk is full"}
+    assert result(tmp_path / "c")["failed"] == [broken]
+    assert "the disk is full" in (tmp_path / "c" / "index.html").read_text()
+    assert main(given) == 0
     assert len(asked) == 3
     assert len(result(tmp_path / "c")["rows"]) == 2
 
@@ -268,14 +263,15 @@ def test_a_file_of_options_and_precedence_of_the_command_line(
     [
         ({"image_towers": ...}, "--image_towers: expected names separated by commas"),
         ({"text_towers": "a,,b"}, "--text_towers: expected names separated by commas"),
-        ({"seeds": 0}, "--seeds 0: expected 1 or more"),
-        ({"seeds": "true"}, "--seeds: expected a whole number, got True"),
+        ({"image_towers": f"random:nosuch,{IMAGES}"}, "unknown image tower 'nosuch'"),
+        ({"seeds": 0}, "--seeds: expected a whole number of 1 or more, got 0"),
+        ({"seeds": "true"}, "--seeds: expected a whole number of 1 or more, got true"),
         ({"data__root": "nowhere"}, "nowhere"),
         ({"model__embed_dims": 3}, "did you mean --model.heads.embed_dim?"),
         ({"model__init_from": "bundle"}, "--model.init_from has its own towers"),
         ({"ckpt_path": "last"}, "--ckpt_path last"),
-        ({"trainer__devices": 2}, "--trainer.devices and --trainer.num_nodes"),
-        ({"trainer__strategy": "fsdp"}, "--trainer.strategy fsdp"),
+        ({"trainer__devices": 2}, "each pair is trained on one device; remove --trainer.devices"),
+        ({"trainer__strategy": "fsdp"}, "each pair is trained on one device"),
         ({"config": "nosuch"}, "no configuration 'nosuch'"),
         ({"file": "nowhere.yaml"}, "--file nowhere.yaml cannot be read"),
     ],
@@ -303,16 +299,6 @@ def test_invalid_values_in_a_file_print_one_line(
         content = {"image_towers": "random:test_vit", "text_towers": "x"} | content
     (tmp_path / "towers.yaml").write_text(yaml.safe_dump(content))
     assert expected in complaint(["compare-backbones", f"--file={tmp_path / 'towers.yaml'}"], capsys)
-
-
-@pytest.mark.parametrize(
-    ("command", "usage"),
-    [("compare", "compare RUN [RUN ...] [options]"), ("compare-backbones", "[options of fit]")],
-)
-def test_help_lists_the_options(command: str, usage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(part in said for part in (usage, "--out", "--json"))
 
 
 # finished runs
@@ -348,22 +334,25 @@ def test_finished_runs_are_measured_and_compared(finished: Path, tmp_path: Path)
     assert twice["image_latency_ms"] > 0
 
 
-def test_options_that_differ_are_columns_and_runs_without_results_are_left_out(
+def test_options_and_data_that_differ_are_shown_and_runs_without_results_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for n, dropout in ((1, 0.1), (2, 0.3)):
         loss = {"class_path": "b.SigLIP", "init_args": {}}
         write_run(tmp_path / "runs" / str(n), 100 * n, heads={"dropout": dropout}, loss=loss)
     write_run(tmp_path / "runs" / "3", None)
+    write_run(tmp_path / "runs" / "6", 300, digest="e" * 64)
     (write_run(tmp_path / "runs" / "4", 1) / "metrics.json").write_text('{"seconds": 1}')
     (write_run(tmp_path / "runs" / "5", 1) / "metrics.json").write_text("{")
     assert main(["compare", "--json", str(tmp_path / "runs"), "--out", str(tmp_path / "c")]) == 0
     out, err = capsys.readouterr()
     table = json.loads(out)
-    options = [(row["rsum"], row["options"], row["training_seconds"]) for row in table["rows"]]
-    assert options == [(200, {"model.heads.dropout": 0.3}, 20), (100, {"model.heads.dropout": 0.1}, 20)]
+    rows = [(row["rank"], row["rsum"], row["options"]["model.heads.dropout"]) for row in table["rows"]]
+    assert rows == [(1, 200, 0.3), (2, 100, 0.1), (1, 300, None)], "one run has other data"
+    assert {row["training_seconds"] for row in table["rows"]} == {20}
+    assert "WARNING: these runs were scored on 2 different data sets" in err
     reasons = [each["reason"] for each in table["left_out"]]
-    assert [reason.split()[0] for reason in reasons] == ["it", "it", "its"]
+    assert [reason.split()[0] for reason in reasons] == ["its", "it", "its"]
     assert err.count("left out") == 3
     assert "model.heads.dropout" in (tmp_path / "c" / "comparison.md").read_text()
 
@@ -388,24 +377,17 @@ def test_an_interrupted_run_is_marked(
         ("99", ""),
     }
     assert "(interrupted)" in err
-    plain = {"parameters", "parameters_trained", "training_seconds", "feature_bytes_per_picture"}
-    assert all(row.keys() > plain | {"image_latency_ms"} for row in rows)  # which no comparison has trained
-
-
-def test_runs_on_different_data_are_flagged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [write_run(tmp_path / "1", 100), write_run(tmp_path / "2", 200, digest="e" * 64)]
-    assert main(["compare", *map(str, runs), f"--out={tmp_path / 'c'}"]) == 0
-    assert "WARNING: these runs were scored on 2 different data sets" in capsys.readouterr().err
-    assert [row["rank"] for row in result(tmp_path / "c")["rows"]] == [1, 1]
+    costs = {"parameters", "parameters_trained", "training_seconds", "image_latency_ms"}
+    assert all(row.keys() > costs for row in rows)  # which no comparison has trained
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ([], "there is nothing to compare; give run folders"),
-        (["nowhere"], "nowhere is not a folder"),
+        (["nowhere"], "nowhere contains no run"),
         (["empty"], "empty contains no run"),
-        (["unfinished"], "left out unfinished: it has no metrics.json"),
+        (["unfinished"], "left out unfinished: its files cannot be read ([Errno 2] No such file"),
         (["run", "--group=g"], "--group selects runs of a W&B project"),
         (["run", "--out=file"], "--out file cannot be created"),
         (["run", "--seeds=2"], "seeds"),
@@ -464,15 +446,12 @@ def test_pairs_are_runs_of_one_group_which_can_be_compared(
 # costs
 
 
-def test_measuring_the_latency_does_not_change_the_model(
-    make_clip: Callable[..., CLIP], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measuring_the_latency_does_not_change_the_model(make_clip: Callable[..., CLIP]) -> None:
     clip = make_clip().train()
     before = {name: value.clone() for name, value in clip.state_dict().items()}
-    ticks = itertools.count(0, 0.125)
-    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    assert image_latency(clip)["image_latency_ms"] == 125
-    assert next(ticks) == 2 * 8 * 0.125, "three runs to warm up, and five"
+    measured = image_latency(clip)
+    assert 0 < measured["image_latency_ms"] < 1000
+    assert measured["image_latency_conditions"] == "one image, fp32, CPU with 1 threads"
     assert clip.training
     assert all(torch.equal(value, before[name]) for name, value in clip.state_dict().items())
     assert clip.logit_scale.grad is None

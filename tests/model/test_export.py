@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(trained: Path, tmp_path: P
     assert CLIP.from_pretrained(moved).metadata["loss"] == "InfoNCE"
     options = content.pop("hyper_parameters")["model"]
     torch.save(content, moved)
-    refused("give the checkpoint in the folder of its run", moved)
+    refused(r"cannot be loaded .*config\.yaml", moved)
     content["hyper_parameters"] = {"model": options | {"heads": options["heads"] | {"embed_dim": 8}}}
     torch.save(content, moved)
     refused("does not match the towers that it names", moved)
@@ -114,7 +113,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(trained: Path, tmp_path: P
     torch.save(content, best)
     refused("another frozen text_tower")
     best.write_text("no checkpoint")
-    refused("is not a checkpoint")
+    refused("cannot be loaded")
     shutil.rmtree(run_folder / "model")
     shutil.rmtree(run_folder / "checkpoints")
     refused("has neither model nor a checkpoint", run_folder)
@@ -230,7 +229,7 @@ def test_what_open_clip_cannot_express_is_refused(
     reasons = {
         "heads are not linear": make_clip("random:test_resnet", head="mlp"),
         "pooled by 'last'": make_clip("random:test_resnet", f"random:{bert}@last"),
-        "built with {'img_size': 32}": make_clip("random:test_vit"),
+        "builds a tower of this model differently": make_clip("random:test_vit"),
     }
     for reason, clip in reasons.items():
         model = bundle(clip, tmp_path)
@@ -242,10 +241,6 @@ def test_what_open_clip_cannot_express_is_refused(
     assert open_clip_folder.inexpressible(clip) is None
     clip.text_tower.spec["config"]["model_type"] = "gpt2"
     assert "text tower is a gpt2" in str(open_clip_folder.inexpressible(clip))
-    clip.transform = replace(clip.transform, size=(32, 48))
-    assert "32x48 pixels are not square" in str(open_clip_folder.inexpressible(clip))
-    clip.image_tower.spec["architecture"] = "transformers"
-    assert "not a timm model" in str(open_clip_folder.inexpressible(clip))
 
 
 def test_open_clip_finds_a_text_tower_of_the_hub_by_its_name_wherever_the_folder_is(
@@ -321,7 +316,7 @@ def test_the_hub_gets_the_bundle_and_its_card(
     answer = export(capsys, model, "--to", "hub", "--repo", "me/scenes", "--private", "true")
     assert answer == {"to": "hub", "repo": "me/scenes", "url": "https://hub/me/scenes/commit/1"}
     assert (hub.created["repo_id"], hub.created["private"]) == ("me/scenes", True)
-    assert (hub.uploaded["repo_id"], hub.uploaded["repo_type"]) == ("me/scenes", "model")
+    assert hub.uploaded["repo_id"] == "me/scenes"
     assert {path.name for path in hub.kept.iterdir()} == {path.name for path in model.iterdir()}
     assert (hub.kept / "config.json").read_text() == (model / "config.json").read_text()
     card = (hub.kept / "README.md").read_text()

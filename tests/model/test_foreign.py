@@ -392,6 +392,8 @@ def test_open_clips_tokens(texts: list[str]):
 
 # --- what is refused
 
+PROCESSOR, CONVNEXT = "preprocessor_config.json", "ConvNextImageProcessor"
+
 
 def change(folder: Path, file: str, **values: Any) -> None:
     content = json.loads((folder / file).read_text()) | values
@@ -404,27 +406,19 @@ def change(folder: Path, file: str, **values: Any) -> None:
         (
             "clip",
             lambda f: change(f, "config.json", model_type="blip"),
-            r"of type 'blip', .* siglip \(SiglipModel\)",
+            "'blip', expected one of clip, siglip",
         ),
-        ("clip", lambda f: change(f, "config.json", model_type="siglip2"), "of type 'siglip2'"),
-        ("clip", lambda f: (f / "processor_config.json").unlink(), r"preprocessor_config\.json"),
+        ("clip", lambda f: change(f, "config.json", model_type="siglip2"), "'siglip2', expected one of clip"),
+        ("clip", lambda f: (f / "processor_config.json").unlink(), "Can't load image processor"),
         ("clip", lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
-        ("clip", lambda f: (f / "model.safetensors").unlink(), "cannot be read as a CLIPModel"),
-        ("clip", lambda f: (f / "model.safetensors").write_bytes(b"{}"), "cannot be read as a CLIPModel"),
-        ("clip", lambda f: (f / "config.json").write_text("{"), "damaged"),
-        ("clip", lambda f: (f / "config.json").write_text("[]"), "damaged"),
-        ("siglip", lambda f: change(f, "preprocessor_config.json", resample=1), "method 1"),
-        ("siglip", lambda f: change(f, "preprocessor_config.json", do_resize=False), "does not resize"),
-        (
-            "siglip",
-            lambda f: change(f, "preprocessor_config.json", image_processor_type="ConvNextImageProcessor"),
-            "ConvNextImageProcessor is not supported",
-        ),
-        (
-            "siglip",
-            lambda f: change(f, "preprocessor_config.json", size={"height": 40, "width": 40}),
-            "does not accept images of 40x40",
-        ),
+        ("clip", lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
+        ("clip", lambda f: (f / "model.safetensors").write_bytes(b"{}"), "SafetensorError"),
+        ("clip", lambda f: (f / "config.json").write_text("{"), "JSONDecodeError"),
+        ("clip", lambda f: (f / "config.json").write_text("[]"), r"config\.json is not a JSON object"),
+        ("siglip", lambda f: change(f, PROCESSOR, resample=1), "SiglipImageProcessor .*bicubic"),
+        ("siglip", lambda f: change(f, PROCESSOR, do_resize=False), "that resizes"),
+        ("siglip", lambda f: change(f, PROCESSOR, image_processor_type=CONVNEXT), f"{CONVNEXT} with its"),
+        ("siglip", lambda f: change(f, PROCESSOR, size={"height": 40, "width": 40}), "images of 40x40"),
     ],
 )
 def test_what_cannot_be_taken(
@@ -457,7 +451,7 @@ def test_a_pickle_runs_nothing(models: Path, tmp_path: Path):
             return Path.touch, (tmp_path / "touched",)
 
     torch.save(weights | {"evil": Evil()}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="as safetensors"):
+    with pytest.raises(UserError, match="UnpicklingError: Weights only load failed"):
         CLIP.from_pretrained(folder)
     assert not (tmp_path / "touched").exists()
 
@@ -465,12 +459,12 @@ def test_a_pickle_runs_nothing(models: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("open_clip:ViT-B-3/laion2b_s34b_b79k", "similar names: ViT-B-32"),
-        ("open_clip:ViT-B-32/laion", "expected one of .*laion2b_s34b_b79k"),
-        ("open_clip:ViT-B-32", "names no weights; append /TAG, one of .*openai"),
-        ("open_clip:ViT-B-32/laion2b_s34b_b79k", "cannot load"),
+        ("open_clip:ViT-B-3/laion2b_s34b_b79k", "'ViT-B-3' not found in built-ins"),
+        ("open_clip:ViT-B-32/laion", "'laion' is not a known tag"),
+        ("open_clip:ViT-B-32", "Required pretrained weights"),
+        ("open_clip:ViT-B-32/laion2b_s34b_b79k", "Failed to download weights"),
         ("open_clip:coca_ViT-B-32/laion2b_s13b_b90k", "CoCa"),
-        ("open_clip:local-dir:/nowhere", "cannot load"),
+        ("open_clip:local-dir:/nowhere", "No such file"),
     ],
 )
 def test_no_such_open_clip(name: str, message: str):
@@ -481,10 +475,10 @@ def test_no_such_open_clip(name: str, message: str):
 
 def test_an_open_clip_that_cannot_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = write_open_clip(tmp_path / "clip", "clip", resize_mode="longest")
-    with pytest.raises(UserError, match="'longest', which pads"):
+    with pytest.raises(UserError, match="fit 'longest' is unknown"):
         CLIP.from_pretrained(folder)
     (folder / "open_clip_model.safetensors").unlink()
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="Required pretrained weights"):
         CLIP.from_pretrained(folder)
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
     with pytest.raises(UserError, match=r"pip install open_clip_torch"):

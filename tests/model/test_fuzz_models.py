@@ -128,16 +128,15 @@ def test_a_bundle_with_other_bytes(bundle: Path, examples: settings, name: str) 
     [
         (None, {"tokenizer_files": ["../secret.txt"]}, "'../secret.txt' in tokenizer_files is not the name"),
         (None, {"tokenizer_files": ["/etc/passwd"]}, "'/etc/passwd' in tokenizer_files is not the name"),
-        (None, {"metrics": {"rsum": "x"}}, "metrics or training_data"),
         (None, {"head": "triple"}, "unknown head 'triple'"),
-        ("transform", {"size": [10**6, 10**6]}, "expected 1 to 4096 pixels"),
-        ("transform", {"size": [32, 32, 32]}, "expected 1 to 4096 pixels"),
-        ("transform", {"shortest_edge": 16}, "at least the longer side"),
-        ("transform", {"shortest_edge": 10**6}, "expected 1 to 4096 pixels"),
-        ("transform", {"std": [0, 0, 0]}, "expected numbers above 0"),
-        ("transform", {"mean": [0, 0, float("nan")]}, "expected a finite number per channel"),
-        ("transform", {"mean": [0]}, "expected a finite number per channel"),
-        ("transform", {"interpolation": "nearest"}, "interpolation 'nearest'"),
+        ("transform", {"size": [10**6, 10**6]}, "expected sides of 1 to 4096 pixels"),
+        ("transform", {"size": [32, 32, 32]}, "expected sides of 1 to 4096 pixels"),
+        ("transform", {"shortest_edge": 16}, "shortest_edge of at least the size"),
+        ("transform", {"shortest_edge": 10**6}, "expected sides of 1 to 4096 pixels"),
+        ("transform", {"std": [0, 0, 0]}, "a finite mean and a std above 0 for 3 channels"),
+        ("transform", {"mean": [0, 0, float("nan")]}, "a finite mean and a std above 0 for 3 channels"),
+        ("transform", {"mean": [0]}, "a finite mean and a std above 0 for 3 channels"),
+        ("transform", {"interpolation": "nearest"}, "interpolation='nearest'"),
         ("text_tower", {"max_length": -1}, "max_length -1: expected 1 to"),
         ("text_tower", {"max_length": 10**9}, "max_length 1000000000: expected 1 to"),
         ("text_tower", {"max_length": "x"}, "max_length 'x': expected 1 to"),
@@ -157,7 +156,7 @@ def test_a_bundle_of_impossible_values_with_checksums_that_fit(
         state = {name: file.get_tensor(name) for name in file.keys()}
         metadata = file.metadata() | _companions(folder, config)
     save_file(state, folder / "model.safetensors", metadata=metadata)
-    with pytest.raises(UserError, match=f"is damaged .*{re.escape(said)}"):
+    with pytest.raises(UserError, match=f"cannot be loaded .*{re.escape(said)}"):
         CLIP.from_pretrained(folder)
 
 

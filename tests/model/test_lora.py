@@ -184,7 +184,6 @@ def test_an_adapted_tower_trains_with_dropout_and_fixed_batch_norm(make_clip: Ma
 
 def test_the_chosen_layers(make_clip: MakeClip) -> None:
     clip = make_clip()
-    assert LoRAConfig(layers="query") == LoRAConfig(layers=["query"])
     clip.add_lora(LoRAConfig(layers=["query", "attention.self.value"], rank=3))
     shapes = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items() if is_adapter(name)}
     assert len(shapes) == 2 * 2 * 2
@@ -212,14 +211,6 @@ def test_micro_batches_take_the_same_step(make_module: MakeModule, scenes: Path,
         fit(module, scenes, tmp_path, max_steps=1)
         steps.append(weights(module))
     torch.testing.assert_close(steps[1], steps[0], rtol=1e-5, atol=1e-6)
-
-
-def test_training_starts_from_a_bundle_of_adapted_towers(make_clip: MakeClip, tmp_path: Path) -> None:
-    clip = make_clip()
-    clip.add_lora(BOTH)
-    stir(clip)
-    again = CLIPModule(init_from=str(clip.save_pretrained(tmp_path / "tuned")), lora=BOTH)
-    torch.testing.assert_close(embeddings(again.clip), embeddings(clip), rtol=0, atol=1e-5)
 
 
 def test_only_a_frozen_tower_is_cached(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
@@ -281,17 +272,11 @@ def test_a_layer_that_is_never_called_gets_none(make_clip: MakeClip) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"rank": 0}, r"lora\.rank 0: expected 1 or more"),
-        ({"alpha": 0.0}, r"lora\.alpha 0\.0: expected more than 0"),
-        ({"dropout": 1.0}, r"lora\.dropout 1\.0: expected at least 0 and below 1"),
-        (
-            {"layers": ["query", "valu"]},
-            r"no layer that can be adapted ends in 'valu'; expected one of dense, key, query, value",
-        ),
-        (
-            {"towers": "both", "layers": ["query"]},
-            r"image tower 'random:test_vit' has no .* that ends in query; .*qkv",
-        ),
+        ({"rank": 0}, r"lora\.rank 0, alpha 16\.0 and dropout 0\.0: expected a rank of 1 or more"),
+        ({"alpha": 0.0}, r"alpha 0\.0 .*expected .* an alpha above 0"),
+        ({"dropout": 1.0}, r"dropout 1\.0: expected .* a dropout of at least 0 and below 1"),
+        ({"layers": ["query", "valu"]}, r"'valu'\] does not fit .* end in dense, key, query, value"),
+        ({"towers": "both", "layers": ["query"]}, r"does not fit lora\.towers both.* fc1, .*qkv"),
     ],
 )
 def test_impossible_adapters(make_clip: MakeClip, options: dict[str, Any], says: str) -> None:
@@ -304,7 +289,7 @@ def test_a_tower_without_a_layer_to_adapt(make_clip: MakeClip) -> None:
     for module in clip.text_tower.modules():
         if type(module) is nn.Linear:
             module.__class__ = type("Special", (nn.Linear,), {})
-    with pytest.raises(UserError, match=r"has no linear layer or plain convolution; choose another tower"):
+    with pytest.raises(UserError, match=r"end in \(there are none\)"):
         clip.add_lora(LoRAConfig())
 
 

@@ -302,7 +302,7 @@ def forget_the_tokenizer(bundle: Path) -> None:
     [
         (other_words, "the tokenizer is not the one"),
         (lambda b: (b / "added_tokens.json").write_text('{"red": 3}'), "the tokenizer is not the one"),
-        (lambda b: (b / "tokenizer.json").unlink(), r"lacks the tokenizer file tokenizer\.json"),
+        (lambda b: (b / "tokenizer.json").unlink(), r"No such file .*tokenizer\.json"),
         (forget_the_tokenizer, "the tokenizer is not the one"),
         (lambda b: edit(b, "transform", mean=[0, 0, 0]), "the transform is not the one"),
         (lambda b: edit(b, "transform", size=[48, 48]), "the transform is not the one"),
@@ -318,11 +318,11 @@ def forget_the_tokenizer(bundle: Path) -> None:
             r"is \(\d+.*, but \(.*get the complete model",
         ),
         (lambda b: (b / "config.json").unlink(), "is not a clip-lightning bundle"),
-        (lambda b: (b / "model.safetensors").unlink(), "is not a clip-lightning bundle"),
-        (lambda b: cut(b / "config.json", 0), "damaged"),
-        (lambda b: cut(b / "config.json", 0.5), "damaged"),
-        (lambda b: cut(b / "model.safetensors", 0), "damaged"),
-        (lambda b: cut(b / "model.safetensors", 0.5), "damaged"),
+        (lambda b: (b / "model.safetensors").unlink(), r"cannot be loaded .*model\.safetensors"),
+        (lambda b: cut(b / "config.json", 0), "cannot be loaded"),
+        (lambda b: cut(b / "config.json", 0.5), "cannot be loaded"),
+        (lambda b: cut(b / "model.safetensors", 0), "cannot be loaded"),
+        (lambda b: cut(b / "model.safetensors", 0.5), "cannot be loaded"),
         (lambda b: flip_a_bit(b / "model.safetensors"), "its weights do not match their checksum"),
     ],
 )
@@ -462,7 +462,7 @@ def test_towers_by_name_and_of_ones_own(
         parameter.grad is not None for name, parameter in own.named_parameters() if "logit" not in name
     )
     folder = own.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="the tower Pixels is a custom module"):
+    with pytest.raises(UserError, match=r"a tower of .* is a custom module"):
         CLIP.from_pretrained(folder)
 
     for towers, message in (
@@ -477,7 +477,7 @@ def test_towers_by_name_and_of_ones_own(
     ):
         with pytest.raises(UserError, match=message):
             CLIP.from_towers(*towers)
-    with pytest.raises(TypeError, match="'random:test_vit', expected a tower"):
+    with pytest.raises(TypeError, match="'random:test_vit' is not a tower"):
         CLIP("random:test_vit", "random:bert")  # type: ignore[arg-type]
     for options in ({"embed_dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}):
         with pytest.raises(UserError, match=r"embed_dim .* and dropout .*: expected"):

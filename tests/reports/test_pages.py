@@ -54,23 +54,15 @@ class Page(HTMLParser):
 
 def test_page_stands_alone_and_is_escaped(tmp_path: Path) -> None:
     sentences, pictures = strange_queries(tmp_path)
-    report = Report(
-        2,
-        sentences,
-        {0: {"1": 57}, 1: {"1": 12, "9": 1}, 2: {"1": 30}},
-        pictures,
-        {1: {"7": 5}, 2: {"7": 2}},
-        plots=[Plot(b"png", "mean <0.5> & more")],
-        misses=sentences[1:2],
-    )
-    write_page(report, tmp_path / "p.html")
+    ranks = {0: {"1": 57}, 1: {"1": 12, "9": 1}, 2: {"1": 30}}, {1: {"7": 5}, 2: {"7": 2}}
+    rest = [Plot(b"png", "mean <0.5> & more")], sentences[1:2]
+    write_page(Report(2, sentences, ranks[0], pictures, ranks[1], *rest), tmp_path / "p.html")
     page = Page((tmp_path / "p.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags
     assert page.text.count("<script>alert(1)</script> & 🐶👩‍👩‍👧 日本語") == 1 + 2 + 1 + 1
     assert page.text.count("كلب على الشاطئ") == 3
     assert "epoch 0: 57 → 1: 12 → 2: 30" in page.text
     assert "epoch 1: 5 → 2: 2" in page.text
-    assert page.tags.count("polyline") == 2
     assert "mean <0.5> & more." in page.text
     pictures_shown = [source for source in page.sources if source.startswith("data:image/")]
     assert len(pictures_shown) == (4 + 1) * 3 + 2 + 1
@@ -84,8 +76,8 @@ def test_right_captions_are_marked_and_missed_ones_shown(tmp_path: Path) -> None
     write_page(Report(0, [], {}, pictures, {}), tmp_path / "p.html")
     html = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert html.count('<li class="right">') == html.count("0.500 ✓") == 1
-    assert html.count('<li class="own">') == 1  # of the second picture only
-    assert "no queries" in html
+    assert html.count('<li class="own muted">') == 1  # of the second picture only
+    assert "No queries" in html
     assert 'id="split"' not in html and 'href="#misses"' not in html
 
 

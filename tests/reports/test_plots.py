@@ -33,7 +33,7 @@ HISTORY = {
 def test_any_split_can_be_drawn(images: int, each: int) -> None:
     before = dict(matplotlib.rcParams)
     plots = plots_of_split(random_embeddings(images, each), range(images), HISTORY, epoch=3)
-    assert list(plots) == ["similarities", "recall", "recall-history"]
+    assert list(plots) == ["similarities", "recall", "recall_history"]
     for plot in plots.values():
         with Image.open(BytesIO(plot.png)) as picture:
             assert picture.size == (1000, 700)

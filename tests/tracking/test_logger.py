@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 
 from clip_lightning.tracking import logger as logger_module
 from clip_lightning.tracking.logger import RunLogger
-from clip_lightning.training.runs import place_logger
+from clip_lightning.training.cli import place_logger
 
 
 @pytest.fixture(autouse=True)

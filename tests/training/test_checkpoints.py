@@ -15,8 +15,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.training import checkpoints
-from clip_lightning.training.checkpoints import SafeCheckpointIO, damage
-from clip_lightning.training.runs import find_checkpoint
+from clip_lightning.training.checkpoints import (
+    CheckpointOptions,
+    SafeCheckpointIO,
+    damage,
+    find_checkpoint,
+)
 from clip_lightning.training.sharding import ShardedStrategy
 
 
@@ -105,14 +109,6 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(
             find_checkpoint(given, run.parents[1])
 
 
-def test_damage_never_raises(run: Path) -> None:
-    whole = (run / "last.ckpt").read_bytes()
-    names = whole.index(b"PK\x01\x02")  # the table of contents, which no checksum covers
-    for place in range(names, len(whole)):
-        (run / "last.ckpt").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        damage(run / "last.ckpt")
-
-
 class Loop:
     """As much of a trainer as is asked for whether a step is in hand."""
 
@@ -147,7 +143,7 @@ def test_half_a_step_never_replaces_a_complete_checkpoint(
     monkeypatch.setattr(ModelCheckpoint, "on_exception", lambda *given: asked.append(given))
     if there:
         (tmp_path / "last.ckpt").touch()
-    checkpoints.WhenInterrupted(tmp_path, "last").on_exception(
+    checkpoints.LastCheckpoint(tmp_path, "last").on_exception(
         Loop(3, processed, accumulated), None, MemoryError()
     )
     assert bool(asked) == saved
@@ -175,13 +171,35 @@ def test_the_newest_run_is_resumed_and_other_folders_are_ignored(tmp_path: Path)
     for given in ("last", "best"):
         with pytest.raises(UserError, match=f"--ckpt_path {given}: there is no run in"):
             find_checkpoint(given, tmp_path)
-    for name, age in (("newer", 10), ("older", 1000)):
-        SafeCheckpointIO().save_checkpoint(content(age), tmp_path / name / "checkpoints" / "last.ckpt")
-        (tmp_path / name / "config.yaml").write_text("trainer:\n")
-        os.utime(tmp_path / name / "config.yaml", (time.time() - age, time.time() - age))
-    assert find_checkpoint("last", tmp_path) == tmp_path / "newer" / "checkpoints" / "last.ckpt"
-    with pytest.raises(UserError, match=r"the newest run, .*newer, has no best\.ckpt"):
+    for place in (tmp_path, tmp_path / "absent"):
+        assert find_checkpoint("auto", place) is None
+    newer, older = (tmp_path / name / "checkpoints" / "last.ckpt" for name in ("newer", "older"))
+    for file, age in ((newer, 10), (older, 1000)):
+        SafeCheckpointIO().save_checkpoint(content(age), file)
+        config = file.parents[1] / "config.yaml"
+        config.write_text("trainer:\n")
+        for path in (file, config):
+            os.utime(path, (time.time() - age, time.time() - age))
+    assert find_checkpoint("last", tmp_path) == find_checkpoint("auto", tmp_path) == newer
+    with pytest.raises(UserError, match=r"best: .*newer/checkpoints/best\.ckpt is not a file"):
         find_checkpoint("best", tmp_path)
+    os.utime(older)
+    assert find_checkpoint("auto", tmp_path) == older
     # of another program: a run that resumes there would overwrite it
     (tmp_path / "newer" / "config.yaml").write_text("title: my pages\n")
-    assert find_checkpoint("last", tmp_path) == tmp_path / "older" / "checkpoints" / "last.ckpt"
+    assert find_checkpoint("last", tmp_path) == older
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"every_minutes": 0}, {"every_minutes": -1}, {"every_minutes": float("inf")}, {"every_n_steps": 0}],
+)
+def test_invalid_intervals(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"--checkpoint\.every_"):
+        CheckpointOptions(**options)
+
+
+def test_each_interval_has_a_callback_of_its_own(tmp_path: Path) -> None:
+    counts = [len(CheckpointOptions(*given).callbacks(tmp_path)) for given in ((), (None, 5), (None,))]
+    assert counts == [2, 2, 1]
+    assert len({callback.state_key for callback in CheckpointOptions(10, 5).callbacks(tmp_path)}) == 3

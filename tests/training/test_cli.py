@@ -24,9 +24,10 @@ from processes import assert_same_state, checkpoint, the_run
 
 from clip_lightning import __version__
 from clip_lightning.__main__ import main
+from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
-from clip_lightning.training.cli import RunCLI, run_as
+from clip_lightning.training.cli import RunCLI, changed_options, run_as
 from clip_lightning.training.fitting import rehearse
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
@@ -175,25 +176,11 @@ def test_config_yaml_starts_the_same_run_again(finished: Path, tmp_path: Path) -
 def test_a_cpu_without_fast_bf16_trains_in_fp32(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, precision: str
 ) -> None:
-    monkeypatch.setattr("clip_lightning.training.cli.cpu_computes_in_bf16", lambda: fast)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
     words = command("fit", tmp_path, trainer__precision="bf16-mixed", trainer__fast_dev_run="true")
     ran = run_as(RunCLI, words)
     assert ran.trainer.precision == precision
     assert yaml.safe_load(ran.config_to_save)["trainer"]["precision"] == "bf16-mixed"
-
-
-def test_a_custom_loss_is_imported_from_the_working_directory(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "ownloss.py").write_text(
-        "from clip_lightning.training.losses import InfoNCE\n\n\nclass Focal(InfoNCE):\n    pass\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
-    words = command("fit", tmp_path / "runs", model__loss="ownloss.Focal", trainer__max_epochs=1)
-    assert main(words) == 0
-    (run,) = (tmp_path / "runs").iterdir()
-    assert json.loads((run / "model" / "config.json").read_text())["loss"] == "Focal"
 
 
 def test_validate_and_test_print_scores_and_create_no_run(
@@ -446,40 +433,17 @@ def test_a_signal_saves_the_run_which_is_resumed(
 
 
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
-    "no image tower": ({"model__image_tower": ...}, r"no towers: .*--model\.image_tower"),
-    "misspelt option": ({"data__batchsize": 4}, r"--data\.batchsize; did you mean --data\.batch_size"),
-    "absent loss": (
-        {"model__loss": "myloss.Focal"},
-        r"--model\.loss: cannot import myloss\.Focal: No module named 'myloss'",
-    ),
-    "no loss": (
-        {"model__loss": "torch.nn.Linear"},
-        r"--model\.loss: torch\.nn\.Linear is not a ContrastiveLoss",
-    ),
-    "absent callback": (
-        {"trainer__callbacks": "mine.Own"},
-        r"--trainer\.callbacks: cannot import mine\.Own: No module",
-    ),
-    "accumulation": (
+    "absent loss": ({"model__loss": "myloss.Focal"}, r"loss: cannot import myloss\.Focal: No module"),
+    "no loss": ({"model__loss": "torch.nn.Linear"}, r"loss: torch\.nn\.Linear is not a ContrastiveLoss"),
+    "absent callback": ({"trainer__callbacks": "mine.Own"}, r"callbacks: cannot import mine\.Own: No module"),
+    "no accumulation": (
         {"trainer__accumulate_grad_batches": 0},
-        r"--trainer\.accumulate_grad_batches 0: expected a number greater",
+        r"batches 0: expected a number greater",
     ),
-    "validation every 0 epochs": (
-        {"trainer__check_val_every_n_epoch": 0},
-        r"--trainer\.check_val_every_n_epoch 0: expected a number greater",
-    ),
-    "validation every 0 steps": (
-        {"trainer__val_check_interval": 0},
-        r"--trainer\.val_check_interval 0: expected a number greater",
-    ),
-    "validation after the epoch": (
-        {"trainer__val_check_interval": 9},
-        r"--trainer\.val_check_interval 9 is more than the 8 batches",
-    ),
-    "unknown monitor": (
-        {"early_stopping__monitor": "nothing"},
-        r"--early_stopping\.monitor nothing: expected one of val/rsum",
-    ),
+    "no epochs": ({"trainer__check_val_every_n_epoch": 0}, r"n_epoch 0: expected a number greater"),
+    "no steps": ({"trainer__val_check_interval": 0}, r"val_check_interval 0: expected a number greater"),
+    "after the epoch": ({"trainer__val_check_interval": 9}, r"interval 9 is more than the 8 batches"),
+    "monitor": ({"early_stopping__monitor": "nothing"}, r"monitor nothing: expected one of val/rsum"),
     "averages without a score": (
         {"trainer__callbacks": "StochasticWeightAveraging", "trainer__callbacks__swa_lrs": 0.01},
         r"StochasticWeightAveraging averages .*; use EMAWeightAveraging",
@@ -490,29 +454,14 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown logger": ({"trainer__logger": "Nonsense"}, r"--trainer\.logger: expected the name of a class"),
     "seed": ({"seed_everything": -5}, r"--seed_everything: -5"),
-    "runs in a file": (
-        {"trainer__default_root_dir": __file__},
-        r"--trainer\.default_root_dir .* another folder",
-    ),
-    "another frozen tower": (
-        {"ckpt_path": "LAST", "seed_everything": 7},
-        r"another frozen image_tower than .*--model options",
-    ),
+    "runs in a file": ({"trainer__default_root_dir": __file__}, r"default_root_dir .* another folder"),
     "frozen there, not here": (
         {"ckpt_path": "LAST", "model__freeze": "image"},
         r"last\.ckpt was trained with image_tower and text_tower frozen; set the same --model options",
     ),
-    "another batch": (
-        {"ckpt_path": "LAST", "data__batch_size": 8},
-        r"trained with --data\.batch_size × ranks 4, but this run has 8; use the same",
-    ),
     "a loss with a bias": (
         {"ckpt_path": "LAST", "model__loss": "SigLIP"},
         r"of a different model \(clip\.logit_bias is absent there",
-    ),
-    "another head": (
-        {"ckpt_path": "LAST", "model__heads__kind": "mlp"},
-        r"is of a different model \(.*absent here\); set",
     ),
 }
 
@@ -546,25 +495,6 @@ def test_invalid_options_print_one_line(
     assert_one_line(captured.err, message)
     assert not list(tmp_path.glob("runs/*/checkpoints"))
     assert not Path("lightning_logs").exists()
-
-
-COMMANDS = {
-    "unknown command": (["fitt"], r"unknown command 'fitt'; did you mean fit"),
-    "no options": (["fit"], r"no towers: .*--model\.image_tower, --model\.text_tower"),
-    "no word for the config": (["fit", "--config"], r"--config: expected one argument"),
-    "unknown part of cache": (["cache", "lst"], r"'lst'.*list"),
-    "misspelt": (["cache", "list", "--foldr", "x"], r"--foldr x; did you mean --folder\?"),
-}
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_an_invalid_command_prints_one_line(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    words, says = COMMANDS[name]
-    assert main(words) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert_one_line(captured.err, says)
 
 
 def test_without_arguments_the_usage_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -606,3 +536,170 @@ def test_too_many_broken_images_stop_the_run(
 def test_control_characters_are_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", "\x1b[2Jx"]) == 2
     assert "\x1b" not in capfd.readouterr().err
+
+
+# resuming with other options
+
+
+validated: list[int] = []
+
+
+class Notes(Callback):
+    """Notes the step of each validation."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        validated.append(trainer.global_step)
+
+
+class WithinWindow(Callback):
+    """Asks for the end, as Ctrl-C does, while the gradients of step 1 are accumulated."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == 1 and trainer.fit_loop.epoch_loop.batch_progress.current.ready == 4:
+            signal.raise_signal(signal.SIGINT)
+
+
+def contents(*folders: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for folder in folders for file in folder.rglob("*") if file.is_file()}
+
+
+NOTES = ["--trainer.callbacks", "test_cli.Notes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"trainer__check_val_every_n_epoch": 4, "trainer__max_epochs": 1}, [EPOCH]),
+        ({"trainer__check_val_every_n_epoch": 2, "trainer__max_epochs": 3}, [2 * EPOCH, 3 * EPOCH]),
+        ({"trainer__check_val_every_n_epoch": 4, "trainer__max_steps": EPOCH + 3}, [EPOCH + 3]),
+        ({"trainer__val_check_interval": 5, "trainer__max_epochs": 1}, [5, EPOCH]),
+    ],
+)
+def test_the_last_step_is_validated(
+    command: Command, tmp_path: Path, options: dict[str, Any], steps: list[int]
+) -> None:
+    validated.clear()
+    assert main([*command("fit", tmp_path, predictions__queries=0, **options), *NOTES]) == 0
+    assert validated == steps
+    assert metrics_of(the_run(tmp_path))["step"] in steps
+    assert (the_run(tmp_path) / "checkpoints" / "best.ckpt").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
+def test_a_run_without_validation_prints_it(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("fit", tmp_path, trainer__max_epochs=1, trainer__limit_val_batches=0)) == 0
+    assert "no epoch was validated" in capsys.readouterr().err
+    assert "rsum" not in metrics_of(the_run(tmp_path))
+    assert not (the_run(tmp_path) / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.fixture(scope="module")
+def begun(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The runs folder with one finished run of trained towers, whose learning rate of 0 ended it early."""
+    root = tmp_path_factory.mktemp("begun")
+    assert main(command("fit", root / "runs", **STOPS)) == 0
+    folder = the_run(root / "runs")
+    (folder / "wandb").mkdir()
+    (folder / "wandb" / f"history-{folder.name}.jsonl").write_text("{}\n")
+    yield root / "runs"
+
+
+RATES = {f"model__optimizer.{name}": 0 for name in ("lr", "image_lr", "text_lr")}
+STOPS = {
+    "model__freeze": "image",
+    "data__batch_size": 16,
+    "predictions__queries": 0,
+    "early_stopping__patience": 1,
+    "trainer__max_epochs": 9,
+    **RATES,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data__root": ...}, "the checkpoint was trained with data (digest)"),
+        ({"seed_everything": 5}, "another frozen image_tower"),  # which is drawn from it
+        ({"data__batch_size": 8}, "--data.batch_size × ranks 16, but this run has 8"),
+        ({"model__optimizer.layer_decay": 0.5}, "with the parameter groups"),
+    ],
+)
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_rejected_resume_writes_and_computes_nothing(
+    command: Command,
+    begun: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    message: str,
+    name: str,
+) -> None:
+    if "data__root" in options:
+        write_scenes(tmp_path / "other", count=40, size=32, seed=1)
+        options = {"data__root": tmp_path / "other"}
+    words = command("fit", begun, **{**STOPS, **options, "data__cache": tmp_path / "cache"})
+    before = contents(begun)
+    assert main([*words, "--ckpt_path", name]) == 2
+    assert message in capsys.readouterr().err
+    assert contents(begun) == before
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_that_stopped_early_stays_finished(
+    command: Command, begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = checkpoint(the_run(begun))
+    assert before["global_step"] < 9 * 2, "it has stopped early"
+    assert main([*command("fit", begun, **STOPS), "--ckpt_path=auto"]) == 0
+    assert "the run has stopped early" in capsys.readouterr().err
+    assert checkpoint(the_run(begun))["global_step"] == before["global_step"]
+    assert metrics_of(the_run(begun))["finished"]
+
+
+def test_changed_options_apply_after_a_resume(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command("fit", tmp_path, predictions__queries=0, data__batch_size=16, trainer__max_epochs=2)
+    assert main([*words, "--model.optimizer.lr=0.002", "--early_stopping.patience=3"]) == 0
+    capsys.readouterr()
+    changed = {"lr": 0.004, "weight_decay": 0.3, "betas": [0.8, 0.9]}
+    changes = [f"--model.optimizer.{name}={value}" for name, value in changed.items()]
+    changes += ["--trainer.max_epochs=4", "--early_stopping.patience=7"]
+    assert main([*words, *changes, "--ckpt_path=last"]) == 0
+    said = capsys.readouterr().err
+    for line in ("--model.optimizer.lr 0.004 (was 0.002)", "--early_stopping.patience 7 (was 3)"):
+        assert f"changed: {line}\n" in said
+    assert "the learning rate of step 4 is now 0.00" in said
+    after = checkpoint(the_run(tmp_path))
+    for group in after["optimizer_states"][0]["param_groups"]:
+        assert group["initial_lr"] == 0.004
+        assert tuple(group["betas"]) == (0.8, 0.9)
+        assert group["weight_decay"] in (0.3, 0.0)
+    (stopping,) = (state for key, state in after["callbacks"].items() if key.startswith("EarlyStopping"))
+    assert stopping["patience"] == 7
+
+
+def test_options_that_a_resume_ignores_are_listed() -> None:
+    loss = "loss: {class_path: a.L, init_args: {init_scale: %d, smoothing: %d}}"
+    before = "model: {init_from: a, " + loss % (1, 0) + "}"
+    now = "model: {init_from: b, " + loss % (2, 1) + ", lora: {r: 2}}"
+    ignored = "; ignored, since the checkpoint contains the weights"
+    assert changed_options(before, now) == [
+        f'--model.init_from "b" (was "a"){ignored}',
+        f"--model.loss.init_scale 2 (was 1){ignored}",
+        "--model.loss.smoothing 1 (was 0)",
+        "--model.lora.r 2 (was null)",
+    ]
+
+
+def test_a_stop_within_accumulated_gradients_is_bit_identical(command: Command, tmp_path: Path) -> None:
+    options = {"trainer__accumulate_grad_batches": 3, "trainer__max_epochs": 2, "predictions__queries": 0}
+    assert main(command("fit", tmp_path / "whole", **options)) == 0
+    words = command("fit", tmp_path / "stopped", **options)
+    assert main([*words, "--trainer.callbacks", "test_cli.WithinWindow"]) == 130
+    stopped = the_run(tmp_path / "stopped")
+    assert checkpoint(stopped)["global_step"] == 2
+    assert main([*words, "--ckpt_path=last"]) == 0
+    assert_same_state(checkpoint(the_run(tmp_path / "whole")), checkpoint(stopped))

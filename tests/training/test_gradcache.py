@@ -1,16 +1,22 @@
-"""Gradient caching against the same micro-batches in one graph, and against one large batch."""
+"""Gradient caching and activation checkpointing have the gradients of one graph; which micro-batch fits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from small_runs import data, trainer
 from torch import Tensor, nn
 
+from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
-from clip_lightning.training.gradcache import encode_in_micro_batches
+from clip_lightning.training import gradcache
+from clip_lightning.training.build import HeadOptions, TowerOptions
+from clip_lightning.training.gradcache import encode_in_micro_batches, saved_bytes, search, within_budget
 from clip_lightning.training.losses import info_nce
+from clip_lightning.training.module import CLIPModule
 
 MakeClip = Callable[..., CLIP]
 ROWS, LENGTH = 10, 7
@@ -75,13 +81,6 @@ def test_gradients_match_the_same_micro_batches_in_one_graph(
     assert largest_error(ours, theirs) <= 1e-6
 
 
-def test_dropout_is_active_in_training(make_clip: MakeClip) -> None:
-    clip = make_clip(dropout=0.3).train()
-    tokens = batch()[1:]
-    with torch.no_grad():
-        assert not torch.equal(clip.encode_text(*tokens), clip.encode_text(*tokens))
-
-
 @pytest.mark.parametrize("tower", ["test_vit", "test_resnet"])
 def test_gradients_match_one_large_batch(make_clip: MakeClip, tower: str) -> None:
     options = {"image": f"random:{tower}"}
@@ -111,15 +110,6 @@ def test_batch_norm_records_each_micro_batch_once(make_clip: MakeClip) -> None:
     assert all(state[name].data_ptr() == ours[name].data_ptr() for name in norms)
 
 
-def test_a_frozen_tower_does_not_change(make_clip: MakeClip) -> None:
-    clip = make_clip(image="random:test_resnet")
-    clip.freeze("image")
-    before = {name: tensor.clone() for name, tensor in clip.image_tower.state_dict().items()}
-    found = gradients(clip.train(), cached, 4)
-    assert not any(name.startswith("image_tower") for name in found)
-    assert all(torch.equal(before[name], tensor) for name, tensor in clip.image_tower.state_dict().items())
-
-
 def test_bf16(make_clip: MakeClip) -> None:
     ours = gradients(make_clip().train(), cached, 4, torch.bfloat16)
     theirs = gradients(make_clip().train(), chunked, 4, torch.bfloat16)
@@ -137,16 +127,187 @@ def test_without_gradients_or_in_one_micro_batch(make_clip: MakeClip) -> None:
 
 
 def test_memory_holds_the_activations_of_one_micro_batch() -> None:
-    layer, held = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)), []
+    layer = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))
     rows = torch.randn(ROWS, 4)
+    kept = saved_bytes(lambda size: encode_in_micro_batches(layer, (rows,), size, layer), 2, layer)
+    assert kept < saved_bytes(lambda size: layer(rows), ROWS, layer) / 2
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [(10_100, 100), (10_099, 64), (7_000, 64), (6_500, 64), (6_499, 32), (900, 8), (899, 0)],
+)
+def test_the_largest_size_within_a_budget_is_used(budget: int, expected: int) -> None:
+    """A graph of 100 bytes, and 100 more per row."""
+    assert within_budget(300, 500, 100, budget) == expected
+
+
+def test_saved_bytes_are_those_of_the_activations() -> None:
+    layer = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8), nn.Sigmoid())
+    rows = torch.zeros(40, 64)
+    # the input, what GELU and the second layer took in, what the sigmoid gave; in fp32, without the weights
+    assert saved_bytes(lambda size: layer(rows[:size].clone()), 10, layer) == 10 * (64 + 32 + 32 + 8) * 4
+
+
+def has_memory(patch: pytest.MonkeyPatch, available: int) -> None:
+    memory = type("Memory", (), {"available": available})
+    patch.setattr(gradcache.psutil, "virtual_memory", lambda: memory)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_the_search_for_a_size_changes_nothing(
+    make_clip: MakeClip, precision: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = {"image": "random:test_resnet", "dropout": 0.3}
+    clip = make_clip(**make).train()
+    before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    chance = torch.get_rng_state()
+    pixels, *tokens = batch()
+
+    def found(available: int, **options: int) -> int:
+        def encode(size: int) -> Tensor:
+            text = clip.encode_text(*(x[:size] for x in tokens))
+            return torch.cat([clip.encode_image(pixels[:size]), text])
+
+        has_memory(monkeypatch, available)
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            return search(encode, ROWS, clip, **options)
+
+    assert found(2**40) == ROWS
+    needed = next(size for size in (2**k for k in range(10, 40)) if found(size) == ROWS)
+    assert found(needed // 2) < ROWS
+    assert found(4 * needed, ranks=4) == ROWS and found(4 * needed, ranks=8) < ROWS
+    assert found(2 * needed, reserve=needed) < found(4 * needed, reserve=needed) == ROWS
+    assert found(0) == 0
+
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert all(p.grad is None for p in clip.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
+    # and what is trained next is what would have been
+    ours, theirs = (gradients(c, cached, 4, precision) for c in (clip, make_clip(**make).train()))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_search_for_a_size_on_a_gpu(make_clip: MakeClip) -> None:
+    clip = make_clip(image="random:test_resnet", dropout=0.3).train().cuda()
+    before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    chance = torch.cuda.get_rng_state()
+    pixels = batch()[0].cuda()
+    assert search(lambda size: clip.encode_image(pixels[:size]), ROWS, clip) == ROWS
+    assert torch.equal(torch.cuda.get_rng_state(), chance)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
+    many = pixels[:1].expand(2**24, -1, -1, -1)
+    fits = search(lambda size: clip.encode_image(many[:size]), len(many), clip)
+    assert 8 <= fits < len(many)
+    clip.encode_image(many[:fits]).sum().backward()
+
+
+@pytest.mark.parametrize(("available", "expected"), [(2**40, 8), (0, None)])
+def test_auto_in_training(
+    make_module: Callable[..., CLIPModule],
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    available: int,
+    expected: int | None,
+) -> None:
+    has_memory(monkeypatch, available)
+    steps = []
+    for size in ("auto", 8):
+        module = make_module(freeze="none", micro_batch_size=size, heads=HeadOptions(16, dropout=0.2))
+        fit = trainer(tmp_path, max_steps=1, limit_val_batches=0).fit
+        if expected is None:
+            with pytest.raises(UserError, match=r"micro_batch_size auto: .* no memory for 8 images"):
+                fit(module, data(module, scenes))
+            return
+        fit(module, data(module, scenes))
+        assert module.micro_batch_size == expected
+        steps.append(module.state_dict())
+    assert "--model.micro_batch_size auto: 8 of 8 rows at a time\n" in capsys.readouterr().err
+    assert all(torch.equal(tensor, steps[1][name]) for name, tensor in steps[0].items())
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_invalid_sizes(make_module: Callable[..., CLIPModule], size: int) -> None:
+    with pytest.raises(UserError, match=rf"--model\.micro_batch_size {size}: expected 1 or more, or auto"):
+        make_module(micro_batch_size=size)
+
+
+# activation checkpointing
+
+
+def step(clip: CLIP) -> tuple[dict[str, Tensor], int]:
+    """Gradients of a training step, and the numbers kept for its backward pass, each storage once."""
+    kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        held.append(tensor.numel())
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    clip.train()
+    torch.manual_seed(3)
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    tokens = clip.tokenize([f"a {colour} circle" for colour in ("red", "blue", "green")] * 2)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        encode_in_micro_batches(layer, (rows,), 2, layer)
-        kept = sum(held)
-        held.clear()
-        layer(rows)
-    assert kept < sum(held) / 3
+        image = clip.encode_image(pixels)
+        text = clip.encode_text(tokens["input_ids"], tokens["attention_mask"])
+        info_nce(image, text, clip.scale).backward()
+    return {name: p.grad for name, p in clip.named_parameters() if p.grad is not None}, sum(kept.values())
+
+
+@pytest.mark.parametrize("image", ["random:test_vit", "random:test_convnext"])
+def test_the_same_gradients_with_less_in_memory(make_clip: Callable[..., CLIP], image: str) -> None:
+    plain, much = step(make_clip(image))
+    clip = make_clip(image)
+    for tower in (clip.image_tower, clip.text_tower):
+        tower.checkpoint_activations()
+    again, little = step(clip)
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, again[name]), name
+    assert little < 0.7 * much
+
+
+def test_activation_checkpointing_of_open_clip_towers(make_clip: Callable[..., CLIP]) -> None:
+    from clip_lightning.model.towers import Tower
+    from clip_lightning.model.towers.open_clip import OpenCLIPImage, OpenCLIPText
+
+    vision = {"layers": 2, "width": 32, "patch_size": 16, "image_size": 32, "head_width": 16}
+    text = {"context_length": 16, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
+    pixels, tokens = torch.randn(2, 3, 32, 32), torch.randint(1, 50, (2, 16))
+    for kind, name, config, inputs in (
+        (OpenCLIPImage, "vision_cfg", vision, (pixels,)),
+        (OpenCLIPText, "text_cfg", text, (tokens, torch.ones_like(tokens))),
+    ):
+        arguments = {"embed_dim": 8, name: config, "quick_gelu": False}
+        torch.manual_seed(0)
+        tower = Tower()
+        tower.backbone, tower.spec = kind.from_config(arguments).train(), {"name": "tiny"}
+        tower.backbone(*inputs).sum().backward()
+        plain = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
+        tower.zero_grad()
+        tower.checkpoint_activations()
+        tower.backbone(*inputs).sum().backward()
+        assert plain and all(torch.equal(plain[n], p.grad) for n, p in tower.named_parameters() if n in plain)
+
+
+def test_batch_norms_cannot_be_recomputed(make_module: Callable[..., CLIPModule]) -> None:
+    with pytest.raises(UserError, match=r"batch-norm statistics of .*test_resnet.* twice per batch"):
+        make_module(
+            image_tower="random:test_resnet",
+            freeze="none",
+            towers=TowerOptions(image_size=32, activation_checkpointing=True),
+        )
+
+
+def test_fixed_statistics_and_frozen_towers(make_module: Callable[..., CLIPModule]) -> None:
+    make_module(
+        image_tower="random:test_resnet",
+        freeze="none",
+        towers=TowerOptions(image_size=32, fix_statistics=True, activation_checkpointing=True),
+    )
+    module = make_module(freeze="image", towers=TowerOptions(image_size=32, activation_checkpointing=True))
+    assert module.clip.text_tower.backbone.is_activation_checkpointing
+    assert not module.clip.image_tower.backbone.grad_checkpointing

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from clip_lightning.training import similarities
+from clip_lightning.training import losses
 from clip_lightning.training.losses import (
     ContrastiveLoss,
     InfoNCE,
@@ -143,7 +143,7 @@ def in_blocks(loss: Callable[..., Tensor], block: int) -> Callable[..., Tensor]:
 
     def wrapped(*args: Any, **options: Any) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(similarities, "BLOCK", block)
+            patch.setattr(losses, "BLOCK", block)
             return loss(*args, **options)
 
     return wrapped
@@ -186,17 +186,6 @@ def test_blocks_match_with_several_positives(
             for form in (loss, in_blocks(loss, block))
         )
         assert_equal_but_for_rounding(blocks, plain, size=5)
-
-
-def test_blocks_at_a_realistic_size() -> None:
-    """2,100 × 2,100 similarities, with copies of images and of captions."""
-    image, text, scale = unit(2100, 8, 0), unit(2100, 8, 1), torch.tensor(14.0)
-    ids = torch.arange(2100) % 2000
-    assert len(image) * len(text) > similarities.BLOCK
-    smooth = partial(info_nce, image_id=ids, label_smoothing=0.1)
-    blocks = value_and_gradients(smooth, image, text, scale)
-    plain = value_and_gradients(in_blocks(smooth, 2**40), image, text, scale)
-    assert_equal_but_for_rounding(blocks, plain, size=14)
 
 
 @pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP(), MaxViolation()])
@@ -293,12 +282,12 @@ def test_label_smoothing_matches_torch(count: int, width: int, seed: int, smooth
     torch.testing.assert_close(ours, torch.as_tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [similarities.BLOCK, 1000])
+@pytest.mark.parametrize("block", [losses.BLOCK, 1000])
 @pytest.mark.parametrize("loss", [InfoNCE(), InfoNCE(0.1), SigLIP()])
 def test_bf16_rounds_the_embeddings_and_nothing_else(
     loss: ContrastiveLoss, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(similarities, "BLOCK", block)
+    monkeypatch.setattr(losses, "BLOCK", block)
     image, text, ids = unit(64, 32, 0), unit(64, 32, 1), torch.arange(64)
     image = F.normalize(0.5 * image + 0.5 * text, dim=-1)
     scale, bias = torch.tensor(100.0), torch.tensor(-10.0)
@@ -328,15 +317,7 @@ def test_identical_and_opposite_embeddings_give_finite_numbers(loss: Contrastive
     assert info_nce(same, same, 100.0).item() == pytest.approx(math.log(16), rel=1e-6)
 
 
-def test_modules_match_the_functions_and_start_at_the_values_of_the_papers() -> None:
-    image, text = unit(3, 4, 0), unit(5, 4, 1)
-    ids, text_ids = torch.tensor([4, 2, 9]), torch.tensor([2, 2, 4, 9, 1])
-    scale, options = torch.tensor(9.0), {"image_id": ids, "text_image_id": text_ids}
-    nce = InfoNCE(label_smoothing=0.2)(image, text, scale, None, ids, text_ids)
-    assert nce == info_nce(image, text, scale, **options, label_smoothing=0.2)
-    for bias in (torch.tensor(-2.0), None):
-        sigmoid = SigLIP()(image, text, scale, bias, ids, text_ids)
-        assert sigmoid == siglip_loss(image, text, scale, 0.0 if bias is None else bias, **options)
+def test_losses_start_at_the_values_of_the_papers() -> None:
     assert (InfoNCE().init_bias, SigLIP().init_scale, SigLIP().init_bias) == (None, 10.0, -10.0)
     assert InfoNCE().init_scale == pytest.approx(14.2857, rel=1e-4)
 
@@ -356,7 +337,7 @@ def test_modules_match_the_functions_and_start_at_the_values_of_the_papers() -> 
 def test_shapes_that_do_not_match(
     image: tuple[int, ...], text: tuple[int, ...], options: dict[str, Tensor]
 ) -> None:
-    with pytest.raises(ValueError, match=r"expected|images with"):
+    with pytest.raises(ValueError, match=r"expected image \(B, D\)"):
         info_nce(torch.zeros(image), torch.zeros(text), 1.0, **options)
 
 

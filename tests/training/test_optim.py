@@ -176,7 +176,7 @@ def test_a_resumed_optimizer_keeps_its_options_and_restores_the_moments(change: 
         group = {"params": [torch.nn.Parameter(torch.ones(3))]}
         optimizer = torch.optim.AdamW([group], **{"lr": 0.1, "weight_decay": 0.2, **options})
         optimizer.register_load_state_dict_pre_hook(keep_own_options)
-        return optimizer, WarmupSchedule(optimizer, warmup_steps=2, total_steps=steps)
+        return optimizer, WarmupSchedule(optimizer, lambda step: rate_factor(step, 2, steps))
 
     before, schedule = build(10, {})
     for _ in range(4):

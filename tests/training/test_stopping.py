@@ -1,7 +1,9 @@
-"""Stopping and restarting a run in a job script; the fault tests cover kills."""
+"""Stopping a run, by signals or because its gradients are not finite; test_faults covers kills."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -11,14 +13,17 @@ from unittest import mock
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from small_runs import data, trainer
 
-from clip_lightning.__main__ import _status
-from clip_lightning.errors import AgreedStop, RunFailed, UserError
-from clip_lightning.training.checkpoints import CheckpointOptions
-from clip_lightning.training.ranks import lost_rank
-from clip_lightning.training.runs import find_checkpoint
-from clip_lightning.training.stopping import GracefulStop, requeue, slurm_job
+from clip_lightning.__main__ import _status, main
+from clip_lightning.data.shards.convert import Settings, captioned, convert
+from clip_lightning.errors import AgreedStop, RunFailed
+from clip_lightning.training.module import CLIPModule
+from clip_lightning.training.stopping import GracefulStop, NonFinite, lost_rank, requeue, slurm_job
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning")
 
 
 @pytest.fixture
@@ -56,10 +61,10 @@ def test_a_job_is_requeued(scontrol: Callable[[int], Path], capfd: pytest.Captur
     assert "417_3 was requeued" in capfd.readouterr().err
     scontrol(1)
     requeue("417")
-    assert "417 could not be requeued: scontrol: refused" in capfd.readouterr().err
+    assert "refused\nthe job 417 could not be requeued\n" in capfd.readouterr().err
     with mock.patch.dict(os.environ, {"PATH": "/nowhere"}):
         requeue("417")
-    assert "No such file" in capfd.readouterr().err
+    assert "the job 417 could not be requeued" in capfd.readouterr().err
 
 
 class Loop:
@@ -126,38 +131,161 @@ def test_errors_of_a_lost_connection_and_others() -> None:
     assert lost_rank(RuntimeError("size mismatch")) is None
 
 
-def run_folder(root: Path, name: str, age: int, **files: str) -> Path:
-    (root / name / "checkpoints").mkdir(parents=True)
-    (root / name / "config.yaml").write_text("trainer:\n")
-    for file in files:
-        path = root / name / "checkpoints" / f"{file}.ckpt"
-        torch.save({}, path)
-        os.utime(path, (age, age))
-    return root / name
+# steps whose gradient is not finite
 
 
-def test_auto_is_the_newest_last_checkpoint_or_none(tmp_path: Path) -> None:
-    assert find_checkpoint("auto", tmp_path / "absent") is None
-    assert find_checkpoint("auto", tmp_path) is None
-    run_folder(tmp_path, "killed-at-once", 5)
-    assert find_checkpoint("auto", tmp_path) is None
-    old = run_folder(tmp_path, "old", 100, last="")
-    new = run_folder(tmp_path, "new", 200, last="")
-    assert find_checkpoint("auto", tmp_path) == new / "checkpoints" / "last.ckpt"
-    os.utime(old / "checkpoints" / "last.ckpt", (300, 300))
-    assert find_checkpoint("auto", tmp_path) == old / "checkpoints" / "last.ckpt"
+Fit = Callable[..., tuple[CLIPModule, NonFinite]]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"every_minutes": 0}, {"every_minutes": -1}, {"every_minutes": float("inf")}, {"every_n_steps": 0}],
-)
-def test_invalid_intervals(options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"--checkpoint\.every_"):
-        CheckpointOptions(**options)
+class Poison(Callback):
+    """Makes a head's gradient NaN after the backward passes of some batches."""
+
+    def __init__(self, batches: set[int], value: float = math.nan) -> None:
+        self.batches, self.value, self.batch = batches, value, 0
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self.batch = batch_idx
+
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.batch in self.batches:
+            pl_module.clip.heads.text[1].weight.grad[0, 0] = self.value
 
 
-def test_each_interval_has_a_callback_of_its_own(tmp_path: Path) -> None:
-    counts = [len(CheckpointOptions(*given).callbacks(tmp_path)) for given in ((), (None, 5), (None,))]
-    assert counts == [1, 1, 0]
-    assert len({callback.state_key for callback in CheckpointOptions(10, 5).callbacks(tmp_path)}) == 2
+class Weights(Callback):
+    """All weights and both moments after each step."""
+
+    def __init__(self) -> None:
+        self.after: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        parts = list(pl_module.parameters())
+        for state in trainer.optimizers[0].state.values():
+            parts += [state["exp_avg"], state["exp_avg_sq"]]
+        self.after.append(torch.cat([part.detach().flatten() for part in parts]))
+
+
+@pytest.fixture
+def fit(make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path) -> Fit:
+    def run(
+        *callbacks: Callback,
+        in_a_row: int = 3,
+        image_tower: str = "random:test_vit",
+        root: Path = scenes,
+        **options: Any,
+    ) -> tuple[CLIPModule, NonFinite]:
+        module = make_module(freeze="none", image_tower=image_tower)
+        guard = NonFinite(tmp_path, in_a_row)
+        settings: dict[str, Any] = {"limit_val_batches": 0, "gradient_clip_val": 1.0, **options}
+        trainer(tmp_path, *callbacks, guard, **settings).fit(module, data(module, root))
+        return module, guard
+
+    return run
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.filterwarnings("ignore:skipped step 2")
+def test_a_step_is_skipped_and_the_next_is_not(fit: Fit, value: float, precision: str) -> None:
+    weights = Weights()
+    module, guard = fit(Poison({1}, value), weights, precision=precision)
+    first, poisoned, third, _ = weights.after
+    assert torch.equal(first, poisoned), "neither weights nor moments"
+    assert not torch.equal(poisoned, third)
+    assert third.isfinite().all()
+    assert (guard.left_out, guard.row) == (1, 0)
+    assert module.trainer.callback_metrics["train/steps_left_out"] == 1
+
+
+class PoisonForward(Callback):
+    """Makes an image infinite, and with it the statistics of batch norms."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            batch["pixel_values"] = torch.full_like(batch["pixel_values"], math.inf, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:skipped step .")
+def test_skipped_steps_do_not_change_batch_norms(fit: Fit) -> None:
+    module, guard = fit(PoisonForward(), image_tower="random:test_resnet")
+    assert guard.left_out == 1
+    statistics = [b for name, b in module.named_buffers() if "running" in name]
+    assert statistics
+    assert all(statistic.isfinite().all() for statistic in statistics)
+
+
+def test_several_skipped_steps_in_a_row_end_the_run_and_list_their_samples(
+    fit: Fit, tmp_path: Path, scenes: Path
+) -> None:
+    with pytest.warns(UserWarning, match=r"skipped step 2, whose gradient is not finite \(nan\)") as said:
+        with pytest.raises(RunFailed, match=r"3 steps in a row .* not finite, up to step 4"):
+            fit(Poison({1, 2, 3}))
+    assert sum("skipped step" in str(warning.message) for warning in said) == 1
+    batches = json.loads((tmp_path / "non-finite.json").read_text())
+    assert [batch["batch"] for batch in batches] == [1, 2, 3]
+    for batch in batches:
+        assert len(batch["captions"]) == 8
+        for sample in batch["captions"]:
+            assert Path(sample["picture"]).is_file()
+            assert sample["caption"] in (scenes / "captions.csv").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:skipped step .")
+def test_samples_of_shards_are_listed(
+    fit: Fit, tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    convert(captioned(scenes, 5), Settings(5), tmp_path / "shards", 1)
+    with pytest.raises(RunFailed, match="3 steps in a row"):
+        fit(Poison({1, 2, 3}), root=tmp_path / "shards")
+    batches = json.loads((tmp_path / "non-finite.json").read_text())
+    names = [name for batch in batches for name in batch["names"]]
+    assert len(set(names)) == 24 and all(".tar#" in name for name in names)
+
+
+@pytest.mark.filterwarnings("ignore:skipped step .")
+def test_separate_skipped_steps_do_not_end_the_run(fit: Fit, tmp_path: Path) -> None:
+    _, guard = fit(Poison({0, 1, 3}))
+    assert guard.left_out == 3
+    assert not (tmp_path / "non-finite.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:skipped step .")
+def test_accumulated_gradients_are_one_step(fit: Fit) -> None:
+    weights = Weights()
+    _, guard = fit(Poison({0}), weights, accumulate_grad_batches=2)
+    assert (guard.left_out, guard.row) == (1, 0)
+    assert torch.equal(weights.after[0], weights.after[1])
+    assert not torch.equal(weights.after[2], weights.after[3])
+
+
+@pytest.mark.filterwarnings("ignore:skipped step .")
+def test_the_count_is_part_of_the_checkpoint(fit: Fit, tmp_path: Path) -> None:
+    module, _ = fit(Poison({1}))
+    module.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["NonFinite"]
+    again = NonFinite(tmp_path)
+    again.load_state_dict(stored)
+    assert again.left_out == 1
+
+
+# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
+@pytest.mark.filterwarnings("ignore:the scale has collapsed:UserWarning")
+def test_the_command_ends_with_status_1_and_a_checkpoint(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "model__freeze": "none",
+        "model__optimizer.lr": 1e38,
+        "model__optimizer.warmup": 0.0,
+        "data__cache": "off",
+        "trainer__max_epochs": 20,
+        "trainer__limit_val_batches": 0,
+    }
+    with pytest.warns(UserWarning, match="not finite"):
+        assert main(command("fit", tmp_path / "runs", **options)) == 1
+    assert "20 steps in a row had a gradient that is not finite" in capsys.readouterr().err
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "non-finite.json").is_file()
+    assert (run / "checkpoints" / "last.ckpt").is_file()

@@ -23,7 +23,7 @@ def run(args: list[str]) -> None:
     parser = Parser.of_function("app", app, skip={"source", "images"})
     parser.add_argument("source", type=str, help=f"an index; or, if IMAGES follow, a model: {MODEL}")
     parser.add_argument("images", type=str, nargs="?", help="a folder of images or a data set to index first")
-    app(**vars(parser.parse_args(["--open=true" if arg == "--open" else arg for arg in args[1:]])))
+    app(**vars(parser.parse_args(args[1:])))
 
 
 def app(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_format
 import os
 import re
 import sys
 from pathlib import Path
 
-from clip_lightning.arguments import Parser, with_json_value
+from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
@@ -24,7 +23,7 @@ def run(args: list[str]) -> None:
     parser = Parser.of_function("classify", classify, skip={"model", "images"})
     parser.add_argument("model", type=str, help=MODEL)
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="image files")
-    classify(**vars(parser.parse_args(with_json_value(args[1:]))))
+    classify(**vars(parser.parse_args(args[1:])))
 
 
 def classify(
@@ -64,17 +63,15 @@ def classify(
         bare = [re.sub(r"^(?:an?|the) (?=.)", "", name, flags=re.IGNORECASE) for name in names]
     similarity = encoded.features @ zero_shot_classifier(clip, bare, sentences).T
     scores = probabilities(similarity, clip.scale.item(), clip.bias)
-    results = []
+    results, lines = [], []
     for position, row in zip(encoded.rows, scores, strict=True):
         ranked = sorted(zip(names, row.tolist(), strict=True), key=lambda entry: -entry[1])
         results.append({"image": images[position], "label": ranked[0][0], "probabilities": dict(ranked)})
-        if not json:
-            print(one_line(images[position]))
-            for label, probability in ranked[:10]:
-                print(f"  {100 * probability:5.1f} %  {one_line(label)}")
+        lines.append(one_line(images[position]))
+        lines += [f"  {100 * value:5.1f} %  {one_line(label)}" for label, value in ranked[:10]]
     reading = "softmax" if clip.bias is None else "sigmoid"
     record = {"reading": reading, "results": results, "broken": broken}
-    print(json_format.dumps(record, ensure_ascii=False) if json else _READINGS[reading])
+    print_result(record, "\n".join([*lines, _READINGS[reading]]), json)
 
 
 def _read_labels(given: str) -> list[str]:

@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
+from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, own_arguments
 from clip_lightning.errors import UserError
@@ -61,8 +62,7 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
         json: print the table as one JSON object instead.
     """
     from clip_lightning.experiments.compare import compared
-    from clip_lightning.experiments.costs import with_costs
-    from clip_lightning.experiments.run_records import read_runs
+    from clip_lightning.experiments.run_records import add_latencies, read_runs
 
     if not runs:
         raise UserError("there is nothing to compare; give run folders or wandb:ENTITY/PROJECT")
@@ -75,14 +75,15 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
         place, reason = next(iter(left_out.items()))
         raise UserError(f"there is nothing to compare; left out {place}: {reason}")
     out = _create(out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S"))
-    _finish(compared(with_costs(records), "Runs compared", left_out=left_out), out, json)
+    add_latencies(records)
+    _finish(compared(records, "Runs compared", left_out=left_out), out, json)
 
 
 def compare_backbones(
     options: list[str],
     image_towers: str = "",
     text_towers: str = "",
-    seeds: int = 1,
+    seeds: PositiveInt = 1,
     out: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -106,8 +107,6 @@ def compare_backbones(
     for option, names in (("image_towers", images), ("text_towers", texts)):
         if not all(names):
             raise UserError(f"--{option}: expected names separated by commas, for example {EXAMPLES[option]}")
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: expected 1 or more")
     if not any(re.match(r"(--config|-c)(=|$)", option) for option in options):
         options = [f"--config={DEFAULT_CONFIG}", *options]
     from clip_lightning.experiments.backbones import Backbones
@@ -135,22 +134,18 @@ def _arguments_of_file(file: Path) -> list[str]:
         raise UserError(f"--file {file} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--file {file}: expected a mapping from options to values, got {content!r}")
-    configs = content.pop("config", [])
-    arguments = [f"--config={name}" for name in (configs if isinstance(configs, list) else [configs])]
-    for name in ("image_towers", "text_towers"):
-        if isinstance(content.get(name), list):
-            content[name] = ",".join(map(str, content[name]))
-    return arguments + _arguments(content, "--")
-
-
-def _arguments(options: dict[str, Any], prefix: str) -> list[str]:
     arguments = []
-    for name, value in options.items():
+    left = sorted(content.items(), key=lambda option: option[0] != "config")  # which the others override
+    for name, value in left:
         if isinstance(value, dict) and "class_path" not in value:
-            arguments += _arguments(value, f"{prefix}{name}.")
+            left += [(f"{name}.{inner}", one) for inner, one in value.items()]
+        elif isinstance(value, list) and name == "config":
+            arguments += [f"--config={one}" for one in value]
+        elif isinstance(value, list) and name in EXAMPLES:
+            arguments.append(f"--{name}={','.join(map(str, value))}")
         else:  # a class with its arguments is one value
             text = value if isinstance(value, str) else json_format.dumps(value, default=str)
-            arguments.append(f"{prefix}{name}={text}")
+            arguments.append(f"--{name}={text}")
     return arguments
 
 

@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
+
 from clip_lightning.arguments import run_functions
 from clip_lightning.data.captions import SPLITS, count_lost, split_by_image
 from clip_lightning.data.columns import RECOGNIZED, ReadOptions
@@ -16,7 +18,7 @@ from clip_lightning.terminal import one_line
 
 def run(args: list[str]) -> None:
     """Run `data` with the arguments of the command line."""
-    run_functions({"check": check, "convert": convert, "upload": upload}, args, positional=True)
+    run_functions({"check": check, "convert": convert, "upload": upload}, args)
 
 
 def check(
@@ -25,7 +27,7 @@ def check(
     read: ReadOptions = RECOGNIZED,
     text_tower: str | None = None,
     max_length: int | None = None,
-    num_workers: int | None = None,
+    num_workers: PositiveInt | None = None,
     out: Path | None = None,
     fix: Path | None = None,
     json: bool = False,
@@ -47,11 +49,11 @@ def check(
             images in other splits; train on it with `fit --data.root FILE`.
         json: print one JSON object instead.
     """
-    from clip_lightning.data.check import changes_reading, find, open_all, write_cleaned
+    from clip_lightning.data.check import as_text, find, open_all, write_cleaned
     from clip_lightning.data.sources import find_source, read_source
-    from clip_lightning.reports.data_check import as_text, write_report
+    from clip_lightning.reports.data_check import write_report
 
-    _check_options(out, num_workers)
+    _check_out(out)
     if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
         raise UserError(f"--fix {fix}: expected the name of a new .csv file; existing files are kept")
     source = find_source(root, read)
@@ -85,19 +87,11 @@ def check(
             f"{fixed['without_broken']:,} broken images, {fixed['without_leaks']:,} copies in another split "
             f"and {fixed['without_repeats']:,} repeated captions; next: clip-lightning fit --data.root {fix}"
         )
-    if fix is not None and changes_reading(fix, source.folder(), read):
-        print(
-            f"warning: {fix} changes what is read from the folder {root}; give the file that you want to "
-            "--data.root, or move it elsewhere",
-            file=sys.stderr,
-        )
     if report["errors"]:
         raise SystemExit(1)
 
 
-def _check_options(out: Path | None, num_workers: int | None) -> None:
-    if num_workers is not None and num_workers < 1:
-        raise UserError(f"--num_workers {num_workers}: expected 1 or more")
+def _check_out(out: Path | None) -> None:
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
 
@@ -109,10 +103,10 @@ def convert(
     read: ReadOptions = RECOGNIZED,
     split: str = "train",
     filters: list[str] | None = None,
-    samples_per_shard: int = 2000,
-    short_side: int | None = None,
+    samples_per_shard: PositiveInt = 2000,
+    short_side: PositiveInt | None = None,
     quality: int = 92,
-    num_workers: int | None = None,
+    num_workers: PositiveInt | None = None,
     json: bool = False,
 ) -> None:
     """Write captioned images, or the samples of tars, as WebDataset tars for training.
@@ -138,7 +132,7 @@ def convert(
     from clip_lightning.data.shards import convert as conversion
     from clip_lightning.data.shards.storage import holds_tars
 
-    _check_options(out, num_workers)
+    _check_out(out)
     if split not in SPLITS:
         raise UserError(f"--split {split}: expected {', '.join(SPLITS)}")
     settings = conversion.Settings(samples_per_shard, short_side, quality, tuple(filters or ()))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.arguments import Parser, with_json_value
+from jsonargparse.typing import PositiveInt
+
+from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
-from clip_lightning.errors import UserError
 from clip_lightning.search.folder import Options
 from clip_lightning.terminal import one_line
 
@@ -38,7 +38,7 @@ def run(args: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write or update")
     if embeds:
         devices = "GPUs to use, or CPU processes if there is no GPU; by default all GPUs, or one process"
-        parser.add_argument("--devices", type=int | None, help=devices)
+        parser.add_argument("--devices", type=PositiveInt | None, help=devices)
         parser.add_class_arguments(Options, as_group=False, skip={"type", "onnx"})
     else:
         captions = "also embed the captions, for search --captions true; an update keeps this setting"
@@ -47,10 +47,8 @@ def run(args: list[str]) -> None:
             Options, as_group=False, skip={"what", "format", "shard_size", "precision"}
         )
     parser.add_argument("--json", type=bool, default=False, help="print one JSON object instead")
-    given = parser.parse_args(with_json_value(args[1:]))
+    given = parser.parse_args(args[1:])
     options = Options(**{name: value for name, value in vars(given).items() if name in vars(Options())})
-    if embeds and given.devices is not None and given.devices < 1:
-        raise UserError(f"--devices {given.devices}: expected 1 or more")
     from clip_lightning.search.build import build_in_processes, build_index
 
     if embeds:
@@ -68,10 +66,8 @@ def run(args: list[str]) -> None:
     for kind, hint in (("broken", ""), ("unreadable", "; the next run retries it")):
         for path, reason in list(done[kind].items())[:MOST_NAMED]:
             print(one_line(f"left out {path}: {reason}{hint}"), file=sys.stderr)
-    if given.json:
-        print(json.dumps({"out": str(given.out.resolve()), **done}))
-    else:
-        print(f"{summary(done)}, {result}")
+    record = {"out": str(given.out.resolve()), **done}
+    print_result(record, f"{summary(done)}, {result}", given.json)
 
 
 def summary(done: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ SPLITS = ("all", "train", "val", "test")
 def run(args: list[str]) -> None:
     """Run `evaluate` with the arguments of the command line."""
     commands = {"retrieval": retrieval, "zero-shot": zero_shot, "linear-probe": linear_probe}
-    run_functions(commands, args, positional=True)
+    run_functions(commands, args)
 
 
 def retrieval(
@@ -236,7 +236,7 @@ def _linear_probe(
     if "train" in own and part:
         train, test = (torch.tensor([name == wanted for name in own]) for wanted in ("train", part))
     else:
-        test = held_out(labels, test_share, seed=0)
+        test = held_out(labels, test_share)
         train = ~test
     if not train.any() or not test.any():
         raise UserError(f"{title}: there are no images to train or to test on; give more images per class")
@@ -299,7 +299,7 @@ def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]
 
 
 def _class_sets(places: str, cache: Path | None) -> dict[str, ClassSet]:
-    from clip_lightning.data.class_sets import find_classes
+    from clip_lightning.data.classes import find_classes
 
     sets = {place: find_classes(place, cache) for place in _listed(places)}
     for class_set in sets.values():

@@ -12,7 +12,7 @@ from clip_lightning.errors import UserError, reason_of
 
 def run(args: list[str]) -> None:
     """Run `export` with the arguments of the command line."""
-    run_functions(export, args, positional=True)
+    run_functions(export, args)
 
 
 def export(

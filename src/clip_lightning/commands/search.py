@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.arguments import Parser, with_json_value
+from clip_lightning.arguments import Parser, print_result
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
 
@@ -20,7 +19,7 @@ def run(args: list[str]) -> None:
     folder = "the folder that `clip-lightning index` or `clip-lightning embed` wrote"
     parser.add_argument("index", type=Path, help=folder)
     parser.add_argument("sentence", type=str, nargs="?", help="the sentence to search for")
-    search(**vars(parser.parse_args(with_json_value(args[1:]))))
+    search(**vars(parser.parse_args(args[1:])))
 
 
 def search(
@@ -66,17 +65,16 @@ def search(
 
         draw_found(results, grid)
         print(f"grid: {grid}", file=sys.stderr)
-    if json:
-        answers = [{"query": query, "results": [asdict(hit) for hit in hits]} for query, hits in results]
-        about = {"index": index.resolve(), "model": loaded.manifest.model, "type": loaded.manifest.type}
-        print(json_module.dumps({**about, "images": len(loaded), "queries": answers}, default=str))
-        return
+    lines = []
     for title, hits in results:
         if len(queries) > 1:
-            print(one_line(str(title)))
+            lines.append(one_line(str(title)))
         for hit in hits:
             texts = [] if captions else [f"{hit.path}{' (missing)' * hit.missing}", *hit.captions[:1]]
-            print(f"{hit.score:.3f}", *map(one_line, texts or [hit.caption]), sep="  ")
+            lines.append("  ".join([f"{hit.score:.3f}", *map(one_line, texts or [hit.caption])]))
+    answers = [{"query": query, "results": [asdict(hit) for hit in hits]} for query, hits in results]
+    about = {"index": index.resolve(), "model": loaded.manifest.model, "type": loaded.manifest.type}
+    print_result({**about, "images": len(loaded), "queries": answers}, "\n".join(lines), json)
 
 
 def _queries(sentence: str | None, query: str | None, image: Path | None, file: Path | None) -> Sequence[Any]:

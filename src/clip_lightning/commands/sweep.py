@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 
+from jsonargparse.typing import PositiveInt
+
 from clip_lightning.arguments import Parser, own_arguments
 from clip_lightning.errors import UserError
 
@@ -12,21 +14,23 @@ FILE = "a W&B sweep file, or the name of a packaged one: heads, backbones, finet
 
 def run(args: list[str]) -> None:
     """Run `sweep` with the arguments of the command line."""
-    own, files, arguments = split_arguments(args[1:])
+    names = inspect.signature(sweep).parameters.keys() - {"file", "arguments"}
+    own, arguments = own_arguments(args[1:], sorted(names))
     usage = "%(prog)s FILE [options] [options of fit]"
     parser = Parser.of_function("sweep", sweep, skip={"file", "arguments"}, usage=usage)
     parser.add_argument("file", nargs="?", metavar="FILE", help=FILE)
-    given = vars(parser.parse_args([*files, *own]))
-    if given["file"] is None:
-        raise UserError(f"FILE is missing; give {FILE}")
+    file = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
+    given = vars(parser.parse_args([*file, *own]))
+    if not file:
+        raise UserError(f"FILE is missing; give it before the options of fit: {FILE}")
     sweep(arguments=arguments, **given)
 
 
 def sweep(
     file: str,
     arguments: list[str],
-    trials: int | None = None,
-    parallel: int = 1,
+    trials: PositiveInt | None = None,
+    parallel: PositiveInt = 1,
     study: str | None = None,
     storage: str | None = None,
     json: bool = False,
@@ -48,22 +52,7 @@ def sweep(
             of the study.
         json: print one JSON object instead.
     """
-    for name, value in (("trials", trials), ("parallel", parallel)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: expected 1 or more")
     from clip_lightning.experiments.sweeps.file import read_sweep
     from clip_lightning.experiments.sweeps.run import search
 
     search(read_sweep(file), arguments, trials, parallel, study, storage, json)
-
-
-def split_arguments(args: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Return the options of `sweep`, the files, and the arguments of `fit`, whose options take a value."""
-    own_names = inspect.signature(sweep).parameters.keys() - {"file", "arguments"}
-    own, others = own_arguments(args, sorted(own_names))
-    files: list[str] = []
-    arguments: list[str] = []
-    for previous, argument in zip(["", *others], others, strict=False):
-        is_value = previous.startswith("-") and "=" not in previous
-        (arguments if argument.startswith("-") or is_value else files).append(argument)
-    return own, files, arguments

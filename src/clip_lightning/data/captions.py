@@ -20,11 +20,7 @@ _SAMPLE, _WORTH_A_WARNING, _OFTEN_SHARED = 5000, 0.01, 0.05
 
 
 def parse_split(word: str | None, source: object) -> str | None:
-    """Return `train`, `val` or `test` for a usual name of a split in `source`, or None if it is empty.
-
-    Raises:
-        UserError: the name is unknown.
-    """
+    """Return `train`, `val` or `test` for a usual name of a split in `source`, or None if it is empty."""
     word = (word or "").strip()
     if word and word.lower() not in SPLIT_WORDS:
         raise UserError(
@@ -54,7 +50,7 @@ class CaptionSet:
         has_official_splits: whether the source itself has splits; if it has, an image may be in none of them.
         left_out: name → reason, for images and rows that could not be used.
         source: the files that were read, relative to `root`, with their number of rows.
-        warnings: one line per kind of problem that is probably a mistake, and for skipped files.
+        warnings: lines about probable mistakes and skipped files.
     """
 
     root: Path
@@ -88,7 +84,7 @@ class CaptionSet:
 
 
 def _name(path: Path, root: Path) -> str:
-    """Return the image's name relative to `root`; annotation files may name images outside of it."""
+    # annotation files may name images outside of the root
     return Path(os.path.relpath(path, root)).as_posix()
 
 
@@ -108,10 +104,7 @@ def _size(path: Path) -> int:
 
 
 def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
-    """Return, for each image, the position of the first image with the same bytes.
-
-    Only files that have the same size as another one are read.
-    """
+    """Return, for each image, the position of the first one with the same bytes; few files are read."""
     sizes = [_size(image.path) for image in images]
     counts = Counter(sizes)
     first: dict[bytes, int] = {}
@@ -124,6 +117,12 @@ def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
                 raise unreadable(image.path, error.strerror) from error
             groups[index] = first.setdefault(digest, index)
     return groups
+
+
+def check_fraction(option: str, value: float) -> None:
+    """Raise UserError unless 0 <= value <= 1."""
+    if not 0 <= value <= 1:
+        raise UserError(f"--data.read.{option} {value}: expected a fraction from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -141,10 +140,8 @@ class Splits:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name, value in (("val_fraction", self.val_fraction), ("test_fraction", self.test_fraction)):
-            if not 0 <= value <= 1:
-                raise UserError(f"--data.read.splits.{name} {value}: expected a fraction from 0 to 1")
+        check_fraction("splits.val_fraction", self.val_fraction)
+        check_fraction("splits.test_fraction", self.test_fraction)
 
 
 def split_by_image(captions: CaptionSet, splits: Splits) -> dict[str, list[CaptionedImage]]:
@@ -153,9 +150,6 @@ def split_by_image(captions: CaptionSet, splits: Splits) -> dict[str, list[Capti
     Official splits are kept. Without them, images are drawn by a seeded hash of their names, so that few
     images move if others are added later, and byte-identical images are in the same split. If the official
     splits have no `val`, it is drawn in the same way from `train`.
-
-    Raises:
-        UserError: there are too few images for the fractions.
     """
     if not captions.has_official_splits:
         fractions = {"val": splits.val_fraction, "test": splits.test_fraction}
@@ -170,16 +164,16 @@ def _draw(
     root: Path, images: Sequence[CaptionedImage], seed: int, fractions: dict[str, float]
 ) -> dict[str, list[CaptionedImage]]:
     """Assign groups of identical images, in the order of a seeded hash, to one split after another."""
-    groups: dict[int, list[CaptionedImage]] = {}
-    for image, group in zip(images, content_groups(images), strict=True):
-        groups.setdefault(group, []).append(image)
+    groups: dict[int, list[int]] = {}
+    for place, group in enumerate(content_groups(images)):
+        groups.setdefault(group, []).append(place)
 
-    def rank(members: Iterable[CaptionedImage]) -> bytes:
-        name = min(_name(image.path, root) for image in members)
+    def rank(places: Iterable[int]) -> bytes:
+        name = min(_name(images[place].path, root) for place in places)
         return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
 
     queue = deque(sorted(groups.values(), key=rank))
-    parts: dict[str, list[CaptionedImage]] = {"train": []}
+    parts: dict[str, list[int]] = {"train": []}
     for name, fraction in fractions.items():
         wanted = round(fraction * len(images)) or (1 if fraction > 0 else 0)
         parts[name] = []
@@ -191,9 +185,8 @@ def _draw(
             + " and ".join(f"{fraction:.0%} for {name}" for name, fraction in fractions.items())
             + "; use more images, or reduce --data.read.splits.val_fraction and test_fraction"
         )
-    parts["train"] = [image for members in queue for image in members]
-    order = {image.path: position for position, image in enumerate(images)}
-    return {name: sorted(part, key=lambda image: order[image.path]) for name, part in parts.items()}
+    parts["train"] = [place for places in queue for place in places]
+    return {name: [images[place] for place in sorted(part)] for name, part in parts.items()}
 
 
 # Captions that training loses ----------------------------------------------------------------------------
@@ -221,10 +214,7 @@ def lost_lines(lost: dict[str, Any], total: int, least: float = 0) -> Iterator[s
 
 
 def caption_warnings(images: Sequence[CaptionedImage], tokenize: Any) -> Iterator[str]:
-    """Yield one warning per kind of caption problem that affects training on these images.
-
-    The tokenizer, if `tokenize` has one, is applied to a sample of the captions.
-    """
+    """Yield a warning per kind of problem in the captions, of which the tokenizer reads a sample."""
     texts = [caption for image in images for caption in image.captions]
     if hasattr(tokenize, "tokenizer") and texts:
         sample = texts[:: max(1, len(texts) // _SAMPLE)]

@@ -1,28 +1,51 @@
-"""Read images with classes from folders and tables, and the names of the classes."""
+"""Read images with classes from folders, tables, torchvision and Hugging Face, and the classes' names."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.data.captions import SPLIT_WORDS, parse_split
-from clip_lightning.data.columns import CLASS_NAMES, IMAGE_NAMES, Columns
-from clip_lightning.data.formats import Finder
+from clip_lightning.data.captions import SPLIT_WORDS
+from clip_lightning.data.columns import IMAGE_NAMES, NoColumn, ReadOptions, find_names
+from clip_lightning.data.formats import NothingFound, read_captions
+from clip_lightning.data.hub import HubDataset, undecoded
 from clip_lightning.data.image_formats import is_image, walk
-from clip_lightning.data.readers import read_lines, read_table
-from clip_lightning.errors import UserError
+from clip_lightning.data.images import BrokenImage
+from clip_lightning.data.readers import file_head, read_lines
+from clip_lightning.errors import UserError, reason_of
+from clip_lightning.files import cache_folder, make_once
 from clip_lightning.terminal import one_line
 
+_CLASS_NAMES = ("label", "class", "class_name", "category", "target")
 # Caltech-101's folder of arbitrary search results is not a class, and its authors' protocol leaves it out.
-_NO_CLASS = {"BACKGROUND_Google"}
+_NO_CLASS = "BACKGROUND_Google"
 _MOST_SHOWN = 30
+
+Splits = Mapping[str | None, Mapping[str, Any]]
+"""Our split (None if the data set has no splits) → the arguments that select it."""
+
+_BY_FLAG: Splits = {"train": {"train": True}, "test": {"train": False}}
+_UNDIVIDED: Splits = {None: {}}
+_THREE: Splits = {split: {"split": split} for split in ("train", "val", "test")}
+_TWO: Splits = {split: {"split": split} for split in ("train", "test")}
+TORCHVISION: dict[str, Splits] = {
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"), _BY_FLAG),
+    **dict.fromkeys(("Caltech101", "Caltech256", "EuroSAT", "SUN397"), _UNDIVIDED),
+    **dict.fromkeys(("DTD", "FGVCAircraft", "Flowers102", "RenderedSST2"), _THREE),
+    **dict.fromkeys(("Food101", "STL10"), _TWO),
+    "Country211": {**_TWO, "val": {"split": "valid"}},
+    "OxfordIIITPet": {"train": {"split": "trainval"}, "test": {"split": "test"}},
+}
+_LABELS = ("targets", "labels", "_labels", "y")
 
 ClassRow = tuple[Any, str, str | None]
 """A file or anything else that `to_pixels` accepts, its class, and `train`, `val`, `test` or None."""
@@ -35,7 +58,7 @@ class ClassSet:
     Attributes:
         images: files, or anything else that `to_pixels` accepts.
         labels: the class of each image, as a position in `classes`.
-        splits: the split of each image, `train`, `val` or `test`, or None if the source has no splits.
+        splits: `train`, `val`, `test` or None for each image.
         classes: the names of the classes in the source, in order.
         left_out: name → reason, for images and rows that could not be used.
     """
@@ -49,8 +72,8 @@ class ClassSet:
     @classmethod
     def of(cls, rows: Sequence[ClassRow], classes: Sequence[str], left_out: dict[str, str]) -> ClassSet:
         """Combine rows whose labels are among `classes`."""
-        number = {name: place for place, name in enumerate(classes)}
         images, names, splits = zip(*rows, strict=True)
+        number = {name: place for place, name in enumerate(classes)}
         return cls(images, tuple(number[name] for name in names), splits, tuple(classes), left_out)
 
     def rows(self, split: str) -> list[int]:
@@ -67,17 +90,20 @@ def check_name(place: str) -> None:
         )
 
 
-def read_classes(root: Path) -> ClassSet:
-    """Read a folder with one folder per class, or with such folders in train, val and test, or a table.
+def find_classes(place: str | Path, cache: Path | None = None) -> ClassSet:
+    """Read images and their classes; data that is downloaded by name is cached on this machine.
 
     Args:
-        root: the folder, or a CSV or TSV file with the columns `image`, `label` and optionally `split`, where
-            images are named relative to the file's folder.
-
-    Raises:
-        UserError: the data does not exist, or has fewer than two classes.
+        place: a folder with one folder per class, or with such folders in train, val and test; a table with
+            the columns `image` (relative to its folder), `label` and optionally `split`; `torchvision:NAME`;
+            `hf:OWNER/NAME[:SUBSET]`; or `hf:` and a local folder of the package `datasets`.
+        cache: folder for data sets of torchvision; by default in the user's cache folder.
     """
-    check_name(str(root))
+    check_name(str(place))
+    kind, colon, name = str(place).partition(":")
+    root = Path(place)
+    if colon and not root.exists():
+        return _read_torchvision(name, cache) if kind == "torchvision" else _read_hub(str(place))
     left_out: dict[str, str] = {}
     rows = _folder_rows(root, left_out) if root.is_dir() else _table_rows(root, left_out)
     classes = tuple(sorted({label for _, label, _ in rows}, key=_natural))
@@ -90,58 +116,136 @@ def read_classes(root: Path) -> ClassSet:
 
 
 def _folder_rows(root: Path, left_out: dict[str, str]) -> list[ClassRow]:
-    passed_over: Counter[str] = Counter()
-    images = {
-        Path(folder, file): Path(folder).relative_to(root).parts
-        for folder, files in walk(root, passed_over)
+    skipped: Counter[str] = Counter()
+    found = [
+        (Path(folder, file), Path(folder).relative_to(root).parts)
+        for folder, files in walk(root, skipped)
         for file in filter(is_image, files)
-    }
-    left_out |= {f"{count} {kind}": "they are skipped" for kind, count in passed_over.items()}
-    for name in {name for parts in images.values() for name in parts[:2]} & _NO_CLASS:
-        left_out[name] = "it is not a class"
-    images = {image: parts for image, parts in images.items() if parts and _NO_CLASS.isdisjoint(parts[:2])}
-    if images and all(parts[0].lower() in SPLIT_WORDS for parts in images.values()):
-        splits = {image: SPLIT_WORDS[parts[0].lower()] for image, parts in images.items()}
-        return [
-            (image, images[image][1], splits[image]) for image in sorted(images) if len(images[image]) > 1
-        ]
-    return [(image, images[image][0], None) for image in sorted(images)]
+    ]
+    left_out |= {f"{count} {kind}": "they are skipped" for kind, count in skipped.items()}
+    if any(_NO_CLASS in parts[:2] for _, parts in found):
+        left_out[_NO_CLASS] = "it is not a class"
+    images = sorted((image, parts) for image, parts in found if parts and _NO_CLASS not in parts[:2])
+    if images and all(parts[0].lower() in SPLIT_WORDS for _, parts in images):
+        return [(image, parts[1], SPLIT_WORDS[parts[0].lower()]) for image, parts in images if parts[1:]]
+    return [(image, parts[0], None) for image, parts in images]
 
 
 def _table_rows(path: Path, left_out: dict[str, str]) -> list[ClassRow]:
-    finder, columns = Finder([path.parent], path.parent), None
-    rows: list[ClassRow] = []
-    for number, record in enumerate(read_table(path, lambda record: _class_columns(path, record)), start=1):
-        columns = columns or _class_columns(path, record)
-        name, label = record[columns.image].strip(), record[columns.captions[0]].strip()
-        split = parse_split(record[columns.split], path) if columns.split else None
-        if not name or not label:
-            left_out[f"{path.name} row {number}"] = "it has no image or no label"
-        elif (image := finder.find(name)) is None:
-            left_out[name] = finder.explain(name)
-        else:
-            rows.append((image, label, split))
-    return rows
-
-
-def _class_columns(path: Path, record: Mapping[str, str]) -> Columns:
-    """Return the columns of a table of classes, with the label instead of a caption."""
-    names = {name.lower(): name for name in record}
-    image = next((names[name] for name in IMAGE_NAMES if name in names), None)
-    label = next((names[name] for name in CLASS_NAMES if name in names), None)
-    if image is None or label is None:
+    """Read a table like one of captions, with the label as the caption."""
+    header = file_head(path).partition("\n")[0].strip()
+    label = next(iter(find_names(_CLASS_NAMES, re.findall(r"\w+", header))), "label")
+    try:
+        data = read_captions(path, ReadOptions(caption_column=label))
+    except NothingFound:
+        return []
+    except NoColumn:
         raise UserError(
-            f"{path} has the columns {', '.join(names) or '(none)'}; expected image (or "
-            f"{', '.join(IMAGE_NAMES[1:4])}) and label (or {', '.join(CLASS_NAMES[1:4])})"
-        )
-    return Columns(image, (label,), names.get("split"))
+            f"{path} begins with {header[:80]!r}; expected the columns image (or "
+            f"{', '.join(IMAGE_NAMES[1:4])}) and label (or {', '.join(_CLASS_NAMES[1:4])})"
+        ) from None
+    left_out |= {name: reason.replace("caption", "label") for name, reason in data.left_out.items()}
+    return [(image.path, name, image.split) for image in data.images for name in image.captions]
 
 
-def _natural(name: str) -> tuple[bool, list[tuple[int, str]], str]:
-    """Return a key that sorts numbers in names by value, and names that are numbers before others."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    numbers = [(int(part), "") if part[0].isascii() and part.isdigit() else (-1, part) for part in parts]
-    return not (name.isascii() and name.isdigit()), numbers, name
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Return a key that sorts numbers in names by value."""
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+# Data sets by name, whose images are read on demand --------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image in a data set, with a name for messages."""
+
+    name: str
+    data: Any
+    row: int
+    column: str | int
+    lock: contextlib.AbstractContextManager[Any]
+
+    def read(self) -> Any:
+        """Return a PIL image or the bytes of a file; several threads may call this."""
+        with self.lock:
+            value = self.data[self.row][self.column]
+        if isinstance(value, dict):
+            value = value["bytes"] or (value["path"] and Path(value["path"]).read_bytes())
+        if value is None:
+            raise BrokenImage("it has no image")
+        return value
+
+
+def _read_torchvision(name: str, cache: Path | None) -> ClassSet:
+    """Read a data set with its own splits, which torchvision downloads once and completely."""
+    if name not in TORCHVISION:
+        raise UserError(f"torchvision:{name} is unknown; expected one of {', '.join(sorted(TORCHVISION))}")
+    from torchvision import datasets
+
+    kind, splits = getattr(datasets, name), TORCHVISION[name]
+    folder = (cache or cache_folder("data")) / f"torchvision-{name}"
+
+    def download(draft: Path) -> Path:
+        for options in splits.values():
+            kind(draft, download=True, **options)
+        return draft
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # torchvision prints
+            make_once(folder, download)
+            parts = {split: kind(folder, **options) for split, options in splits.items()}
+    except UserError:
+        raise
+    except Exception as error:  # torchvision and its dependencies raise nearly every kind of error
+        raise UserError(
+            f"torchvision:{name} cannot be downloaded to or read from {folder} ({reason_of(error)}); check "
+            "the network and the disk, remove that folder if it exists to download it again, or give a "
+            "folder with one folder per class"
+        ) from error
+    first = next(iter(parts.values()))
+    classes = [*map(str, getattr(first, "classes", None) or first.categories)]
+    rows: list[ClassRow] = []
+    for split, part in parts.items():
+        # torchvision has several names for labels, and reading them image by image would decode all images.
+        labels = next(getattr(part, name) for name in _LABELS if hasattr(part, name))
+        for row, label in enumerate(labels):
+            title = f"torchvision:{name} {split or 'image'} {row}"
+            stored = StoredImage(title, part, row, 0, contextlib.nullcontext())
+            rows.append((stored, classes[int(label)], split))
+    return ClassSet.of(rows, classes, {})
+
+
+def _read_hub(text: str) -> ClassSet:
+    """Read a Hugging Face data set with a column of the type Image and one of the type ClassLabel."""
+    rows: list[ClassRow] = []
+    left_out: dict[str, str] = {}
+    classes: list[str] = []
+    for name, data, split in HubDataset.parse(text).splits():
+        image, label = _column(text, data.features, "Image"), _column(text, data.features, "ClassLabel")
+        classes = data.features[label].names
+        images, lock = undecoded(data, [image]).select_columns([image]), threading.Lock()
+        numbers = [*enumerate(data[label])]
+        shown = [(row, number) for row, number in numbers if number is not None and number >= 0]
+        if hidden := len(numbers) - len(shown):  # -1 stands for a hidden label
+            left_out[f"{hidden} images of {name}"] = "they have no class"
+        for row, number in shown:
+            stored = StoredImage(f"{text} {name} {row}", images, row, image, lock)
+            rows.append((stored, classes[number], split))
+    if len(used := {label for _, label, _ in rows}) < 2:
+        raise UserError(f"{text} has images of {len(used)} classes; expected two or more classes")
+    return ClassSet.of(rows, classes, left_out)
+
+
+def _column(text: str, features: Mapping[str, Any], kind: str) -> str:
+    """Return the column of this type, or, among several, the one with a usual name."""
+    types = {name: type(feature).__name__ for name, feature in features.items()}
+    typed = [name for name in types if types[name] == kind]
+    usual = [name for name in typed if name.lower() in ("image", "img", "label", "fine_label", "class")]
+    if len(typed) != 1 and len(usual) != 1:
+        raise UserError(f"{text} has the columns {types}; expected one column of the type {kind}")
+    return (usual or typed)[0]
 
 
 # Names of classes ------------------------------------------------------------------------------------------
@@ -169,9 +273,6 @@ def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[s
             `classes`; `.csv` or `.tsv`: the class, then its names, without a header; any other suffix: one
             line per class, in the order of `classes`, with names separated by commas, or with the class
             first. ImageNet's `imagenet_class_index.json` and `LOC_synset_mapping.txt` can be read, too.
-
-    Raises:
-        UserError: the file cannot be read, or does not match the classes.
     """
     if file is None:
         if any(re.fullmatch(r"n\d{8}|\d+", clean_name(name)) for name in classes):
@@ -185,21 +286,18 @@ def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[s
     if isinstance(given, dict):
         if (ids := {names[0]: names[1:] for names in given.values()}).keys() >= set(classes):
             given = ids  # imagenet_class_index.json: {"0": ["n01440764", "tench"]}
-        if not given.keys() & set(classes):
-            raise UserError(
-                f"--names {file} has none of the {len(classes)} classes ({classes[0]}, ...); expected the "
-                f"classes of the data as keys, but the first key is {next(iter(given), 'missing')}"
-            )
-        return [given.get(name) or [clean_name(name)] for name in classes]
-    if len(given) != len(classes):
+    elif len(given) == len(classes):
+        given = dict(zip(classes, given, strict=True))
+        pairs = [f"{name} = {names[0]}" for name, names in given.items()]
+        shown = pairs if len(pairs) <= _MOST_SHOWN else [*pairs[: _MOST_SHOWN - 1], "...", pairs[-1]]
+        print(one_line(f"--names {file} is matched by order: {', '.join(shown)}"), file=sys.stderr)
+    if isinstance(given, list) or not given.keys() & set(classes):
         raise UserError(
-            f"--names {file} has {len(given)} entries for {len(classes)} classes; give one entry per class, "
-            "in order, or a JSON object from class to name"
+            f"--names {file} has {len(given)} entries (first: {next(iter(given), 'none')}) that do not match "
+            f"the {len(classes)} classes ({classes[0]}, ...); give one entry per class, in order, or an "
+            "object from class to name"
         )
-    pairs = [f"{name} = {names[0]}" for name, names in zip(classes, given, strict=True)]
-    shown = pairs if len(pairs) <= _MOST_SHOWN else [*pairs[: _MOST_SHOWN - 1], "...", pairs[-1]]
-    print(one_line(f"--names {file} is matched by order: {', '.join(shown)}"), file=sys.stderr)
-    return given
+    return [given.get(name) or [clean_name(name)] for name in classes]
 
 
 def _read_names(file: Path, classes: Sequence[str]) -> dict[str, list[str]] | list[list[str]]:
@@ -215,22 +313,21 @@ def _read_names(file: Path, classes: Sequence[str]) -> dict[str, list[str]] | li
         return {key: names for key, *names in filter(None, cells) if names}
     names = [[name.strip() for name in line.split(",") if name.strip()] or [line] for line in lines]
     # Every line may begin with its class: `n01440764 tench, Tinca tinca`.
-    parts = [(first.partition("\t" if "\t" in first else " "), others) for first, *others in names]
-    keyed = {key: [name, *others] for (key, _, name), others in parts if name.strip()}
+    parts = [(first.split("\t" if "\t" in first else " ", 1), others) for first, *others in names]
+    keyed = {key: [name.strip(), *others] for (key, *rest), others in parts for name in rest}
     return keyed if keyed.keys() >= set(classes) else names
 
 
 def _parse_names(file: Path, text: str) -> dict[str, list[str]] | list[list[str]]:
-    wrong = f"--names {file}: expected a JSON object from class to name or names, or a list of names"
     try:
         given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{wrong} ({error})") from error
-    if not isinstance(given, (dict, list)):
-        raise UserError(wrong)
-    values = given.values() if isinstance(given, dict) else given
-    names = [[value] if isinstance(value, str) else value for value in values]
-    for entry in names:
-        if not isinstance(entry, list) or not entry or not all(isinstance(name, str) for name in entry):
-            raise UserError(f"{wrong}, got {json.dumps(entry)[:60]}")
+        entries = given.values() if isinstance(given, dict) else given
+        names = [[entry] if isinstance(entry, str) else entry for entry in entries]
+        if not all(isinstance(entry, list) and entry and all(map(str.strip, entry)) for entry in names):
+            raise ValueError(f"got {text[:60]}")
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--names {file}: expected a JSON object from class to name or names, or a list of names "
+            f"({reason_of(error)})"
+        ) from error
     return dict(zip(given, names, strict=True)) if isinstance(given, dict) else names

@@ -1,16 +1,16 @@
-"""Find the columns of images, captions and splits, and the captions in a cell."""
+"""Find the image, the captions and the split in a record: a row of a table, or a JSON object."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from clip_lightning.data.captions import Splits
+from clip_lightning.data.captions import Splits, check_fraction
 from clip_lightning.data.image_formats import is_image
 from clip_lightning.errors import UserError
 
@@ -22,26 +22,43 @@ CAPTION_NAMES = (
     *("caption", "captions", "text", "title", "comment", "texts", "sentences", "sentence", "raw", "txt"),
     *("description", "prompt", "conversations"),
 )
-CLASS_NAMES = ("label", "class", "class_name", "category", "target")
 _NUMBERED = re.compile(r"(caption|sentence|text)s?[ _-]?\d+", re.IGNORECASE)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
+Record = Mapping[str, Any]
+Row = tuple[str, list[str], str | None]
+"""The name of an image, its captions, and its split or None."""
 
 
 class NoColumn(UserError):
     """There is no column that clearly holds images or captions."""
 
 
-@dataclass(frozen=True)
-class Columns:
+class Columns(NamedTuple):
     """The names of columns; `split` is None if there is no such column."""
 
     image: str
-    captions: tuple[str, ...]
+    captions: list[str]
     split: str | None
 
-    def names(self) -> list[str]:
-        """Return each name once."""
-        return list(dict.fromkeys([self.image, *self.captions, *filter(None, [self.split])]))
+    def read(
+        self, source: object, record: Record, images: type | tuple[type, ...] = str
+    ) -> tuple[Any, list[str], str | None]:
+        """Return the image, which is None or one of the types `images`, the captions and the split."""
+        image, cells = record[self.image], [record[name] for name in self.captions]
+        split = record[self.split] if self.split else None
+        try:
+            if not (isinstance(image, images) or image is None) or not isinstance(split, str | None):
+                raise TypeError
+            return image, [caption for cell in cells for caption in sentences(cell)], split
+        except (TypeError, KeyError, AttributeError, RecursionError):
+            types = ", ".join(type(value).__name__ for value in (image, *cells, split))
+            hint = f", or hf:{source} if it contains the images themselves"
+            raise UserError(
+                f"{source} has values of the types {types} as image, caption and split; expected a file "
+                "name, a sentence or a list of sentences, and train, val or test; give another --data.root"
+                + (hint if images is str and isinstance(image, dict | bytes) else "")
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -69,117 +86,69 @@ class ReadOptions:
     splits: Splits = field(default_factory=Splits)
 
     def __post_init__(self) -> None:
-        """Check the range."""
-        if not 0 <= self.max_broken <= 1:
-            raise UserError(f"--data.read.max_broken {self.max_broken}: expected a fraction from 0 to 1")
+        check_fraction("max_broken", self.max_broken)
 
-    def find(
-        self,
-        source: object,
-        record: Mapping[str, Any],
-        images: Collection[str] | None = None,
-        texts: Collection[str] | None = None,
-    ) -> Columns:
-        """Choose the columns of a record.
+    def find(self, source: object, record: Record, images: Collection[str] = ()) -> Columns:
+        """Choose the columns of a record; of several with usual names for images, the first with a file name.
 
         Args:
             source: the file or data set, for messages.
-            record: name → value of each column; if several columns have usual names for images, the first one
-                with a file name is chosen.
-            images: columns that can hold images; by default all.
-            texts: columns that can hold texts; by default all.
-
-        Raises:
-            NoColumn: a given column does not exist, or no column has a usual name.
+            record: name → value of each column.
+            images: the columns that are known to hold images, if any.
         """
-        images, texts = record if images is None else images, record if texts is None else texts
-        usual = _usual(IMAGE_NAMES, images)
-        named = [name for name in usual if isinstance(record[name], str) and is_image(record[name])]
-        image = (named or usual)[:1]
-        if self.image_column is not None:
-            image = [self.image_column] if self.image_column in images else []
-        captions = _usual(CAPTION_NAMES, texts)[:1]
-        captions += [name for name in texts if _NUMBERED.fullmatch(name) and name not in captions]
-        if self.caption_column is not None:
-            given = [name.strip() for name in self.caption_column.split(",")]
-            captions = given if set(given) <= set(texts) else []
-        for kind, option, columns, names in (
+        usual = find_names(IMAGE_NAMES, images or record)
+        if not usual and len(images) == 1:
+            usual = [*images]
+        image = [name for name in usual if is_image(str(record[name]))] or usual
+        if self.image_column:
+            image = [self.image_column]
+        captions = find_names(CAPTION_NAMES, record)[:1]
+        captions += [name for name in record if _NUMBERED.fullmatch(name) and name not in captions]
+        if self.caption_column:
+            captions = [name.strip() for name in self.caption_column.split(",")]
+        for kind, given, columns, names in (
             ("image", self.image_column, image, IMAGE_NAMES),
             ("caption", self.caption_column, captions, CAPTION_NAMES),
         ):
-            if not columns:
-                flag = f"--data.read.{kind}_column"
-                problem = (
-                    f"{flag} {option} is not in {source}" if option else f"{source} has no {kind} column"
-                )
+            if not columns or not set(columns) <= record.keys():
                 raise NoColumn(
-                    f"{problem}: found {', '.join(map(str, record)) or 'nothing'}, expected one of "
-                    f"{', '.join(names[:7])}; give {flag} COLUMN, or another --data.root"
-                    + ("; to classify, use clip-lightning evaluate" if _usual(CLASS_NAMES, record) else "")
+                    f"{source} has no {kind} column{f' {given}' if given else ''}: found "
+                    f"{', '.join(record) or 'nothing'}, expected one of {', '.join(names[:7])}; give "
+                    f"--data.read.{kind}_column COLUMN, or another --data.root"
                 )
-        split = next((name for name in texts if name.lower() == "split"), None)
-        return Columns(image[0], tuple(captions), split)
+        return Columns(image[0], captions, next(iter(find_names(("split",), record)), None))
 
 
 RECOGNIZED = ReadOptions()
 
 
-def _usual(names: Sequence[str], columns: Collection[str]) -> list[str]:
-    """Return the columns with one of these names, in the order of the names."""
-    lower = {column.lower(): column for column in reversed(list(columns))}
+def find_names(names: Iterable[str], columns: Iterable[str]) -> list[str]:
+    """Return the columns with one of these names, regardless of case, in the order of the names."""
+    lower = {column.lower(): column for column in reversed([*columns])}
     return [lower[name] for name in names if name in lower]
 
 
-def is_image_type(feature: Any) -> bool:
-    """Return whether a feature has the type Image of the package `datasets`."""
-    return type(feature).__name__ == "Image"
-
-
-def find_typed_columns(source: str, features: Mapping[str, Any], options: ReadOptions) -> Columns:
-    """Choose the columns of a Hugging Face data set by their types and usual names.
-
-    Raises:
-        NoColumn: a given column does not exist, or no column clearly holds images or captions.
-    """
-    images = [name for name, feature in features.items() if _holds_images(feature)]
-    typed = [name for name in images if is_image_type(features[name])]
-    texts = [name for name, feature in features.items() if _holds_texts(feature)]
-    if options.image_column is None and len(typed) == 1:
-        options = replace(options, image_column=typed[0])
-    return options.find(source, features, images if options.image_column else typed or images, texts)
-
-
-def _holds_images(feature: Any) -> bool:
-    """Accept the type Image, and bytes by themselves or in a dictionary as Image stores them."""
-    if isinstance(feature, dict):
-        feature = feature.get("bytes")
-    return is_image_type(feature) or getattr(feature, "dtype", None) in ("binary", "large_binary")
-
-
-def _holds_texts(feature: Any) -> bool:
-    """Accept strings, lists of strings, and, as in COCO, lists of dictionaries with `raw`."""
-    while not isinstance(feature, dict) and hasattr(feature, "feature"):
-        feature = feature.feature
-    if isinstance(feature, dict):
-        return "raw" in feature and _holds_texts(feature["raw"])
-    return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-# What a cell holds --------------------------------------------------------------------------------------
+def read_records(
+    source: object, records: Iterable[Record], options: ReadOptions, images: type = str
+) -> Iterator[tuple[Any, list[str], str | None]]:
+    """Yield the image, the captions and the split of each record; records may have different columns."""
+    known: dict[tuple[str, ...], Columns] = {}
+    for record in records:
+        names = tuple(record)
+        columns = known.get(names) or known.setdefault(names, options.find(source, record))
+        yield columns.read(source, record, images)
 
 
 def sentences(value: Any) -> list[str]:
     """Return the captions in a cell.
 
     A cell may hold a sentence, a list of sentences (also in the form in which pandas and NumPy write lists to
-    tables), dictionaries with `raw` as in COCO, or a conversation, whose answers are the captions.
-
-    Raises:
-        TypeError: the cell holds something else.
+    tables), dictionaries with `raw` as in COCO, or a conversation, whose answers are the captions. Raise
+    TypeError for anything else.
     """
     if isinstance(value, str):
         return _written_list(value) if "[" in value else [value]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [sentence for item in value for sentence in sentences(item)]
     if isinstance(value, dict):
         speaker = value.get("from", value.get("role"))
@@ -192,17 +161,14 @@ def sentences(value: Any) -> list[str]:
 
 
 def _written_list(text: str) -> list[str]:
-    """Return the sentences of `['a dog', 'a hound']`, or the text itself."""
-    stripped = text.strip()
-    if not (stripped.startswith("[") and stripped.endswith("]")):
+    """Return the sentences of `['a dog', "a hound"]`, also without the commas, or else the text itself."""
+    if re.fullmatch(r"\s*\[[\s,]*\]\s*", _QUOTED.sub("", text)) is None:
         return [text]
     try:
-        items = json.loads(stripped)
-    except (ValueError, RecursionError):
-        quoted = [] if _QUOTED.sub("", stripped[1:-1]).strip(", \t\r\n") else _QUOTED.findall(stripped)
+        items: list[str] = json.loads(text)
+    except ValueError:
         try:
-            items = [ast.literal_eval(item) for item in quoted]
+            items = [ast.literal_eval(item) for item in _QUOTED.findall(text)]
         except (ValueError, SyntaxError):
-            items = []
-    strings = isinstance(items, list) and all(isinstance(item, str) for item in items)
-    return items if strings and (items or stripped == "[]") else [text]
+            items = [text]
+    return items

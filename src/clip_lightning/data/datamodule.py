@@ -29,17 +29,10 @@ from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
 from clip_lightning.data.features import CacheOptions, FeatureCache, Features, default_cache
 from clip_lightning.data.images import Augmentation, ImageTransform
-from clip_lightning.data.sampler import EvalSampler, FirstEpoch, TrainSampler
+from clip_lightning.data.sampler import EvalSampler, TrainSampler
 from clip_lightning.data.shards.storage import holds_numbered_tars
 from clip_lightning.data.shards.training import ShardDataset, ShardOptions, ShardSampler
-from clip_lightning.data.sources import (
-    Artifact,
-    Folder,
-    Scenes,
-    find_source,
-    names_tars,
-    read_source,
-)
+from clip_lightning.data.sources import Artifact, Folder, Scenes, find_source, names_tars, read_source
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
 from clip_lightning.wandb_fetch import Fetched
@@ -118,7 +111,7 @@ class CaptionDataModule(LightningDataModule):
         self.batch_size, self.captions_per_image = batch_size, captions_per_image
         self.num_workers = min(8, cores()) if num_workers is None else num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self._tars = str(root) if names_tars(root) else None
+        self._tars = str(root) if names_tars(root) else ""
         is_streamed = self._tars or shards.sources
         self.source = Folder(Path()) if is_streamed else find_source(root, read, records)
         self.augmentation = augmentation or Augmentation(flip=not isinstance(self.source, Scenes))
@@ -137,8 +130,7 @@ class CaptionDataModule(LightningDataModule):
         self._images: dict[str, list[CaptionedImage]] = {}
         self._streamed: ShardDataset | None = None
         self._content: dict[str, list[int]] = {}
-        self._image_features: dict[str, list[Features]] = {}
-        self._text_features: dict[str, Features] = {}
+        self._features: dict[str, tuple[list[Features], Features | None]] = {}
 
     def prepare_data(self) -> None:
         """Download or generate the data, unless it is on this machine."""
@@ -147,40 +139,30 @@ class CaptionDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the captions and split the images; a second call does nothing."""
-        connector = getattr(self.trainer, "_accelerator_connector", None)
-        if self._world > 1 and connector is not None and connector.use_distributed_sampler:
-            raise UserError(
-                "the data module distributes the batches among the ranks itself; "
-                "use Trainer(use_distributed_sampler=False)"
-            )
         is_new = not self._images
         if is_new:
-            self._read(stage)
+            self.root = self.source.folder()
+            self.fetched = self.source.fetched() if isinstance(self.source, Artifact) else None
+            has_tars = self.read.layout == "auto" and holds_numbered_tars(self.root)
+            tars = self._tars or (str(self.root) if has_tars else "")
+            if tars or self.shards.sources:
+                self._read_shards(tars, stage)
+            elif self.shards == ShardOptions():
+                self._read_captions()
+            else:
+                raise UserError(
+                    f"--data.shards options are only for tars, but {self.root} has none; omit these options"
+                )
         self._check_ranks()
         if is_new and stage == "fit":
             self._check_training()
-
-    def _read(self, stage: str | None) -> None:
-        self.root = self.source.folder()
-        if isinstance(self.source, Artifact):
-            self.fetched = self.source.fetched()
-        has_tars = self.read.layout == "auto" and holds_numbered_tars(self.root)
-        tars = self._tars or (str(self.root) if has_tars else "")
-        if tars or self.shards.sources:
-            self._read_shards(tars, stage)
-        elif self.shards != ShardOptions():
-            raise UserError(
-                f"--data.shards options are only for tars, but {self.root} has none; omit these options"
-            )
-        else:
-            self._read_captions()
 
     def _read_captions(self) -> None:
         captions = read_source(self.source, self.read)
         if self.prints_summary:
             self._print(captions.summary(), *(f"warning: {line}" for line in captions.warnings))
-        uploaded = self.fetched.metadata.get("captions_digest") if self.fetched else None
-        if self.fetched and uploaded is not None and uploaded != captions.digest():
+        digest = captions.digest()
+        if self.fetched and self.fetched.metadata.get("captions_digest", digest) != digest:
             raise UserError(
                 f"the captions or images in {self.root} differ from the uploaded artifact "
                 f"{self.fetched.name}; remove the folder and {self.root.name}.json next to it to download "
@@ -188,8 +170,7 @@ class CaptionDataModule(LightningDataModule):
             )
         self._images = split_by_image(captions, self.read.splits)
         # The digest includes the drawn splits, because scores on different splits are not comparable.
-        split_images = (replace(image, split=split) for split, part in self._images.items() for image in part)
-        self.digest = replace(captions, images=tuple(split_images)).digest()
+        self.digest = self._digest(captions)
         self._unusable = len(captions.left_out)
         self._note_broken(captions.left_out)
 
@@ -204,24 +185,22 @@ class CaptionDataModule(LightningDataModule):
             seed=self.seed,
             budget=self.cache_options.gigabytes * 1e9,
         )
-        parts = {split: self._streamed.held_out(split) for split in ("val", "test")}
-        if stage in ("fit", "validate") and not parts["val"]:
+        self._images = {"train": []} | {split: self._streamed.held_out(split) for split in ("val", "test")}
+        if stage in ("fit", "validate") and not self._images["val"]:
             raise UserError(
                 "there is no validation data, as no source has a val split; give captioned images or tars "
                 "with --data.shards.val"
             )
-        self._images = {"train": [], **parts}
-        split_images = [replace(image, split=split) for split, part in parts.items() for image in part]
-        evaluated = CaptionSet(self.root, tuple(split_images)).digest()
+        evaluated = self._digest(CaptionSet(self.root, ()))
         self.digest = hashlib.sha256(f"{self._streamed.digest}\0{evaluated}".encode()).hexdigest()
         self._note_broken(self._streamed.index.take_broken())
 
-    def _check_ranks(self) -> None:
-        """Compare the data of all ranks, and let all of them use the first one's seed.
+    def _digest(self, captions: CaptionSet) -> str:
+        split_images = (replace(image, split=split) for split, part in self._images.items() for image in part)
+        return replace(captions, images=tuple(split_images)).digest()
 
-        A name such as `latest` may differ between machines, and batches of ranks that have seeded Python
-        differently would overlap.
-        """
+    def _check_ranks(self) -> None:
+        """Compare the data of all ranks, where `latest` may differ, and use the first one's seed."""
         if self._world == 1 or not torch.distributed.is_initialized():
             return
         everyone: list[Any] = [None] * self._world
@@ -272,12 +251,7 @@ class CaptionDataModule(LightningDataModule):
             images: features per view, with rows in the order of `images(split)`; None to decode the images.
             texts: features with rows in the order of `captions(split)`; None to tokenize the captions.
         """
-        self._image_features.pop(split, None)
-        self._text_features.pop(split, None)
-        if images:
-            self._image_features[split] = images
-        if texts is not None:
-            self._text_features[split] = texts
+        self._features[split] = images or [], texts
 
     def content_ids(self, split: str) -> list[int]:
         """Return, for each image of a split, the position of the first image with the same bytes."""
@@ -288,12 +262,9 @@ class CaptionDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of an epoch in seeded order; after a resume, only the remaining ones."""
         dataset, sampler = self._batches()
-        epoch, done = self._position(sampler.batches)
-        sampler.set_epoch(epoch)
-        sampler.start_batch = done
-        if self.trainer is not None and self.trainer.overfit_batches > 0:
-            sampler = FirstEpoch(sampler)
-        return self._loader("train", dataset, sampler, self.batch_size)
+        sampler.epoch, sampler.start_batch = self._position(sampler.batches)
+        sampler.repeats = self.trainer is not None and self.trainer.overfit_batches > 0
+        return self._loader("train", dataset, sampler)
 
     def _batches(self) -> tuple[Any, Any]:
         """Return the dataset and the sampler for training."""
@@ -309,7 +280,7 @@ class CaptionDataModule(LightningDataModule):
             self.augmentation,
             captions_per_image=self.captions_per_image,
             seed=self.seed,
-            views=self._image_features.get("train", ()),
+            views=self._cached("train")[0],
         )
         return dataset, sampler
 
@@ -329,21 +300,22 @@ class CaptionDataModule(LightningDataModule):
                 f"--data.read.splits.{split}_fraction"
             )
         sampler = EvalSampler(len(images), rank=self._rank, world_size=self._world)
-        (features,) = self._image_features.get(split, [None])
-        size = self.batch_size if self._is_cached(split) else min(self.batch_size, EVAL_BATCH_SIZE)
-        return self._loader(split, EvalDataset(images, self.transform, features), sampler, size)
+        return self._loader(split, EvalDataset(images, self.transform, *self._cached(split)[0]), sampler)
 
-    def _is_cached(self, split: str) -> bool:
-        """Return whether batches consist only of cached features."""
-        return split in self._image_features and split in self._text_features
+    def _cached(self, split: str) -> tuple[list[Features], Features | None]:
+        """Return the cached views of the images, and the cached captions."""
+        return self._features.get(split, ([], None))
 
-    def _loader(self, split: str, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[Any]:
+    def _loader(self, split: str, dataset: Any, sampler: Any) -> DataLoader[Any]:
+        views, texts = self._cached(split)
+        is_cached = bool(views and texts)
+        size = self.batch_size if is_cached or split == "train" else min(self.batch_size, EVAL_BATCH_SIZE)
         # Reading cached rows is too little work for another process.
-        workers = 0 if self._is_cached(split) else self.num_workers
-        collate: Any = Collate(self.tokenize, self._text_features.get(split))  # its input is __getitems__'s
+        workers = 0 if is_cached else self.num_workers
+        collate: Any = Collate(self.tokenize, texts)  # its input is the result of __getitems__
         return DataLoader(
             dataset,
-            batch_size=batch_size,
+            batch_size=size,
             sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
@@ -363,16 +335,16 @@ class CaptionDataModule(LightningDataModule):
         if not new:
             return
         self.broken |= new
-        total = self._unusable + sum(len(images) for images in self._images.values())
-        total += 0 if self._streamed is None else self._streamed.samples
+        streamed = self._streamed.samples if self._streamed else 0
+        total = self._unusable + streamed + sum(len(images) for images in self._images.values())
         path, reason = next(iter(new.items()))
-        if len(self.broken) > self.read.max_broken * total:
-            raise UserError(
-                f"{len(self.broken)} of {total} images or rows in {self.root} cannot be used (last {path}: "
-                f"{reason}), which is more than --data.read.max_broken {self.read.max_broken:g} allows; fix "
-                "them, or increase that fraction"
-            )
         count = len(self.broken)
+        if count > self.read.max_broken * total:
+            raise UserError(
+                f"{count} of {total} images or rows in {self.root} cannot be used (last {path}: {reason}), "
+                f"which is more than --data.read.max_broken {self.read.max_broken:g} allows; fix them, or "
+                "increase that fraction"
+            )
         rank_zero_warn(one_line(f"left out {count} images or rows so far (last {path}: {reason})"))
 
     def state_dict(self) -> dict[str, Any]:
@@ -389,22 +361,18 @@ class CaptionDataModule(LightningDataModule):
 
     def _must_agree(self, ranks: int) -> dict[str, Any]:
         """Return what must be equal in the checkpoint and the resumed run for the batches to be the same."""
-        agree: dict[str, Any] = {}
-        if self._streamed is not None:
-            agree["--data.shards.window"] = self._streamed.window
-            agree["--data.shards.samples_per_epoch"] = self._streamed.samples
-        return agree | {
+        agree: dict[str, Any] = {
             "data (digest)": self.digest,
             "--seed_everything": self.seed,
             "--data.batch_size × ranks": self.batch_size * ranks,
         }
+        if self._streamed is None:
+            return agree
+        window, samples = self._streamed.window, self._streamed.samples
+        return {"--data.shards.window": window, "--data.shards.samples_per_epoch": samples, **agree}
 
     def check_resumes(self, state_dict: dict[str, Any], ranks: int) -> None:
-        """Compare this data and its batches on `ranks` ranks with a `state_dict`; call `setup` first.
-
-        Raises:
-            UserError: the data or the batches differ from those of the checkpoint.
-        """
+        """Compare this data and its batches on `ranks` ranks with a `state_dict`; call `setup` first."""
         agreed = state_dict.get("must_agree", {})
         for what, now in self._must_agree(ranks).items():
             then = agreed.get(what, now)
@@ -415,15 +383,10 @@ class CaptionDataModule(LightningDataModule):
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue training with the batch after the last one of the checkpoint.
-
-        Raises:
-            UserError: the data or the batches differ from those of the checkpoint.
-        """
-        if self.trainer is None or self.trainer.state.fn != "fit":
-            return
-        self.check_resumes(state_dict, self._world)
-        self._resume = state_dict
+        """Continue training with the batch after the last one of the checkpoint."""
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            self.check_resumes(state_dict, self._world)
+            self._resume = state_dict
 
     def _position(self, batches: int) -> tuple[int, int]:
         """Return the epoch of the next training batch, and the number of its batches that are done."""

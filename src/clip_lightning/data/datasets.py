@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,19 +53,20 @@ class Samples:
     names: list[str] | None = None
 
 
-class _Captions:
-    """The captions of a split, image by image, and the first row of each image."""
+class _CaptionedImages(Dataset[Samples]):
+    """Images, and the captions of all of them, image by image."""
 
-    def __init__(self, images: Sequence[CaptionedImage]) -> None:
-        self.texts = [caption for image in images for caption in image.captions]
+    def __init__(self, images: Sequence[CaptionedImage], transform: ImageTransform) -> None:
+        self.images, self.transform = images, transform
+        self.captions = [caption for image in images for caption in image.captions]
         self.counts = np.array([len(image.captions) for image in images], dtype=np.int64)
         self.first_rows = np.cumsum(self.counts) - self.counts
 
-    def __getitem__(self, rows: np.ndarray) -> list[str]:
-        return [self.texts[row] for row in rows.tolist()]
+    def __len__(self) -> int:
+        return len(self.images)
 
 
-class TrainDataset(Dataset[Samples]):
+class TrainDataset(_CaptionedImages):
     """Images with K random captions each: samples are pure functions of (seed, epoch, index)."""
 
     def __init__(
@@ -82,74 +84,57 @@ class TrainDataset(Dataset[Samples]):
 
         If there are cached `views`, each with the features of every image, a random view replaces decoding.
         """
-        self.images, self.image_ids, self.captions = images, np.array(image_ids), _Captions(images)
-        self.transform, self.augmentation = transform, augmentation
+        super().__init__(images, transform)
+        self.image_ids, self.augmentation = np.array(image_ids), augmentation
         self.captions_per_image, self.seed, self.views = captions_per_image, seed, views
 
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.images)
-
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Samples:
-        """Return the samples of these (epoch, index); a broken image is replaced by the next readable one.
-
-        Raises:
-            UserError: a hundred consecutive images, or all images, are broken.
-        """
-        images: dict[int, Tensor] = {}  # by their position among the keys
-        broken: dict[str, str] = {}
-        keys, missing = list(keys), list(range(len(keys)))
+        """Return the samples of these (epoch, index); a broken image is replaced by the next readable one."""
+        places, broken = np.array(keys), dict[str, str]()
+        images = self._read(places)
         most = min(len(self), MOST_BROKEN_IN_A_ROW)
         for _ in range(most):
-            for place, image in zip(missing, self._read([keys[i] for i in missing]), strict=True):
-                if isinstance(image, Tensor):
-                    images[place] = image
-                    continue
-                epoch, index = keys[place]
-                broken[str(self.images[index].path)] = str(image)
-                keys[place] = epoch, (index + 1) % len(self)
-            missing = [place for place in missing if place not in images]
-            if not missing:
-                return self._samples(keys, [images[place] for place in range(len(keys))], broken)
+            failed = [row for row, image in enumerate(images) if isinstance(image, BrokenImage)]
+            if not failed:
+                return self._samples(places, images, broken)
+            broken |= {str(self.images[places[row, 1]].path): str(images[row]) for row in failed}
+            places[failed, 1] = (places[failed, 1] + 1) % len(self)
+            for row, image in zip(failed, self._read(places[failed]), strict=True):
+                images[row] = image
         path, reason = next(iter(broken.items()))
         raise UserError(
             f"{most} consecutive images cannot be decoded (first {path}: {reason}); fix the images in "
             "--data.root"
         )
 
-    def _read(self, keys: Sequence[tuple[int, int]]) -> Sequence[Tensor | BrokenImage]:
-        if not self.views:
-            return [self._augmented(epoch, index) for epoch, index in keys]
-        index = np.array(keys)[:, 1]
-        view = _random_words(self.seed, keys, 1)[:, 0] % len(self.views)
-        images: dict[int, Tensor | BrokenImage] = {}
-        for number, features in enumerate(self.views):
-            places = np.flatnonzero(view == number)
-            images |= zip(places.tolist(), _cached(features, index[places]), strict=True)
-        return [images[place] for place in range(len(keys))]
+    def _read(self, keys: np.ndarray) -> list[Any]:
+        """Return a tensor or a BrokenImage for each key."""
+        if self.views:
+            view = _random_words(self.seed, keys, 1)[:, 0] % len(self.views)
+            by_view = [features.rows(keys[view == number, 1]) for number, features in enumerate(self.views)]
+            return _cached(torch.cat(by_view)[view.argsort(kind="stable").argsort()])
+        images = []
+        for epoch, index in keys.tolist():
+            rng = np.random.default_rng((self.seed, epoch, index))
+            change = partial(augment, transform=self.transform, augmentation=self.augmentation, rng=rng)
+            images.append(_decoded(self.images[index], change))
+        return images
 
-    def _augmented(self, epoch: int, index: int) -> Tensor | BrokenImage:
-        rng = np.random.default_rng((self.seed, epoch, index))
-        return _decoded(
-            self.images[index], lambda pixels: augment(pixels, self.transform, self.augmentation, rng)
-        )
-
-    def _samples(
-        self, keys: Sequence[tuple[int, int]], images: list[Tensor], broken: dict[str, str]
-    ) -> Samples:
+    def _samples(self, keys: np.ndarray, images: list[Tensor], broken: dict[str, str]) -> Samples:
         """Draw captions without repetition, or, if an image has too few, each equally often."""
-        index = np.array(keys)[:, 1]
-        counts = self.captions.counts[index, None]
+        index = keys[:, 1]
+        counts = self.counts[index, None]
         random = _random_words(self.seed, keys, 1 + counts.max())[:, 1:]  # the first chooses the view
         random[np.arange(random.shape[1]) >= counts] = np.iinfo(np.uint64).max
         order = random.argsort(axis=1, kind="stable")
         chosen = np.take_along_axis(order, np.arange(self.captions_per_image) % counts, axis=1)
-        rows = (self.captions.first_rows[index, None] + chosen).ravel()
+        rows = (self.first_rows[index, None] + chosen).ravel()
         drawn = np.full(len(index), self.captions_per_image)
-        return Samples(images, self.image_ids[index], drawn, self.captions[rows], rows, broken)
+        captions = [self.captions[row] for row in rows.tolist()]
+        return Samples(images, self.image_ids[index], drawn, captions, rows, broken)
 
 
-class EvalDataset(Dataset[Samples]):
+class EvalDataset(_CaptionedImages):
     """All images, without augmentation, with all their captions."""
 
     def __init__(
@@ -159,28 +144,23 @@ class EvalDataset(Dataset[Samples]):
 
         If there are cached `features` of every image, nothing is decoded.
         """
-        self.images, self.transform, self.features = images, transform, features
-        self.captions = _Captions(images)
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.images)
+        super().__init__(images, transform)
+        self.features = features
 
     def __getitems__(self, indices: Sequence[int]) -> Samples:
         """Return the images at these `indices`, except broken ones."""
-        results = dict(zip(indices, self._read(indices), strict=True))
+        if self.features is None:
+            results = {i: _decoded(self.images[i], self.transform) for i in indices}
+        else:
+            results = dict(zip(indices, _cached(self.features.rows(indices)), strict=True))
         images = {i: image for i, image in results.items() if isinstance(image, Tensor)}
         broken = {str(self.images[i].path): str(results[i]) for i in indices if i not in images}
         index = np.array([*images], dtype=np.int64)
-        first, counts = self.captions.first_rows[index], self.captions.counts[index]
-        rows = [np.arange(start, start + count) for start, count in zip(first, counts, strict=True)]
-        flat = np.concatenate([np.empty(0, np.int64), *rows])
-        return Samples([*images.values()], index, counts, self.captions[flat], flat, broken)
-
-    def _read(self, indices: Sequence[int]) -> Sequence[Tensor | BrokenImage]:
-        if self.features is not None:
-            return _cached(self.features, indices)
-        return [_decoded(self.images[index], self.transform) for index in indices]
+        first, counts = self.first_rows[index], self.counts[index]
+        # the rows of an image are consecutive
+        rows = np.arange(counts.sum()) + (first - counts.cumsum() + counts).repeat(counts)
+        captions = [self.captions[row] for row in rows.tolist()]
+        return Samples([*images.values()], index, counts, captions, rows, broken)
 
 
 def _decoded(image: CaptionedImage, transform: Callable[[Tensor], Tensor]) -> Tensor | BrokenImage:
@@ -190,20 +170,19 @@ def _decoded(image: CaptionedImage, transform: Callable[[Tensor], Tensor]) -> Te
         return error
 
 
-def _cached(features: Features, rows: Sequence[int] | np.ndarray) -> list[Tensor | BrokenImage]:
+def _cached(values: Tensor) -> list[Any]:
     """Return the rows (D,); a row of NaN is an image that could not be read when it was cached."""
-    values = features.rows(rows)
     error = BrokenImage("it could not be decoded when its features were cached")
     broken = values.isnan().any(dim=1).tolist()
     return [error if is_broken else row for row, is_broken in zip(values, broken, strict=True)]
 
 
-def _random_words(seed: int, keys: Sequence[tuple[int, int]], count: int) -> np.ndarray:
+def _random_words(seed: int, keys: np.ndarray, count: int) -> np.ndarray:
     """Return 64 random bits (len(keys), count), each a function of seed, epoch, index and column.
 
     Seeding a numpy generator per sample would take longer than everything else that a cached sample needs.
     """
-    epoch, index = np.array(keys, dtype=np.uint64).T
+    epoch, index = keys.astype(np.uint64).T
     state = _mixed(_mixed(_mixed(np.full(len(keys), seed, np.uint64)) + epoch) + index)
     return _mixed(state[:, None] + np.arange(count, dtype=np.uint64))
 
@@ -236,29 +215,25 @@ class Collate:
         of the captions, all int64; `broken`, path → reason; and for tars B `names`. If every image is broken,
         B and N are 0.
         """
-        named = {} if samples.names is None else {"names": samples.names}
-        return {
-            **named,
-            **_stack(samples.images),
-            **self._texts(samples),
+        # Nothing can be stacked or tokenized if every image is broken, so add one and drop it.
+        images = samples.images or [torch.empty((3, 0, 0), dtype=torch.uint8)]
+        batch = {
             "image_id": torch.from_numpy(samples.image_id),
             "text_image_id": torch.from_numpy(samples.image_id.repeat(samples.counts)),
             "text_id": torch.from_numpy(samples.caption_rows),
             "broken": samples.broken,
         }
-
-    def _texts(self, samples: Samples) -> dict[str, Tensor]:
+        if samples.names is not None:
+            batch["names"] = samples.names
+        if images[0].ndim == 1:
+            batch["image_features"] = torch.stack(images)
+        else:  # channels last in memory, as in decoded images
+            pixels = torch.stack([pixels.permute(1, 2, 0) for pixels in images]).permute(0, 3, 1, 2)
+            batch["pixel_values"] = pixels[: len(samples.images)]
         if self.text_features is not None:
-            return {"text_features": self.text_features.rows(samples.caption_rows)}
-        # Tokenizers fail for an empty list, so tokenize one text and drop it.
-        tokens = self.tokenize(samples.captions or [""])
-        return {name: tokens[name][: len(samples.captions)] for name in ("input_ids", "attention_mask")}
-
-
-def _stack(images: list[Tensor]) -> dict[str, Tensor]:
-    """Stack pixels to (B, 3, H, W), with channels last in memory as in decoded images, or features (B, D)."""
-    if not images:
-        return {"pixel_values": torch.empty((0, 3, 0, 0), dtype=torch.uint8)}
-    if images[0].ndim == 1:
-        return {"image_features": torch.stack(images)}
-    return {"pixel_values": torch.stack([pixels.permute(1, 2, 0) for pixels in images]).permute(0, 3, 1, 2)}
+            batch["text_features"] = self.text_features.rows(samples.caption_rows)
+        else:
+            tokens = self.tokenize(samples.captions or [""])
+            for name in ("input_ids", "attention_mask"):
+                batch[name] = tokens[name][: len(samples.captions)]
+        return batch

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,21 +43,17 @@ Compute = Callable[[range], np.ndarray]
 
 
 class Features:
-    """The memory-mapped rows (R, D) of a finished entry."""
+    """The memory-mapped rows (R, D) of a finished entry, which stay readable if the entry is removed."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
-        self._paths = list(shards)
-        # Mapped now, so that they stay readable if another run removes the entry.
-        self._shards: list[np.ndarray] | None = [_map(path) for path in self._paths]
+        self._paths, self._shards = shards, [*map(_map, shards)]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[type[Features], tuple[Sequence[Path]]]:
         """Pickle only the paths, so that loader workers map the files themselves."""
-        return {"_paths": self._paths, "_shards": None}
+        return Features, (self._paths,)
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """Return the features (len(rows), D) in float32."""
-        if self._shards is None:
-            self._shards = [_map(path) for path in self._paths]
         shard, row = np.divmod(np.asarray(rows, dtype=np.int64), SHARD_ROWS)
         picked = np.empty((len(shard), self._shards[0].shape[1]), DTYPE)
         for number in np.unique(shard):
@@ -85,23 +82,20 @@ class CacheOptions:
     views: int = 2
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if not self.gigabytes >= 0:
             raise UserError(f"--data.cache_options.gigabytes {self.gigabytes:g}: expected 0 or more")
         if self.views < 1:
             raise UserError(f"--data.cache_options.views {self.views}: expected 1 or more")
 
 
-@dataclass(frozen=True)
-class CacheEntry:
-    """An entry, as `cache list` shows it."""
+class CacheEntry(NamedTuple):
+    """An entry, as `cache list` shows it; `last_used` is in seconds since the epoch."""
 
     path: Path
     key: dict[str, Any]
     rows: int
     bytes: int
     last_used: float
-    """Seconds since the epoch."""
 
 
 class FeatureCache:
@@ -119,24 +113,17 @@ class FeatureCache:
         self._in_use: set[Path] = set()
 
     def get(self, key: dict[str, Any], count: int, compute: Compute, title: str) -> Features:
-        """Return the entry for `key`, after computing its missing or damaged shards.
+        """Return the entry of `count` rows, after computing its missing or damaged shards.
 
-        Args:
-            key: everything the values depend on, as plain JSON values.
-            count: number of rows.
-            compute: computes any range of rows, with the same values each time.
-            title: title of the progress bar.
-
-        Raises:
-            UserError: the disk is full, or values are too large for half precision.
+        The `key` contains everything that the rows depend on, as plain JSON values. `compute` returns the
+        same values each time.
         """
         entry = self.root / _entry_name(key)
         ranges = [range(start, min(start + SHARD_ROWS, count)) for start in range(0, count, SHARD_ROWS)]
         try:
-            entry.mkdir(parents=True, exist_ok=True)
-            manifest = entry / "manifest.json"
-            if not manifest.exists() or _read_manifest(manifest) != (json.loads(json.dumps(key)), count):
-                write_atomically(manifest, json.dumps({"key": key, "rows": count}, indent=2).encode())
+            manifest = json.dumps({"key": key, "rows": count}, indent=2).encode()
+            if not (file := entry / "manifest.json").exists() or file.read_bytes() != manifest:
+                write_atomically(file, manifest)
             _touch(entry)
             features = Features(_complete(entry, ranges, compute, title))
         except OSError as error:
@@ -151,32 +138,28 @@ class FeatureCache:
         return features
 
     def entries(self) -> list[CacheEntry]:
-        """List the entries, the most recently used first; an entry with a damaged manifest is `unknown`.
-
-        Other files and folders are ignored: an entry has the name that its key determines, or, if its
-        manifest is damaged, a name of that form and shards.
-        """
-        damaged = {"kind": "unknown", "name": "(damaged manifest.json)"}
+        """List the entries, whose names are determined by their keys, the most recently used first."""
         entries = []
         for manifest in self.root.glob("[0-9a-f]" * 32 + "/manifest.json"):
-            with contextlib.suppress(FileNotFoundError):  # another process may be removing the entry
-                key, rows = _read_manifest(manifest) or (damaged, 0)
-                if manifest.parent.name != _entry_name(key) and not _shard_files(manifest.parent):
-                    continue
-                size = sum(file.stat().st_size for file in manifest.parent.glob("*.npy"))
-                entries.append(CacheEntry(manifest.parent, key, rows, size, manifest.stat().st_mtime))
+            # It may be damaged, or another process may be removing the entry.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                content = json.loads(manifest.read_bytes())
+                if manifest.parent.name == _entry_name(content["key"]):
+                    size = sum(file.stat().st_size for file in manifest.parent.glob("*.npy"))
+                    about = content["key"], content["rows"], size, manifest.stat().st_mtime
+                    entries.append(CacheEntry(manifest.parent, *about))
         return sorted(entries, key=lambda entry: -entry.last_used)
 
     def used(self) -> list[CacheEntry]:
         """List the entries that this object has returned."""
         return [entry for entry in self.entries() if entry.path in self._in_use]
 
-    def prune(self, budget_bytes: float, keep: set[Path] | None = None) -> list[CacheEntry]:
+    def prune(self, budget_bytes: float, keep: Collection[Path] = ()) -> list[CacheEntry]:
         """Remove the least recently used entries until the others fit the budget; return the removed ones."""
         removed, total = [], 0
         for entry in self.entries():
             total += entry.bytes
-            if total > budget_bytes and entry.path not in (keep or set()):
+            if total > budget_bytes and entry.path not in keep:
                 total -= entry.bytes
                 shutil.rmtree(entry.path, ignore_errors=True)
                 removed.append(entry)
@@ -185,10 +168,7 @@ class FeatureCache:
 
 def _complete(entry: Path, ranges: list[range], compute: Compute, title: str) -> list[Path]:
     """Return the path of every shard; compute shards that nobody else computes, then wait for the rest."""
-    files = _shard_files(entry)
-    with ThreadPoolExecutor(cores()) as pool:
-        intact = pool.map(lambda i: _intact(files.get(i, [])), range(len(ranges)))
-        shards = {i: shard for i, shard in enumerate(intact) if shard is not None}
+    shards = _intact(entry.glob("*-*.npy"))
     missing = [i for i in range(len(ranges)) if i not in shards]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     quiet = not missing or (distributed and torch.distributed.get_rank() > 0)
@@ -206,10 +186,10 @@ def _compute_shard(entry: Path, i: int, rows: range, compute: Compute, timeout: 
     """Compute shard `i`; return None if another process holds it longer than the timeout."""
     try:
         with FileLock(entry / f"{i:06d}.lock", timeout=timeout):
-            present = list(entry.glob(f"{i:06d}-*.npy"))
-            if (done := _intact(present)) is not None:
-                return done
-            for damaged in present:
+            present = [*entry.glob(f"{i:06d}-*.npy")]
+            if i in (done := _intact(present)):
+                return done[i]
+            for damaged in [*present, *entry.glob(f".{i:06d}*")]:  # or the draft of a killed process
                 damaged.unlink()
             values = compute(rows)
             with np.errstate(over="ignore"):  # checked below
@@ -219,7 +199,10 @@ def _compute_shard(entry: Path, i: int, rows: range, compute: Compute, timeout: 
                     "the features of the tower exceed the range of half precision; use --data.cache off"
                 )
             _touch(entry)
-            return _write_shard(entry, i, half)
+            np.save(content := io.BytesIO(), half)
+            digest = hashlib.sha256(content.getbuffer()).hexdigest()[:32]
+            write_atomically(shard := entry / f"{i:06d}-{digest}.npy", content.getvalue())
+            return shard
     except Timeout:
         return None
 
@@ -228,39 +211,21 @@ def _entry_name(key: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _read_manifest(manifest: Path) -> tuple[dict[str, Any], int] | None:
-    """Return the key and the number of rows of an entry, or None if the file is damaged."""
-    try:
-        content = json.loads(manifest.read_text())
-        return dict(content["key"]), int(content["rows"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
+def _intact(files: Iterable[Path]) -> dict[int, Path]:
+    """Return the shards whose content has the checksum in their names, by number."""
 
+    def is_intact(file: Path) -> bool:
+        try:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except FileNotFoundError:  # another process removed it as damaged
+            return False
+        return file.stem.partition("-")[2] == digest[:32]
 
-def _write_shard(entry: Path, i: int, values: np.ndarray) -> Path:
-    draft = entry / f".{i:06d}.tmp"  # the writer holds the shard's lock
-    with draft.open("wb") as file:
-        np.save(file, values)
-        file.flush()
-        os.fsync(file.fileno())
-    return draft.replace(entry / f"{i:06d}-{_checksum(draft)}.npy")
-
-
-def _shard_files(entry: Path) -> dict[int, list[Path]]:
-    """Return the files of each shard, whose number is in their names."""
-    files: dict[int, list[Path]] = {}
-    for file in entry.glob("[0-9]" * 6 + "-" + "[0-9a-f]" * 32 + ".npy"):
-        files.setdefault(int(file.name.partition("-")[0]), []).append(file)
-    return files
-
-
-def _intact(files: Iterable[Path]) -> Path | None:
-    """Return the first file whose content has the checksum in its name."""
-    for file in files:
-        with contextlib.suppress(FileNotFoundError):  # another process removed it as damaged
-            if file.stem.partition("-")[2] == _checksum(file):
-                return file
-    return None
+    files = sorted(files)
+    with ThreadPoolExecutor(cores()) as pool:
+        checked = zip(files, pool.map(is_intact, files), strict=True)
+        return {int(file.name.partition("-")[0]): file for file, intact in checked if intact}
 
 
 def _touch(entry: Path) -> None:
@@ -282,8 +247,3 @@ def _map(shard: Path) -> np.ndarray:
     rows = torch.from_file(str(shard), size=size, dtype=torch.float16)[header:]
     mapped: np.ndarray = rows.view(shape).numpy()
     return mapped
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]

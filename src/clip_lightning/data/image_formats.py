@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -19,22 +18,10 @@ with contextlib.suppress(ImportError):
 Image.init()
 # Not all formats of Pillow: it would start Ghostscript for a file that claims to be PostScript.
 IMAGE_SUFFIXES = {
-    name: suffix
-    for name, suffix in {
-        "JPEG": ".jpg",
-        "PNG": ".png",
-        "WEBP": ".webp",
-        "GIF": ".gif",
-        "BMP": ".bmp",
-        "TIFF": ".tif",
-        "PPM": ".ppm",
-        "AVIF": ".avif",
-        "JPEG2000": ".jp2",
-        "HEIF": ".heic",
-    }.items()
-    if name in Image.OPEN
+    **{"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"},
+    **{"PPM": ".ppm", "AVIF": ".avif", "JPEG2000": ".jp2", "HEIF": ".heic"},
 }
-IMAGE_FORMATS = tuple(IMAGE_SUFFIXES)
+IMAGE_FORMATS = tuple(name for name in IMAGE_SUFFIXES if name in Image.OPEN)
 READ_SUFFIXES = frozenset(
     suffix for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS
 )
@@ -50,34 +37,33 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in READ_SUFFIXES
 
 
-def walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+def walk(root: Path, skipped: Counter[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield `root` and every folder below it with its files, both in order.
 
     Hidden files and folders, which editors and systems leave behind, images in unsupported formats, and
-    folders that cannot be read are skipped, and counted by kind in `passed_over`.
+    folders that cannot be read are left out, and counted by kind in `skipped`.
     """
-    for folder, subfolders, files in os.walk(root, onerror=partial(count_unreadable, root, passed_over)):
-        kept = sorted(name for name in subfolders if not (name.startswith(".") or name in _NO_DATA))
-        for name in sorted(set(subfolders) - set(kept)):
+
+    def count_unreadable(error: OSError) -> None:
+        skipped[f"unreadable folder {os.path.relpath(error.filename, root)} ({error.strerror})"] += 1
+
+    for folder, subfolders, files in os.walk(root, onerror=count_unreadable):
+        for name in sorted(name for name in subfolders if name.startswith(".") or name in _NO_DATA):
+            subfolders.remove(name)
             with contextlib.suppress(OSError):
-                if any(is_image(file) for file in os.listdir(os.path.join(folder, name))):
-                    passed_over[f"{name} folders"] += 1
-        subfolders[:] = kept
+                if any(map(is_image, os.listdir(os.path.join(folder, name)))):
+                    skipped[f"{name} folders"] += 1
+        subfolders.sort()
         data_files = []
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                passed_over["hidden files"] += bool(suffix)
+            if name.startswith(".") and suffix:
+                skipped["hidden files"] += 1
             elif suffix in _OTHER_IMAGES - READ_SUFFIXES:
-                passed_over[f"{suffix} files, an unsupported format"] += 1
-            else:
+                skipped[f"{suffix} files, an unsupported format"] += 1
+            elif not name.startswith("."):
                 data_files.append(name)
         yield folder, data_files
-
-
-def count_unreadable(root: Path, passed_over: Counter[str], error: OSError) -> None:
-    """Count a folder below `root` that cannot be read because of `error`."""
-    passed_over[f"unreadable folder {os.path.relpath(error.filename, root)} ({error.strerror})"] += 1
 
 
 def counted(counts: Counter[str]) -> str:

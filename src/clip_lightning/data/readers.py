@@ -1,4 +1,4 @@
-"""Read an annotation file, or a folder of pairs, into rows: the name of an image, a caption, a split or None.
+"""Read an annotation file, or a folder of pairs, into rows: the name of an image, its captions, its split.
 
 To add a file format, write a function here that yields records, and add it to `FORMATS`.
 """
@@ -8,46 +8,42 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
-import io
 import json
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from clip_lightning.data.captions import SPLIT_WORDS
 from clip_lightning.data.columns import (
     CAPTION_NAMES,
     IMAGE_NAMES,
     RECOGNIZED,
-    Columns,
     ReadOptions,
+    Record,
+    Row,
+    find_names,
+    read_records,
     sentences,
 )
 from clip_lightning.data.image_formats import is_image
 from clip_lightning.errors import UserError, reason_of
 
-Row = tuple[str, str, str | None]
-Record = Mapping[str, Any]
 TEXT_SUFFIXES = (".txt", ".caption", ".json")
 _TEXT_FOLDERS = ("text", "texts", "txt", "captions")
 
 
 def read_rows(path: Path, options: ReadOptions = RECOGNIZED) -> Iterator[Row]:
-    """Read the rows of an annotation file, whose format is recognized by its suffix and first line.
-
-    Raises:
-        UserError: the file is broken, which may be raised while iterating, or has an unknown format.
-    """
+    """Read the rows of an annotation file, whose format is recognized by its suffix and first line."""
     if not path.is_file():  # reading a pipe would block
         raise UserError(f"{path} is not a file; give another --data.root")
     first_line = file_head(path).partition("\n")[0]
     for _, recognize, read in FORMATS:
         if recognize(suffix_of(path), first_line):
-            return _record_rows(path, read(path, options), options)
+            return read_records(path, read(path, options), options)
     known = ", ".join(name for name, _, _ in FORMATS)
     raise UserError(f"{path} has an unknown format; expected {known}; give another --data.root")
 
@@ -60,8 +56,8 @@ def suffix_of(path: Path) -> str:
 def file_head(path: Path) -> str:
     """Return the first 64 KB of a file as text; invalid bytes are replaced."""
     try:
-        with _open(path) as file:
-            return bytes(file.read(1 << 16)).decode(_encoding(path), errors="replace")
+        with _open(path, errors="replace") as text:
+            return text.read(1 << 16)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         return ""
 
@@ -69,7 +65,7 @@ def file_head(path: Path) -> str:
 def read_lines(path: Path) -> Iterator[str]:
     """Read the lines of a UTF-8 or UTF-16 file with their line ends, without the byte order mark."""
     try:
-        with io.TextIOWrapper(_open(path), _encoding(path), newline="") as text:
+        with _open(path) as text:
             yield from text
     except UnicodeDecodeError as error:
         raise UserError(
@@ -80,80 +76,45 @@ def read_lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path} is damaged ({error}); give --data.root the complete file") from None
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _encoding(path: Path) -> str:
-    with _open(path) as file:
-        mark = file.read(2)
-    return "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-
-
-def _record_rows(path: Path, records: Iterator[Record], options: ReadOptions) -> Iterator[Row]:
-    """Yield one row per caption of each record."""
-    known: dict[tuple[str, ...], Columns] = {}
-    for record in records:
-        names = tuple(record)
-        columns = known.get(names) or known.setdefault(names, options.find(path, record))
-        image, split = record[columns.image], record[columns.split] if columns.split else None
-        texts = [record[name] for name in columns.captions]
-        try:
-            if not (isinstance(image, str | None) and isinstance(split, str | None)):
-                raise TypeError
-            captions = [caption for text in texts for caption in sentences(text)]
-        except (TypeError, KeyError, AttributeError, RecursionError):
-            hint = f", or hf:{path} if the file contains the images themselves"
-            types = ", ".join(type(value).__name__ for value in (image, *texts, split))
-            raise UserError(
-                f"{path} has values of the types {types} as image, caption and split; expected a file name, "
-                "a sentence or a list of sentences, and train, val or test; give another --data.root"
-                + (hint if isinstance(image, dict | bytes) else "")
-            ) from None
-        # some of several columns or list entries may be empty
-        for caption in [caption for caption in captions if caption.strip()] or ("",):
-            yield image or "", caption, split
+def _open(path: Path, errors: str = "strict") -> TextIO:
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    text: TextIO = opener(path, "rt", encoding=encoding, errors=errors, newline="")
+    return text
 
 
 # Formats: from files to records of named columns --------------------------------------------------------
 
 
-def read_table(path: Path, choose: Callable[[Record], Columns]) -> Iterator[Record]:
+def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
     """Read the rows of a CSV or TSV file, whose separator is recognized from its first line.
 
     If the first line contains the name of an image, the table has no header. The columns are then named by
-    their content, or 1, 2, ... if that is not clear.
-
-    Args:
-        path: the file.
-        choose: finds the columns of the first row; if the last column has captions, they may contain
-            separators without quotes.
-
-    Raises:
-        UserError: the file is broken, or a quote spans several rows; the message has the line number.
+    their content, or 1, 2, ... if that is not clear. If the last column has captions, they may contain
+    separators without quotes.
     """
     lines = read_lines(path)
-    first, before = next(lines, ""), 0
-    declared = re.fullmatch(r'"?sep=([,;|\t])"?\s*', first)  # a line that Excel writes
+    head = [next(lines, "")]
+    declared = re.fullmatch(r'"?sep=([,;|\t])"?\s*', head[0])  # a line that Excel writes
     if declared:
-        first, before = next(lines, ""), 1
+        head.append(next(lines, ""))
     # From the header, not the suffix: open_clip's .csv tables are separated by tabs.
-    delimiter = declared[1] if declared else _delimiter(first)
-    # A caption of 10,000 words exceeds the csv module's default limit, which is global.
-    limit = csv.field_size_limit(1 << 30)
-    reader = csv.reader(chain((first,), lines), delimiter=delimiter, strict=True)
+    delimiter = declared[1] if declared else _delimiter(head[0])
+    reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True)
     start, columns = 0, None
     try:
-        names = [name.strip() for name in next(reader, [])]
+        names = [name.strip() for name in next(islice(reader, len(head) - 1, None), [])]
         rows: Iterator[list[str]] = reader
         if not _is_header(names) and any(map(is_image, names)):
             rows, names = chain([names], reader), _assumed_names(names)
         start = reader.line_num
         for row in rows:
             record = dict(zip(names, row + [""] * (len(names) - len(row)), strict=False))
-            columns = columns or choose(record)
+            columns = columns or options.find(path, record)
             if len(row) > len(names):
-                if columns.captions[-1:] != tuple(names[-1:]):
+                if columns.captions[-1] != names[-1]:
                     raise csv.Error(f"{len(row)} fields for {len(names)} columns")
                 record[names[-1]] = delimiter.join(row[len(names) - 1 :])  # a comma without quotes
             if reader.line_num > start + 1 and _swallows_rows(record, columns.image, delimiter):
@@ -161,14 +122,12 @@ def read_table(path: Path, choose: Callable[[Record], Columns]) -> Iterator[Reco
             start = reader.line_num
             yield record
         if columns is None:
-            choose(dict.fromkeys(names, ""))
+            options.find(path, dict.fromkeys(names, ""))
     except csv.Error as error:
         raise UserError(
-            f"{path} is broken at line {start + before + 1} ({error}); put quotes around captions with "
-            "quotes or separators, double the quotes inside, and give --data.root the corrected file"
+            f"{path} is broken at line {start + 1} ({error}); put quotes around captions with quotes or "
+            "separators, double the quotes inside, and give --data.root the corrected file"
         ) from None
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _delimiter(line: str) -> str:
@@ -180,21 +139,13 @@ def _delimiter(line: str) -> str:
 
 
 def _is_header(names: list[str]) -> bool:
-    return not {*IMAGE_NAMES, *CAPTION_NAMES}.isdisjoint(name.strip().lower() for name in names)
+    return bool(find_names(IMAGE_NAMES + CAPTION_NAMES, map(str.strip, names)))
 
 
 def _assumed_names(row: list[str]) -> list[str]:
-    """Return names for the columns of a table without a header."""
-    names = [str(number) for number in range(1, len(row) + 1)]
-    image = next(place for place, cell in enumerate(row) if is_image(cell))
-    names[image] = "image"
-    others = [place for place, cell in enumerate(row) if place != image]
-    for place in [place for place in others if row[place].lower() in SPLIT_WORDS][:1]:
-        names[place] = "split"
-        others.remove(place)
-    if len(others) == 1:
-        names[others[0]] = "caption"
-    return names
+    """Return names for the columns of a table without a header: image, split, and caption if one is left."""
+    kinds = ["image" if is_image(cell) else "split" if cell.lower() in SPLIT_WORDS else "" for cell in row]
+    return [kind or ("caption" if kinds.count("") == 1 else str(n)) for n, kind in enumerate(kinds, start=1)]
 
 
 def _swallows_rows(record: Record, image: str, delimiter: str) -> bool:
@@ -206,13 +157,9 @@ def _swallows_rows(record: Record, image: str, delimiter: str) -> bool:
     return any(is_image(cell) or (cell and re.sub(r"\d+", "0", cell) == shape) for cell in cells)
 
 
-def _read_caption_table(path: Path, options: ReadOptions) -> Iterator[Record]:
-    return read_table(path, lambda record: options.find(path, record))
-
-
 def _read_results(path: Path, options: ReadOptions) -> Iterator[Record]:
     """Read Flickr30k's table: captions contain quotes and commas, and only the first two bars separate."""
-    for line in list(read_lines(path))[1:]:
+    for line in islice(read_lines(path), 1, None):
         name, _, rest = line.partition("|")
         number, bar, caption = rest.partition("|")
         if not bar:  # 2199200615.jpg| 4   A dog runs across the grass .
@@ -227,44 +174,38 @@ def _read_token(path: Path, options: ReadOptions) -> Iterator[Record]:
         yield {"image": name.rpartition("#")[0] or name, "caption": caption}
 
 
+def _parse(text: str, source: object) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{source} is not JSON ({reason_of(error)}); correct it, or give another --data.root"
+        ) from None
+
+
 def _read_jsonl(path: Path, options: ReadOptions) -> Iterator[Record]:
     for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-            raise UserError(
-                f"{path} line {number} is not JSON ({reason}); correct it, or give another --data.root"
-            ) from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path} line {number} is not a JSON object; give another --data.root")
-        yield record
+        if line.strip():
+            record = _parse(line, f"{path} line {number}")
+            if not isinstance(record, dict):
+                raise UserError(f"{path} line {number} is not a JSON object; give another --data.root")
+            yield record
 
 
 def _read_json(path: Path, options: ReadOptions) -> Iterator[Record]:
     text = "".join(read_lines(path))
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if text.count("\n") and text.partition("\n")[0].rstrip().endswith("}"):
-            yield from _read_jsonl(path, options)  # JSON lines in a .json file
-            return
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(f"{path} is not JSON ({reason}); correct it, or give another --data.root") from None
+    first, _, more = text.partition("\n")
+    if first.rstrip().endswith("}") and more.lstrip().startswith("{"):  # JSON lines in a .json file
+        yield from _read_jsonl(path, options)
+        return
+    content = _parse(text, path)
     try:
         yield from _json_records(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # unexpected content
-        held = "neither an object nor a list"
-        if isinstance(content, dict):
-            held = f"an object with the keys {', '.join([*content][:5])}"
-        elif isinstance(content, list):
-            held = f"a list that begins with {json.dumps(content[0])[:60]}"
         raise UserError(
-            f"{path} has {held}; expected COCO's captions, Karpathy's images with filename and sentences, a "
-            "list of objects with image and caption, or an object from image to captions; give another "
-            "--data.root"
+            f"{path} begins with {text[:60]!r}; expected COCO's captions, Karpathy's images with filename "
+            "and sentences, a list of objects with image and caption, or an object from image to captions; "
+            "give another --data.root"
         ) from None
 
 
@@ -279,8 +220,7 @@ def _json_records(content: Any) -> Iterator[Record]:
         case {"images": list(images)}:  # Karpathy
             for image in images:
                 name = os.path.join(image.get("filepath", ""), image["filename"])
-                texts = [sentence["raw"] for sentence in image["sentences"]]
-                yield {"image": name, "caption": texts, "split": image.get("split")}
+                yield {"image": name, "caption": image["sentences"], "split": image.get("split")}
         case dict() if content and content.keys() <= SPLIT_WORDS.keys():
             for split, part in content.items():
                 yield from ({**record, "split": split} for record in _json_records(part))
@@ -308,15 +248,15 @@ def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Record]:
     try:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        columns = options.find(path, dict.fromkeys(names)).names()
+        found = options.find(path, dict.fromkeys(names))
         # include all columns with usual names for images; their values decide
-        columns = [name for name in names if name in columns or name.lower() in IMAGE_NAMES]
-        for batch in file.iter_batches(columns=columns):
+        wanted = {found.image, *found.captions, found.split, *find_names(IMAGE_NAMES, names)}
+        for batch in file.iter_batches(columns=[name for name in names if name in wanted]):
             yield from batch.to_pylist()
+    except UserError:
+        raise
     # Arrow raises any of these for damaged files
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{path} is not a valid Parquet file ({reason_of(error)}); check --data.root"
         ) from None
@@ -330,7 +270,7 @@ FORMATS: tuple[tuple[str, Callable[[str, str], object], _Reader], ...] = (
     ("JSON", lambda suffix, line: suffix == ".json", _read_json),
     ("results.csv", lambda suffix, line: re.match(r"image_name\s*\|", line), _read_results),
     ("name.jpg#0 and a caption", lambda suffix, line: re.match(r"[^\t]+#\d+\t", line), _read_token),
-    ("CSV or TSV", lambda suffix, line: suffix in (".csv", ".tsv", ".txt"), _read_caption_table),
+    ("CSV or TSV", lambda suffix, line: suffix in (".csv", ".tsv", ".txt"), read_table),
 )
 
 
@@ -338,58 +278,47 @@ FORMATS: tuple[tuple[str, Callable[[str, str], object], _Reader], ...] = (
 
 
 def read_pairs(root: Path, files: Mapping[str, list[str]], left_out: dict[str, str]) -> Iterator[Row]:
-    """Read every image that has a text with its name, next to it or in a folder `text` next to its folder.
+    """Read every image of `files` (folder → names) that has a text with its name; note others in `left_out`.
 
-    Args:
-        root: the folder.
-        files: the names of the files in each folder below `root`.
-        left_out: receives the images without a text.
+    The text is next to the image, or in a folder `text` next to its folder.
     """
-    texts = {folder: _texts(folder, names) for folder, names in files.items()}
+    texts: dict[str, dict[str, str]] = {}  # folder → the name of a text, also in lower case → its file
+    for folder, names in files.items():
+        named = [name for name in names if name.lower().endswith(TEXT_SUFFIXES)]
+        texts[folder] = {name.lower(): name for name in named} | dict(zip(named, named, strict=True))
     for folder, names in files.items():
         parts = Path(os.path.relpath(folder, root)).parts
-        beside = {**_texts_apart(root, parts, texts), **texts[folder]}
+        apart = (  # `text/a` for `images/a`
+            root.joinpath(*parts[:level], name, *parts[level + 1 :])
+            for level in range(len(parts))
+            for name in _TEXT_FOLDERS
+        )
+        places = [place for place in (folder, *map(str, apart)) if texts.get(place)]
         for file in filter(is_image, names):
             name = os.path.join(*parts, file)
-            if not name.isascii() and (shown := os.fsencode(name).decode(errors="replace")) != name:
+            if (shown := name.encode(errors="replace").decode()) != name:
                 left_out[shown] = "its name is not UTF-8; rename it"
                 continue
             stem = os.path.splitext(file)[0]
-            wanted = [f"{base}{suffix}" for suffix in TEXT_SUFFIXES for base in (stem, file) if beside]
-            text = next((beside[key] for key in (*wanted, *map(str.lower, wanted)) if key in beside), None)
-            if text is None:
-                left_out[name] = f"there is no {stem}.txt next to it"
+            wanted = [f"{base}{suffix}" for suffix in TEXT_SUFFIXES for base in (stem, file)]
+            found = [
+                Path(place, texts[place][key])
+                for key in (*wanted, *map(str.lower, wanted))
+                for place in places
+                if key in texts[place]
+            ]
+            if found:
+                yield name, _sidecar(found[0]), None
             else:
-                yield from ((name, line, None) for line in [*_sidecar(text)] or ("",))
+                left_out[name] = f"there is no {stem}.txt next to it"
 
 
-def _texts(folder: str, names: list[str]) -> dict[str, Path]:
-    """Return the text files of a folder by name, and by name in lower case."""
-    texts = {name: Path(folder, name) for name in names if name.lower().endswith(TEXT_SUFFIXES)}
-    return {name.lower(): path for name, path in texts.items()} | texts
-
-
-def _texts_apart(root: Path, parts: tuple[str, ...], texts: Mapping[str, dict[str, Path]]) -> dict[str, Path]:
-    """Return the texts for the folder `images/a`, which may be in `text/a`."""
-    places = (
-        os.path.join(root, *parts[:level], name, *parts[level + 1 :])
-        for level in range(len(parts))
-        for name in _TEXT_FOLDERS
-    )
-    return next((texts[place] for place in places if texts.get(place)), {})
-
-
-def _sidecar(path: Path) -> Iterator[str]:
-    """Yield the captions of a text file, one per line, or those of a JSON object."""
+def _sidecar(path: Path) -> list[str]:
+    """Return the captions of a text file, one per line, or those of a JSON object."""
     if path.suffix.lower() != ".json":
-        yield from (line for line in read_lines(path) if line.strip())
-        return
-    text = "".join(read_lines(path))
+        return [*read_lines(path)]
+    record = _parse("".join(read_lines(path)), path)
     try:
-        record = json.loads(text)
-        name = next((name for name in CAPTION_NAMES if name in record), None)
-        yield from sentences(record[name] if name else None)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a JSON object with a caption ({error}); correct or remove it"
-        ) from None
+        return [text for name in find_names(CAPTION_NAMES, record)[:1] for text in sentences(record[name])]
+    except (TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{path} is not a JSON object with a caption; correct or remove it") from None

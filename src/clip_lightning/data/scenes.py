@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import cmath
 import csv
-import io
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from math import cos
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from clip_lightning.errors import UserError
 from clip_lightning.files import make_once
 
 SIZES = {"small": 0.095, "large": 0.175}
@@ -59,7 +58,6 @@ class Thing:
     shape: str
 
     def __str__(self) -> str:
-        """Return the plainest description, without an article."""
         return f"{self.size} {self.colour} {self.shape}"
 
 
@@ -74,27 +72,22 @@ class Scene:
 
 
 @lru_cache(maxsize=1)
-def _combinations() -> list[Scene]:
-    """Return all scenes; the two objects of a scene have different colors and shapes."""
+def _scenes(seed: int) -> list[Scene]:
+    """Return all scenes in random order; the two objects of a scene have different colors and shapes."""
     things = [Thing(*attributes) for attributes in product(SIZES, COLOURS, SHAPES)]
-    return [
+    scenes = [
         Scene(first, second, relation, background)
         for first, second in product(things, repeat=2)
         if first.colour != second.colour and first.shape != second.shape
         for relation, background in product(RELATIONS, COLOURS)
         if background not in (first.colour, second.colour)
     ]
-
-
-@lru_cache(maxsize=1)
-def _order(seed: int) -> list[int]:
-    order: list[int] = np.random.default_rng(seed).permutation(len(_combinations())).tolist()
-    return order
+    return [scenes[i] for i in np.random.default_rng(seed).permutation(len(scenes))]
 
 
 def scene(seed: int, index: int) -> Scene:
     """Return the scene at `index`; different indices have different scenes."""
-    return _combinations()[_order(seed)[index]]
+    return _scenes(seed)[index]
 
 
 def split(index: int) -> str:
@@ -135,38 +128,27 @@ def draw(seed: int, index: int, size: int) -> Image.Image:
         across = 0.5 + rng.uniform(-0.15, 0.15)
         x, y = (along, across) if shown.relation == "left" else (across, along)
         radius = SIZES[thing.size] * rng.uniform(0.92, 1.08)
-        tilt = math.radians(rng.uniform(-8, 8))
-        outline = [(side * (x + radius * u), side * (y + radius * v)) for u, v in _outline(thing.shape, tilt)]
+        turn = cmath.rect(1, math.radians(rng.uniform(-8, 8)))
+        points = [point * turn for point in _outline(thing.shape)]
+        outline = [(side * (x + radius * p.real), side * (y + radius * p.imag)) for p in points]
         canvas.polygon(outline, fill=COLOURS[thing.colour])
     return image.reduce(_OVERSAMPLING)
 
 
-def _outline(shape: str, tilt: float) -> list[tuple[float, float]]:
-    """Return the shape around the origin with a radius of about one, y pointing down, rotated by `tilt`."""
+def _outline(shape: str) -> list[complex]:
+    """Return the shape around the origin with a radius of about one; the imaginary axis points down."""
     if shape == "square":
-        corners = [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
-    elif shape == "cross":
-        quarter = [(0.32, -1.0), (0.32, -0.32), (1.0, -0.32)]
-        corners = [_turn(point, turn * math.pi / 2) for turn in range(4) for point in quarter]
-    elif shape == "heart":
+        return [0.85 * (x + 1j * y) for x, y in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+    if shape == "cross":
+        quarter = (0.32 - 1j, 0.32 - 0.32j, 1 - 0.32j)
+        return [point * cmath.rect(1, turn * math.pi / 2) for turn in range(4) for point in quarter]
+    if shape == "heart":
         angles = [2 * math.pi * step / 90 for step in range(90)]
-        corners = [
-            (
-                math.sin(t) ** 3,
-                -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16,
-            )
-            for t in angles
-        ]
-    else:
-        radii = {"circle": (1.0,) * 120, "triangle": (1.08,) * 3, "star": (1.08, 0.45) * 5}[shape]
-        step = 2 * math.pi / len(radii)
-        corners = [_turn((0.0, -radius), position * step) for position, radius in enumerate(radii)]
-    return [_turn(corner, tilt) for corner in corners]
-
-
-def _turn(point: tuple[float, float], angle: float) -> tuple[float, float]:
-    (x, y), sine, cosine = point, math.sin(angle), math.cos(angle)
-    return x * cosine - y * sine, x * sine + y * cosine
+        heights = [13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t) for t in angles]
+        return [complex(math.sin(t) ** 3, -y / 16) for t, y in zip(angles, heights, strict=True)]
+    radii = {"circle": (1.0,) * 120, "triangle": (1.08,) * 3, "star": (1.08, 0.45) * 5}[shape]
+    step = 2 * math.pi / len(radii)
+    return [-1j * radius * cmath.rect(1, position * step) for position, radius in enumerate(radii)]
 
 
 def write_scenes(folder: Path, count: int, size: int, seed: int) -> None:
@@ -174,49 +156,17 @@ def write_scenes(folder: Path, count: int, size: int, seed: int) -> None:
 
     Scene i is a pure function of (seed, i), and all scenes differ, so the scenes in `val` and `test` are not
     seen in training. The folder is either complete or does not exist, even if several processes write it. A
-    folder with the same scenes is not changed.
-
-    Raises:
-        UserError: there are not enough different scenes, or the folder has other content.
+    folder that exists is not changed.
     """
-    most = len(_combinations())
-    if not 1 <= count <= most:
-        raise UserError(f"{count} scenes: expected a number from 1 to {most}")
-    if size < 16:
-        raise UserError(f"scenes of {size} pixels are too small; use 16 pixels or more")
-    table = _captions_table(count, seed)
 
     def fill(draft: Path) -> Path:
+        rows = [("image", "caption", "split")]
         for index in range(count):
-            draw(seed, index, size).save(draft / _file_name(index), **_FILE_FORMAT)
-        (draft / "captions.csv").write_text(table, encoding="utf-8", newline="")
+            name = f"{index:05d}.jpg"
+            draw(seed, index, size).save(draft / name, **_FILE_FORMAT)
+            rows += [(name, caption, split(index)) for caption in describe(seed, index)]
+        with (draft / "captions.csv").open("w", encoding="utf-8", newline="") as table:
+            csv.writer(table, lineterminator="\n").writerows(rows)
         return draft
 
-    with contextlib.suppress(OSError):
-        folder.rmdir()  # an empty one
-    if not folder.exists():
-        make_once(folder, fill)
-    if not _holds(folder, table, size):
-        raise UserError(f"{folder} has other content than these scenes; delete it, or change --data.root")
-
-
-def _file_name(index: int) -> str:
-    return f"{index:05d}.jpg"
-
-
-def _captions_table(count: int, seed: int) -> str:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("image", "caption", "split"))
-    for index in range(count):
-        writer.writerows((_file_name(index), caption, split(index)) for caption in describe(seed, index))
-    return table.getvalue()
-
-
-def _holds(folder: Path, table: str, size: int) -> bool:
-    try:
-        same_captions = (folder / "captions.csv").read_bytes() == table.encode()
-        with Image.open(folder / _file_name(0)) as image:
-            return same_captions and image.size == (size, size)
-    except OSError:
-        return False
+    make_once(folder, fill)

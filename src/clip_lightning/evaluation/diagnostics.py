@@ -12,23 +12,22 @@ import torch
 from torch import Tensor
 
 from clip_lightning.evaluation.predictions import different_images
-from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
+from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks, rows_of
 
 BINS = 200
 MOST_IMAGES, MOST_TEXTS = 1000, 5000  # sampled for the unmatched pairs
-CHUNK = 256
 MOST_K = 100
 
 
 @dataclass(frozen=True)
 class Similarities:
-    """Histograms of the cosines of matched and unmatched pairs, with `BINS` equal bins from -1 to 1.
+    """Histograms of the cosines of captions with their own images (matched) and with others (unmatched).
 
     Attributes:
-        matched: (BINS,) int64, counts of captions paired with their own images.
-        unmatched: (BINS,) int64, counts of captions paired with other images.
-        matched_mean: mean cosine of the matched pairs, or NaN if there are none.
-        unmatched_mean: mean cosine of the unmatched pairs, or NaN if there are none.
+        matched: (BINS,) int64, counts in equal bins from -1 to 1.
+        unmatched: the same of unmatched pairs.
+        matched_mean: mean cosine, or NaN if there are no matched pairs.
+        unmatched_mean: the same of unmatched pairs.
     """
 
     matched: Tensor
@@ -56,40 +55,24 @@ def similarities(embeddings: Embeddings, content: Sequence[int]) -> Similarities
     """Count the cosines of all matched pairs and of a sample of unmatched pairs.
 
     The unmatched pairs combine at most `MOST_IMAGES` images with at most `MOST_TEXTS` captions, evenly
-    spaced, so that time and memory are bounded and every epoch counts the same pairs. A caption and a
-    byte-identical copy of its image are neither a matched nor an unmatched pair.
-
-    Args:
-        embeddings: embeddings of the split, in any order; images and captions may be missing.
-        content: group of byte-identical images that each image of the split belongs to.
-
-    Raises:
-        ValueError: an embedding contains NaN or infinity.
+    spaced, so that time and memory are bounded and every epoch counts the same pairs. `content` has the group
+    of byte-identical images that each image of the split belongs to: a caption and a copy of its image are
+    neither a matched nor an unmatched pair.
     """
-    image, text = embeddings.image.cpu().float(), embeddings.text.cpu().float()
-    if not (image.isfinite().all() and text.isfinite().all()):
-        raise ValueError("the embeddings contain NaN or infinity")
-    row = {image_id: number for number, image_id in enumerate(embeddings.image_id.tolist())}
-    image_ids = embeddings.text_image_id.tolist()
-    owner = torch.tensor([row.get(image_id, -1) for image_id in image_ids], dtype=torch.long)
-    known = (owner >= 0).nonzero().flatten()
-    matched = torch.cat(
-        [(image[owner[part]] * text[part]).sum(1) for part in known.split(4096)] or [image[:0, 0]]
-    )
+    image, text = embeddings.image, embeddings.text
+    owner = rows_of(embeddings.text_image_id, embeddings.image_id)
+    known = owner >= 0
+    matched = (image[owner[known]] * text[known]).sum(1)
 
     group = torch.as_tensor(content, dtype=torch.long)
-    image_rows, text_rows = _spaced(len(image), MOST_IMAGES), _spaced(len(text), MOST_TEXTS)
-    image_group = group[embeddings.image_id.cpu()][image_rows]
-    text_group = group[embeddings.text_image_id.cpu()][text_rows]
-    text = text[text_rows]
-    counts, total, pairs = torch.zeros(BINS, dtype=torch.int64), 0.0, 0
-    for rows, groups in zip(image_rows.split(CHUNK), image_group.split(CHUNK), strict=True):
-        cosines = (image[rows] @ text.T)[groups[:, None] != text_group]
-        counts += _histogram(cosines)
-        total += cosines.sum(dtype=torch.float64).item()
-        pairs += len(cosines)
+    images, texts = _spaced(len(image), MOST_IMAGES), _spaced(len(text), MOST_TEXTS)
+    different = group[embeddings.image_id[images], None] != group[embeddings.text_image_id[texts]]
+    unmatched = (image[images] @ text[texts].T)[different]
     return Similarities(
-        _histogram(matched), counts, matched.double().mean().item(), total / pairs if pairs else float("nan")
+        _histogram(matched),
+        _histogram(unmatched),
+        matched.double().mean().item(),
+        unmatched.double().mean().item(),
     )
 
 
@@ -101,33 +84,22 @@ def recall_curve(ranks: Tensor, most: int = MOST_K) -> Tensor:
 
 
 def worst_queries(embeddings: Embeddings, content: Sequence[int], count: int) -> list[int]:
-    """Return the rows of the captions whose images rank worst in the complete split, the worst first.
+    """Return the ids of the captions whose images rank worst in the complete split, the worst first.
 
-    At most one caption per image is returned, and none whose image has rank 1. Byte-identical images count as
-    one.
-
-    Args:
-        embeddings: embeddings of the split, in any order; images and captions may be missing.
-        content: group of byte-identical images that each image of the split belongs to.
-        count: maximum number of rows.
-
-    Raises:
-        ValueError: an embedding contains NaN or infinity.
+    At most `count` captions are returned, at most one per image, and none whose image has rank 1.
+    Byte-identical images, as in `similarities`, count as one.
     """
     candidates = different_images(embeddings, content)
-    groups = torch.as_tensor(content, dtype=torch.long)[embeddings.text_image_id.cpu()]
+    groups = torch.as_tensor(content, dtype=torch.long)[embeddings.text_image_id]
+    image_id = torch.tensor(list(candidates))
     ranks, _ = retrieval_ranks(
-        embeddings.image[list(candidates.values())].cpu(),
-        embeddings.text.cpu(),
-        groups,
-        image_id=torch.tensor(list(candidates)),
+        embeddings.image[list(candidates.values())], embeddings.text, groups, image_id=image_id
     )
-    misses = sorted(zip((-ranks).tolist(), embeddings.text_id.tolist(), groups.tolist(), strict=True))
-    worst: dict[int, int] = {}  # group → caption row
-    for rank, text_id, group in misses:
-        if len(worst) >= count or rank >= -1:
+    worst: dict[int, int] = {}  # group → id of the caption
+    for row in (-ranks).argsort(stable=True).tolist():
+        if len(worst) == count or ranks[row] <= 1:
             break
-        worst.setdefault(group, text_id)
+        worst.setdefault(int(groups[row]), int(embeddings.text_id[row]))
     return list(worst.values())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -17,11 +18,7 @@ Z95 = 1.959963984540054
 
 
 def wilson(right: float, total: float) -> tuple[float, float]:
-    """Return the 95 % interval, in percent, of the fraction `right / total` (Wilson 1927).
-
-    Raises:
-        ValueError: the total is not positive, or `right` is not between 0 and the total.
-    """
+    """Return the 95 % interval, in percent, of the fraction `right / total` (Wilson 1927)."""
     if not 0 <= right <= total or total <= 0:
         raise ValueError(f"expected 0 <= right <= total and total > 0, got {right} and {total}")
     fraction, spread = right / total, Z95**2 / total
@@ -46,14 +43,9 @@ class Hits:
     asked: np.ndarray
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the metrics and of their sum."""
-        return (*self.metrics, "rsum")
-
-    @property
-    def best(self) -> np.ndarray:
-        """Best possible value of each of `names`, (M + 1,)."""
-        return np.array([100.0] * len(self.metrics) + [100.0 * len(self.metrics)])
+    def best(self) -> dict[str, float]:
+        """Best possible value of each metric, and of their sum."""
+        return dict.fromkeys(self.metrics, 100.0) | {"rsum": 100.0 * len(self.metrics)}
 
     def per_image(self, counts: np.ndarray) -> np.ndarray:
         """Divide `right` or `asked` by the mean number of queries per image, and append the mean."""
@@ -64,23 +56,15 @@ class Hits:
 def hits(text_rank: Tensor, image_rank: Tensor, owner: Tensor, ks: Sequence[int] = (1, 5, 10)) -> Hits:
     """Count the queries of each image, and those that were answered correctly.
 
-    Args:
-        text_rank: (N,) ranks returned by `retrieval_ranks`; captions of rank 0 are not queries.
-        image_rank: (I,) ranks returned by `retrieval_ranks`.
-        owner: (N,) row of each caption's image; it may be any row if the rank is 0.
-        ks: the values of k in R@k.
+    The ranks (N,) and (I,) are those of `retrieval_ranks`; `owner` (N,) is the row of each caption's image.
     """
     text, image, rows = (tensor.cpu().numpy() for tensor in (text_rank, image_rank, owner))
-    size = len(image)
-
-    def per_image(asked: np.ndarray) -> np.ndarray:
-        return np.bincount(rows[asked], minlength=size).astype(np.float64)
-
-    right = [per_image((text > 0) & (text <= k)) for k in ks]
-    right += [((image > 0) & (image <= k)).astype(np.float64) for k in ks]
-    asked = [per_image(text > 0)] * len(ks) + [(image > 0).astype(np.float64)] * len(ks)
+    per_image = partial(np.bincount, minlength=len(image))
+    right: list[np.ndarray] = [per_image(rows[(text > 0) & (text <= k)]) for k in ks]
+    right += [(image > 0) & (image <= k) for k in ks]
+    asked: list[np.ndarray] = [per_image(rows[text > 0])] * len(ks) + [image > 0] * len(ks)
     metrics = tuple(f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in ks)
-    return Hits(metrics, np.stack(right, 1), np.stack(asked, 1))
+    return Hits(metrics, np.stack(right, 1).astype(float), np.stack(asked, 1).astype(float))
 
 
 def recall_intervals(hits: Hits) -> dict[str, tuple[float, float]]:
@@ -101,7 +85,7 @@ def recall_intervals(hits: Hits) -> dict[str, tuple[float, float]]:
     bounds = [wilson(recall * count, count) for recall, count in zip(recalls, queries, strict=True)]
     return {
         name: (low * best / 100, high * best / 100)
-        for name, (low, high), best in zip(hits.names, bounds, hits.best.tolist(), strict=True)
+        for (name, best), (low, high) in zip(hits.best.items(), bounds, strict=True)
     }
 
 
@@ -126,6 +110,9 @@ def paired_differences(one: Hits, other: Hits) -> dict[str, tuple[float, float, 
     squares = np.square(gain - mean * asked).sum(0) + np.square(1 - mean) + np.square(1 + mean)
     error = np.sqrt(squares) / count
     p = [2 * NormalDist().cdf(-z) for z in np.abs(mean) / error]
-    values = (gain.mean(0), *(np.clip(mean + sign * Z95 * error, -1, 1) for sign in (-1, 1)))
-    columns = zip(*((one.best * value).tolist() for value in values), p, strict=True)
-    return dict(zip(one.names, columns, strict=True))
+    bounds = (np.clip(mean + sign * Z95 * error, -1, 1) for sign in (-1, 1))
+    columns = zip(*(value.tolist() for value in (gain.mean(0), *bounds)), p, strict=True)
+    return {
+        name: (best * difference, best * low, best * high, chance)
+        for (name, best), (difference, low, high, chance) in zip(one.best.items(), columns, strict=True)
+    }

@@ -14,17 +14,16 @@ from torch import Tensor
 
 from clip_lightning.evaluation.intervals import wilson
 
-REGULARIZERS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+REGULARIZERS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 FEW_SHOT_REGULARIZER = 1e-2  # a few images per class are not enough to choose one
-_VALIDATION_FRACTION = 0.2
 
 
-def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Return a mask (I,) that holds out a random fraction of each class.
+def held_out(labels: Tensor, fraction: float) -> Tensor:
+    """Return a mask (I,) that holds out a random fraction of each class, the same in every call.
 
     At least one image of a class is held out and at least one is kept; a single image is kept.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero()[:, 0]
@@ -46,55 +45,52 @@ class LogisticRegression:
         self._mean = features.mean(0)
         self._deviation = (features - self._mean).square().mean().sqrt().clamp(min=1e-12)
         inputs = self._scaled(features)
+        self._weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
+        self._bias = torch.zeros(classes, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [self._weight, self._bias],
+            max_iter=200,
+            tolerance_grad=1e-6,
+            tolerance_change=1e-9,
+            line_search_fn="strong_wolfe",
+        )
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(F.linear(inputs, self._weight, self._bias), labels)
+            value = value + penalty / 2 * self._weight.square().sum()
+            value.backward()
+            return value
+
         with torch.enable_grad():
-            self._weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
-            self._bias = torch.zeros(classes, requires_grad=True)
-            optimizer = torch.optim.LBFGS(
-                [self._weight, self._bias],
-                max_iter=200,
-                tolerance_grad=1e-6,
-                tolerance_change=1e-9,
-                line_search_fn="strong_wolfe",
-            )
-
-            def loss() -> Tensor:
-                optimizer.zero_grad()
-                value = F.cross_entropy(F.linear(inputs, self._weight, self._bias), labels)
-                value = value + penalty / 2 * self._weight.square().sum()
-                value.backward()
-                return value
-
             optimizer.step(loss)
 
+    @torch.no_grad()
     def right(self, features: Tensor, labels: Tensor) -> int:
         """Count the features (I, D) that are classified as their labels (I,)."""
-        with torch.no_grad():
-            scores = F.linear(self._scaled(features.float()), self._weight, self._bias)
+        scores = F.linear(self._scaled(features.float()), self._weight, self._bias)
         return int((scores.argmax(1) == labels).sum())
 
     def _scaled(self, features: Tensor) -> Tensor:
         return (features - self._mean) / self._deviation
 
 
-def linear_probe(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, seed: int = 0
-) -> dict[str, float]:
-    """Train a classifier on all training images, and return its accuracy.
-
-    The penalty is chosen on a fifth of the training images.
+def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
+    """Train a classifier on all training images, with a penalty that is chosen on a fifth of them.
 
     Returns:
         `linear_probe_top1` in percent with the bounds of Wilson's 95 % interval, and the logarithm of the
-        chosen penalty as `log10_regulariser`.
+        penalty as `log10_regulariser`.
     """
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    valid = held_out(train_labels, _VALIDATION_FRACTION, seed)
-    best, chosen = -1, FEW_SHOT_REGULARIZER
-    for penalty in sorted(REGULARIZERS, reverse=True) if valid.any() else ():  # the strongest of equals
+    valid = held_out(train_labels, 1 / 5)
+
+    def right_with(penalty: float) -> int:
         probe = LogisticRegression(train[~valid], train_labels[~valid], classes, penalty)
-        right = probe.right(train[valid], train_labels[valid])
-        if right > best:
-            best, chosen = right, penalty
+        return probe.right(train[valid], train_labels[valid])
+
+    # of equals the first, which is the strongest
+    chosen = max(REGULARIZERS, key=right_with) if valid.any() else FEW_SHOT_REGULARIZER
     right = LogisticRegression(train, train_labels, classes, chosen).right(test, test_labels)
     low, high = wilson(right, len(test))
     return {

@@ -85,23 +85,20 @@ def read_templates(name: str) -> tuple[str, ...]:
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
-    file = Path(name)
-    if not file.is_file():
+    try:
+        lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
         raise UserError(
             f"--templates {name}: expected {', '.join(TEMPLATES)}, or a file with one template per line"
-        )
-    try:
-        lines = [_unquoted(line) for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"--templates {name} is not UTF-8; save it as UTF-8") from error
-    templates = tuple(dict.fromkeys(filter(None, lines)))
-    for line in templates:
-        if "{}" not in line:
-            raise UserError(f"--templates {name}: {line[:80]!r} has no {{}} for the name of a class")
-    if not templates:
-        raise UserError(f"--templates {name} is empty; write one template per line, as `a photo of a {{}}.`")
+    quoted = r"""^\w{0,2}(["'])(.*)\1,?$"""
+    templates = tuple(dict.fromkeys(filter(None, (re.sub(quoted, r"\2", line.strip()) for line in lines))))
+    for template in templates or ("",):
+        if "{}" not in template:
+            raise UserError(
+                f"--templates {name}: {template[:80]!r} has no {{}} for the name of a class; write one "
+                "template per line, as `a photo of a {}.`"
+            )
     return templates
-
-
-def _unquoted(line: str) -> str:
-    return re.sub(r"""^(?:\w{0,2}(["'])(.*)\1),?$""", r"\2", line.strip())

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ TIE = 1e-9
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The embeddings of a complete split, in any order, without those of samples that could not be read.
+    """The embeddings of a complete split, in its order, without those of samples that could not be read.
 
     Attributes:
         image: (I, D) float32, unit length.
@@ -72,20 +73,18 @@ def retrieval_metrics(
     """
     if not ks or min(ks) < 1:
         raise ValueError(f"expected positive numbers as ks, got {tuple(ks)}")
-    text_rank, image_rank = retrieval_ranks(
-        image, text, text_image_id, image_id=image_id, chunk_size=chunk_size
-    )
-    if not text_rank.any():
+    both = retrieval_ranks(image, text, text_image_id, image_id=image_id, chunk_size=chunk_size)
+    if not both[0].any():
         raise ValueError(
             "no caption belongs to any of the images; expected text_image_id to contain values of image_id"
         )
-    measures = MEASURES | {f"R@{k}": recall_at(k) for k in ks}
-    wanted = [name for name in measures if not name.startswith("R@") or int(name[2:]) in ks]
+    measures = {name: measure for name, measure in MEASURES.items() if not name.startswith("R@")}
+    measures = {f"R@{k}": recall_at(k) for k in ks} | measures
     metrics: dict[str, float] = {}
     rsum = 0.0
-    for direction, all_ranks in zip(DIRECTIONS, (text_rank, image_rank), strict=True):
+    for direction, all_ranks in zip(DIRECTIONS, both, strict=True):
         ranks = all_ranks[all_ranks > 0].double()
-        metrics |= {f"{direction}_{name}": measures[name].of(ranks) for name in wanted}
+        metrics |= {f"{direction}_{name}": measure.of(ranks) for name, measure in measures.items()}
         rsum += sum(recall_at(k).of(ranks) for k in (1, 5, 10))
     return metrics | {"rsum": rsum}
 
@@ -110,7 +109,7 @@ def retrieval_ranks(
         image, text, text_image_id, image_id = (t.cpu() for t in (image, text, text_image_id, image_id))
     image, text = image.double(), text.double()
 
-    owner = _rows_of(text_image_id, image_id)
+    owner = rows_of(text_image_id, image_id)
     known = owner >= 0
     # No score reaches infinity, so that a query without a right answer has rank 0.
     right = torch.einsum("nd,nd->n", image[owner.clamp(min=0)], text).where(known, torch.inf)
@@ -131,70 +130,55 @@ def retrieval_ranks(
 
 @torch.no_grad()
 def true_recall(
-    image: Tensor, text: Tensor, owner: Tensor, *, ks: Sequence[int] = (1, 5, 10), chunk_size: int = 64
+    image: Tensor, text: Tensor, owner: Tensor, *, ks: Sequence[int] = KS, chunk_size: int = 64
 ) -> dict[str, float]:
     """Compute the mean over images of (own captions among the k best) / (own captions).
 
     With c captions per image, it cannot exceed k / c. R@k, as computed by `retrieval_metrics`, is a hit rate
     instead: one of the captions among the k best is enough. With one caption per image, and therefore for
-    text→image, the two are the same.
-
-    Args:
-        image: (I, D) embeddings.
-        text: (N, D) embeddings.
-        owner: (N,) row of each caption's image.
-        ks: the values of k in recall@k.
-        chunk_size: number of images scored at a time; results do not change.
+    text→image, the two are the same. `owner` (N,) is the row of each caption's image.
 
     Returns:
         `image_to_text_true_recall@k` in percent, over the images that have captions. Ties count against the
         model.
     """
     image, text = image.double(), text.double()
-    totals = torch.zeros(len(ks), dtype=torch.float64)
     counts = torch.bincount(owner, minlength=len(image))
     own = owner.argsort(stable=True).split(counts.tolist())
+    total = torch.zeros(len(ks), dtype=torch.float64)
     for start in range(0, len(image), chunk_size):
         scores = image[start : start + chunk_size] @ text.T
         for row, captions in zip(scores, own[start : start + chunk_size], strict=True):
-            if not len(captions):
-                continue
-            best = row[captions].sort(descending=True).values
-            row[captions] = -torch.inf
-            wrong = (row >= best[:, None] - TIE).sum(1)
-            rank = wrong + torch.arange(1, len(captions) + 1, device=row.device)
-            totals += torch.stack([(rank <= k).double().mean() for k in ks]).cpu()
-    queries = int((counts > 0).sum())
-    return {f"image_to_text_true_recall@{k}": 100 * totals[i].item() / queries for i, k in enumerate(ks)}
+            if len(captions):
+                best = row[captions].sort(descending=True).values
+                row[captions] = -torch.inf
+                wrong = (row >= best[:, None] - TIE).sum(1)
+                rank = wrong + torch.arange(1, len(captions) + 1, device=row.device)
+                total += torch.stack([(rank <= k).double().mean() for k in ks]).cpu()
+    percent = 100 * total / (counts > 0).sum().cpu()
+    return {f"image_to_text_true_recall@{k}": percent[i].item() for i, k in enumerate(ks)}
 
 
 def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -> dict[str, float]:
-    """Compute the mean of `retrieval_metrics` over consecutive folds that are searched separately.
+    """Compute the mean of `retrieval_metrics` over consecutive folds of images that are searched separately.
 
     Fewer candidates make the task easier: the metrics are not comparable with those of the complete split.
-
-    Args:
-        image: (I, D) embeddings, in the order of the split.
-        text: (N, D) embeddings.
-        owner: (N,) row of each caption's image.
-        fold: number of images per fold; an incomplete fold at the end is left out.
+    Arguments are those of `true_recall`; an incomplete fold at the end is left out.
 
     Returns:
         The metrics as `fold1000_...`, or nothing if there are fewer than two folds.
     """
     folds = len(image) // fold
-    if folds < 2:
-        return {}
     totals: dict[str, float] = {}
-    for start in range(0, folds * fold, fold):
+    for start in range(0, folds * fold if folds > 1 else 0, fold):
         captions = (owner >= start) & (owner < start + fold)
         metrics = retrieval_metrics(image[start : start + fold], text[captions], owner[captions] - start)
         for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + value / folds
-    return {f"fold{fold}_{name}": value for name, value in totals.items()}
+            totals[f"fold{fold}_{name}"] = totals.get(f"fold{fold}_{name}", 0.0) + value / folds
+    return totals
 
 
-def _rows_of(wanted: Tensor, ids: Tensor) -> Tensor:
+def rows_of(wanted: Tensor, ids: Tensor) -> Tensor:
     """Return the position of each wanted id in `ids` (N,), or -1 if it is absent."""
     ordered, row = ids.sort()
     position = torch.searchsorted(ordered, wanted).clamp(max=len(ids) - 1)
@@ -202,22 +186,17 @@ def _rows_of(wanted: Tensor, ids: Tensor) -> Tensor:
 
 
 def _check(image: Tensor, text: Tensor, text_image_id: Tensor, image_id: Tensor, chunk_size: int) -> None:
-    if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
+    shapes = [tuple(tensor.shape) for tensor in (image, text, text_image_id, image_id)]
+    rows, captions, width = len(image), len(text), shapes[0][-1:]
+    if shapes != [(rows, *width), (captions, *width), (captions,), (rows,)] or not rows or not captions:
         raise ValueError(
-            f"expected image (I, D) and text (N, D), got {tuple(image.shape)} and {tuple(text.shape)}"
+            "expected image (I, D), text (N, D), text_image_id (N,) and image_id (I,) with I and N above 0, "
+            f"got {', '.join(map(str, shapes))}"
         )
-    if not len(image) or not len(text):
-        raise ValueError(f"expected images and captions, got {len(image)} images and {len(text)} captions")
-    if text_image_id.shape != text.shape[:1] or image_id.shape != image.shape[:1]:
-        raise ValueError(
-            f"expected one id per row, got text_image_id {tuple(text_image_id.shape)} for {len(text)} "
-            f"captions and image_id {tuple(image_id.shape)} for {len(image)} images"
-        )
-    if len(image_id.unique()) < len(image_id):
+    if len(image_id.unique()) < rows:
         raise ValueError("image_id contains an id twice; expected each image once")
     for name, values in (("image", image), ("text", text)):
-        broken = (~values.isfinite().all(1)).sum().item()
-        if broken:
+        if broken := int((~values.isfinite().all(1)).sum()):
             raise ValueError(f"{broken} of {len(values)} {name} embeddings contain NaN or infinity")
     if chunk_size < 1:
         raise ValueError(f"expected a chunk_size of 1 or more, got {chunk_size}")
@@ -232,18 +211,13 @@ class EmbeddingCollector:
     def __init__(self) -> None:
         self._parts: list[Part] = []
 
-    def clear(self) -> None:
-        """Discard the embeddings of an interrupted pass."""
-        self._parts = []
-
     def add(self, image: Tensor, text: Tensor, batch: dict[str, Any]) -> None:
         """Add embeddings (B, D) and (N, D) of a batch with its `image_id`, `text_image_id` and `text_id`.
 
         Without `text_id`, every text of a batch counts.
         """
-        names = ("image_id", "text_image_id", *(["text_id"] if "text_id" in batch else []))
-        ids = {name: batch[name] for name in names}
-        part = {"image": image, "text": text, **ids}
+        names = [name for name in ("image_id", "text_image_id", "text_id") if name in batch]
+        part: Part = {"image": image, "text": text, **{name: batch[name] for name in names}}
         self._parts.append({name: tensor.cpu() for name, tensor in part.items()})
 
     def join(self, world_size: int) -> Embeddings | None:
@@ -260,8 +234,8 @@ class EmbeddingCollector:
         if not parts:
             return None
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        image_id, image_rows = _first_rows(joined["image_id"])
-        text_id, text_rows = _first_rows(joined.get("text_id", torch.arange(len(joined["text"]))))
+        image_id, image_rows = _distinct(joined["image_id"])
+        text_id, text_rows = _distinct(joined.get("text_id", torch.arange(len(joined["text"]))))
         return Embeddings(
             image=joined["image"][image_rows],
             text=joined["text"][text_rows],
@@ -271,9 +245,6 @@ class EmbeddingCollector:
         )
 
 
-def _first_rows(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct ids (K,) in ascending order, and the first row of each."""
-    unique, inverse = torch.unique(ids, sorted=True, return_inverse=True)
-    rows = torch.full((len(unique),), len(ids), dtype=torch.long)
-    rows.scatter_reduce_(0, inverse, torch.arange(len(ids)), reduce="amin")
-    return unique, rows
+def _distinct(ids: Tensor) -> list[Tensor]:
+    """Return the distinct ids in ascending order, and the first row of each."""
+    return [torch.from_numpy(found) for found in np.unique(ids.numpy(), return_index=True)]

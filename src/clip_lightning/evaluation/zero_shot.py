@@ -63,17 +63,6 @@ class Classification:
     confusion: Tensor
     calibration: Calibration
 
-    def per_class(self) -> list[tuple[int, int]]:
-        """Return (number of correct images, number of images) of each class."""
-        return list(zip(self.confusion.diag().tolist(), self.confusion.sum(1).tolist(), strict=True))
-
-    def confused(self, most: int = 10) -> list[tuple[int, int, int]]:
-        """Return (true class, predicted class, images) of the most frequent mistakes, in that order."""
-        wrong = self.confusion.clone().fill_diagonal_(0)
-        pairs = [(int(row), int(column)) for row, column in wrong.nonzero()]
-        counts = [(row, column, int(wrong[row, column])) for row, column in pairs]
-        return sorted(counts, key=lambda pair: (-pair[2], pair[:2]))[:most]
-
 
 def classify(
     image: Tensor, classifier: Tensor, labels: Tensor, *, scale: float, bias: float | None = None
@@ -81,16 +70,7 @@ def classify(
     """Score the classification of unit-length embeddings (I, D) by a classifier (C, D).
 
     Ties count against the model, as in retrieval: if the true class of an image ties with another class, the
-    other class is the answer. The expected calibration error is the mean difference, weighted by images,
-    between the probability of an answer and the fraction of correct answers, in 15 bins of equal width
-    (Guo et al. 2017).
-
-    Args:
-        image: embeddings of the images.
-        classifier: embeddings of the classes, as returned by `zero_shot_classifier`.
-        labels: (I,) int64, the true class of each image.
-        scale: the model's inverse temperature.
-        bias: the model's bias, or None if it has no bias.
+    other class is the answer. `labels` (I,) int64 are the true classes; `scale` and `bias` are the model's.
 
     Raises:
         ValueError: there are no images, the shapes do not match, a label is not a class, or an embedding is
@@ -115,9 +95,8 @@ def classify(
     metrics: dict[str, float] = {}
     for k in (1, 5):
         right = int((rank <= k).sum())
-        low, high = wilson(right, len(rank))
-        metrics |= {f"zero_shot_top{k}": 100 * right / len(rank)}
-        metrics |= {f"zero_shot_top{k}_low": low, f"zero_shot_top{k}_high": high}
+        metrics[f"zero_shot_top{k}"] = 100 * right / len(rank)
+        metrics[f"zero_shot_top{k}_low"], metrics[f"zero_shot_top{k}_high"] = wilson(right, len(rank))
     present = confusion.sum(1) > 0
     accuracies = confusion.diag()[present].double() / confusion.sum(1)[present]
     metrics["mean_per_class_accuracy"] = 100 * accuracies.mean().item()

@@ -6,8 +6,11 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
+
+from matplotlib.ticker import EngFormatter
 
 from clip_lightning.experiments.run_records import COSTS, VALUES, RunRecord
 
@@ -17,42 +20,29 @@ BOOKKEEPING = re.compile(
     r"enable_|log_every|devices$|num_nodes$).*|data\.(root|dataset|"
     r"read\.(?!splits).*|num_workers|cache|cache_options\.gigabytes|seed)|data_digest|data_artifact"
 )
-MAX_NAMED = 3  # unfinished runs in a warning
 
 
 @dataclass
 class Row:
-    """Represents one experiment: a run, or several runs that differ only in the seed.
-
-    Attributes:
-        records: the runs.
-        name: short names of the towers, `A × B`.
-        options: the options in which the rows differ.
-        rank: the rank by rsum among the rows of the same data; equal rows have the same rank.
-        seeds: the number of different seeds; further runs with the same seed are repetitions.
-        means: the means of the known values, in which every seed counts once.
-        deviations: the standard deviations over the seeds, if there are two or more, of values that depend
-            on the seed.
-    """
+    """Represents one experiment: a run, or several runs that differ only in the seed."""
 
     records: Sequence[RunRecord]
-    name: str
-    options: Mapping[str, Any]
-    rank: int = 0
-    seeds: int = field(init=False)
-    means: dict[str, float] = field(default_factory=dict)
-    deviations: dict[str, float] = field(default_factory=dict)
+    name: str  # short names of the towers, `A × B`
+    options: Mapping[str, Any]  # those in which the rows differ
+    rank: int = 0  # by rsum among the rows of the same data; equal rows have the same rank
 
     def __post_init__(self) -> None:
         seeds: dict[str, list[RunRecord]] = {}
         for record in self.records:
             seeds.setdefault(str(record.options.get("seed_everything")), []).append(record)
-        self.seeds = len(seeds)
+        self.seeds = len(seeds)  # further runs with the same seed are repetitions
+        self.means: dict[str, float] = {}  # every seed counts once
+        self.deviations: dict[str, float] = {}  # of values that depend on the seed
         for name in VALUES:
             known = [[run.values[name] for run in runs if name in run.values] for runs in seeds.values()]
-            values = [statistics.fmean(repetitions) for repetitions in known if repetitions]
+            values = [statistics.mean(repetitions) for repetitions in known if repetitions]
             if values:
-                self.means[name] = statistics.fmean(values)
+                self.means[name] = statistics.mean(values)
             if len(values) > 1 and (name not in COSTS or name == "training_seconds"):
                 self.deviations[name] = statistics.stdev(values)
 
@@ -73,10 +63,7 @@ class Row:
             return "–"
         if name.startswith(("parameters", "feature")):
             unit = "B" if name.startswith("feature") else ""
-            for power, letter in ((9, "G"), (6, "M"), (3, "k")):
-                if mean >= 0.9995 * 10**power:
-                    return f"{mean / 10**power:.3g} {letter}{unit}"
-            return f"{mean:.0f} {unit}".rstrip()
+            return EngFormatter(unit)(float(f"{mean:.3g}")).strip()
         digits = 0 if name == "training_seconds" and mean >= 10 else 1
         return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
@@ -89,8 +76,8 @@ class Row:
             "text_tower": self.first.towers[1],
             "runs": len(self.records),
             "seeds": self.seeds,
-            **{name: _rounded(value) for name, value in self.means.items()},
-            "std": {name: _rounded(value) for name, value in self.deviations.items()},
+            **{name: round(value, 4) for name, value in self.means.items()},
+            "std": {name: round(value, 4) for name, value in self.deviations.items()},
             "options": dict(self.options),
             "data_digest": self.first.data_digest,
             "unfinished": self.first.unfinished,
@@ -100,24 +87,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Holds the content of the files and pages of a comparison.
-
-    Attributes:
-        title: the title.
-        data_sets: the rows of each data set by rank; the data set with the most rows comes first.
-        failed: the reason by the name of each pair that could not be trained.
-        left_out: the reason by the place of each run without results.
-    """
+    """Holds the content of the files and pages of a comparison."""
 
     title: str
-    data_sets: Sequence[Sequence[Row]]
-    failed: Mapping[str, str]
-    left_out: Mapping[str, str]
+    data_sets: Sequence[Sequence[Row]]  # by rank; the data set with the most rows comes first
+    failed: Mapping[str, str]  # the reason by the name of each pair that could not be trained
+    left_out: Mapping[str, str]  # the reason by the place of each run without results
 
     @property
     def rows(self) -> list[Row]:
         """The rows of all data sets."""
         return [row for rows in self.data_sets for row in rows]
+
+    @property
+    def scope(self) -> str:
+        """The end of a plot's title: which of several data sets the plot shows."""
+        return f", {self.rows[0].data} only" if len(self.data_sets) > 1 else ""
 
     @property
     def latency_conditions(self) -> list[str]:
@@ -134,15 +119,10 @@ class Comparison:
                 f"these runs were scored on {len(self.data_sets)} different data sets or splits ({titles}); "
                 "their scores cannot be compared, so each data set has its own table and ranks"
             )
-        elif len(self.rows) > 1 and not self.rows[0].first.data_digest:
-            warnings.append("it is unknown which data these runs were scored on")
-        unfinished = [f"{r.place} ({r.unfinished})" for row in self.rows for r in row.records if r.unfinished]
-        if unfinished:
-            more = f" and {len(unfinished) - MAX_NAMED} more" if len(unfinished) > MAX_NAMED else ""
-            warnings.append(
-                f"these runs did not finish, and are ranked by their best epoch so far: "
-                f"{', '.join(unfinished[:MAX_NAMED])}{more}"
-            )
+        runs = [record for row in self.rows for record in row.records]
+        if unfinished := [f"{run.place} ({run.unfinished})" for run in runs if run.unfinished]:
+            named = ", ".join(unfinished)
+            warnings.append(f"these runs did not finish, and are ranked by their best epoch so far: {named}")
         if len(self.latency_conditions) > 1:
             conditions = "; ".join(self.latency_conditions)
             warnings.append(f"image latencies were measured under different conditions: {conditions}")
@@ -150,26 +130,21 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        failed, left_out = (
-            [{"name": name, "reason": reason} for name, reason in reasons.items()]
-            for reasons in (self.failed, self.left_out)
-        )
+        reasons = {"failed": self.failed, "left_out": self.left_out}
         return {
             "title": self.title,
             "warnings": self.warnings,
             "latency_conditions": self.latency_conditions,
             "rows": [row.as_dict() for row in self.rows],
-            "failed": failed,
-            "left_out": left_out,
+            **{key: [{"name": n, "reason": r} for n, r in each.items()] for key, each in reasons.items()},
         }
 
 
 def compared(
     records: Iterable[RunRecord],
     title: str,
-    *,
-    failed: Mapping[str, str] | None = None,
-    left_out: Mapping[str, str] | None = None,
+    failed: Mapping[str, str] = MappingProxyType({}),
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> Comparison:
     """Rank runs by rsum, separately for each data set; runs that differ only in the seed make one row."""
     groups: dict[str, list[RunRecord]] = {}
@@ -191,19 +166,14 @@ def compared(
         rows.sort(key=lambda row: (-row.means["rsum"], row.name))
         for row in rows:
             row.rank = 1 + sum(other.means["rsum"] > row.means["rsum"] for other in rows)
-    return Comparison(title, sorted(data_sets.values(), key=len, reverse=True), failed or {}, left_out or {})
+    return Comparison(title, sorted(data_sets.values(), key=len, reverse=True), failed, left_out)
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that define the experiment, without towers, seed and data.
-
-    Options with the value None are removed, since earlier versions did not have all options.
-    """
-    return {
-        name: value
-        for name, value in options.items()
-        if value is not None and not BOOKKEEPING.fullmatch(name)
-    }
+    """Return the options that define the experiment, without towers, seed and data."""
+    # earlier versions did not have all options
+    given = {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in given.items() if not BOOKKEEPING.fullmatch(name)}
 
 
 def short_names(names: Iterable[str], shorten: Callable[[str], str]) -> dict[str, str]:
@@ -216,7 +186,3 @@ def short_tower(name: str) -> str:
     """Return the name of a tower without scheme, owner and folders, but with `random:`."""
     short = re.sub(r"^(random:|pypi:|hf-hub:|local-dir:)", "", name).rpartition("/")[2]
     return f"random:{short}" if name.startswith("random:") else short
-
-
-def _rounded(value: float) -> float | int:
-    return int(value) if value == int(value) else round(value, 4)

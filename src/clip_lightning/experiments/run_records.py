@@ -1,18 +1,26 @@
-"""Reads the results of runs from their folders or from a W&B project."""
+"""Reads the results of runs from their folders or from a W&B project, and measures the costs of models."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch.utils.benchmark import Timer
 
+from clip_lightning.arguments import flat
+from clip_lightning.data.features import DTYPE
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.metrics import METRICS
+from clip_lightning.model.clip import CLIP, parameter_counts
 from clip_lightning.run_folder import RunFolder
 
 RECALLS = tuple(name for name in METRICS if "_R@" in name)
@@ -31,42 +39,17 @@ MAX_EPOCHS = 10_000  # W&B would return a sample of more epochs
 MAX_DEPTH = 4  # levels from a given folder to a run: comparison/runs/pair/run
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunRecord:
-    """Holds the results of one run.
+    """Holds the results of one run."""
 
-    Attributes:
-        place: the run's folder, or `wandb:ENTITY/PROJECT/ID`.
-        towers: full names of the image tower and the text tower.
-        values: the known values of `VALUES`, of the best epoch.
-        options: the complete configuration, by dotted names.
-        data_digest: digest of the data and its splits; empty if unknown.
-        latency_conditions: conditions under which the latency was measured; empty if it was not measured.
-        unfinished: `interrupted`, or the state in W&B; empty if the run finished or its state is unknown.
-    """
-
-    place: str
-    towers: tuple[str, str]
-    values: Mapping[str, float]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    data_digest: str = ""
+    place: str  # the run's folder, or wandb:ENTITY/PROJECT/ID
+    towers: tuple[str, str]  # full names of the image tower and the text tower
+    values: dict[str, float]  # the known values of `VALUES`, of the best epoch
+    options: Mapping[str, Any] = field(default_factory=dict)  # the complete configuration, by dotted names
+    data_digest: str = ""  # of the data and its splits
     latency_conditions: str = ""
-    unfinished: str = ""
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a configuration to dotted names, and a class to its name and its arguments.
-
-    {"loss": {"class_path": "a.SigLIP", "init_args": {"x": 1}}} → {"loss": "SigLIP", "loss.x": 1}
-    """
-    options: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
-            options[name] = value["class_path"].rpartition(".")[2]
-            value = value.get("init_args") or {}
-        options |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return options
+    unfinished: str = ""  # `interrupted`, or the state in W&B; empty if the run finished
 
 
 def run_folders(place: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
@@ -79,79 +62,49 @@ def run_folders(place: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
 
 
 def read_runs(places: Sequence[str], group: str | None) -> tuple[list[RunRecord], dict[str, str]]:
-    """Read every run in the given places once.
-
-    Args:
-        places: folders of runs, folders of such folders, `wandb:ENTITY/PROJECT` or
-            `wandb:ENTITY/PROJECT/RUN_ID`.
-        group: the W&B group whose runs are read; by default all.
+    """Read every run in the given places once: folders, or runs of W&B, by default of all groups.
 
     Returns:
         The runs, and the reason by the place of each run without results.
-
-    Raises:
-        UserError: a place does not exist, or contains no run.
     """
-    readers: dict[Any, tuple[str, partial[RunRecord]]] = {}
+    runs: dict[str, Any] = {}
     for place in places:
         if place.startswith("wandb:"):
-            for run in _wandb_runs(place, group):
-                name = "wandb:" + "/".join(run.path)
-                readers[name] = name, partial(_read_wandb, name, run)
-            continue
-        folders = list(run_folders(Path(place)))
-        if not folders:
-            raise UserError(
-                f"{place} {'contains no run' if Path(place).is_dir() else 'is not a folder'}; give the "
-                "folder of a run (with config.yaml and metrics.json) or of runs, or wandb:ENTITY/PROJECT"
-            )
-        for folder in folders:
-            readers[folder.resolve()] = str(folder), partial(read_folder, folder)
+            found = {"wandb:" + "/".join(run.path): run for run in _wandb_runs(place, group)}
+        else:
+            found = {str(folder): folder for folder in run_folders(Path(place))}
+        if not found:
+            raise UserError(f"{place} contains no run; give folders of runs, or wandb:ENTITY/PROJECT")
+        runs |= found
     records, left_out = [], {}
-    for name, read in readers.values():
+    for name, run in runs.items():
         try:
-            records.append(read())
+            records.append(read_folder(run) if isinstance(run, Path) else _read_wandb(name, run))
         except UserError as error:
             left_out[name] = str(error)
     return records, left_out
 
 
 def read_folder(folder: Path) -> RunRecord:
-    """Read a run from its folder.
-
-    Raises:
-        UserError: the run has no results.
-    """
-    run = RunFolder(folder)
-    if not run.metrics.is_file():
-        raise UserError("it has no metrics.json, since the run has not ended")
+    """Read a run from its folder; raise a UserError if it has no results."""
+    run, costs = RunFolder(folder), folder / COSTS_FILE
     try:
-        metrics = json.loads(run.metrics.read_text())
+        values = json.loads(run.metrics.read_text())
         config = yaml.safe_load(run.config.read_text())
-        costs, bundle = (
-            json.loads(file.read_text()) if file.is_file() else {}
-            for file in (folder / COSTS_FILE, run.model / "config.json")
-        )
-        if "seconds" in metrics:
-            metrics["training_seconds"] = metrics["seconds"] - metrics.get("seconds_preparation", 0)
-        towers = {kind: bundle[kind]["name"] for kind in ("image_tower", "text_tower") if bundle}
-        # earlier versions did not store whether the run finished
-        state = "" if metrics.get("finished", True) else "interrupted"
-        digest = metrics.get("data_digest", "")
-        return _record(str(folder), {**metrics, **costs}, config, digest, towers, state)
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, yaml.YAMLError) as error:
+        values |= json.loads(costs.read_text()) if costs.is_file() else {}
+        bundle = json.loads((run.model / "config.json").read_text()) if run.model.is_dir() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"its files cannot be read ({' '.join(str(error).split())})") from error
+    if "seconds" in values:
+        values["training_seconds"] = values["seconds"] - values.get("seconds_preparation", 0)
+    towers = {kind: bundle[kind]["name"] for kind in ("image_tower", "text_tower") if bundle}
+    # earlier versions did not store whether the run finished
+    state = "" if values.get("finished", True) else "interrupted"
+    return _record(str(folder), values, config, values.get("data_digest", ""), towers, state)
 
 
 def _record(
-    place: str,
-    values: Mapping[str, Any],
-    config: Mapping[str, Any],
-    digest: str,
-    towers: Mapping[str, str],
-    unfinished: str,
+    place: str, values: dict[str, Any], config: Any, digest: str, towers: dict[str, str], unfinished: str
 ) -> RunRecord:
     if "rsum" not in values:
         raise UserError("it has no recalls, since no validation has finished")
@@ -161,16 +114,14 @@ def _record(
         towers.get(kind) or str(options.get(f"model.{kind}") or options.get("model.init_from") or "unknown")
         for kind in ("image_tower", "text_tower")
     )
-    known = {name: float(values[name]) for name in VALUES if values.get(name) is not None}
-    conditions = str(values.get("image_latency_conditions") or "")
+    known = {name: values[name] for name in VALUES if isinstance(values.get(name), int | float)}
+    conditions = values.get("image_latency_conditions") or ""
     return RunRecord(place, (image, text), known, options, digest, conditions, unfinished)
 
 
 def _wandb_runs(place: str, group: str | None) -> list[Any]:
     """Return the runs of a W&B project, or one of them."""
-    path = place.removeprefix("wandb:").strip("/")
-    parts = path.split("/")
-    if len(parts) not in (2, 3) or not all(parts):
+    if not re.fullmatch(r"wandb:[^/]+/[^/]+(/[^/]+)?", place):
         raise UserError(f"{place}: expected wandb:ENTITY/PROJECT or wandb:ENTITY/PROJECT/RUN_ID")
     import wandb
 
@@ -178,16 +129,12 @@ def _wandb_runs(place: str, group: str | None) -> list[Any]:
 
     if not has_api_key():
         raise UserError(f"{place}: no W&B API key is configured; run `wandb login`, or give folders of runs")
+    path, filters = place.removeprefix("wandb:"), {"group": group} if group else {}
     try:
         api = wandb.Api()
-        if len(parts) == 3:
-            return [api.run(path)]
-        runs = list(api.runs(path, filters={"group": group} if group else {}, lazy=False))
+        return [api.run(path)] if path.count("/") == 2 else list(api.runs(path, filters=filters, lazy=False))
     except (wandb.Error, ValueError) as error:  # ValueError: no such project
         raise UserError(f"{place} cannot be read from W&B: {error}") from error
-    if not runs:
-        raise UserError(f"{place} has no run{f' in group {group!r}' if group else ''}")
-    return runs
 
 
 def _read_wandb(place: str, run: Any) -> RunRecord:
@@ -204,3 +151,64 @@ def _read_wandb(place: str, run: Any) -> RunRecord:
     values |= {name: run.summary.get(f"costs/{name}") for name in (*COSTS, "image_latency_conditions")}
     state = "" if run.state == "finished" else run.state
     return _record(place, values, run.config, run.config.get("data_digest", ""), {}, state)
+
+
+@torch.inference_mode()
+def image_latency(clip: CLIP) -> dict[str, Any]:
+    """Measure the median time from the pixels of one image to its embedding, on the present device."""
+    device, dtype = clip.logit_scale.device, next(clip.image_tower.parameters()).dtype
+    pixels = torch.zeros(1, 3, *clip.transform.size, dtype=torch.uint8, device=device)
+    was_training = clip.training
+    clip.eval()
+    given = {"clip": clip, "pixels": pixels}
+    timer = Timer("clip.encode_image(pixels).cpu()", globals=given, num_threads=torch.get_num_threads())
+    median = timer.blocked_autorange(min_run_time=1.0).median
+    clip.train(was_training)
+    place = f"CPU with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else place
+    precision = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    return {
+        "image_latency_ms": round(1000 * median, 3),
+        "image_latency_conditions": f"one image, {precision}, {place}",
+    }
+
+
+class CostRecorder(Callback):
+    """Measures `costs` at the end of training, and adds them to the W&B summary under `costs/`."""
+
+    def __init__(self, latencies: dict[str, dict[str, Any]]) -> None:
+        self.latencies = latencies  # by the name of the image tower, so that each is measured once
+        self.costs: dict[str, Any] = {}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the model, and log the costs to W&B."""
+        clip: CLIP = pl_module.clip
+        tower = clip.image_tower.spec["name"]
+        if tower not in self.latencies:
+            self.latencies[tower] = image_latency(clip)
+        self.costs = parameter_counts(clip) | self.latencies[tower]
+        cache = getattr(trainer, "datamodule").cache  # noqa: B009, Lightning does not declare it
+        if used := cache.used() if cache else []:
+            self.costs["feature_bytes"] = sum(entry.bytes for entry in used)
+            if clip.image_tower.frozen:
+                self.costs["feature_bytes_per_picture"] = clip.image_tower.width * np.dtype(DTYPE).itemsize
+        spent = pl_module.stopwatch.seconds
+        summary = self.costs | {"training_seconds": round(sum(spent.values()) - spent["preparation"], 1)}
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.summary.update({f"costs/{name}": value for name, value in summary.items()})
+
+
+def add_latencies(records: Sequence[RunRecord]) -> None:
+    """Measure the image latency of the runs that have none, with their bundles."""
+    latencies: dict[Any, dict[str, Any]] = {}
+    for record in records:
+        bundle = RunFolder(Path(record.place)).model
+        if "image_latency_ms" in record.values or not (bundle / "model.safetensors").is_file():
+            continue
+        clip = CLIP.from_pretrained(bundle).to("cuda" if torch.cuda.is_available() else "cpu")
+        tower = clip.image_tower.spec["name"], clip.transform.size
+        if tower not in latencies:
+            latencies[tower] = image_latency(clip)
+        record.values["image_latency_ms"] = latencies[tower]["image_latency_ms"]
+        record.latency_conditions = latencies[tower]["image_latency_conditions"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -30,41 +28,35 @@ IF_THEY_FIT = {
 LEFT = ("towers", "run", "state")
 
 
-@dataclass(frozen=True)
-class Column:
-    """Represents a column of a table; each cell is a text and a value to sort by."""
+class Column(NamedTuple):
+    """Represents a column of a table: the texts are shown, and the values are sorted by."""
 
     name: str
     title: str
-    cells: Sequence[tuple[str, Any]]
+    values: Sequence[Any]
+    texts: Sequence[str]
 
-    @property
-    def texts(self) -> list[str]:
-        """The texts of the cells."""
-        return [text for text, _ in self.cells]
+
+def column(name: str, values: Sequence[Any]) -> Column:
+    """Return a column of options or other values as they are."""
+    return Column(name, name, values, [option_text(value) for value in values])
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
     """Return the columns of a data set: rank, towers, run, options, values and state, without empty ones."""
-    columns = [
-        Column("rank", "rank", [(str(row.rank), row.rank) for row in rows]),
-        Column("towers", "towers", [(row.name, row.name) for row in rows]),
-    ]
+    columns = [column("rank", [row.rank for row in rows]), column("towers", [row.name for row in rows])]
     several = any(len(row.records) > 1 for row in rows)
     if several or len({row.first.towers for row in rows}) < len(rows):
         singles = (row.first.place for row in rows if len(row.records) == 1)
         names = short_names(singles, lambda place: PurePath(place).name)
-        runs = [names.get(row.first.place) or _count_seeds(row) for row in rows]
-        columns.append(Column("run", "run", [(name, name) for name in runs]))
-    for name in rows[0].options:
-        texts = [option_text(row.options[name]) for row in rows]
-        columns.append(Column(name, name, [(t, r.options[name]) for t, r in zip(texts, rows, strict=True)]))
+        columns.append(column("run", [names.get(row.first.place) or _count_seeds(row) for row in rows]))
+    columns += [column(name, [row.options[name] for row in rows]) for name in rows[0].options]
     for name, title in VALUES.items():
         if any(name in row.means for row in rows):
-            columns.append(Column(name, title, [(row.shown(name), row.means.get(name, "")) for row in rows]))
+            values, texts = [row.means.get(name) for row in rows], [row.shown(name) for row in rows]
+            columns.append(Column(name, title, values, texts))
     if any(row.first.unfinished for row in rows):
-        states = [row.first.unfinished for row in rows]
-        columns.append(Column("state", "state", [(state or "–", state) for state in states]))
+        columns.append(column("state", [row.first.unfinished for row in rows]))
     return columns
 
 
@@ -89,13 +81,11 @@ def notes(comparison: Comparison) -> str:
         "training_seconds": "The training time excludes loading the towers and caching features.",
         "feature_bytes": "Features of an image are those of one view, and features in all those of every "
         "view and caption of the splits used.",
+        "seeds": "Values over several seeds are mean ± standard deviation; repetitions are averaged first.",
     }
-    shown = [text for name, text in explanations.items() if any(name in row.means for row in comparison.rows)]
-    if any(row.seeds > 1 for row in comparison.rows):
-        shown.append(
-            "Values over several seeds are mean ± standard deviation; repetitions are averaged first."
-        )
-    return " ".join(shown)
+    shown = {name for row in comparison.rows for name in row.means}
+    shown |= {"seeds" for row in comparison.rows if row.seeds > 1}
+    return " ".join(text for name, text in explanations.items() if name in shown)
 
 
 def markdown(comparison: Comparison) -> str:
@@ -130,31 +120,27 @@ def csv_table(comparison: Comparison) -> str:
     lines = []
     for row in map(Row.as_dict, comparison.rows):
         deviations, options, places = (row.pop(name) for name in ("std", "options", "places"))
-        lines.append(row | {f"{name}_std": value for name, value in deviations.items()})
-        lines[-1] |= {n: v if isinstance(v, float) else option_text(v) for n, v in options.items()}
-        lines[-1]["places"] = " ".join(places)
+        row |= {f"{name}_std": value for name, value in deviations.items()}
+        row |= {name: v if isinstance(v, float) else option_text(v) for name, v in options.items()}
+        lines.append(row | {"places": " ".join(places)})
     names = [*dict.fromkeys(name for line in lines for name in line)]
     return csv_text(names, [[line.get(name, "") for name in names] for line in lines])
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Write comparison.md, comparison.csv, comparison.json, and index.html with plots."""
-    plots = {
-        "rsum of each image tower with each text tower": heatmap(comparison),
-        "recall against image latency, with the Pareto front": recall_latency(comparison),
-    }
-    texts = {
+    page = template("comparison.html.j2", Path(__file__).parent).render(
+        comparison=comparison,
+        tables=[(rows[0].data, columns_of(rows)) for rows in comparison.data_sets],
+        notes=notes(comparison),
+        plots=[plot for plot in (heatmap(comparison), recall_latency(comparison)) if plot],
+    )
+    for name, text in {
         "comparison.md": markdown(comparison),
         "comparison.csv": csv_table(comparison),
         "comparison.json": json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False, default=str) + "\n",
-        "index.html": template("comparison.html.j2", Path(__file__).parent).render(
-            comparison=comparison,
-            tables=[(rows[0].data, columns_of(rows)) for rows in comparison.data_sets],
-            notes=notes(comparison),
-            plots=[(about, base64.b64encode(png).decode()) for about, png in plots.items() if png],
-        ),
-    }
-    for name, text in texts.items():
+        "index.html": page,
+    }.items():
         write_atomically(folder / name, text.encode(errors="replace"))
 
 

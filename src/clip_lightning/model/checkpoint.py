@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 
 from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
+from clip_lightning.model.clip import CLIP
 from clip_lightning.model.lora import LoRAConfig, adapter_state, merged_state
 from clip_lightning.model.towers import Tower
 from clip_lightning.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from clip_lightning.model.clip import CLIP
-
 
 def leave_out_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConfig | None) -> None:
-    """Replace the weights of fixed towers in a checkpoint by digests, and move adapters to their own entry.
-
-    Args:
-        checkpoint: checkpoint whose `state_dict` contains all weights of a module with the attribute `clip`.
-        clip: the model.
-        lora: configuration of the adapters, if there are any.
-    """
+    """Replace the weights of fixed towers in a checkpoint by digests, and move adapters to an entry."""
     checkpoint["preprocessing"] = preprocessing(clip, lora)
     checkpoint["adapters"] = adapter_state(checkpoint["state_dict"]) if clip.adapted else {}
     checkpoint["frozen_towers"] = {}
@@ -80,11 +71,7 @@ def preprocessing(clip: CLIP, lora: LoRAConfig | None) -> dict[str, Any]:
 
 
 def model_identity(clip: CLIP) -> str:
-    """Return SHA-256 (hex) of everything that decides the embeddings: weights, architecture, preprocessing.
-
-    Names and folders do not count: a copy of a bundle is the same model. Neither do the scale and the bias of
-    the loss.
-    """
+    """Return SHA-256 (hex) of all that decides the embeddings, but not of names, the scale and the bias."""
     state = merged_state(clip, clip.state_dict()) if clip.adapted else clip.state_dict()
     weights = {name: value for name, value in state.items() if name not in ("logit_scale", "logit_bias")}
     about = preprocessing(clip, None), clip.text_tower.spec["config"], weights_digest(weights)
@@ -100,29 +87,37 @@ def _towers(clip: CLIP) -> dict[str, Tower]:
     return {"clip.image_tower": clip.image_tower, "clip.text_tower": clip.text_tower}
 
 
-def load_checkpoint(clip_class: type[CLIP], file: Path) -> CLIP:
+def load_checkpoint(file: Path) -> CLIP:
     """Load the model in a checkpoint, with the metadata of its bundle.
 
     Towers that were fixed in training are not in the checkpoint. They are built by name, and their digests
     must match.
     """
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        weights, saved_preprocessing = checkpoint["state_dict"], checkpoint["preprocessing"]
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{file} is not a checkpoint of `clip-lightning fit`; give RUN/checkpoints/best.ckpt or a folder"
-        ) from error
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    weights = checkpoint["state_dict"]
     options = options_of(checkpoint, file)
     lora = LoRAConfig(**options["lora"]) if options["lora"] else None
-    clip = _build(clip_class, options, biased="clip.logit_bias" in weights)
+    if options["init_from"]:
+        clip = CLIP.from_pretrained(options["init_from"])
+    else:
+        heads, towers = options["heads"], options["towers"]
+        clip = CLIP.from_towers(
+            options["image_tower"],
+            options["text_tower"],
+            image_size=towers.get("image_size"),
+            max_length=towers["max_length"],
+            embed_dim=heads["embed_dim"],
+            head=heads["kind"],
+            dropout=heads["dropout"],
+            init_bias=0.0 if "clip.logit_bias" in weights else None,
+        )
     if lora is not None:
         clip.add_lora(lora)
     put_back_fixed_towers(checkpoint, clip, lora)
     own = {name[len("clip.") :]: tensor for name, tensor in weights.items() if name.startswith("clip.")}
     shapes = {name: tensor.shape for name, tensor in clip.state_dict().items()}
     same_shapes = {name: tensor.shape for name, tensor in own.items()} == shapes
-    if not same_shapes or saved_preprocessing != preprocessing(clip, lora):
+    if not same_shapes or checkpoint["preprocessing"] != preprocessing(clip, lora):
         raise UserError(f"{file} does not match the towers that it names; restore the towers of that run")
     clip.load_state_dict(own)
     loss = options["loss"] or "InfoNCE"
@@ -134,53 +129,25 @@ def load_checkpoint(clip_class: type[CLIP], file: Path) -> CLIP:
 def options_of(checkpoint: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Return the arguments of `CLIPModule` with which a checkpoint was trained.
 
-    If they are not in the checkpoint, they are read from config.yaml of its run, in which version 0.1.0
-    stored those of heads and towers one level higher.
+    Those of version 0.1.0 are in config.yaml of its run, with the ones of heads and towers one level higher.
     """
     if "hyper_parameters" in checkpoint:
         return dict(checkpoint["hyper_parameters"]["model"])
-    run = RunFolder.of_checkpoint(file.absolute())
-    try:
-        config = yaml.safe_load(run.config.read_text("utf-8"))
-        model = config["model"]
-        if "heads" in model:
-            return dict(model)
-        size = {"image_size": config["data"]["image_size"]}
-        same = ("image_tower", "text_tower", "init_from", "freeze", "lora", "loss")
-        return {
-            **{name: model[name] for name in same},
-            "heads": {"embed_dim": model["embed_dim"], "kind": model["head"], "dropout": model["dropout"]},
-            "towers": {name: model[name] for name in ("max_length", "fix_statistics")} | size,
-        }
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{file} does not name its towers, and {run.config} cannot be read; give the checkpoint in the "
-            "folder of its run, as RUN/checkpoints/best.ckpt"
-        ) from error
-
-
-def _build(clip_class: type[CLIP], options: Mapping[str, Any], *, biased: bool) -> CLIP:
-    """Build the untrained model from the options of a run."""
-    if options["init_from"]:
-        return clip_class.from_pretrained(options["init_from"])
-    heads, towers = options["heads"], options["towers"]
-    return clip_class.from_towers(
-        options["image_tower"],
-        options["text_tower"],
-        image_size=towers.get("image_size"),
-        max_length=towers["max_length"],
-        embed_dim=heads["embed_dim"],
-        head=heads["kind"],
-        dropout=heads["dropout"],
-        init_bias=0.0 if biased else None,
-    )
+    config = yaml.safe_load(RunFolder.of_checkpoint(file.absolute()).config.read_text("utf-8"))
+    model = config["model"]
+    if "heads" in model:
+        return dict(model)
+    size = {"image_size": config["data"]["image_size"]}
+    same = ("image_tower", "text_tower", "init_from", "freeze", "lora", "loss")
+    return {
+        **{name: model[name] for name in same},
+        "heads": {"embed_dim": model["embed_dim"], "kind": model["head"], "dropout": model["dropout"]},
+        "towers": {name: model[name] for name in ("max_length", "fix_statistics")} | size,
+    }
 
 
 def bundle_metadata(file: Path, checkpoint: Mapping[str, Any], loss: str) -> dict[str, Any]:
-    """Return the metadata that the run writes into its bundle, as far as it is available.
-
-    The metrics of the best epoch are included if the checkpoint is from that epoch.
-    """
+    """Return what is known of the run's bundle; metrics only if the checkpoint is from the best epoch."""
     run = RunFolder.of_checkpoint(file.absolute())
     metrics = checkpoint.get("callbacks", {}).get("RunRecorder", {}).get("metrics", {})
     try:

@@ -56,26 +56,26 @@ class ResidualMLPHead(nn.Module):
 
 
 def _head(kind: SideHeadKind, width: int, embed_dim: int, dropout: float) -> nn.Module:
-    if kind == "none":
-        return nn.Identity()
-    if kind == "mlp":
-        return ResidualMLPHead(width, embed_dim, dropout)
-    if kind in ("linear", "affine"):
-        return nn.Sequential(nn.Dropout(dropout), nn.Linear(width, embed_dim, bias=kind == "affine"))
-    if kind == "gelu":
-        hidden = (width + embed_dim) // 2
-        first, last = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, embed_dim, bias=False)
-        return nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), last)
+    first = nn.Dropout(dropout)
+    match kind:
+        case "none":
+            return nn.Identity()
+        case "mlp":
+            return ResidualMLPHead(width, embed_dim, dropout)
+        case "linear" | "affine":
+            return nn.Sequential(first, nn.Linear(width, embed_dim, bias=kind == "affine"))
+        case "gelu":
+            inner = (width + embed_dim) // 2
+            layers = nn.Linear(width, inner, bias=False), nn.GELU(), nn.Linear(inner, embed_dim, bias=False)
+            return nn.Sequential(first, *layers)
     raise ValueError(f"unknown head {kind!r}")
 
 
 class CLIP(nn.Module):
     """An image tower and a text tower that embed matching images and texts close to each other.
 
-    Attributes:
-        transform: transform from an image to the pixels that the image tower expects.
-        tokenize: turns texts into `input_ids` and `attention_mask`.
-        metadata: further values in the bundle, such as metrics, loss, training data and license.
+    `transform` turns an image into the pixels that the image tower expects, `tokenize` texts into `input_ids`
+    and `attention_mask`. `metadata` has further values of the bundle, such as metrics and training data.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class CLIP(nn.Module):
         """Combine two towers with new projection heads; `from_towers` accepts names of towers.
 
         Args:
-            image_tower: tower that returns features of images.
-            text_tower: tower that returns features of texts.
+            image_tower: tower for images.
+            text_tower: tower for texts.
             embed_dim: width of the embeddings.
             head: `linear`, or `mlp` with one residual block; or a mapping with one kind for `image` and one
                 for `text`, which may also be `affine` (linear with a bias), `gelu` (two layers) or `none`.
@@ -102,11 +102,9 @@ class CLIP(nn.Module):
             init_bias: initial value of the learnable bias of the logits, or None for no bias.
         """
         super().__init__()
-        for which, tower in (("image_tower", image_tower), ("text_tower", text_tower)):
+        for tower in (image_tower, text_tower):
             if not isinstance(tower, Tower):
-                raise TypeError(
-                    f"{which} is {tower!r}, expected a tower; CLIP.from_towers accepts names and modules"
-                )
+                raise TypeError(f"{tower!r} is not a tower; CLIP.from_towers accepts names and modules")
         if embed_dim < 1 or not 0 <= dropout < 1:
             raise UserError(
                 f"embed_dim {embed_dim} and dropout {dropout}: expected a width of 1 or more, and a fraction "
@@ -115,16 +113,17 @@ class CLIP(nn.Module):
         self.image_tower = image_tower
         self.text_tower = text_tower
         kinds: Mapping[str, SideHeadKind] = {"image": head, "text": head} if isinstance(head, str) else head
-        widths = {"image": image_tower.width, "text": text_tower.width}
         self.heads = nn.ModuleDict(
-            {side: _head(kinds[side], width, embed_dim, dropout) for side, width in widths.items()}
+            {
+                "image": _head(kinds["image"], image_tower.width, embed_dim, dropout),
+                "text": _head(kinds["text"], text_tower.width, embed_dim, dropout),
+            }
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_scale)))
         self.logit_bias = None if init_bias is None else nn.Parameter(torch.tensor(init_bias))
         self.transform = image_tower.transform
         self.tokenize = text_tower.tokenize
         self.metadata: dict[str, Any] = {}
-        self._embed_dim = embed_dim
         self._max_logit_scale = math.log(MAX_SCALE)
         self._head_config: dict[str, Any] = {
             "embed_dim": embed_dim,
@@ -140,11 +139,7 @@ class CLIP(nn.Module):
         *,
         image_size: int | None = None,
         max_length: int | None = None,
-        embed_dim: int = 512,
-        head: HeadKind = "linear",
-        dropout: float = 0.0,
-        init_scale: float = 1 / 0.07,
-        init_bias: float | None = None,
+        **heads: Any,
     ) -> CLIP:
         """Build a model with new heads from the names of towers, or from your own modules.
 
@@ -159,33 +154,26 @@ class CLIP(nn.Module):
             image_size: side of the square input in pixels; by default, the one that the tower was trained
                 with.
             max_length: maximum number of tokens per text; by default 77, or the tower's limit if it is lower.
-            embed_dim: width of the embeddings.
-            head: `linear`, or `mlp` with one residual block.
-            dropout: fraction of features (linear) or hidden units (mlp) that is dropped in training.
-            init_scale: initial value of the learnable inverse temperature.
-            init_bias: initial value of the learnable bias of the logits (SigLIP), or None for no bias.
+            heads: `embed_dim`, `head`, `dropout`, `init_scale` and `init_bias` of `CLIP`.
 
         Raises:
             UserError: a tower does not exist or is not supported.
         """
-        return cls(
-            ImageTower.from_name(image_tower, image_size)
-            if isinstance(image_tower, str)
-            else ImageTower.from_module(image_tower, image_size),
-            TextTower.from_name(text_tower, max_length)
-            if isinstance(text_tower, str)
-            else TextTower.from_module(text_tower, max_length),
-            embed_dim=embed_dim,
-            head=head,
-            dropout=dropout,
-            init_scale=init_scale,
-            init_bias=init_bias,
-        )
+        if isinstance(image_tower, str):
+            image = ImageTower.from_name(image_tower, image_size)
+        else:
+            image = ImageTower.from_module(image_tower, image_size)
+        if isinstance(text_tower, str):
+            text = TextTower.from_name(text_tower, max_length)
+        else:
+            text = TextTower.from_module(text_tower, max_length)
+        return cls(image, text, **heads)
 
     def __repr__(self) -> str:
         towers = f"image_tower={self.image_tower.spec['name']!r}, text_tower={self.text_tower.spec['name']!r}"
         millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
-        return f"CLIP({towers}, embed_dim={self._embed_dim}, {millions:.1f}M parameters, {self.device})"
+        width = self._head_config["embed_dim"]
+        return f"CLIP({towers}, embed_dim={width}, {millions:.1f}M parameters, {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -278,19 +266,13 @@ class CLIP(nn.Module):
 
         Raises:
             BrokenImage: an image cannot be read; the message names the first one.
-            ValueError: `batch_size` or `errors` is invalid.
         """
         _check_arguments(errors, batch_size)
         self.eval()
-        parts = []
-        batches = encode_images(
-            self.image_tower,
-            one_or_many(images),
-            project=self.project_image,
-            batch_size=batch_size,
-            progress="images" if progress else "",
-        )
-        for batch in batches:
+        parts, items, title = [], one_or_many(images), "images" if progress else ""
+        for batch in encode_images(
+            self.image_tower, items, project=self.project_image, batch_size=batch_size, progress=title
+        ):
             for row, name, reason in batch.broken:
                 label = name if name == f"image {row}" else f"image {row}, {name}"
                 if errors == "raise":
@@ -316,7 +298,6 @@ class CLIP(nn.Module):
 
         Raises:
             TypeError: an item is not a string.
-            ValueError: `batch_size` or `errors` is invalid.
         """
         _check_arguments(errors, batch_size)
         items: list[Any] = [texts] if isinstance(texts, str) else list(texts)
@@ -326,21 +307,12 @@ class CLIP(nn.Module):
                     raise TypeError(f"text {row} is {text!r}; expected a string")
                 _log.warning("skipped text %s: %r is not a string", row, text)
         self.eval()
+        valid, title = [text for text in items if isinstance(text, str)], "texts" if progress else ""
         return encode_texts(
-            self.text_tower,
-            [text for text in items if isinstance(text, str)],
-            project=self.project_text,
-            batch_size=batch_size,
-            progress="texts" if progress else "",
+            self.text_tower, valid, project=self.project_text, batch_size=batch_size, progress=title
         )
 
-    def zero_shot_classifier(
-        self,
-        labels: str | Iterable[str | Iterable[str]],
-        templates: str | Iterable[str] = ("a photo of a {}.",),
-    ) -> Tensor:
-        """Return unit-length embeddings (C, D) of classes; see `clip_lightning.zero_shot_classifier`."""
-        return zero_shot_classifier(self, labels, templates)
+    zero_shot_classifier = zero_shot_classifier
 
     def classify(
         self, images: Any, labels: str | Iterable[str | Iterable[str]] | Tensor, errors: Errors = "raise"
@@ -397,9 +369,6 @@ class CLIP(nn.Module):
                 `training_data` and `license`.
             place: name from which the example on the model card loads the model.
 
-        Returns:
-            The folder.
-
         Raises:
             UserError: the folder contains something other than a bundle.
             ValueError: `weights` do not match this model.
@@ -424,13 +393,8 @@ class CLIP(nn.Module):
         repo = HfApi().create_repo(repo_id=repo, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             bundle = self.save_pretrained(Path(folder) / "model", metadata=self.metadata, place=repo)
-            commit = HfApi().upload_folder(
-                repo_id=repo,
-                repo_type="model",
-                folder_path=bundle,
-                commit_message="Upload a clip-lightning bundle",
-            )
-        return str(commit)
+            message = "Upload a clip-lightning bundle"
+            return str(HfApi().upload_folder(repo_id=repo, folder_path=bundle, commit_message=message))
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> CLIP:
@@ -448,15 +412,15 @@ class CLIP(nn.Module):
         """
         from clip_lightning.model.loading import load
 
-        return load(cls, str(name))
+        return load(str(name))
 
 
 def parameter_counts(clip: CLIP) -> dict[str, int]:
     """Return the number of `parameters`, and of `parameters_trained`."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in clip.parameters()]
+    parameters = list(clip.parameters())
     return {
-        "parameters": sum(size for size, _ in sizes),
-        "parameters_trained": sum(size for size, trained in sizes if trained),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "parameters_trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     }
 
 

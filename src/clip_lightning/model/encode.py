@@ -6,11 +6,11 @@ I images, N texts, D the width of the features or embeddings.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from tqdm import tqdm
 
 from clip_lightning.cores import cores
 from clip_lightning.data.images import BrokenImage, to_pixels
-
-if TYPE_CHECKING:
-    from clip_lightning.model.towers import ImageTower, TextTower, Tower
+from clip_lightning.model.towers import ImageTower, TextTower, Tower
 
 BATCH_SIZE, TEXT_BATCH_SIZE = 64, 128
 Project = Callable[[Tensor], Tensor]
@@ -65,16 +63,15 @@ def encode_images(
 
     Args:
         tower: image tower in eval mode, on the device on which it should run.
-        images: anything that `decode` accepts. A generator is read at most two batches ahead.
+        images: anything that `decode` accepts.
         decode: function that returns the pixels of an image, uint8 (3, H, W), or None to leave the image out,
             or raises `BrokenImage`; any other exception stops the iteration. It is called in threads. By
             default, images are read by `to_pixels` and transformed as the tower expects.
-        project: function that turns features into embeddings, such as `CLIP.project_image`; by default, the
-            features are returned.
+        project: function that turns features into embeddings, such as `CLIP.project_image`.
         batch_size: number of images per forward pass.
         threads: number of decoding threads; by default, one per core.
         precision: data type for autocast; by default, the tower runs in fp32.
-        progress: title of a progress bar on stderr; by default, there is no bar.
+        progress: title of a progress bar on stderr, if there is to be one.
     """
     decode = decode or (lambda image: tower.transform(to_pixels(image)))
 
@@ -86,7 +83,10 @@ def encode_images(
 
     position, waiting = 0, iter(images)
     chunks = iter(lambda: list(islice(waiting, batch_size)), [])
-    with ThreadPoolExecutor(threads or cores()) as pool, _bar(progress, images) as bar:
+    with (
+        ThreadPoolExecutor(threads or cores()) as pool,
+        tqdm(images, desc=progress, disable=not progress) as bar,
+    ):
         try:
             batches = ((chunk, pool.map(attempt, chunk)) for chunk in chunks)
             ahead = deque(islice(batches, 2))
@@ -100,16 +100,13 @@ def encode_images(
                     elif result is not None:
                         pixels[row] = result.permute(1, 2, 0)  # channels last, as the decoders leave them
                 ahead.extend(islice(batches, 1))
-                if pixels:
-                    stacked = torch.stack([*pixels.values()]).permute(0, 3, 1, 2)
-                    features = _run(tower, (stacked,), project, precision)
-                else:
-                    features = _empty(tower, project)
+                inputs = [torch.stack([*pixels.values()]).permute(0, 3, 1, 2)] if pixels else []
+                features = _run(tower, inputs, project, precision)
                 yield Encoded(len(chunk), [*pixels], features, broken)
                 position += len(chunk)
                 bar.update(len(chunk))
             if not position:
-                yield Encoded(0, [], _empty(tower, project), [])
+                yield Encoded(0, [], _run(tower, [], project, precision), [])
         finally:  # a consumer that stops early does not wait for the images ahead
             pool.shutdown(cancel_futures=True)
 
@@ -123,42 +120,33 @@ def encode_texts(
     precision: torch.dtype | None = None,
     progress: str = "",
 ) -> Tensor:
-    """Return the features of texts, or embeddings if `project` is given: (N, D) float32 on the CPU.
+    """Return features or embeddings (N, D) of texts, float32 on the CPU; the arguments are the same.
 
-    Texts of similar length are encoded together to reduce padding. The arguments are those of
-    `encode_images`.
+    Texts of similar length are encoded together to reduce padding.
     """
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    parts = [] if order else [_empty(tower, project)]
-    with _bar(progress, texts) as bar:
+    parts = [_run(tower, [], project, precision)]
+    with tqdm(texts, desc=progress, disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tokens = tower.tokenize([texts[row] for row in rows])
-            parts.append(_run(tower, (tokens["input_ids"], tokens["attention_mask"]), project, precision))
+            parts.append(_run(tower, tokens.values(), project, precision))
             bar.update(len(rows))
     return torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
 
 
 @torch.inference_mode()
 def _run(
-    tower: Tower, inputs: tuple[Tensor, ...], project: Project | None, precision: torch.dtype | None
+    tower: Tower, inputs: Collection[Tensor], project: Project | None, precision: torch.dtype | None
 ) -> Tensor:
+    """Return the features or embeddings of a batch, or (0, D) if there are no inputs."""
     device = tower.device
     with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
-        features = tower(*(tensor.to(device, non_blocking=True) for tensor in inputs))
+        if inputs:
+            features = tower(*(tensor.to(device, non_blocking=True) for tensor in inputs))
+        else:
+            features = torch.empty(0, tower.width, device=device)
         return (features if project is None else project(features)).float().cpu()
-
-
-@torch.inference_mode()
-def _empty(tower: Tower, project: Project | None) -> Tensor:
-    """Return the features of no input, (0, D)."""
-    features = torch.empty(0, tower.width, device=tower.device)
-    return (features if project is None else project(features)).float().cpu()
-
-
-def _bar(title: str, items: Iterable[Any]) -> tqdm[Any]:
-    total = len(items) if isinstance(items, Sized) else None
-    return tqdm(total=total, desc=title, disable=not title)
 
 
 def best_device() -> torch.device:
@@ -175,7 +163,6 @@ def one_or_many(images: Any) -> Iterable[Any]:
 
 def _name(image: Any, position: int) -> str:
     """Return the name of an image in messages: its file if it has one, else its position."""
-    if isinstance(image, str | Path):
-        return str(image)
-    file = getattr(image, "name", None) or getattr(image, "filename", None)
-    return str(file) if file else f"image {position}"
+    is_path = isinstance(image, str | Path)
+    file = image if is_path else getattr(image, "name", None) or getattr(image, "filename", None)
+    return str(file or f"image {position}")

@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import huggingface_hub
 import torch
 from torch import Tensor
 
-from clip_lightning.errors import UserError
-from clip_lightning.model.bundle import (
-    WEIGHTS,
-    fetch_weights,
-    find_model,
-    read_bundle,
-    read_json,
-    refusing_damage,
-)
+from clip_lightning.errors import UserError, as_user_error
+from clip_lightning.model.bundle import TOKENIZER_SUFFIXES, WEIGHTS, read_bundle, read_json
 from clip_lightning.model.checkpoint import load_checkpoint
+from clip_lightning.model.clip import CLIP
+from clip_lightning.model.pretrained.hugging_face import load_transformers
+from clip_lightning.model.pretrained.open_clip import load_open_clip
+from clip_lightning.model.towers.base import OWN
 from clip_lightning.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from clip_lightning.model.clip import CLIP
-
-TRANSFORMERS = {
-    "clip": "CLIPModel",
-    "siglip": "SiglipModel",
-    "vision-text-dual-encoder": "VisionTextDualEncoderModel",
-}
+TRANSFORMERS = ("clip", "siglip", "vision-text-dual-encoder")
 
 
-def load(clip_class: type[CLIP], name: str) -> CLIP:
+def load(name: str) -> CLIP:
     """Load a model in eval mode; see `CLIP.from_pretrained`."""
-    if Path(name).is_file():
-        clip = load_checkpoint(clip_class, Path(name))
-    elif name.startswith("open_clip:"):
-        clip = _load_open_clip(clip_class, name.removeprefix("open_clip:"), name)
-    elif (run := RunFolder(Path(name))).is_run():
-        return load(clip_class, _model_of(run))
-    else:
-        folder = find_model(name)
-        with refusing_damage(name):
-            config = read_json(folder / "config.json")
-            clip = _load_folder(clip_class, folder, config, name)
+    with as_user_error(f"{name} cannot be loaded", "check the name, or get the complete model again"):
+        clip = _load(name)
     for weight, tensor in clip.named_parameters():
         if not tensor.isfinite().all():
             raise UserError(f"{name} has weights that are not finite ({weight}); train it again")
@@ -50,63 +32,81 @@ def load(clip_class: type[CLIP], name: str) -> CLIP:
     return clip.eval()
 
 
-def _model_of(run: RunFolder) -> str:
-    """Return the bundle of a run, or its best or last checkpoint if there is no bundle."""
-    for path in (run.model, run.best, run.last):
-        if path.exists():
-            return str(path)
-    raise UserError(f"the run {run.path} has neither {run.model.name} nor a checkpoint; give another run")
-
-
-def _load_folder(clip_class: type[CLIP], folder: Path, config: dict[str, Any], name: str) -> CLIP:
-    """Load a bundle, or a model of transformers or open_clip; weights on the Hub are downloaded."""
+def _load(name: str) -> CLIP:
+    if Path(name).is_file():
+        return load_checkpoint(Path(name))
+    if name.startswith("open_clip:"):
+        return load_open_clip(name.removeprefix("open_clip:"), name)
+    if (run := RunFolder(Path(name))).is_run():
+        for path in (run.model, run.best, run.last):
+            if path.exists():
+                return _load(str(path))
+        raise UserError(f"the run {name} has neither {run.model.name} nor a checkpoint; give another run")
+    folder = _find(name)
+    config = read_json(folder / "config.json")
     model_type = None if "format" in config else config.get("model_type")
     if model_type in TRANSFORMERS:
-        from clip_lightning.model.pretrained.hugging_face import load_transformers
-
-        fetch_weights(name, "model*.safetensors", "pytorch_model*.bin")
-        return load_transformers(clip_class, folder, TRANSFORMERS[model_type], name)
+        _fetch_weights(name, "model*.safetensors", "pytorch_model*.bin")
+        return load_transformers(folder, name)
     if "format" not in config and (folder / "open_clip_config.json").is_file():
-        fetch_weights(name, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-        return _load_open_clip(clip_class, f"local-dir:{folder}", name)
-    if model_type is not None:
-        known = ", ".join(f"{named} ({model})" for named, model in TRANSFORMERS.items())
+        _fetch_weights(name, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        return load_open_clip(f"local-dir:{folder}", name)
+    if "image_tower" not in config:
         raise UserError(
-            f"{name} is a model of type {model_type!r}, which does not embed images and texts in one space; "
-            f"expected a bundle, an open_clip model, or one of {known}"
+            f"{name} is not a clip-lightning bundle (config.json and {WEIGHTS}) or a model of open_clip, and "
+            f"its type in transformers is {model_type!r}, expected one of {', '.join(TRANSFORMERS)}"
         )
-    return _load_bundle(clip_class, folder, config, name)
+    _fetch_weights(name, WEIGHTS)
+    return _load_bundle(folder, config, name)
 
 
-def _load_open_clip(clip_class: type[CLIP], place: str, name: str) -> CLIP:
-    from clip_lightning.model.pretrained.open_clip import load_named
+def _find(name: str) -> Path:
+    """Return the folder of a model; a model on the Hub is downloaded without weights (`_fetch_weights`)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith("wandb:"):
+        from clip_lightning.wandb_fetch import ArtifactName, fetch
 
-    return load_named(clip_class, place, name)
-
-
-def _load_bundle(clip_class: type[CLIP], folder: Path, config: dict[str, Any], name: str) -> CLIP:
-    fetch_weights(name, WEIGHTS)
-    if not config or not (folder / WEIGHTS).is_file():
+        return fetch(ArtifactName.parse(name.removeprefix("wandb:"), "wandb:")).folder
+    patterns = [*(f"*{suffix}" for suffix in TOKENIZER_SUFFIXES), "README.md"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub has no base class for its errors
         raise UserError(
-            f"{name} is not a clip-lightning bundle; expected a folder with config.json and {WEIGHTS}, or a "
-            "CLIP of transformers or open_clip"
+            f"no model {name!r}: there is no such folder, and it could not be downloaded from the Hugging "
+            "Face Hub; check the path or the name"
+        ) from error
+
+
+def _fetch_weights(name: str, *patterns: str) -> None:
+    """Download the weights of a model on the Hub that match the first pattern with any match."""
+    if Path(name).is_dir() or name.startswith("wandb:"):
+        return
+    for pattern in patterns:
+        if any(Path(huggingface_hub.snapshot_download(name, allow_patterns=[pattern])).glob(pattern)):
+            return
+
+
+def _load_bundle(folder: Path, config: dict[str, Any], name: str) -> CLIP:
+    state = read_bundle(folder, config)
+    if OWN in (config["image_tower"]["architecture"], config["text_tower"]["config"]["model_type"]):
+        raise UserError(
+            f"a tower of {name} is a custom module, which a bundle does not contain; build the model with "
+            f"CLIP.from_towers again, and load {WEIGHTS}"
         )
-    state = read_bundle(folder, config, name)
-    _check_shapes(clip_class, config, folder, state)
-    clip = clip_class.from_config(config, folder)
+    _check_shapes(config, folder, state)
+    clip = CLIP.from_config(config, folder)
     clip.load_state_dict(state)
     own = {*clip.config(), "tokenizer_files"}
     clip.metadata = {key: value for key, value in config.items() if key not in own}
     return clip
 
 
-def _check_shapes(
-    clip_class: type[CLIP], config: dict[str, Any], folder: Path, state: dict[str, Tensor]
-) -> None:
+def _check_shapes(config: dict[str, Any], folder: Path, state: dict[str, Tensor]) -> None:
     """Compare the configuration with the weights before memory is allocated for the model."""
     try:
         with torch.device("meta"):
-            described = clip_class.from_config(config, folder).state_dict()
+            described = CLIP.from_config(config, folder).state_dict()
     except UserError:
         raise
     except Exception:  # some architectures cannot be built on the meta device

@@ -5,7 +5,7 @@ I images, C classes, D the width of the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +26,8 @@ def zero_shot_classifier(
     Args:
         clip: the model.
         class_names: one entry per class: a name, or several names.
-        templates: one or several captions with `{}` in place of a name. All captions of a class are embedded,
-            and the mean of their unit-length embeddings is normalized again.
+        templates: one or several captions with `{}` in place of a name; other braces are kept. The mean of
+            the unit-length embeddings of all captions of a class is normalized again.
 
     Raises:
         ValueError: there are no classes or no templates, or a class has no name.
@@ -37,15 +37,10 @@ def zero_shot_classifier(
     templates = [templates] if isinstance(templates, str) else list(templates)
     if not names or not all(names) or not templates:
         raise ValueError("expected one or more classes, each with a name, and one or more templates")
-    captions = [fill(entry, templates) for entry in names]
+    captions = [[text.replace("{}", name) for name in entry for text in templates] for entry in names]
     embedded = clip.embed_texts([caption for entry in captions for caption in entry])
     means = [part.mean(0) for part in embedded.split([len(entry) for entry in captions])]
     return F.normalize(torch.stack(means), dim=-1)
-
-
-def fill(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Insert every name into every template; other braces are kept."""
-    return [template.replace("{}", name) for name in names for template in templates]
 
 
 def probabilities(similarity: Tensor, scale: float, bias: float | None) -> Tensor:

@@ -14,13 +14,7 @@ from clip_lightning.reports.tables import csv_text
 
 @dataclass(frozen=True)
 class ClassReport:
-    """A classification with the names of its classes.
-
-    Attributes:
-        title: title of the plots and of the summary.
-        names: names of the classes.
-        result: result of the classification.
-    """
+    """A classification with the names of its classes, and a title for plots and the summary."""
 
     title: str
     names: Sequence[str]
@@ -28,15 +22,18 @@ class ClassReport:
 
     def classes(self) -> list[tuple[str, int, int, float | None]]:
         """Return (name, images, right, percentage or None without images) of each class, in order."""
-        return [
-            (name, asked, right, 100 * right / asked if asked else None)
-            for name, (right, asked) in zip(self.names, self.result.per_class(), strict=True)
-        ]
+        confusion = self.result.confusion
+        counts = zip(self.names, confusion.sum(1).tolist(), confusion.diag().tolist(), strict=True)
+        return [(name, asked, right, 100 * right / asked if asked else None) for name, asked, right in counts]
 
-    def confused(self, most: int) -> list[tuple[str, str, int]]:
-        """Return (true class, predicted class, images) of the most frequent mistakes."""
-        pairs = self.result.confused(most)
-        return [(self.names[true], self.names[taken], count) for true, taken, count in pairs]
+    def confused(self, most: int | None = None) -> list[tuple[str, str, int]]:
+        """Return (true class, predicted class, images) of the most frequent mistakes, in that order."""
+        wrong = self.result.confusion.clone().fill_diagonal_(0)
+        pairs = wrong.nonzero()
+        counts = wrong[pairs[:, 0], pairs[:, 1]]
+        order = counts.argsort(descending=True, stable=True)[:most]
+        found = zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
+        return [(self.names[true], self.names[taken], count) for (true, taken), count in found]
 
     def summary(self) -> str:
         """Summarize the worst classes and mistakes in a few lines."""
@@ -54,15 +51,16 @@ class ClassReport:
 
     def write(self, folder: Path) -> None:
         """Write `classes.csv`, `confused.csv`, `calibration.csv` and the plots into the folder."""
-        result = self.result.calibration
-        bins = zip(result.images.tolist(), result.confidence.tolist(), result.accuracy.tolist(), strict=True)
+        bins = self.result.calibration
+        columns = bins.images, 100 * bins.confidence, 100 * bins.accuracy
+        rows = zip(*(column.tolist() for column in columns), strict=True)
         classes = [(*row, "" if percent is None else f"{percent:.2f}") for *row, percent in self.classes()]
-        calibration = [(images, f"{100 * mean:.2f}", f"{100 * right:.2f}") for images, mean, right in bins]
-        for name, header, rows in (
+        calibration = [(images, f"{mean:.2f}", f"{right:.2f}") for images, mean, right in rows]
+        for name, header, table in (
             ("classes", "class images right accuracy", classes),
-            ("confused", "class taken_for images", self.confused(len(self.names) ** 2)),
+            ("confused", "class taken_for images", self.confused()),
             ("calibration", "images mean_probability accuracy", calibration),
         ):
-            write_atomically(folder / f"{name}.csv", csv_text(header.split(), rows).encode())
+            write_atomically(folder / f"{name}.csv", csv_text(header.split(), table).encode())
         for name, png in self.plots().items():
             write_atomically(folder / f"{name}.png", png)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,29 +11,24 @@ from io import BytesIO
 from pathlib import Path
 
 import jinja2
+from PIL import Image, ImageOps
 
+from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.evaluation.predictions import Query
 from clip_lightning.files import write_atomically
-from clip_lightning.reports.grids import MOST_KEPT, thumbnail
-from clip_lightning.reports.plots import Plot
+from clip_lightning.reports.plots import LINE, Plot
 
 SHOWN = 6  # queries of each kind above the fold
+SIDE, MOST_KEPT = 256, 256  # pixels of a thumbnail, and cached thumbnails
 Ranks = Mapping[int, Mapping[str, int]]
 """Epoch → id of a query, as a string → rank."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The predictions of an epoch.
+    """The predictions of an epoch: fixed captions and images with the answers, and their ranks in all epochs.
 
-    Attributes:
-        epoch: number of the epoch.
-        captions: fixed captions and the images retrieved for them.
-        caption_ranks: ranks of the captions in all epochs so far, including this one.
-        images: fixed images and the captions retrieved for them.
-        image_ranks: ranks of the images in all epochs so far, including this one.
-        plots: plots of the complete split; empty before training ends.
-        misses: captions whose images rank worst in the complete split; empty before training ends.
+    The plots and the worst misses of the complete split are added when training ends.
     """
 
     epoch: int
@@ -60,7 +54,7 @@ def template(name: str, folder: Path = Path(__file__).parent) -> jinja2.Template
 def write_page(report: Report, path: Path) -> None:
     """Write the report as one HTML file with embedded images."""
     html = template("predictions.html.j2").render(
-        report=report, shown=SHOWN, headline=headline, moves=_moves, spark=_spark, embedded=embedded
+        report=report, shown=SHOWN, headline=headline, moves=_moves, embedded=embedded
     )
     write_atomically(path, html.encode(errors="replace"))
 
@@ -68,12 +62,25 @@ def write_page(report: Report, path: Path) -> None:
 def headline(queries: Sequence[Query]) -> str:
     """Summarize the queries in one line."""
     if not queries:
-        return "no queries"
+        return "No queries"
     shown = max(len(query.answers) for query in queries)
     return (
         f"{sum(query.hit for query in queries)} of {len(queries)} with a right answer in the top {shown}, "
         f"median rank {statistics.median(query.rank for query in queries):,g} of {queries[0].candidates:,}"
     )
+
+
+@lru_cache(MOST_KEPT)
+def thumbnail(path: Path) -> Image.Image:
+    """Return the center square of an image in RGB, or a gray tile if it cannot be read.
+
+    Thumbnails are cached, because the next epoch shows many of the same images.
+    """
+    try:
+        image = Image.fromarray(decode_image(path).permute(1, 2, 0).numpy())
+    except BrokenImage:
+        return Image.new("RGB", (SIDE, SIDE), LINE)
+    return ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
 @lru_cache(MOST_KEPT)
@@ -91,15 +98,3 @@ def _moves(query: Query, ranks: Ranks, most: int = 8) -> list[tuple[int, int]]:
     if len(moves) <= most:
         return moves
     return [moves[round(step * (len(moves) - 1) / (most - 1))] for step in range(most)]
-
-
-def _spark(query: Query, ranks: Ranks) -> str:
-    """Return the points of an SVG polyline in 100 × 24 pixels, with the rank on a logarithmic scale."""
-    moves = [rank for _, rank in _moves(query, ranks, most=100)]
-    if len(moves) < 2:
-        return ""
-    deepest = math.log(max(*moves, 10))
-    return " ".join(
-        f"{100 * step / (len(moves) - 1):.1f},{2 + 20 * math.log(rank) / deepest:.1f}"
-        for step, rank in enumerate(moves)
-    )

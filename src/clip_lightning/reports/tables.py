@@ -38,10 +38,8 @@ def _cell(row: Row, name: str) -> str:
 
 def by_data(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Group the rows by data set."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["data"], []).append(row)
-    return groups
+    places = [row["data"] for row in rows]
+    return {place: [row for row in rows if row["data"] == place] for place in dict.fromkeys(places)}
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -80,14 +78,13 @@ def print_results(rows: Sequence[Row], *, as_json: bool) -> None:
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console(markup=False, highlight=False)
     for data, group in by_data(rows).items():
-        header, *body = lines(group)
-        table = Table(*header, title=data, title_justify="left", box=SIMPLE_HEAD)
-        for column in table.columns[1:]:
-            column.overflow = "fold"
+        (_, *models), *body = lines(group)
+        columns: list[str | Column] = ["", *(Column(model, overflow="fold") for model in models)]
+        table = Table(*columns, title=data, title_justify="left", box=SIMPLE_HEAD)
         for line in body:
             table.add_row(*line)
         console.print(table)

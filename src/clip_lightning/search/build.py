@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -346,8 +347,10 @@ def build_in_processes(
 
 
 def _help(local: int, siblings: int, model: str, source: Path, out: Path, options: Options) -> None:
-    _use_device(local, siblings)
-    Embedder(model, source, out, options).embed(helps=True)
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.is_alive():  # it may be killed before torch can follow it
+        _use_device(local, siblings)
+        Embedder(model, source, out, options).embed(helps=True)
 
 
 def _use_device(local: int, siblings: int) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from clip_lightning.files import complete_file
-from clip_lightning.reports.grids import INK, MARGIN, MUTED, font, rounded, thumbnail
+from clip_lightning.reports.pages import thumbnail
+from clip_lightning.reports.plots import INK, MUTED
 from clip_lightning.search.index import FoundImage
 from clip_lightning.terminal import one_line
 
-TILE, GAP, LABEL, HEADING = 240, 20, 62, 108
+TILE, GAP, LABEL, HEADING, MARGIN = 240, 20, 62, 108, 48
 MOST_COLUMNS = 6
 
 
@@ -48,14 +50,19 @@ def draw_found(queries: Sequence[tuple[str | Path, Sequence[FoundImage]]], path:
 
 
 def _paste(canvas: Image.Image, path: Path, at: tuple[int, int], side: int) -> None:
-    """Paste the center square of an image with rounded corners."""
-    image = thumbnail(path).resize((side, side), Image.Resampling.LANCZOS)
-    canvas.paste(image, at, rounded(side, 8))
+    """Paste the center square of an image."""
+    canvas.paste(thumbnail(path).resize((side, side), Image.Resampling.LANCZOS), at)
 
 
 def _write(canvas: Image.Image, text: str, at: tuple[int, int], size: int, colour: str, width: float) -> None:
     """Write text on one line of at most `width` pixels, truncated with … if it is longer."""
     text = complete = one_line(text[:500])
-    while text and font(size).getlength(text + "…" * (text != complete)) > width:
+    while text and _font(size).getlength(text + "…" * (text != complete)) > width:
         text = text[:-1]
-    ImageDraw.Draw(canvas).text(at, text + "…" * (text != complete), colour, font(size))
+    ImageDraw.Draw(canvas).text(at, text + "…" * (text != complete), colour, _font(size))
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Load Pillow's default font with a size in pixels."""
+    return ImageFont.load_default(size)

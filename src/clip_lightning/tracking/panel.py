@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from PIL import Image
 
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.tracking.logger import RunLogger
 
 
 class Panel(Callback):
@@ -21,7 +22,7 @@ class Panel(Callback):
     A failure to show something is a warning and does not end the run.
 
     Attributes:
-        folder: the folder of the run.
+        folder: the folder of the run, by default that of the trainer.
     """
 
     folder: Path | None = None
@@ -38,11 +39,10 @@ class Panel(Callback):
         self.show_rest(trainer)
 
     def show_rest(self, trainer: Trainer) -> None:
-        """Show those results of the last validation that are shown only once."""
-        raise NotImplementedError
+        """Show those results of the last validation that are shown only once; by default, there are none."""
 
     def run_folder(self, trainer: Trainer) -> RunFolder:
-        """Return the folder of the run, by default that of the trainer."""
+        """Return the folder of the run."""
         return RunFolder(Path(self.folder or trainer.default_root_dir))
 
     @contextmanager
@@ -56,18 +56,19 @@ class Panel(Callback):
                 rank_zero_warn(f"{failure}: {type(error).__name__}: {error}")
 
     def log_media(self, trainer: Trainer, step: int, make: Callable[[], dict[str, Any]]) -> None:
-        """Log tables, images or plots to every W&B run of the trainer.
+        """Log what `make` returns, W&B's types by name, to every W&B run of the trainer, if there is one.
 
-        Args:
-            trainer: the trainer.
-            step: the step as Lightning counts it: `trainer.global_step - 1` in a validation.
-            make: returns W&B's types by name; it is called only if there is a W&B run.
+        Lightning counts the metrics of a validation at the step `trainer.global_step - 1`.
         """
         runs = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         with self.sparing(f"W&B did not log what {type(self).__name__} shows"):
             content = make() if runs else {}
             for logger in runs:
-                if isinstance(logger, RunLogger):
-                    logger.log_metrics(content, step)
-                else:  # without `step=`, since W&B drops rows of earlier steps after a resume
-                    logger.experiment.log({**content, "trainer/global_step": step})
+                logger.log_metrics(content, step)
+
+
+def png_image(png: bytes, caption: str) -> Any:
+    """Return a PNG as a `wandb.Image`."""
+    import wandb
+
+    return wandb.Image(Image.open(BytesIO(png)), caption=caption)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from PIL import Image
 from torch import Tensor
 
-from clip_lightning.data.class_sets import find_classes
-from clip_lightning.data.classes import ClassSet, check_name, class_names
+from clip_lightning.data.classes import ClassSet, check_name, class_names, find_classes
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import read_templates
 from clip_lightning.evaluation.zero_shot import Classification, classify
@@ -22,7 +19,7 @@ from clip_lightning.model.encode import Encoded, encode_images
 from clip_lightning.model.zero_shot import zero_shot_classifier
 from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.terminal import one_line, printable
-from clip_lightning.tracking.panel import Panel
+from clip_lightning.tracking.panel import Panel, png_image
 
 METRICS = ("zero_shot_top1", "zero_shot_top5")
 MOST_CONFUSED = 200
@@ -61,21 +58,20 @@ class ZeroShot(Panel):
     ) -> None:
         if every < 1:
             raise UserError(f"--zero_shot.every {every}: expected 1 or more")
-        if split not in (None, "all", "train", "val", "test"):
-            raise UserError(f"--zero_shot.split {split}: expected all, train, val or test")
+        super().__init__()
+        self.data, self.names, self.split, self.every = data, names, split, every
+        self.data_cache = data_cache
+        self.templates: tuple[str, ...] = ()
         if data is not None:
             check_name(data)
-        self.data = data
-        self.templates = read_templates(templates) if data is not None else ()
-        self.names, self.split, self.every, self.data_cache = names, split, every, data_cache
-        super().__init__()
+            self.templates = read_templates(templates)
         self._set: ClassSet | None = None
         self._rows: list[int] = []
         self._names: list[list[str]] = []
         self._kept: tuple[Tensor, Tensor] | None = None
         self._validations = 0
         self._now: Classification | None = None
-        self._last: ClassReport | None = None
+        self._last: tuple[ClassReport, int] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self._validations}
@@ -86,15 +82,14 @@ class ZeroShot(Panel):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.data is None or self._set is not None or stage not in ("fit", "validate"):
             return
-        classes = find_classes(self.data, self.data_cache)
-        split = self.split or next((name for name in ("val", "test") if name in classes.splits), "all")
-        self._rows = classes.rows(split)
+        self._set = find_classes(self.data, self.data_cache)
+        split = self.split or next((name for name in ("val", "test") if name in self._set.splits), "all")
+        self._rows = self._set.rows(split)
         if not self._rows:
             raise UserError(
                 f"--zero_shot.split {split}: {self.data} has no such split; choose another split, or all"
             )
-        self._names = class_names(classes.classes, self.names)
-        self._set = classes
+        self._names = class_names(self._set.classes, self.names)
 
     def on_validation_batch_start(
         self,
@@ -112,8 +107,7 @@ class ZeroShot(Panel):
         last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         if trainer.state.fn == "fit" and self._validations % self.every and not last_epoch:
             return
-        clip: Any = pl_module.clip
-        self._now = self._classify(trainer, clip, self._set)
+        self._now = self._classify(trainer, pl_module.clip, self._set)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._set is None or trainer.sanity_checking:
@@ -126,12 +120,14 @@ class ZeroShot(Panel):
         # the values are equal on all ranks; sync_dist only avoids Lightning's warning
         pl_module.log_dict({f"val/{name}": result.metrics[name] for name in METRICS}, sync_dist=True)
         title = f"{self.data}, epoch {trainer.current_epoch}"
-        self._step = trainer.global_step - 1  # as Lightning counts the metrics of this validation
-        self._last = ClassReport(title, [entry[0] for entry in self._names], result)
+        report = ClassReport(title, [entry[0] for entry in self._names], result)
+        self._last = report, trainer.global_step - 1  # as Lightning counts the metrics of this validation
 
-    def _classify(self, trainer: Trainer, clip: CLIP, data: ClassSet) -> Classification:
+    def _classify(self, trainer: Trainer, clip: Any, data: ClassSet) -> Classification:
         """Embed a part of the images on each rank, and classify all of them on every rank."""
-        features, labels = self._features(trainer, clip, data)
+        if self._kept is None or not clip.image_tower.frozen:
+            self._kept = self._features(trainer, clip, data)
+        features, labels = self._kept
         part = clip.project_image(features.to(clip.device)).cpu(), labels
         parts: list[Any] = [part]
         if trainer.world_size > 1:
@@ -147,54 +143,37 @@ class ZeroShot(Panel):
 
     def _features(self, trainer: Trainer, clip: CLIP, data: ClassSet) -> tuple[Tensor, Tensor]:
         """Return the features (I, width) of the images of this rank, and their labels (I,)."""
-        if self._kept is not None and clip.image_tower.frozen:
-            return self._kept
         rows = self._rows[trainer.global_rank :: trainer.world_size]
         first = self._kept is None and trainer.is_global_zero
         images, progress = [data.images[row] for row in rows], "zero-shot images" if first else ""
         encoded = Encoded.join(encode_images(clip.image_tower, images, progress=progress))
-        if encoded.broken and self._kept is None:
-            _, path, reason = encoded.broken[0]
+        for _, path, reason in encoded.broken[:1] if first else ():
             count = len(encoded.broken)
             rank_zero_warn(
                 one_line(f"zero-shot: skipped {count} unreadable images, such as {path}: {reason}")
             )
-        labels = torch.tensor([data.labels[rows[index]] for index in encoded.rows], dtype=torch.long)
-        self._kept = encoded.features, labels
-        return self._kept
+        return encoded.features, torch.tensor([data.labels[rows[index]] for index in encoded.rows]).long()
 
     def show_rest(self, trainer: Trainer) -> None:
         """Show the classes, confusions and calibration of the last classification."""
-        report, self._last = self._last, None
-        if report is None or not trainer.is_global_zero or trainer.state.fn != "fit":
+        if self._last is None or not trainer.is_global_zero or trainer.state.fn != "fit":
             return
+        (report, step), self._last = self._last, None
         with self.sparing("the zero-shot classes could not be shown"):
             if self.folder is not None and not trainer.fast_dev_run:
                 report.write(self.run_folder(trainer).zero_shot)
-            self.log_media(trainer, self._step, lambda: class_media(report, "val/"))
+            self.log_media(trainer, step, lambda: class_media(report, "val/"))
 
 
 def class_media(report: ClassReport, prefix: str = "") -> dict[str, Any]:
-    """Return by name a table of the classes, a table of the most frequent confusions, and two plots.
-
-    Args:
-        report: the report on the classification.
-        prefix: a prefix of the names, such as `val/`.
-    """
+    """Return W&B's tables of the classes and of the most frequent confusions, and two plots, by name."""
     import wandb
 
-    classes = wandb.Table(columns=["class", "images", "right", "accuracy"])
-    for name, images, right, accuracy in report.classes():
-        classes.add_data(printable(name), images, right, accuracy)
-    confused = wandb.Table(columns=["class", "taken for", "images"])
-    for true, taken, count in report.confused(MOST_CONFUSED):
-        confused.add_data(printable(true), printable(taken), count)
-    plots = {
-        f"{prefix}zero_shot_{name}": wandb.Image(Image.open(BytesIO(png)), caption=printable(report.title))
-        for name, png in report.plots().items()
-    }
+    classes = [[printable(name), *numbers] for name, *numbers in report.classes()]
+    confused = [[printable(true), printable(taken), n] for true, taken, n in report.confused(MOST_CONFUSED)]
+    title = printable(report.title)
     return {
-        f"{prefix}zero_shot_classes": classes,
-        f"{prefix}zero_shot_confused": confused,
-        **plots,
+        f"{prefix}zero_shot_classes": wandb.Table(["class", "images", "right", "accuracy"], classes),
+        f"{prefix}zero_shot_confused": wandb.Table(["class", "taken for", "images"], confused),
+        **{f"{prefix}zero_shot_{name}": png_image(png, title) for name, png in report.plots().items()},
     }

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP, Freeze, HeadKind
 from clip_lightning.model.lora import LoRAConfig
-from clip_lightning.training.gradcache import statistics_kept, training_norms
+from clip_lightning.training.gradcache import training_norms
 from clip_lightning.training.losses import ContrastiveLoss
 from clip_lightning.training.optim import OptimizerConfig, freeze_lower_layers
 
@@ -65,11 +63,7 @@ def build(
     heads: HeadOptions,
     loss: ContrastiveLoss,
 ) -> CLIP:
-    """Build the model from the names of two towers, or load a trained model.
-
-    Raises:
-        UserError: a tower or a model cannot be found or read, or an option contradicts the trained model.
-    """
+    """Build the model from the names of two towers, or load a trained model that the options match."""
     if init_from is None:
         if image_tower is None or text_tower is None:
             raise UserError(
@@ -88,86 +82,60 @@ def build(
             init_bias=loss.init_bias,
         )
     clip = CLIP.from_pretrained(init_from).train()
-    if (loss.init_bias is None) != (clip.logit_bias is None):
-        had, remedy = ("without", "InfoNCE") if clip.logit_bias is None else ("with", "SigLIP")
-        raise UserError(
-            f"--model.init_from {init_from} was trained {had} a bias, which {type(loss).__name__} cannot "
-            f"continue; set --model.loss {remedy}"
-        )
     size = clip.transform.size
-    options: dict[str, tuple[object, object]] = {
-        "model.image_tower": (image_tower, clip.image_tower.spec["name"]),
-        "model.text_tower": (text_tower, clip.text_tower.spec["name"]),
-        "model.towers.image_size": (towers.image_size, size[0] if size[0] == size[1] else size),
-        "model.towers.max_length": (towers.max_length, clip.tokenize.max_length),
-    }
-    for option, (given, own) in options.items():
+    has_bias, needs_bias = clip.logit_bias is not None, loss.init_bias is not None
+    for option, given, own in (
+        ("model.image_tower", image_tower, clip.image_tower.spec["name"]),
+        ("model.text_tower", text_tower, clip.text_tower.spec["name"]),
+        ("model.towers.image_size", towers.image_size, size[0] if size[0] == size[1] else size),
+        ("model.towers.max_length", towers.max_length, clip.tokenize.max_length),
+    ):
         if given is not None and given != own:
             raise UserError(
                 f"--{option} {given} contradicts --model.init_from {init_from}, which has {own}; "
                 "remove the option"
             )
+    if has_bias != needs_bias:
+        raise UserError(
+            f"--model.init_from {init_from} was trained {'with' if has_bias else 'without'} a bias, which "
+            f"{type(loss).__name__} cannot continue; set --model.loss {'SigLIP' if has_bias else 'InfoNCE'}"
+        )
     return clip
 
 
 def prepare_towers(
     clip: CLIP, freeze: Freeze, lora: LoRAConfig | None, towers: TowerOptions, optimizer: OptimizerConfig
 ) -> None:
-    """Freeze what is not trained, and apply the options to the trained towers.
-
-    Raises:
-        UserError: a tower does not support an option.
-    """
+    """Freeze what is not trained, and apply the options to the trained towers."""
     clip.freeze(freeze)
     if towers.fix_statistics:
         clip.image_tower.fix_statistics()
     if lora is not None:
         clip.add_lora(lora)
     freeze_lower_layers(clip, optimizer)
-    trained = [tower for tower in (clip.image_tower, clip.text_tower) if not tower.frozen]
-    if not trained and (towers.activation_checkpointing or towers.compile):
-        option = "activation_checkpointing" if towers.activation_checkpointing else "compile"
-        rank_zero_warn(f"--model.towers.{option} has no effect, since both towers are frozen")
-    for tower in trained:
-        if towers.activation_checkpointing:
+    for tower in (clip.image_tower, clip.text_tower):
+        if towers.activation_checkpointing and not tower.frozen:
             tower.checkpoint_activations()
-        if towers.compile:
+        if towers.compile and not tower.frozen:
             tower.compile_backbone()
 
 
 def check_batch_norms(clip: CLIP, batch_size: int, micro_batch_size: int | str | None) -> None:
-    """Reject batch sizes that leave a batch norm of the image tower a single value per channel.
-
-    A single image is enough if the feature maps of the last layers have more than one position.
-
-    Raises:
-        UserError: a batch norm would have a single value to normalize.
-    """
+    """Reject batch sizes that leave a single image for the batch norms of the image tower."""
     size = micro_batch_size if isinstance(micro_batch_size, int) else max(batch_size, 2)
-    norms = training_norms(clip.image_tower)
-    if not norms or (size > 1 and batch_size % size != 1):
-        return
-    image = torch.zeros(1, 3, *clip.transform.size, dtype=torch.uint8, device=clip.logit_scale.device)
-    try:
-        with torch.no_grad(), statistics_kept(norms):
-            clip.image_tower(image)
-    except ValueError as error:
-        given = f"--model.micro_batch_size {micro_batch_size} with " if size == micro_batch_size else ""
+    if training_norms(clip.image_tower) and (size == 1 or batch_size % size == 1):
         raise UserError(
-            f"{given}--data.batch_size {batch_size} leaves a single image for the batch norms of "
-            f"{clip.image_tower.spec['name']!r}; choose sizes that leave at least two, or set "
-            "--model.towers.fix_statistics true"
-        ) from error
+            f"--model.micro_batch_size {micro_batch_size} with --data.batch_size {batch_size} leaves a "
+            f"single image for the batch norms of {clip.image_tower.spec['name']!r}; choose sizes that "
+            "leave at least two, or set --model.towers.fix_statistics true"
+        )
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a module in the form of a configuration file, for checkpoints and loggers."""
-
-    def listed(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
-
     plain = {
-        name: asdict(value, dict_factory=listed) if is_dataclass(value) else value  # type: ignore[arg-type]
+        # JSON makes tuples lists
+        name: json.loads(json.dumps(asdict(value))) if is_dataclass(value) else value  # type: ignore[arg-type]
         for name, value in options.items()
     }
     if isinstance(loss := plain.get("loss"), ContrastiveLoss):

@@ -1,25 +1,31 @@
-"""Writes checkpoints that are always complete, keeps the previous one, and detects damaged files."""
+"""Writes checkpoints that are always complete, finds the one to resume, and checks that it fits."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import pickle
+import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
-from clip_lightning.run_folder import LAST, PREVIOUS
+from clip_lightning.model.checkpoint import check_fixed_towers, fixed_towers, preprocessing
+from clip_lightning.run_folder import LAST, PREVIOUS, RunFolder
+from clip_lightning.training.optim import param_groups
 
 
 def within_a_step(trainer: Trainer) -> bool:
@@ -49,21 +55,19 @@ def all_ranks_save(trainer: Trainer, exception: BaseException) -> bool:
     return agreed or not isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-class WhenInterrupted(ModelCheckpoint):
-    """Saves when an exception ends training; half a step never replaces a complete checkpoint."""
+class LastCheckpoint(ModelCheckpoint):
+    """Writes `last.ckpt` after an epoch, between steps, or when an exception ends training.
+
+    Half a step never replaces a complete checkpoint. After the last batch of an epoch, it waits for the end
+    of the epoch, which a resumed run would otherwise repeat.
+    """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save, unless it would replace a complete checkpoint by half a step."""
         loses_nothing = not within_a_step(trainer) or not Path(str(self.dirpath), LAST).is_file()
         if loses_nothing and all_ranks_save(trainer, exception):
             super().on_exception(trainer, pl_module, exception)
 
-
-class WithinEpoch(ModelCheckpoint):
-    """Saves between steps, except after the last batch of an epoch, which a resumed run would repeat."""
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save if the interval has passed."""
         if not (trainer.is_last_batch or is_accumulating(trainer)):
             super().on_train_batch_end(trainer, pl_module, *args)
 
@@ -81,23 +85,18 @@ class CheckpointOptions:
     every_n_steps: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.every_minutes is not None and not 0 < self.every_minutes < math.inf:
-            raise UserError(
-                f"--checkpoint.every_minutes {self.every_minutes}: expected a number greater than 0, or null"
-            )
-        if self.every_n_steps is not None and self.every_n_steps < 1:
-            raise UserError(f"--checkpoint.every_n_steps {self.every_n_steps}: expected 1 or more, or null")
+        for name, value in asdict(self).items():
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"--checkpoint.{name} {value}: expected a number greater than 0, or null")
 
     def callbacks(self, folder: Path) -> list[Callback]:
         """Return the callbacks that write `last.ckpt` into a folder."""
-        intervals: list[dict[str, Any]] = []
+        kinds: list[dict[str, Any]] = [{"save_on_train_epoch_end": True, "save_on_exception": True}]
         if self.every_minutes is not None:
-            intervals.append({"train_time_interval": timedelta(minutes=self.every_minutes)})
+            kinds.append({"train_time_interval": timedelta(minutes=self.every_minutes)})
         if self.every_n_steps is not None:
-            intervals.append({"every_n_train_steps": self.every_n_steps})
-        name = LAST.removesuffix(".ckpt")
-        return [WithinEpoch(folder, name, enable_version_counter=False, **kind) for kind in intervals]
+            kinds.append({"every_n_train_steps": self.every_n_steps})
+        return [LastCheckpoint(folder, "last", enable_version_counter=False, **kind) for kind in kinds]
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -110,16 +109,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write the file.
-
-        Raises:
-            RunFailed: the disk is full or the folder cannot be written; existing files do not change.
-        """
+        """Write the file; existing files do not change if the disk is full."""
         path = Path(path)
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+            for leftover in path.parent.glob(".*.ckpt.*.tmp"):  # of a process that was killed
                 leftover.unlink()
             with draft.open("wb") as file:
                 torch.save(checkpoint, file)
@@ -148,15 +143,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
 def _link(path: Path, name: Path) -> None:
     """Link a second name to the file, which atomically replaces the file of that name."""
     draft = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    draft.unlink(missing_ok=True)
-    try:
+    with contextlib.suppress(OSError):  # a file system without links has no `previous.ckpt`
         os.link(path, draft)
-    except OSError:  # a file system without links has no `previous.ckpt`
-        return
-    try:
         os.replace(draft, name)
-    finally:
-        draft.unlink(missing_ok=True)
+    draft.unlink(missing_ok=True)
 
 
 def damage(path: Path) -> str | None:
@@ -167,3 +157,88 @@ def damage(path: Path) -> str | None:
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         return f"it is truncated or not a checkpoint: {error}"
     return None if damaged is None else f"{damaged} in it does not match its checksum"
+
+
+def find_checkpoint(given: Any, root: Path) -> Path | None:
+    """Return the file that `--ckpt_path` names: a path, or `last` or `best` of the newest run under `root`.
+
+    `auto` is the newest `last.ckpt`, or None if there is none, so that a job can be restarted with the same
+    command. `previous.ckpt` takes the place of a damaged `last.ckpt`. A run never starts over silently.
+    """
+    if given is None:
+        return None
+    runs = RunFolder.runs(root)
+    if given == "auto":
+        saved = [run.last for run in runs if run.last.is_file()]
+        if not saved:
+            return None
+        file = max(saved, key=lambda file: file.stat().st_mtime)
+    elif given in ("last", "best"):
+        if not runs:
+            raise UserError(
+                f"--ckpt_path {given}: there is no run in {root}; start one without --ckpt_path, or set "
+                "--trainer.default_root_dir to the folder that contains the runs"
+            )
+        file = runs[-1].last if given == "last" else runs[-1].best
+    else:
+        file = Path(given)
+    if not file.is_file():
+        raise UserError(
+            f"--ckpt_path {given}: {file} is not a file; expected a checkpoint, or `last`, `best` or `auto`"
+        )
+    reason, previous = damage(file), file.with_name(PREVIOUS)
+    if reason is None:
+        return file
+    if file.name != LAST or not previous.is_file() or damage(previous) is not None:
+        raise UserError(
+            f"--ckpt_path {given}: {file} is damaged ({reason}); choose another checkpoint, or start again "
+            "without --ckpt_path"
+        )
+    print(f"{file} is damaged ({reason}); using {previous.name} instead", file=sys.stderr)
+    return previous
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Map a checkpoint of a `CLIPModule` into memory, without executing code from it."""
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        _ = [checkpoint[name] for name in ("state_dict", "frozen_towers", "preprocessing")]
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
+        raise UserError(f"{file} is not a checkpoint of `clip-lightning fit`") from error
+    return checkpoint
+
+
+def check_fits(file: str | Path, checkpoint: Mapping[str, Any], model: LightningModule) -> None:
+    """Reject the checkpoint of a different model, and name the first difference."""
+    frozen, same = checkpoint["frozen_towers"], "set the same --model options as in training"
+    if frozen.keys() != fixed_towers(model.clip).keys():
+        were = " and ".join(name.removeprefix("clip.") for name in frozen) or "no tower"
+        raise UserError(f"{file} was trained with {were} frozen; {same}")
+    fixed = tuple(f"{tower}." for tower in frozen)
+    own = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(fixed)}
+    stored = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+    if stored != own:
+        name = next(name for name in {**stored, **own} if stored.get(name) != own.get(name))
+        there, here = (f"{tuple(shapes[name])}" if name in shapes else "absent" for shapes in (stored, own))
+        raise UserError(f"{file} is of a different model ({name} is {there} there and {here} here); {same}")
+    for option, now in preprocessing(model.clip, model.lora).items():
+        if (then := checkpoint["preprocessing"].get(option)) != now:
+            raise UserError(f"{file} was trained with {option} {then}, and the model has {now}; {same}")
+    check_fixed_towers(frozen, model.clip)
+
+
+def check_resumes(file: Path, model: LightningModule, data: LightningDataModule, ranks: int) -> None:
+    """Reject a resume with different data, batches or parameter groups, before anything is computed."""
+    checkpoint = read_checkpoint(file)
+    data.check_resumes(checkpoint.get(type(data).__qualname__, {}), ranks)
+    own = _sizes(param_groups(model.clip, model.optimizer))
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        if (stored := _sizes(optimizer["param_groups"])) != own:
+            raise UserError(
+                f"{file} was trained with the parameter groups {stored}, and the model has {own}; set "
+                "--model.optimizer.layer_decay and freeze_below as in training"
+            )
+
+
+def _sizes(groups: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{group['name']}: {len(group['params'])}" for group in groups)

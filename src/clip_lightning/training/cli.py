@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
@@ -23,39 +25,22 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from clip_lightning.arguments import (
-    PlainErrors,
-    changed_strings,
-    error_within,
-    named_configs,
-    with_home,
-    with_logger_folder,
-)
+from clip_lightning import arguments
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
-from clip_lightning.evaluation.metrics import DIRECTIONS, MEASURES
+from clip_lightning.evaluation.metrics import DIRECTIONS, MEASURES, METRICS
+from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import LAST, RunFolder
 from clip_lightning.terminal import public
+from clip_lightning.tracking import zero_shot_panel
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
 from clip_lightning.tracking.prediction_panel import PredictionTable
-from clip_lightning.tracking.zero_shot_panel import METRICS, ZeroShot
-from clip_lightning.training.checkpoints import CheckpointOptions, SafeCheckpointIO, WhenInterrupted
+from clip_lightning.training import checkpoints, stopping
 from clip_lightning.training.module import CLIPModule
-from clip_lightning.training.ranks import lost_rank, watch_children
-from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder
-from clip_lightning.training.runs import (
-    changed_options,
-    check_fits,
-    check_resumes,
-    find_checkpoint,
-    keep_scores,
-    place_logger,
-    read_checkpoint,
-    run_of,
-)
+from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder, keep_scores
 from clip_lightning.training.sharding import ShardedStrategy, check_shardable
-from clip_lightning.training.stopping import EarlyStopping, GracefulStop, NonFinite
+from clip_lightning.wandb_fetch import default_project, stays_offline
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -84,23 +69,18 @@ QUIET = (
 )
 
 
-class Parser(PlainErrors, LightningArgumentParser):
+class Parser(arguments.PlainErrors, LightningArgumentParser):
     """Extends LightningCLI's parser with our error messages."""
 
 
 class RunCLI(LightningCLI):
-    """Builds model, data and trainer from the command line and gives the run its folder.
-
-    Args:
-        args: the command and its arguments.
-        callbacks: additional callbacks of a command that trains several models, such as a sweep.
-    """
+    """Builds model, data and trainer from the command line and gives the run its folder."""
 
     run: RunFolder
     config_to_save: str
 
     def __init__(self, args: list[str], callbacks: Sequence[Callback] = ()) -> None:
-        self.callers_callbacks = callbacks
+        self.callers_callbacks = callbacks  # of a command that trains several models, such as a sweep
         super().__init__(
             CLIPModule,
             CaptionDataModule,
@@ -108,7 +88,7 @@ class RunCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
-            args=with_logger_folder(named_configs(args)),
+            args=arguments.with_logger_folder(arguments.named_configs(args)),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -119,8 +99,7 @@ class RunCLI(LightningCLI):
         return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callbacks that have options, and pass the transform and the tokenizer on to the data."""
-        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(stopping.EarlyStopping, "early_stopping")
         parser.set_defaults(
             {
                 "early_stopping.monitor": MONITOR,
@@ -129,9 +108,9 @@ class RunCLI(LightningCLI):
                 "early_stopping.check_on_train_epoch_end": False,
             }
         )
-        parser.add_class_arguments(CheckpointOptions, "checkpoint")
+        parser.add_class_arguments(checkpoints.CheckpointOptions, "checkpoint")
         parser.add_lightning_class_args(PredictionTable, "predictions")
-        parser.add_lightning_class_args(ZeroShot, "zero_shot")
+        parser.add_lightning_class_args(zero_shot_panel.ZeroShot, "zero_shot")
         parser.link_arguments("model.transform", "data.transform", apply_on="instantiate")
         parser.link_arguments("model.tokenize", "data.tokenize", apply_on="instantiate")
 
@@ -139,12 +118,11 @@ class RunCLI(LightningCLI):
         """Parse the arguments without Lightning's warning that they are not those of the process."""
         self.config = parser.parse_args(args)
         for name, value in list(self.config.items()):
-            if (
-                value == "" and ".init_args." not in name
-            ):  # classes of other packages may have it as a default
+            # classes of other packages may have an empty default
+            if value == "" and ".init_args." not in name:
                 option = name.removeprefix(f"{self.config.subcommand}.")
                 raise UserError(f"--{option} is empty in a configuration file; set a value or remove it")
-            self.config[name] = changed_strings(value, with_home)
+            self.config[name] = arguments.changed_strings(value, arguments.with_home)
 
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder, the checkpoint to start from, and where loggers write."""
@@ -155,10 +133,10 @@ class RunCLI(LightningCLI):
         rerunnable = config.clone()
         rerunnable.ckpt_path = None
         for name, value in list(rerunnable.items()):
-            rerunnable[name] = changed_strings(value, public)  # a URL may hold a key
+            rerunnable[name] = arguments.changed_strings(value, public)  # a URL may hold a key
         self.config_to_save = parser.dump(rerunnable, skip_unset=False)
         root = Path(config.trainer.default_root_dir)
-        checkpoint = find_checkpoint(config.ckpt_path, root)
+        checkpoint = checkpoints.find_checkpoint(config.ckpt_path, root)
         config.ckpt_path = None if checkpoint is None else str(checkpoint)
         config.weights_only = True  # a checkpoint may come from a stranger
         try:
@@ -168,17 +146,19 @@ class RunCLI(LightningCLI):
                 f"--trainer.default_root_dir {root} cannot be created ({error.strerror}); use another folder"
             ) from error
         self.run = RunFolder.new(root)
-        if self.subcommand == "fit" and checkpoint and (run := RunFolder.of_checkpoint(checkpoint)).is_run():
-            self.run = run
         if self.subcommand != "fit":
-            if checkpoint is None and config.model.init_from is None:
+            scored = config.ckpt_path or config.model.init_from
+            if scored is None:
                 raise UserError(
                     "no model to score: set --ckpt_path FILE|last|best, or --model.init_from BUNDLE"
                 )
             # scores are stored with the run that trained the model, and do not make a new run
-            self.scored_run = run_of(checkpoint or config.model.init_from)
+            folders = Path(scored).absolute().parents[:2] if Path(scored).exists() else ()
+            self.scored_run = next((run for run in map(RunFolder, folders) if run.is_run()), None)
             self.tracks_scores = config.trainer.logger is not False
             config.trainer.logger = config.trainer.enable_checkpointing = config.verbose = False
+        elif checkpoint and (run := RunFolder.of_checkpoint(checkpoint)).is_run():
+            self.run = run
         if config.trainer.logger is True:
             config.trainer.logger = parser.get_defaults().trainer.logger
         for logger in as_list(config.trainer.logger):
@@ -200,67 +180,55 @@ class RunCLI(LightningCLI):
             check_shardable(self.model.clip, self.model.micro_batch_size, self.trainer)
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint is not None:
-            check_fits(checkpoint, read_checkpoint(Path(checkpoint)), self.model)
+            checkpoints.check_fits(checkpoint, checkpoints.read_checkpoint(Path(checkpoint)), self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer with the callbacks of every run."""
         config = self._get(self.config_init, "trainer")
-        callbacks = as_list(config.get("callbacks"))
-        config["callbacks"] = [*callbacks, *self._own_callbacks(config), *self.callers_callbacks]
-        accelerator = config.get("accelerator")
-        on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
-        if config.get("precision") == "bf16-mixed" and on_cpu and not cpu_computes_in_bf16():
+        own = self._own_callbacks(config)
+        config.callbacks = [*as_list(config.callbacks), *own, *self.callers_callbacks]
+        no_gpu = not torch.accelerator.is_available()
+        on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and no_gpu)
+        # without AVX-512 or an equivalent, convolutions in bf16 take up to a hundred times as long as in fp32
+        is_slow = on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if config.precision == "bf16-mixed" and is_slow:
             print(
                 "this CPU has no fast bf16 kernels: training in fp32 (--trainer.precision 32-true)",
                 file=sys.stderr,
             )
-            config["precision"] = "32-true"
-        plugins = as_list(config.get("plugins"))
-        if config.get("strategy") == "fsdp":
-            config["strategy"] = ShardedStrategy()
-        elif "fsdp" in str(config.get("strategy")).lower():
-            raise UserError(
-                f"--trainer.strategy {config['strategy']}: expected fsdp without further settings"
-            )
+            config.precision = "32-true"
+        if config.strategy == "fsdp":
+            config.strategy = ShardedStrategy()
+        elif "fsdp" in str(config.strategy).lower():
+            raise UserError(f"--trainer.strategy {config.strategy}: expected fsdp without further settings")
+        plugins = config.plugins = as_list(config.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins = [*plugins, SafeCheckpointIO()]
+            plugins.append(checkpoints.SafeCheckpointIO())
         if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in plugins):
-            plugins = [*plugins, SLURMEnvironment(auto_requeue=False)]  # `GracefulStop` requeues jobs
-        config["plugins"] = plugins
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # `GracefulStop` requeues jobs
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, ModuleNotFoundError) as error:  # such as an unknown accelerator or strategy
             raise UserError(f"--trainer: {error}") from error
 
     def _own_callbacks(self, trainer_config: Any) -> list[Callback]:
-        shown = trainer_config.get("enable_progress_bar") is not False
-        bar = [RichProgressBar(console_kwargs={"stderr": True})] if shown else []
+        shown = trainer_config.enable_progress_bar is not False
+        bar: list[Callback] = [RichProgressBar(console_kwargs={"stderr": True})] if shown else []
         if self.subcommand != "fit":
             return bar
         predictions = self._get(self.config_init, "predictions")
         predictions.folder = predictions.folder or self.run.path
         self._get(self.config_init, "zero_shot").folder = self.run.path
-        callbacks: list[Callback] = [
+        return [
             *bar,
+            *([LearningRateMonitor(logging_interval="step")] if trainer_config.logger else []),
             RunRecorder(self.run.path, self.config_to_save),
             Alerts(),
-            NonFinite(self.run.path),
-            GracefulStop(prints_remedy=not self.callers_callbacks),
-            # `last` is written after every epoch, when the run is interrupted, and as `checkpoint` says
+            stopping.NonFinite(self.run.path),
+            stopping.GracefulStop(prints_remedy=not self.callers_callbacks),
             BestCheckpoint(self.run.checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
-            WhenInterrupted(
-                self.run.checkpoints,
-                "last",
-                save_on_train_epoch_end=True,
-                save_on_exception=True,
-                enable_version_counter=False,
-            ),
             *self._get(self.config_init, "checkpoint").callbacks(self.run.checkpoints),
             Lineage(self.run.path),
         ]
-        if trainer_config.get("logger"):
-            callbacks.append(LearningRateMonitor(logging_interval="step"))
-        return callbacks
 
     def before_fit(self) -> None:
         """Check the data and the checkpoint before a logger starts a run, then print the run's folder."""
@@ -278,40 +246,38 @@ class RunCLI(LightningCLI):
             )
         checkpoint = self.config["fit"].ckpt_path
         if checkpoint:
-            check_resumes(Path(checkpoint), self.model, self.datamodule, ranks)
-        if self.trainer.is_global_zero:
-            self.run.path.mkdir(parents=True, exist_ok=True)  # W&B expects it to exist
-            sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-            trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-            if is_alone:
-                print(f"training {trained:,} of {total:,} parameters", file=sys.stderr)
-                print(f"run folder: {self.run.path}", file=sys.stderr)
-            if checkpoint:
-                print(f"resuming from {checkpoint}", file=sys.stderr)
-                if self.run.is_run():  # else the checkpoint was moved, and starts a new run
-                    for line in changed_options(self.run.config.read_text(), self.config_to_save):
-                        print(f"changed: {line}", file=sys.stderr)
-                    if Path(checkpoint).name != LAST:
-                        go_back(history_file(self.run.path, self.run.path.name))
+            checkpoints.check_resumes(Path(checkpoint), self.model, self.datamodule, ranks)
+        if not self.trainer.is_global_zero:
+            return
+        self.run.path.mkdir(parents=True, exist_ok=True)  # W&B expects it to exist
+        if is_alone:
+            count = parameter_counts(self.model.clip)
+            trained, total = count["parameters_trained"], count["parameters"]
+            print(f"training {trained:,} of {total:,} parameters", file=sys.stderr)
+            print(f"run folder: {self.run.path}", file=sys.stderr)
+        if checkpoint:
+            print(f"resuming from {checkpoint}", file=sys.stderr)
+            if self.run.is_run():  # else the checkpoint was moved, and starts a new run
+                for line in changed_options(self.run.config.read_text(), self.config_to_save):
+                    print(f"changed: {line}", file=sys.stderr)
+                if Path(checkpoint).name != LAST:
+                    go_back(history_file(self.run.path, self.run.path.name))
 
     def after_fit(self) -> None:
-        """Print the metrics, the run's folder and the time spent."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            recorder = next(c for c in self.trainer.callbacks if isinstance(c, RunRecorder))
-            if recorder.metrics:
-                print_metrics(recorder.metrics, f"best epoch: {recorder.metrics['epoch']:.0f}")
-            else:
-                print(
-                    "no epoch was validated: there are no metrics and no best checkpoint, and model/ has the "
-                    "last weights; remove --trainer.limit_val_batches to validate",
-                    file=sys.stderr,
-                )
-            print("run folder:", self.run.path)
-            parts = (
-                f"{name.replace('_', ' ')} {spent:.0f} s"
-                for name, spent in recorder.stopwatch.seconds.items()
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
+        recorder = next(c for c in self.trainer.callbacks if isinstance(c, RunRecorder))
+        if recorder.metrics:
+            print_metrics(recorder.metrics, f"best epoch: {recorder.metrics['epoch']:.0f}")
+        else:
+            print(
+                "no epoch was validated: there are no metrics and no best checkpoint, and model/ has the "
+                "last weights; remove --trainer.limit_val_batches to validate",
+                file=sys.stderr,
             )
-            print("time:", ", ".join(parts))
+        print("run folder:", self.run.path)
+        parts = (f"{name} {spent:.0f} s" for name, spent in recorder.stopwatch.seconds.items())
+        print("time:", ", ".join(parts).replace("_", " "))
 
     def after_validate(self) -> None:
         """Print and store the scores; Lightning's own table is part of the progress bar."""
@@ -336,11 +302,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def check_numbers(config: Any) -> None:
-    """Reject values of trainer options that Lightning accepts and that fail only during training.
-
-    Raises:
-        UserError: an option has such a value.
-    """
+    """Reject values of options that Lightning accepts and that fail only during training."""
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
         given = config.trainer[name]
         if isinstance(given, int | float) and given <= 0:
@@ -351,18 +313,10 @@ def check_numbers(config: Any) -> None:
             "--trainer.callbacks StochasticWeightAveraging averages the weights after the last validation, "
             "which does not score them; use EMAWeightAveraging"
         )
-    measures = [f"{direction}_{measure}" for direction in DIRECTIONS for measure in MEASURES]
-    known = [f"val/{name}" for name in ("rsum", *measures, *METRICS)] + ["train/loss", "train/grad_norm"]
+    known = [f"val/{name}" for name in (*METRICS, *zero_shot_panel.METRICS)]
+    known += ["train/loss", "train/grad_norm"]
     if "early_stopping" in config and not callbacks and (name := config.early_stopping.monitor) not in known:
         raise UserError(f"--early_stopping.monitor {name}: expected one of {', '.join(known)}")
-
-
-def cpu_computes_in_bf16() -> bool:
-    """Return whether torch has fast kernels in bf16 for this CPU.
-
-    Without AVX-512 or an equivalent, a convolution in bf16 takes up to a hundred times as long as in fp32.
-    """
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def print_metrics(metrics: dict[str, float], title: str) -> None:
@@ -377,19 +331,41 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
     console.print(table)
     console.print(f"rsum {metrics['rsum']:.1f}")
     if "zero_shot_top1" in metrics:
-        top1, top5 = metrics["zero_shot_top1"], metrics["zero_shot_top5"]
-        console.print(f"zero-shot top-1 {top1:.1f}, top-5 {top5:.1f}")
+        console.print("zero-shot top-1 {zero_shot_top1:.1f}, top-5 {zero_shot_top5:.1f}".format_map(metrics))
+
+
+def place_logger(logger: Namespace, folder: Path) -> None:
+    """Make a logger write to the run's folder, under the run's id."""
+    settings = logger.init_args
+    kind = logger.class_path.rpartition(".")[2]
+    if kind in ("RunLogger", "WandbLogger"):
+        run_id = settings.get("id") or os.environ.get("WANDB_RUN_ID") or folder.name
+        settings.update(Namespace(save_dir=str(folder), id=run_id))
+    if kind == "WandbLogger":  # Lightning's class asks for a key, and cannot log models offline
+        settings.project = settings.get("project") or default_project()
+        if settings.get("offline") or stays_offline(None):
+            settings.update(Namespace(mode="offline", log_model=False))
+    elif kind in ("CSVLogger", "TensorBoardLogger"):
+        # Lightning's CSVLogger deletes existing files, so a resumed run gets a new folder
+        earlier = (folder / "metrics.csv").exists()
+        version = f"resumed-{len(list(folder.glob('resumed-*'))) + 1}" if earlier else ""
+        settings.update(Namespace(save_dir=str(folder), name="", version=version))
+
+
+def changed_options(before: str, now: str) -> list[str]:
+    """Return one line per option that differs between two configurations in YAML."""
+    old, new = (arguments.flat(yaml.safe_load(text)) for text in (before, now))
+    ignored = ("model.init_from", "model.loss.init_")
+    return [
+        f"--{name} {json.dumps(new.get(name))} (was {json.dumps(old.get(name))})"
+        + ("; ignored, since the checkpoint contains the weights" if name.startswith(ignored) else "")
+        for name in {**new, **old}
+        if old.get(name) != new.get(name)
+    ]
 
 
 def run(args: list[str]) -> None:
-    """Run `fit`, `validate` or `test`.
-
-    Args:
-        args: the command and its arguments.
-
-    Raises:
-        UserError: an argument is invalid, or the run fails.
-    """
+    """Run `fit`, `validate` or `test`, the first of the arguments."""
     run_as(RunCLI, args)
 
 
@@ -397,36 +373,25 @@ AnyCLI = TypeVar("AnyCLI", bound=RunCLI)
 
 
 def run_as(kind: type[AnyCLI], args: list[str], callbacks: Sequence[Callback] = ()) -> AnyCLI:
-    """Run a command with additional callbacks, and turn errors of Lightning and torch into ours.
-
-    Args:
-        kind: the class of the command line interface.
-        args: the command and its arguments.
-        callbacks: as for `RunCLI`.
-
-    Raises:
-        UserError: an argument is invalid, or the run fails.
-    """
+    """Run a command with additional callbacks, and turn errors of Lightning and torch into ours."""
     transformers.utils.logging.disable_progress_bar()  # weights load too quickly to show progress
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each loader process tokenizes on one core
     # hide Lightning's lines about unused accelerators and its tips; its warnings are still shown
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
-    watch_children()
+    stopping.watch_children()
     try:
         return kind(args, callbacks)
-    except MisconfigurationException as error:  # Lightning rejects a combination of options
-        raise UserError(str(error)) from error
     except UserError:
         raise
+    except MisconfigurationException as error:  # Lightning rejects a combination of options
+        raise UserError(str(error)) from error
     except ValueError as error:
-        reason = error_within(error)
-        if reason is None:
-            raise
-        raise UserError(reason) from error
+        if reason := arguments.error_within(error):
+            raise UserError(reason) from error
+        raise
     except RuntimeError as error:
-        lost = lost_rank(error)
-        if lost is None:
-            raise
-        raise lost from error
+        if lost := stopping.lost_rank(error):
+            raise lost from error
+        raise

@@ -6,32 +6,23 @@ Shapes: R rows of features of width D.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clip_lightning.data.captions import CaptionedImage, unreadable
-from clip_lightning.data.features import FeatureCache, Features
-from clip_lightning.data.images import (
-    RETRY_SECONDS,
-    Augmentation,
-    ImageTransform,
-    UnreadableFile,
-    augment,
-    decode_image,
-)
+from clip_lightning.data.features import Compute, FeatureCache, Features
+from clip_lightning.data.images import RETRY_SECONDS, Augmentation, UnreadableFile, augment, decode_image
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import encode_images, encode_texts
-from clip_lightning.model.towers import ImageTower, TextTower
+from clip_lightning.model.towers import ImageTower, TextTower, Tower
 
-# Part of every key. Raise it whenever decode_image, augment, ImageTransform, `_view` or the pooling of a
-# tower returns different values.
+# Part of every key. Raise it whenever decode_image, augment, ImageTransform, `image_features` or the pooling
+# of a tower returns different values.
 VERSION = 1
 
 
@@ -49,6 +40,25 @@ class Extractor:
     device: torch.device
     precision: torch.dtype | None
 
+    def cache_frozen_towers(self, clip: CLIP, data: Any, split: str) -> None:
+        """Pass the features of a split from each frozen tower to a `CaptionDataModule` after its `setup`."""
+        images = data.images(split)
+        if not images:
+            return
+        image_features, text_features = None, None
+        if clip.image_tower.frozen:
+            views = data.views if split == "train" else 1  # only training images are augmented
+            if data.augmentation.min_scale == 1 and data.augmentation.colour == 0:
+                views = min(views, 2)  # the image and its mirror image
+            titles = [f"{split} images, view {view + 1} of {views}" for view in range(views)]
+            image_features = [
+                self.image_features(clip.image_tower, images, view, data.augmentation, title)
+                for view, title in enumerate(titles)
+            ]
+        if clip.text_tower.frozen:
+            text_features = self.text_features(clip.text_tower, data.captions(split), f"{split} captions")
+        data.use_features(split, images=image_features, texts=text_features)
+
     def image_features(
         self,
         tower: ImageTower,
@@ -61,125 +71,66 @@ class Extractor:
 
         View 0 is the image itself. The crop and the colors of later views are functions of (view, row). If
         flips are on, odd views are mirrored, and view 1 is the mirror image of view 0. The key contains the
-        path, size and modification time of every image.
-
-        Raises:
-            RunFailed: a file cannot be read at the moment; its features are not cached.
+        path, size and modification time of every image. A file that cannot be read at the moment raises
+        `RunFailed`, and its features are not cached.
         """
+        # the image itself or its mirror image
+        is_plain = view == 0 or (view == 1 and augmentation.flip)
         key = {
-            "version": VERSION,
             "kind": "image",
-            "name": tower.spec["name"],
-            "tower": tower.digest(),
             "architecture": [tower.spec["architecture"], tower.spec["arguments"]],
             "transform": tower.transform.as_dict(),
             "view": view,
-            "augmentation": None if _is_plain(view, augmentation) else asdict(augmentation),
-            "precision": str(self.precision),
+            "augmentation": None if is_plain else asdict(augmentation),
             "pictures": _digest(map(_identity, images)),
         }
 
+        def decode(row: int) -> Tensor:
+            path = images[row].path
+            try:
+                pixels = decode_image(path, pauses=RETRY_SECONDS)
+            except UnreadableFile as error:
+                raise unreadable(path, error) from error
+            if is_plain:
+                pixels = tower.transform(pixels)
+            else:
+                rng = np.random.default_rng((view, row))
+                pixels = augment(pixels, tower.transform, replace(augmentation, flip=False), rng)
+            return pixels.flip(-1) if augmentation.flip and view % 2 else pixels
+
         def compute(rows: range) -> np.ndarray:
             values = np.full((len(rows), tower.width), np.nan, np.float32)
-            decode = partial(_view, images, view, tower.transform, augmentation)
-            with self._evaluation_mode(tower):
-                for batch in encode_images(tower, rows, decode, precision=self.precision):
-                    values[batch.rows] = batch.features
+            for batch in encode_images(tower, rows, decode, precision=self.precision):
+                values[batch.rows] = batch.features
             return values
 
-        return self.cache.get(key, len(images), compute, title)
+        return self._features(tower, key, len(images), compute, title)
 
     def text_features(self, tower: TextTower, captions: Sequence[str], title: str) -> Features:
         """Return the features (R, D) of every caption."""
         key = {
-            "version": VERSION,
             "kind": "text",
-            "name": tower.spec["name"],
-            "tower": tower.digest(),
             "architecture": [tower.spec["config"], tower.spec["pooling"], tower.spec["max_length"]],
             "tokenizer": tower.tokenize.digest(),
-            "precision": str(self.precision),
             "captions": _digest(captions),
         }
 
         def compute(rows: range) -> np.ndarray:
-            with self._evaluation_mode(tower):
-                return encode_texts(tower, [captions[row] for row in rows], precision=self.precision).numpy()
+            return encode_texts(tower, [captions[row] for row in rows], precision=self.precision).numpy()
 
-        return self.cache.get(key, len(captions), compute, title)
+        return self._features(tower, key, len(captions), compute, title)
 
-    @contextmanager
-    def _evaluation_mode(self, tower: nn.Module) -> Iterator[None]:
-        """Run the tower in evaluation mode, so that features do not depend on the statistics of a batch."""
+    def _features(
+        self, tower: Tower, key: dict[str, Any], rows: int, compute: Compute, title: str
+    ) -> Features:
+        """Compute what is not in the cache in evaluation mode, without the statistics of a batch."""
+        key |= {"version": VERSION, "name": tower.spec["name"], "tower": tower.digest()}
         training = tower.training
         tower.to(self.device).eval()
         try:
-            yield
+            return self.cache.get({**key, "precision": str(self.precision)}, rows, compute, title)
         finally:
             tower.train(training)
-
-
-def cache_frozen_towers(extractor: Extractor, clip: CLIP, data: Any, split: str) -> None:
-    """Pass the features of a split from each frozen tower to the data module.
-
-    Args:
-        extractor: computes the features.
-        clip: the model with the towers.
-        data: a `CaptionDataModule` after its `setup`.
-        split: the split; `train` has all views, and the others only the first.
-    """
-    images = data.images(split)
-    if not images:
-        return
-    image_features, text_features = None, None
-    if clip.image_tower.frozen:
-        views = data.views if split == "train" else 1
-        if data.augmentation.min_scale == 1 and data.augmentation.colour == 0:
-            views = min(views, 2)  # the image and its mirror image
-        image_features = [
-            extractor.image_features(
-                clip.image_tower,
-                images,
-                view,
-                data.augmentation,
-                f"{split} images, view {view + 1} of {views}",
-            )
-            for view in range(views)
-        ]
-    if clip.text_tower.frozen:
-        text_features = extractor.text_features(clip.text_tower, data.captions(split), f"{split} captions")
-    data.use_features(split, images=image_features, texts=text_features)
-
-
-def _view(
-    images: Sequence[CaptionedImage],
-    view: int,
-    transform: ImageTransform,
-    augmentation: Augmentation,
-    row: int,
-) -> Tensor:
-    """Return the pixels, uint8 (3, H, W), of one view of the image in this row.
-
-    Raises:
-        BrokenImage: the image cannot be decoded.
-        RunFailed: the file cannot be read at the moment.
-    """
-    path = images[row].path
-    try:
-        pixels = decode_image(path, pauses=RETRY_SECONDS)
-    except UnreadableFile as error:
-        raise unreadable(path, error) from error
-    if _is_plain(view, augmentation):
-        pixels = transform(pixels)
-    else:
-        rng = np.random.default_rng((view, row))
-        pixels = augment(pixels, transform, replace(augmentation, flip=False), rng)
-    return pixels.flip(-1) if augmentation.flip and view % 2 else pixels
-
-
-def _is_plain(view: int, augmentation: Augmentation) -> bool:
-    """Return whether the view is the image itself or its mirror image."""
-    return view == 0 or (view == 1 and augmentation.flip)
 
 
 def _identity(image: CaptionedImage) -> str:
@@ -190,7 +141,7 @@ def _identity(image: CaptionedImage) -> str:
     return f"{image.path}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
-def _digest(texts: Any) -> str:
+def _digest(texts: Iterable[str]) -> str:
     sha = hashlib.sha256()
     for text in texts:
         sha.update(text.encode() + b"\n\0")

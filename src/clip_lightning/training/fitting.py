@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch import Callback
 
 from clip_lightning.errors import UserError
@@ -20,7 +19,7 @@ from clip_lightning.training.cli import RunCLI, run_as
 
 
 def fit(options: list[str], callbacks: Sequence[Callback] = (), out: TextIO | None = None) -> Path:
-    """Train once within this process, as `clip-lightning fit` does.
+    """Train once within this process, as `clip-lightning fit` does, and return the run's folder.
 
     Nothing is printed to stdout, and the W&B run is finished at the end.
 
@@ -28,46 +27,37 @@ def fit(options: list[str], callbacks: Sequence[Callback] = (), out: TextIO | No
         options: the options of `fit`.
         callbacks: additional callbacks.
         out: where the result is printed; stderr by default.
-
-    Returns:
-        The run's folder.
-
-    Raises:
-        UserError: an option is invalid, or the run fails.
-        KeyboardInterrupt: Ctrl-C, after the run was saved.
     """
     _hide_repeated_messages()
     args = ["fit", *options]
     with contextlib.redirect_stdout(out or sys.stderr), finished_run(), _separate_ranks(args):
         try:
             return run_as(RunCLI, args, callbacks).run.path
-        except SystemExit as stop:  # Lightning exits after Ctrl-C
-            if isinstance(stop.__context__, KeyboardInterrupt):
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits after Ctrl-C
                 raise KeyboardInterrupt from stop
+            if stop.code == 2:  # the parser has printed the reason
+                raise UserError("fit rejects these options") from stop
             raise
-
-
-# The variables that Lightning sets in the process that starts the other ranks.
-_LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 @contextlib.contextmanager
 def _separate_ranks(args: list[str]) -> Iterator[None]:
     """Pass `args` to the ranks that Lightning starts, and let the next run start ranks of its own."""
-    before = {name: os.environ.get(name) for name in _LAUNCHED}
+    # the variables that Lightning sets in the process that starts the other ranks
+    launched = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ[name] for name in launched if name in os.environ}
     original = sys.argv[1:]
     sys.argv[1:] = args  # Lightning starts each rank with the arguments of this process
     try:
         yield
     finally:
         sys.argv[1:] = original
-        if before["LOCAL_RANK"] is None and torch.distributed.is_initialized():
+        if "LOCAL_RANK" not in before and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in launched:
+            os.environ.pop(name, None)
+        os.environ |= before
 
 
 class Rehearsal(RunCLI):
@@ -98,28 +88,18 @@ class Rehearsal(RunCLI):
         return str(self.datamodule.digest)
 
 
-def check_validates(config: Namespace) -> None:
-    """Reject options of `fit` that turn the validation off, since it is what runs are compared by.
-
-    Raises:
-        UserError: the run would not be validated.
-    """
-    if config.trainer.fast_dev_run or config.trainer.limit_val_batches == 0:
-        option = "fast_dev_run" if config.trainer.fast_dev_run else "limit_val_batches"
-        raise UserError(
-            f"--trainer.{option} {config.trainer[option]}: a run without a validation has no result to "
-            "compare; remove the option"
-        )
-
-
 def rehearse(options: list[str]) -> Rehearsal:
-    """Parse the options of `fit` without training.
-
-    Raises:
-        UserError: an option is invalid.
-    """
+    """Parse the options of `fit` without training, for runs whose results will be compared."""
     _hide_repeated_messages()
-    return run_as(Rehearsal, ["fit", *options])
+    rehearsal = run_as(Rehearsal, ["fit", *options])
+    trainer = rehearsal.config["fit"].trainer
+    if trainer.fast_dev_run or trainer.limit_val_batches == 0:
+        option = "fast_dev_run" if trainer.fast_dev_run else "limit_val_batches"
+        raise UserError(
+            f"--trainer.{option} {trainer[option]}: a run without a validation has no result to compare; "
+            "remove the option"
+        )
+    return rehearsal
 
 
 def _hide_repeated_messages() -> None:

@@ -3,19 +3,27 @@
 Shapes: B images, N texts, embeddings of width D. Embeddings have unit length; `scale` is exponentiated.
 
 Each rank computes its own rows against the columns of all ranks. The mean of the results over the ranks is
-the loss of all pairs. The memory does not grow with the square of the batch: see `similarities`.
+the loss of all pairs. Similarities are computed in blocks of rows, so that no (B, N) array of a large batch
+is ever in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from clip_lightning.errors import UserError
-from clip_lightning.training.similarities import fits_in_a_block, for_blocks, log_sum_exp, similarities
+
+Scalar = Tensor | float
+BLOCK = 2**22
+"""Similarities in memory at a time: 16 MB per array, and a loss needs two to seven arrays."""
 
 
 @dataclass(frozen=True)
@@ -38,29 +46,16 @@ class Pairs:
     def checked(
         cls, image: Tensor, text: Tensor, image_id: Tensor | None = None, text_image_id: Tensor | None = None
     ) -> Pairs:
-        """Check the shapes, fill in ids, and convert to fp32, since bf16 cannot sum gradients over blocks.
-
-        Args:
-            image: (B, D), embeddings of images.
-            text: (N, D), embeddings of texts.
-            image_id: (B,), by default all images differ.
-            text_image_id: (N,), by default `image_id`, which requires N = B.
-
-        Raises:
-            ValueError: the shapes do not match.
-        """
-        if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
-            raise ValueError(
-                f"expected (B, D) and (N, D) embeddings, got {tuple(image.shape)} and {tuple(text.shape)}"
-            )
+        """Check the shapes, fill in ids, and convert to fp32, since bf16 cannot sum gradients over blocks."""
         if image_id is None:
             image_id = torch.arange(len(image), device=image.device)
         if text_image_id is None:
             text_image_id = image_id
-        if len(image_id) != len(image) or len(text_image_id) != len(text):
+        shapes = [tuple(tensor.shape) for tensor in (image, text, image_id, text_image_id)]
+        if image.ndim != 2 or shapes[1:] != [(len(text), image.shape[1]), (len(image),), (len(text),)]:
             raise ValueError(
-                f"expected one id per image and text, got {len(image_id)} ids for {len(image)} images and "
-                f"{len(text_image_id)} ids for {len(text)} texts; pass text_image_id (N,) unless N = B"
+                "expected image (B, D), text (N, D), image_id (B,) and text_image_id (N,), which may be "
+                f"omitted if N = B, got {', '.join(map(str, shapes))}"
             )
         return cls(image.float(), text.float(), image_id, text_image_id)
 
@@ -72,7 +67,7 @@ class Pairs:
 def info_nce(
     image: Tensor,
     text: Tensor,
-    scale: Tensor | float,
+    scale: Scalar,
     *,
     image_id: Tensor | None = None,
     text_image_id: Tensor | None = None,
@@ -98,53 +93,14 @@ def info_nce(
         ValueError: the shapes do not match.
     """
     pairs = Pairs.checked(image, text, image_id, text_image_id)
-    return _info_nce(pairs, pairs, scale, label_smoothing)
-
-
-def _info_nce(own: Pairs, everyone: Pairs, scale: Tensor | float, label_smoothing: float) -> Tensor:
-    if own is everyone and fits_in_a_block(own.image, own.text):
-        positive = own.image_id[:, None] == own.text_image_id
-        logits = similarities(own.image, own.text) * scale
-        one_way = _cross_entropy(logits, positive, label_smoothing)
-        return (one_way + _cross_entropy(logits.T, positive.T, label_smoothing)) / 2
-    both = _rows_cross_entropy(own, everyone, scale, label_smoothing)
-    both += _rows_cross_entropy(own.swapped(), everyone.swapped(), scale, label_smoothing)
-    return both / 2 * _ranks(own, everyone)
-
-
-def _cross_entropy(logits: Tensor, positive: Tensor, label_smoothing: float) -> Tensor:
-    """Return the mean over the rows that have a positive."""
-    count = positive.sum(dim=1, keepdim=True)
-    target = positive / count.clamp(min=1) * (1 - label_smoothing) + label_smoothing / logits.shape[1]
-    per_row = -(target * logits.log_softmax(dim=1)).sum(dim=1)
-    chosen = count.squeeze(1) > 0
-    return (per_row * chosen).sum() / chosen.sum().clamp(min=1)
-
-
-def _rows_cross_entropy(own: Pairs, everyone: Pairs, scale: Tensor | float, label_smoothing: float) -> Tensor:
-    """Compute `_cross_entropy` of own rows from −Σ target · log p = log Σ exp(logit) − Σ target · logit.
-
-    Only the first term needs all logits. In the second, the mean logit of a row is the product of its
-    embedding with the mean embedding of the columns.
-    """
-    columns, column_id = everyone.text, everyone.text_image_id
-    present, member = torch.cat([own.image_id, column_id]).unique(return_inverse=True)
-    row_member, column_member = member.split([len(own.image), len(columns)])
-    count = column_member.bincount(minlength=len(present))[row_member]
-    total = columns.new_zeros(len(present), columns.shape[1]).index_add(0, column_member, columns)
-    mean = total[row_member] / count.clamp(min=1)[:, None]
-    target = (1 - label_smoothing) * mean + label_smoothing * columns.mean(dim=0)
-    rows = own.image * scale
-    per_row = log_sum_exp(rows, columns) - (rows * target).sum(dim=1)
-    counted = (_count(everyone.image_id, column_id) > 0).sum().clamp(min=1)
-    return (per_row * (count > 0)).sum() / counted
+    return InfoNCE(label_smoothing).rows(pairs, pairs, scale, None)
 
 
 def siglip_loss(
     image: Tensor,
     text: Tensor,
-    scale: Tensor | float,
-    bias: Tensor | float,
+    scale: Scalar,
+    bias: Scalar,
     *,
     image_id: Tensor | None = None,
     text_image_id: Tensor | None = None,
@@ -154,47 +110,15 @@ def siglip_loss(
     `bias` is added to every scaled similarity. The other arguments and the errors are those of `info_nce`.
     """
     pairs = Pairs.checked(image, text, image_id, text_image_id)
-    return _siglip(pairs, pairs, scale, bias)
-
-
-def _siglip(own: Pairs, everyone: Pairs, scale: Tensor | float, bias: Tensor | float) -> Tensor:
-    def block(image: Tensor, image_id: Tensor) -> Tensor:
-        logits = similarities(image, everyone.text) * scale + bias
-        sign = (image_id[:, None] == everyone.text_image_id).to(logits.dtype) * 2 - 1
-        return -F.logsigmoid(sign * logits).sum()
-
-    sums = for_blocks(block, len(everyone.text), own.image, own.image_id)
-    return torch.stack(sums).sum() / len(own.image)
-
-
-def _violations(own: Pairs, everyone: Pairs, margin: float) -> Tensor:
-    """Return the sum over all positive pairs of own images of the hinge against the hardest negative."""
-
-    def block(rows: Tensor, row_id: Tensor) -> Tensor:
-        positive = row_id[:, None] == everyone.text_image_id
-        cosine = similarities(rows, everyone.text)
-        hardest = cosine.masked_fill(positive, -torch.inf).amax(dim=1, keepdim=True)
-        return (margin - cosine + hardest).relu()[positive].sum()
-
-    return torch.stack(for_blocks(block, len(everyone.text), own.image, own.image_id)).sum()
-
-
-def _ranks(own: Pairs, everyone: Pairs) -> float:
-    """Return the number of ranks, since all have equally many images."""
-    return len(everyone.image) / len(own.image)
-
-
-def _count(ids: Tensor, among: Tensor) -> Tensor:
-    """Return how often each of `ids` (R,) occurs in `among`."""
-    ordered = among.sort().values
-    return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    return SigLIP().rows(pairs, pairs, scale, bias)
 
 
 class ContrastiveLoss(nn.Module):
     """Base class of the losses: `--model.loss` takes the name of ours, or the class path of your own.
 
-    A subclass defines `forward`, and stores the arguments of its constructor as attributes of the same names,
-    so that checkpoints contain them.
+    A subclass defines `forward`, or `rows` if the loss is a sum over rows, of which each rank then computes
+    only its own. It stores the arguments of its constructor as attributes of the same names, so that
+    checkpoints contain them.
 
     Attributes:
         init_scale: initial value of the learnable scale.
@@ -214,12 +138,13 @@ class ContrastiveLoss(nn.Module):
         text_image_id: Tensor,
     ) -> Tensor:
         """Return the loss of `image` (B, D) and `text` (N, D), whose images have the ids (B,) and (N,)."""
-        raise NotImplementedError
+        pairs = Pairs.checked(image, text, image_id, text_image_id)
+        return self.rows(pairs, pairs, scale, bias)
 
     def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Return this rank's part, so that the mean over the ranks is the loss of all pairs.
 
-        By default every rank computes the loss of all pairs; see `SumOverRows` for a cheaper way.
+        If a subclass overrides `forward`, every rank computes the loss of all pairs with it.
 
         Args:
             own: the pairs of this rank.
@@ -228,40 +153,16 @@ class ContrastiveLoss(nn.Module):
             scale: as in `forward`.
             bias: as in `forward`.
         """
+        if type(self).forward is ContrastiveLoss.forward:
+            return self.rows(own, everyone, scale, bias)
         return self(everyone.image, everyone.text, scale, bias, everyone.image_id, everyone.text_image_id)
 
-
-class SumOverRows(ContrastiveLoss):
-    """Base class of losses that are sums over rows, so that each rank computes only its own rows.
-
-    A subclass defines `rows`. If it overrides `forward`, every rank computes the loss of all pairs with it.
-    """
-
-    def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        image_id: Tensor,
-        text_image_id: Tensor,
-    ) -> Tensor:
-        """Return the loss of all rows of the batch."""
-        pairs = Pairs.checked(image, text, image_id, text_image_id)
-        return self.rows(pairs, pairs, scale, bias)
-
-    def share(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the part of this rank's rows."""
-        if type(self).forward is not SumOverRows.forward:
-            return super().share(own, everyone, scale, bias)
-        return self.rows(own, everyone, scale, bias)
-
-    def rows(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the part of own rows, as `ContrastiveLoss.share` defines it."""
+    def rows(self, own: Pairs, everyone: Pairs, scale: Scalar, bias: Scalar | None) -> Tensor:
+        """Return the part of own rows, as `share` defines it."""
         raise NotImplementedError
 
 
-class InfoNCE(SumOverRows):
+class InfoNCE(ContrastiveLoss):
     """The loss of CLIP; see `info_nce`.
 
     Args:
@@ -276,23 +177,60 @@ class InfoNCE(SumOverRows):
             )
         self.label_smoothing = label_smoothing
 
-    def rows(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Compare own images and texts with those of all ranks; `bias` is not used."""
-        return _info_nce(own, everyone, scale, self.label_smoothing)
+    def rows(self, own: Pairs, everyone: Pairs, scale: Scalar, bias: Scalar | None) -> Tensor:
+        if own is everyone and _is_one_block(own.image, own.text):
+            positive = own.image_id[:, None] == own.text_image_id
+            logits = _similarities(own.image, own.text) * scale
+            both = self._cross_entropy(logits, positive) + self._cross_entropy(logits.T, positive.T)
+            return both / 2
+        both = self._rows_cross_entropy(own, everyone, scale)
+        both += self._rows_cross_entropy(own.swapped(), everyone.swapped(), scale)
+        return both / 2 * (len(everyone.image) / len(own.image))
+
+    def _cross_entropy(self, logits: Tensor, positive: Tensor) -> Tensor:
+        """Return the mean over the rows that have a positive."""
+        count = positive.sum(dim=1, keepdim=True)
+        smoothing = self.label_smoothing
+        target = positive / count.clamp(min=1) * (1 - smoothing) + smoothing / logits.shape[1]
+        per_row = -(target * logits.log_softmax(dim=1)).sum(dim=1)
+        chosen = count.squeeze(1) > 0
+        return (per_row * chosen).sum() / chosen.sum().clamp(min=1)
+
+    def _rows_cross_entropy(self, own: Pairs, everyone: Pairs, scale: Scalar) -> Tensor:
+        """Compute `_cross_entropy` of own rows from −Σ target · log p = log Σ exp(logit) − Σ target · logit.
+
+        Only the first term needs all logits. In the second, the mean logit of a row is the product of its
+        embedding with the mean embedding of the columns.
+        """
+        columns, column_id = everyone.text, everyone.text_image_id
+        present, member = torch.cat([own.image_id, column_id]).unique(return_inverse=True)
+        row_member, column_member = member.split([len(own.image), len(columns)])
+        count = column_member.bincount(minlength=len(present))[row_member]
+        total = columns.new_zeros(len(present), columns.shape[1]).index_add(0, column_member, columns)
+        mean = total[row_member] / count.clamp(min=1)[:, None]
+        target = (1 - self.label_smoothing) * mean + self.label_smoothing * columns.mean(dim=0)
+        rows = own.image * scale
+        per_row = _log_sum_exp(rows, columns) - (rows * target).sum(dim=1)
+        counted = torch.isin(everyone.image_id, column_id).sum().clamp(min=1)
+        return (per_row * (count > 0)).sum() / counted
 
 
-class SigLIP(SumOverRows):
+class SigLIP(ContrastiveLoss):
     """The sigmoid loss; see `siglip_loss`. Scale and bias start at the values of the paper."""
 
     init_scale = 10.0
     init_bias = -10.0
 
-    def rows(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Compare own images with the texts of all ranks."""
-        return _siglip(own, everyone, scale, 0.0 if bias is None else bias)
+    def rows(self, own: Pairs, everyone: Pairs, scale: Scalar, bias: Scalar | None) -> Tensor:
+        def block(image: Tensor, image_id: Tensor) -> Tensor:
+            logits = _similarities(image, everyone.text) * scale + (0.0 if bias is None else bias)
+            sign = (image_id[:, None] == everyone.text_image_id).to(logits.dtype) * 2 - 1
+            return -F.logsigmoid(sign * logits).sum()
+
+        return _sum_of_blocks(block, own, everyone) / len(own.image)
 
 
-class MaxViolation(SumOverRows):
+class MaxViolation(ContrastiveLoss):
     """The hinge loss of each pair against its hardest negatives (VSE++, Faghri et al. 2018).
 
     It is the mean over all positive pairs in both directions, and uses cosines without the scale. A row or
@@ -308,10 +246,93 @@ class MaxViolation(SumOverRows):
             raise UserError(f"--model.loss.margin {margin}: expected a number greater than 0 and at most 2")
         self.margin = margin
 
-    def rows(self, own: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Compare own images and texts with those of all ranks; the gradient of `scale` is 0."""
-        both = _violations(own, everyone, self.margin)
-        both += _violations(own.swapped(), everyone.swapped(), self.margin)
-        pairs = _count(everyone.image_id, everyone.text_image_id).sum().clamp(min=1)
+    def rows(self, own: Pairs, everyone: Pairs, scale: Scalar, bias: Scalar | None) -> Tensor:
+        both = self._violations(own, everyone) + self._violations(own.swapped(), everyone.swapped())
+        ids = everyone.text_image_id.sort().values  # the positive pairs are counted without a (B, N) array
+        first, last = (torch.searchsorted(ids, everyone.image_id, right=right) for right in (False, True))
+        pairs = (last - first).sum().clamp(min=1)
         # data-parallel training expects a gradient of every parameter
-        return both / pairs * _ranks(own, everyone) + 0 * scale
+        return both / pairs * (len(everyone.image) / len(own.image)) + 0 * scale
+
+    def _violations(self, own: Pairs, everyone: Pairs) -> Tensor:
+        """Return the sum over all positive pairs of own images of the hinge against the hardest negative."""
+
+        def block(rows: Tensor, row_id: Tensor) -> Tensor:
+            positive = row_id[:, None] == everyone.text_image_id
+            cosine = _similarities(rows, everyone.text)
+            hardest = cosine.masked_fill(positive, -torch.inf).amax(dim=1, keepdim=True)
+            return (self.margin - cosine + hardest).relu()[positive].sum()
+
+        return _sum_of_blocks(block, own, everyone)
+
+
+def _similarities(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the products (B, N) of (B, D) and (N, D), in fp32 also under autocast."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ columns.T
+
+
+def _is_one_block(rows: Tensor, columns: Tensor) -> bool:
+    return len(rows) * len(columns) <= BLOCK
+
+
+def _sum_of_blocks(block: Callable[[Tensor, Tensor], Tensor], own: Pairs, everyone: Pairs) -> Tensor:
+    """Add up `block` of as many own images and their ids at a time as make `BLOCK` similarities.
+
+    With several blocks, the backward pass calls it again instead of storing the activations.
+    """
+    size = max(1, BLOCK // max(1, len(everyone.text)))
+    if len(own.image) <= size:
+        return block(own.image, own.image_id)
+    parts = zip(own.image.split(size), own.image_id.split(size), strict=True)
+    sums = [checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.stack(sums).sum()
+
+
+def _log_sum_exp(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return log Σ exp (B,) over the rows of the similarities of (B, D) and (N, D)."""
+    if _is_one_block(rows, columns):
+        return _similarities(rows, columns).logsumexp(dim=1)
+    result: Tensor = _LogSumExp.apply(rows, columns)
+    return result
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Computes `_log_sum_exp` in blocks, once forward and once backward.
+
+    The blocks share their memory, since allocating each of them would fragment the CPU's heap.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        sums = a.new_empty(len(a))
+        for block, logits in _LogSumExp.blocks(a, b):
+            largest = logits.amax(dim=1)
+            sums[block] = logits.sub_(largest[:, None]).exp_().sum(dim=1).log() + largest
+        ctx.save_for_backward(a, b, sums)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, sums = ctx.saved_tensors
+        grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
+        for block, logits in _LogSumExp.blocks(a, b):
+            # the gradient of a log-sum-exp is the softmax
+            logits.sub_(sums[block, None]).exp_().mul_(grad[block, None])
+            with torch.autocast(a.device.type, enabled=False):
+                grad_a[block] = logits @ b
+                grad_b.addmm_(logits.T, a[block])
+        return grad_a, grad_b
+
+    @staticmethod
+    def blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of rows, and their rows of a bᵀ."""
+        size = min(len(a), max(1, BLOCK // len(b)))
+        space = a.new_empty(size, len(b))
+        for start in range(0, len(a), size):
+            block = slice(start, start + size)
+            logits = space[: len(a[block])]
+            with torch.autocast(a.device.type, enabled=False):
+                torch.mm(a[block], b.T, out=logits)
+            yield block, logits

@@ -6,13 +6,13 @@ Shapes: B images and N texts on this rank, embeddings of width D.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -20,49 +20,17 @@ from torch import Tensor
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import Diverged, UserError
 from clip_lightning.evaluation.retrieval import EmbeddingCollector, Embeddings, retrieval_metrics
-from clip_lightning.model.checkpoint import (
-    bundle_metadata,
-    leave_out_fixed_towers,
-    options_of,
-    put_back_fixed_towers,
-)
+from clip_lightning.model import checkpoint as checkpoint_content
 from clip_lightning.model.clip import Freeze
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.model.towers import Tokenize, Tower
 from clip_lightning.timing import Stopwatch
-from clip_lightning.training.build import (
-    HeadOptions,
-    TowerOptions,
-    build,
-    check_batch_norms,
-    plain_options,
-    prepare_towers,
-)
-from clip_lightning.training.extract import Extractor, cache_frozen_towers
-from clip_lightning.training.gradcache import encode_in_micro_batches
+from clip_lightning.training import build, checkpoints, optim, sharding
+from clip_lightning.training.build import HeadOptions, TowerOptions
+from clip_lightning.training.extract import Extractor
+from clip_lightning.training.gradcache import encode_in_micro_batches, largest_micro_batch
 from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs
-from clip_lightning.training.micro_batch import SMALLEST, largest_for_batch
-from clip_lightning.training.optim import (
-    OptimizerConfig,
-    WarmupSchedule,
-    build_optimizer,
-    clip_gradients,
-    keep_own_options,
-)
-from clip_lightning.training.runs import (
-    build_module,
-    check_fits,
-    read_checkpoint,
-)
-from clip_lightning.training.sharding import (
-    average_replicated,
-    broadcast_statistics,
-    check_shardable,
-    gather_towers,
-    release_towers,
-    shard_towers,
-    sharded_modules,
-)
+from clip_lightning.training.optim import OptimizerConfig
 
 Batch = dict[str, Any]
 
@@ -119,17 +87,17 @@ class CLIPModule(LightningModule):
         """
         super().__init__()
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.save_hyperparameters({"model": plain_options(given)})
-        if micro_batch_size not in (None, "auto") and not (
-            isinstance(micro_batch_size, int) and micro_batch_size >= 1
-        ):
+        self.save_hyperparameters({"model": build.plain_options(given)})
+        if isinstance(micro_batch_size, int) and micro_batch_size < 1:
             raise UserError(f"--model.micro_batch_size {micro_batch_size}: expected 1 or more, or auto")
         self.micro_batch_size = micro_batch_size
         self.loss = loss or InfoNCE()
         self.optimizer = optimizer
         self.lora = lora
-        self.clip = build(image_tower, text_tower, init_from, towers=towers, heads=heads, loss=self.loss)
-        prepare_towers(self.clip, freeze, lora, towers, optimizer)
+        self.clip = build.build(
+            image_tower, text_tower, init_from, towers=towers, heads=heads, loss=self.loss
+        )
+        build.prepare_towers(self.clip, freeze, lora, towers, optimizer)
         self.stopwatch = Stopwatch()
         self.validation_embeddings: Embeddings | None = None
         self.gradient_norm = 0.0
@@ -149,12 +117,18 @@ class CLIPModule(LightningModule):
             UserError: the file is not such a checkpoint, or a frozen tower differs from that in training.
         """
         file = Path(checkpoint_path)
-        checkpoint = read_checkpoint(file)
-        module = build_module(cls, options_of(checkpoint, file), options)
-        check_fits(file, checkpoint, module)
+        checkpoint = checkpoints.read_checkpoint(file)
+        stored = checkpoint_content.options_of(checkpoint, file)
+        # parsed as on the command line
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "model", skip=set(options), instantiate=False)
+        kept = {"model": {name: value for name, value in stored.items() if name not in options}}
+        module = cls(**parser.instantiate(parser.parse_object(kept)).model, **options)
+        checkpoints.check_fits(file, checkpoint, module)
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
-        module.clip.metadata = bundle_metadata(file, checkpoint, type(module.loss).__name__)
+        loss = type(module.loss).__name__
+        module.clip.metadata = checkpoint_content.bundle_metadata(file, checkpoint, loss)
         return module.eval()
 
     @property
@@ -168,37 +142,28 @@ class CLIPModule(LightningModule):
         return self.clip.tokenize
 
     def setup(self, stage: str) -> None:
-        """Run frozen towers once over the splits of this stage, if the data module has a cache.
-
-        Raises:
-            UserError: a batch norm would have a single value to normalize.
-        """
+        """Run frozen towers once over the splits of this stage, if the data module has a cache."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit":
-            check_batch_norms(self.clip, getattr(data, "batch_size", 0), self.micro_batch_size)
+            build.check_batch_norms(self.clip, getattr(data, "batch_size", 0), self.micro_batch_size)
         if getattr(data, "cache", None) is None:
             return
-        extractor = Extractor(
-            data.cache, self.trainer.strategy.root_device, _autocast_dtype(self.trainer.precision)
-        )
+        # as Lightning does in training, and in fp32 otherwise
+        autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision)
+        extractor = Extractor(data.cache, self.trainer.strategy.root_device, autocast)
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
-            cache_frozen_towers(extractor, self.clip, data, split)
+            extractor.cache_frozen_towers(self.clip, data, split)
 
     def configure_model(self) -> None:
-        """Shard the trained towers, if the strategy has set up a mesh of ranks.
-
-        Raises:
-            UserError: an option cannot be combined with sharding.
-        """
-        if self.device_mesh is None or sharded_modules(self.clip):
-            return
-        check_shardable(self.clip, self.micro_batch_size, self.trainer)
-        shard_towers(self.clip, self.device_mesh["data_parallel"])
+        """Shard the trained towers, if the strategy has set up a mesh of ranks."""
+        if self.device_mesh is not None and not sharding.sharded_modules(self.clip):
+            sharding.check_shardable(self.clip, self.micro_batch_size, self.trainer)
+            sharding.shard_towers(self.clip, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of this rank's pairs against the pairs of all ranks."""
         if self.micro_batch_size == "auto":
-            self.micro_batch_size = self._largest_micro_batch(batch)
+            self.micro_batch_size = largest_micro_batch(self.clip, batch, self.trainer)
         image, text = self._encode(batch)
         self.stopwatch.lap("towers")
         own = Pairs(image, text, batch["image_id"], batch["text_image_id"])
@@ -222,12 +187,12 @@ class CLIPModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Discard the embeddings of an interrupted evaluation."""
-        self._collector.clear()
-        gather_towers(self.clip)
+        self._collector = EmbeddingCollector()
+        sharding.gather_towers(self.clip, True)
 
     def on_validation_epoch_end(self) -> None:
         """Evaluate retrieval over the complete split, and log the metrics under `val/` or `test/`."""
-        release_towers(self.clip)
+        sharding.gather_towers(self.clip, False)
         embeddings = self._collector.join(self.trainer.world_size)
         if embeddings is None or self.trainer.sanity_checking:
             return
@@ -252,7 +217,7 @@ class CLIPModule(LightningModule):
     def on_after_backward(self) -> None:
         """Average the gradients that are not sharded over the ranks."""
         if self.device_mesh is not None:
-            average_replicated(self.clip)
+            sharding.average_replicated(self.clip)
         self.stopwatch.lap("towers")
 
     def configure_gradient_clipping(
@@ -270,7 +235,7 @@ class CLIPModule(LightningModule):
         # as in Lightning, 0 or less turns clipping off
         limit = gradient_clip_val if gradient_clip_val and gradient_clip_val > 0 else math.inf
         by_value = gradient_clip_algorithm == "value"
-        self.gradient_norm = float(clip_gradients(parameters, limit, by_value))
+        self.gradient_norm = float(optim.clip_gradients(parameters, limit, by_value))
         self.log("train/grad_norm", self.gradient_norm)
         if not math.isfinite(self.gradient_norm):
             for parameter in parameters:
@@ -310,7 +275,7 @@ class CLIPModule(LightningModule):
         key = (seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         if self.device_mesh is not None:
-            broadcast_statistics(self.clip)
+            sharding.broadcast_statistics(self.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clamp the scale after each step."""
@@ -321,28 +286,24 @@ class CLIPModule(LightningModule):
         """Build the optimizer and a schedule that counts optimizer steps."""
         # not fused with a gradient scaler, which would unscale the gradients only after they are clipped
         fused = self.trainer.precision != "16-mixed"
-        optimizer = build_optimizer(self.clip, self.optimizer, fused=fused)
-        optimizer.register_load_state_dict_pre_hook(keep_own_options)
+        optimizer = optim.build_optimizer(self.clip, self.optimizer, fused=fused)
+        optimizer.register_load_state_dict_pre_hook(optim.keep_own_options)
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise UserError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
-        warmup = round(self.optimizer.warmup * total)
-        schedule = WarmupSchedule(
-            optimizer, warmup_steps=warmup, total_steps=int(total), schedule=self.optimizer.schedule
+        warmup, kind = round(self.optimizer.warmup * total), self.optimizer.schedule
+        schedule = optim.WarmupSchedule(
+            optimizer, lambda step: optim.rate_factor(step, warmup, int(total), kind)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace frozen towers by their digests, and store the adapters separately."""
-        leave_out_fixed_towers(checkpoint, self.clip, self.lora)
+        checkpoint_content.leave_out_fixed_towers(checkpoint, self.clip, self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the frozen towers and the adapters, after checking that they match.
-
-        Raises:
-            UserError: the checkpoint was trained with a different frozen tower or different adapters.
-        """
-        put_back_fixed_towers(checkpoint, self.clip, self.lora)
+        """Restore the frozen towers and the adapters, after checking that they match."""
+        checkpoint_content.put_back_fixed_towers(checkpoint, self.clip, self.lora)
 
     def _statistics(self) -> list[Tensor]:
         return [buffer for buffer in self.clip.buffers() if buffer.is_floating_point()]
@@ -366,30 +327,9 @@ class CLIPModule(LightningModule):
             return encode(*inputs)
         return encode_in_micro_batches(encode, inputs, self.micro_batch_size, tower)
 
-    def _largest_micro_batch(self, batch: Batch) -> int | None:
-        """Return the largest size that every rank has memory for, or None if no tower is trained."""
-        largest = largest_for_batch(self.clip, batch, self.trainer.num_devices)
-        if largest is None:
-            return None
-        size, rows = largest
-        size = int(self.trainer.strategy.reduce(torch.tensor(size, device=self.device), reduce_op="min"))
-        if size == 0:
-            raise UserError(
-                f"--model.micro_batch_size auto: there is no memory for {min(SMALLEST, rows)} images and "
-                "captions at a time; freeze a tower (--model.freeze), or lower --model.towers.image_size"
-            )
-        if self.global_rank == 0:
-            print(f"--model.micro_batch_size auto: {size:,} of {rows:,} rows at a time", file=sys.stderr)
-        return size
-
     def _of_all_ranks(self, own: Pairs) -> Pairs:
         """Gather the pairs of all ranks in rank order, with gradients; all ranks have equally many."""
         if self.trainer.world_size == 1:
             return own
         tensors = (own.image, own.text, own.image_id, own.text_image_id)
         return Pairs(*(self.all_gather(t, sync_grads=t.is_floating_point()).flatten(0, 1) for t in tensors))
-
-
-def _autocast_dtype(precision: str) -> torch.dtype | None:
-    """Return the type that Lightning's `precision` gives a frozen tower's forward pass."""
-    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)

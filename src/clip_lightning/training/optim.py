@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -55,21 +55,15 @@ class OptimizerConfig:
     schedule: Schedule = "cosine"
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         for name in ("lr", "image_lr", "text_lr", "weight_decay", "layer_decay", "freeze_below", "warmup"):
             value, is_fraction = getattr(self, name), name in ("layer_decay", "freeze_below", "warmup")
             if not 0 <= value <= (1 if is_fraction else sys.float_info.max):
                 expected = "a fraction from 0 to 1" if is_fraction else "a number of 0 or more"
                 raise UserError(f"--model.optimizer.{name} {value}: expected {expected}")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(
-                f"--model.optimizer.betas {list(self.betas)}: expected two numbers from 0 to below 1"
-            )
-        if self.name not in (known := [str(name) for name in list_optimizers()]):
-            similar = ", ".join(difflib.get_close_matches(self.name, known)) or "adamw, muon, lion"
-            raise UserError(
-                f"--model.optimizer.name {self.name}: expected an optimizer in timm, such as {similar}"
-            )
+            raise UserError(f"--model.optimizer.betas {list(self.betas)}: expected two fractions below 1")
+        if self.name not in list_optimizers():
+            raise UserError(f"--model.optimizer.name {self.name}: expected adamw or a name in timm.optim")
 
 
 def build_optimizer(clip: CLIP, config: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:
@@ -98,11 +92,16 @@ def freeze_lower_layers(clip: CLIP, config: OptimizerConfig) -> None:
 def param_groups(clip: CLIP, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Group the trainable parameters by part (`image_tower`, `text_tower`, `heads`), layer and weight decay.
 
-    Parameters with fewer than two dimensions (norms, biases, the scale) and those that timm lists in
-    `no_weight_decay` have no weight decay.
+    Parameters with fewer than two dimensions (norms, biases, the scale) and those that modules list in
+    `no_weight_decay` (in timm, position embeddings and tokens) have no weight decay.
     """
     rates = {"image_tower": config.image_lr, "text_tower": config.text_lr, "heads": config.lr}
-    undecayed_names = _no_weight_decay(clip)
+    undecayed = {
+        f"{prefix}.{name}"
+        for prefix, module in clip.named_modules()
+        if callable(exempt := getattr(module, "no_weight_decay", None))
+        for name in exempt()
+    }
     fractions = _layer_fractions(clip, config)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in clip.named_parameters():
@@ -111,13 +110,10 @@ def param_groups(clip: CLIP, config: OptimizerConfig) -> list[dict[str, Any]]:
         part = name.partition(".")[0]
         part = part if part in rates else "heads"
         fraction = fractions.get(name, 1.0)
-        decayed = parameter.ndim >= 2 and name not in undecayed_names
+        decayed = parameter.ndim >= 2 and name not in undecayed
         key = part + (f"_{fraction:.2g}" if fraction != 1 else "") + ("" if decayed else "_no_decay")
-        weight_decay = config.weight_decay if decayed else 0.0
-        group = groups.setdefault(
-            key, {"name": key, "params": [], "lr": rates[part] * fraction, "weight_decay": weight_decay}
-        )
-        group["params"].append(parameter)
+        options = {"lr": rates[part] * fraction, "weight_decay": config.weight_decay if decayed else 0.0}
+        groups.setdefault(key, {"name": key, "params": [], **options})["params"].append(parameter)
     return list(groups.values())
 
 
@@ -125,34 +121,20 @@ def _layer_fractions(clip: CLIP, config: OptimizerConfig) -> dict[str, float]:
     """Return the fraction of the tower's rate for the name of each parameter, if `layer_decay` changes it."""
     fractions: dict[str, float] = {}
     for part, tower in (("image_tower", clip.image_tower), ("text_tower", clip.text_tower)):
-        if config.layer_decay == 1 or tower.frozen:
-            continue
-        layers = tower.layers()
-        top = max(layers.values())
-        fractions |= {f"{part}.{name}": config.layer_decay ** (top - layer) for name, layer in layers.items()}
+        if config.layer_decay != 1 and not tower.frozen:
+            layers = tower.layers()
+            top = max(layers.values())
+            fractions |= {f"{part}.{name}": config.layer_decay ** (top - at) for name, at in layers.items()}
     return fractions
 
 
-def _no_weight_decay(model: nn.Module) -> set[str]:
-    """Return the full names of what submodules exempt (in timm, position embeddings and tokens)."""
-    names: set[str] = set()
-    for prefix, module in model.named_modules():
-        exempt = getattr(module, "no_weight_decay", None)
-        if callable(exempt):
-            names |= {f"{prefix}.{name}" for name in exempt()}
-    return names
-
-
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: bool = False) -> Tensor:
-    """Clip gradients in place, whether they are sharded or not.
+    """Clip gradients in place, whether they are sharded or not, and return their norm before.
 
     Args:
         parameters: parameters with gradients.
         limit: the largest 2-norm of all gradients together, or the largest absolute value; may be infinite.
         by_value: whether `limit` is for each value.
-
-    Returns:
-        The norm before clipping. If it is not finite, the gradients may not be finite either.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     complete = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
@@ -171,53 +153,36 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: b
 
 
 class WarmupSchedule(LambdaLR):
-    """Multiplies the rates of all groups by `rate_factor`.
+    """Multiplies the rates of all groups by a factor, of which a resumed run restores only the step.
 
-    A resumed run restores only the step. Peak rates, warm-up and the number of steps come from its own
-    options, and a line is printed if they change the rate of the next step.
+    Peak rates and the schedule come from its own options, and a line is printed if they change the rate of
+    the next step.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        warmup_steps: int,
-        total_steps: int,
-        schedule: Schedule = "cosine",
-    ) -> None:
-        self.total_steps = total_steps
-        steps = {"warmup_steps": warmup_steps, "total_steps": total_steps}
-        super().__init__(optimizer, lambda step: rate_factor(step, **steps, schedule=schedule))
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the step."""
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         factor = self.lr_lambdas[0](self.last_epoch)
         self._last_lr = [rate * factor for rate in self.base_lrs]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
         before, now = max(state_dict["_last_lr"]), max(self._last_lr)
-        is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        if before != now and is_first:
-            print(
-                f"the learning rate of step {self.last_epoch} of {self.total_steps} is now {now:.3g} instead "
-                f"of {before:.3g}, since the options or the number of steps have changed",
+        if before != now:
+            rank_zero_only(print)(
+                f"the learning rate of step {self.last_epoch} is now {now:.3g} instead of {before:.3g}, "
+                "since the options or the number of steps have changed",
                 file=sys.stderr,
             )
 
 
 def keep_own_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Replace the options in a stored state by those of `optimizer`, so that only the moments are restored.
-
-    Register it with `register_load_state_dict_pre_hook`.
-    """
+    """Replace the options in a stored state by those of `optimizer`: only the moments are restored."""
     own = ({name: group[name] for name in group if name != "params"} for group in optimizer.param_groups)
     stored = state_dict["param_groups"]
     groups = [{**options, "params": group["params"]} for options, group in zip(own, stored, strict=True)]
     return {**state_dict, "param_groups": groups}
 
 
-def rate_factor(step: int, *, warmup_steps: int, total_steps: int, schedule: Schedule = "cosine") -> float:
+def rate_factor(step: int, warmup_steps: int, total_steps: int, schedule: Schedule = "cosine") -> float:
     """Return the factor of the peak rate at `step`, counted from 0: a linear warm-up, then the schedule.
 
     No step of the warm-up has a rate of 0: the factor of step 0 is 1 / (warmup_steps + 1), and step

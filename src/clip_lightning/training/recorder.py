@@ -1,12 +1,14 @@
-"""Writes the results of a run: configuration, metrics, timings, bundle and the list of broken images."""
+"""Writes the results of a run: configuration, metrics, timings, bundle, broken images, and later scores."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from clip_lightning.files import write_atomically
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import BEST, RunFolder
 from clip_lightning.timing import Stopwatch
+from clip_lightning.tracking.history import history_file
 from clip_lightning.tracking.logger import RunLogger
 from clip_lightning.training.checkpoints import all_ranks_save
 from clip_lightning.training.sharding import gather_on_first_rank
@@ -36,13 +39,20 @@ class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, except that it finds the best checkpoint in a folder that was moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the path of the best checkpoint by that in the run's present folder."""
-        here = Path(str(self.dirpath), BEST)
-        if here.is_file() and state_dict["best_k_models"]:
-            names = dict.fromkeys(("best_model_path", "kth_best_model_path"), str(here))
-            scores = {str(here): state_dict["best_model_score"]}
-            state_dict = {**state_dict, **names, "dirpath": self.dirpath, "best_k_models": scores}
+        here = str(Path(str(self.dirpath), BEST))
+        if Path(here).is_file() and state_dict["best_k_models"]:
+            paths = {"dirpath": self.dirpath, "best_model_path": here, "kth_best_model_path": here}
+            state_dict = {**state_dict, **paths, "best_k_models": {here: state_dict["best_model_score"]}}
         super().load_state_dict(state_dict)
+
+
+def _lap(part: str) -> Callable[..., None]:
+    """Return a hook that attributes the time since the last hook to this part of the run."""
+
+    def hook(recorder: RunRecorder, *_: Any) -> None:
+        recorder.stopwatch.lap(part)
+
+    return hook
 
 
 class RunRecorder(Callback):
@@ -74,16 +84,12 @@ class RunRecorder(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         write_atomically(self.run.config, self.config.encode())
-        data: Any = getattr(trainer, "datamodule", None)
-        content = {**yaml.safe_load(self.config), "data_digest": data.digest}
+        content = {**yaml.safe_load(self.config), **_data(trainer)}
         content["model"]["loss"] = content["model"]["loss"] or type(pl_module.loss).__name__
-        if data.fetched:
-            content["data_artifact"] = str(data.fetched.name)
         for logger in trainer.loggers:
             logger.log_hyperparams(content)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the metrics and measurements, which a resumed run continues."""
         return {
             "metrics": self.metrics,
             "seconds": self.stopwatch.seconds,
@@ -92,7 +98,6 @@ class RunRecorder(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the metrics and measurements."""
         if self.run.best.is_file():
             self.metrics = state_dict["metrics"]  # they are those of that file
         for part, seconds in state_dict["seconds"].items():
@@ -101,19 +106,9 @@ class RunRecorder(Callback):
         self._peak_memory = state_dict["peak_memory"]
         self._last_log = self._progress()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the preparation: towers, features and loaders."""
-        self.stopwatch.lap("preparation")
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what runs between epochs: checkpoints, panels and logs."""
-        self.stopwatch.lap("other")
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Measure the time spent waiting for this batch."""
-        self.stopwatch.lap("waiting_for_data")
+    on_train_start = _lap("preparation")  # of towers, features and loaders
+    on_train_epoch_start = on_validation_start = _lap("other")  # checkpoints, panels and logs
+    on_train_batch_start = _lap("waiting_for_data")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -130,28 +125,20 @@ class RunRecorder(Callback):
             self._last_log = now
             self._note_memory()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what runs before the evaluation."""
-        self.stopwatch.lap("other")
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the metrics of the best epoch."""
         self.stopwatch.lap("evaluation")
         if trainer.sanity_checking:
             return
         self._note_memory()
-        metrics = {
-            name.removeprefix("val/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
-        }
+        logged = trainer.callback_metrics.items()
+        metrics = {name[len("val/") :]: float(value) for name, value in logged if name.startswith("val/")}
         if "rsum" in metrics and metrics["rsum"] > self.metrics.get("rsum", float("-inf")):
             obsolete = self.metrics.keys() - metrics.keys()
             self.metrics = {**metrics, "epoch": trainer.current_epoch, "step": trainer.global_step}
             self._summarize(trainer, {}, obsolete)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write all files."""
         self._finished = True
         self._write(trainer, pl_module)
 
@@ -185,21 +172,23 @@ class RunRecorder(Callback):
         if not trainer.is_global_zero:
             return
         self.stopwatch.lap("other")
-        data: Any = getattr(trainer, "datamodule", None)
-        record = self._record(pl_module, data)
+        about = _data(trainer)
+        record = self._record(pl_module, about)
+        broken = trainer.datamodule.broken
         try:
             _write_json(self.run.metrics, record)
             self._summarize(trainer, {name: record[name] for name in record.keys() - self.metrics.keys()})
-            if data and data.broken:
-                _write_json(self.run.broken, data.broken)
+            if broken:
+                _write_json(self.run.broken, broken)
             if weights is not None:
-                about = {"digest": data.digest} if data else {}
-                about |= {"artifact": str(data.fetched.name)} if data and data.fetched else {}
-                name = type(pl_module.loss).__name__
                 pl_module.clip.save_pretrained(
                     self.run.model,
                     weights=_best_weights(trainer, weights),
-                    metadata={"metrics": self.metrics, "loss": name, "training_data": about},
+                    metadata={
+                        "metrics": self.metrics,
+                        "loss": type(pl_module.loss).__name__,
+                        "training_data": {name.removeprefix("data_"): about[name] for name in about},
+                    },
                 )
         except (OSError, SafetensorError) as error:
             raise RunFailed(
@@ -207,7 +196,7 @@ class RunRecorder(Callback):
                 "intact: free disk space, and resume with --ckpt_path last"
             ) from error
 
-    def _record(self, pl_module: LightningModule, data: Any) -> dict[str, Any]:
+    def _record(self, pl_module: LightningModule, data: dict[str, str]) -> dict[str, Any]:
         """Return the content of `metrics.json`."""
         seconds = self.stopwatch.seconds
         training = seconds["waiting_for_data"] + self.stopwatch.step_seconds
@@ -221,8 +210,7 @@ class RunRecorder(Callback):
             "peak_memory_bytes": self._peak_memory,
             **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()} if gpu else {}),
             **parameter_counts(pl_module.clip),
-            "data_digest": data.digest if data else "",
-            **({"data_artifact": str(data.fetched.name)} if data and data.fetched else {}),
+            **data,
             "version_clip_lightning": clip_lightning.__version__,
             **{f"version_{name}": importlib.metadata.version(name) for name in VERSIONED},
         }
@@ -236,7 +224,14 @@ class RunRecorder(Callback):
                 logger.summarize(best | costs, [f"val/{name}" for name in obsolete])
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def _data(trainer: Trainer) -> dict[str, str]:
+    """Return the digest of the data, and the name of its W&B artifact if there is one."""
+    data: Any = trainer.datamodule
+    artifact = {"data_artifact": str(data.fetched.name)} if data.fetched else {}
+    return {"data_digest": data.digest, **artifact}
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     write_atomically(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -255,9 +250,30 @@ def memory_of_processes() -> int:
     me = psutil.Process()
     total = 0
     for process in [me, *me.children(recursive=True)]:
-        try:
+        with contextlib.suppress(psutil.Error):
             info = process.memory_full_info()
             total += getattr(info, "pss", info.rss)
-        except psutil.Error:
-            continue
     return total
+
+
+def keep_scores(
+    run: RunFolder, name: str, scores: Mapping[str, float], about: Mapping[str, str], *, track: bool
+) -> None:
+    """Store the scores of `test` or `validate` as `NAME.json` in a run's folder, and in its W&B run.
+
+    Args:
+        run: the folder of the run.
+        name: the name of the command.
+        scores: the scores by name, without a prefix.
+        about: which model was scored, and on which data.
+        track: whether to add the scores to the summary of the W&B run, if there is one.
+    """
+    _write_json(run.path / f"{name}.json", {**scores, **about})
+    loggers = yaml.safe_load(run.config.read_text())["trainer"]["logger"]
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if track and isinstance(logger, dict) and str(logger.get("class_path")).endswith(".RunLogger"):
+            settings = logger.get("init_args") or {}
+            run_id = settings.get("id") or os.environ.get("WANDB_RUN_ID") or run.path.name
+            if history_file(run.path, run_id).is_file():  # else W&B was disabled
+                wandb_run = RunLogger(**{**settings, "save_dir": str(run.path), "id": run_id})
+                wandb_run.summarize({f"{name}/{metric}": score for metric, score in scores.items()})

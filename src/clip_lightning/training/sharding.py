@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import vector_to_parameters
 from torch.optim import Optimizer
 
 from clip_lightning.errors import RunFailed, UserError
@@ -35,18 +36,11 @@ class ShardedStrategy(ModelParallelStrategy):
     in the epoch. Moments are numbered by the optimizer's parameter groups, as in every other strategy.
     """
 
+    lightning_restore_optimizer = True  # Lightning passes the optimizer's state on, as for other strategies
+    restore_checkpoint_after_setup = False
+
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Let Lightning pass on the optimizer's state, as for other strategies."""
-        return True
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Load a checkpoint before setup."""
-        return False
 
     def setup_environment(self) -> None:
         """Set up a mesh of one dimension, over which both the data and the weights are divided."""
@@ -54,11 +48,9 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Gather the weights on rank 0."""
         return gather_on_first_rank(self._module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
-        """Gather the moments on rank 0."""
         own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = own.state_dict()
         gathered = {number: gather_on_first_rank(moments) for number, moments in state["state"].items()}
@@ -67,11 +59,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write the file on rank 0, and raise on every rank if that fails.
-
-        Raises:
-            RunFailed: the disk is full or the folder cannot be written; existing files do not change.
-        """
+        """Write the file on rank 0, and raise `RunFailed` on every rank if that fails."""
         failure = None
         try:
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -90,21 +78,17 @@ class ShardedStrategy(ModelParallelStrategy):
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load this rank's shards of the weights."""
         own = self._module.state_dict()
         stored = checkpoint["state_dict"].items()
         state = {name: own_shard(value, own.get(name)) for name, value in stored}
         self._module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load this rank's shards of the moments."""
         for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = {
                 number: {
-                    # copied, since the original is a mapped file
-                    name: own_shard(value, parameters[number]).clone() if isinstance(value, Tensor) else value
-                    for name, value in moments.items()
+                    name: own_shard(value, parameters[number]).clone() for name, value in moments.items()
                 }
                 for number, moments in stored["state"].items()
             }
@@ -139,37 +123,25 @@ def gather_on_first_rank(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_shardable(clip: CLIP, micro_batch_size: int | str | None, trainer: Trainer) -> None:
-    """Reject options that cannot be combined with sharding.
-
-    Raises:
-        UserError: names the option and an alternative.
-    """
-    if not isinstance(trainer.strategy, ShardedStrategy):
-        raise UserError(
-            f"{type(trainer.strategy).__name__} cannot shard this model; set --trainer.strategy fsdp, or "
-            "Trainer(strategy=clip_lightning.training.sharding.ShardedStrategy())"
-        )
+    """Reject options that cannot be combined with sharding."""
     trained = _trained_towers(clip)
-    if not trained:
-        raise UserError(
-            "--trainer.strategy fsdp shards the weights of trained towers, and both are frozen; use ddp"
-        )
-    for tower in trained:
-        for name, parameter in tower.named_parameters():
-            if parameter.ndim == 0:
-                raise UserError(
-                    f"--trainer.strategy fsdp cannot shard {tower.spec['name']!r}: {name} is a single "
-                    "number; use ddp"
-                )
-    averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-    precise = trainer.precision in ("32-true", "bf16-mixed")
-    for is_refused, given, remedy in (
-        (micro_batch_size == "auto", "--model.micro_batch_size auto", "a number"),
-        (not precise, f"--trainer.precision {trainer.precision}", "bf16-mixed or 32"),
-        (averaged, "--trainer.callbacks with averaged weights", "ddp"),
+    is_ours = isinstance(trainer.strategy, ShardedStrategy)
+    has_scalars = any(parameter.ndim == 0 for tower in trained for parameter in tower.parameters())
+    precision = trainer.precision
+    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+    for is_refused, problem in (
+        (not is_ours, "needs Trainer(strategy=clip_lightning.training.sharding.ShardedStrategy())"),
+        (not trained, "shards the weights of trained towers, and both are frozen; use ddp"),
+        (has_scalars, "cannot shard towers with single numbers as parameters; use ddp"),
+        (micro_batch_size == "auto", "cannot be combined with --model.micro_batch_size auto; use a number"),
+        (
+            precision not in ("32-true", "bf16-mixed"),
+            f"needs bf16-mixed or 32, not --trainer.precision {precision}",
+        ),
+        (averages, "cannot be combined with averaged weights; use ddp"),
     ):
         if is_refused:
-            raise UserError(f"{given} cannot be combined with --trainer.strategy fsdp; use {remedy}")
+            raise UserError(f"--trainer.strategy fsdp {problem}")
 
 
 def shard_towers(clip: CLIP, mesh: DeviceMesh) -> None:
@@ -208,18 +180,14 @@ def sharded_modules(clip: CLIP) -> list[FSDPModule]:
     return [module for module in clip.modules() if isinstance(module, FSDPModule)]
 
 
-def gather_towers(clip: CLIP) -> None:
-    """Gather complete towers on every rank until `release_towers`, so that ranks can encode independently."""
+def gather_towers(clip: CLIP, gathered: bool) -> None:
+    """Keep complete towers on every rank, so that ranks can encode independently, or shard them again."""
     for module in sharded_modules(clip):
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-
-
-def release_towers(clip: CLIP) -> None:
-    """Undo `gather_towers`."""
-    for module in sharded_modules(clip):
-        module.set_reshard_after_forward(not isinstance(module, Tower), recurse=False)
-        module.reshard()
+        module.set_reshard_after_forward(not gathered and not isinstance(module, Tower), recurse=False)
+        if gathered:
+            module.unshard()
+        else:
+            module.reshard()
 
 
 def average_replicated(clip: CLIP) -> None:
@@ -228,10 +196,7 @@ def average_replicated(clip: CLIP) -> None:
     replicated = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     flat = torch.cat([gradient.flatten() for gradient in replicated])
     torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    averages = flat.split([gradient.numel() for gradient in replicated])
-    for gradient, average in zip(replicated, averages, strict=True):
-        gradient.copy_(average.view_as(gradient))
+    vector_to_parameters(flat / torch.distributed.get_world_size(), replicated)
 
 
 def broadcast_statistics(clip: CLIP) -> None:

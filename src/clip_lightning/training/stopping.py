@@ -1,4 +1,4 @@
-"""Stops a run on all ranks after the same step: on a signal, by early stopping, or if it has diverged."""
+"""Stops a run on all ranks after the same step: on a signal, early, if it diverges, or if a rank is lost."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,16 +20,26 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data._utils import signal_handling
 
-from clip_lightning.errors import AgreedStop, Diverged
+from clip_lightning.errors import AgreedStop, Diverged, RunFailed
 from clip_lightning.files import write_atomically
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.training.checkpoints import all_ranks_save, is_accumulating, within_a_step
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MAX_BATCHES = 100  # batches in `non-finite.json`
+GRACE_SECONDS = 60
+# The messages of gloo, NCCL and the rendezvous store about a lost connection.
+_LOST = re.compile(
+    "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|before timing out"
+)
+# The message of torch about a loader process that has ended.
+_LOST_WORKER = re.compile(
+    r"DataLoader worker \(pid.*?\d\) (?:is )?(killed by signal: [\w ]+|exited unexpectedly)"
+)
 
 
 class GracefulStop(Callback):
@@ -52,8 +64,7 @@ class GracefulStop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle all signals in place of Lightning, whose ranks would stop after different batches."""
-        for number in _SIGNALS:
-            self._handle(number)
+        self._handle(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stop if a rank has received a signal; Ctrl-C after the last batch of an epoch waits for validation.
@@ -70,10 +81,8 @@ class GracefulStop(Callback):
             raise AgreedStop
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the handlers of the signals."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print how to resume, or requeue the job."""
@@ -81,14 +90,11 @@ class GracefulStop(Callback):
             return
         if self._received == signal.SIGUSR1 and (job := slurm_job()):
             atexit.register(requeue, job)  # after everything is saved
-        if not self._prints_remedy:
-            return
-        if trainer.global_step > 0:
+        if self._prints_remedy:
             saved = all_ranks_save(trainer, exception) and not within_a_step(trainer)
             place = "this step" if saved else "the last checkpoint"
-            print(f"stopped; the same command with --ckpt_path last resumes from {place}", file=sys.stderr)
-        else:
-            print("stopped before the first step", file=sys.stderr)
+            resumes = f"; the same command with --ckpt_path last resumes from {place}"
+            print(f"stopped{resumes if trainer.global_step else ' before the first step'}", file=sys.stderr)
 
     def _largest_of_all_ranks(self, number: int) -> int:
         """Return the largest number of all ranks, exchanged on the CPU in order not to wait for a GPU."""
@@ -100,12 +106,12 @@ class GracefulStop(Callback):
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
         return int(largest)
 
-    def _handle(self, number: signal.Signals) -> None:
+    def _handle(self, *numbers: signal.Signals) -> None:
         """Install the handler in the main thread; W&B's agents train in another thread."""
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and signal.getsignal(number) != self._receive:
-            handler = signal.signal(number, self._receive)
-            self._handlers.setdefault(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                self._handlers.setdefault(number, signal.getsignal(number))
+                signal.signal(number, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self._received == signum == signal.SIGINT:
@@ -115,6 +121,19 @@ class GracefulStop(Callback):
         print(f"\nstopping after this step{remedy}", file=sys.stderr)
 
 
+def slurm_job() -> str | None:
+    """Return the ID of the SLURM job of this process for `scontrol`, or None outside of a job."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+    return job if re.fullmatch(r"\d+(_\d+)?", job) else None
+
+
+def requeue(job: str) -> None:
+    """Requeue the job, whose command resumes with `--ckpt_path auto`; the shell prints why if that fails."""
+    failed = subprocess.run(f"scontrol requeue {job}", shell=True).returncode
+    print(f"the job {job} {'could not be' if failed else 'was'} requeued", file=sys.stderr)
+
+
 class EarlyStopping(callbacks.EarlyStopping):
     """Lightning's early stopping, except that a run that has stopped early does not train on when resumed.
 
@@ -122,7 +141,6 @@ class EarlyStopping(callbacks.EarlyStopping):
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore everything but the patience."""
         super().load_state_dict({**state_dict, "patience": self.patience})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,31 +174,24 @@ class NonFinite(Callback):
         self._batches: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the count, for the checkpoint."""
         return {"left_out": self.left_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the count."""
         self.left_out = state_dict["left_out"]
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the samples of this rank's batch."""
-        rows = batch.get("text_id")  # converted to numbers only at the end, in order not to wait for a GPU
-        seen = {"names": batch["names"]} if "names" in batch else {} if rows is None else {"captions": rows}
-        self._batches.append({"epoch": trainer.current_epoch, "batch": batch_idx, **seen})
+        """Remember the samples of this rank's batch: their names in tars, or the rows of their captions."""
+        kind = "names" if "names" in batch else "text_id"
+        self._batches.append({"epoch": trainer.current_epoch, "batch": batch_idx, kind: batch[kind]})
         del self._batches[:-MAX_BATCHES]
         self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the step if it was skipped, warn about the first, and end the run after too many.
-
-        Raises:
-            Diverged: `in_a_row` steps in a row were skipped.
-        """
+        """Count the step if it was skipped, warn about the first, and end the run after too many."""
         if trainer.global_step == self._step:  # gradients are still being accumulated
             return
         if math.isfinite(pl_module.gradient_norm):
@@ -196,46 +207,75 @@ class NonFinite(Callback):
         if self.left_out:
             pl_module.log("train/steps_left_out", float(self.left_out))
         if self.row >= self.in_a_row:
-            file = self._write(trainer)
             raise Diverged(
                 f"{self.row} steps in a row had a gradient that is not finite, up to step "
-                f"{trainer.global_step}; {file} lists their images and captions; lower "
+                f"{trainer.global_step}; {self._write(trainer)} lists their images and captions; lower "
                 "--model.optimizer.lr, use --trainer.precision bf16-mixed instead of 16-mixed, or check the "
                 "data with clip-lightning data check"
             )
 
     def _write(self, trainer: Trainer) -> Path:
         """Write the samples of the batches to a file of this rank, and return it."""
+        data: Any = trainer.datamodule
+        captions = [
+            {"picture": str(image.path), "caption": caption}
+            for image in data.images("train")
+            for caption in image.captions
+        ]
+        for batch in self._batches:
+            if "text_id" in batch:  # read only now, in order not to wait for a GPU in every step
+                batch["captions"] = [captions[row] for row in batch.pop("text_id").tolist()]
         file = self.run.non_finite(trainer.global_rank)
-        data: Any = getattr(trainer, "datamodule", None)
-        captions = [] if data is None else data.captions("train")
-        paths = [] if data is None else [str(i.path) for i in data.images("train") for _ in i.captions]
-        batches = [dict(batch) for batch in self._batches]
-        for batch in batches:
-            if "captions" in batch:
-                rows = batch["captions"].tolist()
-                batch["captions"] = [
-                    {"picture": paths[row], "caption": captions[row]} if captions else row for row in rows
-                ]
-        write_atomically(file, json.dumps(batches, indent=2, ensure_ascii=False).encode(errors="replace"))
+        content = json.dumps(self._batches, indent=2, ensure_ascii=False)
+        write_atomically(file, content.encode(errors="replace"))
         return file
 
 
-def slurm_job() -> str | None:
-    """Return the ID of the SLURM job of this process for `scontrol`, or None outside of a job."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
-    return job if re.fullmatch(r"\d+(_\d+)?", job) else None
+def lost_rank(error: BaseException) -> RunFailed | None:
+    """Return the message for an error that the end of another process has caused, or None for any other."""
+    if isinstance(error, RuntimeError) and (worker := _LOST_WORKER.match(str(error))):
+        return RunFailed(
+            f"a loader process has ended ({worker[1]}); if it ran out of memory, lower --data.num_workers, "
+            "and resume with --ckpt_path last"
+        )
+    distributed = torch.distributed
+    kinds = (distributed.DistNetworkError, distributed.DistBackendError, distributed.DistStoreError)
+    if isinstance(error, kinds) or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
+        return RunFailed(
+            "another process of this run has ended or cannot be reached; see its messages, and resume with "
+            "--ckpt_path last"
+        )
+    return None
 
 
-def requeue(job: str) -> None:
-    """Requeue the job, whose command resumes with `--ckpt_path auto`."""
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        failure = " ".join((done.stderr or done.stdout).split()) if done.returncode else None
-    except OSError as error:
-        failure = error.strerror
-    if failure is None:
-        print(f"the job {job} was requeued", file=sys.stderr)
-    else:
-        print(f"the job {job} could not be requeued: scontrol: {failure}", file=sys.stderr)
+def watch_children() -> None:
+    """Replace the handlers of Lightning and torch for a process that has ended, which prevent saving.
+
+    Lightning's thread kills all ranks, possibly while they save: `_watch` replaces it. Torch's signal handler
+    raises in the middle of a step, which then cannot be saved. Without the handler, the error is raised
+    seconds later, when the next batch is read.
+    """
+    signal_handling._SIGCHLD_handler_set = True
+    subprocess_script._launch_process_observer = lambda children: threading.Thread(
+        target=_watch, args=[children], daemon=True
+    ).start()
+
+
+def _watch(children: Sequence[subprocess.Popen[Any]]) -> None:
+    """Print which process has ended, and kill the others if they do not end by themselves."""
+    while True:
+        time.sleep(1)
+        statuses = {rank: child.poll() for rank, child in enumerate(children, start=1)}
+        # 130 and 143: the process has saved after a signal
+        failed = {rank: status for rank, status in statuses.items() if status not in (None, 0, 130, 143)}
+        if failed or None not in statuses.values():
+            break
+    for rank, status in failed.items():
+        reason = signal.Signals(-status).name if status < 0 else f"status {status}"
+        print(f"the process of rank {rank} has ended ({reason})", file=sys.stderr)
+    if failed:
+        # the others fail at their next exchange, save and exit
+        time.sleep(GRACE_SECONDS)
+        for child in children:
+            child.kill()
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -10,7 +10,7 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,13 +29,12 @@ from tqdm import tqdm
 from clip_lightning.data.captions import CaptionedImage, split_by_image, unreadable
 from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.data.formats import read_captions
-from clip_lightning.data.images import to_rgb
-from clip_lightning.data.shards.index import Index
-from clip_lightning.data.shards.manifest import FIELDS_FILE, FILE, Shard, Splits, dump, load
-from clip_lightning.data.shards.record import BrokenRecord, Filter, Record
+from clip_lightning.data.images import BrokenImage, decoder_errors, open_image, to_rgb
+from clip_lightning.data.shards.index import FIELDS_FILE, FILE, HEADER, Index, Shard, Splits, load
+from clip_lightning.data.shards.record import Filter, Record
 from clip_lightning.data.shards.storage import expand, known
 from clip_lightning.data.shards.tars import joined, scan, write_table
-from clip_lightning.errors import RunFailed, UserError, reason_of
+from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.files import write_atomically
 
 PENDING = "pending"
@@ -52,11 +51,6 @@ class Settings:
     filters: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.samples_per_shard < 1:
-            raise UserError(f"--samples_per_shard {self.samples_per_shard}: expected 1 or more")
-        if self.short_side is not None and self.short_side < 1:
-            raise UserError(f"--short_side {self.short_side}: expected 1 or more pixels")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality {self.quality}: expected 1 to 100")
         for text in self.filters:
@@ -108,64 +102,54 @@ def tars(source: str, split: str) -> Source:
 def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> tuple[Splits, dict[str, str]]:
     """Write the missing tars, and `shards.json` when all are complete.
 
-    The tars of an interrupted conversion of the same source in `out` are kept.
-
-    Returns:
-        The tars per split; and name → reason, for samples that could not be used.
-
-    Raises:
-        UserError: the folder has other content.
-        RunFailed: the disk is full, a file cannot be read at the moment, or no sample can be used.
+    Return the tars per split; and name → reason, for samples that could not be used.
     """
     plan = {"source": source.digest, "shards": len(source.jobs), **asdict(settings)}
+    note, content = out / PENDING / "plan.json", json.dumps(plan, indent=1).encode()
     if (out / FILE).exists():
         splits, then = load((out / FILE).read_bytes(), str(out / FILE))
         left_out = then.pop("left_out", {})
-        if json.dumps(then) != json.dumps(plan):
-            raise UserError(f"{out} has the result of another conversion; remove it, or give another --out")
-        return splits, left_out
-    note, content = out / PENDING / "plan.json", json.dumps(plan, indent=1).encode()
-    if note.exists() and note.read_bytes() != content:
-        raise UserError(f"{out} has an unfinished, different conversion; remove it, or give another --out")
-    if not note.exists() and out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty; give a new folder")
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(note.with_name("lock"), timeout=0):
-            write_atomically(note, content)
-            missing = [job for job in source.jobs if not job.note(out).exists()]
-            done = len(source.jobs) - len(missing)
-            for _ in tqdm(_run(missing, settings, out, num_workers), "tars", len(source.jobs), initial=done):
-                pass
-            return _finish(source, out, plan)
-    except Timeout as error:
-        raise UserError(f"another process is writing to {out}; wait for it, or give another --out") from error
-    except OSError as error:
-        raise RunFailed(
-            f"tars cannot be written to {out} ({error.strerror or error}); free some space and run the same "
-            "command again: finished tars are kept"
-        ) from error
+        if json.dumps(then) == json.dumps(plan):
+            return splits, left_out
+    elif (note.exists() and note.read_bytes() == content) or not (out.exists() and any(out.iterdir())):
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(note.with_name("lock"), timeout=0):
+                write_atomically(note, content)
+                _run(source.jobs, settings, out, num_workers)
+                return _finish(source, out, plan)
+        except Timeout as error:
+            raise UserError(
+                f"another process is writing to {out}; wait for it, or give another --out"
+            ) from error
+        except OSError as error:
+            raise RunFailed(
+                f"tars cannot be written to {out} ({error.strerror or error}); free some space and run the "
+                "same command again: finished tars are kept"
+            ) from error
+    raise UserError(
+        f"--out {out} is not empty, and has no conversion of this data with these options; give a new folder"
+    )
 
 
-def _run(jobs: Sequence[Job], settings: Settings, out: Path, num_workers: int) -> Iterator[None]:
-    """Do the jobs, and yield after each."""
+def _run(jobs: Sequence[Job], settings: Settings, out: Path, num_workers: int) -> None:
+    """Write the tars that are missing, in parallel."""
+    missing = [job for job in jobs if not job.note(out).exists()]
+    bar = partial(tqdm, desc="tars", total=len(jobs), initial=len(jobs) - len(missing))
     do = partial(_write, settings=settings, out=out)
-    if num_workers == 1 or len(jobs) < 2:
-        yield from map(do, jobs)
+    if num_workers == 1 or len(missing) < 2:
+        list(bar(map(do, missing)))
         return
     # Do not fork, as this process has threads.
     spawn, ignore = get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(min(num_workers, len(jobs)), spawn, signal.signal, ignore) as pool:
-        try:
-            for future in as_completed([pool.submit(do, job) for job in jobs]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise RunFailed(
-                "a worker process was killed, perhaps because memory ran out; run the same command again "
-                "with fewer --num_workers: finished tars are kept"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    try:
+        with ProcessPoolExecutor(min(num_workers, len(missing)), spawn, signal.signal, ignore) as pool:
+            list(bar(pool.map(do, missing)))
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            "a worker process was killed, perhaps because memory ran out; run the same command again with "
+            "fewer --num_workers: finished tars are kept"
+        ) from error
 
 
 def _write(job: Job, settings: Settings, out: Path) -> None:
@@ -186,10 +170,7 @@ def _write(job: Job, settings: Settings, out: Path) -> None:
 
 
 def write_tar(records: Iterable[Record], path: Path) -> None:
-    """Write a WebDataset tar with each sample's image, the field `txt` as `.txt`, and others as `.json`.
-
-    Equal samples result in equal bytes.
-    """
+    """Write a WebDataset tar with each sample's image, the field `txt` as `.txt`, and others as `.json`."""
     with tarfile.open(path, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for record in records:
             fields, files = dict(record.fields), {record.suffix(): record.image}
@@ -204,7 +185,7 @@ def write_tar(records: Iterable[Record], path: Path) -> None:
 
 def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator[Record]:
     """Yield the usable samples for a tar that pass the filters."""
-    filters = [Filter.parse(text) for text in settings.filters]
+    filters = [*map(Filter.parse, settings.filters)]
     if isinstance(job.content, str):
         index = Index([job.content], job.split)
         left_out |= index.broken
@@ -214,7 +195,7 @@ def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator
     for record in records:
         try:
             image, width, height = sized(record, settings.short_side, settings.quality)
-        except BrokenRecord as error:
+        except BrokenImage as error:
             left_out[str(record.fields.get("name", record.name))] = str(error)
             continue
         # img2dataset has these fields, too; they describe the stored image, which may have been resized.
@@ -233,13 +214,9 @@ def _record(number: int, image: CaptionedImage) -> Record:
 
 
 def sized(record: Record, short_side: int | None, quality: int) -> tuple[bytes, int, int]:
-    """Return the encoded image, its width and its height; resize it to JPEG if its short side is longer.
-
-    Raises:
-        BrokenRecord: the image cannot be read.
-    """
-    image = record.opened()
-    try:
+    """Return the encoded image, its width and its height; resize it to JPEG if its short side is longer."""
+    image = open_image(record.image)
+    with decoder_errors():
         scale = min(1.0, (short_side or math.inf) / min(image.size))
         size = [round(side * scale) for side in image.size]
         turned = image.getexif().get(_ORIENTATION, 1) >= _FIRST_TURNED
@@ -250,8 +227,6 @@ def sized(record: Record, short_side: int | None, quality: int) -> tuple[bytes, 
         smaller, encoded = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC), io.BytesIO()
         smaller.save(encoded, "JPEG", quality=quality)
         return encoded.getvalue(), width, height
-    except Exception as error:  # Pillow raises nearly every kind of error for broken files
-        raise BrokenRecord(reason_of(error)) from error
 
 
 def _finish(source: Source, out: Path, plan: dict[str, Any]) -> tuple[Splits, dict[str, str]]:
@@ -270,10 +245,14 @@ def _finish(source: Source, out: Path, plan: dict[str, Any]) -> tuple[Splits, di
         else:
             (out / job.split / shard.file).unlink(missing_ok=True)
     if not splits:
-        example = "".join(f" (first {name}: {reason})" for name, reason in list(left_out.items())[:1])
-        raise RunFailed(f"no sample is usable and passes --filters{example}; remove {out} and try again")
+        raise RunFailed(
+            f"no sample is usable and passes --filters ({len(left_out)} cannot be used, such as "
+            f"{dict([*left_out.items()][:1])}); remove {out} and try again"
+        )
     for split, part in tables.items():
         write_table(joined(part), out / split / FIELDS_FILE)
-    write_atomically(out / FILE, dump(splits, {**plan, "left_out": left_out}))
+    shards = {split: [*map(asdict, part)] for split, part in splits.items()}
+    content = {**HEADER, "splits": shards, "settings": {**plan, "left_out": left_out}}
+    write_atomically(out / FILE, json.dumps(content, indent=1).encode() + b"\n")
     shutil.rmtree(out / PENDING)
     return splits, left_out

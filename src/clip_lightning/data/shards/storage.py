@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,6 @@ from clip_lightning.terminal import public
 
 _ATTEMPTS = 4
 SILENCE = 60.0  # seconds without data after which an attempt fails
-_LONGEST_FETCH = 3600  # seconds without data after which the process of a partial download counts as killed
 _TAR = re.compile(r".*\.(tar(\.\w+)?|tgz)")
 
 
@@ -33,24 +33,18 @@ def is_url(source: str) -> bool:
     return "://" in source
 
 
-def join(source: str, *names: str) -> str:
-    """Return the path or URL of a file or folder below a source."""
-    return "/".join((source.rstrip("/"), *names)) if is_url(source) else str(Path(source, *names))
+def join(source: str, name: str) -> str:
+    """Return the path or URL of a file or folder in a source."""
+    return f"{source.rstrip('/')}/{name}"
 
 
 def call(source: str, method: str, *arguments: Any, **options: Any) -> Any:
-    """Call a method of fsspec for a path or URL; calls for URLs are retried after a pause if they fail.
-
-    Raises:
-        MissingFile: the file does not exist.
-        UserError: the URL is not supported, or (RunFailed) cannot be read at the moment.
-    """
-    client: dict[str, Any] = {}
-    if source.startswith(("http://", "https://")):
-        # aiohttp's default limit is five minutes per file, regardless of its size.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
-        client = {"client_kwargs": {"timeout": timeout}}
+    """Call a method of fsspec for a path or URL; calls for URLs are retried after a pause if they fail."""
+    # aiohttp's default limit is five minutes per file, regardless of its size.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    is_http = source.startswith(("http://", "https://"))
     try:
+        client = {"client_kwargs": {"timeout": timeout}} if is_http else {}
         system, path = fsspec.core.url_to_fs(source, **client)
     except (ImportError, ValueError) as error:
         raise UserError(f"{public(source)} cannot be read: {reason_of(error)}") from error
@@ -61,8 +55,7 @@ def call(source: str, method: str, *arguments: Any, **options: Any) -> Any:
             raise MissingFile(f"{public(source)} does not exist") from error
         except Exception as error:  # stores also raise the errors of their own libraries
             if attempt == _ATTEMPTS or not is_url(source):
-                reason = public(reason_of(error))
-                raise RunFailed(f"{public(source)} cannot be read: {reason}") from error
+                raise RunFailed(f"{public(source)} cannot be read: {public(reason_of(error))}") from error
             time.sleep(2**attempt / 2)
 
 
@@ -90,11 +83,7 @@ def holds_numbered_tars(folder: Path) -> bool:
 
 
 def expand(source: str) -> list[str]:
-    """List the tars of a source in order: of a pattern with `{00..09}`, `{a,b}` or `*`, or of a folder.
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """List the tars of a source in order: of a pattern with `{00..09}`, `{a,b}` or `*`, or of a folder."""
     files: list[str] = []
     for pattern in _without_braces(source):
         if not _TAR.fullmatch(pattern):
@@ -116,15 +105,14 @@ def expand(source: str) -> list[str]:
 
 def _without_braces(pattern: str) -> list[str]:
     """Expand `{00..09}` and `{a,b}`."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    choices = match[1].split(",")
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
-        first, last = numbers.groups()
-        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    return [name for choice in choices for name in _without_braces(f"{before}{choice}{after}")]
+    parts = [[text] for text in re.split(r"\{([^{}]*)\}", pattern)]
+    for place, (text,) in enumerate(parts[1::2]):
+        parts[2 * place + 1] = text.split(",")
+        if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+            first, last = numbers.groups()
+            numbered = range(int(first), int(last) + 1)
+            parts[2 * place + 1] = [f"{number:0{len(first)}d}" for number in numbered]
+    return ["".join(name) for name in product(*parts)]
 
 
 class Mirror:
@@ -137,10 +125,7 @@ class Mirror:
         self.budget, self.folder = budget, cache_folder("shards") / "copies"
 
     def open(self, url: str, key: str, sha256: str = "") -> BinaryIO:
-        """Open a file on this machine, or the copy of a remote file, which is downloaded if necessary.
-
-        The copy has the name `key`. If `sha256` (hex) is given, the download must have this checksum.
-        """
+        """Open a file, or the copy `key` of a remote file, which must have this checksum if it is known."""
         if not is_url(url):
             return open(url, "rb")
         path = self.folder / key
@@ -161,10 +146,9 @@ class Mirror:
                 raise RunFailed(f"{public(url)} has changed since the conversion: its checksum differs")
         os.replace(draft, path)
         with contextlib.suppress(FileNotFoundError):  # other processes may remove copies as well
-            files = [(file.stat(), file) for file in self.folder.iterdir() if file.suffix != ".lock"]
             left = self.budget
-            for stat, file in sorted(files, key=lambda entry: -entry[0].st_mtime_ns):
-                left -= stat.st_size
-                is_draft = file.suffix == ".tmp" and stat.st_mtime > time.time() - _LONGEST_FETCH
-                if left < 0 and file != path and not is_draft:
-                    file.unlink()
+            copies = [copy for copy in self.folder.iterdir() if copy.suffix not in (".lock", ".tmp")]
+            for copy in sorted(copies, key=lambda copy: -copy.stat().st_mtime_ns):
+                left -= copy.stat().st_size
+                if left < 0 and copy != path:
+                    copy.unlink()

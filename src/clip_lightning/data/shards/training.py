@@ -6,9 +6,9 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 from threading import Thread
 
@@ -22,9 +22,8 @@ from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_bytes
 from clip_lightning.data.sampler import TrainSampler
 from clip_lightning.data.shards import storage
-from clip_lightning.data.shards.index import Index
-from clip_lightning.data.shards.manifest import find
-from clip_lightning.data.shards.record import BrokenRecord, CaptionChoice, Filter, Record
+from clip_lightning.data.shards.index import Index, find
+from clip_lightning.data.shards.record import BrokenRecord, Filter, Record, captions_of, draw_captions
 from clip_lightning.data.shards.storage import holds_tars, is_url
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder, whole_folder
@@ -46,7 +45,7 @@ class ShardOptions:
             the first of captions, txt and caption that a sample has.
         filters: conditions on a sample's fields, such as 'width >= 200' or 'similarity > 0.28'.
         samples_per_epoch: number of samples per epoch; by default every sample once. Required for remote tars
-            without a NAME_stats.json.
+            that `data convert` did not write.
         val: captioned images or tars for validation; by default the split `val` next to `train`.
         window: number of tars whose samples are shuffled together; by default all tars if they are on this
             machine, or else 16.
@@ -54,26 +53,23 @@ class ShardOptions:
 
     sources: Mapping[str, float] | Sequence[str] | None = None
     captions: Mapping[str, float] = field(default_factory=dict)
-    filters: Sequence[str] = ()
+    filters: Sequence[str] = field(default_factory=list)
     samples_per_epoch: int | None = None
     val: str | None = None
     window: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        filters = [self.filters] if isinstance(self.filters, str) else self.filters
-        object.__setattr__(self, "filters", tuple(filters))  # so that lists from YAML compare equal
-        if isinstance(self.sources, str):
-            object.__setattr__(self, "sources", [self.sources])
         for name in ("samples_per_epoch", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--data.shards.{name} {value}: expected 1 or more")
-        for source, weight in (self.sources if isinstance(self.sources, Mapping) else {}).items():
-            if not (math.isfinite(weight) and weight > 0):
-                raise UserError(
-                    f"--data.shards.sources has the weight {weight} for {public(source)}: expected above 0"
-                )
+        for name in ("sources", "captions"):
+            value = getattr(self, name)
+            for key, weight in value.items() if isinstance(value, Mapping) else ():
+                if not (math.isfinite(weight) and weight > 0):
+                    raise UserError(
+                        f"--data.shards.{name} has {weight} for {public(key)}: expected a number above 0"
+                    )
 
 
 class ShardDataset(Dataset[Samples]):
@@ -93,7 +89,7 @@ class ShardDataset(Dataset[Samples]):
     def __init__(
         self,
         options: ShardOptions,
-        root: Path | str,
+        root: str,
         transform: ImageTransform,
         augmentation: Augmentation,
         *,
@@ -101,52 +97,51 @@ class ShardDataset(Dataset[Samples]):
         seed: int = 0,
         budget: float = 50e9,
     ) -> None:
-        """Find the tars, or raise UserError; copies of remote tars are limited to `budget` bytes."""
         self.transform, self.augmentation = transform, augmentation
         self.captions_per_image, self.seed = captions_per_image, seed
-        self.options, self.choice = options, CaptionChoice(options.captions)
-        sources = [*(options.sources or [str(root)])]
+        self.options = options
+        sources, conditions = _listed(options.sources or root), _listed(options.filters)
         weights = [*options.sources.values()] if isinstance(options.sources, Mapping) else [1.0]
         window = options.window or (_REMOTE_WINDOW if any(map(is_url, sources)) else 0)
-        filters = [Filter.parse(text) for text in options.filters]
-        self.index = Index(sources, "train", filters, budget, recent=2 * len(weights) * window or 1)
+        self.index = Index(sources, "train", [*map(Filter.parse, conditions)], budget)
+        tars = self.index.tars
         for source, part in zip(sources, self.index.parts, strict=True):
             if not part:
                 raise UserError(f"{public(source)} has no train split; give data that has one")
-        self.window = min(window or len(self.index.tars), len(self.index.tars))
-        self.streams = self.index.parts if len(weights) > 1 else [range(len(self.index.tars))]
+        self.window = min(window or len(tars), len(tars))
+        self.streams = self.index.parts if len(weights) > 1 else [range(len(tars))]
         self.weights = np.array(weights) / sum(weights)
-        self.samples = options.samples_per_epoch or sum(tar.expected() for tar in self.index.tars)
+        if not options.samples_per_epoch and any(tar.spans is None for tar in tars):
+            raise UserError(
+                "the number of samples in remote tars is unknown; give --data.shards.samples_per_epoch"
+            )
+        self.samples = options.samples_per_epoch or sum(map(self.index.count, range(len(tars))))
         if not self.samples:
             names = ", ".join(sorted(self.index.fields))
             raise UserError(f"no sample passes --data.shards.filters; the samples have the fields {names}")
-        known = [weights, [*map(len, self.streams)], [*options.captions.items()], options.filters]
-        known.append([tar.sha256 or storage.known(tar.url) for tar in self.index.tars])
+        known = [weights, [*map(len, self.streams)], [*options.captions.items()], conditions]
+        known.append([tar.sha256 or storage.known(tar.url) for tar in tars])
         self.digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def held_out(self, split: str) -> list[CaptionedImage]:
         """Return the images of `val` or `test` as files with all their captions, if a source has any."""
         source = self.options.val if split == "val" else None
         source = source or next((name for name, has in self.index.splits.items() if split in has), None)
-        return [] if source is None else held_out(source, split, self.choice)
+        return [] if source is None else held_out(source, split, self.options.captions)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Samples:
-        """Return the samples of these (epoch, sample); a broken sample is replaced by the next usable one.
-
-        Raises:
-            UserError: a hundred consecutive samples are broken, or a tar cannot be read.
-        """
+        """Return the samples of these (epoch, sample); a broken sample is replaced by the next usable one."""
         broken: dict[str, str] = {}
-        samples = [self._sample(*key, broken) for key in keys]
+        images, captions, records = zip(*(self._sample(*key, broken) for key in keys), strict=True)
         counts = np.full(len(keys), self.captions_per_image)
         return Samples(
-            images=[pixels for pixels, _, _ in samples],
-            image_id=np.array([record.image_id for _, _, record in samples]),
+            images=[*images],
+            image_id=np.array([record.image_id for record in records]),
             counts=counts,
-            captions=[text for _, texts, _ in samples for text in texts],
-            caption_rows=np.full(int(counts.sum()), -1),  # captions in tars are not numbered
+            captions=[*chain(*captions)],
+            caption_rows=np.full(counts.sum(), -1),  # captions in tars are not numbered
             broken=broken,
-            names=[record.name for _, _, record in samples],
+            names=[record.name for record in records],
         )
 
     def _sample(self, epoch: int, sample: int, broken: dict[str, str]) -> tuple[Tensor, list[str], Record]:
@@ -154,7 +149,7 @@ class ShardDataset(Dataset[Samples]):
         for _ in range(MOST_BROKEN_IN_A_ROW):
             record = self.index.read(sample)
             try:
-                texts = self.choice.draw(record.fields, self.captions_per_image, rng)
+                texts = draw_captions(record.fields, self.options.captions, self.captions_per_image, rng)
                 pixels = augment(decode_bytes(record.image), self.transform, self.augmentation, rng)
                 return pixels, texts, record
             except (BrokenImage, BrokenRecord) as error:
@@ -175,22 +170,22 @@ class ShardSampler(TrainSampler):
     """
 
     def __init__(self, dataset: ShardDataset, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        """Sample from tars; arguments as for `TrainSampler`."""
         super().__init__(dataset.samples, batch_size, seed=dataset.seed, rank=rank, world_size=world_size)
-        self.dataset, self.index = dataset, dataset.index
+        self.data, self.index = dataset, dataset.index
 
     def order(self, epoch: int, skip: int) -> Iterator[int]:
         """Mix the streams in blocks with a fixed number of samples per stream."""
+        counts = np.diff(np.round(_BLOCK * np.cumsum(self.data.weights)).astype(int), prepend=0)
+
+        def mixed(block: int) -> np.ndarray:
+            streams = np.repeat(np.arange(len(counts)), counts)
+            return np.random.default_rng((self.seed, block)).permutation(streams)
+
         number, first = divmod(epoch * self.size + skip, _BLOCK)
-        counts = np.diff(np.round(_BLOCK * np.cumsum(self.dataset.weights)).astype(int), prepend=0)
-        streams: list[Iterator[int]] = []
+        done = number * counts + np.bincount(mixed(number)[:first], minlength=len(counts))
+        streams = [*map(self._stream, range(len(counts)), done.tolist())]
         for block in count(number):
-            mixed = np.repeat(np.arange(len(counts)), counts)
-            np.random.default_rng((self.seed, block)).shuffle(mixed)
-            if not streams:
-                done = block * counts + np.bincount(mixed[:first], minlength=len(counts))
-                streams = [*map(self._stream, range(len(counts)), done.tolist())]
-            for stream in mixed[first:].tolist():
+            for stream in mixed(block)[first:].tolist():
                 yield next(streams[stream])
             first = 0
 
@@ -200,7 +195,7 @@ class ShardSampler(TrainSampler):
         for (seeds, now), (_, coming) in pairwise(self._windows(stream)):
             size = sum(map(self.index.count, now))
             empty = 0 if size else empty + len(now)
-            if empty >= 2 * len(self.dataset.streams[stream]):  # at least one complete pass
+            if empty >= 2 * len(self.data.streams[stream]):  # at least one complete pass
                 raise UserError("a source has no usable sample that passes --data.shards.filters")
             if skip >= size:
                 skip -= size
@@ -215,23 +210,20 @@ class ShardSampler(TrainSampler):
         """Yield the tars whose samples are shuffled together, with the seeds of the permutation."""
         for number in count():
             seeds = (self.seed, stream, number)
-            tars = np.random.default_rng(seeds).permutation(self.dataset.streams[stream]).tolist()
-            for first in range(0, len(tars), self.dataset.window):
-                yield (*seeds, first), tars[first : first + self.dataset.window]
+            tars = np.random.default_rng(seeds).permutation(self.data.streams[stream]).tolist()
+            for first in range(0, len(tars), self.data.window):
+                yield (*seeds, first), tars[first : first + self.data.window]
 
     def _fetch_ahead(self, tars: list[int]) -> None:
         with contextlib.suppress(Exception):  # raised again when these tars are needed
             self.index.fetch(tars)
 
 
-def held_out(source: str, split: str, choice: CaptionChoice) -> list[CaptionedImage]:
+def held_out(source: str, split: str, fields: Mapping[str, float]) -> list[CaptionedImage]:
     """Return the images for `val` or `test`, with all captions that could be drawn in training.
 
     Images in tars are written once to the cache folder, as a data set of files. If the source has splits,
     only this split is used, otherwise everything.
-
-    Raises:
-        UserError: the source cannot be read, or has no sample.
     """
     if not holds_tars(source) and find(source) is None:
         data = read_captions(Path(source))
@@ -239,23 +231,25 @@ def held_out(source: str, split: str, choice: CaptionChoice) -> list[CaptionedIm
     index = Index([source], split)
     if not index.tars:
         return []
-    known = json.dumps([[tar.key for tar in index.tars], [*choice.probabilities.items()]])
+    known = json.dumps([[tar.key for tar in index.tars], [*fields.items()]])
     folder = cache_folder("shards") / f"{split}-{hashlib.sha256(known.encode()).hexdigest()[:32]}"
     if not folder.exists():
         with whole_folder(folder) as draft, (draft / "captions.jsonl").open("w") as file:
             (draft / "images").mkdir()
             for number, record in enumerate(index.records()):
                 try:
-                    captions = choice.all(record.fields)
+                    captions = [*chain(*captions_of(record.fields, fields).values())]
                     name = f"images/{number:08d}.{record.suffix()}"
-                except BrokenRecord as error:
+                except (BrokenImage, BrokenRecord) as error:
                     index.broken[record.name] = str(error)
                     continue
                 (draft / name).write_bytes(record.image)
                 file.write(json.dumps({"image": name, "captions": captions}) + "\n")
             if not file.tell():
-                example = "".join(
-                    f" (first {name}: {reason})" for name, reason in [*index.broken.items()][:1]
-                )
-                raise UserError(f"{public(source)} has no usable sample for {split}{example}")
+                name, reason = next(iter(index.broken.items()))
+                raise UserError(f"{public(source)} has no usable sample for {split} (first {name}: {reason})")
     return list(read_captions(folder).images)
+
+
+def _listed(value: str | Iterable[str]) -> list[str]:
+    return [value] if isinstance(value, str) else [*value]

