@@ -98,7 +98,7 @@ def build(args: argparse.Namespace) -> dict[str, object]:
     if args.type == "flat":
         index.add(stored)
     seconds = time.perf_counter() - began
-    vectors.write_index(index, args.work / f"{args.type}.index")
+    faiss.write_index(index, str(args.work / f"{args.type}.index"))
     size = (args.work / f"{args.type}.index").stat().st_size
     return {"build_seconds": seconds, "bytes": size, "build_mb": memory("VmHWM")}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import signal
 import socket
@@ -60,31 +59,33 @@ def app(
         root_path: path of the page behind a reverse proxy, for example /photos.
         open: open the page in the browser.
     """
-    if images is None and out is not None:
-        raise UserError("--out is the folder of the index that MODEL FOLDER builds; give both, or omit --out")
+    if (images is None and out is not None) or (images is not None and model is not None):
+        raise UserError("--out is only for `app MODEL FOLDER`, and --model only for `app INDEX`; omit it")
     if images is None and (Path(source) / "model.safetensors").is_file():
         raise UserError(f"{source} is a model; also give a folder: clip-lightning app {source} FOLDER")
-    if images is not None and model is not None:
-        raise UserError("--model is only for an index; here the first argument is the model, so omit --model")
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise UserError("the page needs Starlette and Uvicorn; run `pip install starlette uvicorn`")
-    path = "".join(f"/{part}" for part in root_path.split("/") if part)
+    path = f"/{root_path.strip('/')}".rstrip("/")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with _listen(host, port) as listener:
         from clip_lightning.commands.embed import summary
         from clip_lightning.search.build import build_index
-        from clip_lightning.search.folder import Options
+        from clip_lightning.search.folder import Options, digest
         from clip_lightning.search.index import ImageIndex
         from clip_lightning.search.page import page_server
 
         if images is not None:
-            out = out or _cache_of(source, images)
+            places = [os.path.abspath(name) if os.path.exists(name) else name for name in (source, images)]
+            name = f"{Path(images).resolve().name}-{digest([os.fsencode(' '.join(places))])}"
+            out = out or cache_folder("indexes") / name
             print(f"the index of {images} is stored in {out}", file=sys.stderr)
             print(summary(build_index(source, Path(images), out, Options())), file=sys.stderr)
             source, model = str(out), source
         index = ImageIndex.load(source, model)
-        server = page_server(index, model or index.manifest.model, _names(host, allowed_hosts), path)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}{path}/"
+        address, bound, *_ = listener.getsockname()
+        hosts = _names(host, address, allowed_hosts)
+        server = page_server(index, model or index.manifest.model, hosts, path)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{bound}{path}/"
         print(f"serving {len(index):,} images at {url} (press Ctrl-C to stop)", file=sys.stderr)
         if open:
             webbrowser.open(url)
@@ -104,19 +105,10 @@ def _listen(host: str, port: int | None) -> socket.socket:
     raise UserError(f"--port {port or '7860 to 7959'} is in use; give another port, or omit --port")
 
 
-def _names(host: str, allowed: str) -> frozenset[str] | None:
+def _names(host: str, address: str, allowed: str) -> frozenset[str] | None:
     """Return the host names under which browsers may open the page, or None if all are allowed."""
     names = {name.strip().lower() for name in allowed.split(",")} - {""}
-    try:
-        is_local = host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        is_local = False
+    is_local = ip_address(address).is_loopback
     if not is_local:
         print(f"--host {host}: other machines can search as well, without a login", file=sys.stderr)
-    return frozenset({"localhost", "127.0.0.1", "::1", host} | names) if is_local or names else None
-
-
-def _cache_of(model: str, images: str) -> Path:
-    places = [os.path.abspath(name) if os.path.exists(name) else name for name in (model, images)]
-    digest = hashlib.sha256("\n".join(places).encode()).hexdigest()[:16]
-    return cache_folder("indexes") / f"{Path(images).resolve().name}-{digest}"
+    return frozenset({"localhost", "127.0.0.1", "::1", host.lower()} | names) if is_local or names else None

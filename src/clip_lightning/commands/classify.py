@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
@@ -62,29 +62,25 @@ def classify(
     if templates != "none":  # avoid "a photo of a a dog"
         bare = [re.sub(r"^(?:an?|the) (?=.)", "", name, flags=re.IGNORECASE) for name in names]
     similarity = encoded.features @ zero_shot_classifier(clip, bare, sentences).T
-    results: list[dict[str, Any]] = []
     scores = probabilities(similarity, clip.scale.item(), clip.bias)
+    results, lines = [], []
     for position, row in zip(encoded.rows, scores, strict=True):
         ranked = sorted(zip(names, row.tolist(), strict=True), key=lambda entry: -entry[1])
         results.append({"image": images[position], "label": ranked[0][0], "probabilities": dict(ranked)})
+        lines.append(one_line(images[position]))
+        lines += [f"  {100 * value:5.1f} %  {one_line(label)}" for label, value in ranked[:10]]
     reading = "softmax" if clip.bias is None else "sigmoid"
-    lines = []
-    for result in results:
-        best = list(result["probabilities"].items())[:10]
-        lines.append(one_line(result["image"]))
-        lines += [f"  {100 * probability:5.1f} %  {one_line(label)}" for label, probability in best]
     record = {"reading": reading, "results": results, "broken": broken}
     print_result(record, "\n".join([*lines, _READINGS[reading]]), json)
 
 
 def _read_labels(given: str) -> list[str]:
-    file = Path(given)
+    labels = given.split(",")
     try:
-        labels = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else given.split(",")
+        if os.path.isfile(given):  # Path.is_file raises if the list is longer than a file name may be
+            labels = Path(given).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"--labels {given} is not UTF-8; save it as UTF-8") from error
-    except OSError:  # the list is longer than a file name may be
-        labels = given.split(",")
     names = list(dict.fromkeys(" ".join(label.split()) for label in labels if label.strip()))
     if not names:
         raise UserError(f"--labels {given!r} has no label; give labels separated by commas, or a file")

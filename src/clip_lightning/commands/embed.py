@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, print_result
@@ -49,31 +48,21 @@ def run(args: list[str]) -> None:
         )
     parser.add_argument("--json", type=bool, default=False, help="print one JSON object instead")
     given = parser.parse_args(args[1:])
-    options = {field.name: given[field.name] for field in fields(Options) if field.name in given}
-    (_embed if embeds else _index)(given, Options(**options))
+    options = Options(**{name: value for name, value in vars(given).items() if name in vars(Options())})
+    from clip_lightning.search.build import build_in_processes, build_index
 
-
-def _embed(given: Namespace, options: Options) -> None:
-    from clip_lightning.search.build import build_in_processes
-
-    done = build_in_processes(given.model, given.source, given.out, options, given.devices)
-    if done is not None:
-        _print(done, given, f"in {done['shards']} shards: {given.out}")
-
-
-def _index(given: Namespace, options: Options) -> None:
-    from clip_lightning.search.build import build_index
-
-    if given.captions is not None:
-        options = replace(options, what="both" if given.captions else "images")
-    done = build_index(given.model, given.source, given.out, options)
-    if done["text_tower"] != "onnx" and options.onnx is None:
-        print(f"search must load the model to embed a sentence: {done['text_tower']}", file=sys.stderr)
-    _print(done, given, f'{done["type"]}: clip-lightning search {given.out} "..."')
-
-
-def _print(done: dict[str, Any], given: Namespace, result: str) -> None:
-    """Print the result on stdout, and on stderr the first images that could not be read."""
+    if embeds:
+        done = build_in_processes(given.model, given.source, given.out, options, given.devices)
+        if done is None:
+            return
+        result = f"in {done['shards']} shards: {given.out}"
+    else:
+        if given.captions is not None:
+            options = replace(options, what="both" if given.captions else "images")
+        done = build_index(given.model, given.source, given.out, options)
+        if done["text_tower"] != "onnx" and options.onnx is None:
+            print(f"search must load the model to embed a sentence: {done['text_tower']}", file=sys.stderr)
+        result = f'{done["type"]}: clip-lightning search {given.out} "..."'
     for kind, hint in (("broken", ""), ("unreadable", "; the next run retries it")):
         for path, reason in list(done[kind].items())[:MOST_NAMED]:
             print(one_line(f"left out {path}: {reason}{hint}"), file=sys.stderr)

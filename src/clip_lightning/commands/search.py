@@ -78,21 +78,19 @@ def search(
 
 
 def _queries(sentence: str | None, query: str | None, image: Path | None, file: Path | None) -> Sequence[Any]:
-    given = [value for value in (sentence, query, image, file) if value is not None]
+    given: list[Any] = [value for value in (sentence, query, image, file) if value is not None]
     if len(given) != 1:
         raise UserError(
             'expected one query: a sentence in quotes (search INDEX "a dog"), --image FILE or --file FILE; '
             f"got {len(given) or 'none'}"
         )
     if image is not None:
-        if not image.is_file():
-            raise UserError(f"--image {image} does not exist; give an image file")
-        return [image]
+        return given
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines() if file else [str(given[0])]
+        lines = file.read_text(encoding="utf-8-sig").splitlines() if file else given
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--file {file} cannot be read as UTF-8 text: {error}") from error
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
+    sentences = [line.strip() for line in lines if line.strip()]
+    if not sentences:
         raise UserError(f"{f'--file {file}' if file else 'the sentence'} is empty; give a sentence")
-    return lines
+    return sentences

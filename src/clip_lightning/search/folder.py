@@ -29,20 +29,18 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock, Timeout
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, reason_of
 from clip_lightning.files import is_draft, write_atomically
 
-What = Literal["images", "captions", "both"]
 Format = Literal["npy", "parquet"]
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-IndexType = Literal["flat", "ivfpq"]
 Row = dict[str, Any]
-MADE_BY = "clip-lightning embeddings 1"
+MADE_BY = "clip-lightning embeddings 2"
 _SUFFIXES = {"npy": ("jsonl", "npy"), "parquet": ("parquet",)}  # in the order of writing
 _STEM, _DIGEST = r"(images|captions)-\d{5,}-of-\d{5,}", "[0-9a-f]{16}"
 _PART = re.compile(rf"{_STEM}-{_DIGEST}\.(npy|parquet)")
-_FAISS = re.compile(rf"images-{_DIGEST}\.faiss")
-_OTHER = re.compile(rf"{_STEM}-{_DIGEST}\.jsonl|\.{_STEM}\.lock|\.?text_tower-{_DIGEST}(-.+)?")
+_OTHER = re.compile(
+    rf"{_STEM}-{_DIGEST}\.jsonl|images-{_DIGEST}\.faiss|\.?text_tower-{_DIGEST}(-.+)?|\.({_STEM}\.)?lock"
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,10 @@ class Options:
     onnx: bool | None = None
     batch_size: int = 64
     num_workers: int | None = None
-    what: What | None = None
+    what: Literal["images", "captions", "both"] | None = None
     format: Format | None = None
     shard_size: int | None = None
-    precision: Precision | None = None
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -79,158 +77,114 @@ class Options:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name} {value}: expected 1 or more")
 
-    def settings(self) -> dict[str, Any]:
-        """Return the given options that are stored in the folder."""
-        names = ("what", "format", "shard_size", "precision")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json.
+    """The content of manifest.json, which is checked, as it is not trusted."""
 
-    Attributes:
-        identity: digest of the model's weights, transform and tokenizer.
-        model: location from which the model was loaded; empty for a model in memory.
-        source: folder or annotation file of the data.
-        images: number of rows of images.
-        captions: number of rows of captions.
-        parts: number of rows of each file, in order.
-        faiss: number of bytes of the FAISS file by its name.
-        text_tower: digest of the text tower's files; empty if there are none.
-        finished: whether all parts exist.
-    """
-
-    identity: str = ""
-    model: str = ""
-    source: str = ""
+    identity: str = ""  # digest of the model's weights, transform and tokenizer
+    model: str = ""  # location from which the model was loaded; empty for a model in memory
+    source: str = ""  # folder or annotation file of the data
     width: int = 0
-    precision: Precision = "32-true"
-    what: What = "images"
+    precision: str = "32-true"
+    what: str = "images"
     format: Format = "npy"
     shard_size: int = 1024
-    images: int = 0
+    images: int = 0  # number of rows
     captions: int = 0
-    parts: dict[str, int] = field(default_factory=dict)
-    type: IndexType = "flat"
-    faiss: dict[str, int] = field(default_factory=dict)
-    text_tower: str = ""
-    finished: bool = False
+    parts: list[str] = field(default_factory=list)  # in order
+    type: str = "flat"
+    faiss_bytes: int = 0  # size of the FAISS file
+    text_tower: str = ""  # digest of the text tower's files; empty if there are none
+    finished: bool = False  # whether all parts exist
     made_by: str = MADE_BY
 
     def __post_init__(self) -> None:
-        """Check the values, which are not trusted.
-
-        Raises:
-            ValueError: a value has the wrong type, or names a file elsewhere.
-        """
         for name, value in vars(self).items():
-            if type(value) is not (dict if name in ("parts", "faiss") else type(vars(Manifest)[name])):
+            if type(value) is not (list if name == "parts" else type(vars(Manifest)[name])):
                 raise ValueError(f"{name} is {value!r}")
-        if self.format not in _SUFFIXES or min(self.width, self.shard_size) < 1:
-            raise ValueError("a value is out of range")
-        if not all(map(_PART.fullmatch, self.parts)) or not all(map(_FAISS.fullmatch, self.faiss)):
-            raise ValueError("it names other files")
+        in_range = self.format in _SUFFIXES and min(self.width, self.shard_size) > 0
+        if not in_range or not all(map(_PART.fullmatch, self.parts)):
+            raise ValueError("a value is out of range, or names another file")
 
 
+@dataclass(frozen=True)
 class EmbeddingsFolder:
     """The folder of one model's embeddings."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    root: Path
 
     def manifest(self) -> Manifest | None:
-        """Read the manifest; return None if there is none.
-
-        Raises:
-            UserError: the manifest is damaged, or was written by another program.
-        """
+        """Read the manifest; return None if there is none."""
         file = self.root / "manifest.json"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("made_by") != MADE_BY:
-                raise UserError(f"{file} was written by another program or version; give another folder")
-            return Manifest(**content)
+            if isinstance(content, dict) and content.get("made_by") == MADE_BY:
+                return Manifest(**content)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except UserError:
-            raise
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file} is damaged ({error}); write to a new folder") from error
+        raise UserError(f"{file} was written by another program or version; give another folder")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Lock the folder against other commands that write to it.
-
-        Raises:
-            UserError: another command is writing, the folder contains other files, or it cannot be written.
-        """
+        """Lock the folder, which must contain nothing else, against other commands that write to it."""
+        root = self.root
         try:
-            if self.manifest() is None and self.root.exists():
-                if not all(_is_ours(entry.name) for entry in self.root.iterdir()):
-                    raise UserError(
-                        f"--out {self.root} contains something other than embeddings; give a new folder"
-                    )
-            self.root.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / ".lock", timeout=0):
+            if self.manifest() is None and root.exists() and not all(map(_is_ours, root.iterdir())):
+                raise UserError(f"--out {root} contains something other than embeddings; give a new folder")
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".lock", timeout=0):
                 yield
         except Timeout:
             raise UserError(
-                f"another process is writing to {self.root}; wait for it, or give another --out"
+                f"another process is writing to {root}; wait for it, or give another --out"
             ) from None
         except OSError as error:
             raise UserError(
-                f"--out {self.root} cannot be written ({error}); free some space there, or give another --out"
+                f"--out {root} cannot be written ({error}); free some space there, or give another --out"
             ) from error
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Replace the exceptions that NumPy, Arrow and FAISS raise for damaged files.
-
-        Raises:
-            UserError: a file is damaged.
-        """
+        """Replace the exceptions that NumPy, Arrow and FAISS raise for damaged files by a `UserError`."""
         try:
             yield
         except (UserError, MemoryError):
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise UserError(
                 f"{self.root} is damaged ({reason}); repair it by running the command that wrote it again"
             ) from error
 
-    def parts(self, stem: str = "") -> list[str]:
-        """List all parts in the folder, including those that are not in the manifest."""
-        names = (entry.name for entry in self.root.iterdir())
-        return sorted(name for name in names if name.startswith(stem) and _PART.fullmatch(name))
+    def intact_parts(self, stem: str) -> Iterator[str]:
+        """Yield the parts whose content matches the digest in their name, whether or not they are current."""
+        for file in sorted(self.root.glob(f"{stem}*")):
+            if part := _PART.fullmatch(file.name):
+                with contextlib.suppress(OSError):  # half a part, or one that was just replaced
+                    files = [file.with_suffix(f".{suffix}") for suffix in _SUFFIXES[part[2]]]
+                    if file.stem.endswith(digest(path.read_bytes() for path in files)):
+                        yield file.name
 
-    def is_intact(self, part: str) -> bool:
-        """Return whether the content of a part matches the digest in its name."""
-        name, _, format = part.rpartition(".")
-        contents = [(self.root / f"{name}.{suffix}").read_bytes() for suffix in _SUFFIXES[format]]
-        return name.endswith("-" + digest(contents))
-
-    def lines(self, part: str) -> list[bytes]:
-        """Return the rows of a part as JSON."""
+    def read(self, part: str) -> tuple[list[bytes], np.ndarray]:
+        """Return the rows of a part as JSON, and their embeddings, (rows, D) fp32."""
         file = self.root / part
         if file.suffix == ".npy":
-            return file.with_suffix(".jsonl").read_bytes().splitlines()
+            lines = file.with_suffix(".jsonl").read_bytes().splitlines()
+            return lines, np.load(file, "r", allow_pickle=False)
         from pyarrow import parquet
 
-        rows = parquet.read_table(file).drop_columns("embedding").to_pylist()
-        return [json.dumps(row).encode() for row in rows]
+        table = parquet.read_table(file)
+        column = table["embedding"].combine_chunks()
+        lines = [json.dumps(row).encode() for row in table.drop_columns("embedding").to_pylist()]
+        return lines, column.flatten().to_numpy().reshape(len(column), column.type.list_size)
 
-    def vectors(self, part: str) -> np.ndarray:
-        """Return the embeddings of a part, (rows, D) fp32."""
-        file = self.root / part
-        if file.suffix == ".npy":
-            vectors: np.ndarray = np.load(file, "r", allow_pickle=False)
-            return vectors
-        from pyarrow import parquet
-
-        column = parquet.read_table(file, columns=["embedding"])["embedding"]
-        return column.combine_chunks().flatten().to_numpy().reshape(len(column), column.type.list_size)
+    def faiss_file(self, parts: Iterable[str]) -> Path:
+        """Return the path of the FAISS index of these parts, which may not exist."""
+        images = (part.encode() for part in parts if part.startswith("images"))
+        return self.root / f"images-{digest(images)}.faiss"
 
     def text_tower(self, identity: str) -> Path:
         """Return the folder of a model's text tower, which may not exist."""
@@ -241,11 +195,11 @@ class EmbeddingsFolder:
         buffer = BytesIO()
         if format == "npy":
             np.save(buffer, vectors)
-            contents = ["".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()]
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            contents = [lines.encode(), buffer.getvalue()]
         else:
             _write_parquet(buffer, stem.startswith("images"), rows, vectors)
-            contents = []
-        contents.append(buffer.getvalue())
+            contents = [buffer.getvalue()]
         name = f"{stem}-{digest(contents)}"
         for suffix, content in zip(_SUFFIXES[format], contents, strict=True):
             file = self.root / f"{name}.{suffix}"
@@ -255,23 +209,21 @@ class EmbeddingsFolder:
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Make this the current version."""
-        if manifest != self.manifest():
-            _write_json(self.root / "manifest.json", asdict(manifest))
+        _write_json(self.root / "manifest.json", asdict(manifest))
 
     def publish(self, manifest: Manifest, broken: Mapping[str, str]) -> None:
         """Make this the current version, and remove the files of other versions."""
         _write_json(self.root / "broken.json", broken)
         self.write_manifest(manifest)
-        rows = (part.replace(".npy", ".jsonl") for part in manifest.parts)
-        kept = {".lock", *manifest.parts, *rows, *manifest.faiss}
-        if manifest.text_tower:
-            kept.add(self.text_tower(manifest.identity).name)
-        for entry in self.root.iterdir():
-            if entry.name not in kept and _is_ours(entry.name):
-                if "text_tower-" in entry.name:
-                    shutil.rmtree(entry)
-                elif entry.is_file():
-                    entry.unlink(missing_ok=True)
+        kept = {self.root / part for part in manifest.parts}
+        kept |= {part.with_suffix(".jsonl") for part in kept} | {self.root / ".lock"}
+        kept |= {self.faiss_file(manifest.parts)} if manifest.faiss_bytes else set()
+        kept |= {self.text_tower(manifest.identity)} if manifest.text_tower else set()
+        for entry in filter(_is_ours, {*self.root.iterdir()} - kept):
+            if "text_tower-" in entry.name:
+                shutil.rmtree(entry)
+            elif entry.is_file():
+                entry.unlink(missing_ok=True)
 
 
 def digest(contents: Iterable[bytes]) -> str:
@@ -279,8 +231,8 @@ def digest(contents: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
 
 
-def _is_ours(name: str) -> bool:
-    return name == ".lock" or is_draft(name) or any(form.fullmatch(name) for form in (_PART, _FAISS, _OTHER))
+def _is_ours(path: Path) -> bool:
+    return is_draft(path.name) or any(form.fullmatch(path.name) for form in (_PART, _OTHER))
 
 
 def _write_parquet(buffer: BytesIO, images: bool, rows: Sequence[Row], vectors: np.ndarray) -> None:

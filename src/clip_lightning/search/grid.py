@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from clip_lightning.files import write_atomically
+from clip_lightning.files import complete_file
 from clip_lightning.reports.pages import thumbnail
 from clip_lightning.reports.plots import INK, MUTED
 from clip_lightning.search.index import FoundImage
@@ -46,9 +45,8 @@ def draw_found(queries: Sequence[tuple[str | Path, Sequence[FoundImage]]], path:
             _write(canvas, name, (x + 62, y + TILE + 9), 15, MUTED, TILE - 62)
             _write(canvas, "".join(hit.captions[:1]), (x + 2, y + TILE + 31), 14, MUTED, TILE - 2)
         top += height
-    buffer = BytesIO()
-    canvas.save(buffer, "PNG", compress_level=1)
-    write_atomically(path, buffer.getvalue())
+    with complete_file(path) as draft:
+        canvas.save(draft, "PNG", compress_level=1)
 
 
 def _paste(canvas: Image.Image, path: Path, at: tuple[int, int], side: int) -> None:

@@ -18,7 +18,6 @@ from io import BytesIO
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from PIL import Image
@@ -36,12 +35,12 @@ from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES
 from clip_lightning.model.zero_shot import probabilities, zero_shot_classifier
 from clip_lightning.reports.pages import template
+from clip_lightning.run_folder import RunFolder
 from clip_lightning.search.index import FoundImage, ImageIndex
 from clip_lightning.terminal import one_line
 
 MOST_FOUND = 60
 MOST_LABELS = 200
-LONGEST = 10_000  # characters of a sentence, or of all labels
 LARGEST_UPLOAD = 20_000_000  # bytes
 MOST_PIXELS = 50_000_000  # a small upload may decode to gigabytes
 UPLOAD_SECONDS = 60
@@ -49,16 +48,15 @@ MOST_UPLOADS = 8  # uploads in memory at the same time; further requests wait be
 
 _HERE = Path(__file__).parent
 _DEFAULTS = {"q": "", "k": "12", "image": "", "labels": "", "templates": "simple"}
+_POLICY = "Content-Security-Policy"
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
+    _POLICY: "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'self'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_SANDBOX = {
-    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-}
+_SANDBOX = "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _decoders = BoundedSemaphore(4)  # an image of 100 megapixels takes 300 MB
 
 
@@ -67,13 +65,12 @@ def page_server(
 ) -> uvicorn.Server:
     """Create the server of an index's page, without starting it.
 
-    Args:
-        index: the index, whose model is loaded now.
-        model: location from which the model was loaded; the page shows the run that trained it.
-        hosts: host names that requests may use, to prevent DNS rebinding; None allows all names.
-        root_path: prefix such as `/photos` that a reverse proxy may keep in paths.
+    The page shows the run that trained the model if `model` is in its folder. Requests may use the `hosts` as
+    names (to prevent DNS rebinding), or any name if it is None, and begin with `root_path`.
     """
-    metrics, report = _read_run(model)
+    run = RunFolder(Path(model or "nowhere").resolve().parent)
+    metrics = json.loads(run.metrics.read_bytes()) if run.is_run() and run.metrics.is_file() else {}
+    report = run.predictions_page if metrics and run.predictions_page.is_file() else None
     page = _Page(index, metrics, report is not None)
     routes: list[BaseRoute] = [
         Route("/", page.answer, methods=["GET", "POST"]),
@@ -83,7 +80,7 @@ def page_server(
         Mount("/static", StaticFiles(directory=_HERE / "static")),
     ]
     if report:
-        routes.append(Route("/predictions.html", lambda _: FileResponse(report, headers=_SANDBOX)))
+        routes.append(Route("/predictions.html", lambda _: FileResponse(report, headers={_POLICY: _SANDBOX})))
     if root_path:
         home = RedirectResponse(f"{root_path}/")
         routes = [Route(root_path, lambda _: home), Mount(root_path, routes=routes), *routes]
@@ -97,7 +94,8 @@ def page_server(
             except HTTPException as error:
                 response = page.reply(request, {"error": error.detail}, error.status_code)
             except (UserError, BrokenImage, OSError) as error:
-                response = page.reply(request, {"error": one_line(str(error))}, 400)
+                prefix = "the image cannot be read: " if isinstance(error, BrokenImage) else ""
+                response = page.reply(request, {"error": one_line(f"{prefix}{error}")}, 400)
             except Exception as error:
                 print(one_line(f"clip-lightning app: {type(error).__name__}: {error}")[:300], file=sys.stderr)
                 reason = "internal error; see the terminal in which the page was started"
@@ -109,7 +107,7 @@ def page_server(
     config = uvicorn.Config(
         BaseHTTPMiddleware(Router(routes, redirect_slashes=False), guard),
         http="h11",
-        h11_max_incomplete_event_size=2**17,  # a sentence of 10,000 characters fits into a URL
+        h11_max_incomplete_event_size=2**17,  # bytes of a URL, which has the sentence and the labels
         limit_concurrency=200,
         timeout_graceful_shutdown=1,
         log_config=None,
@@ -122,10 +120,7 @@ def _refusal(request: Request, hosts: frozenset[str] | None) -> str | None:
     """Return why a request is refused: it uses another host name, or it comes from another website."""
     headers = request.headers
     host, origin, site = headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site")
-    try:
-        name = urlsplit(f"//{host}").hostname
-    except ValueError:
-        name = None
+    name = re.sub(r":\d+$", "", host).strip("[]").lower()
     if hosts is not None and name not in hosts:
         return f"the host name {name} is not allowed; see --allowed_hosts"
     # Browsers send Sec-Fetch-Site to HTTPS and to localhost, and Origin with every POST.
@@ -180,11 +175,8 @@ class _Page:
     def _find(self, query: Mapping[str, str], image: bytes | None) -> dict[str, Any]:
         """Search for the sentence `q`, or else for the result with the id `image`, or else for the upload."""
         k, sentence = query["k"], " ".join(query["q"].split())
-        if not re.fullmatch(r"\d{1,9}", k) or not 1 <= int(k) <= MOST_FOUND:
+        if k not in map(str, range(1, MOST_FOUND + 1)):
             raise UserError(f"k is {k[:40]!r}; expected a whole number from 1 to {MOST_FOUND}")
-        for name in ("q", "labels"):
-            if len(query[name]) > LONGEST:
-                raise UserError(f"{name} has {len(query[name]):,} characters; give at most {LONGEST:,}")
         if query["image"] and not sentence:
             image = self._path(query["image"]).read_bytes()
         if not sentence and image is None:
@@ -192,10 +184,7 @@ class _Page:
         with self.lock:
             if sentence or image is None:
                 return self._results(self.index.search(sentence, int(k))[0])
-            try:
-                embedding = self.clip.embed_images(decode_bytes(image, max_pixels=MOST_PIXELS))
-            except BrokenImage as error:
-                raise UserError(f"the image cannot be read: {error}") from error
+            embedding = self.clip.embed_images(decode_bytes(image, max_pixels=MOST_PIXELS))
             answer = self._results(self.index.search(embedding, int(k))[0])
             return answer | (self._classify(embedding, query) if query["labels"] else {})
 
@@ -242,20 +231,6 @@ async def _read_body(request: Request) -> bytes:
     if size > LARGEST_UPLOAD:
         raise HTTPException(413, f"the file is larger than {LARGEST_UPLOAD // 10**6} MB; give a smaller one")
     return bytes(content)
-
-
-def _read_run(model: str | Path | None) -> tuple[dict[str, Any], Path | None]:
-    """Return the metrics and the predictions of the run whose `model/` this is."""
-    folder = Path(model or "").resolve().parent
-    try:
-        metrics = dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}, None
-    if not model or not (folder / "config.yaml").is_file():
-        return {}, None
-    report = folder / "predictions.html"
-    is_inside = report.is_file() and report.resolve() == report  # a link could lead out of the folder
-    return metrics, report if is_inside else None
 
 
 @lru_cache(256)
