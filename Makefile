@@ -52,6 +52,7 @@ check: $(DEV)  ## lint, formatting, types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --strict --follow-imports=silent examples/library.py
 
 docs: $(DEV)  ## build the documentation site into site/; warnings and dead links are errors
 	@$(INSTALL) --editable ".[dev,docs]"
