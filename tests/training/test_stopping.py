@@ -225,7 +225,7 @@ def test_several_skipped_steps_in_a_row_end_the_run_and_list_their_samples(
     for batch in batches:
         assert len(batch["captions"]) == 8
         for sample in batch["captions"]:
-            assert Path(sample["picture"]).is_file()
+            assert Path(sample["image"]).is_file()
             assert sample["caption"] in (scenes / "captions.csv").read_text()
 
 

@@ -219,7 +219,7 @@ class NonFinite(Callback):
         """Write the samples of the batches to a file of this rank, and return it."""
         data: Any = trainer.datamodule
         captions = [
-            {"picture": str(image.path), "caption": caption}
+            {"image": str(image.path), "caption": caption}
             for image in data.images("train")
             for caption in image.captions
         ]
