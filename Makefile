@@ -13,7 +13,7 @@ INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
 
 SCENES := runs/scenes
 
-.PHONY: help quickstart test test-lowest test-faults test-browser check docs wheel release options clean
+.PHONY: help quickstart test test-lowest test-faults test-browser check docs wheel release notebooks options clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -72,6 +72,9 @@ release: check docs test wheel  ## everything that a release needs: all checks, 
 	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) && grep -q "^## \[$$version\] - " CHANGELOG.md \
 	  || { echo "CHANGELOG.md has no dated section for version $$version" >&2; exit 1; }
 	@ls -l dist
+
+notebooks: $(DEV)  ## run the notebooks and store what they show
+	$(VENV)/bin/python tests/notebooks.py
 
 options: $(DEV)  ## generate the table of options for fit --help and docs/options.md
 	$(VENV)/bin/python tests/options.py
