@@ -88,7 +88,9 @@ class ShardedStrategy(ModelParallelStrategy):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = {
                 number: {
-                    name: own_shard(value, parameters[number]).clone() for name, value in moments.items()
+                    # copied, since the original is a mapped file; some optimizers store plain numbers
+                    name: own_shard(value, parameters[number]).clone() if isinstance(value, Tensor) else value
+                    for name, value in moments.items()
                 }
                 for number, moments in stored["state"].items()
             }
