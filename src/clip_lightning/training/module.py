@@ -190,11 +190,11 @@ class CLIPModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Discard the embeddings of an interrupted evaluation."""
         self._collector = EmbeddingCollector()
-        sharding.gather_towers(self.clip, True)
+        sharding.gather_towers(self.clip, gathered=True)
 
     def on_validation_epoch_end(self) -> None:
         """Evaluate retrieval over the complete split, and log the metrics under `val/` or `test/`."""
-        sharding.gather_towers(self.clip, False)
+        sharding.gather_towers(self.clip, gathered=False)
         embeddings = self._collector.join(self.trainer.world_size)
         if embeddings is None or self.trainer.sanity_checking:
             return

@@ -182,7 +182,7 @@ def sharded_modules(clip: CLIP) -> list[FSDPModule]:
     return [module for module in clip.modules() if isinstance(module, FSDPModule)]
 
 
-def gather_towers(clip: CLIP, gathered: bool) -> None:
+def gather_towers(clip: CLIP, *, gathered: bool) -> None:
     """Keep complete towers on every rank, so that ranks can encode independently, or shard them again."""
     for module in sharded_modules(clip):
         module.set_reshard_after_forward(not gathered and not isinstance(module, Tower), recurse=False)
