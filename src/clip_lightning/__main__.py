@@ -99,7 +99,7 @@ def _unknown(command: str) -> str:
     names = {"train": "fit", "predict": "classify"}
     similar = [names[command]] if command in names else difflib.get_close_matches(command, known, n=1)
     expected = f"did you mean {similar[0]}?" if similar else f"expected one of {', '.join(known)}"
-    return f"unknown command {command!r}; {expected}"
+    return f"unknown {'option' if command.startswith('-') else 'command'} {command!r}; {expected}"
 
 
 def _fail(message: str, status: int = 2) -> int:

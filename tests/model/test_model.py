@@ -490,6 +490,6 @@ def test_classifying_by_hand(make_clip: MakeClip, pictures: list[Path], options:
     logits = clip.scale.item() * images @ texts.T + options.get("init_bias", 0.0)
     expected = logits.sigmoid() if options else logits.softmax(1)
     torch.testing.assert_close(clip.classify(pictures, ["star", "dog"]), expected)
-    classes = clip.zero_shot_classifier(["star", "dog"], "{}")
+    classes = clip.zero_shot_classifier(labels=["star", "dog"], templates="{}")
     torch.testing.assert_close(classes, clip.embed_texts(["star", "dog"]))
     assert clip.classify([*pictures, b""], classes, errors="skip").shape == (5, 2)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
 from jsonargparse import Namespace
 
 from clip_lightning.tracking.logger import RunLogger
@@ -72,6 +73,19 @@ def test_environment_variables_apply_if_no_argument_is_given(
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     place_logger(settings, tmp_path / "folder")
     assert settings.init_args.id == "mine"
+
+
+def test_rows_are_on_disk_after_a_second_if_wandb_was_used_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.setup()
+    run = RunLogger(save_dir=str(tmp_path), offline=True).experiment
+    assert (run.settings.x_transaction_log_flush_interval, run.settings.finish_timeout) == (1, 600)
+    run.finish()
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "20")
+    given = RunLogger(save_dir=str(tmp_path), offline=True)._wandb_init["settings"]
+    assert given == {"x_transaction_log_flush_interval": 1}
 
 
 def test_lightnings_logger_without_a_key_stays_offline(

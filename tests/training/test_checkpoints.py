@@ -181,7 +181,7 @@ def test_the_newest_run_is_resumed_and_other_folders_are_ignored(tmp_path: Path)
         for path in (file, config):
             os.utime(path, (time.time() - age, time.time() - age))
     assert find_checkpoint("last", tmp_path) == find_checkpoint("auto", tmp_path) == newer
-    with pytest.raises(UserError, match=r"best: .*newer/checkpoints/best\.ckpt is not a file"):
+    with pytest.raises(UserError, match=r"best: the newest run, .*newer, has no best\.ckpt; set"):
         find_checkpoint("best", tmp_path)
     os.utime(older)
     assert find_checkpoint("auto", tmp_path) == older

@@ -324,5 +324,16 @@ def test_containers_are_not_sharded_themselves() -> None:
     assert list(_layers(nested)) == [block, nested.blocks[1]]
 
 
+def test_plain_numbers_in_the_state_of_an_optimizer_are_restored() -> None:
+    from clip_lightning.training.sharding import ShardedStrategy
+
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)])
+    stored = {**optimizer.state_dict(), "state": {0: {"step": 3, "moment": torch.ones(2)}}}
+    strategy: Any = SimpleNamespace(optimizers=[optimizer])
+    ShardedStrategy.load_optimizer_state_dict(strategy, {"optimizer_states": [stored]})
+    (state,) = optimizer.state.values()
+    assert (state["step"], state["moment"].tolist()) == (3, [1, 1])
+
+
 if __name__ == "__main__":
     run_everything(*map(Path, sys.argv[1:]))

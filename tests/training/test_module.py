@@ -262,6 +262,11 @@ def test_a_checkpoint_is_loaded_with_the_options_that_were_logged(
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match=r"other\.ckpt is not a checkpoint of"):
         CLIPModule.load_from_checkpoint(tmp_path / "other.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["model"] |= {"removed_option": 1}
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(UserError, match=r"the options in .*old\.ckpt cannot be read .*removed_option"):
+        CLIPModule.load_from_checkpoint(tmp_path / "old.ckpt")
 
 
 def test_a_batch_needs_no_text_id(make_module: MakeModule, tmp_path: Path) -> None:
@@ -295,6 +300,12 @@ def test_batch_norms_need_more_than_one_value(
     with refused:
         check_batch_norms(module.clip, 8, module.micro_batch_size)
     assert not changed(module, before)
+
+
+def test_a_batch_of_one_is_refused_by_its_own_name(make_module: MakeModule) -> None:
+    module = make_module(freeze="none", image_tower="random:test_resnet")
+    with pytest.raises(UserError, match=r"^--data\.batch_size 1 leaves a single image"):
+        check_batch_norms(module.clip, 1, None)
 
 
 def test_training_starts_from_a_bundle(make_clip: Callable[..., CLIP], tmp_path: Path) -> None:

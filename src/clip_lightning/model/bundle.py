@@ -98,6 +98,11 @@ def read_bundle(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     for name in config["tokenizer_files"]:
         if Path(name).name != name or "\\" in name:
             raise ValueError(f"{name!r} in tokenizer_files is not the name of a file")
+    numbers = (config.get("metrics") or {}).values()
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("its metrics are not numbers")
+    if not isinstance(config.get("training_data") or {}, dict):
+        raise ValueError("its training_data is not an object")
     for part, digest in _companions(folder, config).items():
         if recorded.get(part) != digest:
             raise ValueError(f"the {part} is not the one that the weights were trained with")

@@ -330,7 +330,13 @@ class CLIP(nn.Module):
             self.text_tower, valid, project=self.project_text, batch_size=batch_size, progress=title
         )
 
-    zero_shot_classifier = zero_shot_classifier
+    def zero_shot_classifier(
+        self,
+        labels: str | Iterable[str | Iterable[str]],
+        templates: str | Iterable[str] = ("a photo of a {}.",),
+    ) -> Tensor:
+        """Return unit-length embeddings (C, D) of classes; see `clip_lightning.zero_shot_classifier`."""
+        return zero_shot_classifier(self, labels, templates)
 
     def classify(
         self, images: Any, labels: str | Iterable[str | Iterable[str]] | Tensor, errors: Errors = "raise"

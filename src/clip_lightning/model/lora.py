@@ -56,8 +56,8 @@ def add_lora(towers: Mapping[str, ImageTower | TextTower], config: LoRAConfig) -
     chosen = [tower.freeze() for which, tower in towers.items() if config.towers in (which, "both")]
     adaptable = [_adaptable_layers(tower) for tower in chosen]
     names = [name for layers in adaptable for name in layers]
-    # "" is the ending of every name
-    endings = [f".{ending}" for ending in config.layers] if config.layers else [""]
+    wanted = [config.layers] if isinstance(config.layers, str) else config.layers
+    endings = [f".{ending}" for ending in wanted] if wanted else [""]  # every name ends with ""
     selected = [[name for name in layers if f".{name}".endswith(tuple(endings))] for layers in adaptable]
     unknown = [ending for ending in endings if not any(f".{name}".endswith(ending) for name in names)]
     if unknown or not all(selected):

@@ -91,8 +91,9 @@ class Alerts(Callback):
         if step in (0, self._last_step) or step % max(trainer.log_every_n_steps, 1):
             return
         self._last_step = step
-        harmless = {"train/loss": 0.0, "train/scale": math.inf, "train/loss_over_ln_batch": 0.0}
-        loss, scale, relative = (float(trainer.callback_metrics.get(*item)) for item in harmless.items())
+        logged = trainer.callback_metrics
+        loss, scale = float(logged.get("train/loss", 0.0)), float(logged.get("train/scale", math.inf))
+        relative = float(logged.get("train/loss_over_ln_batch", 0.0))
         at_chance = abs(relative - 1) <= STALLED_RANGE
         self._chance_steps = self._chance_steps + trainer.log_every_n_steps if at_chance else 0
         if not math.isfinite(loss):

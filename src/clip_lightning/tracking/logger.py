@@ -26,8 +26,8 @@ from clip_lightning.wandb_fetch import default_project, stays_offline
 TRAINER_OPTIONS = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 ENDED = "ended"  # an empty file in W&B's folder of each part of a run that was not killed
 WAITS = {  # seconds: for an absent server at the end, and until a row is on disk
-    "WANDB_FINISH_TIMEOUT": "600",
-    "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1",
+    "finish_timeout": 600.0,
+    "x_transaction_log_flush_interval": 1.0,
 }
 
 
@@ -79,8 +79,6 @@ class RunLogger(WandbLogger):
         check_name("--trainer.logger.link_to", link_to, REGISTRY, "wandb-registry-REGISTRY/COLLECTION")
         self.logs_model, self.model_name, self.link_to = log_model, model_name, link_to
         self._folder = Path(save_dir or ".")
-        for variable, seconds in WAITS.items():
-            os.environ.setdefault(variable, seconds)
         if os.environ.get("WANDB_DATA_DIR") in (None, RunLogger._data_dir):  # else the user has chosen it
             # images of tables stay there until they are uploaded
             os.environ["WANDB_DATA_DIR"] = RunLogger._data_dir = str(RunFolder(self._folder).wandb)
@@ -97,6 +95,7 @@ class RunLogger(WandbLogger):
             save_dir=str(self._folder),
             id=id,
             mode="offline" if stays_offline(offline) else None,
+            settings=_waits(),
         )
         self._wandb_init.pop("anonymous", None)  # a deprecated argument, about which W&B warns
         self._defined: set[str] = set()
@@ -234,6 +233,21 @@ class RunLogger(WandbLogger):
             for name in set(obsolete) & set(summary.keys()):
                 del summary[name]
             summary.update(dict(values))
+
+
+def _waits() -> dict[str, float]:
+    """Return the settings of `WAITS` that W&B has and the environment does not set.
+
+    They are arguments of the run, since W&B reads its environment once, often before there is a logger.
+    """
+    import wandb
+
+    known = wandb.Settings.model_fields
+    return {
+        name: seconds
+        for name, seconds in WAITS.items()
+        if name in known and f"WANDB_{name.upper()}" not in os.environ
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -124,10 +124,11 @@ def check_batch_norms(clip: CLIP, batch_size: int, micro_batch_size: int | str |
     """Reject batch sizes that leave a single image for the batch norms of the image tower."""
     size = micro_batch_size if isinstance(micro_batch_size, int) else max(batch_size, 2)
     if training_norms(clip.image_tower) and (size == 1 or batch_size % size == 1):
+        given = f"--model.micro_batch_size {micro_batch_size} with " if size == micro_batch_size else ""
         raise UserError(
-            f"--model.micro_batch_size {micro_batch_size} with --data.batch_size {batch_size} leaves a "
-            f"single image for the batch norms of {clip.image_tower.spec['name']!r}; choose sizes that "
-            "leave at least two, or set --model.towers.fix_statistics true"
+            f"{given}--data.batch_size {batch_size} leaves a single image for the batch norms of "
+            f"{clip.image_tower.spec['name']!r}; choose sizes that leave at least two, or set "
+            "--model.towers.fix_statistics true"
         )
 
 

@@ -179,13 +179,19 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
                 f"--ckpt_path {given}: there is no run in {root}; start one without --ckpt_path, or set "
                 "--trainer.default_root_dir to the folder that contains the runs"
             )
-        file = runs[-1].last if given == "last" else runs[-1].best
+        newest = runs[-1]
+        file = newest.last if given == "last" else newest.best
+        if not file.is_file():
+            raise UserError(
+                f"--ckpt_path {given}: the newest run, {newest.path}, has no {file.name}; set --ckpt_path to "
+                "the checkpoint of another run, or remove it to start again"
+            )
     else:
         file = Path(given)
-    if not file.is_file():
-        raise UserError(
-            f"--ckpt_path {given}: {file} is not a file; expected a checkpoint, or `last`, `best` or `auto`"
-        )
+        if not file.is_file():
+            raise UserError(
+                f"--ckpt_path {given} is not a file; expected a checkpoint, or `last`, `best` or `auto`"
+            )
     reason, previous = damage(file), file.with_name(PREVIOUS)
     if reason is None:
         return file

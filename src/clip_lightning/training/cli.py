@@ -64,6 +64,7 @@ QUIET = (
     ".*all_gather is deprecated.*",  # Lightning 2.6 with torch 2.15
     ".*callbacks used to create the checkpoint need to be provided.*",  # scoring needs none
     ".*WeightAveraging doesn't support sharding.*",  # we reject the combination
+    ".*fan_in_fan_out is set to False.*",  # PEFT corrects this for GPT-2
     ".*returned a view tensor.*",  # sharded towers; nothing changes their features in place
     ".*ended before the epoch ended and your dataloader is not resumable.*",  # our samplers are
 )

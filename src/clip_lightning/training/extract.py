@@ -123,7 +123,7 @@ class Extractor:
     def _features(
         self, tower: Tower, key: dict[str, Any], rows: int, compute: Compute, title: str
     ) -> Features:
-        """Compute what is not in the cache in evaluation mode, without the statistics of a batch."""
+        """Compute what is not in the cache, in evaluation mode, so that no feature depends on its batch."""
         key |= {"version": VERSION, "name": tower.spec["name"], "tower": tower.digest()}
         training = tower.training
         tower.to(self.device).eval()

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from clip_lightning.data.images import ImageTransform
-from clip_lightning.errors import Diverged, UserError
+from clip_lightning.errors import Diverged, UserError, as_user_error
 from clip_lightning.evaluation.retrieval import EmbeddingCollector, Embeddings, retrieval_metrics
 from clip_lightning.model import checkpoint as checkpoint_content
 from clip_lightning.model.clip import Freeze
@@ -118,12 +118,14 @@ class CLIPModule(LightningModule):
         """
         file = Path(checkpoint_path)
         checkpoint = checkpoints.read_checkpoint(file)
-        stored = checkpoint_content.options_of(checkpoint, file)
-        # parsed as on the command line
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "model", skip=set(options), instantiate=False)
-        kept = {"model": {name: value for name, value in stored.items() if name not in options}}
-        module = cls(**parser.instantiate(parser.parse_object(kept)).model, **options)
+        remedy = "give a checkpoint of this version, in the folder of its run"
+        with as_user_error(f"the options in {file} cannot be read", remedy):
+            stored = checkpoint_content.options_of(checkpoint, file)
+            kept = {"model": {name: value for name, value in stored.items() if name not in options}}
+            parsed = parser.instantiate(parser.parse_object(kept)).model  # as on the command line
+        module = cls(**parsed, **options)
         checkpoints.check_fits(file, checkpoint, module)
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
@@ -188,11 +190,11 @@ class CLIPModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Discard the embeddings of an interrupted evaluation."""
         self._collector = EmbeddingCollector()
-        sharding.gather_towers(self.clip, True)
+        sharding.gather_towers(self.clip, gathered=True)
 
     def on_validation_epoch_end(self) -> None:
         """Evaluate retrieval over the complete split, and log the metrics under `val/` or `test/`."""
-        sharding.gather_towers(self.clip, False)
+        sharding.gather_towers(self.clip, gathered=False)
         embeddings = self._collector.join(self.trainer.world_size)
         if embeddings is None or self.trainer.sanity_checking:
             return

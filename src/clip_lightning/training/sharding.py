@@ -88,7 +88,9 @@ class ShardedStrategy(ModelParallelStrategy):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = {
                 number: {
-                    name: own_shard(value, parameters[number]).clone() for name, value in moments.items()
+                    # copied, since the original is a mapped file; some optimizers store plain numbers
+                    name: own_shard(value, parameters[number]).clone() if isinstance(value, Tensor) else value
+                    for name, value in moments.items()
                 }
                 for number, moments in stored["state"].items()
             }
@@ -180,7 +182,7 @@ def sharded_modules(clip: CLIP) -> list[FSDPModule]:
     return [module for module in clip.modules() if isinstance(module, FSDPModule)]
 
 
-def gather_towers(clip: CLIP, gathered: bool) -> None:
+def gather_towers(clip: CLIP, *, gathered: bool) -> None:
     """Keep complete towers on every rank, so that ranks can encode independently, or shard them again."""
     for module in sharded_modules(clip):
         module.set_reshard_after_forward(not gathered and not isinstance(module, Tower), recurse=False)

@@ -218,14 +218,11 @@ class NonFinite(Callback):
     def _write(self, trainer: Trainer) -> Path:
         """Write the samples of the batches to a file of this rank, and return it."""
         data: Any = trainer.datamodule
-        captions = [
-            {"image": str(image.path), "caption": caption}
-            for image in data.images("train")
-            for caption in image.captions
-        ]
+        captions = [(image.path, caption) for image in data.images("train") for caption in image.captions]
         for batch in self._batches:
             if "text_id" in batch:  # read only now, in order not to wait for a GPU in every step
-                batch["captions"] = [captions[row] for row in batch.pop("text_id").tolist()]
+                samples = [captions[row] for row in batch.pop("text_id").tolist()]
+                batch["captions"] = [{"image": str(path), "caption": caption} for path, caption in samples]
         file = self.run.non_finite(trainer.global_rank)
         content = json.dumps(self._batches, indent=2, ensure_ascii=False)
         write_atomically(file, content.encode(errors="replace"))

@@ -77,7 +77,7 @@ def _transform(settings: dict[str, Any]) -> ImageTransform:
 def _text_tower(
     text: Any, own_config: dict[str, Any], tokenizer: Any, name: str
 ) -> tuple[TextTower, nn.Module | None]:
-    """Convert open_clip's text transformer, or a one of transformers, which then needs no open_clip."""
+    """Convert open_clip's text transformer, or one of transformers, which then needs no open_clip."""
     settings = _cleaning(tokenizer, name)
     converted, length = getattr(tokenizer, "tokenizer", None), tokenizer.context_length
     if type(text).__name__ == "HFTextEncoder":

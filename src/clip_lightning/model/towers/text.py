@@ -173,9 +173,14 @@ def _fresh(config: Any) -> Any:
 
 def _default_pooling(place: str, config: Any) -> TextPooling:
     """Return the pooling in the file of sentence-transformers, or else the usual one for the model type."""
-    kinds = ("missing_entries", "gated_repo", "connection_errors")
-    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
-    if (file := cached_file(place, "1_Pooling/config.json", **quiet)) is not None:
+    file = cached_file(
+        place,
+        "1_Pooling/config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is not None:
         modes = json.loads(Path(file).read_text())
         if modes.get("pooling_mode_cls_token"):
             return "cls"
