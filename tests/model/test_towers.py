@@ -431,7 +431,8 @@ class TestTextTower:
     def test_weights_with_a_hole(self, bert: Path, tmp_path: Path) -> None:
         folder = tmp_path / "tower"
         shutil.copytree(bert, folder)
-        weights = load_file(folder / "model.safetensors")
+        # copied, as writing into the file that is still mapped kills the process with older safetensors
+        weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
         save_file(
             {k: v for k, v in weights.items() if not k.startswith("pooler")}, folder / "model.safetensors"
         )
