@@ -120,8 +120,8 @@ def find_annotations(
     known = _FLICKR.get(options.layout, ())
     tables = [path for path in _tables(root, files) if not known or path.name in known]
     if not tables and options.layout != "auto":
-        expected = ", ".join(known) or "CSV, TSV, JSONL, JSON or Parquet file with captions"
-        raise UserError(f"{root} has none of {expected}; check --data.root and --data.read.layout")
+        expected = " or ".join(known) or "CSV, TSV, JSONL, JSON or Parquet file with captions"
+        raise UserError(f"{root} has no {expected}; check --data.root and --data.read.layout")
     readable = [path for path in tables if path.name in known or _has_captions(path, options)]
     with_pairs = options.layout == "auto" and any(
         text.strip() for _, texts, _ in read_pairs(root, files, {}) for text in texts
