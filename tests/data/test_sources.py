@@ -171,6 +171,7 @@ def test_a_hugging_face_data_set(rows: list[Any], data: Callable[..., Any]) -> N
     ("records", "said"),
     [
         ([("a.png", 3)], "records has values of the types str, int"),
+        ([("a.png", np.array(["a", "b"]))], "types str, ndarray, NoneType .*; expected an image, a sentence"),
         ([7], "record 0: expected .image, captions."),
         ([{"image": "a.png"}], "records has no caption column"),
         ([], "no usable image with a caption"),
