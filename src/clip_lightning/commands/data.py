@@ -167,6 +167,8 @@ def upload(
     from clip_lightning.wandb_fetch import default_project
 
     check_upload(artifact)
+    if not root.is_dir():  # an annotation file would be uploaded without its images
+        raise UserError(f"{root} is not a folder; give the folder of the data set")
     captions = read_captions(root, read)
     metadata = {
         "captions_digest": captions.digest(),
