@@ -166,9 +166,9 @@ def upload(
     from clip_lightning.tracking.artifacts import check_upload, upload_data
     from clip_lightning.wandb_fetch import default_project
 
-    check_upload(artifact)
     if not root.is_dir():  # an annotation file would be uploaded without its images
         raise UserError(f"{root} is not a folder; give the folder of the data set")
+    check_upload(artifact)
     captions = read_captions(root, read)
     metadata = {
         "captions_digest": captions.digest(),
