@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from clip_lightning.commands.search import search
 from clip_lightning.cores import cores
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.search.index import FoundImage, ImageIndex
-from clip_lightning.terminal import one_line, printable
+from clip_lightning.terminal import json_line, one_line, printable
 
 FREED = """
 import resource, torch
@@ -29,6 +30,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 HARMFUL = "a\x1b[2J\x9b2J\nclip-lightning: error"
 SHOWN = "a\ufffd[2J\ufffd2J clip-lightning: error"
+
+
+def test_json_for_a_terminal_has_no_control_characters() -> None:
+    record = {"caption": f"{HARMFUL} 狗 é \udc80 \u202e", "image": Path("a.jpg")}
+    line = json_line(record)
+    assert line.isprintable() and "狗 é" in line
+    assert json.loads(line) == record | {"image": "a.jpg"}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")

@@ -17,7 +17,7 @@ import jsonargparse
 import yaml
 
 from clip_lightning.errors import UserError
-from clip_lightning.terminal import public
+from clip_lightning.terminal import json_line, public
 
 # Names of types in the messages of jsonargparse, for the user.
 _KINDS = {
@@ -83,7 +83,7 @@ def run_functions(functions: Any, args: list[str]) -> None:
 
 def print_result(record: Any, text: str, as_json: bool) -> None:
     """Print the result of a command: as one JSON object with `--json`, otherwise as text."""
-    print(json.dumps(record, ensure_ascii=False, default=str) if as_json else text)
+    print(json_line(record) if as_json else text)
 
 
 def check_folder(out: Path | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -12,6 +14,12 @@ def printable(text: str) -> str:
         letter if letter.isprintable() or letter.isspace() else "\N{REPLACEMENT CHARACTER}"
         for letter in encodable
     )
+
+
+def json_line(record: Any) -> str:
+    """Return JSON for a terminal: letters of every script are kept, and all control characters escaped."""
+    text = json.dumps(record, ensure_ascii=False, default=str)
+    return "".join(letter if letter.isprintable() else json.dumps(letter).strip('"') for letter in text)
 
 
 def public(text: str) -> str:

@@ -119,7 +119,7 @@ def test_every_kind_of_problem_is_reported(rows: list[Row], check: Any, tmp_path
     assert found["warnings"] == [
         f"{looks}: 1.jpg (train) = smaller.jpg (val)",
         "1 image with repeated captions: tiny.png (1)",
-        "1 caption shared by several images: an image called 5 (2)",
+        "1 caption shared by several images: 'an image called 5' (2)",
         "1 image with a side of less than 32 pixels: tiny.png",
     ]
 

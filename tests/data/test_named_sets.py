@@ -81,7 +81,10 @@ def test_a_torchvision_data_set(
 ):
     with monkeypatch.context() as patched:
         patched.setattr(torchvision.datasets.CIFAR10, "tgz_md5", "0" * 32)
-        with pytest.raises(UserError, match=r"cannot be downloaded .*\(File not found or corrupted\)"):
+        with pytest.raises(UserError, match=r"cannot be downloaded .*File not found or corrupted\)"):
+            find_classes("torchvision:CIFAR10", tmp_path / "cache")
+        patched.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/nobody-listens.tar.gz")
+        with pytest.raises(UserError, match=r"cannot be downloaded .*refused.*; check the network"):
             find_classes("torchvision:CIFAR10", tmp_path / "cache")
     assert not (tmp_path / "cache" / "torchvision-CIFAR10").exists()
     found = find_classes("torchvision:CIFAR10", tmp_path / "cache")

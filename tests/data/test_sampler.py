@@ -55,7 +55,7 @@ def test_the_order_depends_on_epoch_and_seed_and_can_be_resumed(start: int) -> N
 
 
 def test_a_batch_larger_than_the_training_set() -> None:
-    with pytest.raises(UserError, match=r"batch of 8 on each of 2 devices.*set of 15 images; reduce --data"):
+    with pytest.raises(UserError, match=r"batch of 8 × 2 images is larger.*set of 15 images; reduce --data"):
         TrainSampler(15, 8, seed=0, world_size=2)
 
 

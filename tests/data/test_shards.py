@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from clip_lightning.__main__ import main
@@ -332,6 +333,7 @@ def test_damaged_tars_and_samples_are_skipped_and_named(
         "24": {"PNG": picture(), "txt": b"fine", "json": b'{"big": 1%s, "bad": "\\ud800"}' % (b"0" * 400)},
         "25": {"jpg": picture(), "json": b"[" * 9000},
         "26": {"jpg": b"large" * 30_000, "txt": b"x"},
+        "32": {"jpg": picture(), "txt": b"x", "json": b"[[1, 2]]"},
         "27": {"npy": b"not read" * 30_000, "cls": b"x", "jpg": picture(), "txt": b"x"},
         "._28": {"jpg": b"", "txt": b"x"},
         "__meta__/29": {"jpg": b"", "txt": b"x"},
@@ -351,6 +353,7 @@ def test_damaged_tars_and_samples_are_skipped_and_named(
         "odd.tar#22": "its JSON cannot be read",
         "odd.tar#25": "its JSON cannot be read",
         "odd.tar#26": "its 153,089 bytes are more than 100,000",
+        "odd.tar#32": "its JSON is not an object",
     }
     read = {int(name.rpartition("#")[2]) for samples in drawn for name in samples.names or ()}
     assert read >= {0, 1, 2, 3, 4, 5, 10, 24, 27} and not read & {20, 21, 22, 23, 25, 26}
@@ -494,7 +497,10 @@ def test_resuming_on_fewer_workers_and_ranks_loses_no_sample(
     assert len(seen) == len({*seen}) == 32
 
 
-def test_filters_choose_samples_by_the_fields_of_any_type(tmp_path: Path) -> None:
+def test_filters_choose_samples_by_the_fields_of_any_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "_ROWS", 3)  # so that every table has two parts
     laion(tmp_path / "0.tar", range(4), score=lambda n: n if n else None, odd=lambda n: None)
     laion(tmp_path / "1.tar", range(4, 8), score=float, odd=lambda n: "x", late=lambda n: True)
     laion(tmp_path / "2.tar", range(8, 12), score=float, odd=lambda n: n)
@@ -617,7 +623,7 @@ def test_the_number_of_samples_per_epoch(served: Callable[[Path], str], tmp_path
     with pytest.raises(UserError, match=r"the number of samples in remote tars is unknown; give --data"):
         dataset(url)
     assert dataset(url, samples_per_epoch=50).samples == 50
-    with pytest.raises(UserError, match=r"batch of 4 on each of 3 devices is larger"):
+    with pytest.raises(UserError, match=r"batch of 4 × 3 images is larger"):
         ShardSampler(dataset(tmp_path), 4, world_size=3)
 
 
@@ -628,6 +634,11 @@ def test_tars_must_match_the_manifest(scenes: Path, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-1])
         with pytest.raises(UserError, match=rf"{name} {problem}.*convert the data again"):
             dataset(out)
+    out = converted(scenes, tmp_path / "again")
+    fields = out / "train" / manifest.FIELDS_FILE
+    parquet.write_table(parquet.read_table(fields)[:-1], fields)
+    with pytest.raises(UserError, match=r"does not match shards\.json; convert the data again"):
+        dataset(out)
     content = json.loads((out / manifest.FILE).read_bytes())
     (out / manifest.FILE).write_text(json.dumps(content | {"splits": {"val": content["splits"]["val"]}}))
     with pytest.raises(UserError, match="has no train split"):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from clip_lightning import CLIP, CaptionDataModule
+from clip_lightning.__main__ import main
 from clip_lightning.data.captions import Splits
 from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.features import CacheOptions
@@ -171,6 +172,7 @@ def test_a_hugging_face_data_set(rows: list[Any], data: Callable[..., Any]) -> N
     ("records", "said"),
     [
         ([("a.png", 3)], "records has values of the types str, int"),
+        ([("a.png", np.array(["a", "b"]))], "types str, ndarray, NoneType .*; expected an image, a sentence"),
         ([7], "record 0: expected .image, captions."),
         ([{"image": "a.png"}], "records has no caption column"),
         ([], "no usable image with a caption"),
@@ -185,6 +187,11 @@ def test_broken_and_missing_images_are_counted(rows: list[Any], data: Callable[.
     records = [*rows, (b"nothing", "a", "train"), ("gone.png", "b", "train"), (3.0, "c", "train")]
     with pytest.raises(UserError, match=r"3 of 43 images or rows.*max_broken"):
         data(records)
+
+
+def test_an_annotation_file_is_not_uploaded_alone(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "upload", str(scenes / "captions.csv"), "--artifact=scenes"]) == 2
+    assert "captions.csv is not a folder; give the folder of the data set" in capsys.readouterr().err
 
 
 # Once per machine, complete or not at all ---------------------------------------------------------------

@@ -335,7 +335,7 @@ def test_finished_runs_are_measured_and_compared(finished: Path, tmp_path: Path)
 
 
 def test_options_and_data_that_differ_are_shown_and_runs_without_results_are_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for n, dropout in ((1, 0.1), (2, 0.3)):
         loss = {"class_path": "b.SigLIP", "init_args": {}}
@@ -344,7 +344,9 @@ def test_options_and_data_that_differ_are_shown_and_runs_without_results_are_lef
     write_run(tmp_path / "runs" / "6", 300, digest="e" * 64)
     (write_run(tmp_path / "runs" / "4", 1) / "metrics.json").write_text('{"seconds": 1}')
     (write_run(tmp_path / "runs" / "5", 1) / "metrics.json").write_text("{")
-    assert main(["compare", "--json", str(tmp_path / "runs"), "--out", str(tmp_path / "c")]) == 0
+    (write_run(tmp_path / "runs" / "7", 1) / "config.yaml").write_text("a text")
+    monkeypatch.chdir(tmp_path)  # every run counts once, whatever the spelling of its path
+    assert main(["compare", "--json", str(tmp_path / "runs"), "runs", "--out", str(tmp_path / "c")]) == 0
     out, err = capsys.readouterr()
     table = json.loads(out)
     rows = [(row["rank"], row["rsum"], row["options"]["model.heads.dropout"]) for row in table["rows"]]
@@ -352,8 +354,8 @@ def test_options_and_data_that_differ_are_shown_and_runs_without_results_are_lef
     assert {row["training_seconds"] for row in table["rows"]} == {20}
     assert "WARNING: these runs were scored on 2 different data sets" in err
     reasons = [each["reason"] for each in table["left_out"]]
-    assert [reason.split()[0] for reason in reasons] == ["its", "it", "its"]
-    assert err.count("left out") == 3
+    assert [reason.split()[0] for reason in reasons] == ["its", "it", "its", "its"]
+    assert err.count("left out") == 4 and {row["runs"] for row in table["rows"]} == {1}
     assert "model.heads.dropout" in (tmp_path / "c" / "comparison.md").read_text()
 
 

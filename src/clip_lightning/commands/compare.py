@@ -7,6 +7,7 @@ import json as json_format
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, own_arguments
 from clip_lightning.errors import UserError
+from clip_lightning.terminal import json_line
 
 if TYPE_CHECKING:
     from clip_lightning.experiments.compare import Comparison
@@ -135,10 +137,11 @@ def _arguments_of_file(file: Path) -> list[str]:
     if not isinstance(content, dict):
         raise UserError(f"--file {file}: expected a mapping from options to values, got {content!r}")
     arguments = []
-    left = sorted(content.items(), key=lambda option: option[0] != "config")  # which the others override
-    for name, value in left:
+    options = deque(sorted(content.items(), key=lambda option: option[0] != "config"))  # others override it
+    while options:
+        name, value = options.popleft()
         if isinstance(value, dict) and "class_path" not in value:
-            left += [(f"{name}.{inner}", one) for inner, one in value.items()]
+            options += [(f"{name}.{inner}", one) for inner, one in value.items()]
         elif isinstance(value, list) and name == "config":
             arguments += [f"--config={one}" for one in value]
         elif isinstance(value, list) and name in EXAMPLES:
@@ -168,7 +171,7 @@ def _finish(comparison: Comparison, out: Path, json: bool) -> None:
         print(f"WARNING: {warning}", file=sys.stderr)
     if json:
         record = comparison.as_dict() | {"folder": str(out)}
-        print(json_format.dumps(record, ensure_ascii=False, default=str))
+        print(json_line(record))
         return
     print_tables(comparison, Console(markup=False, highlight=False))
     print(f"comparison: {out / 'index.html'}")

@@ -166,6 +166,8 @@ def upload(
     from clip_lightning.tracking.artifacts import check_upload, upload_data
     from clip_lightning.wandb_fetch import default_project
 
+    if not root.is_dir():  # an annotation file would be uploaded without its images
+        raise UserError(f"{root} is not a folder; give the folder of the data set")
     check_upload(artifact)
     captions = read_captions(root, read)
     metadata = {

@@ -14,7 +14,7 @@ from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
 from clip_lightning.arguments import check_folder, run_functions
 from clip_lightning.errors import UserError
-from clip_lightning.terminal import one_line
+from clip_lightning.terminal import one_line, printable
 
 if TYPE_CHECKING:
     from clip_lightning.data.captions import CaptionedImage
@@ -173,7 +173,7 @@ def zero_shot(
             slugs = (re.sub(r"[\W_]", "-", name).strip("-")[-40:] for name in (row["model"], place))
             report.write(out / f"{len(rows)}-{'-on-'.join(slugs)}" if len(models) * len(sets) > 1 else out)
         if not json:
-            print(report.summary())
+            print(printable(report.summary()))
         rows.append(row | result.metrics)
         reports.append(report)
     _finish(rows, out, json, wandb, reports)

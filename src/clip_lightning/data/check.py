@@ -140,7 +140,11 @@ def find(captions: CaptionSet, entries: Sequence[Entry], lost: dict[str, Any] | 
         ),
         _line(within, "group", "of images that look the same within a split"),
         _line({name: n for name, n in repeats.items() if n}, "image", "with repeated captions"),
-        _line(dict(shared.most_common()), "caption", "shared by several images"),
+        _line(
+            [f"{text[:60]!r} ({n:,})" for text, n in shared.most_common()],
+            "caption",
+            "shared by several images",
+        ),
         _line(report["small"], "image", f"with a side of less than {SMALLEST} pixels"),
         _line(report["unused"], "image", "in no split, which training does not use"),
         *(lost_lines(lost, max(report["captions"], 1)) if lost else ()),
@@ -150,11 +154,11 @@ def find(captions: CaptionSet, entries: Sequence[Entry], lost: dict[str, Any] | 
 
 
 def _line(found: Mapping[str, Any] | Sequence[Any], noun: str, problem: str) -> str:
-    """Describe what was found (names, groups, or name → reason) with examples; return "" if it is nothing."""
+    """Describe what was found (texts, groups, or name → reason) with examples; return "" if it is nothing."""
     examples = []
     for example in islice(found, MOST_NAMED):
         if isinstance(found, Mapping):
-            example = f"{example[:80]} ({found[example]})"
+            example = f"{example} ({found[example]})"
         elif not isinstance(example, str):
             example = " = ".join(f"{entry.name} ({entry.split})" for entry in example[:MOST_NAMED])
         examples.append(example)

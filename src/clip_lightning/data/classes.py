@@ -21,7 +21,7 @@ from clip_lightning.data.hub import HubDataset, undecoded
 from clip_lightning.data.image_formats import is_image, walk
 from clip_lightning.data.images import BrokenImage
 from clip_lightning.data.readers import file_head, read_lines
-from clip_lightning.errors import UserError, reason_of
+from clip_lightning.errors import UserError, as_user_error, reason_of
 from clip_lightning.files import cache_folder, make_once
 from clip_lightning.terminal import one_line
 
@@ -144,7 +144,7 @@ def _table_rows(path: Path, left_out: dict[str, str]) -> list[ClassRow]:
             f"{path} begins with {header[:80]!r}; expected the columns image (or "
             f"{', '.join(IMAGE_NAMES[1:4])}) and label (or {', '.join(_CLASS_NAMES[1:4])})"
         ) from None
-    left_out |= {name: reason.replace("caption", "label") for name, reason in data.left_out.items()}
+    left_out |= {name: re.sub("no caption$", "no label", reason) for name, reason in data.left_out.items()}
     return [(image.path, name, image.split) for image in data.images for name in image.captions]
 
 
@@ -188,22 +188,19 @@ def _read_torchvision(name: str, cache: Path | None) -> ClassSet:
     folder = (cache or cache_folder("data")) / f"torchvision-{name}"
 
     def download(draft: Path) -> Path:
-        for options in splits.values():
-            kind(draft, download=True, **options)
+        # `make_once` would take an error of the network, which is an OSError, for one of the disk.
+        with as_user_error(
+            f"torchvision:{name} cannot be downloaded to {folder}",
+            "check the network and the disk, or give a folder with one folder per class",
+        ):
+            for options in splits.values():
+                kind(draft, download=True, **options)
         return draft
 
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # torchvision prints
-            make_once(folder, download)
+    with contextlib.redirect_stdout(sys.stderr):  # torchvision prints
+        make_once(folder, download)
+        with as_user_error(f"torchvision:{name} cannot be read", f"remove {folder} to download it again"):
             parts = {split: kind(folder, **options) for split, options in splits.items()}
-    except UserError:
-        raise
-    except Exception as error:  # torchvision and its dependencies raise nearly every kind of error
-        raise UserError(
-            f"torchvision:{name} cannot be downloaded to or read from {folder} ({reason_of(error)}); check "
-            "the network and the disk, remove that folder if it exists to download it again, or give a "
-            "folder with one folder per class"
-        ) from error
     first = next(iter(parts.values()))
     classes = [*map(str, getattr(first, "classes", None) or first.categories)]
     rows: list[ClassRow] = []
@@ -276,9 +273,10 @@ def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[s
     """
     if file is None:
         if any(re.fullmatch(r"n\d{8}|\d+", clean_name(name)) for name in classes):
+            examples = one_line(", ".join(classes[:3]))
             print(
-                f"warning: the class names are numbers ({', '.join(classes[:3])}, ...), which mean nothing "
-                "to a model; give names with --names FILE",
+                f"warning: the class names are numbers ({examples}, ...), which mean nothing to a model; "
+                "give names with --names FILE",
                 file=sys.stderr,
             )
         return [[clean_name(name)] for name in classes]

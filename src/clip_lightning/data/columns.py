@@ -51,13 +51,14 @@ class Columns(NamedTuple):
             if not (isinstance(image, images) or image is None) or not isinstance(split, str | None):
                 raise TypeError
             return image, [caption for cell in cells for caption in sentences(cell)], split
-        except (TypeError, KeyError, AttributeError, RecursionError):
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError):  # ValueError: NumPy arrays
             types = ", ".join(type(value).__name__ for value in (image, *cells, split))
+            expected = "a file name" if images is str else "an image"
             hint = f", or hf:{source} if it contains the images themselves"
             raise UserError(
-                f"{source} has values of the types {types} as image, caption and split; expected a file "
-                "name, a sentence or a list of sentences, and train, val or test; give another --data.root"
-                + (hint if images is str and isinstance(image, dict | bytes) else "")
+                f"{source} has values of the types {types} as image, caption and split; expected "
+                f"{expected}, a sentence or a list of sentences, and train, val or test; give another "
+                "--data.root" + (hint if images is str and isinstance(image, dict | bytes) else "")
             ) from None
 
 

@@ -161,8 +161,8 @@ class CaptionDataModule(LightningDataModule):
         captions = read_source(self.source, self.read)
         if self.prints_summary:
             self._print(captions.summary(), *(f"warning: {line}" for line in captions.warnings))
-        digest = captions.digest()
-        if self.fetched and self.fetched.metadata.get("captions_digest", digest) != digest:
+        uploaded = self.fetched.metadata.get("captions_digest") if self.fetched else None
+        if self.fetched and uploaded is not None and uploaded != captions.digest():
             raise UserError(
                 f"the captions or images in {self.root} differ from the uploaded artifact "
                 f"{self.fetched.name}; remove the folder and {self.root.name}.json next to it to download "
@@ -200,7 +200,11 @@ class CaptionDataModule(LightningDataModule):
         return replace(captions, images=tuple(split_images)).digest()
 
     def _check_ranks(self) -> None:
-        """Compare the data of all ranks, where `latest` may differ, and use the first one's seed."""
+        """Compare the data of all ranks, and use the seed of the first one.
+
+        A name such as `latest` may mean different versions on different machines, and the batches of ranks
+        with different seeds would overlap.
+        """
         if self._world == 1 or not torch.distributed.is_initialized():
             return
         everyone: list[Any] = [None] * self._world
@@ -299,8 +303,10 @@ class CaptionDataModule(LightningDataModule):
                 f"{self.root} has no {split} split; give data that has one, or increase "
                 f"--data.read.splits.{split}_fraction"
             )
+        views, _ = self._cached(split)
+        dataset = EvalDataset(images, self.transform, views[0] if views else None)
         sampler = EvalSampler(len(images), rank=self._rank, world_size=self._world)
-        return self._loader(split, EvalDataset(images, self.transform, *self._cached(split)[0]), sampler)
+        return self._loader(split, dataset, sampler)
 
     def _cached(self, split: str) -> tuple[list[Features], Features | None]:
         """Return the cached views of the images, and the cached captions."""

@@ -121,9 +121,9 @@ class FeatureCache:
         entry = self.root / _entry_name(key)
         ranges = [range(start, min(start + SHARD_ROWS, count)) for start in range(0, count, SHARD_ROWS)]
         try:
-            manifest = json.dumps({"key": key, "rows": count}, indent=2).encode()
-            if not (file := entry / "manifest.json").exists() or file.read_bytes() != manifest:
-                write_atomically(file, manifest)
+            manifest, content = entry / "manifest.json", json.dumps({"key": key, "rows": count}, indent=2)
+            if not manifest.exists() or manifest.read_bytes() != content.encode():
+                write_atomically(manifest, content.encode())
             _touch(entry)
             features = Features(_complete(entry, ranges, compute, title))
         except OSError as error:
@@ -146,8 +146,9 @@ class FeatureCache:
                 content = json.loads(manifest.read_bytes())
                 if manifest.parent.name == _entry_name(content["key"]):
                     size = sum(file.stat().st_size for file in manifest.parent.glob("*.npy"))
-                    about = content["key"], content["rows"], size, manifest.stat().st_mtime
-                    entries.append(CacheEntry(manifest.parent, *about))
+                    last_used = manifest.stat().st_mtime
+                    entry = CacheEntry(manifest.parent, content["key"], content["rows"], size, last_used)
+                    entries.append(entry)
         return sorted(entries, key=lambda entry: -entry.last_used)
 
     def used(self) -> list[CacheEntry]:

@@ -120,8 +120,8 @@ def find_annotations(
     known = _FLICKR.get(options.layout, ())
     tables = [path for path in _tables(root, files) if not known or path.name in known]
     if not tables and options.layout != "auto":
-        expected = ", ".join(known) or "CSV, TSV, JSONL, JSON or Parquet file with captions"
-        raise UserError(f"{root} has none of {expected}; check --data.root and --data.read.layout")
+        expected = " or ".join(known) or "CSV, TSV, JSONL, JSON or Parquet file with captions"
+        raise UserError(f"{root} has no {expected}; check --data.root and --data.read.layout")
     readable = [path for path in tables if path.name in known or _has_captions(path, options)]
     with_pairs = options.layout == "auto" and any(
         text.strip() for _, texts, _ in read_pairs(root, files, {}) for text in texts
@@ -220,16 +220,18 @@ class _Content:
         for number, (name, texts, own_split) in enumerate(rows, start=1):
             place, name = f"{source} row {number}", (name or "").strip()
             texts = [caption for text in texts if (caption := " ".join(text.split()))]
-            valid = [text for text in texts if _is_text(text)]
-            if len(valid) < len(texts) or not _is_text(name):
+            valid, is_valid_name = [text for text in texts if _is_text(text)], _is_text(name)
+            if len(valid) < len(texts) or not is_valid_name:
                 self.left_out[place] = "it has invalid characters"
             elif bool(name) != bool(texts):
                 self.left_out[name or place] = f"row {number} has no {'caption' if name else 'image'}"
-            if name and _is_text(name):
+            if name and is_valid_name:
                 captions.setdefault(name, []).extend(valid)
                 if own_split := parse_split(own_split, place) or split:
                     _put(splits, name, own_split)
-            self.missing_values.update(text for text in valid if text.lower() in _MISSING_VALUES)
+            for text in valid:
+                if text.lower() in _MISSING_VALUES:
+                    self.missing_values[text] += 1
         self.sources.append(f"{source} ({number:,} rows)")
         if not splits:
             splits = _folder_splits(captions) if source == _PAIRS else _split_lists(finder.folders, captions)
@@ -246,7 +248,7 @@ class _Content:
 
 def _is_text(text: str) -> bool:
     """Return False for NUL, and for unpaired surrogates, which JSON and file names may contain."""
-    return "\0" not in text and text.encode(errors="replace").decode() == text
+    return "\0" not in text and (text.isascii() or text.encode(errors="replace").decode() == text)
 
 
 def _put(splits: dict[str, str], name: str, split: str) -> None:

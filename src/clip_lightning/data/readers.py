@@ -145,6 +145,7 @@ def _is_header(names: list[str]) -> bool:
 def _assumed_names(row: list[str]) -> list[str]:
     """Return names for the columns of a table without a header: image, split, and caption if one is left."""
     kinds = ["image" if is_image(cell) else "split" if cell.lower() in SPLIT_WORDS else "" for cell in row]
+    kinds = [kind if kinds.index(kind) == place else "" for place, kind in enumerate(kinds)]  # the first ones
     return [kind or ("caption" if kinds.count("") == 1 else str(n)) for n, kind in enumerate(kinds, start=1)]
 
 

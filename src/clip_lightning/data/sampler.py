@@ -30,7 +30,7 @@ class TrainSampler(DistributedSampler[Any], SequentialSampler):
     def __init__(self, size: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if size < batch_size * world_size:
             raise UserError(
-                f"a batch of {batch_size} on each of {world_size} devices is larger than the training set of "
+                f"a global batch of {batch_size} × {world_size} images is larger than the training set of "
                 f"{size} images; reduce --data.batch_size or --trainer.devices"
             )
         self.size, self.batch_size, self.seed = size, batch_size, seed

@@ -72,7 +72,7 @@ def read_runs(places: Sequence[str], group: str | None) -> tuple[list[RunRecord]
         if place.startswith("wandb:"):
             found = {"wandb:" + "/".join(run.path): run for run in _wandb_runs(place, group)}
         else:
-            found = {str(folder): folder for folder in run_folders(Path(place))}
+            found = {str(folder.resolve()): folder for folder in run_folders(Path(place))}
         if not found:
             raise UserError(f"{place} contains no run; give folders of runs, or wandb:ENTITY/PROJECT")
         runs |= found
@@ -81,7 +81,7 @@ def read_runs(places: Sequence[str], group: str | None) -> tuple[list[RunRecord]
         try:
             records.append(read_folder(run) if isinstance(run, Path) else _read_wandb(name, run))
         except UserError as error:
-            left_out[name] = str(error)
+            left_out[str(run) if isinstance(run, Path) else name] = str(error)
     return records, left_out
 
 
@@ -93,14 +93,17 @@ def read_folder(folder: Path) -> RunRecord:
         config = yaml.safe_load(run.config.read_text())
         values |= json.loads(costs.read_text()) if costs.is_file() else {}
         bundle = json.loads((run.model / "config.json").read_text()) if run.model.is_dir() else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        if "seconds" in values:
+            values["training_seconds"] = values["seconds"] - values.get("seconds_preparation", 0)
+        towers = {kind: bundle[kind]["name"] for kind in ("image_tower", "text_tower") if bundle}
+        # earlier versions did not store whether the run finished
+        state = "" if values.get("finished", True) else "interrupted"
+        return _record(str(folder), values, config, values.get("data_digest", ""), towers, state)
+    except UserError:
+        raise
+    # one damaged folder must not end the comparison of the others
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, yaml.YAMLError) as error:
         raise UserError(f"its files cannot be read ({' '.join(str(error).split())})") from error
-    if "seconds" in values:
-        values["training_seconds"] = values["seconds"] - values.get("seconds_preparation", 0)
-    towers = {kind: bundle[kind]["name"] for kind in ("image_tower", "text_tower") if bundle}
-    # earlier versions did not store whether the run finished
-    state = "" if values.get("finished", True) else "interrupted"
-    return _record(str(folder), values, config, values.get("data_digest", ""), towers, state)
 
 
 def _record(

@@ -18,6 +18,7 @@ from clip_lightning.experiments.run_records import VALUES
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.pages import template
 from clip_lightning.reports.tables import csv_text
+from clip_lightning.terminal import one_line
 
 ALWAYS = ("rank", "towers", "run", "rsum", "state")  # columns that are always printed
 IF_THEY_FIT = {
@@ -184,5 +185,5 @@ def _table(columns: Sequence[Column], title: str) -> Table:
             no_wrap=column.name not in ("towers", "run"),
         )
     for line in zip(*(column.texts for column in columns), strict=True):
-        table.add_row(*line)
+        table.add_row(*map(one_line, line))
     return table

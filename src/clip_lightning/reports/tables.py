@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_lightning.files import write_atomically
+from clip_lightning.terminal import json_line
 
 Row = dict[str, Any]
 """Results of a model on a data set: `model`, `data`, and values with bounds `NAME_low` and `NAME_high`."""
@@ -74,7 +75,7 @@ def write_results(rows: Sequence[Row], folder: Path) -> None:
 def print_results(rows: Sequence[Row], *, as_json: bool) -> None:
     """Print a JSON object (or a list of several rows), or one table per data set."""
     if as_json:
-        print(json.dumps(rows[0] if len(rows) == 1 else list(rows), ensure_ascii=False))
+        print(json_line(rows[0] if len(rows) == 1 else list(rows)))
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console

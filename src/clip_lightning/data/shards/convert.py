@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,10 +245,8 @@ def _finish(source: Source, out: Path, plan: dict[str, Any]) -> tuple[Splits, di
         else:
             (out / job.split / shard.file).unlink(missing_ok=True)
     if not splits:
-        raise RunFailed(
-            f"no sample is usable and passes --filters ({len(left_out)} cannot be used, such as "
-            f"{dict([*left_out.items()][:1])}); remove {out} and try again"
-        )
+        example = "".join(f" (first {name}: {reason})" for name, reason in islice(left_out.items(), 1))
+        raise RunFailed(f"no sample is usable and passes --filters{example}; remove {out} and try again")
     for split, part in tables.items():
         write_table(joined(part), out / split / FIELDS_FILE)
     shards = {split: [*map(asdict, part)] for split, part in splits.items()}

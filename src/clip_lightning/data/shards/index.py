@@ -189,11 +189,13 @@ class Index:
             table = file.read([*({OFFSET, BYTES, *(condition.field for condition in self.filters)} & names)])
         except (MissingFile, pa.ArrowException) as error:
             raise UserError(f"{public(fields)} is damaged ({error}); convert the data again") from error
+        if not {OFFSET, BYTES} <= names or len(table) != sum(shard.samples for shard in shards):
+            raise UserError(f"{public(fields)} does not match {FILE}; convert the data again")
         self.fields |= names - {OFFSET, BYTES}
         for shard in shards:
             tar = Tar(join(folder, shard.file), shard.sha256)
-            size = shard.bytes if is_url(folder) else os.path.isfile(tar.url) and os.path.getsize(tar.url)
-            if size != shard.bytes:
+            is_complete = os.path.isfile(tar.url) and os.path.getsize(tar.url) == shard.bytes
+            if not is_url(folder) and not is_complete:
                 raise UserError(f"{tar.url} does not have {shard.bytes:,} bytes; convert the data again")
             self._pass(tar, table.slice(0, shard.samples))
             self.tars.append(tar)

@@ -53,9 +53,11 @@ class Record:
 def fields_of(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the fields in the JSON and text files of a sample, or raise BrokenRecord."""
     try:
-        fields = dict(json.loads(files.get("json", b"{}")))
-    except (ValueError, TypeError, RecursionError) as error:
+        fields = json.loads(files.get("json", b"{}"))
+    except (ValueError, RecursionError) as error:
         raise BrokenRecord("its JSON cannot be read") from error
+    if not isinstance(fields, dict):
+        raise BrokenRecord("its JSON is not an object")
     if "txt" in files:
         fields["txt"] = files["txt"].decode(errors="replace")
     return fields
@@ -112,7 +114,7 @@ class Filter:
             return cls(match[1], match[2], match[3].strip("'\""))
         raise UserError(
             f"--data.shards.filters {text!r}: expected FIELD COMPARISON VALUE, such as 'width >= 200' or "
-            f"'similarity > 0.28', with one of {' '.join(_COMPARISONS)}, for texts == or !="
+            f"'similarity > 0.28', with one of {' '.join(_COMPARISONS)} (only == and != for texts)"
         )
 
     def __call__(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:

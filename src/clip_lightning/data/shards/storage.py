@@ -105,14 +105,18 @@ def expand(source: str) -> list[str]:
 
 def _without_braces(pattern: str) -> list[str]:
     """Expand `{00..09}` and `{a,b}`."""
-    parts = [[text] for text in re.split(r"\{([^{}]*)\}", pattern)]
-    for place, (text,) in enumerate(parts[1::2]):
-        parts[2 * place + 1] = text.split(",")
-        if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", text):
-            first, last = numbers.groups()
-            numbered = range(int(first), int(last) + 1)
-            parts[2 * place + 1] = [f"{number:0{len(first)}d}" for number in numbered]
+    texts = re.split(r"\{([^{}]*)\}", pattern)  # every second one was in braces
+    parts = [_choices(text) if place % 2 else [text] for place, text in enumerate(texts)]
     return ["".join(name) for name in product(*parts)]
+
+
+def _choices(text: str) -> list[str]:
+    """Return the texts that `00..09` or `a,b` in braces stand for."""
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if numbers is None:
+        return text.split(",")
+    first, last = numbers.groups()
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
 class Mirror:

@@ -11,7 +11,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ from clip_lightning.files import write_atomically
 
 OFFSET, BYTES, BROKEN = "__offset__", "__bytes__", b"broken"
 LARGEST_SAMPLE = 128 << 20
+_ROWS = 10_000
 _LONGEST_TEXT, _LARGEST_NUMBER = 64, 1e300
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 # As in WebDataset, the key ends at the first dot, and `__NAME__/` and hidden files are not samples.
@@ -60,7 +61,10 @@ def scan(file: BinaryIO, tar: str) -> pa.Table:
         raise UserError(f"{tar} is compressed, so samples cannot be read at random; convert it to .tar")
     file.seek(0)
     broken: dict[str, str] = {}
-    table = _table([*_rows(file, tar, broken)])
+    rows = _rows(file, tar, broken)
+    # In parts, as the complete fields of millions of samples would not fit in memory.
+    tables = [_table(part) for part in iter(lambda: [*islice(rows, _ROWS)], [])]
+    table = joined(tables or [_table([])])
     if not len(table) and not broken:
         broken[tar] = "it has no sample"
     return table.replace_schema_metadata({BROKEN: json.dumps(broken)})

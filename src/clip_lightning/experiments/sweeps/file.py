@@ -89,6 +89,8 @@ class Parameter:
         if (weights := self.probabilities) is not None:
             if len(weights) != len(choices) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
                 raise UserError(f"probabilities: expected {len(choices)} that add up to 1, got {weights}")
+            # NumPy, which draws, requires a sum that is closer to 1
+            weights = [weight / sum(weights) for weight in weights]
             likely = [(choice, weight) for choice, weight in zip(choices, weights, strict=True) if weight]
             choices, self.weights = map(list, zip(*likely, strict=True))
         return CategoricalDistribution(choices)

@@ -33,6 +33,7 @@ from clip_lightning.experiments.sweeps.study import Worker, open_study
 from clip_lightning.experiments.tables import Column, column, markdown_table, print_columns
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.tables import csv_text
+from clip_lightning.terminal import json_line
 from clip_lightning.training.fitting import Rehearsal, rehearse
 
 STATES = ("finished", "stopped early", "diverged", "running", "failed", "interrupted")
@@ -77,7 +78,7 @@ def search(
         write_tables(file, report, folder)
         draw_plots(file, opened, folder)
         if as_json:
-            print(json.dumps(report, ensure_ascii=False))
+            print(json_line(report))
         else:
             print_table(file, report)
     rows = report["trials"]
@@ -117,7 +118,8 @@ def base_point(file: SweepFile, arguments: list[str]) -> dict[str, Any] | None:
         with contextlib.redirect_stderr(io.StringIO()):
             options = _options(rehearse([*arguments, *file.arguments({})]))
         return {name: one.drawn(options[_plain(name)]) for name, one in file.varied.items()}
-    except (LookupError, SystemExit):  # the latter if the arguments are incomplete without the parameters
+    # SystemExit: the arguments are incomplete without the parameters; YAMLError: a text that is not YAML
+    except (LookupError, SystemExit, yaml.YAMLError):
         return None
 
 

@@ -180,6 +180,8 @@ class Worker:
         try:
             # the result that `fit` prints is in the run's folder, too
             run = fit([*quiet, *self.arguments, *options, root], [watch], io.StringIO())
+            if not watch.curve:
+                raise UserError(f"the run was never validated, so it has no {watch.metric}")
         except Exception as error:
             state = "diverged" if isinstance(error, Diverged) else "failed"
             text = one_line(str(error))
