@@ -309,5 +309,6 @@ def test_fixed_statistics_and_frozen_towers(make_module: Callable[..., CLIPModul
         towers=TowerOptions(image_size=32, fix_statistics=True, activation_checkpointing=True),
     )
     module = make_module(freeze="image", towers=TowerOptions(image_size=32, activation_checkpointing=True))
-    assert module.clip.text_tower.backbone.is_activation_checkpointing
+    text = module.clip.text_tower.backbone  # earlier versions of transformers have the old name only
+    assert getattr(text, "is_activation_checkpointing", None) or text.is_gradient_checkpointing
     assert not module.clip.image_tower.backbone.grad_checkpointing
