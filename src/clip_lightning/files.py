@@ -106,8 +106,6 @@ def make_once(folder: Path, fill: Callable[[Path], Path]) -> None:
                     os.sync()
                 os.replace(filled, folder)
     except OSError as error:
-        if error.errno is None:  # such as urllib's URLError
-            raise
         raise UserError(
             f"data cannot be written to {folder.parent} ({error.strerror or error}); free some space there, "
             "or set XDG_CACHE_HOME to a folder with more space"
