@@ -400,8 +400,8 @@ WRONG: dict[str, tuple[Files, str, str]] = {
         "begins with '{.*; expected COCO",
     ),
     "list": ({"dataset_coco.json": "[3]"}, "captions", r"begins with '\[3\]' .*; expected COCO"),
-    "broken JSON": ({"dataset_coco.json": "{"}, "captions", "is not JSON"),
-    "broken line": ({"x.jsonl": "{"}, "auto", "line 1 is not JSON"),
+    "broken JSON": ({"dataset_coco.json": "{"}, "captions", "begins with .*JSONDecodeError"),
+    "broken line": ({"x.jsonl": "{"}, "auto", "line 1 is not a JSON object"),
     "no object": ({"x.jsonl": "\n3"}, "auto", "line 2 is not a JSON object"),
     "two images in a row": (
         {"a.jpg": "", "b.jpg": "", "x.csv": "a.jpg,b.jpg,a dog"},

@@ -80,9 +80,9 @@ def find_classes(place: str | Path, cache: Path | None = None) -> ClassSet:
     """Read images and their classes; data that is downloaded by name is cached on this machine.
 
     Args:
-        place: a folder with one folder per class, or with such folders in train, val and test; a table with
-            the columns `image` (relative to its folder), `label` and optionally `split`; `torchvision:NAME`;
-            `hf:OWNER/NAME[:SUBSET]`; or `hf:` and a local folder of the package `datasets`.
+        place: a folder of class folders, also in train, val and test; a table with the columns `image`
+            (relative to its folder), `label` and optionally `split`; `torchvision:NAME`; or
+            `hf:OWNER/NAME[:SUBSET]`, also with a local folder of the package `datasets`.
         cache: folder for data sets of torchvision; by default in the user's cache folder.
     """
     check_name(str(place))
@@ -177,23 +177,22 @@ def _read_torchvision(name: str, cache: Path | None) -> tuple[list[ClassRow], li
         raise UserError(f"torchvision:{name} is unknown; expected one of {', '.join(sorted(TORCHVISION))}")
     from torchvision import datasets
 
-    kind, splits = getattr(datasets, name), TORCHVISION[name]
     folder = (cache or cache_folder("data")) / f"torchvision-{name}"
+    parts: dict[str | None, Any] = {}
 
-    def download(draft: Path) -> Path:
+    def load(folder: Path, download: bool) -> Path:
         # `make_once` would take an error of the network, which is an OSError, for one of the disk.
         with as_user_error(
-            f"torchvision:{name} cannot be downloaded to {folder}",
-            "check the network and the disk, or give a folder with one folder per class",
+            f"torchvision:{name} cannot be downloaded or read",
+            f"check the network and the disk, remove {folder}, or give a folder with one folder per class",
         ):
-            for options in splits.values():
-                kind(draft, download=True, **options)
-        return draft
+            for split, options in TORCHVISION[name].items():
+                parts[split] = getattr(datasets, name)(folder, download=download, **options)
+        return folder
 
     with contextlib.redirect_stdout(sys.stderr):  # torchvision prints
-        make_once(folder, download)
-        with as_user_error(f"torchvision:{name} cannot be read", f"remove {folder} to download it again"):
-            parts = {split: kind(folder, **options) for split, options in splits.items()}
+        make_once(folder, lambda draft: load(draft, download=True))
+        load(folder, download=False)
     first = next(iter(parts.values()))
     classes = [*map(str, getattr(first, "classes", None) or first.categories)]
     rows: list[ClassRow] = []
@@ -214,7 +213,7 @@ def _read_hub(text: str, left_out: dict[str, str]) -> tuple[list[ClassRow], list
     for name, data, split in HubDataset.parse(text).splits():
         image, label = _column(text, data.features, "Image"), _column(text, data.features, "ClassLabel")
         classes = data.features[label].names
-        images, lock = undecoded(data, [image]).select_columns([image]), threading.Lock()
+        images, lock = undecoded(data, image).select_columns([image]), threading.Lock()
         before = len(rows)
         for row, number in enumerate(data[label]):
             if number is not None and number >= 0:  # -1 stands for a hidden label
@@ -253,12 +252,10 @@ def clean_name(name: str) -> str:
 def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[str]]:
     """Return the names of each class, including synonyms from a file; a match by order is printed.
 
-    Args:
-        classes: the names of the classes in the source.
-        file: `.json`: an object from class to a name or a list of names, or a list in the order of
-            `classes`; `.csv` or `.tsv`: the class, then its names, without a header; any other suffix: one
-            line per class, in the order of `classes`, with names separated by commas, or with the class
-            first. ImageNet's `imagenet_class_index.json` and `LOC_synset_mapping.txt` can be read, too.
+    A `.json` file is an object from class to a name or a list of names, or a list in the order of `classes`.
+    A `.csv` or `.tsv` table has the class, then its names, without a header. Any other file has one line per
+    class, in the order of `classes` or with the class first, with names separated by commas. ImageNet's
+    `imagenet_class_index.json` and `LOC_synset_mapping.txt` can be read, too.
     """
     if file is None:
         if any(re.fullmatch(r"n\d{8}|\d+", clean_name(name)) for name in classes):
@@ -302,9 +299,7 @@ def _read_names(file: Path, classes: Sequence[str]) -> dict[str, list[str]] | li
                 raise ValueError(f"got {lines[0][:60]}")
         if isinstance(given, list):
             return names
-        ids = {
-            key: others for key, *others in names
-        }  # imagenet_class_index.json: {"0": ["n01440764", "tench"]}
+        ids = {key: others for key, *others in names}  # imagenet_class_index.json has number → [id, name]
         return ids if ids.keys() >= set(classes) else dict(zip(given, names, strict=True))
     names = [[name.strip() for name in line.split(",") if name.strip()] or [line] for line in lines]
     # Every line may begin with its class: `n01440764 tench, Tinca tinca`.

@@ -45,7 +45,7 @@ class NothingFound(UserError):
 
 
 Annotations = list[tuple[Path, str | None]]
-"""Annotation files, and the split in the name of each or of its folder; or a folder of pairs."""
+"""Annotation files or a folder of pairs, each with the split that its name or folder states."""
 
 
 def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
@@ -296,21 +296,19 @@ class Finder:
     def explain(self, name: str) -> str:
         """Return the reason why an image was not found, with a file that may be the right one."""
         stem = Path(normalize("NFC", unquote(name.replace("\\", "/")))).stem.casefold()
-        if stem not in self._files_by_stem:
+        if (near := self._files_by_stem.get(stem)) is None:
             return "there is no such image"
-        folder, file = self._files_by_stem[stem]
-        nearest = os.path.relpath(os.path.join(folder, file), self._base)
         return (
-            f"there is no such image, but there is {nearest}; correct the name, or use "
-            f"--data.read.image_folder {folder} if only the folder differs"
+            f"there is no such image, but there is {near.relative_to(self._base)}; correct the name, or use "
+            f"--data.read.image_folder {near.parent} if only the folder differs"
         )
 
     @cached_property
-    def _files_by_stem(self) -> dict[str, tuple[str, str]]:
-        """Folder and name of an image below `base` for each stem, regardless of case."""
+    def _files_by_stem(self) -> dict[str, Path]:
+        """An image below `base` for each stem, regardless of case."""
         folders = islice(walk(self._base, Counter()), _MOST_FOLDERS)
-        images = ((folder, file) for folder, files in folders for file in filter(is_image, files))
-        return {Path(normalize("NFC", file)).stem.casefold(): (folder, file) for folder, file in images}
+        images = (Path(folder, file) for folder, files in folders for file in filter(is_image, files))
+        return {normalize("NFC", path.stem).casefold(): path for path in images}
 
 
 def _list_folder(folder: str) -> tuple[str, frozenset[str]]:

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, TextIO
 
 from clip_lightning.data.captions import SPLIT_WORDS, Splits, check_fraction
 from clip_lightning.data.image_formats import is_image
-from clip_lightning.errors import UserError, as_user_error, reason_of
+from clip_lightning.errors import UserError, as_user_error
 
 IMAGE_NAMES = (
     *("image", "filepath", "file_name", "filename", "path", "image_path", "image_name"),
@@ -33,7 +33,6 @@ CAPTION_NAMES = (
 )
 _NUMBERED = re.compile(r"(caption|sentence|text)s?[ _-]?\d+", re.IGNORECASE)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
-_DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 _TEXT_SUFFIXES = (".txt", ".caption", ".json")
 _TEXT_FOLDERS = ("text", "texts", "txt", "captions")
 
@@ -47,12 +46,8 @@ class NoColumn(UserError):
     """There is no column that clearly holds images or captions."""
 
 
-class Columns(NamedTuple):
-    """The names of columns; `split` is None if there is no such column."""
-
-    image: str
-    captions: list[str]
-    split: str | None
+Columns = tuple[str, list[str], str | None]
+"""The names of the columns with images, captions and, if there is one, splits."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class ReadOptions:
                     f"{', '.join(record) or 'nothing'}, expected one of {', '.join(names[:7])}; give "
                     f"--data.read.{kind}_column COLUMN, or another --data.root"
                 )
-        return Columns(image[0], captions, next(iter(find_names(("split",), record)), None))
+        return image[0], captions, next(iter(find_names(("split",), record)), None)
 
 
 RECOGNIZED = ReadOptions()
@@ -124,21 +119,22 @@ def read_records(
     known: dict[tuple[str, ...], Columns] = {}
     for record in records:
         names = tuple(record)
-        columns = known.get(names) or known.setdefault(names, options.find(source, record))
-        image, cells = record[columns.image], [record[name] for name in columns.captions]
-        split = record[columns.split] if columns.split else None
+        image_column, caption_columns, split_column = known.get(names) or known.setdefault(
+            names, options.find(source, record)
+        )
+        image, cells = record[image_column], [record[name] for name in caption_columns]
+        split = record[split_column] if split_column else None
         try:
             if not (isinstance(image, images) or image is None) or not isinstance(split, str | None):
                 raise TypeError
             yield image, [caption for cell in cells for caption in sentences(cell)], split
         except (TypeError, ValueError, KeyError, AttributeError, RecursionError):  # ValueError: NumPy arrays
             types = ", ".join(type(value).__name__ for value in (image, *cells, split))
-            expected = "a file name" if images is str else "an image"
+            wanted = "a file name" if images is str else "an image"
             hint = f", or hf:{source} if it contains the images themselves" if images is str else ""
             raise UserError(
-                f"{source} has values of the types {types} as image, caption and split; expected "
-                f"{expected}, a sentence or a list of sentences, and train, val or test; give another "
-                f"--data.root{hint}"
+                f"{source} has values of the types {types} as image, caption and split; expected {wanted}, a "
+                f"sentence or a list of sentences, and train, val or test; give another --data.root{hint}"
             ) from None
 
 
@@ -149,7 +145,12 @@ def sentences(value: Any) -> list[str]:
     tables), dictionaries with `raw` as in COCO, or a conversation, whose answers are the captions.
     """
     if isinstance(value, str):
-        return _written_list(value) if "[" in value else [value]
+        if "[" in value and re.fullmatch(r"\s*\[[\s,]*\]\s*", _QUOTED.sub("", value)):
+            with contextlib.suppress(ValueError):
+                return [*json.loads(value)]
+            with contextlib.suppress(ValueError, SyntaxError):  # without commas, as NumPy writes lists
+                return [ast.literal_eval(item) for item in _QUOTED.findall(value)]
+        return [value]
     if isinstance(value, list | tuple):
         return [sentence for item in value for sentence in sentences(item)]
     if isinstance(value, dict):
@@ -160,16 +161,6 @@ def sentences(value: Any) -> list[str]:
     if value is None or value != value:  # NaN
         return []
     raise TypeError(type(value).__name__)
-
-
-def _written_list(text: str) -> list[str]:
-    """Return the sentences of `['a dog', "a hound"]`, also without the commas, or else the text itself."""
-    if re.fullmatch(r"\s*\[[\s,]*\]\s*", _QUOTED.sub("", text)):
-        with contextlib.suppress(ValueError):
-            return [*json.loads(text)]
-        with contextlib.suppress(ValueError, SyntaxError):
-            return [ast.literal_eval(item) for item in _QUOTED.findall(text)]
-    return [text]
 
 
 # Files ---------------------------------------------------------------------------------------------------
@@ -211,23 +202,19 @@ def has_captions(path: Path, options: ReadOptions, known: re.Pattern[str]) -> bo
 
 def file_head(path: Path) -> str:
     """Return the first 64 KB of a file as text; invalid bytes are replaced."""
-    try:
-        with _open(path, errors="replace") as text:
-            return text.read(1 << 16)
-    except _DAMAGED:
-        return ""
+    with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile), _open(path, errors="replace") as text:
+        return text.read(1 << 16)
+    return ""
 
 
 def read_lines(path: Path) -> Iterator[str]:
     """Read the lines of a UTF-8 or UTF-16 file with their line ends, without the byte order mark."""
-    try:
+    with as_user_error(
+        f"{path} is damaged or not UTF-8",
+        "give --data.root the complete file, or convert it, for example with `iconv -f latin1 -t utf-8`",
+    ):
         with _open(path) as text:
             yield from text
-    except (UnicodeDecodeError, *_DAMAGED) as error:
-        raise UserError(
-            f"{path} is damaged or not UTF-8 ({reason_of(error)}); give --data.root the complete file, or "
-            "convert it, for example with `iconv -f latin1 -t utf-8`"
-        ) from None
 
 
 def _open(path: Path, errors: str = "strict") -> TextIO:
@@ -253,7 +240,10 @@ def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
     if declared := re.fullmatch(r'"?sep=([,;|\t])"?\s*', head[0]):  # a line that Excel writes
         head.append(next(lines, ""))
     # From the header, not the suffix: open_clip's .csv tables are separated by tabs.
-    delimiter = declared[1] if declared else _delimiter(head[0])
+    line = head[-1]
+    cells = {mark: [cell.strip().strip('"') for cell in line.split(mark)] for mark in "\t,;|" if mark in line}
+    fitting = (mark for mark, row in cells.items() if _is_header(row) or any(map(is_image, row)))
+    delimiter = declared[1] if declared else next(chain(fitting, cells, ","))
     reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True)
     start, columns = 0, None
     try:
@@ -266,10 +256,10 @@ def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
             record = dict(zip(names, row + [""] * (len(names) - len(row)), strict=False))
             columns = columns or options.find(path, record)
             if len(row) > len(names):
-                if columns.captions[-1] != names[-1]:
+                if columns[1][-1] != names[-1]:
                     raise csv.Error(f"{len(row)} fields for {len(names)} columns")
                 record[names[-1]] = delimiter.join(row[len(names) - 1 :])  # a comma without quotes
-            if reader.line_num > start + 1 and _swallows_rows(record, columns.image, delimiter):
+            if reader.line_num > start + 1 and _swallows_rows(record, columns[0], delimiter):
                 raise csv.Error("a quoted field continues over the rows of other images")
             start = reader.line_num
             yield record
@@ -280,13 +270,6 @@ def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
             f"{path} is broken at line {start + 1} ({error}); put quotes around captions with quotes or "
             "separators, double the quotes inside, and give --data.root the corrected file"
         ) from None
-
-
-def _delimiter(line: str) -> str:
-    """Return the separator that divides a header into known names, or else a row into cells with an image."""
-    cells = {mark: [cell.strip().strip('"') for cell in line.split(mark)] for mark in "\t,;|" if mark in line}
-    fitting = [mark for mark, row in cells.items() if _is_header(row) or any(map(is_image, row))]
-    return (*fitting, *cells, ",")[0]
 
 
 def _is_header(names: list[str]) -> bool:
@@ -326,18 +309,11 @@ def _read_token(path: Path, options: ReadOptions) -> Iterator[Record]:
         yield {"image": name.rpartition("#")[0] or name, "caption": caption}
 
 
-def _parse(text: str, source: object) -> Any:
-    with as_user_error(f"{source} is not JSON", "correct it, or give another --data.root"):
-        return json.loads(text)
-
-
 def _read_jsonl(path: Path, options: ReadOptions) -> Iterator[Record]:
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
-            record = _parse(line, f"{path} line {number}")
-            if not isinstance(record, dict):
-                raise UserError(f"{path} line {number} is not a JSON object; give another --data.root")
-            yield record
+            with as_user_error(f"{path} line {number} is not a JSON object", "give another --data.root"):
+                yield {**json.loads(line)}
 
 
 def _read_json(path: Path, options: ReadOptions) -> Iterator[Record]:
@@ -345,13 +321,12 @@ def _read_json(path: Path, options: ReadOptions) -> Iterator[Record]:
     if re.match(r"[^\n]*\}\s*\n\s*\{", text):  # JSON lines in a .json file
         yield from _read_jsonl(path, options)
         return
-    content = _parse(text, path)
     with as_user_error(
         f"{path} begins with {text[:60]!r}",
         "expected COCO's captions, Karpathy's images with filename and sentences, a list of objects with "
         "image and caption, or an object from image to captions; give another --data.root",
     ):
-        yield from _json_records(content)
+        yield from _json_records(json.loads(text))
 
 
 def _json_records(content: Any) -> Iterator[Record]:
@@ -392,15 +367,14 @@ def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Record]:
     with as_user_error(f"{path} is not a valid Parquet file", "check --data.root"):
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        found = options.find(path, dict.fromkeys(names))
+        image, captions, split = options.find(path, dict.fromkeys(names))
         # include all columns with usual names for images; their values decide
-        wanted = {found.image, *found.captions, found.split, *find_names(IMAGE_NAMES, names)}
+        wanted = {image, *captions, split, *find_names(IMAGE_NAMES, names)}
         for batch in file.iter_batches(columns=[name for name in names if name in wanted]):
             yield from batch.to_pylist()
 
 
-_Reader = Callable[[Path, ReadOptions], Iterator[Record]]
-FORMATS: tuple[tuple[str, Callable[[str, str], object], _Reader], ...] = (
+FORMATS: tuple[tuple[str, Callable[[str, str], object], Callable[..., Iterator[Record]]], ...] = (
     # name, a test of the file's suffix and first line, and a reader
     ("Parquet", lambda suffix, line: suffix == ".parquet", _read_parquet),
     ("JSON lines", lambda suffix, line: suffix in (".jsonl", ".ndjson"), _read_jsonl),
@@ -433,29 +407,20 @@ def read_pairs(root: Path, files: Mapping[str, list[str]], left_out: dict[str, s
         places = [place for place in (folder, *apart) if texts.get(place)]
         for file in filter(is_image, names):
             name = os.path.join(*parts, file)
-            if (shown := name.encode(errors="replace").decode()) != name:
-                left_out[shown] = "its name is not UTF-8; rename it"
-                continue
             stem = os.path.splitext(file)[0]
             wanted = [f"{base}{suffix}" for suffix in _TEXT_SUFFIXES for base in (stem, file)]
             keys = (*wanted, *map(str.lower, wanted))
             found = (
                 Path(place, texts[place][key]) for key in keys for place in places if key in texts[place]
             )
-            if path := next(found, None):
-                yield name, _sidecar(path), None
+            path = next(found, None)
+            if path is None:
+                shown = name.encode(errors="replace").decode()
+                left_out[shown] = f"there is no {stem}.txt next to it"
+            elif path.suffix.lower() != ".json":
+                yield name, [*read_lines(path)], None
             else:
-                left_out[name] = f"there is no {stem}.txt next to it"
-
-
-def _sidecar(path: Path) -> list[str]:
-    """Return the captions of a text file, one per line, or those of a JSON object."""
-    if path.suffix.lower() != ".json":
-        return [*read_lines(path)]
-    captions: list[str] = []
-    with as_user_error(f"{path} is not a JSON object with a caption", "correct or remove it"):
-        record = json.loads("".join(read_lines(path)))
-        captions += [
-            text for name in find_names(CAPTION_NAMES, record)[:1] for text in sentences(record[name])
-        ]
-    return captions
+                with as_user_error(f"{path} is not a JSON object with a caption", "correct or remove it"):
+                    record = json.loads("".join(read_lines(path)))
+                    columns = find_names(CAPTION_NAMES, record)[:1]
+                    yield name, [text for column in columns for text in sentences(record[column])], None

@@ -188,8 +188,8 @@ class HubDataset:
         the version that was downloaded first; `@REVISION` selects another version.
         """
         key: list[Any] = [self.name, self.subset, self.revision]
-        if os.path.isabs(self.name):
-            path = Path(self.name)
+        path = Path(self.name)
+        if path.is_absolute():
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
             stats = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
             key = [self.name, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
@@ -208,14 +208,13 @@ class HubDataset:
             typed = [column for column, kind in rows.features.items() if type(kind).__name__ == "Image"]
             usual = find_names(IMAGE_NAMES, typed) or (typed if len(typed) == 1 else [])
             options = replace(self.read, image_column=self.read.image_column or next(iter(usual), None))
-            columns = options.find(source, rows.features)
-            rows = undecoded(rows, {columns.image} & {*typed})
-            names = dict.fromkeys([columns.image, *columns.captions, *filter(None, [columns.split])])
-            records = tqdm(rows.select_columns([*names]), name, unit=" rows")
+            image, captions, own = options.find(source, rows.features)
+            names = [column for column in rows.features if column in {image, *captions, own}]
+            records = tqdm(undecoded(rows, image).select_columns(names), name, unit=" rows")
             read = read_records(source, records, options, (dict, bytes))
-            for number, (image, captions, own_split) in enumerate(read):
-                own_split = parse_split(own_split, source) if columns.split else split
-                yield f"{name} row {number}", _content(image, trusted), captions, own_split
+            for number, (content, texts, own_split) in enumerate(read):
+                part = parse_split(own_split, source) if own else split
+                yield f"{name} row {number}", _content(content, trusted), texts, part
 
     def splits(self) -> list[tuple[str, Any, str | None]]:
         """Load the splits with a usual name, or the only split whatever its name, without decoding images.
@@ -252,11 +251,10 @@ class HubDataset:
         return {str(split): rows for split, rows in parts.items()}
 
 
-def undecoded(rows: Any, columns: Iterable[str]) -> Any:
-    """Return the rows with the encoded images of these columns."""
-    for column in columns:
-        rows = rows.cast_column(column, type(rows.features[column])(decode=False))
-    return rows
+def undecoded(rows: Any, column: str) -> Any:
+    """Return the rows with the encoded images of a column."""
+    kind = type(rows.features[column])
+    return rows.cast_column(column, kind(decode=False)) if kind.__name__ == "Image" else rows
 
 
 def _hub_caches() -> list[Path]:
@@ -311,11 +309,7 @@ class Records:
     def _parts(self) -> dict[str | None, Any]:
         """The rows of each split, which can be read several times."""
         parts = self.records if isinstance(self.records, Mapping) else {None: self.records}
-        tables = {
-            split: rows.to_dict("records") if hasattr(rows, "iterrows") else rows
-            for split, rows in parts.items()
-        }
-        return {split: rows if hasattr(rows, "__getitem__") else [*rows] for split, rows in tables.items()}
+        return {split: _indexed(rows) for split, rows in parts.items()}
 
     def _rows(self) -> Iterator[WrittenRow]:
         for part, rows in self._parts.items():
