@@ -124,9 +124,11 @@ def convert(
     from clip_lightning.cores import cores
     from clip_lightning.data.shards import convert as conversion
     from clip_lightning.data.shards.storage import holds_tars
+    from clip_lightning.data.shards.tars import Filter
 
     check_folder(out)
-    settings = conversion.Settings(samples_per_shard, short_side, quality, tuple(filters or ()))
+    conditions = [*map(Filter.parse, filters or ())]
+    settings = conversion.Settings(samples_per_shard, short_side, quality, conditions)
     if holds_tars(root):
         source = conversion.tars(root, split)
     else:
