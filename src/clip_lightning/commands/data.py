@@ -11,7 +11,7 @@ from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import check_folder, print_result, run_functions
 from clip_lightning.data.captions import count_lost, split_by_image
-from clip_lightning.data.columns import RECOGNIZED, ReadOptions
+from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
 

@@ -26,9 +26,9 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from clip_lightning.data.captions import CaptionedImage, split_by_image, unreadable
-from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import BrokenImage, decoder_errors, open_image, to_rgb
+from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.data.shards.index import FILE, HEADER, Index, Shard, Splits, load
 from clip_lightning.data.shards.storage import expand, known
 from clip_lightning.data.shards.tars import Filter, Record, scan
