@@ -272,7 +272,7 @@ def _encode(clip: CLIP, images: Sequence[Any], row: Row, project: Project | None
 def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]]:
     """Return the split that was chosen, and its images."""
     from clip_lightning.data.captions import Splits, split_by_image
-    from clip_lightning.data.columns import RECOGNIZED
+    from clip_lightning.data.readers import RECOGNIZED
     from clip_lightning.data.sources import find_source, read_source
 
     source = find_source(place)
