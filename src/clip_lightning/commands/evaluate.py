@@ -233,7 +233,7 @@ def linear_probe(
             train = ~test
         if not train.any() or not test.any():
             raise UserError(f"{row['data']} has no images to train or to test on; give more images per class")
-        parts = (encoded.features[train], labels[train], encoded.features[test], labels[test])
+        parts = [(encoded.features[rows], labels[rows]) for rows in (train, test)]
         row |= {"classes": len(class_set.classes), "broken": len(encoded.broken)}
         row |= {"train_images": int(train.sum()), "test_images": int(test.sum())}
         row |= linear_probe.linear_probe(*parts)
