@@ -15,9 +15,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from clip_lightning.__main__ import main
 from clip_lightning.errors import UserError
-from clip_lightning.experiments.sweeps.file import Parameter, SweepFile, argument, read_sweep
-from clip_lightning.experiments.sweeps.run import base_point
-from clip_lightning.experiments.sweeps.study import UntriedSampler
+from clip_lightning.experiments.sweep import UntriedSampler, base_point
+from clip_lightning.experiments.sweep_file import Parameter, SweepFile, argument, read_sweep
 from clip_lightning.training.fitting import rehearse
 
 SWEEPS = sorted((Path(__file__).resolve().parents[2] / "configs" / "sweeps").glob("*.yaml"))

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from clip_lightning.errors import UserError
-from clip_lightning.experiments.compare import settings_of, short_names, short_tower
+from clip_lightning.experiments.compare import settings_of, short_tower
 from clip_lightning.experiments.run_records import COSTS_FILE, CostRecorder, RunRecord, flat, read_folder
 from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
+from clip_lightning.reports.tables import short_names
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.training.fitting import fit, rehearse
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.ticker import EngFormatter
 
 from clip_lightning.experiments.run_records import COSTS, VALUES, RunRecord
+from clip_lightning.reports.tables import short_names
 
 # Options that may differ between runs of the same experiment. Data are compared by their digests.
 BOOKKEEPING = re.compile(
@@ -100,11 +101,6 @@ class Comparison:
         return [row for rows in self.data_sets for row in rows]
 
     @property
-    def scope(self) -> str:
-        """The end of a plot's title: which of several data sets the plot shows."""
-        return f", {self.rows[0].data} only" if len(self.data_sets) > 1 else ""
-
-    @property
     def latency_conditions(self) -> list[str]:
         """The conditions under which the latencies were measured."""
         return sorted({run.latency_conditions for row in self.rows for run in row.records} - {""})
@@ -174,12 +170,6 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     # earlier versions did not have all options
     given = {name: value for name, value in options.items() if value is not None}
     return {name: value for name, value in given.items() if not BOOKKEEPING.fullmatch(name)}
-
-
-def short_names(names: Iterable[str], shorten: Callable[[str], str]) -> dict[str, str]:
-    """Map each name to its short name, or to itself if the short name is not unique."""
-    short = {name: shorten(name) for name in names}
-    return {name: s if [*short.values()].count(s) == 1 else name for name, s in short.items()}
 
 
 def short_tower(name: str) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clip_lightning.errors import UserError
-from clip_lightning.reports.class_report import ClassReport
-from clip_lightning.reports.tables import Row
+from clip_lightning.reports.tables import ClassReport, Row
 from clip_lightning.tracking.zero_shot_panel import class_media
 from clip_lightning.wandb_fetch import stays_offline
 
