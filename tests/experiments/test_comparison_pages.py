@@ -18,14 +18,7 @@ import pytest
 from PIL import Image
 
 from clip_lightning.experiments.compare import Comparison, compared, short_tower
-from clip_lightning.experiments.report import (
-    columns_of,
-    csv_table,
-    markdown,
-    pareto_front,
-    print_tables,
-    write_comparison,
-)
+from clip_lightning.experiments.report import columns_of, csv_table, markdown, print_tables, write_comparison
 from clip_lightning.experiments.run_records import RECALLS, RunRecord, flat
 from clip_lightning.reports.tables import short_names
 
@@ -258,11 +251,6 @@ def test_seeds_and_states_are_printed() -> None:
 
 
 # plots and the page
-
-
-def test_no_point_beats_the_pareto_front() -> None:
-    points = [(1, 1), (2, 3), (2, 2), (3, 3), (4, 5), (1, 1)]
-    assert pareto_front(points) == [(1, 1), (2, 3), (4, 5)]
 
 
 def test_plots_are_in_the_page_and_without_latencies_there_is_no_scatter_plot(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from matplotlib.ticker import EngFormatter
@@ -33,6 +32,8 @@ class Row:
     rank: int = 0  # by rsum among the rows of the same data; equal rows have the same rank
 
     def __post_init__(self) -> None:
+        self.first = self.records[0]  # all runs have the same towers, data and state
+        self.data = f"data {self.first.data_digest[:8]}" if self.first.data_digest else "unknown data"
         seeds: dict[str, list[RunRecord]] = {}
         for record in self.records:
             seeds.setdefault(str(record.options.get("seed_everything")), []).append(record)
@@ -46,16 +47,6 @@ class Row:
                 self.means[name] = statistics.mean(values)
             if len(values) > 1 and (name not in COSTS or name == "training_seconds"):
                 self.deviations[name] = statistics.stdev(values)
-
-    @property
-    def first(self) -> RunRecord:
-        """The first run; all runs have the same towers, data and state."""
-        return self.records[0]
-
-    @property
-    def data(self) -> str:
-        """The title of the data in a table."""
-        return f"data {self.first.data_digest[:8]}" if self.first.data_digest else "unknown data"
 
     def shown(self, name: str) -> str:
         """Return a value as text, with ± its standard deviation, or – if it is unknown."""
@@ -86,7 +77,7 @@ class Row:
         }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
     """Holds the content of the files and pages of a comparison."""
 
@@ -95,52 +86,41 @@ class Comparison:
     failed: Mapping[str, str]  # the reason by the name of each pair that could not be trained
     left_out: Mapping[str, str]  # the reason by the place of each run without results
 
-    @property
-    def rows(self) -> list[Row]:
-        """The rows of all data sets."""
-        return [row for rows in self.data_sets for row in rows]
-
-    @property
-    def latency_conditions(self) -> list[str]:
-        """The conditions under which the latencies were measured."""
-        return sorted({run.latency_conditions for row in self.rows for run in row.records} - {""})
-
-    @property
-    def warnings(self) -> list[str]:
-        """Reasons why some rows cannot be compared."""
-        warnings = []
+    def __post_init__(self) -> None:
+        self.rows = [row for rows in self.data_sets for row in rows]
+        records = [record for row in self.rows for record in row.records]
+        self.latency_conditions = sorted({run.latency_conditions for run in records} - {""})
+        self.warnings: list[str] = []  # reasons why some rows cannot be compared
         if len(self.data_sets) > 1:
             titles = ", ".join(rows[0].data for rows in self.data_sets)
-            warnings.append(
+            self.warnings.append(
                 f"these runs were scored on {len(self.data_sets)} different data sets or splits ({titles}); "
                 "their scores cannot be compared, so each data set has its own table and ranks"
             )
-        runs = [record for row in self.rows for record in row.records]
-        if unfinished := [f"{run.place} ({run.unfinished})" for run in runs if run.unfinished]:
-            named = ", ".join(unfinished)
-            warnings.append(f"these runs did not finish, and are ranked by their best epoch so far: {named}")
+        if named := ", ".join(f"{run.place} ({run.unfinished})" for run in records if run.unfinished):
+            text = f"these runs did not finish, and are ranked by their best epoch so far: {named}"
+            self.warnings.append(text)
         if len(self.latency_conditions) > 1:
             conditions = "; ".join(self.latency_conditions)
-            warnings.append(f"image latencies were measured under different conditions: {conditions}")
-        return warnings
+            self.warnings.append(f"image latencies were measured under different conditions: {conditions}")
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        reasons = {"failed": self.failed, "left_out": self.left_out}
         return {
             "title": self.title,
             "warnings": self.warnings,
             "latency_conditions": self.latency_conditions,
             "rows": [row.as_dict() for row in self.rows],
-            **{key: [{"name": n, "reason": r} for n, r in each.items()] for key, each in reasons.items()},
+            "failed": [{"name": name, "reason": reason} for name, reason in self.failed.items()],
+            "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out.items()],
         }
 
 
 def compared(
     records: Iterable[RunRecord],
     title: str,
-    failed: Mapping[str, str] = MappingProxyType({}),
-    left_out: Mapping[str, str] = MappingProxyType({}),
+    failed: Mapping[str, str] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Rank runs by rsum, separately for each data set; runs that differ only in the seed make one row."""
     groups: dict[str, list[RunRecord]] = {}
@@ -162,7 +142,8 @@ def compared(
         rows.sort(key=lambda row: (-row.means["rsum"], row.name))
         for row in rows:
             row.rank = 1 + sum(other.means["rsum"] > row.means["rsum"] for other in rows)
-    return Comparison(title, sorted(data_sets.values(), key=len, reverse=True), failed, left_out)
+    by_size = sorted(data_sets.values(), key=len, reverse=True)
+    return Comparison(title, by_size, failed or {}, left_out or {})
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from clip_lightning.experiments.compare import Comparison, Row, short_tower
 from clip_lightning.experiments.run_records import VALUES
+from clip_lightning.reports import tables
 from clip_lightning.reports.pages import write_html
 from clip_lightning.reports.plots import GREEN, MUTED, Plot, styled_axes
-from clip_lightning.reports.tables import (
-    Column,
-    column,
-    csv_of_records,
-    escaped,
-    markdown_table,
-    option_text,
-    print_table,
-    short_names,
-    write_tables,
-)
 from clip_lightning.terminal import one_line
 
 ALWAYS = ("rank", "towers", "run", "rsum", "state")  # columns that are always printed
@@ -37,7 +27,7 @@ MARKERS = "osD^vP*X"
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Write comparison.md, comparison.csv, comparison.json, and index.html with plots."""
     csv, record = csv_table(comparison), comparison.as_dict()
-    write_tables(folder, "comparison", markdown(comparison), csv, record)
+    tables.write_tables(folder, "comparison", markdown(comparison), csv, record)
     write_html(
         folder / "index.html",
         "comparison",
@@ -48,23 +38,23 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     )
 
 
-def columns_of(rows: Sequence[Row]) -> list[Column]:
+def columns_of(rows: Sequence[Row]) -> list[tables.Column]:
     """Return the columns of a data set: rank, towers, run, options, values and state, without empty ones."""
-    columns = [column("rank", [row.rank for row in rows])]
-    columns.append(column("towers", [row.name for row in rows], is_text=True))
+    columns = [tables.column("rank", [row.rank for row in rows])]
+    columns.append(tables.column("towers", [row.name for row in rows], is_text=True))
     several = any(len(row.records) > 1 for row in rows)
     if several or len({row.first.towers for row in rows}) < len(rows):
         singles = (row.first.place for row in rows if len(row.records) == 1)
-        names = short_names(singles, lambda place: PurePath(place).name)
+        names = tables.short_names(singles, lambda place: PurePath(place).name)
         runs = [names.get(row.first.place) or _count_seeds(row) for row in rows]
-        columns.append(column("run", runs, is_text=True))
-    columns += [column(name, [row.options[name] for row in rows]) for name in rows[0].options]
+        columns.append(tables.column("run", runs, is_text=True))
+    columns += [tables.column(name, [row.options[name] for row in rows]) for name in rows[0].options]
     for name, title in VALUES.items():
         if any(name in row.means for row in rows):
             values, texts = [row.means.get(name) for row in rows], [row.shown(name) for row in rows]
-            columns.append(Column(name, title, values, texts))
+            columns.append(tables.Column(name, title, values, texts))
     if any(row.first.unfinished for row in rows):
-        columns.append(column("state", [row.first.unfinished for row in rows], is_text=True))
+        columns.append(tables.column("state", [row.first.unfinished for row in rows], is_text=True))
     return columns
 
 
@@ -91,14 +81,14 @@ def notes(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """Return the table of each data set, and the pairs and runs without results, as Markdown."""
-    parts = [f"# {escaped(comparison.title)}"]
-    parts += [f"> **Warning:** {escaped(warning)}" for warning in comparison.warnings]
+    parts = [f"# {tables.escaped(comparison.title)}"]
+    parts += [f"> **Warning:** {tables.escaped(warning)}" for warning in comparison.warnings]
     for rows in comparison.data_sets:
         heading = f"## {rows[0].data.capitalize()}\n\n" if len(comparison.data_sets) > 1 else ""
-        parts.append(heading + markdown_table(columns_of(rows)))
-    parts.append(escaped(notes(comparison)))
+        parts.append(heading + tables.markdown_table(columns_of(rows)))
+    parts.append(tables.escaped(notes(comparison)))
     for title, reasons in (("Failed", comparison.failed), ("Left out", comparison.left_out)):
-        listed = [f"- {escaped(name)}: {escaped(reason)}" for name, reason in reasons.items()]
+        listed = [f"- {tables.escaped(name)}: {tables.escaped(reason)}" for name, reason in reasons.items()]
         parts.append(f"## {title}\n\n" + "\n".join(listed) if listed else "")
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -109,9 +99,9 @@ def csv_table(comparison: Comparison) -> str:
     for row in map(Row.as_dict, comparison.rows):
         deviations, options, places = (row.pop(name) for name in ("std", "options", "places"))
         row |= {f"{name}_std": value for name, value in deviations.items()}
-        row |= {name: v if isinstance(v, float) else option_text(v) for name, v in options.items()}
+        row |= {name: v if isinstance(v, float) else tables.option_text(v) for name, v in options.items()}
         lines.append(row | {"places": " ".join(places)})
-    return csv_of_records(lines)
+    return tables.csv_of_records(lines)
 
 
 def print_tables(comparison: Comparison) -> None:
@@ -124,7 +114,7 @@ def print_tables(comparison: Comparison) -> None:
         values = [c._replace(title=IF_THEY_FIT[c.name]) for c in differing if c.name in IF_THEY_FIT]
         titles = [rows[0].data] if len(comparison.data_sets) > 1 else []
         titles += [] if columns[1] in differing else [rows[0].name]
-        hidden = print_table([*always, *options, *values], len(always), "\n".join(titles))
+        hidden = tables.print_table([*always, *options, *values], len(always), "\n".join(titles))
         if more := [name for name in hidden if name in rows[0].options]:
             print(f"more in index.html: {', '.join(more)}\n")
 
@@ -167,8 +157,9 @@ def _recall_latency(rows: Sequence[Row], scope: str) -> Plot:
     colours = {image: f"C{n}" for n, image in enumerate(images)}
     markers = dict(zip(texts, itertools.cycle(MARKERS)))
     with styled_axes(f"Recall against latency, with ranks{scope}", (9.6, 6)) as (axes, buffer):
-        front = zip(*pareto_front(points), strict=True)
-        axes.plot(*front, color=GREEN, alpha=0.6, drawstyle="steps-post", label="Pareto front")
+        latencies, recalls = zip(*sorted(points), strict=True)
+        front = list(itertools.accumulate(recalls, max))  # the best recall up to each latency
+        axes.plot(latencies, front, color=GREEN, alpha=0.6, drawstyle="steps-post", label="Pareto front")
         for image, label in images.items():
             axes.plot([], [], "s", color=colours[image], label=label)
         for text, label in texts.items():
@@ -183,16 +174,7 @@ def _recall_latency(rows: Sequence[Row], scope: str) -> Plot:
     return Plot(buffer.getvalue(), "recall against image latency, with the Pareto front")
 
 
-def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (latency, recall) that no other point beats in one without losing in the other."""
-    front: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or point[1] > front[-1][1]:
-            front.append(point)
-    return front
-
-
 def _labels(rows: Sequence[Row]) -> list[dict[str, str]]:
     """Return the labels of the image towers and of the text towers, by their names."""
-    short = (short_names((row.first.towers[kind] for row in rows), short_tower) for kind in (0, 1))
+    short = (tables.short_names((row.first.towers[kind] for row in rows), short_tower) for kind in (0, 1))
     return [{name: one_line(label)[:MAX_LABEL] for name, label in names.items()} for names in short]

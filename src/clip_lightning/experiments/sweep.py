@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -13,47 +12,43 @@ import re
 import signal
 import sys
 import time
-import traceback
 import warnings
-import zlib
-from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import torch
 import yaml
 from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
-from optuna.distributions import BaseDistribution
-from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState, create_trial
 
 from clip_lightning.allocator import keep_freed_memory
 from clip_lightning.arguments import flat
 from clip_lightning.cores import cores
 from clip_lightning.errors import Diverged, RunFailed, UserError, as_user_error
 from clip_lightning.evaluation.metrics import METRICS
-from clip_lightning.experiments.backbones import group_arguments
+from clip_lightning.experiments.backbones import group_arguments, reason_of_failure
 from clip_lightning.experiments.compare import settings_of
-from clip_lightning.experiments.sweep_file import SweepFile
-from clip_lightning.experiments.sweep_report import STATES, draw_plots, print_report, summarize, write_report
+from clip_lightning.experiments.sweep_file import SweepFile, UntriedSampler, points_of
 from clip_lightning.files import write_atomically
+from clip_lightning.reports.tables import column, csv_text, markdown_table, print_table, write_tables
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.terminal import one_line, public
+from clip_lightning.terminal import json_line, public
 from clip_lightning.training.fitting import fit, rehearse
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
 """A trial whose worker has sent no heartbeat for this long has failed, and is retried once."""
 FAILURES_IN_A_ROW = 5
-ATTEMPTS = 20
-"""Number of draws before the first untried point is used instead."""
-Drawn = dict[str, Any]
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+STATES = ("finished", "stopped early", "diverged", "running", "failed", "interrupted")
+"""States of a trial, in the order of the tables."""
+SHOWN_METRICS = ("rsum", "text_to_image_R@1", "image_to_text_R@1")
+SHOWN_TRIALS = 10  # in the terminal
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search prints its own lines
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats
@@ -92,9 +87,8 @@ def search(
             head += f"# command:  clip-lightning fit --config {report['best_config']}\n"
             chosen = rehearse([*arguments, *file.arguments(study.trials[best["trial"]].params)])
             write_atomically(folder / "best.yaml", (head + chosen.config_to_save).encode())
-        write_report(file, report, folder)
         draw_plots(file, study, folder)
-        print_report(file, report, as_json)
+        show_report(file, report, as_json)
     rows = report["trials"]
     ended = [row for row in rows if row["state"] in STATES[:3]]
     finished = len(ended) if any(row["metrics"] for row in ended) else 0  # else all of them diverged
@@ -174,56 +168,6 @@ def open_study(file: SweepFile, name: str, storage: str, settings: dict[str, Any
     return study
 
 
-def points_of(file: SweepFile, trials: Iterable[FrozenTrial]) -> set[tuple[str, ...]]:
-    """Return the points that the trials have drawn, each as the arguments of `fit`."""
-    return {tuple(file.arguments(t.params)) for t in trials if len(t.params) == len(file.varied)}
-
-
-class UntriedSampler(RandomSampler):
-    """Draws all parameters of a trial at once, by the method of the sweep file.
-
-    A draw depends only on the results so far, the name of the study and the number of the trial. A resumed
-    study therefore draws the same points as without the interruption, and parallel workers draw different
-    points. The points of `failed` trials, those of earlier commands, may be drawn again.
-    """
-
-    def __init__(self, file: SweepFile, failed: Collection[int] = ()) -> None:
-        super().__init__()
-        self.file, self.failed = file, failed
-
-    def infer_relative_search_space(self, *_: Any) -> dict[str, BaseDistribution]:
-        """Return the complete space."""
-        return {name: one.space for name, one in self.file.varied.items()}
-
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> Drawn:
-        """Draw a point; if the space is finite, a point that has not been tried."""
-        grid = [[(name, drawn) for drawn in one.every or []] for name, one in self.file.varied.items()]
-        draws: Iterator[Drawn] = itertools.islice(self._draws(study, trial, search_space), ATTEMPTS)
-        if self.file.method == "grid":  # machines that start at the same time start at different points
-            first = trial.number % int(self.file.points)
-            draws = map(dict, itertools.islice(itertools.product(*grid), first, None))
-        trials = study.get_trials(deepcopy=False)
-        tried = points_of(self.file, (t for t in trials if t.number not in self.failed))
-        candidates = itertools.chain(draws, map(dict, itertools.product(*grid)))
-        return next((one for one in candidates if tuple(self.file.arguments(one)) not in tried), {})
-
-    def _draws(self, study: optuna.Study, trial: FrozenTrial, space: Any) -> Iterator[Drawn]:
-        """Yield draws: from TPE, or at random for the first ten trials and for method `random`."""
-        several = {name: one for name, one in space.items() if not one.single()}
-        for attempt in itertools.count():
-            seed = zlib.crc32(f"{study.study_name} {trial.number} {attempt}".encode())
-            generator, uniform = np.random.default_rng(seed), RandomSampler(seed=seed)
-            drawn = {
-                name: generator.choice(np.array(one.every, object), p=one.weights)
-                if one.weights
-                else uniform.sample_independent(study, trial, name, one.space)
-                for name, one in self.file.varied.items()
-            }
-            if self.file.method == "bayes":
-                drawn |= TPESampler(seed=seed).sample_relative(study, trial, several)
-            yield drawn
-
-
 @dataclass(frozen=True)
 class Worker:
     """Trains trials of a study."""
@@ -246,16 +190,14 @@ class Worker:
                 new = [trial for trial in trials if trial.number not in self.failed]
                 states = [trial.state for trial in new]
                 running = states.count(TrialState.RUNNING)
-                ended = (t for t in new if t.state in (TrialState.COMPLETE, TrialState.PRUNED))
-                finished = len(points_of(self.file, ended))
-                drawn = len(points_of(self.file, new))
-                exhausted = TrialState.WAITING not in states and drawn >= self.file.points
-                if finished >= self.wanted or (exhausted and not running):
+                finished = len(points_of(self.file, (t for t in new if t.state in FINISHED)))
+                untried = TrialState.WAITING in states or len(points_of(self.file, new)) < self.file.points
+                if finished >= self.wanted or not (untried or running):
                     return
-                last = [state for state in states if state.is_finished()][-FAILURES_IN_A_ROW:]
-                if last == [TrialState.FAIL] * FAILURES_IN_A_ROW:
-                    raise RunFailed(f"the search stops because {len(last)} trials in a row failed")
-                if not exhausted and finished + running < self.wanted:
+                ended = [state for state in states if state.is_finished()]
+                if ended[-FAILURES_IN_A_ROW:] == [TrialState.FAIL] * FAILURES_IN_A_ROW:
+                    raise RunFailed(f"the search stops because {FAILURES_IN_A_ROW} trials in a row failed")
+                if untried and finished + running < self.wanted:
                     train = partial(self._train, lock)
                     self.study.optimize(train, n_trials=1, catch=(Exception,), gc_after_trial=True)
                     continue
@@ -276,10 +218,7 @@ class Worker:
                 raise UserError(f"the run was never validated, so it has no {watch.metric}")
         except Exception as error:
             state = "diverged" if isinstance(error, Diverged) else "failed"
-            text = one_line(str(error))
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-                text = f"{type(error).__name__}: {text}"
+            text = reason_of_failure(error)
             _end(trial, state, text, error=text)
             if state == "failed":
                 raise
@@ -356,3 +295,90 @@ def _work_beside(worker: Worker) -> None:
     keep_freed_memory()
     with contextlib.suppress(UserError, KeyboardInterrupt):  # the first process stops for the same reason
         worker.work()
+
+
+def summarize(file: SweepFile, study: optuna.Study, folder: Path) -> dict[str, Any]:
+    """Return the complete report, in which the best trial comes first."""
+    rows = [
+        {
+            "trial": trial.number,
+            "state": "running" if trial.state == TrialState.RUNNING else "interrupted",
+            "value": None if trial.value == math.inf else trial.value,  # which JSON cannot represent
+            "metrics": {},
+            "parameters": file.values(trial.params),
+            "seconds": round(trial.duration.total_seconds(), 1) if trial.duration else None,
+            "run": None,
+            "error": None,
+            **trial.user_attrs,  # if it has ended
+        }
+        for trial in study.trials
+        if trial.state != TrialState.WAITING
+    ]
+    sign = -1 if file.maximize else 1
+    rows.sort(key=lambda r: (r["value"] is None, STATES.index(r["state"]), sign * (r["value"] or 0.0)))
+    best = rows[0] if rows and rows[0]["state"] == "finished" else None
+    return {
+        "study": study.study_name,
+        "folder": str(folder),
+        "metric": file.metric.name,
+        "goal": file.metric.goal,
+        "best": best,
+        "best_config": best and str(folder / "best.yaml"),
+        "trials": rows,
+    }
+
+
+def show_report(file: SweepFile, report: dict[str, Any], as_json: bool) -> None:
+    """Write `trials.json`, `trials.csv` and `trials.md`, and print the best trials, or the report as JSON."""
+    rows, folder, metric = report["trials"], Path(report["folder"]), file.metric.name.removeprefix("val/")
+    columns = [
+        column("trial", [row["trial"] for row in rows]),
+        column("state", [row["state"] for row in rows], is_text=True),
+        column(metric, [row["value"] for row in rows]),
+        column("seconds", [row["seconds"] for row in rows]),
+        *(column(name, [row["parameters"].get(name) for row in rows]) for name in file.varied),
+        *(column(n, [row["metrics"].get(n) for row in rows]) for n in SHOWN_METRICS if n != metric),
+    ]
+    complete = [*columns, *(column(name, [row[name] for row in rows]) for name in ("run", "error"))]
+    csv = csv_text([c.name for c in complete], zip(*(c.values for c in complete), strict=True))
+    how = f"{file.method}, {file.metric.name} ({'more' if file.maximize else 'less'} is better)"
+    markdown = f"# Search {report['study']}\n\n{how}\n\n{markdown_table(columns)}\n"
+    write_tables(folder, "trials", markdown, csv, report)
+    if as_json:
+        print(json_line(report))
+        return
+    best = [c._replace(texts=c.texts[:SHOWN_TRIALS]) for c in columns]
+    print_table(best, 4, f"search {report['study']}, {len(rows)} trials")
+    print(f"more in {folder / 'trials.md'}")
+    if report["best"]:
+        print(f"best: clip-lightning fit --config {report['best_config']}")
+
+
+def draw_plots(file: SweepFile, study: optuna.Study, folder: Path) -> None:
+    """Write Optuna's plots as `history.png`, `importance.png` and `parallel.png`, from two trials on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as plots
+
+    # Optuna draws only complete trials, and most trials are stopped early
+    ended = [trial for trial in study.trials if "value" in trial.user_attrs]
+    if len(ended) < 2:
+        return
+    copy = optuna.create_study(direction=study.direction)
+    for trial in ended:
+        value, distributions = trial.user_attrs["value"], trial.distributions
+        copy.add_trial(create_trial(value=value, params=trial.params, distributions=distributions))
+    for name, draw in (
+        ("history", plots.plot_optimization_history),
+        ("importance", plots.plot_param_importances),
+        ("parallel", plots.plot_parallel_coordinate),
+    ):
+        with warnings.catch_warnings(), matplotlib.rc_context():
+            warnings.simplefilter("ignore")
+            with contextlib.suppress(ValueError, RuntimeError):  # all trials are equal
+                draw(copy, target_name=file.metric.name.removeprefix("val/"))
+                pyplot.gcf().set_size_inches(10, 6)
+                pyplot.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+            pyplot.close("all")

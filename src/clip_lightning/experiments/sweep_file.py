@@ -1,25 +1,35 @@
-"""Reads a W&B sweep file, whose parameters become distributions that Optuna draws from."""
+"""Reads a W&B sweep file, whose parameters become distributions, and draws trials from them with Optuna."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import zlib
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
+import numpy as np
+import optuna
 import yaml
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
-from optuna.trial import Trial
+from optuna.samplers import RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, Trial
 
 from clip_lightning.arguments import packaged_config, plain_message
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.metrics import METRICS
+
+ATTEMPTS = 20
+"""Number of draws before the first untried point is used instead."""
+OF_SERVER = ("description", "project", "entity", "program")  # keys that only W&B's server needs
+Drawn = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -137,10 +147,6 @@ class SweepFile:
     early_terminate: Any = None
     run_cap: NonNegativeInt = 0
     command: Sequence[Any] = ("fit",)
-    description: Any = None
-    project: Any = None
-    entity: Any = None
-    program: Any = None
 
     def __post_init__(self) -> None:
         known = [f"val/{name}" for name in METRICS]
@@ -195,7 +201,8 @@ def read_sweep(given: str) -> SweepFile:
         if not isinstance(content, dict):
             raise UserError(f"expected a W&B sweep file with `method` and `parameters`, got {content!r}")
         usual = {"name": path.stem, "metric": {"name": "val/rsum", "goal": "maximize"}}
-        return _read("file", SweepFile, usual | content)
+        own = {key: value for key, value in (usual | content).items() if key not in OF_SERVER}
+        return _read("file", SweepFile, own)
     except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
         why = error if isinstance(error, UserError) else f"it is not valid YAML: {error}"
         raise UserError(f"{path}: {why}") from error
@@ -229,3 +236,53 @@ def flatten(parameters: Any, prefix: str = "") -> dict[str, Any]:
         is_nested = "parameters" in spec
         specs |= flatten(spec["parameters"], f"{prefix}{name}.") if is_nested else {f"{prefix}{name}": spec}
     return specs
+
+
+def points_of(file: SweepFile, trials: Iterable[FrozenTrial]) -> set[tuple[str, ...]]:
+    """Return the points that the trials have drawn, each as the arguments of `fit`."""
+    return {tuple(file.arguments(t.params)) for t in trials if len(t.params) == len(file.varied)}
+
+
+class UntriedSampler(RandomSampler):
+    """Draws all parameters of a trial at once, by the method of the sweep file.
+
+    A draw depends only on the results so far, the name of the study and the number of the trial. A resumed
+    study therefore draws the same points as without the interruption, and parallel workers draw different
+    points. The points of `failed` trials, those of earlier commands, may be drawn again.
+    """
+
+    def __init__(self, file: SweepFile, failed: Collection[int] = ()) -> None:
+        super().__init__()
+        self.file, self.failed = file, failed
+
+    def infer_relative_search_space(self, *_: Any) -> dict[str, BaseDistribution]:
+        """Return the complete space."""
+        return {name: one.space for name, one in self.file.varied.items()}
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> Drawn:
+        """Draw a point; if the space is finite, a point that has not been tried."""
+        grid = [[(name, drawn) for drawn in one.every or []] for name, one in self.file.varied.items()]
+        draws: Iterator[Drawn] = itertools.islice(self._draws(study, trial, search_space), ATTEMPTS)
+        if self.file.method == "grid":  # machines that start at the same time start at different points
+            first = trial.number % int(self.file.points)
+            draws = map(dict, itertools.islice(itertools.product(*grid), first, None))
+        trials = study.get_trials(deepcopy=False)
+        tried = points_of(self.file, (t for t in trials if t.number not in self.failed))
+        candidates = itertools.chain(draws, map(dict, itertools.product(*grid)))
+        return next((one for one in candidates if tuple(self.file.arguments(one)) not in tried), {})
+
+    def _draws(self, study: optuna.Study, trial: FrozenTrial, space: Any) -> Iterator[Drawn]:
+        """Yield draws: from TPE, or at random for the first ten trials and for method `random`."""
+        several = {name: one for name, one in space.items() if not one.single()}
+        for attempt in itertools.count():
+            seed = zlib.crc32(f"{study.study_name} {trial.number} {attempt}".encode())
+            generator, uniform = np.random.default_rng(seed), RandomSampler(seed=seed)
+            drawn = {
+                name: generator.choice(np.array(one.every, object), p=one.weights)
+                if one.weights
+                else uniform.sample_independent(study, trial, name, one.space)
+                for name, one in self.file.varied.items()
+            }
+            if self.file.method == "bayes":
+                drawn |= TPESampler(seed=seed).sample_relative(study, trial, several)
+            yield drawn
