@@ -17,7 +17,7 @@ from clip_lightning.__main__ import main
 from clip_lightning.errors import UserError
 from clip_lightning.experiments.sweep import base_point
 from clip_lightning.experiments.sweep_file import Parameter, SweepFile, UntriedSampler, argument, read_sweep
-from clip_lightning.training.fitting import rehearse
+from clip_lightning.training.cli import rehearse
 
 SWEEPS = sorted((Path(__file__).resolve().parents[2] / "configs" / "sweeps").glob("*.yaml"))
 LR, DROPOUT = "model.optimizer.lr", "model.heads.dropout"

@@ -137,7 +137,6 @@ def zero_shot(
     from clip_lightning.data.classes import class_names
     from clip_lightning.evaluation.prompts import read_templates
     from clip_lightning.evaluation.zero_shot import classify
-    from clip_lightning.model.zero_shot import zero_shot_classifier
     from clip_lightning.reports.tables import ClassReport
 
     models = _listed(model)
@@ -159,7 +158,7 @@ def zero_shot(
         encoded = _encode(clip, [class_set.images[member] for member in members], row, clip.project_image)
         result = classify(
             encoded.features,
-            zero_shot_classifier(clip, names_of, sentences),
+            clip.zero_shot_classifier(names_of, sentences),
             torch.tensor([class_set.labels[members[at]] for at in encoded.rows]),
             scale=clip.scale.item(),
             bias=clip.bias,
@@ -272,7 +271,7 @@ def _encode(clip: CLIP, images: Sequence[Any], row: Row, project: Project | None
 def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]]:
     """Return the split that was chosen, and its images."""
     from clip_lightning.data.captions import Splits, split_by_image
-    from clip_lightning.data.columns import RECOGNIZED
+    from clip_lightning.data.readers import RECOGNIZED
     from clip_lightning.data.sources import find_source, read_source
 
     source = find_source(place)

@@ -23,7 +23,7 @@ from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.reports.tables import short_names
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import one_line
-from clip_lightning.training.fitting import fit, rehearse
+from clip_lightning.training.cli import fit, rehearse
 
 
 class Pair(NamedTuple):

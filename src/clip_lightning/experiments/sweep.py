@@ -38,7 +38,7 @@ from clip_lightning.files import write_atomically
 from clip_lightning.reports.tables import column, csv_text, markdown_table, print_table, write_tables
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import json_line, public
-from clip_lightning.training.fitting import fit, rehearse
+from clip_lightning.training.cli import fit, rehearse
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
