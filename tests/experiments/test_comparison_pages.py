@@ -17,8 +17,16 @@ from unittest import mock
 import pytest
 from PIL import Image
 
-from clip_lightning.experiments.compare import Comparison, compared, short_tower
-from clip_lightning.experiments.report import columns_of, csv_table, markdown, print_tables, write_comparison
+from clip_lightning.experiments.compare import (
+    Comparison,
+    columns_of,
+    compared,
+    csv_table,
+    markdown,
+    print_tables,
+    short_tower,
+    write_comparison,
+)
 from clip_lightning.experiments.run_records import RECALLS, RunRecord, flat
 from clip_lightning.reports.tables import short_names
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -16,8 +17,8 @@ from PIL import Image
 from small_runs import trainer
 
 from clip_lightning.data.captions import CaptionedImage, content_groups
-from clip_lightning.errors import UserError
 from clip_lightning.evaluation.retrieval import Embeddings
+from clip_lightning.reports.pages import thumbnail
 from clip_lightning.tracking.prediction_panel import PredictionTable
 
 if TYPE_CHECKING:
@@ -102,9 +103,6 @@ def test_nothing_is_written_outside_a_fit_and_on_other_ranks(tmp_path: Path) -> 
         stub_trainer(images, root), SimpleNamespace(validation_embeddings=None)
     )
     assert not root.exists()
-    for arguments, name in (({"queries": -1}, "queries"), ({"top_k": 0}, "top_k")):
-        with pytest.raises(UserError, match=f"--predictions.{name}"):
-            PredictionTable(**arguments)
 
 
 def test_history_survives_a_resume(tmp_path: Path) -> None:
@@ -191,6 +189,33 @@ def test_what_cannot_be_shown_is_told_once(tmp_path: Path) -> None:
     assert len(caught) == 1
 
 
+def test_the_table_reaches_wandb_and_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = draw_pictures(tmp_path, 8)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
+    logger = WandbLogger(save_dir=tmp_path, mode="offline", project="tables")
+    table = PredictionTable(queries=4, top_k=3, folder=tmp_path / "run")
+    options = {"max_epochs": 2, "logger": logger, "num_sanity_val_steps": 1}
+    trainer(tmp_path, table, **options).fit(Stub(perfect(8)), datamodule=Pictures(images))
+    logger.experiment.finish()
+
+    assert [path.name for path in (tmp_path / "run" / "predictions").iterdir()] == ["history.json"]
+    # the table and its images wait for `wandb sync` in an artifact
+    staged = {sha256(path.read_bytes()).hexdigest(): path for path in (tmp_path / "staged").rglob("tmp*")}
+    tables = [json.loads(path.read_text()) for path in staged.values() if path.read_bytes()[:1] == b"{"]
+    columns = ["epoch", "query", "rank", "hit@3", "true image", *FOUND]
+    (shown,) = (table for table in tables if table.get("columns") == columns)
+    assert len(shown["data"]) == 4
+    for epoch, query, rank, hit, wanted, *found in shown["data"]:
+        assert (epoch, rank, hit) == (1, 1, True)  # the last epoch
+        path = tmp_path / f"{query.split()[1]}.png"
+        assert (wanted["caption"], found[0]["caption"]) == (path.name, "1.000")
+        assert len({image["sha256"] for image in found}) == 3
+        for cell in (wanted, found[0]):
+            with Image.open(staged[cell["sha256"]]) as image:
+                pixel, color = image.getpixel((99, 99)), thumbnail(path).getpixel((99, 99))
+                assert all(abs(a - b) < 5 for a, b in zip(pixel, color, strict=True))
+
+
 def test_a_refusing_wandb_warns_once_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,17 +262,7 @@ def test_everything_reaches_the_server(wandb_server: WandbServer, tmp_path: Path
         assert histogram["bins"] == pytest.approx([n / 100 - 1 for n in range(201)])
     pictures = {name for name in run.files if name.startswith("media/images/val/") and name.endswith(".png")}
     assert len(pictures) == 3
-    tables = {
-        Path(name).name.rsplit("_", 2)[0]: json.loads(content)
-        for name, content in run.files.items()
-        if name.startswith("media/table/val/predictions")
-    }
-    table = tables["predictions"]
-    assert table["columns"] == ["epoch", "query", "rank", "hit@3", "true image", *FOUND]
-    for epoch, query, rank, hit, wanted, *found in table["data"]:
-        assert (wanted["caption"], found[0]["caption"]) == (f"{query.split()[1]}.png", "1.000")
-        assert (epoch, rank, hit, len({image["sha256"] for image in found})) == (1, 6, False, 3)
-    table = tables["predictions_image_to_text"]
+    (table,) = [json.loads(content) for name, content in run.files.items() if f"{CAPTIONS}_" in name]
     assert table["columns"] == ["epoch", "image", "rank", "hit@3", "own captions", *FOUND]
     assert len(table["data"]) == 2
     for epoch, _image, rank, hit, own, *found in table["data"]:
@@ -259,4 +274,5 @@ def test_everything_reaches_the_server(wandb_server: WandbServer, tmp_path: Path
         assert not any("✓" in answer for answer in found)
 
 
+CAPTIONS = "media/table/val/predictions_image_to_text"
 FOUND = [f"prediction {n}" for n in (1, 2, 3)]

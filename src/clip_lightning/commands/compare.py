@@ -162,7 +162,7 @@ def _create(folder: Path) -> Path:
 
 def _finish(comparison: Comparison, out: Path, json: bool) -> None:
     """Write everything, warn, and print the table."""
-    from clip_lightning.experiments.report import print_tables, write_comparison
+    from clip_lightning.experiments.compare import print_tables, write_comparison
 
     write_comparison(comparison, out)
     for warning in comparison.warnings:

@@ -66,8 +66,7 @@ def run_folders(place: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
 def read_runs(places: Sequence[str], group: str | None) -> tuple[list[RunRecord], dict[str, str]]:
     """Read every run in the given places once: folders, or runs of W&B, by default of all groups.
 
-    Returns:
-        The runs, and the reason by the place of each run without results.
+    Return the runs, and the reason by the place of each run without results.
     """
     runs: dict[str, Any] = {}
     for place in places:

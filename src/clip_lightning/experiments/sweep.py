@@ -104,8 +104,7 @@ def search(
 def _checked(file: SweepFile, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
     """Let `fit` parse every choice and both ends of every range, and read the data.
 
-    Returns:
-        The configuration, and the options that all trials have in common, with the digest of the data.
+    Return the configuration, and the options that all trials have in common, with the digest of the data.
     """
     ends = {name: one.ends() for name, one in file.varied.items()}
     for row in range(max(map(len, ends.values()), default=1)):
@@ -115,7 +114,7 @@ def _checked(file: SweepFile, arguments: list[str]) -> tuple[Any, dict[str, Any]
     towers = {name: config.model[name] for name in ("image_tower", "text_tower")}
     shared = settings_of(flat(yaml.safe_load(rehearsal.config_to_save)))
     shared |= {f"model.{name}": tower for name, tower in towers.items()}
-    varied = {_plain(name) for name in file.varied}
+    varied = {name.replace(".init_args", "") for name in file.varied}  # as in a flat configuration
     shared = {n: v for n, v in shared.items() if n not in varied and not n.startswith("trainer.callbacks")}
     return config, shared | {"data": rehearsal.read_data(**towers)}
 
@@ -126,15 +125,10 @@ def base_point(file: SweepFile, arguments: list[str]) -> dict[str, Any] | None:
         with contextlib.redirect_stderr(io.StringIO()):
             rehearsal = rehearse([*arguments, *file.arguments({})])
         options = flat(yaml.safe_load(rehearsal.config_to_save))
-        return {name: one.drawn(options[_plain(name)]) for name, one in file.varied.items()}
+        return {n: one.drawn(options[n.replace(".init_args", "")]) for n, one in file.varied.items()}
     # SystemExit: the arguments are incomplete without the parameters; YAMLError: a text that is not YAML
     except (LookupError, SystemExit, yaml.YAMLError):
         return None
-
-
-def _plain(name: str) -> str:
-    """Return the name of an option in a flat configuration."""
-    return name.replace(".init_args", "")
 
 
 def open_study(file: SweepFile, name: str, storage: str, settings: dict[str, Any]) -> optuna.Study:
