@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from clip_lightning.data.classes import ClassSet
     from clip_lightning.model.clip import CLIP
     from clip_lightning.model.encode import Encoded, Project
-    from clip_lightning.reports.class_report import ClassReport
-    from clip_lightning.reports.tables import Row
+    from clip_lightning.reports.tables import ClassReport, Row
 
 Split = Literal["all", "train", "val", "test"]
 
@@ -138,7 +137,7 @@ def zero_shot(
     from clip_lightning.data.classes import class_names
     from clip_lightning.evaluation.prompts import read_templates
     from clip_lightning.evaluation.zero_shot import classify
-    from clip_lightning.reports.class_report import ClassReport
+    from clip_lightning.reports.tables import ClassReport
 
     models = _listed(model)
     check_folder(out)

@@ -33,7 +33,7 @@ from clip_lightning.data.images import BrokenImage, decode_bytes, decode_image
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES
 from clip_lightning.model.zero_shot import probabilities
-from clip_lightning.reports.pages import template
+from clip_lightning.reports.pages import PAGES
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.search.index import ImageIndex
 from clip_lightning.terminal import one_line
@@ -109,7 +109,7 @@ class _Page:
         self.lock = Lock()  # fast tokenizers are not thread-safe, and one query uses all cores anyway
         self.paths: dict[str, Path] = {}
         self.uploads = asyncio.Semaphore(MOST_UPLOADS)
-        self.template = template("page.html.j2", _HERE)
+        self.template = PAGES.get_template("search/page.html.j2")
         towers = [tower.spec["name"] for tower in (self.clip.image_tower, self.clip.text_tower)]
         # short captions of the data set are the best examples
         texts = [text.rstrip(" .") for image in index.search("a photo", 20)[0] for text in image.captions]
