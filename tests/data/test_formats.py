@@ -382,11 +382,7 @@ def test_captions_survive_writing_and_reading(rows: list[tuple[str, str]], kind:
 WRONG: dict[str, tuple[Files, str, str]] = {
     "empty": ({}, "auto", r"has no usable image with a caption.*--data\.root"),
     "images only": ({"a.jpg": ""}, "auto", r"a\.jpg: there is no a\.txt next to it"),
-    "no caption column": (
-        {"x.csv": "image,word\n"},
-        "auto",
-        "no caption column: found image, word, exp",
-    ),
+    "no caption column": ({"x.csv": "image,word\n"}, "auto", "no caption column: found image, word, exp"),
     "no image column": (
         {"x.jsonl": '{"bild": 1, "caption": "a"}'},
         "auto",
@@ -424,11 +420,7 @@ WRONG: dict[str, tuple[Files, str, str]] = {
     **{
         f"two tables: {files[-1]}": (dict.fromkeys(("a.jpg", *files), TABLE), "auto", said)
         for *files, said in (
-            (
-                "one/captions.txt",
-                "two/captions.txt",
-                r"\(one/captions\.txt, two/captions\.txt\), but not",
-            ),
+            ("one/captions.txt", "two/captions.txt", r"\(one/captions\.txt, two/captions\.txt\), but not"),
             ("a.txt", "old/captions.csv", r"has old/captions\.csv and also pairs"),
             ("train.csv", "val.csv", "all.csv", r"all\.csv, train\.csv, val\.csv"),
         )

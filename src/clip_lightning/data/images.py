@@ -194,7 +194,7 @@ class ImageTransform:
         scale = max(height / image.shape[1], width / image.shape[2])
         longest = [math.ceil(_LONGEST_COVER * side / scale) for side in (height, width)]
         image = _crop_center(image, *longest)
-        _, rows, columns = image.shape
+        rows, columns = image.shape[1:]
         cover = max(height, int(rows * width / columns)), max(width, int(columns * height / rows))
         return _crop_center(self.resize(image, cover), *self.size)
 
@@ -207,8 +207,7 @@ class ImageTransform:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values.
 
-        Fields that are new since an earlier version are left out if they have their default value, so that
-        the keys of cached features and indexes stay the same.
+        New fields are left out if they have their default value, so that old keys of caches stay the same.
         """
         return {
             name: list(value) if isinstance(value, tuple) else value

@@ -112,10 +112,7 @@ def find_names(names: Iterable[str], columns: Iterable[str]) -> list[str]:
 def read_records(
     source: object, records: Iterable[Record], options: ReadOptions, images: type | tuple[type, ...] = str
 ) -> Iterator[Row]:
-    """Yield a row per record, whose image has one of the types `images`, or is None.
-
-    Records may have different columns. `source` is the file or data set, for messages.
-    """
+    """Yield a row per record of a file or data set; its image has one of the types `images`, or is None."""
     known: dict[tuple[str, ...], Columns] = {}
     for record in records:
         names = tuple(record)
@@ -231,9 +228,8 @@ def _open(path: Path, errors: str = "strict") -> TextIO:
 def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
     """Read the rows of a CSV or TSV file, whose separator is recognized from its first line.
 
-    If the first line contains the name of an image, the table has no header. The columns are then named by
-    their content, or 1, 2, ... if that is not clear. If the last column has captions, they may contain
-    separators without quotes.
+    Without a header, columns are named by their content, or 1, 2, ... if that is not clear. If the last
+    column has captions, they may contain separators without quotes.
     """
     lines = read_lines(path)
     head = [next(lines, "")]
