@@ -333,7 +333,7 @@ def _finish(
         _warn(f"results: {out}")
     print_results(rows, as_json=json)  # before the upload to W&B, which may fail
     if wandb is not None:
-        from clip_lightning.tracking.evaluations import track_evaluation
+        from clip_lightning.tracking.panel import track_evaluation
 
         for row, report in zip_longest(rows, reports):
             _warn(f"W&B run: {track_evaluation(wandb, row, out or Path('runs'), report)}")
