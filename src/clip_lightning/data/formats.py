@@ -37,16 +37,11 @@ _IMAGE_FOLDERS = (
     *("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images"),
     *("train2014", "val2014", "train2017", "val2017", "test2017", "VG_100K", "VG_100K_2"),
 )
-_MOST_FOLDERS = 10_000  # searched for a missing image
 _MISSING_VALUES = ("na", "n/a", "nan", "null", "none")
 
 
 class NothingFound(UserError):
     """There are no captioned images, or none that can be used."""
-
-
-Annotations = list[tuple[Path, str | None]]
-"""Annotation files or a folder of pairs, each with the split that its name or folder states."""
 
 
 def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
@@ -103,8 +98,8 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
 
 def _find_annotations(
     root: Path, files: Mapping[str, list[str]], options: ReadOptions, skipped: Counter[str]
-) -> Annotations:
-    """Find the annotation files of a folder; return the folder itself if pairs should be read."""
+) -> list[tuple[Path, str | None]]:
+    """Find the annotation files of a folder, with their splits; or return the folder if it has pairs."""
     known = _FLICKR.get(options.layout, ())
     tables = [path for path in _tables(root, files) if not known or path.name in known]
     if options.layout == "folder" or (options.layout == "auto" and not tables):
@@ -144,7 +139,7 @@ def _tables(root: Path, files: Mapping[str, list[str]]) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _one_per_split(paths: list[Path], root: Path) -> Annotations:
+def _one_per_split(paths: list[Path], root: Path) -> list[tuple[Path, str | None]]:
     """Check that the files are one table, which may be in parts (`00000.parquet`), or one per split."""
     files = [(path, _split_word(path, root)) for path in paths]
     tables = {(split, path.parent, re.sub(r"\d{5,}(-of-\d+)?", "", path.name)) for path, split in files}
@@ -307,8 +302,8 @@ class Finder:
 
     @cached_property
     def _files_by_stem(self) -> dict[str, Path]:
-        """An image below `base` for each stem, regardless of case."""
-        folders = islice(walk(self._base, Counter()), _MOST_FOLDERS)
+        """An image below `base`, in its first 10,000 folders, for each stem regardless of case."""
+        folders = islice(walk(self._base, Counter()), 10_000)
         images = (Path(folder, file) for folder, files in folders for file in filter(is_image, files))
         return {normalize("NFC", path.stem).casefold(): path for path in images}
 

@@ -73,8 +73,8 @@ def decode_bytes(data: bytes, *, max_pixels: int = MOST_PIXELS) -> Tensor:
     image = open_image(data, max_pixels)
     with decoder_errors():
         # torchvision silently fills JPEGs without their end marker with gray
-        is_complete = data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and is_complete:
+        is_complete_jpeg = image.format == "JPEG" and data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
+        if is_complete_jpeg and image.mode in ("RGB", "L"):
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
             return pixels

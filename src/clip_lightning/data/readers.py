@@ -403,6 +403,9 @@ def read_pairs(root: Path, files: Mapping[str, list[str]], left_out: dict[str, s
         places = [place for place in (folder, *apart) if texts.get(place)]
         for file in filter(is_image, names):
             name = os.path.join(*parts, file)
+            if (shown := name.encode(errors="replace").decode()) != name:
+                left_out[shown] = "its name is not UTF-8; rename it"
+                continue
             stem = os.path.splitext(file)[0]
             wanted = [f"{base}{suffix}" for suffix in _TEXT_SUFFIXES for base in (stem, file)]
             keys = (*wanted, *map(str.lower, wanted))
@@ -411,8 +414,7 @@ def read_pairs(root: Path, files: Mapping[str, list[str]], left_out: dict[str, s
             )
             path = next(found, None)
             if path is None:
-                shown = name.encode(errors="replace").decode()
-                left_out[shown] = f"there is no {stem}.txt next to it"
+                left_out[name] = f"there is no {stem}.txt next to it"
             elif path.suffix.lower() != ".json":
                 yield name, [*read_lines(path)], None
             else:
