@@ -192,6 +192,8 @@ def _locate(place: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         arguments = {key: value for key, value in (saved or {}).items() if key != "num_classes"}
     elif equals:
         weights["pretrained_cfg_overlay"] = {"file": file}
+        if not Path(file).is_file():
+            raise UserError(f"no weights file {file!r} for image tower {place!r}; expected ARCHITECTURE=FILE")
     return architecture, arguments, weights
 
 

@@ -196,7 +196,7 @@ class TextTower(Tower):
             pooling = pooling or _default_pooling(place, config)
             has_pooler = getattr(backbone, "pooler", None) is not None or config.model_type in _POOLER_INSIDE
             if pooling == "pooler" and not has_pooler:
-                raise ValueError("it has no pooler, so choose @mean, @cls or @last")
+                raise UserError(f"text tower {name!r} has no pooler; choose @mean, @cls or @last")
             # transformers only logs them
             if lacking := {key for key in missing if pooling == "pooler" or not key.startswith("pooler.")}:
                 raise ValueError(f"its weights lack {len(lacking)} of its tensors, such as {min(lacking)}")
@@ -275,5 +275,5 @@ def _checked_max_length(max_length: int | None, backbone: Any, tokenizer: Any) -
     length = min(DEFAULT_MAX_LENGTH, limit) if max_length is None else max_length
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if not shortest <= length <= limit:
-        raise ValueError(f"max_length {length}: expected {shortest} to {limit} tokens, with special tokens")
+        raise UserError(f"max_length {length} does not fit; give {shortest} to {limit} tokens")
     return length
