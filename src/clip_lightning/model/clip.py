@@ -416,7 +416,13 @@ class CLIP(nn.Module):
         return load(cls, str(name))
 
 
-zero_shot_classifier = CLIP.zero_shot_classifier
+def zero_shot_classifier(
+    clip: CLIP,
+    class_names: str | Iterable[str | Iterable[str]],
+    templates: str | Iterable[str] = ("a photo of a {}.",),
+) -> Tensor:
+    """Return `clip.zero_shot_classifier(class_names, templates)`."""
+    return clip.zero_shot_classifier(class_names, templates)
 
 
 def parameter_counts(clip: CLIP) -> dict[str, int]:
