@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import sys
@@ -110,7 +109,7 @@ class Backbones:
             *resumed,
         ]
         recorder = CostRecorder(self._latencies)
-        folder = fit(arguments, [recorder], io.StringIO())  # the result is in the run's folder, too
+        folder = fit(arguments, [recorder])
         write_atomically(folder / COSTS_FILE, json.dumps(recorder.costs, indent=2).encode())
         return folder
 
