@@ -336,7 +336,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "unknown option": (grid(lr=[1]), ["--data.rot=x"], "--data.rot"),
     "no number of trials": (INFINITE, [], "infinite, and the file has no run_cap; set --trials N"),
     "no data": (grid(lr=[1]), ["--data.root=/none"], "/none"),
-    "no validation": (grid(lr=[1]), ["--trainer.limit_val_batches=0"], "a run without a validation has no result"),
+    "no validation": (grid(lr=[1]), ["--trainer.limit_val_batches=0"], "without a validation"),
     "no database": (grid(lr=[1]), ["--storage", "nonsense"], "--storage"),
 }
 

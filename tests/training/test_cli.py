@@ -244,7 +244,7 @@ def test_a_tilde_is_expanded_in_every_path(
     assert (config.data.root, config.zero_shot.data) == (f"{tmp_path}/scenes", f"{tmp_path}/classes")
     assert config.zero_shot.names == tmp_path / "names.txt"
     assert main(command("fit", Path("~/runs"), model__image_tower="test_vit=~/weights.pth")) == 2
-    assert f"no weights file '{tmp_path}/weights.pth'" in capsys.readouterr().err
+    assert f"{tmp_path}/weights.pth" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "runs"]
     file.write_text("data: {root: ''}")
     with pytest.raises(UserError, match=r"^--data\.root is empty in a configuration"):

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 
 import clip_lightning
 from clip_lightning import timing
-from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.datamodule import CaptionDataModule
+from clip_lightning.data.readers import ReadOptions
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.retrieval import retrieval_metrics
 from clip_lightning.model.clip import CLIP

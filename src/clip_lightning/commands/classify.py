@@ -49,7 +49,7 @@ def classify(
         raise UserError(f"the file {missing[0]} does not exist; give image files after the model")
     from clip_lightning.model.clip import CLIP
     from clip_lightning.model.encode import Encoded, best_device, encode_images
-    from clip_lightning.model.zero_shot import probabilities, zero_shot_classifier
+    from clip_lightning.model.zero_shot import probabilities
 
     clip = CLIP.from_pretrained(model).to(best_device())
     encoded = Encoded.join(encode_images(clip.image_tower, images, project=clip.project_image))
@@ -61,7 +61,7 @@ def classify(
     bare = names
     if templates != "none":  # avoid "a photo of a a dog"
         bare = [re.sub(r"^(?:an?|the) (?=.)", "", name, flags=re.IGNORECASE) for name in names]
-    similarity = encoded.features @ zero_shot_classifier(clip, bare, sentences).T
+    similarity = encoded.features @ clip.zero_shot_classifier(bare, sentences).T
     scores = probabilities(similarity, clip.scale.item(), clip.bias)
     results, lines = [], []
     for position, row in zip(encoded.rows, scores, strict=True):

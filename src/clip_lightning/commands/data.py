@@ -11,7 +11,7 @@ from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import check_folder, print_result, run_functions
 from clip_lightning.data.captions import count_lost, split_by_image
-from clip_lightning.data.columns import RECOGNIZED, ReadOptions
+from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
 
@@ -124,9 +124,11 @@ def convert(
     from clip_lightning.cores import cores
     from clip_lightning.data.shards import convert as conversion
     from clip_lightning.data.shards.storage import holds_tars
+    from clip_lightning.data.shards.tars import Filter
 
     check_folder(out)
-    settings = conversion.Settings(samples_per_shard, short_side, quality, tuple(filters or ()))
+    conditions = [*map(Filter.parse, filters or ())]
+    settings = conversion.Settings(samples_per_shard, short_side, quality, conditions)
     if holds_tars(root):
         source = conversion.tars(root, split)
     else:

@@ -138,7 +138,6 @@ def zero_shot(
     from clip_lightning.data.classes import class_names
     from clip_lightning.evaluation.prompts import read_templates
     from clip_lightning.evaluation.zero_shot import classify
-    from clip_lightning.model.zero_shot import zero_shot_classifier
     from clip_lightning.reports.class_report import ClassReport
 
     models = _listed(model)
@@ -160,7 +159,7 @@ def zero_shot(
         encoded = _encode(clip, [class_set.images[member] for member in members], row, clip.project_image)
         result = classify(
             encoded.features,
-            zero_shot_classifier(clip, names_of, sentences),
+            clip.zero_shot_classifier(names_of, sentences),
             torch.tensor([class_set.labels[members[at]] for at in encoded.rows]),
             scale=clip.scale.item(),
             bias=clip.bias,
@@ -273,7 +272,7 @@ def _encode(clip: CLIP, images: Sequence[Any], row: Row, project: Project | None
 def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]]:
     """Return the split that was chosen, and its images."""
     from clip_lightning.data.captions import Splits, split_by_image
-    from clip_lightning.data.columns import RECOGNIZED
+    from clip_lightning.data.readers import RECOGNIZED
     from clip_lightning.data.sources import find_source, read_source
 
     source = find_source(place)
@@ -334,7 +333,7 @@ def _finish(
         _warn(f"results: {out}")
     print_results(rows, as_json=json)  # before the upload to W&B, which may fail
     if wandb is not None:
-        from clip_lightning.tracking.evaluations import track_evaluation
+        from clip_lightning.tracking.panel import track_evaluation
 
         for row, report in zip_longest(rows, reports):
             _warn(f"W&B run: {track_evaluation(wandb, row, out or Path('runs'), report)}")

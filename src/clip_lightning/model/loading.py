@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
-from torch import Tensor
+from torch import nn
 
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.model.bundle import TOKENIZER_SUFFIXES, WEIGHTS, read_bundle, read_json
 from clip_lightning.model.checkpoint import load_checkpoint
-from clip_lightning.model.pretrained import assemble
 from clip_lightning.model.pretrained.hugging_face import load_transformers
 from clip_lightning.model.pretrained.open_clip import load_open_clip
+from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.model.towers.base import OWN
 from clip_lightning.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.clip import CLIP, SideHeadKind
 
 TRANSFORMERS = ("clip", "siglip", "vision-text-dual-encoder")
 
@@ -31,7 +31,7 @@ def load(clip_class: type[CLIP], name: str) -> CLIP:
     for weight, tensor in clip.named_parameters():
         if not tensor.isfinite().all():
             raise UserError(f"{name} has weights that are not finite ({weight}); train it again")
-    clip.keep_scale()
+    clip.max_logit_scale = max(clip.max_logit_scale, clip.logit_scale.item())  # SigLIP's is log(117)
     return clip.eval()
 
 
@@ -39,7 +39,7 @@ def _load(clip_class: type[CLIP], name: str) -> CLIP:
     if Path(name).is_file():
         return load_checkpoint(clip_class, Path(name))
     if name.startswith("open_clip:"):
-        return assemble(clip_class, load_open_clip(name.removeprefix("open_clip:"), name))
+        return _assemble(clip_class, *load_open_clip(name.removeprefix("open_clip:"), name))
     if (run := RunFolder(Path(name))).is_run():
         for path in (run.model, run.best, run.last):
             if path.exists():
@@ -50,10 +50,10 @@ def _load(clip_class: type[CLIP], name: str) -> CLIP:
     model_type = None if "format" in config else config.get("model_type")
     if model_type in TRANSFORMERS:
         _fetch_weights(name, "model*.safetensors", "pytorch_model*.bin")
-        return assemble(clip_class, load_transformers(folder, name))
+        return _assemble(clip_class, *load_transformers(folder, name))
     if "format" not in config and (folder / "open_clip_config.json").is_file():
         _fetch_weights(name, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-        return assemble(clip_class, load_open_clip(f"local-dir:{folder}", name))
+        return _assemble(clip_class, *load_open_clip(f"local-dir:{folder}", name))
     if "image_tower" not in config:
         raise UserError(
             f"{name} is not a clip-lightning bundle (config.json and {WEIGHTS}) or a model of open_clip, and "
@@ -97,7 +97,15 @@ def _load_bundle(clip_class: type[CLIP], folder: Path, config: dict[str, Any], n
             f"a tower of {name} is a custom module, which a bundle does not contain; build the model with "
             f"CLIP.from_towers again, and load {WEIGHTS}"
         )
-    _check_shapes(clip_class, config, folder, state)
+    try:  # compare the shapes before memory is allocated
+        with torch.device("meta"):
+            described = clip_class.from_config(config, folder)
+    except UserError:
+        raise
+    except Exception:  # some architectures cannot be built on the meta device
+        pass
+    else:
+        described.load_state_dict(state, assign=True)
     clip = clip_class.from_config(config, folder)
     clip.load_state_dict(state)
     own = {*clip.config(), "tokenizer_files"}
@@ -105,18 +113,40 @@ def _load_bundle(clip_class: type[CLIP], folder: Path, config: dict[str, Any], n
     return clip
 
 
-def _check_shapes(
-    clip_class: type[CLIP], config: dict[str, Any], folder: Path, state: dict[str, Tensor]
-) -> None:
-    """Compare the configuration with the weights before memory is allocated for the model."""
-    try:
-        with torch.device("meta"):
-            described = clip_class.from_config(config, folder).state_dict()
-    except UserError:
-        raise
-    except Exception:  # some architectures cannot be built on the meta device
-        return
-    for name, tensor in described.items():
-        if name not in state or state[name].shape != tensor.shape:
-            saved = tuple(state[name].shape) if name in state else "missing"
-            raise ValueError(f"{name} is {tuple(tensor.shape)} in config.json, but {saved} in {WEIGHTS}")
+@torch.no_grad()
+def _assemble(
+    clip_class: type[CLIP],
+    image_tower: ImageTower,
+    text_tower: TextTower,
+    projections: dict[str, nn.Module | None],
+    embed_dim: int,
+    model: Any,
+) -> CLIP:
+    """Combine the parts of a model of another library."""
+    kinds = {side: _head_kind(layer) for side, layer in projections.items()}
+    head: Any = "linear" if {*kinds.values()} == {"linear"} else kinds
+    bias = getattr(model, "logit_bias", None)
+    clip = clip_class(
+        image_tower,
+        text_tower,
+        embed_dim=embed_dim,
+        head=head,
+        init_bias=None if bias is None else bias.item(),
+    )
+    for side, layer in projections.items():
+        if layer is not None:  # the head begins with a dropout
+            layers = layer if isinstance(layer, nn.Sequential) else [layer]
+            clip.heads[side].load_state_dict(nn.Sequential(nn.Identity(), *layers).state_dict())
+    clip.logit_scale.fill_(model.logit_scale.item())
+    # Copied, as the alignment of memory-mapped weights can change the last bit of a product.
+    for tensor in (*clip.parameters(), *clip.buffers()):
+        tensor.data = tensor.data.clone()
+    return clip
+
+
+def _head_kind(layer: nn.Module | None) -> SideHeadKind:
+    if layer is None:
+        return "none"
+    if isinstance(layer, nn.Linear):
+        return "linear" if layer.bias is None else "affine"
+    return "gelu"

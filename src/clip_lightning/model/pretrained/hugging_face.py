@@ -10,20 +10,18 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, SiglipModel
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.model.pretrained import Parts
 from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
 from clip_lightning.model.towers.base import plain_config
 from clip_lightning.model.towers.image import TransformersImage
-from clip_lightning.model.towers.text import DEFAULT_MAX_LENGTH
-from clip_lightning.model.towers.tokenize import TokenizeSettings, load_tokenizer
+from clip_lightning.model.towers.text import DEFAULT_MAX_LENGTH, TokenizeSettings, load_tokenizer
 
 # Image processors that do nothing but what their settings describe. ConvNeXt's also enlarges before it crops.
 _PROCESSORS = ("CLIP", "Siglip", "ViT", "DeiT", "Beit", "Bit")
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def load_transformers(folder: Path, name: str) -> Parts:
-    """Read the model `name` in fp32, with its image processor and its tokenizer.
+def load_transformers(folder: Path, name: str) -> tuple[ImageTower, TextTower, dict[str, Any], int, Any]:
+    """Return the towers in fp32, their projections, the width of the embeddings, and the original model.
 
     No other files in the folder are read, and no code in it is run.
     """
@@ -39,20 +37,12 @@ def load_transformers(folder: Path, name: str) -> Parts:
         "arguments": plain_config(model.config.vision_config),
     }
     image_tower = ImageTower(TransformersImage(model.vision_model), spec, transform)
-    logit_bias = None
     if isinstance(model, SiglipModel):  # the projection is part of its text model
-        image_projection, text_projection = None, model.text_model.head
-        logit_bias = model.logit_bias
+        projections = {"image": None, "text": model.text_model.head}
     else:
-        image_projection, text_projection = model.visual_projection, model.text_projection
-    return Parts(
-        image_tower,
-        _text_tower(model, tokenizer, name),
-        {"image": image_projection, "text": text_projection},
-        embed_dim=text_projection.out_features,
-        logit_scale=model.logit_scale,
-        logit_bias=logit_bias,
-    )
+        projections = {"image": model.visual_projection, "text": model.text_projection}
+    text_tower = _text_tower(model, tokenizer, name)
+    return image_tower, text_tower, projections, projections["text"].out_features, model
 
 
 def _text_tower(model: Any, tokenizer: Any, name: str) -> TextTower:
