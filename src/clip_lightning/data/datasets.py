@@ -234,7 +234,7 @@ class Collate:
         if samples.names is not None:
             batch["names"] = samples.names
         if images[0].ndim == 1:
-            batch["image_features"] = images if isinstance(images, Tensor) else torch.stack(images)
+            batch["image_features"] = images if isinstance(images, Tensor) else torch.stack(list(images))
         else:  # channels last in memory, as in decoded images
             pixels = torch.stack([pixels.permute(1, 2, 0) for pixels in images]).permute(0, 3, 1, 2)
             batch["pixel_values"] = pixels[: len(samples.images)]
