@@ -105,10 +105,7 @@ def requeue() -> None:
 
 
 class EarlyStopping(callbacks.EarlyStopping):
-    """Lightning's early stopping, except that a run that has stopped early does not train on when resumed.
-
-    A higher `patience` lets it continue, while Lightning would restore the patience of the checkpoint.
-    """
+    """Lightning's early stopping, but a run that has stopped early stays so until `patience` is increased."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, "patience": self.patience})
