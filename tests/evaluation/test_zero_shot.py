@@ -16,8 +16,8 @@ from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES, read_templates
 from clip_lightning.evaluation.zero_shot import calibration, classify
 from clip_lightning.model.zero_shot import probabilities
-from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.reports.plots import plot_calibration
+from clip_lightning.reports.tables import ClassReport
 
 Printed = pytest.CaptureFixture[str]
 
@@ -106,15 +106,11 @@ def test_calibration_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("image", "labels"),
-    [((0, 3), []), ((2, 3), [0]), ((1, 4), [0]), ((1, 3), [3]), ((1, 3), [-1])],
+    ("image", "labels"), [((0, 3), []), ((2, 3), [0]), ((1, 4), [0]), ((1, 3), [3]), ((1, 3), [-1])]
 )
 def test_shapes_and_labels_that_do_not_fit(image: tuple[int, int], labels: list[int]):
     with pytest.raises(ValueError, match=r"expected images|expected labels"):
         classify(torch.ones(image), torch.eye(3), torch.tensor(labels, dtype=torch.long), scale=1.0)
-
-
-# Templates ------------------------------------------------------------------------------------------------
 
 
 def test_template_sets():
@@ -133,13 +129,10 @@ def test_templates_of_a_file(tmp_path: Path):
         with pytest.raises(UserError, match=r"has no \{\}"):
             read_templates(str(file))
     file.write_bytes(b"\xff {}")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="UTF-8 file"):
         read_templates(str(file))
     with pytest.raises(UserError, match="--templates nothing"):
         read_templates("nothing")
-
-
-# Classes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -162,9 +162,7 @@ def _create(folder: Path) -> Path:
 
 def _finish(comparison: Comparison, out: Path, json: bool) -> None:
     """Write everything, warn, and print the table."""
-    from rich.console import Console
-
-    from clip_lightning.experiments.tables import print_tables, write_comparison
+    from clip_lightning.experiments.compare import print_tables, write_comparison
 
     write_comparison(comparison, out)
     for warning in comparison.warnings:
@@ -173,5 +171,5 @@ def _finish(comparison: Comparison, out: Path, json: bool) -> None:
         record = comparison.as_dict() | {"folder": str(out)}
         print(json_line(record))
         return
-    print_tables(comparison, Console(markup=False, highlight=False))
+    print_tables(comparison)
     print(f"comparison: {out / 'index.html'}")

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from clip_lightning.data.classes import ClassSet
     from clip_lightning.model.clip import CLIP
     from clip_lightning.model.encode import Encoded, Project
-    from clip_lightning.reports.class_report import ClassReport
-    from clip_lightning.reports.tables import Row
+    from clip_lightning.reports.tables import ClassReport, Row
 
 Split = Literal["all", "train", "val", "test"]
 
@@ -138,7 +137,7 @@ def zero_shot(
     from clip_lightning.data.classes import class_names
     from clip_lightning.evaluation.prompts import read_templates
     from clip_lightning.evaluation.zero_shot import classify
-    from clip_lightning.reports.class_report import ClassReport
+    from clip_lightning.reports.tables import ClassReport
 
     models = _listed(model)
     check_folder(out)
@@ -233,7 +232,7 @@ def linear_probe(
             train = ~test
         if not train.any() or not test.any():
             raise UserError(f"{row['data']} has no images to train or to test on; give more images per class")
-        parts = (encoded.features[train], labels[train], encoded.features[test], labels[test])
+        parts = [(encoded.features[rows], labels[rows]) for rows in (train, test)]
         row |= {"classes": len(class_set.classes), "broken": len(encoded.broken)}
         row |= {"train_images": int(train.sum()), "test_images": int(test.sum())}
         row |= linear_probe.linear_probe(*parts)

@@ -14,8 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 
 from clip_lightning.errors import UserError, reason_of
-from clip_lightning.reports.class_report import ClassReport
-from clip_lightning.reports.tables import Row
+from clip_lightning.reports.tables import ClassReport, Row
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import printable
 from clip_lightning.wandb_fetch import stays_offline

@@ -16,7 +16,7 @@ from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import read_templates
 from clip_lightning.evaluation.zero_shot import Classification, classify
 from clip_lightning.model.encode import Encoded, encode_images
-from clip_lightning.reports.class_report import ClassReport
+from clip_lightning.reports.tables import ClassReport
 from clip_lightning.terminal import one_line
 from clip_lightning.tracking.panel import Panel, class_media
 

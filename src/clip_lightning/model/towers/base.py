@@ -6,7 +6,6 @@ import importlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,8 +67,17 @@ class Tower(nn.Module):
         self.train(self.training)
 
     def layers(self) -> dict[str, int]:
-        """Return the layer of each parameter, counted from 0 at the input."""
-        return numbered_layers(name for name, _ in self.named_parameters())
+        """Return the layer of each parameter, from 0 at the input, by names like `layers.0.` or `layer1.0.`.
+
+        Parameters before the first number are in layer 0, and later ones without a number in the top layer.
+        """
+        layers, top = {}, 0
+        for name, _ in self.named_parameters():
+            number = re.search(r"(?:\.|\blayer)(\d+)\.", name)
+            top = int(number[1]) + 1 if number else top
+            layers[name] = top
+        consecutive = {number: layer for layer, number in enumerate(sorted({*layers.values()}))}
+        return {name: consecutive[number] for name, number in layers.items()}
 
     def compile_backbone(self) -> None:
         """Compile the backbone; what cannot be compiled runs uncompiled, and torch logs the reason."""
@@ -93,10 +101,8 @@ class Tower(nn.Module):
             else:
                 backbone.set_grad_checkpointing(True)
         except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{option} is not supported by {name!r}; leave it out, or give --model.micro_batch_size N "
-                "instead"
-            ) from error
+            remedy = "leave it out, or give --model.micro_batch_size N instead"
+            raise UserError(f"{option} is not supported by {name!r}; {remedy}") from error
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Forget the digest whenever weights are loaded; torch calls this for every module."""
@@ -105,27 +111,11 @@ class Tower(nn.Module):
 
     def digest(self) -> str:
         """Return SHA-256 (hex) of the names and values of all weights and buffers, without adapters."""
-        if (self.frozen or self.adapted) and self._frozen_digest is not None:
-            return self._frozen_digest
-        state = self.state_dict()
-        if self.adapted:
-            state = {n.replace(".base_layer.", "."): state[n] for n in state if ".lora_" not in n}
-        self._frozen_digest = weights_digest(state)
+        if self._frozen_digest is None or not (self.frozen or self.adapted):
+            state = self.state_dict()
+            own = {n.replace(".base_layer.", "."): state[n] for n in state if ".lora_" not in n}
+            self._frozen_digest = weights_digest(own if self.adapted else state)
         return self._frozen_digest
-
-
-def numbered_layers(names: Iterable[str]) -> dict[str, int]:
-    """Return the layer of each parameter, from 0 at the input, as in the names: `layers.0.`, or `layer1.0.`.
-
-    Parameters before the first number belong to layer 0, and later ones without a number to the top layer.
-    """
-    layers, top = {}, 0
-    for name in names:
-        number = re.search(r"(?:\.|\blayer)(\d+)\.", name)
-        top = int(number[1]) + 1 if number else top
-        layers[name] = top
-    consecutive = {number: layer for layer, number in enumerate(sorted({*layers.values()}))}
-    return {name: consecutive[number] for name, number in layers.items()}
 
 
 def plain_config(config: Any) -> dict[str, Any]:
