@@ -137,7 +137,7 @@ def convert(
     if left_out:
         name, reason = next(iter(left_out.items()))
         print(one_line(f"left out {len(left_out)} samples, first {name}: {reason}"), file=sys.stderr)
-    counts = {part: sum(shard.samples for shard in shards) for part, shards in splits.items()}
+    counts = {part: sum(shard["samples"] for shard in shards) for part, shards in splits.items()}
     written = ", ".join(f"{count:,} samples for {part}" for part, count in counts.items())
     record = {"out": str(out), "samples": counts, "left_out": left_out}
     print_result(record, f"wrote {written}; next: clip-lightning fit --data.root {out}", json)

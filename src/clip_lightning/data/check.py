@@ -97,9 +97,8 @@ def open_all(
 def find(captions: CaptionSet, entries: Sequence[Entry], lost: dict[str, Any] | None = None) -> Report:
     """Compare all images with each other, and return a report as plain JSON values.
 
-    It has `errors` and `warnings`, one line per kind of problem; the numbers of `images` and `captions` that
-    can be used; groups of images with the `same` bytes, and of images that look `alike`; the groups of both
-    kinds that are in several splits, `leaks` and `alike_leaks`; and other counts.
+    It has `errors` and `warnings`, one line per kind of problem; groups of images with the `same` bytes, and
+    of images that look `alike`; those in several splits, `leaks` and `alike_leaks`; and counts.
     """
     readable = [entry for entry in entries if entry.broken is None]
     repeats = {entry.name: len(entry.image.captions) - len({*entry.image.captions}) for entry in entries}
