@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
 
-OWN = "module of one's own"
-"""The architecture in the spec of a custom module, which a bundle cannot rebuild."""
+OWN = "module of one's own"  # the architecture of a custom module, which a bundle cannot rebuild
 
 
 class Tower(nn.Module):
