@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,18 +34,17 @@ _KINDS = {
 
 
 class PlainErrors:
-    """A mixin for parsers that disables abbreviations and reports errors in one line with status 2."""
+    """A mixin for parsers that disables abbreviations and reports errors in one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the error and a suggestion, and exit with status 2."""
+        """Exit with the error and a suggestion; jsonargparse catches a ValueError to try another type."""
         line = " ".join(public(message).split())
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        print(f"clip-lightning: error: {plain_message(line)}{_suggestion(line, known)}", file=sys.stderr)
-        sys.exit(2)
+        raise SystemExit(f"{plain_message(line)}{_suggestion(line, known)}")
 
 
 class _OwnParser(PlainErrors, argparse.ArgumentParser):

@@ -53,10 +53,8 @@ def _show(entries: list[CacheEntry], title: str, as_json: bool) -> None:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
         row = {"folder": str(entry.path), "kind": kind, "view": view, "tower": tower}
         rows.append({**row, "rows": entry.rows, "bytes": entry.bytes, "last_used": used})
-        size = f"{entry.bytes / 1e6:8.1f} MB  {entry.rows:>9} rows"
-        lines.append(
-            f"{used}  {size}  {kind}{'' if view is None else f' view {view}'}  {tower}  {entry.path}"
-        )
+        size = f"{entry.bytes / 1e6:8.1f} MB {entry.rows:>9} rows"
+        lines.append(f"{used} {size} {kind}{'' if view is None else f' {view}'} {tower}")
     total = sum(entry.bytes for entry in entries)
-    lines.append(f"{len(rows)} {title}, {total / 1e6:.1f} MB")
+    lines.append(f"{len(rows)} {title}, {total / 1e6:.1f} MB; --json prints the folder of each")
     print_result({title: rows, "bytes": total}, "\n".join(lines), as_json)

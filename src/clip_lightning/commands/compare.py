@@ -17,7 +17,7 @@ from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, own_arguments
 from clip_lightning.errors import UserError
-from clip_lightning.terminal import json_line
+from clip_lightning.terminal import console, json_line
 
 if TYPE_CHECKING:
     from clip_lightning.experiments.compare import Comparison
@@ -162,8 +162,6 @@ def _create(folder: Path) -> Path:
 
 def _finish(comparison: Comparison, out: Path, json: bool) -> None:
     """Write everything, warn, and print the table."""
-    from rich.console import Console
-
     from clip_lightning.experiments.tables import print_tables, write_comparison
 
     write_comparison(comparison, out)
@@ -173,5 +171,5 @@ def _finish(comparison: Comparison, out: Path, json: bool) -> None:
         record = comparison.as_dict() | {"folder": str(out)}
         print(json_line(record))
         return
-    print_tables(comparison, Console(markup=False, highlight=False))
+    print_tables(comparison, console())
     print(f"comparison: {out / 'index.html'}")

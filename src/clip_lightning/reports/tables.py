@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_lightning.files import write_atomically
-from clip_lightning.terminal import json_line
+from clip_lightning.terminal import console, json_line
 
 Row = dict[str, Any]
 """Results of a model on a data set: `model`, `data`, and values with bounds `NAME_low` and `NAME_high`."""
@@ -78,14 +78,14 @@ def print_results(rows: Sequence[Row], *, as_json: bool) -> None:
         print(json_line(rows[0] if len(rows) == 1 else list(rows)))
         return
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console(markup=False, highlight=False)
+    out = console()
     for data, group in by_data(rows).items():
         (_, *models), *body = lines(group)
-        columns: list[str | Column] = ["", *(Column(model, overflow="fold") for model in models)]
-        table = Table(*columns, title=data, title_justify="left", box=SIMPLE_HEAD)
+        columns = [Column("", no_wrap=True), *(Column(model, overflow="fold") for model in models)]
+        style: Any = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+        table = Table(*columns, title=data, **style)
         for line in body:
             table.add_row(*line)
-        console.print(table)
+        out.print(table)

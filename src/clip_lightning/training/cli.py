@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -375,9 +374,8 @@ AnyCLI = TypeVar("AnyCLI", bound=RunCLI)
 
 def run_as(kind: type[AnyCLI], args: list[str], callbacks: Sequence[Callback] = ()) -> AnyCLI:
     """Run a command with additional callbacks, and turn errors of Lightning and torch into ours."""
-    transformers.utils.logging.disable_progress_bar()  # weights load too quickly to show progress
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each loader process tokenizes on one core
-    # hide Lightning's lines about unused accelerators and its tips; its warnings are still shown
+    # hide Lightning's lines about unused accelerators; its warnings are still shown
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in QUIET:
         warnings.filterwarnings("ignore", message)

@@ -36,8 +36,8 @@ def fit(options: list[str], callbacks: Sequence[Callback] = (), out: TextIO | No
         except SystemExit as stop:
             if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits after Ctrl-C
                 raise KeyboardInterrupt from stop
-            if stop.code == 2:  # the parser has printed the reason
-                raise UserError("fit rejects these options") from stop
+            if isinstance(stop.code, str):  # the parser's message
+                raise UserError(stop.code) from stop
             raise
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import multiprocessing
@@ -20,7 +19,6 @@ import optuna
 import torch
 import yaml
 from optuna.trial import TrialState, create_trial
-from rich.console import Console
 
 from clip_lightning.allocator import keep_freed_memory
 from clip_lightning.cores import cores
@@ -33,7 +31,7 @@ from clip_lightning.experiments.sweeps.study import Worker, open_study
 from clip_lightning.experiments.tables import Column, column, markdown_table, print_columns
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.tables import csv_text
-from clip_lightning.terminal import json_line
+from clip_lightning.terminal import console, json_line
 from clip_lightning.training.fitting import Rehearsal, rehearse
 
 STATES = ("finished", "stopped early", "diverged", "running", "failed", "interrupted")
@@ -115,8 +113,7 @@ def _checked(file: SweepFile, arguments: list[str]) -> tuple[Any, dict[str, Any]
 def base_point(file: SweepFile, arguments: list[str]) -> dict[str, Any] | None:
     """Return what to draw for the options without the search, or None if the search space lacks them."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            options = _options(rehearse([*arguments, *file.arguments({})]))
+        options = _options(rehearse([*arguments, *file.arguments({})]))
         return {name: one.drawn(options[_plain(name)]) for name, one in file.varied.items()}
     # SystemExit: the arguments are incomplete without the parameters; YAMLError: a text that is not YAML
     except (LookupError, SystemExit, yaml.YAMLError):
@@ -223,13 +220,13 @@ def write_tables(file: SweepFile, report: dict[str, Any], folder: Path) -> None:
 
 def print_table(file: SweepFile, report: dict[str, Any]) -> None:
     """Print the best trials."""
-    rows, console = report["trials"], Console(markup=False, highlight=False)
+    rows, out = report["trials"], console()
     title = f"search {report['study']}, {len(rows)} trials"
     always = ("trial", "state", file.metric.name.removeprefix("val/"), "seconds")
-    print_columns(_columns(file, rows[:SHOWN]), always, title, console)
-    console.print(f"more in {Path(report['folder'], 'trials.md')}", soft_wrap=True)
+    print_columns(_columns(file, rows[:SHOWN]), always, title, out)
+    out.print(f"more in {Path(report['folder'], 'trials.md')}", soft_wrap=True)
     if report["best"]:
-        console.print(f"best: clip-lightning fit --config {report['best_config']}", soft_wrap=True)
+        out.print(f"best: clip-lightning fit --config {report['best_config']}", soft_wrap=True)
 
 
 def draw_plots(file: SweepFile, study: optuna.Study, folder: Path) -> None:

@@ -12,7 +12,7 @@ from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.model.pretrained import Parts
 from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
-from clip_lightning.model.towers.base import plain_config
+from clip_lightning.model.towers.base import plain_config, without_weight_bars
 from clip_lightning.model.towers.image import TransformersImage
 from clip_lightning.model.towers.text import DEFAULT_MAX_LENGTH
 from clip_lightning.model.towers.tokenize import TokenizeSettings, load_tokenizer
@@ -30,7 +30,8 @@ def load_transformers(folder: Path, name: str) -> Parts:
     transform = _transform(folder, name)
     tokenizer = load_tokenizer(folder)
     options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
-    model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
+    with without_weight_bars():
+        model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
     if missing := info["missing_keys"]:  # transformers only logs them
         raise ValueError(f"the weights lack {len(missing)} tensors, such as {min(missing)}")
     spec = {

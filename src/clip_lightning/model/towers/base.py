@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
@@ -138,6 +140,17 @@ def plain_config(config: Any) -> dict[str, Any]:
 def own_values(config: dict[str, Any]) -> dict[str, Any]:
     """Return an untrusted configuration without the keys for which transformers downloads attention code."""
     return {name: value for name, value in config.items() if "attn_implementation" not in name}
+
+
+@contextlib.contextmanager
+def without_weight_bars() -> Iterator[None]:
+    """Hide transformers' bars of loaded weights, but not those of downloads, which huggingface_hub shows."""
+    empty = transformers_logging.EmptyTqdm
+    previous = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: empty(*args, **kwargs))
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
 
 
 def pypi_folder(package: str) -> Path:
