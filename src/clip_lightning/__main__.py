@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 
 from clip_lightning import __version__
-from clip_lightning.allocator import keep_freed_memory
 from clip_lightning.commands import COMMANDS
+from clip_lightning.cpu import keep_freed_memory
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line, public
 

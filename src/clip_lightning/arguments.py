@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import inspect
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,12 +47,8 @@ class PlainErrors:
         raise SystemExit(f"{plain_message(line)}{_suggestion(line, known)}")
 
 
-class _OwnParser(PlainErrors, argparse.ArgumentParser):
-    """Finds the options of a command among those of `fit`."""
-
-
 class Parser(PlainErrors, jsonargparse.ArgumentParser):
-    """The parser of commands that are implemented as functions; `--json` and `--open` need no value."""
+    """The parser of commands that are implemented as functions."""
 
     @classmethod
     def of_function(
@@ -64,16 +60,9 @@ class Parser(PlainErrors, jsonargparse.ArgumentParser):
         parser.add_function_arguments(function, as_group=False, skip=skip)
         return parser
 
-    def parse_args(self, args: list[str], **options: Any) -> Any:  # type: ignore[override]
-        return super().parse_args(with_flag_values(args), **options)
-
 
 def run_functions(functions: Any, args: list[str]) -> None:
-    """Call a command, or the one of several subcommands that the second argument names.
-
-    Signatures and docstrings are the help. Parameters without a default are positional unless they are
-    keyword-only.
-    """
+    """Call a command, or the one of several that the second argument names; their docstrings are the help."""
     jsonargparse.auto_cli(
         functions, args=args[1:], prog=f"clip-lightning {args[0]}", as_positional=True, parser_class=Parser
     )
@@ -90,55 +79,42 @@ def check_folder(out: Path | None) -> None:
         raise UserError(f"--out {out} is a file; give a folder")
 
 
-def with_flag_values(args: Sequence[str]) -> list[str]:
-    """Replace `--json`, `--json true` and `--json false`, and the same of `--open`, by single arguments."""
-    result: list[str] = []
-    for arg in args:
-        if arg in ("true", "false") and result[-1:] in (["--json=true"], ["--open=true"]):
-            result[-1] = f"{result[-1].partition('=')[0]}={arg}"
-        else:
-            result.append(f"{arg}=true" if arg in ("--json", "--open") else arg)
-    return result
-
-
 def own_arguments(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments of a command, whose options have these names, and those that it passes to `fit`.
-
-    Raises:
-        UserError: an unknown option resembles one of the command's.
-    """
-    parser = _OwnParser(add_help=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("-h", "--help", action="store_true")
-    for name in names:
-        parser.add_argument(f"--{name}")
-    own, others = parser.parse_known_args(with_flag_values(args))
-    for option in (arg.partition("=")[0] for arg in others if arg.startswith("--")):
-        if "." not in option and (similar := near_options(option[2:], names)):
-            raise UserError(f"unknown option {option}; did you mean --{similar[0]}?")
-    return ["--help" if name == "help" else f"--{name}={value}" for name, value in vars(own).items()], others
+    """Divide the arguments into those of the options with these names, and those to pass to `fit`."""
+    own: list[str] = []
+    others: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        name = arg.partition("=")[0].removeprefix("--")
+        if arg in ("-h", "--help"):
+            own.append(arg)
+        elif arg.startswith("--") and name in names:
+            own += [arg] if "=" in arg else [arg, *islice(rest, 1)]
+        else:
+            if arg.startswith("--") and "." not in name and (similar := near_options(name, names)):
+                raise UserError(f"unknown option --{name}; did you mean --{similar[0]}?")
+            others.append(arg)
+    return own, others
 
 
 def with_home(text: str) -> str:
-    """Replace `~` by the home folder at the start of every path in an argument or a value.
-
-    The shell replaces it only at the start of an argument, not in `--data.root=~/photos`, `random:~/bert`,
-    lists or configurations.
-    """
+    """Replace `~` by the home folder also where the shell does not: after `=`, and in lists and files."""
     return re.sub(r"(?:^|(?<=[=:,\[{\"']))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
 
 def checked_arguments(args: list[str]) -> list[str]:
-    """Expand the home folder in all arguments, and refuse empty ones, which would mean the current folder.
-
-    Raises:
-        UserError: an argument is empty, often because a shell variable is not set.
-    """
+    """Expand home folders, give `--json` its value, and refuse empty arguments, which mean the folder `.`."""
+    result: list[str] = []
     for before, arg in zip(["", *args], args, strict=False):
         name, equals, value = arg.partition("=")
         if not arg or (name.startswith("--") and equals and not value):
             given = name or f"the argument after {before}"
             raise UserError(f"{given} is empty; give a value, or leave it out (is a shell variable unset?)")
-    return [*map(with_home, args)]
+        if arg in ("true", "false") and before in ("--json", "--open"):
+            result[-1] = f"{before}={arg}"
+        else:
+            result.append(f"{arg}=true" if arg in ("--json", "--open") else with_home(arg))
+    return result
 
 
 def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -192,26 +168,23 @@ def _kind(expected: str) -> str:
 
 
 def _suggestion(line: str, known: Sequence[str]) -> str:
-    """Suggest options that resemble the unknown one in an error message."""
-    for word in line.split():
-        bare = word.strip("\"'`,.;:")
-        name = bare.lstrip("-").partition("=")[0]
-        if name in known or not (bare.startswith("--") or "." in name or "_" in name):
-            continue
-        if similar := near_options(name, known):
-            return f"; did you mean {' or '.join(f'--{option}' for option in similar)}?"
-    return ""
+    """Suggest options that resemble the first unknown one in an error message."""
+    words = [word.strip("\"'`,.;:") for word in line.split()]
+    names = [word.lstrip("-").partition("=")[0] for word in words if re.search(r"^--|[._]", word)]
+    found = (near_options(name, known) for name in names if name not in known)
+    similar = next(filter(None, found), [])
+    return f"; did you mean {' or '.join(f'--{option}' for option in similar)}?" if similar else ""
 
 
 def near_options(name: str, known: Sequence[str]) -> list[str]:
     """Return the option that ends with `.NAME`, or up to two that resemble the name."""
     if parts := [option for option in known if option.endswith(f".{name}")]:
         return parts[:1]
-    long = [option for option in known if len(name) > 2]
-    starting = [option for option in long if option.startswith(name)]
-    ending = [option for option in long if option.endswith(f"_{name}")]
+    long = known if len(name) > 2 else []
+    affixed = [option for option in long if option.startswith(name)]
+    affixed += [option for option in long if option.endswith(f"_{name}")]
     similar = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-    return list(dict.fromkeys([*starting, *ending, *similar]))[:2]
+    return list(dict.fromkeys([*affixed, *similar]))[:2]
 
 
 def with_full_values(args: list[str]) -> list[str]:
@@ -260,10 +233,7 @@ def packaged_configs(kind: str = "") -> dict[str, Path]:
 
 
 def error_within(error: ValueError) -> str | None:
-    """Return the message of a `UserError` within a longer one of jsonargparse, if there is one.
-
-    If a logger or callback of Lightning needs a package, return the command that installs it.
-    """
+    """Return the message of a `UserError` in one of jsonargparse, or how to install what Lightning needs."""
     if missing := re.findall(r"Requirement '([^']+)' not met", str(error)):
         names = " or ".join(dict.fromkeys(missing))
         return f"--trainer: {names} is not installed; pip install '{missing[-1]}'"

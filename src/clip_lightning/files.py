@@ -87,9 +87,6 @@ def make_once(folder: Path, fill: Callable[[Path], Path]) -> None:
 
     `fill` writes into an empty draft folder and returns it, or a folder in it, which becomes `folder`. A
     process that is killed leaves only the draft next to it, which the next process removes.
-
-    Raises:
-        UserError: the disk is full or cannot be written.
     """
     if folder.is_dir():
         return

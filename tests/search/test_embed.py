@@ -63,7 +63,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
 
 def embedded(capsys: Printed, *words: str | Path | int) -> dict[str, Any]:
     capsys.readouterr()
-    run(["embed", *map(str, words), "--num_workers", "1", "--json"])
+    run(["embed", *map(str, words), "--num_workers", "1", "--json=true"])
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     found: dict[str, Any] = json.loads(out)
@@ -132,7 +132,7 @@ def test_several_processes_write_what_one_does(
     batches.clear()
     torchrun = mock.patch.dict(os.environ, {"RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
     with torchrun, FileLock(out / ".images-00001-of-00003.lock"):
-        run(["embed", *map(str, words), str(out), "--json"])
+        run(["embed", *map(str, words), str(out), "--json=true"])
     assert not capsys.readouterr().out and not (out / "manifest.json").exists()
     assert sum(batches) == 24 and len({*out.glob("*.npy")}) == 15
     assert embedded(capsys, *words, out)["embedded"] == 16

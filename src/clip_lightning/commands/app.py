@@ -83,8 +83,13 @@ def app(
             source, model = str(out), source
         index = ImageIndex.load(source, model)
         address, bound, *_ = listener.getsockname()
-        hosts = _names(host, address, allowed_hosts)
-        server = page_server(index, model or index.manifest.model, hosts, path)
+        names = {name.strip().lower() for name in allowed_hosts.split(",")} - {""}
+        is_local = ip_address(address).is_loopback
+        if not is_local:
+            print(f"--host {host}: other machines can search as well, without a login", file=sys.stderr)
+        own = {"localhost", "127.0.0.1", "::1", host.lower()}
+        allowed = frozenset(own | names) if is_local or names else None  # None: all names
+        server = page_server(index, model or index.manifest.model, allowed, path)
         url = f"http://{f'[{host}]' if ':' in host else host}:{bound}{path}/"
         print(f"serving {len(index):,} images at {url} (press Ctrl-C to stop)", file=sys.stderr)
         if open:
@@ -103,12 +108,3 @@ def _listen(host: str, port: int | None) -> socket.socket:
             if getattr(error, "errno", None) != errno.EADDRINUSE:
                 raise UserError(f"--host {host}: expected an address of this machine ({error})") from error
     raise UserError(f"--port {port or '7860 to 7959'} is in use; give another port, or omit --port")
-
-
-def _names(host: str, address: str, allowed: str) -> frozenset[str] | None:
-    """Return the host names under which browsers may open the page, or None if all are allowed."""
-    names = {name.strip().lower() for name in allowed.split(",")} - {""}
-    is_local = ip_address(address).is_loopback
-    if not is_local:
-        print(f"--host {host}: other machines can search as well, without a login", file=sys.stderr)
-    return frozenset({"localhost", "127.0.0.1", "::1", host.lower()} | names) if is_local or names else None

@@ -9,13 +9,8 @@ from pathlib import Path
 
 from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.terminal import one_line
-
-_READINGS = {
-    "softmax": "These probabilities assume that one of the labels is right, so they add up to 100 %.",
-    "sigmoid": "Each probability is for one label alone (as in SigLIP), so their sum may differ from 100 %.",
-}
 
 
 def run(args: list[str]) -> None:
@@ -58,9 +53,8 @@ def classify(
         print(one_line(f"skipped {path}: {reason}"), file=sys.stderr)
     if not encoded.rows:
         raise UserError(f"none of the {len(images)} images can be read; give other images")
-    bare = names
-    if templates != "none":  # avoid "a photo of a a dog"
-        bare = [re.sub(r"^(?:an?|the) (?=.)", "", name, flags=re.IGNORECASE) for name in names]
+    article = r"^$" if templates == "none" else r"(?i)^(?:an?|the) (?=.)"  # avoid "a photo of a a dog"
+    bare = [re.sub(article, "", name) for name in names]
     similarity = encoded.features @ zero_shot_classifier(clip, bare, sentences).T
     scores = probabilities(similarity, clip.scale.item(), clip.bias)
     results, lines = [], []
@@ -69,18 +63,20 @@ def classify(
         results.append({"image": images[position], "label": ranked[0][0], "probabilities": dict(ranked)})
         lines.append(one_line(images[position]))
         lines += [f"  {100 * value:5.1f} %  {one_line(label)}" for label, value in ranked[:10]]
-    reading = "softmax" if clip.bias is None else "sigmoid"
-    record = {"reading": reading, "results": results, "broken": broken}
-    print_result(record, "\n".join([*lines, _READINGS[reading]]), json)
+    if clip.bias is None:
+        reading = "softmax"
+        lines.append("These probabilities assume that one label is right, so they add up to 100 %.")
+    else:
+        reading = "sigmoid"
+        lines.append("Each probability is for one label alone (as in SigLIP), so their sum may not be 100 %.")
+    print_result({"reading": reading, "results": results, "broken": broken}, "\n".join(lines), json)
 
 
 def _read_labels(given: str) -> list[str]:
     labels = given.split(",")
-    try:
-        if os.path.isfile(given):  # Path.is_file raises if the list is longer than a file name may be
+    if os.path.isfile(given):  # Path.is_file raises if the list is longer than a file name may be
+        with as_user_error(f"--labels {given} cannot be read as text", "save it as UTF-8"):
             labels = Path(given).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--labels {given} is not UTF-8; save it as UTF-8") from error
     names = list(dict.fromkeys(" ".join(label.split()) for label in labels if label.strip()))
     if not names:
         raise UserError(f"--labels {given!r} has no label; give labels separated by commas, or a file")

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, own_arguments
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.terminal import console, json_line
 
 if TYPE_CHECKING:
@@ -130,10 +130,8 @@ def compare_backbones(
 
 def _arguments_of_file(file: Path) -> list[str]:
     """Return the options in a YAML file, nested or dotted, as arguments."""
-    try:
+    with as_user_error(f"--file {file} cannot be read", "give a YAML file with options"):
         content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--file {file} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--file {file}: expected a mapping from options to values, got {content!r}")
     arguments = []
@@ -153,10 +151,8 @@ def _arguments_of_file(file: Path) -> list[str]:
 
 
 def _create(folder: Path) -> Path:
-    try:
+    with as_user_error(f"--out {folder} cannot be created", "give another one"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be created ({error.strerror}); give another one") from error
     return folder
 
 
@@ -168,8 +164,7 @@ def _finish(comparison: Comparison, out: Path, json: bool) -> None:
     for warning in comparison.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
     if json:
-        record = comparison.as_dict() | {"folder": str(out)}
-        print(json_line(record))
-        return
-    print_tables(comparison, console())
-    print(f"comparison: {out / 'index.html'}")
+        print(json_line(comparison.as_dict() | {"folder": str(out)}))
+    else:
+        print_tables(comparison, console())
+        print(f"comparison: {out / 'index.html'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +15,6 @@ from clip_lightning.data.captions import count_lost, split_by_image
 from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line
-
-
-def run(args: list[str]) -> None:
-    """Run `data` with the arguments of the command line."""
-    run_functions({"check": check, "convert": convert, "upload": upload}, args)
 
 
 def check(
@@ -79,11 +75,8 @@ def check(
     text = as_text(report)
     if fix is not None:
         report["fixed"] = fixed = write_cleaned(report, entries, fix)
-        text += (
-            f"\nwrote {fix} with {fixed['images']:,} images and {fixed['captions']:,} captions, without "
-            f"{fixed['without_broken']:,} broken images, {fixed['without_leaks']:,} copies in another split "
-            f"and {fixed['without_repeats']:,} repeated captions; next: clip-lightning fit --data.root {fix}"
-        )
+        text += f"\nwrote {fix} with {fixed['images']:,} images and {fixed['captions']:,} captions; "
+        text += f"next: clip-lightning fit --data.root {fix}"
     print_result(report, text, json)
     if report["errors"]:
         raise SystemExit(1)
@@ -121,7 +114,7 @@ def convert(
         num_workers: number of processes; by default one per core, at most 8.
         json: print one JSON object instead.
     """
-    from clip_lightning.cores import cores
+    from clip_lightning.cpu import cores
     from clip_lightning.data.shards import convert as conversion
     from clip_lightning.data.shards.storage import holds_tars
 
@@ -184,3 +177,6 @@ def upload(
     )
     text = f"uploaded {name}; next: clip-lightning fit --data.root wandb:{name}"
     print_result({"artifact": name, **metadata}, text, json)
+
+
+run = partial(run_functions, {"check": check, "convert": convert, "upload": upload})

@@ -14,7 +14,6 @@ from clip_lightning.commands import MODEL
 from clip_lightning.search.folder import Options
 from clip_lightning.terminal import one_line
 
-MOST_NAMED = 5
 EMBED = """Write embeddings of images, captions or both as float32 vectors of unit length.
 
 If you run the same command again, it resumes, or embeds only what is new or has changed. Images that cannot
@@ -64,7 +63,7 @@ def run(args: list[str]) -> None:
             print(f"search must load the model to embed a sentence: {done['text_tower']}", file=sys.stderr)
         result = f'{done["type"]}: clip-lightning search {given.out} "..."'
     for kind, hint in (("broken", ""), ("unreadable", "; the next run retries it")):
-        for path, reason in list(done[kind].items())[:MOST_NAMED]:
+        for path, reason in list(done[kind].items())[:5]:
             print(one_line(f"left out {path}: {reason}{hint}"), file=sys.stderr)
     record = {"out": str(given.out.resolve()), **done}
     print_result(record, f"{summary(done)}, {result}", given.json)

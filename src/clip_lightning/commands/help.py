@@ -60,11 +60,7 @@ def print_help(command: str, *, everything: bool) -> None:
 
 
 def check_options(args: Sequence[str]) -> None:
-    """Refuse an unknown option before anything slow is imported.
-
-    Raises:
-        UserError: an option is not in the table, and does not belong to a class that the user chooses.
-    """
+    """Refuse an option that neither is in the table nor belongs to a class, before slow imports."""
     options = read_options()
     names = [name for name in options if not name.endswith(".*")]
     classes = tuple(name[:-1] for name in options if name.endswith(".*"))

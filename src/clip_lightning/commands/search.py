@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_lightning.arguments import Parser, print_result
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.terminal import one_line
 
 
@@ -86,10 +86,8 @@ def _queries(sentence: str | None, query: str | None, image: Path | None, file: 
         )
     if image is not None:
         return given
-    try:
+    with as_user_error(f"--file {file} cannot be read as text", "give a UTF-8 file"):
         lines = file.read_text(encoding="utf-8-sig").splitlines() if file else given
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--file {file} cannot be read as UTF-8 text: {error}") from error
     sentences = [line.strip() for line in lines if line.strip()]
     if not sentences:
         raise UserError(f"{f'--file {file}' if file else 'the sentence'} is empty; give a sentence")

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_lightning.cores import cores
+from clip_lightning.cpu import cores
 from clip_lightning.data.formats import NothingFound, read_captions
 from clip_lightning.data.image_formats import READ_SUFFIXES, counted, is_image, walk
 from clip_lightning.data.images import UnreadableFile, decode_bytes, read_file

@@ -20,8 +20,7 @@ import torch
 import yaml
 from optuna.trial import TrialState, create_trial
 
-from clip_lightning.allocator import keep_freed_memory
-from clip_lightning.cores import cores
+from clip_lightning.cpu import cores, keep_freed_memory
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.experiments.backbones import group_arguments
 from clip_lightning.experiments.compare import settings_of

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
 
 OWN = "module of one's own"
@@ -114,6 +114,15 @@ class Tower(nn.Module):
             state = {n.replace(".base_layer.", "."): state[n] for n in state if ".lora_" not in n}
         self._frozen_digest = weights_digest(state)
         return self._frozen_digest
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, shapes, types and values, in the order of the names."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def numbered_layers(names: Iterable[str]) -> dict[str, int]:
