@@ -13,7 +13,7 @@ INSTALL := $(VENV)/bin/pip install -qq --constraint constraints.txt
 
 SCENES := runs/scenes
 
-.PHONY: help quickstart test test-lowest test-faults test-browser check docs wheel release notebooks options clean
+.PHONY: help quickstart test test-lowest test-faults test-browser gpu check docs wheel release notebooks options clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -47,6 +47,9 @@ test-lowest:  ## run some tests with the lowest versions that pyproject.toml pro
 	@$(VENV)-lowest/bin/pip install -qq --constraint constraints-lowest.txt --editable ".[dev]"
 	$(VENV)-lowest/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile -o filterwarnings=default \
 	  -m "not slow and not faults and not browser" tests/training tests/model tests/tracking $(PYTEST_ARGS)
+
+gpu: $(DEV)  ## check and time training on this machine's GPU, in about half an hour
+	PATH=$(VENV)/bin:$$PATH benchmarks/gpu.sh
 
 check: $(DEV)  ## lint, formatting, types
 	$(VENV)/bin/ruff check

@@ -33,7 +33,6 @@ from clip_lightning.data.images import decode_image
 from clip_lightning.evaluation.prompts import TEMPLATES
 from clip_lightning.evaluation.retrieval import retrieval_metrics
 from clip_lightning.model.clip import CLIP
-from clip_lightning.model.zero_shot import zero_shot_classifier
 
 BATCH = 50
 Embed = Callable[[list[Any]], Tensor]
@@ -151,7 +150,7 @@ def zero_shot(models: dict[str, Any], root: Path, kinds: list[str]) -> dict[str,
     own_files = in_batches(theirs.files, list(data.images))
     for kind in kinds:
         templates = TEMPLATES[kind]
-        classes = zero_shot_classifier(models["bundle"].clip, names, templates)
+        classes = models["bundle"].clip.zero_shot_classifier(names, templates)
         weights = open_clip.build_zero_shot_classifier(theirs.model, theirs.tokenize, names, templates)
         answer, their_answer = (ours @ classes.T).argmax(1), (other @ weights).argmax(1)
         found[kind] = {

@@ -31,8 +31,7 @@ import report
 from PIL import Image
 
 from clip_lightning.data.shards.convert import Settings, convert, tars, write_tar
-from clip_lightning.data.shards.record import Record
-from clip_lightning.data.shards.tars import scan
+from clip_lightning.data.shards.tars import Record, scan
 from clip_lightning.training.recorder import memory_of_processes
 
 BATCH, SIZE, SCALE, PER_TAR = 256, 224, 0.9, 2000

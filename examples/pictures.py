@@ -1,4 +1,4 @@
-"""Make docs/images/search.png and zero_shot.png: what a model of the drawn scenes does with unseen ones.
+"""Make docs/images/search.png and zero_shot.png: what a model of the synthetic scenes does with unseen ones.
 
     python examples/pictures.py runs/ID/model [--out docs/images]
 

@@ -62,12 +62,6 @@ def test_cores_that_the_process_may_not_use_do_not_count(monkeypatch: pytest.Mon
     assert 1 <= cores() <= len(os.sched_getaffinity(0))
 
 
-def test_only_one_function_counts_cores() -> None:
-    package = Path(sys.modules["clip_lightning"].__file__ or "").parent
-    asking = [path.name for path in package.rglob("*.py") if "cpu_count" in path.read_text(encoding="utf-8")]
-    assert asking == ["cpu.py"]
-
-
 def test_the_newest_run_is_last_and_other_programs_configurations_are_not_runs(tmp_path: Path) -> None:
     for age, name in enumerate(("newest", "older", "oldest", "other")):
         run = RunFolder(tmp_path / name)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from clip_lightning.data.datamodule import CaptionDataModule as CaptionDataModule
     from clip_lightning.evaluation.retrieval import retrieval_metrics as retrieval_metrics
     from clip_lightning.model.clip import CLIP as CLIP
-    from clip_lightning.model.zero_shot import zero_shot_classifier as zero_shot_classifier
+    from clip_lightning.model.clip import zero_shot_classifier as zero_shot_classifier
     from clip_lightning.search.index import ImageIndex as ImageIndex
     from clip_lightning.training.losses import ContrastiveLoss as ContrastiveLoss
     from clip_lightning.training.losses import info_nce as info_nce
@@ -28,7 +28,7 @@ _HOME = {
     "info_nce": "clip_lightning.training.losses",
     "retrieval_metrics": "clip_lightning.evaluation.retrieval",
     "siglip_loss": "clip_lightning.training.losses",
-    "zero_shot_classifier": "clip_lightning.model.zero_shot",
+    "zero_shot_classifier": "clip_lightning.model.clip",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.terminal import json_line, public
 
 # Names of types in the messages of jsonargparse, for the user.
@@ -44,7 +44,10 @@ class PlainErrors:
         line = " ".join(public(message).split())
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        raise SystemExit(f"{plain_message(line)}{_suggestion(line, known)}")
+        words = [word.strip("\"'`,.;:") for word in line.split()]
+        names = [word.lstrip("-").partition("=")[0] for word in words if re.search(r"^--|[._]", word)]
+        questions = (suggestion(name, known) for name in names if name not in known)
+        raise SystemExit("; ".join([plain_message(line), *filter(None, questions)][:2]))
 
 
 class Parser(PlainErrors, jsonargparse.ArgumentParser):
@@ -91,8 +94,8 @@ def own_arguments(args: Sequence[str], names: Sequence[str]) -> tuple[list[str],
         elif arg.startswith("--") and name in names:
             own += [arg] if "=" in arg else [arg, *islice(rest, 1)]
         else:
-            if arg.startswith("--") and "." not in name and (similar := near_options(name, names)):
-                raise UserError(f"unknown option --{name}; did you mean --{similar[0]}?")
+            if arg.startswith("--") and "." not in name and (question := suggestion(name, names)):
+                raise UserError(f"unknown option --{name}; {question}")
             others.append(arg)
     return own, others
 
@@ -167,51 +170,32 @@ def _kind(expected: str) -> str:
     return _KINDS.get(name, name)
 
 
-def _suggestion(line: str, known: Sequence[str]) -> str:
-    """Suggest options that resemble the first unknown one in an error message."""
-    words = [word.strip("\"'`,.;:") for word in line.split()]
-    names = [word.lstrip("-").partition("=")[0] for word in words if re.search(r"^--|[._]", word)]
-    found = (near_options(name, known) for name in names if name not in known)
-    similar = next(filter(None, found), [])
-    return f"; did you mean {' or '.join(f'--{option}' for option in similar)}?" if similar else ""
-
-
-def near_options(name: str, known: Sequence[str]) -> list[str]:
-    """Return the option that ends with `.NAME`, or up to two that resemble the name."""
-    if parts := [option for option in known if option.endswith(f".{name}")]:
-        return parts[:1]
-    long = known if len(name) > 2 else []
-    affixed = [option for option in long if option.startswith(name)]
-    affixed += [option for option in long if option.endswith(f"_{name}")]
-    similar = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-    return list(dict.fromkeys([*affixed, *similar]))[:2]
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Ask for the option that ends with `.NAME`, or for up to two that resemble the name."""
+    options = [option for option in known if option.endswith(f".{name}")][:1]
+    if not options:
+        options = [option for option in known if len(name) > 2 and option.startswith(name)]
+        options += [option for option in known if len(name) > 2 and option.endswith(f"_{name}")]
+        options += difflib.get_close_matches(name, known, n=2, cutoff=0.75)
+    two = [f"--{option}" for option in dict.fromkeys(options)][:2]
+    return f"did you mean {' or '.join(two)}?" if two else ""
 
 
 def with_full_values(args: list[str]) -> list[str]:
     """Resolve `--config heads` to the packaged file, and add the folder that loggers of Lightning require."""
-    full = {"--config": _config_path, "-c": _config_path, "--trainer.logger": _with_folder}
     result = []
     for before, arg in zip(["", *args], args, strict=False):
         option, equals, value = arg.partition("=")
-        if equals and option in full:
-            arg = f"{option}={full[option](value)}"
-        result.append(full[before](arg) if before in full else arg)
+        if not equals:
+            option, value = before, arg
+        if option in ("--config", "-c"):
+            value = packaged_config(value)
+            with as_user_error(f"--config {value} is not valid YAML", "correct the file"):
+                yaml.safe_load(Path(value).read_text())
+        elif option == "--trainer.logger" and value.endswith(("CSVLogger", "TensorBoardLogger")):
+            value = json.dumps({"class_path": value, "init_args": {"save_dir": "."}})
+        result.append(f"{option}={value}" if equals else value)
     return result
-
-
-def _config_path(name: str) -> str:
-    path = packaged_config(name)
-    try:
-        yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {name} is not valid YAML: {error}") from error
-    return path
-
-
-def _with_folder(logger: str) -> str:
-    if logger.rpartition(".")[2] not in ("CSVLogger", "TensorBoardLogger"):
-        return logger
-    return json.dumps({"class_path": logger, "init_args": {"save_dir": "."}})
 
 
 def packaged_config(name: str, kind: str = "") -> str:

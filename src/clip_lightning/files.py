@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -45,11 +44,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace the content of a file completely or not at all."""
     with complete_file(path) as draft:
         draft.write_bytes(data)
-
-
-def is_draft(name: str) -> bool:
-    """Return whether this is the name of an unfinished file of `complete_file`."""
-    return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clip_lightning.data.captions import CaptionedImage, Splits
-from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.data.datasets import Collate, EvalDataset, Samples, TrainDataset
 from clip_lightning.data.features import FeatureCache, Features
 from clip_lightning.data.images import Augmentation, ImageTransform
+from clip_lightning.data.readers import ReadOptions
 from clip_lightning.data.sampler import TrainSampler
 from clip_lightning.data.scenes import draw
 from clip_lightning.errors import UserError

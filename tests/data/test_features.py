@@ -25,10 +25,10 @@ from torch import Tensor
 from clip_lightning.__main__ import main
 from clip_lightning.data import features as features_module
 from clip_lightning.data.captions import CaptionedImage
-from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.data.features import SHARD_ROWS, CacheOptions, FeatureCache, Features
 from clip_lightning.data.images import Augmentation, decode_image
+from clip_lightning.data.readers import ReadOptions
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training import extract as extract_module

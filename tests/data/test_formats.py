@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_lightning.data.captions import CaptionSet, content_groups
-from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.formats import read_captions
+from clip_lightning.data.readers import ReadOptions
 from clip_lightning.errors import UserError
 
 Files = dict[str, str | bytes]
@@ -303,13 +303,10 @@ def test_missing_images_are_explained(tmp_path: Path) -> None:
     write(tmp_path, {"x.csv": "image,caption\n" + "".join(f"{name},x\n" for name in names)})
     write(tmp_path, {f"pics/{name}": "" for name in ("one.jpg", "two.JPG", "three.jpg")} | {"b/here.jpg": ""})
     left_out = read_captions(tmp_path).left_out
-    option = f"--data.read.image_folder {tmp_path.resolve() / 'pics'}"
-    assert list(left_out.values()) == [
-        f"there is no such image, but there is pics/one.jpg; correct the name, or use {option}",
-        "there is no such image, but there is pics/two.JPG; correct the name",
-        "there is no such image, but there is pics/three.jpg; correct the name",
-        "there is no such image",
-    ]
+    option = f"correct the name, or use --data.read.image_folder {tmp_path.resolve() / 'pics'} if only"
+    for reason, file in zip(left_out.values(), ("one.jpg", "two.JPG", "three.jpg"), strict=False):
+        assert f"there is no such image, but there is pics/{file}; {option}" in reason
+    assert left_out["nowhere.jpg"] == "there is no such image" and len(left_out) == 4
     in_pics = ReadOptions(image_folder=Path("pics"))
     assert list(content(read_captions(tmp_path, in_pics))) == ["pics/one.jpg"]
     write(tmp_path, {"x.csv": "image,caption\na/1.jpg,x\nb/1.jpg,x\n", "pics/1.jpg": ""})
@@ -402,9 +399,9 @@ WRONG: dict[str, tuple[Files, str, str]] = {
         "auto",
         "begins with '{.*; expected COCO",
     ),
-    "list": ({"dataset_coco.json": "[3]"}, "captions", r"begins with '\[3\]'; expected COCO"),
-    "broken JSON": ({"dataset_coco.json": "{"}, "captions", "is not JSON"),
-    "broken line": ({"x.jsonl": "{"}, "auto", "line 1 is not JSON"),
+    "list": ({"dataset_coco.json": "[3]"}, "captions", r"begins with '\[3\]' .*; expected COCO"),
+    "broken JSON": ({"dataset_coco.json": "{"}, "captions", "begins with .*JSONDecodeError"),
+    "broken line": ({"x.jsonl": "{"}, "auto", "line 1 is not a JSON object"),
     "no object": ({"x.jsonl": "\n3"}, "auto", "line 2 is not a JSON object"),
     "two images in a row": (
         {"a.jpg": "", "b.jpg": "", "x.csv": "a.jpg,b.jpg,a dog"},

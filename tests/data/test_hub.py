@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.formats import read_captions
-from clip_lightning.data.hub import HubDataset
+from clip_lightning.data.readers import ReadOptions
+from clip_lightning.data.sources import HubDataset
 from clip_lightning.errors import UserError
 
 datasets = pytest.importorskip("datasets")

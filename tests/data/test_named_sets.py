@@ -194,5 +194,5 @@ def test_missing_columns(tmp_path: Path):
         UserError, match=r"has the columns .*'text': 'Value'.*expected one column of the type Image"
     ):
         find_classes(f"hf:{tmp_path / 'texts'}")
-    with pytest.raises(UserError, match="1 classes; expected two or more"):
+    with pytest.raises(UserError, match="has 1 classes with images; expected two or more"):
         find_classes(f"hf:{hub_folder(tmp_path / 'one', {'train': [1, 1]})}")

@@ -23,7 +23,6 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from clip_lightning.__main__ import main
@@ -34,7 +33,7 @@ from clip_lightning.data.shards import convert, storage, tars
 from clip_lightning.data.shards import index as manifest
 from clip_lightning.data.shards.convert import Settings, captioned
 from clip_lightning.data.shards.index import Index
-from clip_lightning.data.shards.record import BrokenRecord, Filter, Record, captions_of, draw_captions
+from clip_lightning.data.shards.tars import BrokenRecord, Filter, Record, captions_of, draw_captions
 from clip_lightning.data.shards.training import ShardDataset, ShardOptions, ShardSampler, held_out
 from clip_lightning.errors import RunFailed, UserError
 
@@ -53,10 +52,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def converted(source: Path, out: Path, samples_per_shard: int = 5, workers: int = 1, **how: Any) -> Path:
     """Captioned images, or a folder of tars, as new tars."""
     if any(source.glob("*.tar")):
-        jobs = convert.tars(str(source), "train")
+        contents = convert.tars(str(source), "train")
     else:
-        jobs = captioned(source, samples_per_shard)
-    convert.convert(jobs, Settings(samples_per_shard, **how), out, workers)
+        contents = captioned(source, samples_per_shard)
+    convert.convert(contents, Settings(samples_per_shard, **how), out, workers)
     return out
 
 
@@ -133,8 +132,10 @@ def test_converted_images_are_unchanged_and_complete(shards: Path, scenes: Path)
         assert {r.fields["name"]: (r.image, r.fields["captions"]) for r in found} == expected
         assert all((r.fields["width"], r.fields["height"]) == (32, 32) for r in found)
         assert all(r.fields["txt"] == r.fields["captions"][0] for r in found)
-        there = {path.name for path in (shards / split).iterdir()}
-        assert there == {shard.file for shard in splits[split]} | {manifest.FIELDS_FILE}
+        names = {Path(shard.file).stem for shard in splits[split]}
+        assert {path.name for path in (shards / split).iterdir()} == {
+            f"{name}.{suffix}" for name in names for suffix in ("tar", "parquet")
+        }
         for shard in splits[split]:
             content = (shards / split / shard.file).read_bytes()
             assert (len(content), hashlib.sha256(content).hexdigest()) == (shard.bytes, shard.sha256)
@@ -145,7 +146,7 @@ def test_an_interrupted_conversion_resumes_to_the_same_result(
     shards: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(records: Iterator[Record], path: Path) -> None:
-        if path.name == ".00004.tar.tmp":
+        if path.name.startswith(".00004.tar"):
             with pytest.raises(UserError, match=r"another process is writing to .*out; wait for it"):
                 converted(scenes, out)
             raise OSError(28, "No space left on device")
@@ -156,7 +157,7 @@ def test_an_interrupted_conversion_resumes_to_the_same_result(
     with pytest.raises(RunFailed, match=r"No space left.*run the same command again"):
         converted(scenes, out)
     monkeypatch.undo()
-    done = {path: path.stat().st_mtime_ns for path in out.glob("train/0*")}
+    done = {path: path.stat().st_mtime_ns for path in out.glob("train/0*.tar")}
     assert len(done) == 4 and not (out / manifest.FILE).exists()
     with pytest.raises(UserError, match="no conversion of this data with these options"):
         converted(scenes, out, 4)
@@ -218,13 +219,13 @@ def test_broken_images_are_left_out_but_unreadable_files_are_errors(
 def test_tars_are_converted_with_their_fields_and_a_filter(tmp_path: Path) -> None:
     for number in range(3):
         laion(tmp_path / f"{number}.tar", range(4 * number, 4 * number + 4), similarity=lambda n: n / 10)
-    found = records(converted(tmp_path, tmp_path / "out", filters=("similarity >= 0.35",)))
+    found = records(converted(tmp_path, tmp_path / "out", filters=(Filter.parse("similarity >= 0.35"),)))
     assert [key(record) for record in found] == [f"{number:09d}" for number in range(4, 12)]
     assert found[0].fields == {"similarity": 0.4, "txt": "text 4", "width": 20, "height": 20}
     shards = (manifest.find(str(tmp_path / "out")) or {})["train"]
     assert [shard.samples for shard in shards] == [4, 4], "the first tar has left nothing"
     with pytest.raises(RunFailed, match="no sample is usable and passes --filters"):
-        converted(tmp_path, tmp_path / "none", filters=("similarity > 9",))
+        converted(tmp_path, tmp_path / "none", filters=(Filter.parse("similarity > 9"),))
 
 
 @given(st.binary(max_size=60))
@@ -235,7 +236,7 @@ def test_invalid_manifests_are_refused(shards: Path, data: bytes) -> None:
     wrong: list[Any] = [{"file": "../../x"}, {"file": "a/b"}, {"samples": -1}, {"bytes": "1"}, {"more": 1}]
     splits: list[Any] = [3, {"../up": []}, {"train": [{"file": "a"}]}]
     changes = [{"splits": each} for each in [*splits, *({"train": [shard | each]} for each in wrong)]]
-    for change in ({"version": 2}, {"format": "litdata"}, *changes):
+    for change in ({"version": 1}, {"format": "litdata"}, *changes):
         with pytest.raises(UserError, match=r"x is damaged .*convert the data again"):
             manifest.load(json.dumps(content | change).encode(), "x")
     with pytest.raises(UserError):
@@ -262,9 +263,6 @@ def test_captions_are_drawn_by_the_probabilities_of_their_fields() -> None:
     assert captions_of(fields, choice) == {"alt": ["a"], "synthetic": ["s", "t"]}
     with pytest.raises(BrokenRecord, match="no caption in alt, synthetic"):
         draw_captions({"caption": "never"}, choice, 1, rng)
-    for probability in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="number above 0"):
-            ShardOptions(captions={"txt": probability})
 
 
 def test_filters() -> None:
@@ -451,9 +449,6 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
     for part in ([n for n in counts if int(n) < 100], [n for n in counts if int(n) >= 100]):
         assert max(counts[n] for n in part) - min(counts[n] for n in part) <= 1, "pass after pass"
     assert sorted(names(dataset(often, seldom), 40)) == sorted(counts), "without weights every sample once"
-    for wrong in ({"sources": {str(often): 0.0}}, {"window": 0}, {"samples_per_epoch": 0}):
-        with pytest.raises(UserError, match=r"--data\.shards\..* expected (a number above 0|1 or more)"):
-            dataset(**wrong)
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_number(shards: Path, tmp_path: Path) -> None:
@@ -497,10 +492,7 @@ def test_resuming_on_fewer_workers_and_ranks_loses_no_sample(
     assert len(seen) == len({*seen}) == 32
 
 
-def test_filters_choose_samples_by_the_fields_of_any_type(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tars, "_ROWS", 3)  # so that every table has two parts
+def test_filters_choose_samples_by_the_fields_of_any_type(tmp_path: Path) -> None:
     laion(tmp_path / "0.tar", range(4), score=lambda n: n if n else None, odd=lambda n: None)
     laion(tmp_path / "1.tar", range(4, 8), score=float, odd=lambda n: "x", late=lambda n: True)
     laion(tmp_path / "2.tar", range(8, 12), score=float, odd=lambda n: n)
@@ -603,11 +595,9 @@ def test_patterns_match_files_in_order(tmp_path: Path) -> None:
         assert storage.expand(f"{tmp_path}{source}") == files
     for url in (f"file://{tmp_path}", f"file://{tmp_path}/*.tar"):
         assert storage.expand(url) == [f"file://{file}" for file in files]
-    with pytest.raises(UserError, match=r"00003\.tar does not exist"):
-        storage.expand(f"{tmp_path}/{{00000..00003}}.tar")
     with pytest.raises(UserError, match="cannot be read: Protocol not known: nope"):
         storage.expand("nope://x/*.tar")
-    for source in (f"{tmp_path}/no*.tar", f"{tmp_path}/absent"):
+    for source in (f"{tmp_path}/no*.tar", f"{tmp_path}/absent", f"{tmp_path}/{{00000..00003}}.tar"):
         with pytest.raises(UserError, match="matches no file"):
             storage.expand(source)
 
@@ -629,15 +619,13 @@ def test_the_number_of_samples_per_epoch(served: Callable[[Path], str], tmp_path
 
 def test_tars_must_match_the_manifest(scenes: Path, tmp_path: Path) -> None:
     out = converted(scenes, tmp_path / "out")
-    for name, problem in (("00002.tar", "does not have .* bytes"), (manifest.FIELDS_FILE, "is damaged")):
-        file = out / "train" / name
-        file.write_bytes(file.read_bytes()[:-1])
-        with pytest.raises(UserError, match=rf"{name} {problem}.*convert the data again"):
-            dataset(out)
-    out = converted(scenes, tmp_path / "again")
-    fields = out / "train" / manifest.FIELDS_FILE
-    parquet.write_table(parquet.read_table(fields)[:-1], fields)
-    with pytest.raises(UserError, match=r"does not match shards\.json; convert the data again"):
+    whole = names(dataset(out), 4)
+    (out / "train" / "00000.parquet").unlink()
+    (out / "train" / "00001.parquet").write_bytes(b"damaged")
+    assert names(dataset(out), 4) == whole, "these tars are scanned"
+    file = out / "train" / "00002.tar"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"00002\.tar does not have .* bytes; convert the data again"):
         dataset(out)
     content = json.loads((out / manifest.FILE).read_bytes())
     (out / manifest.FILE).write_text(json.dumps(content | {"splits": {"val": content["splits"]["val"]}}))

@@ -18,11 +18,10 @@ from PIL import Image
 from clip_lightning import CLIP, CaptionDataModule
 from clip_lightning.__main__ import main
 from clip_lightning.data.captions import Splits
-from clip_lightning.data.columns import ReadOptions
 from clip_lightning.data.features import CacheOptions
 from clip_lightning.data.formats import read_captions
-from clip_lightning.data.hub import HubDataset
-from clip_lightning.data.sources import Archive, Artifact, Folder, Scenes, find_source, names_tars
+from clip_lightning.data.readers import ReadOptions
+from clip_lightning.data.sources import Archive, Artifact, Folder, HubDataset, Scenes, find_source, names_tars
 from clip_lightning.errors import UserError
 from clip_lightning.files import make_once
 from clip_lightning.wandb_fetch import ArtifactName

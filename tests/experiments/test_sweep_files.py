@@ -18,7 +18,7 @@ from clip_lightning.errors import UserError
 from clip_lightning.experiments.sweeps.file import Parameter, SweepFile, argument, read_sweep
 from clip_lightning.experiments.sweeps.run import base_point
 from clip_lightning.experiments.sweeps.study import UntriedSampler
-from clip_lightning.training.fitting import rehearse
+from clip_lightning.training.cli import rehearse
 
 SWEEPS = sorted((Path(__file__).resolve().parents[2] / "configs" / "sweeps").glob("*.yaml"))
 LR, DROPOUT = "model.optimizer.lr", "model.heads.dropout"

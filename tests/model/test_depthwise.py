@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from clip_lightning.model.towers import ImageTower
 from clip_lightning.model.towers.depthwise import DepthwiseBackwardInFloat32, _Depthwise
@@ -27,7 +27,8 @@ def run(
     tensors = [tensor.requires_grad_() for tensor in tensors]
     context = DepthwiseBackwardInFloat32() if ours else torch.enable_grad()
     with torch.autocast("cpu", BF16, enabled=not exact), context:
-        output = F.conv2d(*tensors, groups=6, **settings)
+        layer = nn.Conv2d(6, 6 * filters, 3, groups=6, bias=bias, **settings)
+        output = functional_call(layer, dict(zip(("weight", "bias"), tensors[1:], strict=False)), tensors[0])
     gradient = torch.randn(output.shape, generator=chance).to(BF16)
     output.backward(gradient.to(output.dtype))
     return [output.detach(), *(tensor.grad for tensor in tensors if tensor.grad is not None)]

@@ -129,7 +129,7 @@ def test_a_bundle_with_other_bytes(bundle: Path, examples: settings, name: str) 
         (None, {"tokenizer_files": ["../secret.txt"]}, "'../secret.txt' in tokenizer_files is not the name"),
         (None, {"tokenizer_files": ["/etc/passwd"]}, "'/etc/passwd' in tokenizer_files is not the name"),
         (None, {"head": "triple"}, "unknown head 'triple'"),
-        (None, {"metrics": {"rsum": "x"}}, "its metrics are not numbers"),
+        (None, {"metrics": {"rsum": "x"}}, "or its metrics are not numbers"),
         (None, {"training_data": "x"}, "its training_data is not an object"),
         ("transform", {"size": [10**6, 10**6]}, "expected sides of 1 to 4096 pixels"),
         ("transform", {"size": [32, 32, 32]}, "expected sides of 1 to 4096 pixels"),

@@ -104,25 +104,21 @@ def test_what_cannot_be_read_is_named_or_skipped(
     make_clip: MakeClip, pictures: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     clip, missing = make_clip(), tmp_path / "missing.jpg"
-    with pytest.raises(BrokenImage, match=r"image 3, .*missing\.jpg cannot be read: No such file"):
+    with pytest.raises(BrokenImage, match=r"missing\.jpg cannot be read: No such file"):
         clip.embed_images([*pictures[:3], missing], batch_size=2)
     several = [pictures[0], missing, b"", pictures[1], torch.rand(3, 8, 8), 7]
     torch.testing.assert_close(clip.embed_images(several, errors="skip"), clip.embed_images(pictures[:2]))
-    assert [record.message.partition(": ")[0] for record in caplog.records] == [
-        f"skipped image 1, {missing}",
-        "skipped image 2",
-        "skipped image 4",
-        "skipped image 5",
-    ]
+    skipped = [record.message.partition(" cannot")[0] for record in caplog.records]
+    assert skipped == [f"skipped: {name}" for name in (missing, "image 2", "image 4", "image 5")]
     assert "it is torch.float32 values of shape (3, 8, 8); expected" in caplog.text
     caplog.clear()
     texts: list[Any] = ["a star", float("nan"), "a dog"]
     torch.testing.assert_close(clip.embed_texts(texts, errors="skip"), clip.embed_texts(["a star", "a dog"]))
-    assert [record.message for record in caplog.records] == ["skipped text 1: nan is not a string"]
+    assert [record.message for record in caplog.records] == ["skipped: text 1 is nan; expected a string"]
     with pytest.raises(TypeError, match="text 1 is nan; expected a string"):
         clip.embed_texts(texts)
-    with pytest.raises(ValueError, match="errors='raise' or 'skip'"):
-        clip.embed_images(pictures, errors="ignore")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_size 0: expected 1 or more"):
+        clip.embed_images(pictures, batch_size=0)
 
 
 def test_the_scale_is_clamped_and_can_come_down_again(make_clip: MakeClip) -> None:
@@ -308,14 +304,8 @@ def forget_the_tokenizer(bundle: Path) -> None:
         (lambda b: edit(b, "text_tower", max_length=5), "the tokenizer is not the one"),
         (lambda b: edit(b, None, format=2), "upgrade clip-lightning"),
         # no memory is taken for what only the configuration describes
-        (
-            lambda b: edit(b, None, embed_dim=10**12),
-            r"is \(\d+.*, but \(.*get the complete model",
-        ),
-        (
-            lambda b: edit(b, "text_tower", config=huge(b)),
-            r"is \(\d+.*, but \(.*get the complete model",
-        ),
+        (lambda b: edit(b, None, embed_dim=10**12), "size mismatch .*get the complete model"),
+        (lambda b: edit(b, "text_tower", config=huge(b)), "size mismatch .*get the complete model"),
         (lambda b: (b / "config.json").unlink(), "is not a clip-lightning bundle"),
         (lambda b: (b / "model.safetensors").unlink(), r"cannot be loaded .*model\.safetensors"),
         (lambda b: cut(b / "config.json", 0), "cannot be loaded"),

@@ -169,7 +169,7 @@ def test_sharded_weights_are_saved_when_all_ranks_have_agreed(exception: BaseExc
 def test_the_newest_run_is_resumed_and_other_folders_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "stray" / "checkpoints").mkdir(parents=True)
     for given in ("last", "best"):
-        with pytest.raises(UserError, match=f"--ckpt_path {given}: there is no run in"):
+        with pytest.raises(UserError, match=rf"--ckpt_path {given}: there is no .*/{given}\.ckpt; set"):
             find_checkpoint(given, tmp_path)
     for place in (tmp_path, tmp_path / "absent"):
         assert find_checkpoint("auto", place) is None
@@ -181,7 +181,7 @@ def test_the_newest_run_is_resumed_and_other_folders_are_ignored(tmp_path: Path)
         for path in (file, config):
             os.utime(path, (time.time() - age, time.time() - age))
     assert find_checkpoint("last", tmp_path) == find_checkpoint("auto", tmp_path) == newer
-    with pytest.raises(UserError, match=r"best: the newest run, .*newer, has no best\.ckpt; set"):
+    with pytest.raises(UserError, match=r"best: there is no .*newer/checkpoints/best\.ckpt; set"):
         find_checkpoint("best", tmp_path)
     os.utime(older)
     assert find_checkpoint("auto", tmp_path) == older
@@ -190,16 +190,8 @@ def test_the_newest_run_is_resumed_and_other_folders_are_ignored(tmp_path: Path)
     assert find_checkpoint("last", tmp_path) == older
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"every_minutes": 0}, {"every_minutes": -1}, {"every_minutes": float("inf")}, {"every_n_steps": 0}],
-)
-def test_invalid_intervals(options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"--checkpoint\.every_"):
-        CheckpointOptions(**options)
-
-
 def test_each_interval_has_a_callback_of_its_own(tmp_path: Path) -> None:
     counts = [len(CheckpointOptions(*given).callbacks(tmp_path)) for given in ((), (None, 5), (None,))]
     assert counts == [2, 2, 1]
+    assert len(CheckpointOptions(float("inf")).callbacks(tmp_path)) == 2, "none is written in between"
     assert len({callback.state_key for callback in CheckpointOptions(10, 5).callbacks(tmp_path)}) == 3

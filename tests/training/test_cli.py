@@ -27,8 +27,7 @@ from clip_lightning.__main__ import main
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
-from clip_lightning.training.cli import RunCLI, changed_options, run_as
-from clip_lightning.training.fitting import rehearse
+from clip_lightning.training.cli import RunCLI, changed_options, plain_errors, rehearse
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -120,19 +119,12 @@ def test_metrics_are_flat_and_complete(finished: Path) -> None:
     assert all(isinstance(value, int | float | str) for value in metrics.values())
 
 
-def test_checkpoints_contain_no_frozen_tower(finished: Path) -> None:
-    last, best = checkpoint(finished), checkpoint(finished, "best")
-    metrics = metrics_of(finished)
-    assert last["global_step"] == 2 * EPOCH
-    assert best["global_step"] == metrics["step"]
-    assert set(last["frozen_towers"]) == {"clip.image_tower", "clip.text_tower"}
-    assert not [name for name in last["state_dict"] if "tower" in name]
-
-
 def test_the_bundle_is_the_best_epoch(finished: Path) -> None:
     clip = CLIP.from_pretrained(finished / "model")
-    stored = checkpoint(finished, "best")["state_dict"]
-    assert torch.equal(clip.heads.image[1].weight, stored["clip.heads.image.1.weight"])
+    last, best = checkpoint(finished), checkpoint(finished, "best")
+    assert torch.equal(clip.heads.image[1].weight, best["state_dict"]["clip.heads.image.1.weight"])
+    assert (last["global_step"], best["global_step"]) == (2 * EPOCH, metrics_of(finished)["step"])
+    assert not [name for name in last["state_dict"] if "tower" in name]
     assert clip.embed_texts(["a red circle"]).shape == (1, 16)
     config = json.loads((finished / "model" / "config.json").read_text())
     metrics = metrics_of(finished)
@@ -178,7 +170,8 @@ def test_a_cpu_without_fast_bf16_trains_in_fp32(
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
     words = command("fit", tmp_path, trainer__precision="bf16-mixed", trainer__fast_dev_run="true")
-    ran = run_as(RunCLI, words)
+    with plain_errors():
+        ran = RunCLI(words)
     assert ran.trainer.precision == precision
     assert yaml.safe_load(ran.config_to_save)["trainer"]["precision"] == "bf16-mixed"
 
@@ -253,17 +246,13 @@ def test_a_tilde_is_expanded_in_every_path(
         rehearse([f"--config={file}", *command("", tmp_path, data__root=...)[1:]])
 
 
-def test_a_csv_logger(command: Command, tmp_path: Path) -> None:
-    options = {"trainer__logger": "CSVLogger", "trainer__log_every_n_steps": 2}
+def test_a_csv_logger_and_a_custom_checkpoint_plugin(command: Command, tmp_path: Path) -> None:
+    plugin = {"trainer__plugins": "lightning.fabric.plugins.TorchCheckpointIO"}
+    options = {"trainer__logger": "CSVLogger", "trainer__log_every_n_steps": 2, **plugin}
     assert main(command("fit", tmp_path, **options)) == 0
     header, *rows = (the_run(tmp_path) / "metrics.csv").read_text().splitlines()
     assert {"train/loss", "train/samples_per_second", "val/rsum", "step"} < set(header.split(","))
     assert len(rows) >= 2 * EPOCH / 2
-
-
-def test_a_custom_checkpoint_plugin(command: Command, tmp_path: Path) -> None:
-    plugin = "lightning.fabric.plugins.TorchCheckpointIO"
-    assert main(command("fit", tmp_path, trainer__plugins=plugin, trainer__max_epochs=1)) == 0
     assert (the_run(tmp_path) / "checkpoints" / "last.ckpt").is_file()
 
 
@@ -409,7 +398,7 @@ def test_a_signal_saves_the_run_which_is_resumed(
     note.unlink(missing_ok=True)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == status, errors
-    assert "--ckpt_path last resumes from this step" in errors
+    assert "stopped; the same command with --ckpt_path last" in errors
     assert "Traceback" not in errors
 
     folder = the_run(tmp_path / "runs")
@@ -435,13 +424,7 @@ def test_a_signal_saves_the_run_which_is_resumed(
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "absent loss": ({"model__loss": "myloss.Focal"}, r"loss: cannot import myloss\.Focal: No module"),
     "no loss": ({"model__loss": "torch.nn.Linear"}, r"loss: torch\.nn\.Linear is not a ContrastiveLoss"),
-    "absent callback": ({"trainer__callbacks": "mine.Own"}, r"callbacks: cannot import mine\.Own: No module"),
-    "no accumulation": (
-        {"trainer__accumulate_grad_batches": 0},
-        r"batches 0: expected a number greater",
-    ),
     "no epochs": ({"trainer__check_val_every_n_epoch": 0}, r"n_epoch 0: expected a number greater"),
-    "no steps": ({"trainer__val_check_interval": 0}, r"val_check_interval 0: expected a number greater"),
     "after the epoch": ({"trainer__val_check_interval": 9}, r"interval 9 is more than the 8 batches"),
     "monitor": ({"early_stopping__monitor": "nothing"}, r"monitor nothing: expected one of val/rsum"),
     "averages without a score": (
@@ -450,18 +433,18 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one image for batch norms": (
         {"model__freeze": "none", "model__micro_batch_size": 3},
-        r"--model\.micro_batch_size 3 with --data\.batch_size 4 leaves a single image",
+        r"--data\.batch_size 4 and --model\.micro_batch_size 3 leave a single image",
     ),
     "unknown logger": ({"trainer__logger": "Nonsense"}, r"--trainer\.logger: expected the name of a class"),
-    "seed": ({"seed_everything": -5}, r"--seed_everything: -5"),
+    "seed": ({"seed_everything": -5}, r"--seed_everything is invalid .*-5"),
     "runs in a file": ({"trainer__default_root_dir": __file__}, r"default_root_dir .* another folder"),
     "frozen there, not here": (
         {"ckpt_path": "LAST", "model__freeze": "image"},
-        r"last\.ckpt was trained with image_tower and text_tower frozen; set the same --model options",
+        r"of a different model \(frozen is .*text_tower.* there and .* here\); set the same --model options",
     ),
     "a loss with a bias": (
         {"ckpt_path": "LAST", "model__loss": "SigLIP"},
-        r"of a different model \(clip\.logit_bias is absent there",
+        r"of a different model \(clip\.logit_bias is absent there and \(\) here",
     ),
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,13 @@ from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training import gradcache
 from clip_lightning.training.build import HeadOptions, TowerOptions
-from clip_lightning.training.gradcache import encode_in_micro_batches, saved_bytes, search, within_budget
+from clip_lightning.training.gradcache import encode_in_micro_batches, largest_micro_batch, saved_bytes
 from clip_lightning.training.losses import info_nce
 from clip_lightning.training.module import CLIPModule
 
 MakeClip = Callable[..., CLIP]
 ROWS, LENGTH = 10, 7
+NAMES = ("pixel_values", "input_ids", "attention_mask")
 Run = Callable[[CLIP, Callable[..., Tensor], tuple[Tensor, ...], int], Tensor]
 
 
@@ -127,103 +130,65 @@ def test_without_gradients_or_in_one_micro_batch(make_clip: MakeClip) -> None:
 
 
 def test_memory_holds_the_activations_of_one_micro_batch() -> None:
-    layer = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))
-    rows = torch.randn(ROWS, 4)
-    kept = saved_bytes(lambda size: encode_in_micro_batches(layer, (rows,), size, layer), 2, layer)
-    assert kept < saved_bytes(lambda size: layer(rows), ROWS, layer) / 2
-
-
-@pytest.mark.parametrize(
-    ("budget", "expected"),
-    [(10_100, 100), (10_099, 64), (7_000, 64), (6_500, 64), (6_499, 32), (900, 8), (899, 0)],
-)
-def test_the_largest_size_within_a_budget_is_used(budget: int, expected: int) -> None:
-    """A graph of 100 bytes, and 100 more per row."""
-    assert within_budget(300, 500, 100, budget) == expected
-
-
-def test_saved_bytes_are_those_of_the_activations() -> None:
     layer = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8), nn.Sigmoid())
-    rows = torch.zeros(40, 64)
+    rows = torch.randn(40, 64)
     # the input, what GELU and the second layer took in, what the sigmoid gave; in fp32, without the weights
-    assert saved_bytes(lambda size: layer(rows[:size].clone()), 10, layer) == 10 * (64 + 32 + 32 + 8) * 4
+    assert saved_bytes(layer, [rows], layer) == 40 * (64 + 32 + 32 + 8) * 4
+    micro = saved_bytes(lambda x: encode_in_micro_batches(layer, (x,), 4, layer), [rows], layer)
+    assert micro < saved_bytes(layer, [rows], layer) * 0.7
 
 
 def has_memory(patch: pytest.MonkeyPatch, available: int) -> None:
-    memory = type("Memory", (), {"available": available})
-    patch.setattr(gradcache.psutil, "virtual_memory", lambda: memory)
+    patch.setattr(gradcache.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    patch.setattr(torch.cuda, "mem_get_info", lambda device: (available, available))
 
 
+ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-def test_the_search_for_a_size_changes_nothing(
-    make_clip: MakeClip, precision: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+def test_auto_halves_the_batch_until_it_fits_and_changes_nothing(
+    make_clip: MakeClip, precision: torch.dtype | None, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     make = {"image": "random:test_resnet", "dropout": 0.3}
-    clip = make_clip(**make).train()
+    clip = make_clip(**make).train().to(device)
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     chance = torch.get_rng_state()
-    pixels, *tokens = batch()
+    rows = {name: x.repeat(4, *[1] * (x.ndim - 1)).to(device) for name, x in zip(NAMES, batch(), strict=True)}
+    strategy = SimpleNamespace(root_device=torch.device(device), reduce=lambda size, reduce_op: size)
 
-    def found(available: int, **options: int) -> int:
-        def encode(size: int) -> Tensor:
-            text = clip.encode_text(*(x[:size] for x in tokens))
-            return torch.cat([clip.encode_image(pixels[:size]), text])
-
+    def found(available: int, ranks: int = 1) -> int | None:
         has_memory(monkeypatch, available)
-        with torch.autocast("cpu", precision, enabled=precision is not None):
-            return search(encode, ROWS, clip, **options)
+        trainer: Any = SimpleNamespace(strategy=strategy, num_devices=ranks, is_global_zero=False)
+        with torch.autocast(device, precision, enabled=precision is not None):
+            return largest_micro_batch(clip, rows, trainer)
 
-    assert found(2**40) == ROWS
-    needed = next(size for size in (2**k for k in range(10, 40)) if found(size) == ROWS)
-    assert found(needed // 2) < ROWS
-    assert found(4 * needed, ranks=4) == ROWS and found(4 * needed, ranks=8) < ROWS
-    assert found(2 * needed, reserve=needed) < found(4 * needed, reserve=needed) == ROWS
-    assert found(0) == 0
+    sizes = {available: found(available) for available in (round(2 ** (k / 4)) for k in range(60, 120))}
+    assert set(sizes.values()) == {40, 20, 10, 5}
+    assert [*sizes.values()] == sorted(sizes.values())
+    needed = next(available for available, size in sizes.items() if size == 40)
+    assert found(4 * needed, ranks=4) == 40
+    assert (found(4 * needed, ranks=8) == 40) == (device == "cuda"), "ranks share the memory of a machine"
+    reserved = 6 * sum(p.nbytes for p in clip.parameters())
+    assert found(reserved) == 5, "gradients and moments have no room beside activations"
+    clip.freeze("both")
+    assert found(2**40) is None
+    clip.freeze("none")
 
     assert torch.equal(torch.get_rng_state(), chance)
     assert all(p.grad is None for p in clip.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
-    # and what is trained next is what would have been
-    ours, theirs = (gradients(c, cached, 4, precision) for c in (clip, make_clip(**make).train()))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_search_for_a_size_on_a_gpu(make_clip: MakeClip) -> None:
-    clip = make_clip(image="random:test_resnet", dropout=0.3).train().cuda()
-    before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
-    chance = torch.cuda.get_rng_state()
-    pixels = batch()[0].cuda()
-    assert search(lambda size: clip.encode_image(pixels[:size]), ROWS, clip) == ROWS
-    assert torch.equal(torch.cuda.get_rng_state(), chance)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
-    many = pixels[:1].expand(2**24, -1, -1, -1)
-    fits = search(lambda size: clip.encode_image(many[:size]), len(many), clip)
-    assert 8 <= fits < len(many)
-    clip.encode_image(many[:fits]).sum().backward()
-
-
-@pytest.mark.parametrize(("available", "expected"), [(2**40, 8), (0, None)])
 def test_auto_in_training(
-    make_module: Callable[..., CLIPModule],
-    scenes: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    available: int,
-    expected: int | None,
+    make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    has_memory(monkeypatch, available)
     steps = []
     for size in ("auto", 8):
         module = make_module(freeze="none", micro_batch_size=size, heads=HeadOptions(16, dropout=0.2))
-        fit = trainer(tmp_path, max_steps=1, limit_val_batches=0).fit
-        if expected is None:
-            with pytest.raises(UserError, match=r"micro_batch_size auto: .* no memory for 8 images"):
-                fit(module, data(module, scenes))
-            return
-        fit(module, data(module, scenes))
-        assert module.micro_batch_size == expected
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data(module, scenes))
+        assert module.micro_batch_size == 8
         steps.append(module.state_dict())
     assert "--model.micro_batch_size auto: 8 of 8 rows at a time\n" in capsys.readouterr().err
     assert all(torch.equal(tensor, steps[1][name]) for name, tensor in steps[0].items())

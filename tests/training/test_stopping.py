@@ -21,7 +21,7 @@ from clip_lightning.__main__ import _status, main
 from clip_lightning.data.shards.convert import Settings, captioned, convert
 from clip_lightning.errors import AgreedStop, RunFailed
 from clip_lightning.training.module import CLIPModule
-from clip_lightning.training.stopping import GracefulStop, NonFinite, lost_rank, requeue, slurm_job
+from clip_lightning.training.stopping import GracefulStop, NonFinite, lost_process, requeue
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning")
 
@@ -40,31 +40,27 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int],
     return install
 
 
-@pytest.mark.parametrize(
-    ("environment", "job"),
-    [
-        ({}, None),
-        ({"SLURM_JOB_ID": "417"}, "417"),
-        ({"SLURM_JOB_ID": "418", "SLURM_ARRAY_JOB_ID": "417", "SLURM_ARRAY_TASK_ID": "3"}, "417_3"),
-        ({"SLURM_JOB_ID": "1; rm -rf ~"}, None),
-    ],
-)
-def test_the_job_of_slurm(environment: dict[str, str], job: str | None) -> None:
-    with mock.patch.dict(os.environ, environment, clear=True):
-        assert slurm_job() == job
+ARRAY = {"SLURM_ARRAY_JOB_ID": "417", "SLURM_ARRAY_TASK_ID": "3"}
 
 
-def test_a_job_is_requeued(scontrol: Callable[[int], Path], capfd: pytest.CaptureFixture[str]) -> None:
-    notes = scontrol(0)
-    requeue("417_3")
-    assert notes.read_text() == "requeue 417_3\n"
-    assert "417_3 was requeued" in capfd.readouterr().err
-    scontrol(1)
-    requeue("417")
-    assert "refused\nthe job 417 could not be requeued\n" in capfd.readouterr().err
-    with mock.patch.dict(os.environ, {"PATH": "/nowhere"}):
-        requeue("417")
-    assert "the job 417 could not be requeued" in capfd.readouterr().err
+@pytest.mark.parametrize(("environment", "job"), [({}, "418"), (ARRAY, "417_3")])
+def test_a_job_is_requeued(
+    scontrol: Callable[[int], Path],
+    capfd: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    job: str,
+) -> None:
+    with mock.patch.dict(os.environ, {"SLURM_JOB_ID": "418", **environment}):
+        notes = scontrol(0)
+        requeue()
+        assert notes.read_text() == f"requeue {job}\n"
+        assert f"{job} was requeued" in capfd.readouterr().err
+        scontrol(1)
+        requeue()
+        assert f"refused\nthe job {job} could not be requeued\n" in capfd.readouterr().err
+        os.environ["PATH"] = "/nowhere"
+        requeue()
+        assert f"the job {job} could not be requeued" in capfd.readouterr().err
 
 
 class Loop:
@@ -75,7 +71,7 @@ class Loop:
         self.started = self.processed = self.ready = 3
         self.accumulate_grad_batches = 1
         self.is_last_batch, self.received_sigterm = last, False
-        self.is_global_zero, self.global_step = True, 3
+        self.is_global_zero, self.global_step, self.world_size = True, 3, 1
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -102,15 +98,19 @@ def test_signals_stop_after_the_batch(number: signal.Signals, last: bool) -> Non
     assert before == {s: signal.getsignal(s) for s in before}
 
 
-@pytest.mark.parametrize(("number", "calls"), [(signal.SIGUSR1, ["417"]), (signal.SIGTERM, [])])
-def test_only_sigusr1_requeues_the_job(number: int, calls: list[str]) -> None:
-    asked: list[str] = []
+@pytest.mark.parametrize(
+    ("number", "environment", "calls"),
+    [
+        (signal.SIGUSR1, {"SLURM_JOB_ID": "417"}, [requeue]),
+        (signal.SIGTERM, {"SLURM_JOB_ID": "417"}, []),
+        (signal.SIGUSR1, {}, []),
+    ],
+)
+def test_only_sigusr1_requeues_the_job(number: int, environment: dict[str, str], calls: list[Any]) -> None:
+    asked: list[Any] = []
     stop = GracefulStop()
     stop._received = number
-    with (
-        mock.patch.dict(os.environ, {"SLURM_JOB_ID": "417"}),
-        mock.patch("atexit.register", lambda function, job: asked.append(job)),
-    ):
+    with mock.patch.dict(os.environ, environment), mock.patch("atexit.register", asked.append):
         stop.on_exception(Loop(False), None, SIGTERMException())
     assert asked == calls
 
@@ -126,9 +126,9 @@ def test_only_rank_0_exits_with_the_status_of_a_signal(environment: dict[str, st
 
 def test_errors_of_a_lost_connection_and_others() -> None:
     gone = RuntimeError("[/x/gloo/transport/tcp/pair.cc:545] Read error [::1]: Connection reset by peer")
-    assert isinstance(lost_rank(gone), RunFailed)
-    assert isinstance(lost_rank(torch.distributed.DistNetworkError("x")), RunFailed)
-    assert lost_rank(RuntimeError("size mismatch")) is None
+    assert isinstance(lost_process(gone), RunFailed)
+    assert isinstance(lost_process(torch.distributed.DistNetworkError("x")), RunFailed)
+    assert lost_process(RuntimeError("size mismatch")) is None
 
 
 # steps whose gradient is not finite
@@ -243,13 +243,6 @@ def test_samples_of_shards_are_listed(
 
 
 @pytest.mark.filterwarnings("ignore:skipped step .")
-def test_separate_skipped_steps_do_not_end_the_run(fit: Fit, tmp_path: Path) -> None:
-    _, guard = fit(Poison({0, 1, 3}))
-    assert guard.left_out == 3
-    assert not (tmp_path / "non-finite.json").exists()
-
-
-@pytest.mark.filterwarnings("ignore:skipped step .")
 def test_accumulated_gradients_are_one_step(fit: Fit) -> None:
     weights = Weights()
     _, guard = fit(Poison({0}), weights, accumulate_grad_batches=2)
@@ -259,13 +252,14 @@ def test_accumulated_gradients_are_one_step(fit: Fit) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:skipped step .")
-def test_the_count_is_part_of_the_checkpoint(fit: Fit, tmp_path: Path) -> None:
-    module, _ = fit(Poison({1}))
+def test_separate_skipped_steps_are_counted_in_the_checkpoint(fit: Fit, tmp_path: Path) -> None:
+    module, guard = fit(Poison({0, 1, 3}))
+    assert not (tmp_path / "non-finite.json").exists(), "the run goes on"
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["NonFinite"]
     again = NonFinite(tmp_path)
     again.load_state_dict(stored)
-    assert again.left_out == 1
+    assert again.left_out == guard.left_out == 3
 
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.

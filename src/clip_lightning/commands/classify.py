@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 
 from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
 from clip_lightning.errors import UserError, as_user_error
-from clip_lightning.terminal import one_line
+from clip_lightning.terminal import note, one_line
 
 
 def run(args: list[str]) -> None:
@@ -30,8 +29,6 @@ def classify(
     label by itself. The output states which kind of model it is.
 
     Args:
-        model: a model, as for `CLIP.from_pretrained`.
-        images: image files.
         labels: label names separated by commas, or a file with one name per line.
         templates: simple, imagenet, none, or a file with one template per line in which {} stands for the
             label.
@@ -44,18 +41,18 @@ def classify(
         raise UserError(f"the file {missing[0]} does not exist; give image files after the model")
     from clip_lightning.model.clip import CLIP
     from clip_lightning.model.encode import Encoded, best_device, encode_images
-    from clip_lightning.model.zero_shot import probabilities, zero_shot_classifier
+    from clip_lightning.model.zero_shot import probabilities
 
     clip = CLIP.from_pretrained(model).to(best_device())
     encoded = Encoded.join(encode_images(clip.image_tower, images, project=clip.project_image))
     broken = {path: str(reason) for _, path, reason in encoded.broken}
     for path, reason in broken.items():
-        print(one_line(f"skipped {path}: {reason}"), file=sys.stderr)
+        note(f"skipped {path}: {reason}")
     if not encoded.rows:
         raise UserError(f"none of the {len(images)} images can be read; give other images")
     article = r"^$" if templates == "none" else r"(?i)^(?:an?|the) (?=.)"  # avoid "a photo of a a dog"
     bare = [re.sub(article, "", name) for name in names]
-    similarity = encoded.features @ zero_shot_classifier(clip, bare, sentences).T
+    similarity = encoded.features @ clip.zero_shot_classifier(bare, sentences).T
     scores = probabilities(similarity, clip.scale.item(), clip.bias)
     results, lines = [], []
     for position, row in zip(encoded.rows, scores, strict=True):

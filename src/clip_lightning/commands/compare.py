@@ -17,7 +17,7 @@ from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, own_arguments
 from clip_lightning.errors import UserError, as_user_error
-from clip_lightning.terminal import console, json_line
+from clip_lightning.terminal import console, json_line, note
 
 if TYPE_CHECKING:
     from clip_lightning.experiments.compare import Comparison
@@ -58,7 +58,6 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
     different data are ranked separately. Interrupted runs are ranked by their best score so far, and marked.
 
     Args:
-        runs: the runs to compare.
         out: folder for the table, the plots and the page; by default `runs/compare-DATE-TIME`.
         group: use only the W&B runs of this group.
         json: print the table as one JSON object instead.
@@ -72,7 +71,7 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
         raise UserError("--group selects runs of a W&B project; also give wandb:ENTITY/PROJECT")
     records, left_out = read_runs(runs, group)
     for place, reason in left_out.items():
-        print(f"left out {place}: {reason}", file=sys.stderr)
+        note(f"left out {place}: {reason}")
     if not records:
         place, reason = next(iter(left_out.items()))
         raise UserError(f"there is nothing to compare; left out {place}: {reason}")
@@ -97,7 +96,6 @@ def compare_backbones(
     not trained again.
 
     Args:
-        options: arguments of `fit`.
         image_towers: names as in --model.image_tower, separated by commas.
         text_towers: names as in --model.text_tower, separated by commas.
         seeds: number of runs per pair, each with its own seed.
@@ -124,7 +122,7 @@ def compare_backbones(
             _finish(comparison, backbones.folder, json)
     if backbones.failed:
         pairs = f"{len(backbones.failed)} of {len(backbones.pairs)} pairs"
-        print(f"{pairs} failed; run the same command again to retry them", file=sys.stderr)
+        note(f"{pairs} failed; run the same command again to retry them")
         sys.exit(1)
 
 
@@ -162,7 +160,7 @@ def _finish(comparison: Comparison, out: Path, json: bool) -> None:
 
     write_comparison(comparison, out)
     for warning in comparison.warnings:
-        print(f"WARNING: {warning}", file=sys.stderr)
+        note(f"WARNING: {warning}")
     if json:
         print(json_line(comparison.as_dict() | {"folder": str(out)}))
     else:

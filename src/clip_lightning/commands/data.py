@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,9 @@ from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import check_folder, print_result, run_functions
 from clip_lightning.data.captions import count_lost, split_by_image
-from clip_lightning.data.columns import RECOGNIZED, ReadOptions
+from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.errors import UserError
-from clip_lightning.terminal import one_line
+from clip_lightning.terminal import note
 
 
 def check(
@@ -58,7 +57,7 @@ def check(
     try:
         parts = split_by_image(captions, read.splits)
     except UserError as error:  # there are too few images to split, but they can still be checked
-        print(one_line(f"warning: {error}"), file=sys.stderr)
+        note(f"warning: {error}")
         parts = {}
     lost = None
     if text_tower is not None:
@@ -71,7 +70,7 @@ def check(
     report = find(captions, entries, lost)
     if out is not None:
         write_report(report, entries, out)
-        print(f"page: {out / 'check.html'}", file=sys.stderr)
+        note(f"page: {out / 'check.html'}")
     text = as_text(report)
     if fix is not None:
         report["fixed"] = fixed = write_cleaned(report, entries, fix)
@@ -117,9 +116,11 @@ def convert(
     from clip_lightning.cpu import cores
     from clip_lightning.data.shards import convert as conversion
     from clip_lightning.data.shards.storage import holds_tars
+    from clip_lightning.data.shards.tars import Filter
 
     check_folder(out)
-    settings = conversion.Settings(samples_per_shard, short_side, quality, tuple(filters or ()))
+    conditions = [*map(Filter.parse, filters or ())]
+    settings = conversion.Settings(samples_per_shard, short_side, quality, conditions)
     if holds_tars(root):
         source = conversion.tars(root, split)
     else:
@@ -127,7 +128,7 @@ def convert(
     splits, left_out = conversion.convert(source, settings, out, num_workers or min(8, cores()))
     if left_out:
         name, reason = next(iter(left_out.items()))
-        print(one_line(f"left out {len(left_out)} samples, first {name}: {reason}"), file=sys.stderr)
+        note(f"left out {len(left_out)} samples, first {name}: {reason}")
     counts = {part: sum(shard.samples for shard in shards) for part, shards in splits.items()}
     written = ", ".join(f"{count:,} samples for {part}" for part, count in counts.items())
     record = {"out": str(out), "samples": counts, "left_out": left_out}
@@ -170,7 +171,7 @@ def upload(
         "splits": dict(Counter(image.split or "none" for image in captions.images)),
         "left_out": len(captions.left_out),
     }
-    print(f"uploading {metadata['images']:,} images, {metadata['captions']:,} captions", file=sys.stderr)
+    note(f"uploading {metadata['images']:,} images, {metadata['captions']:,} captions")
     project = project or default_project()
     name = upload_data(
         artifact, root, project=project, entity=entity, by_reference=reference, metadata=metadata

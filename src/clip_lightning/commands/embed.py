@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from jsonargparse.typing import PositiveInt
 from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
 from clip_lightning.search.folder import Options
-from clip_lightning.terminal import one_line
+from clip_lightning.terminal import note
 
 EMBED = """Write embeddings of images, captions or both as float32 vectors of unit length.
 
@@ -60,11 +59,11 @@ def run(args: list[str]) -> None:
             options = replace(options, what="both" if given.captions else "images")
         done = build_index(given.model, given.source, given.out, options)
         if done["text_tower"] != "onnx" and options.onnx is None:
-            print(f"search must load the model to embed a sentence: {done['text_tower']}", file=sys.stderr)
+            note(f"search must load the model to embed a sentence: {done['text_tower']}")
         result = f'{done["type"]}: clip-lightning search {given.out} "..."'
     for kind, hint in (("broken", ""), ("unreadable", "; the next run retries it")):
         for path, reason in list(done[kind].items())[:5]:
-            print(one_line(f"left out {path}: {reason}{hint}"), file=sys.stderr)
+            note(f"left out {path}: {reason}{hint}")
     record = {"out": str(given.out.resolve()), **done}
     print_result(record, f"{summary(done)}, {result}", given.json)
 

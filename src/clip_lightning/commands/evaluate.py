@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from clip_lightning.arguments import check_folder, run_functions
 from clip_lightning.data.captions import CaptionedImage, Splits, split_by_image
 from clip_lightning.data.classes import ClassSet, class_names, find_classes
-from clip_lightning.data.columns import RECOGNIZED
+from clip_lightning.data.readers import RECOGNIZED
 from clip_lightning.data.sources import find_source, read_source
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation import linear_probe as probe
@@ -27,10 +26,9 @@ from clip_lightning.evaluation.retrieval import fold_metrics, retrieval_metrics,
 from clip_lightning.evaluation.zero_shot import classify
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import Encoded, best_device, encode_images
-from clip_lightning.model.zero_shot import zero_shot_classifier
 from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.reports.tables import Row, print_results, write_results
-from clip_lightning.terminal import one_line, printable
+from clip_lightning.terminal import note, printable
 
 Split = Literal["all", "train", "val", "test"]
 
@@ -134,7 +132,7 @@ def zero_shot(
     for entries in named.values():
         name, count = Counter(map(", ".join, entries)).most_common(1)[0]
         if count > 1:
-            _warn(f"several classes have the name {name}; give them different names with --names")
+            note(f"several classes have the name {name}; give them different names with --names")
     members = {place: class_set.rows(chosen[place]) for place, class_set in sets.items()}
     images = {place: [sets[place].images[member] for member in members[place]] for place in sets}
     rows: list[Row] = []
@@ -143,7 +141,7 @@ def zero_shot(
         place = row["data"]
         result = classify(
             encoded.features,
-            zero_shot_classifier(clip, named[place], sentences),
+            clip.zero_shot_classifier(named[place], sentences),
             torch.tensor([sets[place].labels[members[place][at]] for at in encoded.rows]),
             scale=clip.scale.item(),
             bias=clip.bias,
@@ -277,13 +275,9 @@ def _choose_split(place: str, split: str | None, own: Iterable[str | None]) -> s
 
 def _warn_of_each(what: str, reasons: Mapping[str, str]) -> None:
     for name, reason in list(reasons.items())[:5]:
-        _warn(f"{what} {name}: {reason}")
+        note(f"{what} {name}: {reason}")
     if len(reasons) > 5:
-        _warn(f"{what} {len(reasons)} in total")
-
-
-def _warn(line: str) -> None:
-    print(one_line(line), file=sys.stderr, flush=True)
+        note(f"{what} {len(reasons)} in total")
 
 
 def _finish(
@@ -292,13 +286,13 @@ def _finish(
     """Write, print and track the rows, each with its class report if there is one."""
     if out is not None:
         write_results(rows, out)
-        _warn(f"results: {out}")
+        note(f"results: {out}")
     print_results(rows, as_json=json)  # before the upload to W&B, which may fail
     if wandb is not None:
         from clip_lightning.tracking.evaluations import track_evaluation
 
         for row, report in zip_longest(rows, reports):
-            _warn(f"W&B run: {track_evaluation(wandb, row, out or Path('runs'), report)}")
+            note(f"W&B run: {track_evaluation(wandb, row, out or Path('runs'), report)}")
 
 
 run = partial(run_functions, {"retrieval": retrieval, "zero-shot": zero_shot, "linear-probe": linear_probe})

@@ -14,37 +14,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.data.captions import SPLIT_WORDS
-from clip_lightning.data.columns import IMAGE_NAMES, NoColumn, ReadOptions, find_names
+from clip_lightning.data.captions import SPLIT_WORDS, SPLITS
 from clip_lightning.data.formats import NothingFound, read_captions
-from clip_lightning.data.hub import HubDataset, undecoded
 from clip_lightning.data.image_formats import is_image, walk
 from clip_lightning.data.images import BrokenImage
-from clip_lightning.data.readers import file_head, read_lines
-from clip_lightning.errors import UserError, as_user_error, reason_of
+from clip_lightning.data.readers import IMAGE_NAMES, NoColumn, ReadOptions, file_head, find_names, read_lines
+from clip_lightning.data.sources import HubDataset, undecoded
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.files import cache_folder, make_once
 from clip_lightning.terminal import one_line
 
 _CLASS_NAMES = ("label", "class", "class_name", "category", "target")
 # Caltech-101's folder of arbitrary search results is not a class, and its authors' protocol leaves it out.
 _NO_CLASS = "BACKGROUND_Google"
-_MOST_SHOWN = 30
 
-Splits = Mapping[str | None, Mapping[str, Any]]
-"""Our split (None if the data set has no splits) → the arguments that select it."""
-
-_BY_FLAG: Splits = {"train": {"train": True}, "test": {"train": False}}
-_UNDIVIDED: Splits = {None: {}}
-_THREE: Splits = {split: {"split": split} for split in ("train", "val", "test")}
-_TWO: Splits = {split: {"split": split} for split in ("train", "test")}
-TORCHVISION: dict[str, Splits] = {
-    **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"), _BY_FLAG),
-    **dict.fromkeys(("Caltech101", "Caltech256", "EuroSAT", "SUN397"), _UNDIVIDED),
-    **dict.fromkeys(("DTD", "FGVCAircraft", "Flowers102", "RenderedSST2"), _THREE),
-    **dict.fromkeys(("Food101", "STL10"), _TWO),
-    "Country211": {**_TWO, "val": {"split": "valid"}},
+_SPLITS: dict[str, dict[Any, dict[str, Any]]] = {
+    "CIFAR10 CIFAR100 FashionMNIST MNIST": {"train": {"train": True}, "test": {"train": False}},
+    "Caltech101 Caltech256 EuroSAT SUN397": {None: {}},
+    "DTD FGVCAircraft Flowers102 RenderedSST2": {split: {"split": split} for split in SPLITS},
+    "Food101 STL10": {split: {"split": split} for split in ("train", "test")},
+    "Country211": {split: {"split": split.replace("val", "valid")} for split in SPLITS},
     "OxfordIIITPet": {"train": {"split": "trainval"}, "test": {"split": "test"}},
 }
+TORCHVISION = {name: splits for names, splits in _SPLITS.items() for name in names.split()}
+"""Data set → our split (None if it has no splits) → the arguments that select it."""
 _LABELS = ("targets", "labels", "_labels", "y")
 
 ClassRow = tuple[Any, str, str | None]
@@ -69,13 +62,6 @@ class ClassSet:
     classes: tuple[str, ...]
     left_out: dict[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, rows: Sequence[ClassRow], classes: Sequence[str], left_out: dict[str, str]) -> ClassSet:
-        """Combine rows whose labels are among `classes`."""
-        images, names, splits = zip(*rows, strict=True)
-        number = {name: place for place, name in enumerate(classes)}
-        return cls(images, tuple(number[name] for name in names), splits, tuple(classes), left_out)
-
     def rows(self, split: str) -> list[int]:
         """Return the positions of the images of a split, or of all images for `all`."""
         return [row for row, name in enumerate(self.splits) if split in ("all", name)]
@@ -94,25 +80,32 @@ def find_classes(place: str | Path, cache: Path | None = None) -> ClassSet:
     """Read images and their classes; data that is downloaded by name is cached on this machine.
 
     Args:
-        place: a folder with one folder per class, or with such folders in train, val and test; a table with
-            the columns `image` (relative to its folder), `label` and optionally `split`; `torchvision:NAME`;
-            `hf:OWNER/NAME[:SUBSET]`; or `hf:` and a local folder of the package `datasets`.
+        place: a folder of class folders, also in train, val and test; a table with the columns `image`
+            (relative to its folder), `label` and optionally `split`; `torchvision:NAME`; or
+            `hf:OWNER/NAME[:SUBSET]`, also with a local folder of the package `datasets`.
         cache: folder for data sets of torchvision; by default in the user's cache folder.
     """
     check_name(str(place))
-    kind, colon, name = str(place).partition(":")
+    kind, _, name = str(place).partition(":")
     root = Path(place)
-    if colon and not root.exists():
-        return _read_torchvision(name, cache) if kind == "torchvision" else _read_hub(str(place))
     left_out: dict[str, str] = {}
-    rows = _folder_rows(root, left_out) if root.is_dir() else _table_rows(root, left_out)
-    classes = tuple(sorted({label for _, label, _ in rows}, key=_natural))
-    if len(classes) < 2:
+    classes: Sequence[str] = ()
+    if root.exists():
+        rows = (_folder_rows if root.is_dir() else _table_rows)(root, left_out)
+    elif kind == "torchvision":
+        rows, classes = _read_torchvision(name, cache)
+    else:
+        rows, classes = _read_hub(str(place), left_out)
+    used = {label for _, label, _ in rows}
+    if len(used) < 2:
         raise UserError(
-            f"{root} has {len(classes)} classes with images; expected two or more folders of images, or a "
-            "CSV file with the columns image and label"
+            f"{place} has {len(used)} classes with images; expected two or more: folders of images, or a CSV "
+            "file with the columns image and label"
         )
-    return ClassSet.of(rows, classes, left_out)
+    classes = tuple(classes or sorted(used, key=_natural))
+    number = {name: place for place, name in enumerate(classes)}
+    images, names, splits = zip(*rows, strict=True)
+    return ClassSet(images, tuple(number[name] for name in names), splits, classes, left_out)
 
 
 def _folder_rows(root: Path, left_out: dict[str, str]) -> list[ClassRow]:
@@ -144,7 +137,7 @@ def _table_rows(path: Path, left_out: dict[str, str]) -> list[ClassRow]:
             f"{path} begins with {header[:80]!r}; expected the columns image (or "
             f"{', '.join(IMAGE_NAMES[1:4])}) and label (or {', '.join(_CLASS_NAMES[1:4])})"
         ) from None
-    left_out |= {name: re.sub("no caption$", "no label", reason) for name, reason in data.left_out.items()}
+    left_out |= {name: reason.replace("no caption", "no label") for name, reason in data.left_out.items()}
     return [(image.path, name, image.split) for image in data.images for name in image.captions]
 
 
@@ -178,29 +171,28 @@ class StoredImage:
         return value
 
 
-def _read_torchvision(name: str, cache: Path | None) -> ClassSet:
+def _read_torchvision(name: str, cache: Path | None) -> tuple[list[ClassRow], list[str]]:
     """Read a data set with its own splits, which torchvision downloads once and completely."""
     if name not in TORCHVISION:
         raise UserError(f"torchvision:{name} is unknown; expected one of {', '.join(sorted(TORCHVISION))}")
     from torchvision import datasets
 
-    kind, splits = getattr(datasets, name), TORCHVISION[name]
     folder = (cache or cache_folder("data")) / f"torchvision-{name}"
+    parts: dict[str | None, Any] = {}
 
-    def download(draft: Path) -> Path:
+    def load(folder: Path, download: bool) -> Path:
         # `make_once` would take an error of the network, which is an OSError, for one of the disk.
         with as_user_error(
-            f"torchvision:{name} cannot be downloaded to {folder}",
-            "check the network and the disk, or give a folder with one folder per class",
+            f"torchvision:{name} cannot be downloaded or read",
+            f"check the network and the disk, remove {folder}, or give a folder with one folder per class",
         ):
-            for options in splits.values():
-                kind(draft, download=True, **options)
-        return draft
+            for split, options in TORCHVISION[name].items():
+                parts[split] = getattr(datasets, name)(folder, download=download, **options)
+        return folder
 
     with contextlib.redirect_stdout(sys.stderr):  # torchvision prints
-        make_once(folder, download)
-        with as_user_error(f"torchvision:{name} cannot be read", f"remove {folder} to download it again"):
-            parts = {split: kind(folder, **options) for split, options in splits.items()}
+        make_once(folder, lambda draft: load(draft, download=True))
+        load(folder, download=False)
     first = next(iter(parts.values()))
     classes = [*map(str, getattr(first, "classes", None) or first.categories)]
     rows: list[ClassRow] = []
@@ -211,28 +203,25 @@ def _read_torchvision(name: str, cache: Path | None) -> ClassSet:
             title = f"torchvision:{name} {split or 'image'} {row}"
             stored = StoredImage(title, part, row, 0, contextlib.nullcontext())
             rows.append((stored, classes[int(label)], split))
-    return ClassSet.of(rows, classes, {})
+    return rows, classes
 
 
-def _read_hub(text: str) -> ClassSet:
+def _read_hub(text: str, left_out: dict[str, str]) -> tuple[list[ClassRow], list[str]]:
     """Read a Hugging Face data set with a column of the type Image and one of the type ClassLabel."""
     rows: list[ClassRow] = []
-    left_out: dict[str, str] = {}
     classes: list[str] = []
     for name, data, split in HubDataset.parse(text).splits():
         image, label = _column(text, data.features, "Image"), _column(text, data.features, "ClassLabel")
         classes = data.features[label].names
-        images, lock = undecoded(data, [image]).select_columns([image]), threading.Lock()
-        numbers = [*enumerate(data[label])]
-        shown = [(row, number) for row, number in numbers if number is not None and number >= 0]
-        if hidden := len(numbers) - len(shown):  # -1 stands for a hidden label
+        images, lock = undecoded(data, image).select_columns([image]), threading.Lock()
+        before = len(rows)
+        for row, number in enumerate(data[label]):
+            if number is not None and number >= 0:  # -1 stands for a hidden label
+                stored = StoredImage(f"{text} {name} {row}", images, row, image, lock)
+                rows.append((stored, classes[number], split))
+        if hidden := len(data) - len(rows) + before:
             left_out[f"{hidden} images of {name}"] = "they have no class"
-        for row, number in shown:
-            stored = StoredImage(f"{text} {name} {row}", images, row, image, lock)
-            rows.append((stored, classes[number], split))
-    if len(used := {label for _, label, _ in rows}) < 2:
-        raise UserError(f"{text} has images of {len(used)} classes; expected two or more classes")
-    return ClassSet.of(rows, classes, left_out)
+    return rows, classes
 
 
 def _column(text: str, features: Mapping[str, Any], kind: str) -> str:
@@ -251,12 +240,11 @@ def _column(text: str, features: Mapping[str, Any], kind: str) -> str:
 def clean_name(name: str) -> str:
     """Return the name of a class folder as it would be written in a caption.
 
-    Leading WordNet ids and counting numbers are removed, underscores become spaces and joined words are
-    separated: `n02123045_tabby` becomes `tabby`, `017.Cardinal` becomes `Cardinal`, and `AnnualCrop` becomes
+    `n02123045_tabby` becomes `tabby`, `017.Fox_Sparrow` becomes `Fox Sparrow`, and `AnnualCrop` becomes
     `annual crop`. If nothing would be left, the name is unchanged.
     """
     words = re.sub(r"^(n\d{8}|\d+)[._\- ]+(?=.*[^\W\d_])", "", name)
-    if not re.search(r"[_\s]", words) and re.fullmatch(r"(?:[A-Z][a-z]+){2,}", words):
+    if re.fullmatch(r"(?:[A-Z][a-z]+){2,}", words):
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", words).lower()
     return " ".join(words.replace("_", " ").split()) or name
 
@@ -264,30 +252,24 @@ def clean_name(name: str) -> str:
 def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[str]]:
     """Return the names of each class, including synonyms from a file; a match by order is printed.
 
-    Args:
-        classes: the names of the classes in the source.
-        file: `.json`: an object from class to a name or a list of names, or a list in the order of
-            `classes`; `.csv` or `.tsv`: the class, then its names, without a header; any other suffix: one
-            line per class, in the order of `classes`, with names separated by commas, or with the class
-            first. ImageNet's `imagenet_class_index.json` and `LOC_synset_mapping.txt` can be read, too.
+    A `.json` file is an object from class to a name or a list of names, or a list in the order of `classes`.
+    A `.csv` or `.tsv` table has the class, then its names, without a header. Any other file has one line per
+    class, in the order of `classes` or with the class first, with names separated by commas. ImageNet's
+    `imagenet_class_index.json` and `LOC_synset_mapping.txt` can be read, too.
     """
     if file is None:
         if any(re.fullmatch(r"n\d{8}|\d+", clean_name(name)) for name in classes):
-            examples = one_line(", ".join(classes[:3]))
             print(
-                f"warning: the class names are numbers ({examples}, ...), which mean nothing to a model; "
-                "give names with --names FILE",
+                f"warning: the class names are numbers ({one_line(', '.join(classes[:3]))}, ...), which mean "
+                "nothing to a model; give names with --names FILE",
                 file=sys.stderr,
             )
         return [[clean_name(name)] for name in classes]
     given = _read_names(file, classes)
-    if isinstance(given, dict):
-        if (ids := {names[0]: names[1:] for names in given.values()}).keys() >= set(classes):
-            given = ids  # imagenet_class_index.json: {"0": ["n01440764", "tench"]}
-    elif len(given) == len(classes):
+    if isinstance(given, list) and len(given) == len(classes):
         given = dict(zip(classes, given, strict=True))
         pairs = [f"{name} = {names[0]}" for name, names in given.items()]
-        shown = pairs if len(pairs) <= _MOST_SHOWN else [*pairs[: _MOST_SHOWN - 1], "...", pairs[-1]]
+        shown = pairs if len(pairs) <= 30 else [*pairs[:29], "...", pairs[-1]]
         print(one_line(f"--names {file} is matched by order: {', '.join(shown)}"), file=sys.stderr)
     if isinstance(given, list) or not given.keys() & set(classes):
         raise UserError(
@@ -303,29 +285,24 @@ def _read_names(file: Path, classes: Sequence[str]) -> dict[str, list[str]] | li
     if not file.is_file():
         raise UserError(f"--names {file} does not exist; give a JSON, CSV or text file")
     lines, suffix = [line.strip() for line in read_lines(file) if line.strip()], file.suffix.lower()
-    if suffix == ".json":
-        return _parse_names(file, "\n".join(lines))
     if suffix in (".csv", ".tsv"):
-        rows = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
-        cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-        return {key: names for key, *names in filter(None, cells) if names}
+        table = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+        return {key.strip(): [cell.strip() for cell in cells if cell.strip()] for key, *cells in table}
+    if suffix == ".json":
+        with as_user_error(
+            f"--names {file}", "expected a JSON object from class to name or names, or a list of names"
+        ):
+            given = json.loads("\n".join(lines))
+            entries = [*(given.values() if isinstance(given, dict) else given)]
+            names = [[entry] if isinstance(entry, str) else [*map(str.strip, entry)] for entry in entries]
+            if not all(entry and all(entry) for entry in names):
+                raise ValueError(f"got {lines[0][:60]}")
+        if isinstance(given, list):
+            return names
+        ids = {key: others for key, *others in names}  # imagenet_class_index.json has number → [id, name]
+        return ids if ids.keys() >= set(classes) else dict(zip(given, names, strict=True))
     names = [[name.strip() for name in line.split(",") if name.strip()] or [line] for line in lines]
     # Every line may begin with its class: `n01440764 tench, Tinca tinca`.
     parts = [(first.split("\t" if "\t" in first else " ", 1), others) for first, *others in names]
     keyed = {key: [name.strip(), *others] for (key, *rest), others in parts for name in rest}
     return keyed if keyed.keys() >= set(classes) else names
-
-
-def _parse_names(file: Path, text: str) -> dict[str, list[str]] | list[list[str]]:
-    try:
-        given = json.loads(text)
-        entries = given.values() if isinstance(given, dict) else given
-        names = [[entry] if isinstance(entry, str) else entry for entry in entries]
-        if not all(isinstance(entry, list) and entry and all(map(str.strip, entry)) for entry in names):
-            raise ValueError(f"got {text[:60]}")
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"--names {file}: expected a JSON object from class to name or names, or a list of names "
-            f"({reason_of(error)})"
-        ) from error
-    return dict(zip(given, names, strict=True)) if isinstance(given, dict) else names

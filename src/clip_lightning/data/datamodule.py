@@ -25,10 +25,10 @@ from clip_lightning.data.captions import (
     content_groups,
     split_by_image,
 )
-from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
 from clip_lightning.data.features import CacheOptions, FeatureCache, Features, default_cache
 from clip_lightning.data.images import Augmentation, ImageTransform
+from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.data.sampler import EvalSampler, TrainSampler
 from clip_lightning.data.shards.storage import holds_numbered_tars
 from clip_lightning.data.shards.training import ShardDataset, ShardOptions, ShardSampler

@@ -10,7 +10,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import islice, product
 from pathlib import Path
@@ -18,33 +17,25 @@ from unicodedata import normalize
 from urllib.parse import unquote
 
 from clip_lightning.data.captions import SPLIT_WORDS, CaptionedImage, CaptionSet, parse_split
-from clip_lightning.data.columns import CAPTION_NAMES, IMAGE_NAMES, RECOGNIZED, NoColumn, ReadOptions, Row
 from clip_lightning.data.image_formats import counted, is_image, walk
-from clip_lightning.data.readers import file_head, read_lines, read_pairs, read_rows, suffix_of
+from clip_lightning.data.readers import RECOGNIZED, ReadOptions, Row, has_captions, read_pairs, read_rows
 from clip_lightning.errors import UserError
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json")
 _FLICKR = {
     "flickr8k": ("captions.txt", "Flickr8k.token.txt", "dataset_flickr8k.json"),
     "flickr30k": ("captions.txt", "results.csv", "results_20130124.token", "dataset_flickr30k.json"),
 }
 # Read in folders down to two levels; other tables only in the root and in folders named like splits.
-_KNOWN_NAMES = re.compile(
+KNOWN_NAMES = re.compile(
     r"captions\.txt|Flickr8k\.token\.txt|results\.csv|results_20130124\.token|dataset_\w+\.json"
     r"|captions_\w+\.json|(captions|metadata)\.\w+(\.gz)?"
 )
+_TABLE = re.compile(r".+\.(csv|tsv|jsonl|ndjson|parquet|json)(\.gz)?", re.IGNORECASE)
 _IMAGE_FOLDERS = (
     *("Images", "images", "img", "imgs", "pictures", "photos"),
     *("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images"),
     *("train2014", "val2014", "train2017", "val2017", "test2017", "VG_100K", "VG_100K_2"),
 )
-_PART = re.compile(r"\d{5,}(-of-\d+)?")
-_SPLIT_LISTS = {"train": "trainImages", "val": "devImages", "test": "testImages"}
-_EXPECTED = (
-    "captions.txt, Flickr8k.token.txt, results.csv, COCO's or Karpathy's JSON, or a CSV, TSV, "
-    "JSON, JSONL or Parquet file, with the images next to it or in Images/, or pairs of name.jpg and name.txt"
-)
-_PAIRS = "pairs of an image and a text"
 _MOST_FOLDERS = 10_000  # searched for a missing image
 _MISSING_VALUES = ("na", "n/a", "nan", "null", "none")
 
@@ -54,7 +45,7 @@ class NothingFound(UserError):
 
 
 Annotations = list[tuple[Path, str | None]]
-"""Annotation files, and the split in the name of each or of its folder."""
+"""Annotation files or a folder of pairs, each with the split that its name or folder states."""
 
 
 def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
@@ -72,23 +63,20 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
     root = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.parent for path in paths]))
     base = root if root.is_dir() else root.parent
     skipped: Counter[str] = Counter()
-    files: Mapping[str, list[str]] = {}
-    annotations: Annotations = [(root, None)]
-    if len(paths) > 1:
-        annotations = _one_per_split(paths, root)
-    elif root.is_dir():
-        files = dict(walk(root, skipped))
-        annotations = find_annotations(root, files, options, skipped)
+    files = dict(walk(root, skipped)) if len(paths) == 1 and root.is_dir() else {}
+    annotations = _find_annotations(root, files, options, skipped) if files else _one_per_split(paths, root)
     content = _Content()
     for path, split in annotations:
-        # The annotations and the images of an archive are often in sibling folders.
-        folders = [path.parent, root if root.is_dir() else path.parent.parent]
-        finder = Finder(folders, base, options.image_folder)
-        content.add(read_rows(path, options), os.path.relpath(path, base), finder, split)
-    if not annotations:
-        content.add(read_pairs(root, files, content.left_out), _PAIRS, Finder([root], base))
+        if path.is_dir():
+            rows = read_pairs(root, files, content.left_out)
+            content.add(rows, "pairs of an image and a text", Finder([root], base))
+        else:  # the annotations and the images of an archive are often in sibling folders
+            folders = [path.parent, root if root.is_dir() else path.parent.parent]
+            finder = Finder(folders, base, options.image_folder)
+            content.add(read_rows(path, options), os.path.relpath(path, base), finder, split)
     warnings = []
-    if missing := content.missing_values:
+    words = (text for texts in content.captions.values() for text in texts if text.lower() in _MISSING_VALUES)
+    if missing := Counter(words):
         warnings.append(
             f"{missing.total():,} captions look like missing values ({', '.join(missing)}) but are used as "
             "captions; remove these rows"
@@ -96,14 +84,15 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
     if skipped:
         warnings.append(f"skipped: {counted(skipped)}")
     if not content.captions:
-        example = "".join(f" (first {name}: {why})" for name, why in islice(content.left_out.items(), 1))
-        problems = "; ".join([f"{root} has no usable image with a caption{example}", *warnings])
-        expected = "" if "such image" in example else f"; expected {_EXPECTED}"
-        raise NothingFound(f"{problems}{expected}; check --data.root")
-    images = (
-        CaptionedImage(path, tuple(texts), content.splits.get(str(path)))
-        for path, texts in content.captions.items()
-    )
+        first = "".join(f" (first {name}: {why})" for name, why in islice(content.left_out.items(), 1))
+        problems = "; ".join([f"{root} has no usable image with a caption{first}", *warnings])
+        raise NothingFound(
+            f"{problems}; expected captions.txt, Flickr8k.token.txt, results.csv, COCO's or Karpathy's JSON, "
+            "or a CSV, TSV, JSON, JSONL or Parquet file, with the images next to it or in Images/, or pairs "
+            "of name.jpg and name.txt; check --data.root"
+        )
+    captions, splits = content.captions, content.splits
+    images = (CaptionedImage(path, tuple(texts), splits.get(str(path))) for path, texts in captions.items())
     source = ", ".join(content.sources)
     return CaptionSet(base, tuple(images), content.official, content.left_out, source, tuple(warnings))
 
@@ -111,18 +100,18 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
 # Choosing the files -------------------------------------------------------------------------------------
 
 
-def find_annotations(
+def _find_annotations(
     root: Path, files: Mapping[str, list[str]], options: ReadOptions, skipped: Counter[str]
 ) -> Annotations:
-    """Find the annotation files of a folder; return none if pairs of an image and a text should be read."""
-    if options.layout == "folder":
-        return []
+    """Find the annotation files of a folder; return the folder itself if pairs should be read."""
     known = _FLICKR.get(options.layout, ())
     tables = [path for path in _tables(root, files) if not known or path.name in known]
-    if not tables and options.layout != "auto":
+    if options.layout == "folder" or (options.layout == "auto" and not tables):
+        return [(root, None)]
+    if not tables:
         expected = " or ".join(known) or "CSV, TSV, JSONL, JSON or Parquet file with captions"
         raise UserError(f"{root} has no {expected}; check --data.root and --data.read.layout")
-    readable = [path for path in tables if path.name in known or _has_captions(path, options)]
+    readable = [path for path in tables if path.name in known or has_captions(path, options, KNOWN_NAMES)]
     with_pairs = options.layout == "auto" and any(
         text.strip() for _, texts, _ in read_pairs(root, files, {}) for text in texts
     )
@@ -135,7 +124,7 @@ def find_annotations(
         return _one_per_split(tables, root)  # reading an unusable table will raise the reason
     for path in sorted({*tables} - {*readable}):
         skipped[f"table without images and captions, {os.path.relpath(path, root)}"] += 1
-    return _one_per_split(readable, root)
+    return _one_per_split(readable, root) if readable else [(root, None)]
 
 
 def _tables(root: Path, files: Mapping[str, list[str]]) -> Iterator[Path]:
@@ -149,25 +138,23 @@ def _tables(root: Path, files: Mapping[str, list[str]]) -> Iterator[Path]:
         stems = {os.path.splitext(name)[0] for name in names if is_image(name)}
         plain = not parts or parts[-1].lower() in SPLIT_WORDS
         for name in names:
-            table = suffix_of(Path(name)) in TABLE_SUFFIXES and os.path.splitext(name)[0] not in stems
-            if _KNOWN_NAMES.fullmatch(name) or (plain and table):
+            is_table = plain and _TABLE.fullmatch(name) and os.path.splitext(name)[0] not in stems
+            if is_table or KNOWN_NAMES.fullmatch(name):
                 yield Path(folder, name)
 
 
-def _has_captions(path: Path, options: ReadOptions) -> bool:
-    """Return whether the first row has an image and a caption; broken tables count, to be reported later."""
-    if suffix_of(path) == ".json" and not _KNOWN_NAMES.fullmatch(path.name):
-        head = file_head(path)  # not the complete file, which may be large and something else
-        keys = {key.lower() for key in re.findall(r'"(\w+)"\s*:', head)}
-        named = keys & {*IMAGE_NAMES, "id", "image_id"} and keys & {*CAPTION_NAMES, "phrase"}
-        return bool(named or re.search(r'\.(jpe?g|png|webp)"\s*:', head))
-    try:
-        next(read_rows(path, options), None)
-    except NoColumn:
-        return False
-    except UserError:
-        pass
-    return True
+def _one_per_split(paths: list[Path], root: Path) -> Annotations:
+    """Check that the files are one table, which may be in parts (`00000.parquet`), or one per split."""
+    files = [(path, _split_word(path, root)) for path in paths]
+    tables = {(split, path.parent, re.sub(r"\d{5,}(-of-\d+)?", "", path.name)) for path, split in files}
+    splits = [split for split, _, _ in tables]
+    if len(set(splits)) < len(splits) or (len(splits) > 1 and None in splits):
+        raise UserError(
+            f"{root} has several annotation files ({_names(paths, root)}), but not one per split; give "
+            "--data.root the file to read, or several files separated by commas"
+        )
+    # a single file named like a split is data without splits
+    return files if len(splits) > 1 else [(path, None) for path in paths]
 
 
 def _split_word(path: Path, root: Path) -> str | None:
@@ -179,20 +166,6 @@ def _split_word(path: Path, root: Path) -> str | None:
     return None
 
 
-def _one_per_split(paths: list[Path], root: Path) -> Annotations:
-    """Check that the files are one table, which may be in parts (`00000.parquet`), or one per split."""
-    files = [(path, _split_word(path, root)) for path in paths]
-    tables = {(split, path.parent, _PART.sub("", path.name)) for path, split in files}
-    splits = [split for split, _, _ in tables]
-    if len(set(splits)) < len(splits) or (len(splits) > 1 and None in splits):
-        raise UserError(
-            f"{root} has several annotation files ({_names(paths, root)}), but not one per split; give "
-            "--data.root the file to read, or several files separated by commas"
-        )
-    # a single file named like a split is data without splits
-    return files if len(splits) > 1 else [(path, None) for path in paths]
-
-
 def _names(paths: list[Path], root: Path) -> str:
     names = [os.path.relpath(path, root) for path in paths]
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
@@ -201,16 +174,15 @@ def _names(paths: list[Path], root: Path) -> str:
 # From rows to images ------------------------------------------------------------------------------------
 
 
-@dataclass
 class _Content:
     """The captions and splits by image file that were read so far, from one or several sources."""
 
-    captions: dict[Path, list[str]] = field(default_factory=dict)
-    splits: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    sources: list[str] = field(default_factory=list)
-    official: bool = False
-    missing_values: Counter[str] = field(default_factory=Counter)
+    def __init__(self) -> None:
+        self.captions: dict[Path, list[str]] = {}
+        self.splits: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        self.sources: list[str] = []
+        self.official = False
 
     def add(self, rows: Iterable[Row], source: str, finder: Finder, split: str | None = None) -> None:
         """Group the rows of a source by image, and find the image files."""
@@ -229,12 +201,8 @@ class _Content:
                 captions.setdefault(name, []).extend(valid)
                 if own_split := parse_split(own_split, place) or split:
                     _put(splits, name, own_split)
-            for text in valid:
-                if text.lower() in _MISSING_VALUES:
-                    self.missing_values[text] += 1
         self.sources.append(f"{source} ({number:,} rows)")
-        if not splits:
-            splits = _folder_splits(captions) if source == _PAIRS else _split_lists(finder.folders, captions)
+        splits = splits or finder.listed_splits(captions)
         self.official |= bool(splits)
         for name, texts in captions.items():
             path = finder.find(name)
@@ -259,34 +227,12 @@ def _put(splits: dict[str, str], name: str, split: str) -> None:
         )
 
 
-def _folder_splits(names: Iterable[str]) -> dict[str, str]:
-    """Return the splits of pairs if all of them are in folders named like splits."""
-    words = {name: SPLIT_WORDS.get(Path(name).parts[0].lower(), "") for name in names}
-    return words if all(words.values()) and len(set(words.values())) > 1 else {}
-
-
-def _split_lists(folders: Iterable[Path], captions: Iterable[str]) -> dict[str, str]:
-    """Read `Flickr_8k.{train,dev,test}Images.txt`; without a train list, all other images are in train."""
-    listed: dict[str, str] = {}
-    found = set()
-    for folder, (split, name) in product(dict.fromkeys(folders), _SPLIT_LISTS.items()):
-        paths = (folder / sub / f"Flickr_8k.{name}.txt" for sub in ("", "Flickr8k_text"))
-        if split not in found and (path := next(filter(Path.is_file, paths), None)):
-            found.add(split)
-            for line in read_lines(path):
-                _put(listed, line.strip(), split)
-    splits = {name: listed[base] for name in captions if (base := os.path.basename(name)) in listed}
-    if splits and "train" not in found:
-        splits = dict.fromkeys(captions, "train") | splits
-    return splits
-
-
 class Finder:
     """Finds images by name with one listing per folder, not with one system call per image."""
 
     def __init__(self, folders: list[Path], base: Path, image_folder: Path | None = None) -> None:
         """Search `folders` with their usual subfolders, or only `image_folder`; `explain` searches `base`."""
-        self.folders, self._base, self._image_folder = folders, base, image_folder
+        self._folders, self._base, self._image_folder = folders, base, image_folder
         below = [("",), *((name,) for name in _IMAGE_FOLDERS), *product(_IMAGE_FOLDERS, repeat=2)]
         if image_folder is not None:
             folders, below = [image_folder if image_folder.exists() else base / image_folder], [("",)]
@@ -296,6 +242,26 @@ class Finder:
         self._places = [str(place) for place in places if place.is_dir()]
         self._list = cache(_list_folder)
         self._shortened: dict[Path, str] = {}
+
+    def listed_splits(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the splits of images in folders named like splits, or those in the lists of Flickr8k.
+
+        These are `Flickr_8k.{train,dev,test}Images.txt`; without a train list, all other images are in train.
+        """
+        folders = {name: SPLIT_WORDS.get(Path(name).parts[0].lower(), "") for name in names}
+        if len(self._folders) == 1 and all(folders.values()) and len({*folders.values()}) > 1:
+            return folders
+        listed: dict[str, str] = {}
+        for split, kind in (("train", "train"), ("val", "dev"), ("test", "test")):
+            file = f"Flickr_8k.{kind}Images.txt"
+            paths = (folder / sub / file for folder in self._folders for sub in ("", "Flickr8k_text"))
+            if path := next(filter(Path.is_file, paths), None):
+                for line in path.read_text("utf-8-sig", "replace").splitlines():
+                    _put(listed, line.strip(), split)
+        splits = {name: listed[base] for name in names if (base := os.path.basename(name)) in listed}
+        if splits and "train" not in listed.values():
+            splits = dict.fromkeys(names, "train") | splits
+        return splits
 
     def find(self, name: str) -> Path | None:
         """Find the file in any spelling of its name; in an `image_folder` also by the name's last parts."""
@@ -307,12 +273,11 @@ class Finder:
             for spelling in (name, slashes, unquote(slashes), slashes.lstrip("/"))
             for form in ("NFC", "NFD")
         ]
-        found = filter(None, map(self._look_up, (slashes, *spellings)))
-        if (path := next(found, None)) or self._image_folder is None:
+        path = next(filter(None, map(self._look_up, (slashes, *spellings))), None)
+        if path or self._image_folder is None:
             return path
-        names = [spelling.split("/") for spelling in spellings]
-        tails = ("/".join(parts[start:]) for start in range(1, max(map(len, names))) for parts in names)
-        path = next(filter(None, map(self._look_up, filter(None, tails))), None)
+        tails = (text.split("/", n)[-1] for n in range(1, slashes.count("/") + 1) for text in spellings)
+        path = next(filter(None, map(self._look_up, tails)), None)
         if path and self._shortened.setdefault(path, name) != name:
             raise UserError(
                 f"{self._shortened[path]} and {name} would both be {path}; give --data.read.image_folder the "
@@ -330,24 +295,20 @@ class Finder:
 
     def explain(self, name: str) -> str:
         """Return the reason why an image was not found, with a file that may be the right one."""
-        last = normalize("NFC", unquote(name.replace("\\", "/")).rpartition("/")[2])
-        stem = os.path.splitext(last)[0] if is_image(last) else last
-        if (alike := self._files_by_stem.get(stem.casefold())) is None:
+        stem = Path(normalize("NFC", unquote(name.replace("\\", "/")))).stem.casefold()
+        if (near := self._files_by_stem.get(stem)) is None:
             return "there is no such image"
-        folder, file = os.path.split(alike)
-        option = f", or use --data.read.image_folder {folder}" if normalize("NFC", file) == last else ""
-        nearest = os.path.relpath(alike, self._base)
-        return f"there is no such image, but there is {nearest}; correct the name{option}"
+        return (
+            f"there is no such image, but there is {near.relative_to(self._base)}; correct the name, or use "
+            f"--data.read.image_folder {near.parent} if only the folder differs"
+        )
 
     @cached_property
-    def _files_by_stem(self) -> dict[str, str]:
-        """An image below `base` for each case-folded stem."""
-        files = (
-            os.path.join(folder, file)
-            for folder, files in islice(walk(self._base, Counter()), _MOST_FOLDERS)
-            for file in filter(is_image, files)
-        )
-        return {normalize("NFC", Path(file).stem).casefold(): file for file in files}
+    def _files_by_stem(self) -> dict[str, Path]:
+        """An image below `base` for each stem, regardless of case."""
+        folders = islice(walk(self._base, Counter()), _MOST_FOLDERS)
+        images = (Path(folder, file) for folder, files in folders for file in filter(is_image, files))
+        return {normalize("NFC", path.stem).casefold(): path for path in images}
 
 
 def _list_folder(folder: str) -> tuple[str, frozenset[str]]:

@@ -72,7 +72,9 @@ def decode_bytes(data: bytes, *, max_pixels: int = MOST_PIXELS) -> Tensor:
     """Decode the content of a file like `decode_image`."""
     image = open_image(data, max_pixels)
     with decoder_errors():
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and _is_complete(data):
+        # torchvision silently fills JPEGs without their end marker with gray
+        is_complete = data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and is_complete:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
             return pixels
@@ -123,11 +125,6 @@ def to_pixels(image: Any) -> Tensor:
         f"it is {kind}; expected a file name, the content of a file, a PIL image, a uint8 array (H, W, 3), "
         "or a uint8 tensor (3, H, W)"
     )
-
-
-def _is_complete(data: bytes) -> bool:
-    """Return whether a JPEG has its end marker; torchvision silently fills truncated files with gray."""
-    return data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -246,40 +243,36 @@ class Augmentation:
     colour: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_scale <= 1:
-            raise UserError(
-                f"--data.augmentation.min_scale {self.min_scale}: expected a fraction above 0 and at most 1"
-            )
-        if not 0 <= self.colour <= 1:
-            raise UserError(f"--data.augmentation.colour {self.colour}: expected a fraction from 0 to 1")
+        for name, value, valid, expected in (
+            ("min_scale", self.min_scale, 0 < self.min_scale <= 1, "above 0 and at most 1"),
+            ("colour", self.colour, 0 <= self.colour <= 1, "from 0 to 1"),
+        ):
+            if not valid:
+                raise UserError(f"--data.augmentation.{name} {value}: expected a fraction {expected}")
 
 
 def augment(
     image: Tensor, transform: ImageTransform, augmentation: Augmentation, rng: np.random.Generator
 ) -> Tensor:
-    """Randomly crop, flip and color uint8 (3, H, W) to uint8 (3, h, w), using only `rng`."""
-    image = _random_crop(image, transform, augmentation.min_scale, rng)
+    """Randomly crop, flip and color uint8 (3, H, W) to uint8 (3, h, w), using only `rng`.
+
+    The crop is an Inception crop, up to a third off the tower's ratio. Images that are too long and thin for
+    it, and all if `min_scale` is 1, are only transformed.
+    """
+    rows, columns = image.shape[1:]
+    for _ in range(_CROP_TRIES if augmentation.min_scale < 1 else 0):
+        area = rows * columns * rng.uniform(augmentation.min_scale, 1)
+        ratio = transform.size[1] / transform.size[0] * _CROP_RATIO ** rng.uniform(-1, 1)
+        height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < height <= rows and 0 < width <= columns:
+            top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+            image = transform.resize(image[:, top : top + height, left : left + width], transform.size)
+            break
+    else:
+        image = transform(image)
     if augmentation.flip and rng.random() < 0.5:
         image = image.flip(-1)
     if augmentation.colour > 0:
         for adjust in (adjust_brightness, adjust_contrast, adjust_saturation):
             image = adjust(image, 1 + augmentation.colour * rng.uniform(-1, 1))
     return image
-
-
-def _random_crop(
-    image: Tensor, transform: ImageTransform, min_scale: float, rng: np.random.Generator
-) -> Tensor:
-    """Resize a random Inception crop, up to a third off the tower's ratio, to the size of the tower.
-
-    Images that are too long and thin for such a crop, and all if `min_scale` is 1, are only transformed.
-    """
-    rows, columns = image.shape[1:]
-    for _ in range(_CROP_TRIES if min_scale < 1 else 0):
-        area = rows * columns * rng.uniform(min_scale, 1)
-        ratio = transform.size[1] / transform.size[0] * _CROP_RATIO ** rng.uniform(-1, 1)
-        height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-        if 0 < height <= rows and 0 < width <= columns:
-            top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
-            return transform.resize(image[:, top : top + height, left : left + width], transform.size)
-    return transform(image)

@@ -1,39 +1,169 @@
-"""Read an annotation file, or a folder of pairs, into rows: the name of an image, its captions, its split.
+"""Read annotation files, pairs and data from Python into rows: an image, its captions, its split.
 
 To add a file format, write a function here that yields records, and add it to `FORMATS`.
 """
 
 from __future__ import annotations
 
-import codecs
+import ast
+import contextlib
 import csv
 import gzip
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
-from clip_lightning.data.captions import SPLIT_WORDS
-from clip_lightning.data.columns import (
-    CAPTION_NAMES,
-    IMAGE_NAMES,
-    RECOGNIZED,
-    ReadOptions,
-    Record,
-    Row,
-    find_names,
-    read_records,
-    sentences,
-)
+from clip_lightning.data.captions import SPLIT_WORDS, Splits, check_fraction
 from clip_lightning.data.image_formats import is_image
-from clip_lightning.errors import UserError, reason_of
+from clip_lightning.errors import UserError, as_user_error
 
-TEXT_SUFFIXES = (".txt", ".caption", ".json")
+IMAGE_NAMES = (
+    *("image", "filepath", "file_name", "filename", "path", "image_path", "image_name"),
+    *("images", "img", "picture", "photo", "jpg", "png"),
+)
+CAPTION_NAMES = (
+    *("caption", "captions", "text", "title", "comment", "texts", "sentences", "sentence", "raw", "txt"),
+    *("description", "prompt", "conversations"),
+)
+_NUMBERED = re.compile(r"(caption|sentence|text)s?[ _-]?\d+", re.IGNORECASE)
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_TEXT_SUFFIXES = (".txt", ".caption", ".json")
 _TEXT_FOLDERS = ("text", "texts", "txt", "captions")
+
+Record = Mapping[str, Any]
+"""A row of a table, or an object of JSON: the value of each column."""
+Row = tuple[Any, list[str], str | None]
+"""The name of an image, or else the image itself; its captions; and its split or None."""
+
+
+class NoColumn(UserError):
+    """There is no column that clearly holds images or captions."""
+
+
+Columns = tuple[str, list[str], str | None]
+"""The names of the columns with images, captions and, if there is one, splits."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Options for reading and splitting captioned images.
+
+    Attributes:
+        layout: layout of the files; by default it is recognized. `captions` is a table of your own, `folder`
+            has pairs of name.jpg and name.txt.
+        image_column: column with the images; by default it is recognized by its name or type.
+        caption_column: column with the captions, or several columns separated by commas; by default it is
+            recognized by its name, as are numbered columns such as `caption_0`.
+        image_folder: folder with the images if they are not next to the annotations; if the folders in an
+            image's name do not exist there, the image is searched for by the last parts of its name.
+        max_broken: largest fraction of images and rows that may be unusable, from 0 to 1; the run stops with
+            an error if there are more.
+        splits: fractions and seed of random splits, for data without splits.
+    """
+
+    layout: Literal["auto", "flickr8k", "flickr30k", "captions", "folder"] = "auto"
+    image_column: str | None = None
+    caption_column: str | None = None
+    image_folder: Path | None = None
+    max_broken: float = 0.01
+    splits: Splits = field(default_factory=Splits)
+
+    def __post_init__(self) -> None:
+        check_fraction("max_broken", self.max_broken)
+
+    def find(self, source: object, record: Record) -> Columns:
+        """Choose the columns of a record; of several usual ones for images, the first with a file name."""
+        usual = find_names(IMAGE_NAMES, record)
+        image = [name for name in usual if is_image(str(record[name]))] or usual
+        if self.image_column:
+            image = [self.image_column]
+        numbered = filter(_NUMBERED.fullmatch, record)
+        captions = [*dict.fromkeys([*find_names(CAPTION_NAMES, record)[:1], *numbered])]
+        if self.caption_column:
+            captions = [name.strip() for name in self.caption_column.split(",")]
+        for kind, given, columns, names in (
+            ("image", self.image_column, image, IMAGE_NAMES),
+            ("caption", self.caption_column, captions, CAPTION_NAMES),
+        ):
+            if not columns or not set(columns) <= record.keys():
+                raise NoColumn(
+                    f"{source} has no {kind} column{f' {given}' if given else ''}: found "
+                    f"{', '.join(record) or 'nothing'}, expected one of {', '.join(names[:7])}; give "
+                    f"--data.read.{kind}_column COLUMN, or another --data.root"
+                )
+        return image[0], captions, next(iter(find_names(("split",), record)), None)
+
+
+RECOGNIZED = ReadOptions()
+
+
+def find_names(names: Iterable[str], columns: Iterable[str]) -> list[str]:
+    """Return the columns with one of these names, regardless of case, in the order of the names."""
+    lower = {column.lower(): column for column in reversed([*columns])}
+    return [lower[name] for name in names if name in lower]
+
+
+def read_records(
+    source: object, records: Iterable[Record], options: ReadOptions, images: type | tuple[type, ...] = str
+) -> Iterator[Row]:
+    """Yield a row per record, whose image has one of the types `images`, or is None.
+
+    Records may have different columns. `source` is the file or data set, for messages.
+    """
+    known: dict[tuple[str, ...], Columns] = {}
+    for record in records:
+        names = tuple(record)
+        image_column, caption_columns, split_column = known.get(names) or known.setdefault(
+            names, options.find(source, record)
+        )
+        image, cells = record[image_column], [record[name] for name in caption_columns]
+        split = record[split_column] if split_column else None
+        try:
+            if not (isinstance(image, images) or image is None) or not isinstance(split, str | None):
+                raise TypeError
+            yield image, [caption for cell in cells for caption in sentences(cell)], split
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError):  # ValueError: NumPy arrays
+            types = ", ".join(type(value).__name__ for value in (image, *cells, split))
+            wanted = "a file name" if images is str else "an image"
+            hint = f", or hf:{source} if it contains the images themselves" if images is str else ""
+            raise UserError(
+                f"{source} has values of the types {types} as image, caption and split; expected {wanted}, a "
+                f"sentence or a list of sentences, and train, val or test; give another --data.root{hint}"
+            ) from None
+
+
+def sentences(value: Any) -> list[str]:
+    """Return the captions in a cell, or raise TypeError.
+
+    A cell may hold a sentence, a list of sentences (also in the form in which pandas and NumPy write lists to
+    tables), dictionaries with `raw` as in COCO, or a conversation, whose answers are the captions.
+    """
+    if isinstance(value, str):
+        if "[" in value and re.fullmatch(r"\s*\[[\s,]*\]\s*", _QUOTED.sub("", value)):
+            with contextlib.suppress(ValueError):
+                return [*json.loads(value)]
+            with contextlib.suppress(ValueError, SyntaxError):  # without commas, as NumPy writes lists
+                return [ast.literal_eval(item) for item in _QUOTED.findall(value)]
+        return [value]
+    if isinstance(value, list | tuple):
+        return [sentence for item in value for sentence in sentences(item)]
+    if isinstance(value, dict):
+        speaker = value.get("from", value.get("role"))
+        if speaker is None:
+            return sentences(value["raw"])
+        return sentences(value.get("value", value.get("content"))) if speaker in ("gpt", "assistant") else []
+    if value is None or value != value:  # NaN
+        return []
+    raise TypeError(type(value).__name__)
+
+
+# Files ---------------------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path, options: ReadOptions = RECOGNIZED) -> Iterator[Row]:
@@ -53,34 +183,44 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
+def has_captions(path: Path, options: ReadOptions, known: re.Pattern[str]) -> bool:
+    """Return whether the first row has an image and a caption; broken tables count, to be reported later.
+
+    Only the beginning of a JSON file is read unless its name is `known`; it may be large and something else.
+    """
+    if suffix_of(path) == ".json" and not known.fullmatch(path.name):
+        head = file_head(path)
+        keys = {key.lower() for key in re.findall(r'"(\w+)"\s*:', head)}
+        named = keys & {*IMAGE_NAMES, "id", "image_id"} and keys & {*CAPTION_NAMES, "phrase"}
+        return bool(named or re.search(r'\.(jpe?g|png|webp)"\s*:', head))
+    try:
+        next(read_rows(path, options), None)
+    except UserError as error:
+        return not isinstance(error, NoColumn)
+    return True
+
+
 def file_head(path: Path) -> str:
     """Return the first 64 KB of a file as text; invalid bytes are replaced."""
-    try:
-        with _open(path, errors="replace") as text:
-            return text.read(1 << 16)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        return ""
+    with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile), _open(path, errors="replace") as text:
+        return text.read(1 << 16)
+    return ""
 
 
 def read_lines(path: Path) -> Iterator[str]:
     """Read the lines of a UTF-8 or UTF-16 file with their line ends, without the byte order mark."""
-    try:
+    with as_user_error(
+        f"{path} is damaged or not UTF-8",
+        "give --data.root the complete file, or convert it, for example with `iconv -f latin1 -t utf-8`",
+    ):
         with _open(path) as text:
             yield from text
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 ({error.reason}); convert it to UTF-8, for example with "
-            "`iconv -f latin1 -t utf-8`, and give --data.root the new file"
-        ) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); give --data.root the complete file") from None
 
 
 def _open(path: Path, errors: str = "strict") -> TextIO:
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rb") as file:
-        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     text: TextIO = opener(path, "rt", encoding=encoding, errors=errors, newline="")
     return text
 
@@ -97,27 +237,29 @@ def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
     """
     lines = read_lines(path)
     head = [next(lines, "")]
-    declared = re.fullmatch(r'"?sep=([,;|\t])"?\s*', head[0])  # a line that Excel writes
-    if declared:
+    if declared := re.fullmatch(r'"?sep=([,;|\t])"?\s*', head[0]):  # a line that Excel writes
         head.append(next(lines, ""))
     # From the header, not the suffix: open_clip's .csv tables are separated by tabs.
-    delimiter = declared[1] if declared else _delimiter(head[0])
+    line = head[-1]
+    cells = {mark: [cell.strip().strip('"') for cell in line.split(mark)] for mark in "\t,;|" if mark in line}
+    fitting = (mark for mark, row in cells.items() if _is_header(row) or any(map(is_image, row)))
+    delimiter = declared[1] if declared else next(chain(fitting, cells, ","))
     reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True)
     start, columns = 0, None
     try:
-        names = [name.strip() for name in next(islice(reader, len(head) - 1, None), [])]
-        rows: Iterator[list[str]] = reader
+        rows: Iterator[list[str]] = islice(reader, len(head) - 1, None)
+        names = [name.strip() for name in next(rows, [])]
         if not _is_header(names) and any(map(is_image, names)):
-            rows, names = chain([names], reader), _assumed_names(names)
+            rows, names = chain([names], rows), _assumed_names(names)
         start = reader.line_num
         for row in rows:
             record = dict(zip(names, row + [""] * (len(names) - len(row)), strict=False))
             columns = columns or options.find(path, record)
             if len(row) > len(names):
-                if columns.captions[-1] != names[-1]:
+                if columns[1][-1] != names[-1]:
                     raise csv.Error(f"{len(row)} fields for {len(names)} columns")
                 record[names[-1]] = delimiter.join(row[len(names) - 1 :])  # a comma without quotes
-            if reader.line_num > start + 1 and _swallows_rows(record, columns.image, delimiter):
+            if reader.line_num > start + 1 and _swallows_rows(record, columns[0], delimiter):
                 raise csv.Error("a quoted field continues over the rows of other images")
             start = reader.line_num
             yield record
@@ -128,14 +270,6 @@ def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
             f"{path} is broken at line {start + 1} ({error}); put quotes around captions with quotes or "
             "separators, double the quotes inside, and give --data.root the corrected file"
         ) from None
-
-
-def _delimiter(line: str) -> str:
-    """Return the separator that divides a header into known names, or else a row into cells with an image."""
-    marks = [mark for mark in "\t,;|" if mark in line]
-    cells = {mark: [cell.strip().strip('"') for cell in line.split(mark)] for mark in marks}
-    fitting = [mark for mark in marks if _is_header(cells[mark]) or any(map(is_image, cells[mark]))]
-    return (fitting or marks or [","])[0]
 
 
 def _is_header(names: list[str]) -> bool:
@@ -175,39 +309,24 @@ def _read_token(path: Path, options: ReadOptions) -> Iterator[Record]:
         yield {"image": name.rpartition("#")[0] or name, "caption": caption}
 
 
-def _parse(text: str, source: object) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{source} is not JSON ({reason_of(error)}); correct it, or give another --data.root"
-        ) from None
-
-
 def _read_jsonl(path: Path, options: ReadOptions) -> Iterator[Record]:
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
-            record = _parse(line, f"{path} line {number}")
-            if not isinstance(record, dict):
-                raise UserError(f"{path} line {number} is not a JSON object; give another --data.root")
-            yield record
+            with as_user_error(f"{path} line {number} is not a JSON object", "give another --data.root"):
+                yield {**json.loads(line)}
 
 
 def _read_json(path: Path, options: ReadOptions) -> Iterator[Record]:
     text = "".join(read_lines(path))
-    first, _, more = text.partition("\n")
-    if first.rstrip().endswith("}") and more.lstrip().startswith("{"):  # JSON lines in a .json file
+    if re.match(r"[^\n]*\}\s*\n\s*\{", text):  # JSON lines in a .json file
         yield from _read_jsonl(path, options)
         return
-    content = _parse(text, path)
-    try:
-        yield from _json_records(content)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # unexpected content
-        raise UserError(
-            f"{path} begins with {text[:60]!r}; expected COCO's captions, Karpathy's images with filename "
-            "and sentences, a list of objects with image and caption, or an object from image to captions; "
-            "give another --data.root"
-        ) from None
+    with as_user_error(
+        f"{path} begins with {text[:60]!r}",
+        "expected COCO's captions, Karpathy's images with filename and sentences, a list of objects with "
+        "image and caption, or an object from image to captions; give another --data.root",
+    ):
+        yield from _json_records(json.loads(text))
 
 
 def _json_records(content: Any) -> Iterator[Record]:
@@ -230,7 +349,7 @@ def _json_records(content: Any) -> Iterator[Record]:
         case dict() if content and all(isinstance(value, str | list | dict) for value in content.values()):
             for image, about in content.items():
                 yield {"image": image, **(about if isinstance(about, dict) else {"caption": about})}
-        case list():
+        case list() if all(isinstance(record, dict) for record in content):
             for record in content:
                 if "regions" in record:  # Visual Genome
                     name = record.get("image_id", record.get("id"))
@@ -239,32 +358,23 @@ def _json_records(content: Any) -> Iterator[Record]:
                 else:
                     yield dict(record)
         case _:
-            raise ValueError
+            raise ValueError("unknown layout")
 
 
 def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Record]:
-    import pyarrow
     from pyarrow import parquet
 
-    try:
+    with as_user_error(f"{path} is not a valid Parquet file", "check --data.root"):
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        found = options.find(path, dict.fromkeys(names))
+        image, captions, split = options.find(path, dict.fromkeys(names))
         # include all columns with usual names for images; their values decide
-        wanted = {found.image, *found.captions, found.split, *find_names(IMAGE_NAMES, names)}
+        wanted = {image, *captions, split, *find_names(IMAGE_NAMES, names)}
         for batch in file.iter_batches(columns=[name for name in names if name in wanted]):
             yield from batch.to_pylist()
-    except UserError:
-        raise
-    # Arrow raises any of these for damaged files
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path} is not a valid Parquet file ({reason_of(error)}); check --data.root"
-        ) from None
 
 
-_Reader = Callable[[Path, ReadOptions], Iterator[Record]]
-FORMATS: tuple[tuple[str, Callable[[str, str], object], _Reader], ...] = (
+FORMATS: tuple[tuple[str, Callable[[str, str], object], Callable[..., Iterator[Record]]], ...] = (
     # name, a test of the file's suffix and first line, and a reader
     ("Parquet", lambda suffix, line: suffix == ".parquet", _read_parquet),
     ("JSON lines", lambda suffix, line: suffix in (".jsonl", ".ndjson"), _read_jsonl),
@@ -285,41 +395,32 @@ def read_pairs(root: Path, files: Mapping[str, list[str]], left_out: dict[str, s
     """
     texts: dict[str, dict[str, str]] = {}  # folder → the name of a text, also in lower case → its file
     for folder, names in files.items():
-        named = [name for name in names if name.lower().endswith(TEXT_SUFFIXES)]
+        named = [name for name in names if name.lower().endswith(_TEXT_SUFFIXES)]
         texts[folder] = {name.lower(): name for name in named} | dict(zip(named, named, strict=True))
     for folder, names in files.items():
         parts = Path(os.path.relpath(folder, root)).parts
         apart = (  # `text/a` for `images/a`
-            root.joinpath(*parts[:level], name, *parts[level + 1 :])
+            str(root.joinpath(*parts[:level], name, *parts[level + 1 :]))
             for level in range(len(parts))
             for name in _TEXT_FOLDERS
         )
-        places = [place for place in (folder, *map(str, apart)) if texts.get(place)]
+        places = [place for place in (folder, *apart) if texts.get(place)]
         for file in filter(is_image, names):
             name = os.path.join(*parts, file)
-            if (shown := name.encode(errors="replace").decode()) != name:
-                left_out[shown] = "its name is not UTF-8; rename it"
-                continue
             stem = os.path.splitext(file)[0]
-            wanted = [f"{base}{suffix}" for suffix in TEXT_SUFFIXES for base in (stem, file)]
-            found = [
-                Path(place, texts[place][key])
-                for key in (*wanted, *map(str.lower, wanted))
-                for place in places
-                if key in texts[place]
-            ]
-            if found:
-                yield name, _sidecar(found[0]), None
+            wanted = [f"{base}{suffix}" for suffix in _TEXT_SUFFIXES for base in (stem, file)]
+            keys = (*wanted, *map(str.lower, wanted))
+            found = (
+                Path(place, texts[place][key]) for key in keys for place in places if key in texts[place]
+            )
+            path = next(found, None)
+            if path is None:
+                shown = name.encode(errors="replace").decode()
+                left_out[shown] = f"there is no {stem}.txt next to it"
+            elif path.suffix.lower() != ".json":
+                yield name, [*read_lines(path)], None
             else:
-                left_out[name] = f"there is no {stem}.txt next to it"
-
-
-def _sidecar(path: Path) -> list[str]:
-    """Return the captions of a text file, one per line, or those of a JSON object."""
-    if path.suffix.lower() != ".json":
-        return [*read_lines(path)]
-    record = _parse("".join(read_lines(path)), path)
-    try:
-        return [text for name in find_names(CAPTION_NAMES, record)[:1] for text in sentences(record[name])]
-    except (TypeError, KeyError, AttributeError, RecursionError):
-        raise UserError(f"{path} is not a JSON object with a caption; correct or remove it") from None
+                with as_user_error(f"{path} is not a JSON object with a caption", "correct or remove it"):
+                    record = json.loads("".join(read_lines(path)))
+                    columns = find_names(CAPTION_NAMES, record)[:1]
+                    yield name, [text for column in columns for text in sentences(record[column])], None

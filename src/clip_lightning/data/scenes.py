@@ -10,7 +10,6 @@ from functools import lru_cache
 from itertools import product
 from math import cos
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,20 +32,21 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 RELATIONS = ("left", "above")
 """The position of the first object; right and below describe the same scenes from the other object."""
 
-# Ten consecutive scenes have eight for training, so that every number of scenes has the same fractions.
-_SPLIT_PATTERN = ("train",) * 4 + ("val",) + ("train",) * 4 + ("test",)
 _SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-_FORWARD = {
-    "left": ("left of", "to the left of", "on the left side of"),
-    "above": ("above", "over", "higher up than"),
-}
-_BACKWARD = {
-    "left": ("right of", "to the right of", "on the right side of"),
-    "above": ("below", "under", "further down than"),
+_PHRASES = {
+    # from the first object to the second, from the second to the first, and their sides
+    "left": (
+        ("left of", "to the left of", "on the left side of"),
+        ("right of", "to the right of", "on the right side of"),
+        ("on its left", "on its right"),
+    ),
+    "above": (
+        ("above", "over", "higher up than"),
+        ("below", "under", "further down than"),
+        ("above it", "below it"),
+    ),
 }
 _OVERSAMPLING = 4
-# JPEG decodes faster than PNG; chroma subsampling would bleed colors over edges.
-_FILE_FORMAT: dict[str, Any] = {"format": "JPEG", "quality": 92, "subsampling": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def scene(seed: int, index: int) -> Scene:
 
 def split(index: int) -> str:
     """Return `train`, `val` or `test`: 80, 10 and 10 % of every ten consecutive scenes."""
-    return _SPLIT_PATTERN[index % len(_SPLIT_PATTERN)]
+    return {4: "val", 9: "test"}.get(index % 10, "train")
 
 
 def describe(seed: int, index: int) -> tuple[str, ...]:
@@ -103,16 +103,15 @@ def describe(seed: int, index: int) -> tuple[str, ...]:
     def a(thing: Thing) -> str:
         return f"a {rng.choice(_SYNONYMS[thing.size])} {thing.colour} {thing.shape}"
 
-    first, second, relation = shown.first, shown.second, shown.relation
+    first, second = shown.first, shown.second
     backdrop = f"{'an' if shown.background == 'orange' else 'a'} {shown.background} background"
-    forward, backward = _FORWARD[relation], _BACKWARD[relation]
-    on_side = {"left": ("on its left", "on its right"), "above": ("above it", "below it")}[relation]
+    forward, backward, side = _PHRASES[shown.relation]
     return (
         f"a {first} {forward[0]} a {second} on {backdrop}",
         f"a {second} {backward[0]} a {first} on {backdrop}",
         f"{a(first)} {rng.choice(forward[1:])} {a(second)}, on {backdrop}",
-        f"{a(second)} with {a(first)} {on_side[0]}, against {backdrop}",
-        f"on {backdrop}, {a(first)} and {on_side[1]} {a(second)}",
+        f"{a(second)} with {a(first)} {side[0]}, against {backdrop}",
+        f"on {backdrop}, {a(first)} and {side[1]} {a(second)}",
     )
 
 
@@ -154,16 +153,16 @@ def _outline(shape: str) -> list[complex]:
 def write_scenes(folder: Path, count: int, size: int, seed: int) -> None:
     """Write `count` scenes of `size` x `size` pixels and their captions.csv (image, caption, split).
 
-    Scene i is a pure function of (seed, i), and all scenes differ, so the scenes in `val` and `test` are not
-    seen in training. The folder is either complete or does not exist, even if several processes write it. A
-    folder that exists is not changed.
+    Scene i is a pure function of (seed, i), and all scenes differ, so those in `val` and `test` are not seen
+    in training. A folder that exists is not changed.
     """
 
     def fill(draft: Path) -> Path:
         rows = [("image", "caption", "split")]
         for index in range(count):
             name = f"{index:05d}.jpg"
-            draw(seed, index, size).save(draft / name, **_FILE_FORMAT)
+            # JPEG decodes faster than PNG; chroma subsampling would bleed colors over edges.
+            draw(seed, index, size).save(draft / name, "JPEG", quality=92, subsampling=0)
             rows += [(name, caption, split(index)) for caption in describe(seed, index)]
         with (draft / "captions.csv").open("w", encoding="utf-8", newline="") as table:
             csv.writer(table, lineterminator="\n").writerows(rows)

@@ -1,17 +1,23 @@
-"""Find captioned images: in a folder of this machine, or in data that is downloaded or written and cached."""
+"""Find captioned images: in a folder of this machine, or in data that is downloaded or written and cached.
+
+Hugging Face data sets and data from Python are written once as a folder of images with a `captions.jsonl`.
+All other code then reads these files like any other data.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import os
 import posixpath
 import re
 import stat
+import sys
 import tarfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +28,14 @@ from fsspec.callbacks import TqdmCallback
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from clip_lightning.data.captions import CaptionSet
-from clip_lightning.data.columns import RECOGNIZED, ReadOptions, read_records
+from clip_lightning.data.captions import SPLIT_WORDS, CaptionSet, parse_split, unreadable
 from clip_lightning.data.formats import read_captions
-from clip_lightning.data.hub import HubDataset, write_rows
-from clip_lightning.data.images import BrokenImage, to_pixels
+from clip_lightning.data.image_formats import IMAGE_SUFFIXES
+from clip_lightning.data.images import BrokenImage, open_image, to_pixels
+from clip_lightning.data.readers import IMAGE_NAMES, RECOGNIZED, ReadOptions, find_names, read_records
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.data.shards.storage import call
-from clip_lightning.errors import UserError, reason_of
+from clip_lightning.errors import UserError, as_user_error, reason_of
 from clip_lightning.files import cache_folder, make_once
 from clip_lightning.terminal import public
 from clip_lightning.wandb_fetch import ArtifactName, Fetched, fetch, fetched
@@ -37,6 +43,11 @@ from clip_lightning.wandb_fetch import ArtifactName, Fetched, fetch, fetched
 SCENES, SCENE_SIZE = 2500, 224
 MAX_RATIO, ALWAYS_ALLOWED, BLOCK = 20, 10_000_000_000, 4096
 """An archive may unpack to 20 times its size or 10 GB; every file counts one block more than its size."""
+_LAYOUT = 1
+"""Part of the names of folders: increase it when Hugging Face data sets are written differently."""
+
+WrittenRow = tuple[str, bytes | Path | str, list[str], str | None]
+"""A name for messages; an encoded image, its file, or the reason why it has none; its captions and split."""
 
 
 class Source(Protocol):
@@ -147,15 +158,141 @@ class Archive:
         return unpack(archive, draft / "files", shown)
 
 
+@dataclass(frozen=True)
+class HubDataset:
+    """A Hugging Face data set: `OWNER/NAME`, or the absolute path of a folder or Parquet file."""
+
+    name: str
+    subset: str | None = None
+    revision: str | None = None
+    read: ReadOptions = RECOGNIZED
+
+    @classmethod
+    def parse(cls, text: str) -> HubDataset:
+        """Parse `hf:OWNER/NAME`, `hf:OWNER/NAME:SUBSET@REVISION`, or `hf:` and a path."""
+        name = text.removeprefix("hf:")
+        if name and Path(name).exists():
+            return cls(str(Path(name).resolve()))
+        match = re.fullmatch(r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([\w.-]+))?(?:@([\w./-]+))?", name)
+        if not match:
+            raise UserError(
+                f"{text}: expected hf:OWNER/NAME, hf:OWNER/NAME:SUBSET@REVISION, or hf: and an existing "
+                "folder or Parquet file"
+            )
+        return cls(match[1], match[2], match[3])
+
+    def folder(self) -> Path:
+        """Return the folder to which the data set is written; needs neither network nor `datasets`.
+
+        A local data set that has changed has a different folder. A data set of the hub keeps its folder, and
+        the version that was downloaded first; `@REVISION` selects another version.
+        """
+        key: list[Any] = [self.name, self.subset, self.revision]
+        path = Path(self.name)
+        if path.is_absolute():
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            stats = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
+            key = [self.name, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
+        text = json.dumps([_LAYOUT, *key, self.read.image_column, self.read.caption_column])
+        return cache_folder("data") / f"hub-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def fetch(self) -> None:
+        """Write the data set as a folder that `read_captions` reads, once per machine."""
+        make_once(self.folder(), lambda draft: _write_rows(draft, self._rows()))
+
+    def _rows(self) -> Iterator[WrittenRow]:
+        source = f"hf:{self.name}"
+        # A data set from the hub must not make us copy arbitrary images of this machine.
+        trusted = None if os.path.isabs(self.name) else _hub_caches()
+        for name, rows, split in self.splits():
+            typed = [column for column, kind in rows.features.items() if type(kind).__name__ == "Image"]
+            usual = find_names(IMAGE_NAMES, typed) or (typed if len(typed) == 1 else [])
+            options = replace(self.read, image_column=self.read.image_column or next(iter(usual), None))
+            image, captions, own = options.find(source, rows.features)
+            names = [column for column in rows.features if column in {image, *captions, own}]
+            records = tqdm(undecoded(rows, image).select_columns(names), name, unit=" rows")
+            read = read_records(source, records, options, (dict, bytes))
+            for number, (content, texts, own_split) in enumerate(read):
+                part = parse_split(own_split, source) if own else split
+                yield f"{name} row {number}", _content(content, trusted), texts, part
+
+    def splits(self) -> list[tuple[str, Any, str | None]]:
+        """Load the splits with a usual name, or the only split whatever its name, without decoding images.
+
+        Returns:
+            the name of each split, its rows (a `datasets.Dataset`), and `train`, `val`, `test` or None.
+        """
+        splits = [(name, rows, SPLIT_WORDS.get(name.lower())) for name, rows in self._load().items()]
+        if len(splits) == 1:  # on the hub, data without splits is all in `train`
+            return [(name, rows, None if split == "train" else split) for name, rows, split in splits]
+        if others := [name for name, _, split in splits if split is None]:
+            print(f"hf:{self.name}: left out the splits {', '.join(others)}", file=sys.stderr)
+        if len(others) == len(splits):
+            raise UserError(f"hf:{self.name} has no split named {', '.join(SPLIT_WORDS)}; give other data")
+        return [part for part in splits if part[2]]
+
+    def _load(self) -> dict[str, Any]:
+        loaded: Any = None
+        with as_user_error(
+            f"hf:{self.name} cannot be loaded",
+            "check the name, the network and HF_HUB_OFFLINE, run `pip install datasets`, give a subset as "
+            "hf:NAME:SUBSET, or, for data with a loading script, try hf:NAME@refs/convert/parquet",
+        ):
+            import datasets  # whose versions 4 and newer never run the data set's own code
+
+            path = Path(self.name)
+            if path.is_file():
+                loaded = datasets.load_dataset("parquet", data_files=self.name)
+            elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+                loaded = datasets.load_from_disk(self.name)
+            else:
+                loaded = datasets.load_dataset(self.name, self.subset, revision=self.revision)
+        parts = loaded if isinstance(loaded, dict) else {loaded.split or "train": loaded}
+        return {str(split): rows for split, rows in parts.items()}
+
+
+def undecoded(rows: Any, column: str) -> Any:
+    """Return the rows with the encoded images of a column."""
+    kind = type(rows.features[column])
+    return rows.cast_column(column, kind(decode=False)) if kind.__name__ == "Image" else rows
+
+
+def _hub_caches() -> list[Path]:
+    """Return the folders in which `datasets` and the hub's client store downloaded and unpacked files."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    folders = constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH
+    return [Path(os.path.realpath(folder)) for folder in folders]
+
+
+def _content(value: Any, trusted: list[Path] | None) -> bytes | str:
+    """Return an encoded image, or the reason why there is none."""
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is not None:
+        return bytes(data)
+    if not path:
+        return "it has no image"
+    resolved = Path(path).resolve()
+    if trusted is not None and not any(resolved.is_relative_to(folder) for folder in trusted):
+        return "its image is not in the data set"
+    try:
+        return resolved.read_bytes()
+    except FileNotFoundError as error:
+        return str(error.strerror)
+    except OSError as error:  # not a property of the data set
+        raise unreadable(resolved, error.strerror) from error
+
+
 @dataclass
 class Records:
-    """Data from Python (see `CaptionDataModule`), written once as a folder of images and a table."""
+    """Data from Python (see `CaptionDataModule`)."""
 
     records: Any
     read: ReadOptions
 
     def fetch(self) -> None:
-        make_once(self.folder(), lambda draft: write_rows(draft, self._rows()))
+        make_once(self.folder(), lambda draft: _write_rows(draft, self._rows()))
 
     def folder(self) -> Path:
         return self._folder
@@ -164,21 +301,28 @@ class Records:
     def _folder(self) -> Path:
         sha = hashlib.sha256()
         for _, image, captions, split in self._rows():
-            content = hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image
+            content = hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
             sha.update(json.dumps([content, captions, split]).encode())
         return cache_folder("data") / f"records-{sha.hexdigest()[:16]}"
 
     @cached_property
     def _parts(self) -> dict[str | None, Any]:
+        """The rows of each split, which can be read several times."""
         parts = self.records if isinstance(self.records, Mapping) else {None: self.records}
         return {split: _indexed(rows) for split, rows in parts.items()}
 
-    def _rows(self) -> Iterator[tuple[str, bytes | str, list[str], str | None]]:
+    def _rows(self) -> Iterator[WrittenRow]:
         for part, rows in self._parts.items():
             records = (_mapping(number, rows[number]) for number in range(len(rows)))
             read = read_records("records", records, self.read, object)
             for number, (image, captions, split) in enumerate(read):
-                yield f"record {number}", _content(image), captions, split or part
+                yield f"record {number}", _encoded(image), captions, split or part
+
+
+def _indexed(rows: Any) -> Any:
+    if hasattr(rows, "iterrows"):  # a DataFrame of pandas
+        return rows.to_dict("records")
+    return rows if hasattr(rows, "__len__") and hasattr(rows, "__getitem__") else [*rows]
 
 
 def _mapping(number: int, row: Any) -> Mapping[str, Any]:
@@ -189,25 +333,42 @@ def _mapping(number: int, row: Any) -> Mapping[str, Any]:
     return dict(zip(("image", "captions", "split"), row, strict=False))
 
 
-def _indexed(rows: Any) -> Any:
-    if hasattr(rows, "iterrows"):  # a DataFrame of pandas
-        return rows.to_dict("records")
-    return rows if hasattr(rows, "__len__") and hasattr(rows, "__getitem__") else list(rows)
-
-
-def _content(image: Any) -> str | bytes:
-    """Return the absolute name of a file, or the encoded content of an image."""
+def _encoded(image: Any) -> Path | bytes | str:
+    """Return the absolute path of a file, the encoded content of an image, or the reason why it has none."""
     if isinstance(image, str | Path):
-        return str(Path(image).expanduser().absolute())
+        return Path(image).expanduser().absolute()
     if isinstance(image, bytes):
         return image
     try:
-        pixels = to_pixels(image)
+        encoded = io.BytesIO()
+        to_pil_image(to_pixels(image)).save(encoded, "PNG")
+        return encoded.getvalue()
     except BrokenImage as error:
-        return str(error).encode()  # not an image, so it is counted as broken
-    encoded = io.BytesIO()
-    to_pil_image(pixels).save(encoded, "PNG")
-    return encoded.getvalue()
+        return str(error)
+
+
+def _write_rows(folder: Path, rows: Iterable[WrittenRow]) -> Path:
+    """Write rows to an empty folder, as images with a `captions.jsonl`.
+
+    Images are stored unchanged and named by their content, so rows that repeat an image become captions of
+    one image. Rows without an image stay in the table with the reason as the image's name: as there is no
+    such file, `read_captions` counts them, and `max_broken` applies to them.
+    """
+    with (folder / "captions.jsonl").open("w", encoding="utf-8") as file:
+        for place, image, captions, split in rows:
+            if isinstance(image, bytes):
+                try:  # JPEG has variants with other names, such as MPO
+                    suffix = IMAGE_SUFFIXES.get(open_image(image).format or "", ".jpg")
+                    name = f"{hashlib.sha256(image).hexdigest()[:32]}{suffix}"
+                    path = folder / "images" / (split or "all") / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(image)
+                    image = path.relative_to(folder)
+                except BrokenImage as error:
+                    image = str(error)
+            name = str(image) if isinstance(image, Path) else f"{place} ({image})"
+            file.write(json.dumps({"image": name, "captions": captions, "split": split}) + "\n")
+    return folder
 
 
 KINDS: Mapping[str, Callable[[str], Source]] = {

@@ -20,7 +20,7 @@ from clip_lightning.experiments.run_records import COSTS_FILE, CostRecorder, Run
 from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.training.fitting import fit, rehearse
+from clip_lightning.training.cli import fit, rehearse
 
 
 class Pair(NamedTuple):

@@ -21,37 +21,6 @@ WEIGHTS = "model.safetensors"
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 # Files that transformers always loads into a tokenizer if they exist.
 TOKENIZER_NAMES = {"added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
-_CARD = """---
-library_name: clip-lightning
-pipeline_tag: zero-shot-image-classification
-{license_line}tags: [clip, image-text-retrieval]
----
-
-# {image_tower[name]} × {text_tower[name]}
-
-A contrastive image-text model trained with clip-lightning.
-
-| | |
-|---|---|
-| image tower | `{image_tower[name]}` |
-| text tower | `{text_tower[name]}` |
-| embedding | {embed_dim}, {heads} heads |
-| loss | {loss} |
-| trained on | {data} |
-
-{table}
-## Use
-
-```python
-from clip_lightning import CLIP
-
-clip = CLIP.from_pretrained("{place}")
-similarity = clip.embed_texts(["a dog on the beach"]) @ clip.embed_images(["photo.jpg"]).T
-```
-
-Images: {height}×{width} pixels, {transform[interpolation]}. Texts: at most {text_tower[max_length]} tokens.
-The weights of the towers are subject to the licenses of their authors.
-"""
 
 
 def write_bundle(
@@ -98,11 +67,9 @@ def read_bundle(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     for name in config["tokenizer_files"]:
         if Path(name).name != name or "\\" in name:
             raise ValueError(f"{name!r} in tokenizer_files is not the name of a file")
-    numbers = (config.get("metrics") or {}).values()
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise ValueError("its metrics are not numbers")
-    if not isinstance(config.get("training_data") or {}, dict):
-        raise ValueError("its training_data is not an object")
+    metrics, data = config.get("metrics") or {}, config.get("training_data") or {}
+    if not isinstance(data, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError("its training_data is not an object, or its metrics are not numbers")
     for part, digest in _companions(folder, config).items():
         if recorded.get(part) != digest:
             raise ValueError(f"the {part} is not the one that the weights were trained with")
@@ -135,19 +102,40 @@ def _companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _model_card(config: dict[str, Any], place: str) -> str:
     """Render the card as Markdown, with a table of the metrics, if there are any."""
-    head, data = config["head"], config.get("training_data") or {}
+    image, text, transform = config["image_tower"], config["text_tower"], config["transform"]
+    size = "×".join(map(str, transform["size"]))
+    license_line = f"license: {config['license']}\n" if config.get("license") else ""
+    data = ", ".join(f"{key} {value}" for key, value in (config.get("training_data") or {}).items())
     rows = [f"| {name} | {value:.2f} |\n" for name, value in (config.get("metrics") or {}).items()]
     table = ["On the validation split:\n\n| metric | value |\n|---|---|\n", *rows] if rows else []
-    license_name, (height, width) = config.get("license"), config["transform"]["size"]
-    values = {
-        "loss": "not recorded",
-        **config,
-        "license_line": f"license: {license_name}\n" if license_name else "",
-        "heads": head if isinstance(head, str) else " and ".join(f"{v} ({k})" for k, v in head.items()),
-        "data": ", ".join(f"{key} {value}" for key, value in data.items()) or "not recorded",
-        "table": "".join(table),
-        "height": height,
-        "width": width,
-        "place": place,
-    }
-    return _CARD.format_map(values)
+    return f"""---
+library_name: clip-lightning
+pipeline_tag: zero-shot-image-classification
+{license_line}tags: [clip, image-text-retrieval]
+---
+
+# {image["name"]} × {text["name"]}
+
+A contrastive image-text model trained with clip-lightning.
+
+| | |
+|---|---|
+| image tower | `{image["name"]}` |
+| text tower | `{text["name"]}` |
+| embedding | {config["embed_dim"]}, heads: {config["head"]} |
+| loss | {config.get("loss", "not recorded")} |
+| trained on | {data or "not recorded"} |
+
+{"".join(table)}
+## Use
+
+```python
+from clip_lightning import CLIP
+
+clip = CLIP.from_pretrained("{place}")
+similarity = clip.embed_texts(["a dog on the beach"]) @ clip.embed_images(["photo.jpg"]).T
+```
+
+Images: {size} pixels, {transform["interpolation"]}. Texts: at most {text["max_length"]} tokens.
+The weights of the towers are subject to the licenses of their authors.
+"""

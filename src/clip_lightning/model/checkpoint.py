@@ -7,19 +7,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 
 from clip_lightning.errors import UserError
+from clip_lightning.model.clip import CLIP
 from clip_lightning.model.lora import LoRAConfig, adapter_state, merged_state
 from clip_lightning.model.towers import Tower
 from clip_lightning.model.towers.base import weights_digest
 from clip_lightning.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from clip_lightning.model.clip import CLIP
 
 
 def leave_out_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConfig | None) -> None:
@@ -43,7 +41,7 @@ def put_back_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConf
     digests = checkpoint.get("frozen_towers", {})
     check_fixed_towers(digests, clip)
     for name in digests:
-        weights = _towers(clip)[name].state_dict()
+        weights = getattr(clip, name.removeprefix("clip.")).state_dict()
         checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in weights.items()}
     checkpoint["state_dict"] |= checkpoint.get("adapters", {})
 
@@ -51,10 +49,11 @@ def put_back_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConf
 def check_fixed_towers(digests: Mapping[str, str], clip: CLIP) -> None:
     """Check that fixed towers match the digests in a checkpoint."""
     for name, digest in digests.items():
-        tower = _towers(clip)[name]
+        own = name.removeprefix("clip.")
+        tower = getattr(clip, own)
         if tower.digest() != digest:
             raise UserError(
-                f"the checkpoint was trained with another frozen {name.removeprefix('clip.')} than "
+                f"the checkpoint was trained with another frozen {own} than "
                 f"{tower.spec['name']!r}; give the same --model options as that run"
             )
 
@@ -82,28 +81,24 @@ def model_identity(clip: CLIP) -> str:
 
 def fixed_towers(clip: CLIP) -> dict[str, Tower]:
     """Return the towers whose own weights are not trained, by their names in a checkpoint."""
-    return {name: tower for name, tower in _towers(clip).items() if tower.frozen or tower.adapted}
+    towers = {"clip.image_tower": clip.image_tower, "clip.text_tower": clip.text_tower}
+    return {name: tower for name, tower in towers.items() if tower.frozen or tower.adapted}
 
 
-def _towers(clip: CLIP) -> dict[str, Tower]:
-    return {"clip.image_tower": clip.image_tower, "clip.text_tower": clip.text_tower}
-
-
-def load_checkpoint(clip_class: type[CLIP], file: Path) -> CLIP:
+def load_checkpoint(file: Path) -> CLIP:
     """Load the model in a checkpoint, with the metadata of its bundle.
 
     Towers that were fixed in training are not in the checkpoint. They are built by name, and their digests
     must match.
     """
     checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    weights = checkpoint["state_dict"]
-    options = options_of(checkpoint, file)
+    weights, options = checkpoint["state_dict"], options_of(checkpoint, file)
     lora = LoRAConfig(**options["lora"]) if options["lora"] else None
     if options["init_from"]:
-        clip = clip_class.from_pretrained(options["init_from"])
+        clip = CLIP.from_pretrained(options["init_from"])
     else:
         heads, towers = options["heads"], options["towers"]
-        clip = clip_class.from_towers(
+        clip = CLIP.from_towers(
             options["image_tower"],
             options["text_tower"],
             image_size=towers.get("image_size"),
@@ -116,12 +111,11 @@ def load_checkpoint(clip_class: type[CLIP], file: Path) -> CLIP:
     if lora is not None:
         clip.add_lora(lora)
     put_back_fixed_towers(checkpoint, clip, lora)
-    own = {name[len("clip.") :]: tensor for name, tensor in weights.items() if name.startswith("clip.")}
-    shapes = {name: tensor.shape for name, tensor in clip.state_dict().items()}
-    same_shapes = {name: tensor.shape for name, tensor in own.items()} == shapes
-    if not same_shapes or checkpoint["preprocessing"] != preprocessing(clip, lora):
+    if checkpoint["preprocessing"] != preprocessing(clip, lora):
         raise UserError(f"{file} does not match the towers that it names; restore the towers of that run")
-    clip.load_state_dict(own)
+    clip.load_state_dict(
+        {name[len("clip.") :]: tensor for name, tensor in weights.items() if name.startswith("clip.")}
+    )
     loss = options["loss"] or "InfoNCE"
     path = loss["class_path"] if isinstance(loss, dict) else loss
     clip.metadata = bundle_metadata(file, checkpoint, path.rpartition(".")[2])
@@ -136,10 +130,7 @@ def options_of(checkpoint: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if "hyper_parameters" in checkpoint:
         return dict(checkpoint["hyper_parameters"]["model"])
     config = yaml.safe_load(RunFolder.of_checkpoint(file.absolute()).config.read_text("utf-8"))
-    model = config["model"]
-    if "heads" in model:
-        return dict(model)
-    size = {"image_size": config["data"]["image_size"]}
+    model, size = config["model"], {"image_size": config["data"]["image_size"]}
     same = ("image_tower", "text_tower", "init_from", "freeze", "lora", "loss")
     return {
         **{name: model[name] for name in same},

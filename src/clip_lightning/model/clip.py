@@ -28,14 +28,13 @@ from clip_lightning.model.encode import (
 )
 from clip_lightning.model.lora import LoRAConfig, add_lora, merged_state
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
-from clip_lightning.model.zero_shot import probabilities, zero_shot_classifier
+from clip_lightning.model.zero_shot import probabilities
 
 HeadKind = Literal["linear", "mlp"]
 # Pretrained models may also have a bias, two layers with a GELU between them, or no projection.
 SideHeadKind = Literal["linear", "mlp", "affine", "gelu", "none"]
 Freeze = Literal["none", "image", "text", "both"]
 Errors = Literal["raise", "skip"]
-MAX_SCALE = 100.0
 _log = logging.getLogger(__name__)
 
 
@@ -91,7 +90,7 @@ class CLIP(nn.Module):
         init_scale: float = 1 / 0.07,
         init_bias: float | None = None,
     ) -> None:
-        """Combine two towers with new projection heads; `from_towers` accepts names of towers.
+        """Combine two towers with new projection heads; `from_towers` accepts names and modules.
 
         Args:
             image_tower: tower for images.
@@ -101,7 +100,7 @@ class CLIP(nn.Module):
                 for `text`, which may also be `affine` (linear with a bias), `gelu` (two layers) or `none`.
             dropout: fraction of features (linear) or hidden units (mlp) that is dropped in training.
             init_scale: initial value of the learnable inverse temperature.
-            init_bias: initial value of the learnable bias of the logits, or None for no bias.
+            init_bias: initial value of the learnable bias of the logits (SigLIP), or None for no bias.
         """
         super().__init__()
         for tower in (image_tower, text_tower):
@@ -115,18 +114,16 @@ class CLIP(nn.Module):
         self.image_tower = image_tower
         self.text_tower = text_tower
         kinds: Mapping[str, SideHeadKind] = {"image": head, "text": head} if isinstance(head, str) else head
+        widths = {"image": image_tower.width, "text": text_tower.width}
         self.heads = nn.ModuleDict(
-            {
-                "image": _head(kinds["image"], image_tower.width, embed_dim, dropout),
-                "text": _head(kinds["text"], text_tower.width, embed_dim, dropout),
-            }
+            {side: _head(kinds[side], width, embed_dim, dropout) for side, width in widths.items()}
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_scale)))
         self.logit_bias = None if init_bias is None else nn.Parameter(torch.tensor(init_bias))
+        self.max_logit_scale = math.log(100)
         self.transform = image_tower.transform
         self.tokenize = text_tower.tokenize
         self.metadata: dict[str, Any] = {}
-        self._max_logit_scale = math.log(MAX_SCALE)
         self._head_config: dict[str, Any] = {
             "embed_dim": embed_dim,
             "head": head if isinstance(head, str) else dict(head),
@@ -141,11 +138,7 @@ class CLIP(nn.Module):
         *,
         image_size: int | None = None,
         max_length: int | None = None,
-        embed_dim: int = 512,
-        head: HeadKind = "linear",
-        dropout: float = 0.0,
-        init_scale: float = 1 / 0.07,
-        init_bias: float | None = None,
+        **options: Any,
     ) -> CLIP:
         """Build a model with new heads from the names of towers, or from your own modules.
 
@@ -160,32 +153,14 @@ class CLIP(nn.Module):
             image_size: side of the square input in pixels; by default, the one that the tower was trained
                 with.
             max_length: maximum number of tokens per text; by default 77, or the tower's limit if it is lower.
-            embed_dim: width of the embeddings.
-            head: `linear`, or `mlp` with one residual block.
-            dropout: fraction of features (linear) or hidden units (mlp) that is dropped in training.
-            init_scale: initial value of the learnable inverse temperature.
-            init_bias: initial value of the learnable bias of the logits (SigLIP), or None for no bias.
+            options: `embed_dim`, `head`, `dropout`, `init_scale` and `init_bias` of the constructor.
 
         Raises:
             UserError: a tower does not exist or is not supported.
         """
-        if isinstance(image_tower, str):
-            image = ImageTower.from_name(image_tower, image_size)
-        else:
-            image = ImageTower.from_module(image_tower, image_size)
-        if isinstance(text_tower, str):
-            text = TextTower.from_name(text_tower, max_length)
-        else:
-            text = TextTower.from_module(text_tower, max_length)
-        return cls(
-            image,
-            text,
-            embed_dim=embed_dim,
-            head=head,
-            dropout=dropout,
-            init_scale=init_scale,
-            init_bias=init_bias,
-        )
+        image: Any = ImageTower.from_name if isinstance(image_tower, str) else ImageTower.from_module
+        text: Any = TextTower.from_name if isinstance(text_tower, str) else TextTower.from_module
+        return cls(image(image_tower, image_size), text(text_tower, max_length), **options)
 
     def __repr__(self) -> str:
         towers = f"image_tower={self.image_tower.spec['name']!r}, text_tower={self.text_tower.spec['name']!r}"
@@ -219,11 +194,7 @@ class CLIP(nn.Module):
 
         The parameter itself is clamped, because clamping in the forward pass would set its gradient to zero.
         """
-        self.logit_scale.clamp_(max=self._max_logit_scale)
-
-    def keep_scale(self) -> None:
-        """Raise the limit of `clamp_scale` to the current scale if it is above 100 (SigLIP's is 117)."""
-        self._max_logit_scale = max(self._max_logit_scale, self.logit_scale.item())
+        self.logit_scale.clamp_(max=self.max_logit_scale)
 
     def freeze(self, which: Freeze) -> None:
         """Freeze one tower, both or none."""
@@ -285,17 +256,13 @@ class CLIP(nn.Module):
         Raises:
             BrokenImage: an image cannot be read; the message names the first one.
         """
-        _check_arguments(errors, batch_size)
         self.eval()
         parts, items, title = [], one_or_many(images), "images" if progress else ""
         for batch in encode_images(
             self.image_tower, items, project=self.project_image, batch_size=batch_size, progress=title
         ):
-            for row, name, reason in batch.broken:
-                label = name if name == f"image {row}" else f"image {row}, {name}"
-                if errors == "raise":
-                    raise BrokenImage(f"{label} cannot be read: {reason}") from reason
-                _log.warning("skipped %s: %s", label, reason)
+            for _, name, reason in batch.broken:
+                _leave_out(BrokenImage(f"{name} cannot be read: {reason}"), errors)
             parts.append(batch.features)
         return torch.cat(parts)
 
@@ -313,17 +280,11 @@ class CLIP(nn.Module):
             batch_size: number of texts per forward pass.
             errors: `raise`, or `skip` to leave out items that are not strings and log a warning for each.
             progress: whether to show a progress bar.
-
-        Raises:
-            TypeError: an item is not a string.
         """
-        _check_arguments(errors, batch_size)
         items: list[Any] = [texts] if isinstance(texts, str) else list(texts)
         for row, text in enumerate(items):
             if not isinstance(text, str):
-                if errors == "raise":
-                    raise TypeError(f"text {row} is {text!r}; expected a string")
-                _log.warning("skipped text %s: %r is not a string", row, text)
+                _leave_out(TypeError(f"text {row} is {text!r}; expected a string"), errors)
         self.eval()
         valid, title = [text for text in items if isinstance(text, str)], "texts" if progress else ""
         return encode_texts(
@@ -335,8 +296,25 @@ class CLIP(nn.Module):
         labels: str | Iterable[str | Iterable[str]],
         templates: str | Iterable[str] = ("a photo of a {}.",),
     ) -> Tensor:
-        """Return unit-length embeddings (C, D) of classes; see `clip_lightning.zero_shot_classifier`."""
-        return zero_shot_classifier(self, labels, templates)
+        """Return unit-length embeddings (C, D) of classes, on the CPU (Radford et al. 2021, section 3.1.4).
+
+        Args:
+            labels: one entry per class: a name, or several names.
+            templates: one or several captions with `{}` in place of a name; other braces are kept. The mean
+                of the unit-length embeddings of all captions of a class is normalized again.
+
+        Raises:
+            ValueError: there are no classes or no templates, or a class has no name.
+        """
+        classes = [labels] if isinstance(labels, str) else labels
+        names = [[entry] if isinstance(entry, str) else list(entry) for entry in classes]
+        templates = [templates] if isinstance(templates, str) else list(templates)
+        if not names or not all(names) or not templates:
+            raise ValueError("expected one or more classes, each with a name, and one or more templates")
+        captions = [[text.replace("{}", name) for name in entry for text in templates] for entry in names]
+        embedded = self.embed_texts([caption for entry in captions for caption in entry])
+        means = [part.mean(0) for part in embedded.split([len(entry) for entry in captions])]
+        return F.normalize(torch.stack(means), dim=-1)
 
     def classify(
         self, images: Any, labels: str | Iterable[str | Iterable[str]] | Tensor, errors: Errors = "raise"
@@ -420,8 +398,8 @@ class CLIP(nn.Module):
             message = "Upload a clip-lightning bundle"
             return str(HfApi().upload_folder(repo_id=repo, folder_path=bundle, commit_message=message))
 
-    @classmethod
-    def from_pretrained(cls, name: str | Path) -> CLIP:
+    @staticmethod
+    def from_pretrained(name: str | Path) -> CLIP:
         """Load a trained model, in eval mode.
 
         Args:
@@ -436,7 +414,10 @@ class CLIP(nn.Module):
         """
         from clip_lightning.model.loading import load
 
-        return load(cls, str(name))
+        return load(str(name))
+
+
+zero_shot_classifier = CLIP.zero_shot_classifier
 
 
 def parameter_counts(clip: CLIP) -> dict[str, int]:
@@ -448,8 +429,8 @@ def parameter_counts(clip: CLIP) -> dict[str, int]:
     }
 
 
-def _check_arguments(errors: str, batch_size: int) -> None:
-    if errors not in ("raise", "skip") or batch_size < 1:
-        raise ValueError(
-            f"expected errors='raise' or 'skip' and batch_size >= 1, got {errors!r} and {batch_size}"
-        )
+def _leave_out(error: Exception, errors: Errors) -> None:
+    """Log why an item is left out, or raise the error."""
+    if errors != "skip":
+        raise error
+    _log.warning("skipped: %s", error)

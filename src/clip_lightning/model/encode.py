@@ -73,6 +73,8 @@ def encode_images(
         precision: data type for autocast; by default, the tower runs in fp32.
         progress: title of a progress bar on stderr, if there is to be one.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: expected 1 or more")
     decode = decode or (lambda image: tower.transform(to_pixels(image)))
 
     def attempt(image: Any) -> Tensor | BrokenImage | None:
@@ -89,7 +91,7 @@ def encode_images(
     ):
         try:
             batches = ((chunk, pool.map(attempt, chunk)) for chunk in chunks)
-            ahead = deque(islice(batches, 2))
+            ahead = deque(islice(batches, 2)) or deque([([], iter(()))])
             while ahead:
                 chunk, decoded = ahead.popleft()
                 pixels: dict[int, Tensor] = {}
@@ -105,8 +107,6 @@ def encode_images(
                 yield Encoded(len(chunk), [*pixels], features, broken)
                 position += len(chunk)
                 bar.update(len(chunk))
-            if not position:
-                yield Encoded(0, [], _run(tower, [], project, precision), [])
         finally:  # a consumer that stops early does not wait for the images ahead
             pool.shutdown(cancel_futures=True)
 
@@ -163,6 +163,6 @@ def one_or_many(images: Any) -> Iterable[Any]:
 
 def _name(image: Any, position: int) -> str:
     """Return the name of an image in messages: its file if it has one, else its position."""
-    is_path = isinstance(image, str | Path)
-    file = image if is_path else getattr(image, "name", None) or getattr(image, "filename", None)
+    known = isinstance(image, str | Path)
+    file = image if known else getattr(image, "name", "") or getattr(image, "filename", "")
     return str(file or f"image {position}")

@@ -3,64 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 import torch
-from torch import Tensor
 
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.model.bundle import TOKENIZER_SUFFIXES, WEIGHTS, read_bundle, read_json
 from clip_lightning.model.checkpoint import load_checkpoint
-from clip_lightning.model.pretrained import assemble
+from clip_lightning.model.clip import CLIP
 from clip_lightning.model.pretrained.hugging_face import load_transformers
 from clip_lightning.model.pretrained.open_clip import load_open_clip
 from clip_lightning.model.towers.base import OWN
 from clip_lightning.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from clip_lightning.model.clip import CLIP
-
 TRANSFORMERS = ("clip", "siglip", "vision-text-dual-encoder")
 
 
-def load(clip_class: type[CLIP], name: str) -> CLIP:
+def load(name: str) -> CLIP:
     """Load a model in eval mode; see `CLIP.from_pretrained`."""
     with as_user_error(f"{name} cannot be loaded", "check the name, or get the complete model again"):
-        clip = _load(clip_class, name)
+        clip = _load(name)
     for weight, tensor in clip.named_parameters():
         if not tensor.isfinite().all():
             raise UserError(f"{name} has weights that are not finite ({weight}); train it again")
-    clip.keep_scale()
+    clip.max_logit_scale = max(clip.max_logit_scale, clip.logit_scale.item())  # SigLIP's is log(117)
     return clip.eval()
 
 
-def _load(clip_class: type[CLIP], name: str) -> CLIP:
+def _load(name: str) -> CLIP:
     if Path(name).is_file():
-        return load_checkpoint(clip_class, Path(name))
+        return load_checkpoint(Path(name))
     if name.startswith("open_clip:"):
-        return assemble(clip_class, load_open_clip(name.removeprefix("open_clip:"), name))
+        return load_open_clip(name.removeprefix("open_clip:"), name)
     if (run := RunFolder(Path(name))).is_run():
         for path in (run.model, run.best, run.last):
             if path.exists():
-                return _load(clip_class, str(path))
+                return _load(str(path))
         raise UserError(f"the run {name} has neither {run.model.name} nor a checkpoint; give another run")
     folder = _find(name)
     config = read_json(folder / "config.json")
     model_type = None if "format" in config else config.get("model_type")
     if model_type in TRANSFORMERS:
         _fetch_weights(name, "model*.safetensors", "pytorch_model*.bin")
-        return assemble(clip_class, load_transformers(folder, name))
+        return load_transformers(folder, name)
     if "format" not in config and (folder / "open_clip_config.json").is_file():
         _fetch_weights(name, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-        return assemble(clip_class, load_open_clip(f"local-dir:{folder}", name))
+        return load_open_clip(f"local-dir:{folder}", name)
     if "image_tower" not in config:
         raise UserError(
             f"{name} is not a clip-lightning bundle (config.json and {WEIGHTS}) or a model of open_clip, and "
             f"its type in transformers is {model_type!r}, expected one of {', '.join(TRANSFORMERS)}"
         )
     _fetch_weights(name, WEIGHTS)
-    return _load_bundle(clip_class, folder, config, name)
+    return _load_bundle(folder, config, name)
 
 
 def _find(name: str) -> Path:
@@ -90,33 +86,24 @@ def _fetch_weights(name: str, *patterns: str) -> None:
             return
 
 
-def _load_bundle(clip_class: type[CLIP], folder: Path, config: dict[str, Any], name: str) -> CLIP:
+def _load_bundle(folder: Path, config: dict[str, Any], name: str) -> CLIP:
     state = read_bundle(folder, config)
     if OWN in (config["image_tower"]["architecture"], config["text_tower"]["config"]["model_type"]):
         raise UserError(
             f"a tower of {name} is a custom module, which a bundle does not contain; build the model with "
             f"CLIP.from_towers again, and load {WEIGHTS}"
         )
-    _check_shapes(clip_class, config, folder, state)
-    clip = clip_class.from_config(config, folder)
+    try:  # compare the shapes before memory is allocated
+        with torch.device("meta"):
+            described = CLIP.from_config(config, folder)
+    except UserError:
+        raise
+    except Exception:  # some architectures cannot be built on the meta device
+        pass
+    else:
+        described.load_state_dict(state, assign=True)
+    clip = CLIP.from_config(config, folder)
     clip.load_state_dict(state)
     own = {*clip.config(), "tokenizer_files"}
     clip.metadata = {key: value for key, value in config.items() if key not in own}
     return clip
-
-
-def _check_shapes(
-    clip_class: type[CLIP], config: dict[str, Any], folder: Path, state: dict[str, Tensor]
-) -> None:
-    """Compare the configuration with the weights before memory is allocated for the model."""
-    try:
-        with torch.device("meta"):
-            described = clip_class.from_config(config, folder).state_dict()
-    except UserError:
-        raise
-    except Exception:  # some architectures cannot be built on the meta device
-        return
-    for name, tensor in described.items():
-        if name not in state or state[name].shape != tensor.shape:
-            saved = tuple(state[name].shape) if name in state else "missing"
-            raise ValueError(f"{name} is {tuple(tensor.shape)} in config.json, but {saved} in {WEIGHTS}")

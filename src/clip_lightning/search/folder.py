@@ -30,7 +30,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from clip_lightning.errors import UserError, reason_of
-from clip_lightning.files import is_draft, write_atomically
+from clip_lightning.files import write_atomically
 
 Format = Literal["npy", "parquet"]
 Row = dict[str, Any]
@@ -38,6 +38,7 @@ MADE_BY = "clip-lightning embeddings 2"
 _SUFFIXES = {"npy": ("jsonl", "npy"), "parquet": ("parquet",)}  # in the order of writing
 _STEM, _DIGEST = r"(images|captions)-\d{5,}-of-\d{5,}", "[0-9a-f]{16}"
 _PART = re.compile(rf"{_STEM}-{_DIGEST}\.(npy|parquet)")
+_DRAFT = re.compile(r"\..+\.\d+\.tmp")  # of `complete_file`
 _OTHER = re.compile(
     rf"{_STEM}-{_DIGEST}\.jsonl|images-{_DIGEST}\.faiss|\.?text_tower-{_DIGEST}(-.+)?|\.({_STEM}\.)?lock"
 )
@@ -232,7 +233,7 @@ def digest(contents: Iterable[bytes]) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    return is_draft(path.name) or any(form.fullmatch(path.name) for form in (_PART, _OTHER))
+    return any(form.fullmatch(path.name) for form in (_PART, _OTHER, _DRAFT))
 
 
 def _write_parquet(buffer: BytesIO, images: bool, rows: Sequence[Row], vectors: np.ndarray) -> None:

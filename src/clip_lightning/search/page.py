@@ -33,7 +33,7 @@ from torch import Tensor
 from clip_lightning.data.images import BrokenImage, decode_bytes, decode_image
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES
-from clip_lightning.model.zero_shot import probabilities, zero_shot_classifier
+from clip_lightning.model.zero_shot import probabilities
 from clip_lightning.reports.pages import template
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.search.index import FoundImage, ImageIndex
@@ -196,7 +196,7 @@ class _Page:
             raise UserError(f"got {len(names)} labels; give 1 to {MOST_LABELS}, separated by commas")
         if (templates := query["templates"]) not in TEMPLATES:
             raise UserError(f"templates {templates!r}: expected {', '.join(TEMPLATES)}")
-        similarity = embedding @ zero_shot_classifier(self.clip, names, TEMPLATES[templates]).T
+        similarity = embedding @ self.clip.zero_shot_classifier(names, TEMPLATES[templates]).T
         values = probabilities(similarity, self.clip.scale.item(), bias)[0].tolist()
         ordered = sorted(zip(names, values, strict=True), key=lambda entry: -entry[1])
         # softmax assumes that one of the labels is right, a sigmoid judges each label independently

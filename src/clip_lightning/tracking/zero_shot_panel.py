@@ -16,7 +16,6 @@ from clip_lightning.evaluation.prompts import read_templates
 from clip_lightning.evaluation.zero_shot import Classification, classify
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import Encoded, encode_images
-from clip_lightning.model.zero_shot import zero_shot_classifier
 from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.terminal import one_line, printable
 from clip_lightning.tracking.panel import Panel, png_image
@@ -138,7 +137,7 @@ class ZeroShot(Panel):
             raise UserError(
                 f"--zero_shot.data {self.data}: no image can be read; check the files, or give other data"
             )
-        classifier = zero_shot_classifier(clip, self._names, self.templates)
+        classifier = clip.zero_shot_classifier(self._names, self.templates)
         return classify(image, classifier, label, scale=clip.scale.item(), bias=clip.bias)
 
     def _features(self, trainer: Trainer, clip: CLIP, data: ClassSet) -> tuple[Tensor, Tensor]:

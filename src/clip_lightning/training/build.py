@@ -83,7 +83,7 @@ def build(
         )
     clip = CLIP.from_pretrained(init_from).train()
     size = clip.transform.size
-    has_bias, needs_bias = clip.logit_bias is not None, loss.init_bias is not None
+    has_bias = clip.logit_bias is not None
     for option, given, own in (
         ("model.image_tower", image_tower, clip.image_tower.spec["name"]),
         ("model.text_tower", text_tower, clip.text_tower.spec["name"]),
@@ -95,11 +95,11 @@ def build(
                 f"--{option} {given} contradicts --model.init_from {init_from}, which has {own}; "
                 "remove the option"
             )
-    if has_bias != needs_bias:
-        raise UserError(
-            f"--model.init_from {init_from} was trained {'with' if has_bias else 'without'} a bias, which "
-            f"{type(loss).__name__} cannot continue; set --model.loss {'SigLIP' if has_bias else 'InfoNCE'}"
+    if has_bias != (loss.init_bias is not None):
+        bias = (
+            "with a bias; set --model.loss SigLIP" if has_bias else "without a bias; set --model.loss InfoNCE"
         )
+        raise UserError(f"--model.init_from {init_from} was trained {bias}")
     return clip
 
 
@@ -124,10 +124,9 @@ def check_batch_norms(clip: CLIP, batch_size: int, micro_batch_size: int | str |
     """Reject batch sizes that leave a single image for the batch norms of the image tower."""
     size = micro_batch_size if isinstance(micro_batch_size, int) else max(batch_size, 2)
     if training_norms(clip.image_tower) and (size == 1 or batch_size % size == 1):
-        given = f"--model.micro_batch_size {micro_batch_size} with " if size == micro_batch_size else ""
         raise UserError(
-            f"{given}--data.batch_size {batch_size} leaves a single image for the batch norms of "
-            f"{clip.image_tower.spec['name']!r}; choose sizes that leave at least two, or set "
+            f"--data.batch_size {batch_size} and --model.micro_batch_size {micro_batch_size or 'null'} leave "
+            f"a single image for the batch norms of {clip.image_tower.spec['name']!r}; choose others, or set "
             "--model.towers.fix_statistics true"
         )
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import pickle
 import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -26,15 +26,6 @@ from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.model.checkpoint import check_fixed_towers, fixed_towers, preprocessing
 from clip_lightning.run_folder import LAST, PREVIOUS, RunFolder
 from clip_lightning.training.optim import param_groups
-
-
-def within_a_step(trainer: Trainer) -> bool:
-    """Return whether a step has begun and not finished, including the accumulation of its gradients.
-
-    A checkpoint would contain a part of the step in its weights or statistics, but not the gradients.
-    """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    return bool(progress.current.started > progress.current.processed) or is_accumulating(trainer)
 
 
 def is_accumulating(trainer: Trainer) -> bool:
@@ -63,8 +54,10 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        loses_nothing = not within_a_step(trainer) or not Path(str(self.dirpath), LAST).is_file()
-        if loses_nothing and all_ranks_save(trainer, exception):
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        is_complete = batches.started <= batches.processed and not is_accumulating(trainer)
+        exists = Path(str(self.dirpath), LAST).is_file()
+        if (is_complete or not exists) and all_ranks_save(trainer, exception):
             super().on_exception(trainer, pl_module, exception)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -81,19 +74,14 @@ class CheckpointOptions:
         every_n_steps: optimizer steps between two checkpoints.
     """
 
-    every_minutes: float | None = 30.0
-    every_n_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"--checkpoint.{name} {value}: expected a number greater than 0, or null")
+    every_minutes: PositiveFloat | None = 30.0
+    every_n_steps: PositiveInt | None = None
 
     def callbacks(self, folder: Path) -> list[Callback]:
         """Return the callbacks that write `last.ckpt` into a folder."""
         kinds: list[dict[str, Any]] = [{"save_on_train_epoch_end": True, "save_on_exception": True}]
         if self.every_minutes is not None:
-            kinds.append({"train_time_interval": timedelta(minutes=self.every_minutes)})
+            kinds.append({"train_time_interval": timedelta(minutes=min(self.every_minutes, 1e9))})
         if self.every_n_steps is not None:
             kinds.append({"every_n_train_steps": self.every_n_steps})
         return [LastCheckpoint(folder, "last", enable_version_counter=False, **kind) for kind in kinds]
@@ -111,7 +99,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Write the file; existing files do not change if the disk is full."""
         path = Path(path)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        draft, link = (path.with_name(f".{name}.{os.getpid()}.tmp") for name in (path.name, PREVIOUS))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for leftover in path.parent.glob(".*.ckpt.*.tmp"):  # of a process that was killed
@@ -121,7 +109,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             if path.name == LAST and path.exists():
-                _link(path, path.with_name(PREVIOUS))
+                with contextlib.suppress(OSError):  # a file system without links has no `previous.ckpt`
+                    os.link(path, link)
+                    os.replace(link, path.with_name(PREVIOUS))
             os.replace(draft, path)
         except (OSError, RuntimeError) as error:  # torch wraps the errors of the file system
             reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
@@ -131,22 +121,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             ) from error
         finally:
             draft.unlink(missing_ok=True)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load the file on the CPU, without executing code from it."""
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint
-
-
-def _link(path: Path, name: Path) -> None:
-    """Link a second name to the file, which atomically replaces the file of that name."""
-    draft = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):  # a file system without links has no `previous.ckpt`
-        os.link(path, draft)
-        os.replace(draft, name)
-    draft.unlink(missing_ok=True)
+            link.unlink(missing_ok=True)
 
 
 def damage(path: Path) -> str | None:
@@ -174,24 +149,15 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
             return None
         file = max(saved, key=lambda file: file.stat().st_mtime)
     elif given in ("last", "best"):
-        if not runs:
-            raise UserError(
-                f"--ckpt_path {given}: there is no run in {root}; start one without --ckpt_path, or set "
-                "--trainer.default_root_dir to the folder that contains the runs"
-            )
-        newest = runs[-1]
+        newest = runs[-1] if runs else RunFolder(root / "*")
         file = newest.last if given == "last" else newest.best
-        if not file.is_file():
-            raise UserError(
-                f"--ckpt_path {given}: the newest run, {newest.path}, has no {file.name}; set --ckpt_path to "
-                "the checkpoint of another run, or remove it to start again"
-            )
     else:
         file = Path(given)
-        if not file.is_file():
-            raise UserError(
-                f"--ckpt_path {given} is not a file; expected a checkpoint, or `last`, `best` or `auto`"
-            )
+    if not file.is_file():
+        raise UserError(
+            f"--ckpt_path {given}: there is no {file}; set --trainer.default_root_dir to the folder of the "
+            "runs, or --ckpt_path to a file, `last`, `best` or `auto`, or remove it to start a run"
+        )
     reason, previous = damage(file), file.with_name(PREVIOUS)
     if reason is None:
         return file
@@ -216,20 +182,23 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 def check_fits(file: str | Path, checkpoint: Mapping[str, Any], model: LightningModule) -> None:
     """Reject the checkpoint of a different model, and name the first difference."""
-    frozen, same = checkpoint["frozen_towers"], "set the same --model options as in training"
-    if frozen.keys() != fixed_towers(model.clip).keys():
-        were = " and ".join(name.removeprefix("clip.") for name in frozen) or "no tower"
-        raise UserError(f"{file} was trained with {were} frozen; {same}")
-    fixed = tuple(f"{tower}." for tower in frozen)
-    own = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(fixed)}
-    stored = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
-    if stored != own:
-        name = next(name for name in {**stored, **own} if stored.get(name) != own.get(name))
-        there, here = (f"{tuple(shapes[name])}" if name in shapes else "absent" for shapes in (stored, own))
-        raise UserError(f"{file} is of a different model ({name} is {there} there and {here} here); {same}")
-    for option, now in preprocessing(model.clip, model.lora).items():
-        if (then := checkpoint["preprocessing"].get(option)) != now:
-            raise UserError(f"{file} was trained with {option} {then}, and the model has {now}; {same}")
+    frozen, fixed = checkpoint["frozen_towers"], fixed_towers(model.clip)
+    own = model.state_dict().items()
+    trained = {name: tensor for name, tensor in own if not name.startswith(tuple(f"{t}." for t in fixed))}
+    there, here = (
+        {"frozen": [*towers], **{name: tuple(tensor.shape) for name, tensor in state.items()}, **about}
+        for towers, state, about in (
+            (frozen, checkpoint["state_dict"], checkpoint["preprocessing"]),
+            (fixed, trained, preprocessing(model.clip, model.lora)),
+        )
+    )
+    for name in {**there, **here}:
+        then, now = there.get(name, "absent"), here.get(name, "absent")
+        if then != now:
+            raise UserError(
+                f"{file} is of a different model ({name} is {then} there and {now} here); set the same "
+                "--model options as in training"
+            )
     check_fixed_towers(frozen, model.clip)
 
 
@@ -237,14 +206,14 @@ def check_resumes(file: Path, model: LightningModule, data: LightningDataModule,
     """Reject a resume with different data, batches or parameter groups, before anything is computed."""
     checkpoint = read_checkpoint(file)
     data.check_resumes(checkpoint.get(type(data).__qualname__, {}), ranks)
-    own = _sizes(param_groups(model.clip, model.optimizer))
+    own = param_groups(model.clip, model.optimizer)
     for optimizer in checkpoint.get("optimizer_states", ()):
-        if (stored := _sizes(optimizer["param_groups"])) != own:
+        then, now = (
+            {group["name"]: len(group["params"]) for group in groups}
+            for groups in (optimizer["param_groups"], own)
+        )
+        if then != now:
             raise UserError(
-                f"{file} was trained with the parameter groups {stored}, and the model has {own}; set "
+                f"{file} was trained with the parameter groups {then}, and the model has {now}; set "
                 "--model.optimizer.layer_decay and freeze_below as in training"
             )
-
-
-def _sizes(groups: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{group['name']}: {len(group['params'])}" for group in groups)

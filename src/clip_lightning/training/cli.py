@@ -1,15 +1,19 @@
-"""Runs `fit`, `validate` and `test`: LightningCLI with our defaults, run folders and messages."""
+"""Runs `fit`, `validate` and `test`: LightningCLI with our defaults, run folders and messages.
+
+`fit` and `rehearse` are for commands that train several models.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -26,7 +30,7 @@ from rich.table import Table
 
 from clip_lightning import arguments
 from clip_lightning.data.datamodule import CaptionDataModule
-from clip_lightning.errors import UserError
+from clip_lightning.errors import RunFailed, UserError, as_user_error, reason_of
 from clip_lightning.evaluation.metrics import DIRECTIONS, MEASURES, METRICS
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import LAST, RunFolder
@@ -34,6 +38,7 @@ from clip_lightning.terminal import public
 from clip_lightning.tracking import zero_shot_panel
 from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
+from clip_lightning.tracking.logger import finished_run
 from clip_lightning.tracking.prediction_panel import PredictionTable
 from clip_lightning.training import checkpoints, stopping
 from clip_lightning.training.module import CLIPModule
@@ -76,10 +81,8 @@ class Parser(arguments.PlainErrors, LightningArgumentParser):
 class RunCLI(LightningCLI):
     """Builds model, data and trainer from the command line and gives the run its folder."""
 
-    run: RunFolder
-    config_to_save: str
-
     def __init__(self, args: list[str], callbacks: Sequence[Callback] = ()) -> None:
+        self.command = args[0]
         self.callers_callbacks = callbacks  # of a command that trains several models, such as a sweep
         super().__init__(
             CLIPModule,
@@ -93,21 +96,14 @@ class RunCLI(LightningCLI):
             load_from_checkpoint_support=False,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the methods of the trainer that are commands, and their arguments that are not options."""
-        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test")}
+    def subcommands(self) -> dict[str, set[str]]:
+        """Return only the method of the trainer that is called, since building a parser is slow."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(stopping.EarlyStopping, "early_stopping")
-        parser.set_defaults(
-            {
-                "early_stopping.monitor": MONITOR,
-                "early_stopping.mode": "max",
-                "early_stopping.patience": 5,
-                "early_stopping.check_on_train_epoch_end": False,
-            }
-        )
+        defaults = {"monitor": MONITOR, "mode": "max", "patience": 5, "check_on_train_epoch_end": False}
+        parser.set_defaults({f"early_stopping.{name}": value for name, value in defaults.items()})
         parser.add_class_arguments(checkpoints.CheckpointOptions, "checkpoint")
         parser.add_lightning_class_args(PredictionTable, "predictions")
         parser.add_lightning_class_args(zero_shot_panel.ZeroShot, "zero_shot")
@@ -139,18 +135,14 @@ class RunCLI(LightningCLI):
         checkpoint = checkpoints.find_checkpoint(config.ckpt_path, root)
         config.ckpt_path = None if checkpoint is None else str(checkpoint)
         config.weights_only = True  # a checkpoint may come from a stranger
-        try:
+        with as_user_error(f"--trainer.default_root_dir {root} cannot be created", "use another folder"):
             root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--trainer.default_root_dir {root} cannot be created ({error.strerror}); use another folder"
-            ) from error
         self.run = RunFolder.new(root)
         if self.subcommand != "fit":
             scored = config.ckpt_path or config.model.init_from
             if scored is None:
                 raise UserError(
-                    "no model to score: set --ckpt_path FILE|last|best, or --model.init_from BUNDLE"
+                    "no model to score: set --ckpt_path FILE|last|best or --model.init_from BUNDLE"
                 )
             # scores are stored with the run that trained the model, and do not make a new run
             folders = Path(scored).absolute().parents[:2] if Path(scored).exists() else ()
@@ -169,13 +161,12 @@ class RunCLI(LightningCLI):
         """Ignore the hyperparameters in the checkpoint: the configuration is complete."""
 
     def _set_seed(self) -> None:
-        try:
+        with as_user_error("--seed_everything is invalid", "use a number of 0 or more"):
             super()._set_seed()
-        except ValueError as error:
-            raise UserError(f"--seed_everything: {error}") from error
 
-    def after_instantiate_classes(self) -> None:
+    def instantiate_classes(self) -> None:
         """Reject incompatible options before ranks start and frozen towers run for minutes."""
+        super().instantiate_classes()
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             check_shardable(self.model.clip, self.model.micro_batch_size, self.trainer)
         checkpoint = self.config[self.subcommand].ckpt_path
@@ -191,10 +182,7 @@ class RunCLI(LightningCLI):
         # without AVX-512 or an equivalent, convolutions in bf16 take up to a hundred times as long as in fp32
         is_slow = on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if config.precision == "bf16-mixed" and is_slow:
-            print(
-                "this CPU has no fast bf16 kernels: training in fp32 (--trainer.precision 32-true)",
-                file=sys.stderr,
-            )
+            print("this CPU has no fast bf16 kernels: training in fp32", file=sys.stderr)
             config.precision = "32-true"
         if config.strategy == "fsdp":
             config.strategy = ShardedStrategy()
@@ -238,11 +226,11 @@ class RunCLI(LightningCLI):
         self.datamodule.setup("fit")
         ranks = self.trainer.num_devices * self.trainer.num_nodes
         interval = self.trainer.val_check_interval
-        counts = isinstance(interval, int) and self.trainer.check_val_every_n_epoch is not None
-        if counts and interval > (batches := len(self.datamodule.train_dataloader()) // ranks):
+        in_epoch = isinstance(interval, int) and self.trainer.check_val_every_n_epoch is not None
+        if in_epoch and interval > (batches := len(self.datamodule.train_dataloader()) // ranks):
             raise UserError(
                 f"--trainer.val_check_interval {interval} is more than the {batches} batches of an epoch; "
-                "lower it, or set --trainer.check_val_every_n_epoch null to count batches across epochs"
+                "lower it, or set --trainer.check_val_every_n_epoch null"
             )
         checkpoint = self.config["fit"].ckpt_path
         if checkpoint:
@@ -251,9 +239,11 @@ class RunCLI(LightningCLI):
             return
         self.run.path.mkdir(parents=True, exist_ok=True)  # W&B expects it to exist
         if is_alone:
-            count = parameter_counts(self.model.clip)
-            trained, total = count["parameters_trained"], count["parameters"]
-            print(f"training {trained:,} of {total:,} parameters", file=sys.stderr)
+            counts = parameter_counts(self.model.clip)
+            print(
+                "training {parameters_trained:,} of {parameters:,} parameters".format_map(counts),
+                file=sys.stderr,
+            )
             print(f"run folder: {self.run.path}", file=sys.stderr)
         if checkpoint:
             print(f"resuming from {checkpoint}", file=sys.stderr)
@@ -270,11 +260,7 @@ class RunCLI(LightningCLI):
         if recorder.metrics:
             print_metrics(recorder.metrics, f"best epoch: {recorder.metrics['epoch']:.0f}")
         else:
-            print(
-                "no epoch was validated: there are no metrics and no best checkpoint, and model/ has the "
-                "last weights; remove --trainer.limit_val_batches to validate",
-                file=sys.stderr,
-            )
+            print("no epoch was validated, so model/ has the last weights", file=sys.stderr)
         print("run folder:", self.run.path)
         parts = (f"{name} {spent:.0f} s" for name, spent in recorder.stopwatch.seconds.items())
         print("time:", ", ".join(parts).replace("_", " "))
@@ -366,22 +352,72 @@ def changed_options(before: str, now: str) -> list[str]:
 
 def run(args: list[str]) -> None:
     """Run `fit`, `validate` or `test`, the first of the arguments."""
-    run_as(RunCLI, args)
+    with plain_errors():
+        RunCLI(args)
 
 
-AnyCLI = TypeVar("AnyCLI", bound=RunCLI)
+def fit(options: list[str], callbacks: Sequence[Callback], out: TextIO | None = None) -> Path:
+    """Train once within another command, print the result to `out` or stderr, and return the run's folder."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    args = ["fit", *options]
+    with contextlib.redirect_stdout(out or sys.stderr), finished_run(), _separate_ranks(args):
+        try:
+            with plain_errors():
+                return RunCLI(args, callbacks).run.path
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits after Ctrl-C
+                raise KeyboardInterrupt from stop
+            if isinstance(stop.code, str):  # the parser's message
+                raise UserError(stop.code) from stop
+            raise
 
 
-def run_as(kind: type[AnyCLI], args: list[str], callbacks: Sequence[Callback] = ()) -> AnyCLI:
-    """Run a command with additional callbacks, and turn errors of Lightning and torch into ours."""
+class Rehearsal(RunCLI):
+    """Parses the options of `fit` into the complete configuration, and reads the data, without training."""
+
+    def instantiate_classes(self) -> None:
+        """Leave this to `read_data`."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+    def read_data(self, image_tower: str, text_tower: str) -> str:
+        """Build the model and the data with these towers, which may find errors; return the data's digest."""
+        config = self.config["fit"]
+        config.model.image_tower, config.model.text_tower = image_tower, text_tower
+        config.trainer.logger = False
+        super().instantiate_classes()
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        return str(self.datamodule.digest)
+
+
+def rehearse(options: list[str]) -> Rehearsal:
+    """Parse the options of `fit` without training, for runs whose results will be compared."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    with plain_errors():
+        rehearsal = Rehearsal(["fit", *options])
+    trainer = rehearsal.config["fit"].trainer
+    if trainer.fast_dev_run or trainer.limit_val_batches == 0:
+        raise UserError(
+            "a run without a validation has no result to compare; remove --trainer.fast_dev_run and "
+            "--trainer.limit_val_batches"
+        )
+    return rehearsal
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Hide messages that do not concern the user, and turn errors of Lightning and torch into ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each loader process tokenizes on one core
-    # hide Lightning's lines about unused accelerators; its warnings are still shown
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # lines about unused accelerators and the seed; warnings are still shown
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     stopping.watch_children()
     try:
-        return kind(args, callbacks)
+        yield
     except UserError:
         raise
     except MisconfigurationException as error:  # Lightning rejects a combination of options
@@ -390,7 +426,29 @@ def run_as(kind: type[AnyCLI], args: list[str], callbacks: Sequence[Callback] = 
         if reason := arguments.error_within(error):
             raise UserError(reason) from error
         raise
+    except torch.OutOfMemoryError as error:
+        remedy = "lower --data.batch_size, or set --model.micro_batch_size"
+        raise RunFailed(f"{reason_of(error)}; {remedy}") from error
     except RuntimeError as error:
-        if lost := stopping.lost_rank(error):
+        if lost := stopping.lost_process(error):
             raise lost from error
         raise
+
+
+@contextlib.contextmanager
+def _separate_ranks(args: list[str]) -> Iterator[None]:
+    """Pass `args` to the ranks that Lightning starts, and let the next run start ranks of its own."""
+    # the variables that Lightning sets in the process that starts the other ranks
+    launched = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ[name] for name in launched if name in os.environ}
+    original = sys.argv[1:]
+    sys.argv[1:] = args  # Lightning starts each rank with the arguments of this process
+    try:
+        yield
+    finally:
+        sys.argv[1:] = original
+        if "LOCAL_RANK" not in before and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name in launched:
+            os.environ.pop(name, None)
+        os.environ |= before

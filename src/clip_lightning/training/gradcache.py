@@ -10,7 +10,7 @@ and data-parallel training work as usual.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -22,25 +22,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
 
-SMALLEST = 8
-"""Smaller micro-batches are not worth their overhead."""
+SMALLEST = 8  # smaller micro-batches are not worth their overhead
 
 
 def encode_in_micro_batches(
     encode: Callable[..., Tensor], inputs: tuple[Tensor, ...], micro_batch_size: int, module: nn.Module
 ) -> Tensor:
-    """Return `encode(*inputs)`, with the activations of one micro-batch in memory at a time.
+    """Return `encode(*inputs)` (B, D) of B rows, with the activations of one micro-batch in memory at a time.
 
-    Args:
-        encode: maps tensors with B rows to embeddings (B, D). Each embedding may depend only on its own row,
-            except for batch norm in training mode, whose statistics are then those of the micro-batch.
-        inputs: tensors with B rows each.
-        micro_batch_size: the number of rows to encode at a time.
-        module: the module that `encode` runs. Its batch-norm statistics are updated once, and not again in
-            the backward pass.
+    Each embedding may depend only on its own row, except for batch norm in training mode: its statistics are
+    those of the micro-batch, and those of `module` are not updated again in the backward pass.
     """
     if not torch.is_grad_enabled() or len(inputs[0]) <= micro_batch_size:
         return encode(*inputs)
@@ -74,7 +67,11 @@ def statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
 
 
 def largest_micro_batch(clip: CLIP, batch: dict[str, Tensor], trainer: Trainer) -> int | None:
-    """Return how many rows every rank has memory for, or None if no tower is trained."""
+    """Return how many rows every rank has memory for: the batch, or a half, a quarter, ... of it.
+
+    Their activations may take half of the free memory. They are estimated from those of two and of four rows,
+    which changes neither random numbers nor batch-norm statistics. None if no tower is trained.
+    """
     parts: list[tuple[Callable[..., Tensor], list[Tensor]]] = []
     if not clip.image_tower.frozen:
         parts.append((clip.encode_image, [batch["pixel_values"]]))
@@ -84,65 +81,29 @@ def largest_micro_batch(clip: CLIP, batch: dict[str, Tensor], trainer: Trainer) 
         parts.append((clip.encode_text, tokens))
     if not parts:
         return None
-    rows = max(len(inputs[0]) for _, inputs in parts)
-    own = search(
-        lambda size: torch.cat([encode(*(x[:size] for x in inputs)) for encode, inputs in parts]),
-        rows,
-        clip,
-        # gradients and AdamW's moments
-        reserve=3 * sum(p.nbytes for p in clip.parameters() if p.requires_grad),
-        ranks=trainer.num_devices,
-    )
-    on_device = torch.tensor(own, device=trainer.strategy.root_device)
-    size = int(trainer.strategy.reduce(on_device, reduce_op="min"))
-    if size == 0:
-        raise UserError(
-            f"--model.micro_batch_size auto: there is no memory for {min(SMALLEST, rows)} images and "
-            "captions at a time; freeze a tower (--model.freeze), or lower --model.towers.image_size"
+    device = trainer.strategy.root_device
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []), statistics_kept(training_norms(clip)):
+        two, four = (
+            sum(saved_bytes(encode, [x[:rows] for x in inputs], clip) for encode, inputs in parts)
+            for rows in (2, 4)
         )
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    shared_by = 1 if on_gpu else trainer.num_devices
+    trained = sum(parameter.nbytes for parameter in clip.parameters() if parameter.requires_grad)
+    budget = free / shared_by / 2 - 3 * trained  # less the gradients and AdamW's moments
+    size = rows = max(len(inputs[0]) for _, inputs in parts)
+    while size > SMALLEST and two + (size - 2) * (four - two) / 2 > budget:
+        size = -(-size // 2)
+    size = int(trainer.strategy.reduce(torch.tensor(size, device=device), reduce_op="min"))
     if trainer.is_global_zero:
         print(f"--model.micro_batch_size auto: {size:,} of {rows:,} rows at a time", file=sys.stderr)
     return size
 
 
-def search(
-    encode: Callable[[int], Tensor], rows: int, module: nn.Module, *, reserve: int = 0, ranks: int = 1
-) -> int:
-    """Find how many rows fit in half of the free memory: a power of two from `SMALLEST` on, all rows, or 0.
-
-    The activations of two and of four rows are measured. The state of the random number generators and
-    batch-norm statistics do not change.
-
-    Args:
-        encode: runs `module` on the first rows, given their number.
-        rows: the rows of the complete batch.
-        module: the module that is measured.
-        reserve: bytes that training will allocate later.
-        ranks: the number of processes that share this machine's memory (on a CPU).
-    """
-    device = next(module.parameters()).device
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng([device] if on_gpu else []), statistics_kept(training_norms(module)):
-        two, four = (saved_bytes(encode, size, module) for size in (2, 4))
-    if on_gpu:
-        torch.cuda.empty_cache()
-        available = torch.cuda.mem_get_info(device)[0]
-    else:
-        available = psutil.virtual_memory().available // ranks
-    return within_budget(two, four, rows, available // 2 - reserve)
-
-
-def within_budget(two: int, four: int, rows: int, budget: int) -> int:
-    """Return the largest size within the budget, given the bytes of two and of four rows, or 0."""
-    sizes = [*(2**k for k in range(rows.bit_length()) if SMALLEST <= 2**k < rows), rows]
-    per_row = (four - two) / 2
-    return max((size for size in sizes if two + (size - 2) * per_row <= budget), default=0)
-
-
-def saved_bytes(encode: Callable[[int], Tensor], size: int, module: nn.Module) -> int:
-    """Return the bytes that autograd saves for the backward pass of `size` rows, without the weights."""
+def saved_bytes(encode: Callable[..., Tensor], inputs: Iterable[Tensor], module: nn.Module) -> int:
+    """Return the bytes that autograd saves for the backward pass of `encode(*inputs)`, without weights."""
     held = {}
-    weights = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -150,6 +111,7 @@ def saved_bytes(encode: Callable[[int], Tensor], size: int, module: nn.Module) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        graph = encode(size)  # kept alive, since freed memory would be reused and counted once
+        graph = encode(*inputs)  # kept alive, since freed memory would be reused and counted once
     del graph
+    weights = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
     return sum(count for place, count in held.items() if place not in weights)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_lightning.errors import UserError, reason_of
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.model.clip import CLIP
 
 Schedule = Literal["cosine", "constant", "cooldown"]
@@ -73,12 +73,9 @@ def build_optimizer(clip: CLIP, config: OptimizerConfig, *, fused: bool) -> torc
         return torch.optim.AdamW(groups, betas=config.betas, fused=fused)
     has_betas = get_optimizer_info(config.name).num_betas == 2
     betas: dict[str, Any] = {"betas": config.betas} if has_betas else {}
-    try:
-        return create_optimizer_v2(groups, config.name, lr=config.lr, **betas)
-    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--model.optimizer.name {config.name} cannot be used here ({reason_of(error)}); choose another"
-        ) from error
+    with as_user_error(f"--model.optimizer.name {config.name} cannot be used here", "choose another"):
+        optimizer = create_optimizer_v2(groups, config.name, lr=config.lr, **betas)
+    return optimizer
 
 
 def freeze_lower_layers(clip: CLIP, config: OptimizerConfig) -> None:
@@ -129,12 +126,9 @@ def _layer_fractions(clip: CLIP, config: OptimizerConfig) -> dict[str, float]:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: bool = False) -> Tensor:
-    """Clip gradients in place, whether they are sharded or not, and return their norm before.
+    """Clip gradients in place, whether they are sharded or not, and return their 2-norm before.
 
-    Args:
-        parameters: parameters with gradients.
-        limit: the largest 2-norm of all gradients together, or the largest absolute value; may be infinite.
-        by_value: whether `limit` is for each value.
+    `limit` is for the 2-norm of all gradients together, or for each absolute value, and may be infinite.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     complete = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
@@ -153,11 +147,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: b
 
 
 class WarmupSchedule(LambdaLR):
-    """Multiplies the rates of all groups by a factor, of which a resumed run restores only the step.
-
-    Peak rates and the schedule come from its own options, and a line is printed if they change the rate of
-    the next step.
-    """
+    """Multiplies all rates by a factor; a resumed run restores only the step, and prints a changed rate."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
@@ -167,11 +157,8 @@ class WarmupSchedule(LambdaLR):
             group["lr"] = rate
         before, now = max(state_dict["_last_lr"]), max(self._last_lr)
         if before != now:
-            rank_zero_only(print)(
-                f"the learning rate of step {self.last_epoch} is now {now:.3g} instead of {before:.3g}, "
-                "since the options or the number of steps have changed",
-                file=sys.stderr,
-            )
+            message = f"the learning rate of step {self.last_epoch} is now {now:.3g} instead of {before:.3g}"
+            rank_zero_only(print)(message, file=sys.stderr)
 
 
 def keep_own_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -48,31 +48,21 @@ class BestCheckpoint(ModelCheckpoint):
 
 def _lap(part: str) -> Callable[..., None]:
     """Return a hook that attributes the time since the last hook to this part of the run."""
-
-    def hook(recorder: RunRecorder, *_: Any) -> None:
-        recorder.stopwatch.lap(part)
-
-    return hook
+    return lambda recorder, *_: recorder.stopwatch.lap(part)
 
 
 class RunRecorder(Callback):
     """Writes `config.yaml`, `metrics.json`, `model/` and `broken.json`, and measures time and memory.
 
-    Args:
-        folder: the folder of the run.
-        config: the complete configuration in YAML. Lightning's SaveConfigCallback would conflict with W&B's
-            `config.yaml`, and sends nothing to loggers.
-
-    Attributes:
-        metrics: the metrics of the best epoch by `val/rsum`, without the prefix `val/`.
+    `config` is the complete configuration in YAML. Lightning's SaveConfigCallback would conflict with W&B's
+    `config.yaml`, and sends nothing to loggers. `metrics` are those of the best epoch, without `val/`.
     """
 
     def __init__(self, folder: Path, config: str) -> None:
         self.run, self.config = RunFolder(folder), config
         self.metrics: dict[str, float] = {}
         self.stopwatch = Stopwatch()
-        self._samples = 0
-        self._peak_memory = 0
+        self._costs = {"samples": 0, "peak_memory": 0}
         self._memory_noted = float("-inf")
         self._finished = False
         self._last_log = self._progress()
@@ -90,20 +80,14 @@ class RunRecorder(Callback):
             logger.log_hyperparams(content)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "metrics": self.metrics,
-            "seconds": self.stopwatch.seconds,
-            "samples": self._samples,
-            "peak_memory": self._peak_memory,
-        }
+        return {"metrics": self.metrics, "seconds": self.stopwatch.seconds, **self._costs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.run.best.is_file():
             self.metrics = state_dict["metrics"]  # they are those of that file
         for part, seconds in state_dict["seconds"].items():
             self.stopwatch.seconds[part] += seconds
-        self._samples = state_dict["samples"]
-        self._peak_memory = state_dict["peak_memory"]
+        self._costs = {name: state_dict[name] for name in self._costs}
         self._last_log = self._progress()
 
     on_train_start = _lap("preparation")  # of towers, features and loaders
@@ -115,7 +99,7 @@ class RunRecorder(Callback):
     ) -> None:
         """Log throughput and the fraction of time spent waiting for data."""
         self.stopwatch.lap("optimiser")
-        self._samples += len(batch["image_id"]) * trainer.world_size
+        self._costs["samples"] += len(batch["image_id"]) * trainer.world_size
         if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
             now = self._progress()
             samples, waiting, step = (new - old for new, old in zip(now, self._last_log, strict=True))
@@ -157,29 +141,31 @@ class RunRecorder(Callback):
 
     def _progress(self) -> tuple[float, float, float]:
         """Return the samples so far, and the seconds spent waiting for data and in steps."""
-        return self._samples, self.stopwatch.seconds["waiting_for_data"], self.stopwatch.step_seconds
+        return self._costs["samples"], self.stopwatch.seconds["waiting_for_data"], self.stopwatch.step_seconds
 
     def _note_memory(self) -> None:
         """Measure the memory every few seconds at most, since it takes 20 ms per gigabyte."""
         if time.perf_counter() - self._memory_noted > MEMORY_SECONDS:
             self._memory_noted = time.perf_counter()
-            self._peak_memory = max(self._peak_memory, memory_of_processes())
+            self._costs["peak_memory"] = max(self._costs["peak_memory"], memory_of_processes())
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, *, model: bool = True) -> None:
+        """Write `metrics.json`, `broken.json`, and the bundle of the best epoch."""
         if trainer.fast_dev_run:
             return
         weights = gather_on_first_rank(pl_module.state_dict()) if model else None
         if not trainer.is_global_zero:
             return
         self.stopwatch.lap("other")
-        about = _data(trainer)
-        record = self._record(pl_module, about)
-        broken = trainer.datamodule.broken
+        data = _data(trainer)
+        costs = {"finished": self._finished, **self._measured(), **parameter_counts(pl_module.clip), **data}
+        costs["version_clip_lightning"] = clip_lightning.__version__
+        costs |= {f"version_{name}": importlib.metadata.version(name) for name in VERSIONED}
         try:
-            _write_json(self.run.metrics, record)
-            self._summarize(trainer, {name: record[name] for name in record.keys() - self.metrics.keys()})
-            if broken:
-                _write_json(self.run.broken, broken)
+            _write_json(self.run.metrics, self.metrics | costs)
+            self._summarize(trainer, costs)
+            if trainer.datamodule.broken:
+                _write_json(self.run.broken, trainer.datamodule.broken)
             if weights is not None:
                 pl_module.clip.save_pretrained(
                     self.run.model,
@@ -187,7 +173,7 @@ class RunRecorder(Callback):
                     metadata={
                         "metrics": self.metrics,
                         "loss": type(pl_module.loss).__name__,
-                        "training_data": {name.removeprefix("data_"): about[name] for name in about},
+                        "training_data": {name.removeprefix("data_"): data[name] for name in data},
                     },
                 )
         except (OSError, SafetensorError) as error:
@@ -196,23 +182,17 @@ class RunRecorder(Callback):
                 "intact: free disk space, and resume with --ckpt_path last"
             ) from error
 
-    def _record(self, pl_module: LightningModule, data: dict[str, str]) -> dict[str, Any]:
-        """Return the content of `metrics.json`."""
+    def _measured(self) -> dict[str, float]:
+        """Return the time and the memory that the run has taken."""
         seconds = self.stopwatch.seconds
         training = seconds["waiting_for_data"] + self.stopwatch.step_seconds
         gpu = torch.cuda.is_available()
         return {
-            **self.metrics,
-            "finished": self._finished,
             "seconds": round(sum(seconds.values()), 1),
             **{f"seconds_{part}": round(spent, 1) for part, spent in seconds.items()},
-            "samples_per_second": round(self._samples / max(training, 1e-9), 1),
-            "peak_memory_bytes": self._peak_memory,
+            "samples_per_second": round(self._costs["samples"] / max(training, 1e-9), 1),
+            "peak_memory_bytes": self._costs["peak_memory"],
             **({"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()} if gpu else {}),
-            **parameter_counts(pl_module.clip),
-            **data,
-            "version_clip_lightning": clip_lightning.__version__,
-            **{f"version_{name}": importlib.metadata.version(name) for name in VERSIONED},
         }
 
     def _summarize(self, trainer: Trainer, costs: dict[str, Any], obsolete: Iterable[str] = ()) -> None:
@@ -259,15 +239,7 @@ def memory_of_processes() -> int:
 def keep_scores(
     run: RunFolder, name: str, scores: Mapping[str, float], about: Mapping[str, str], *, track: bool
 ) -> None:
-    """Store the scores of `test` or `validate` as `NAME.json` in a run's folder, and in its W&B run.
-
-    Args:
-        run: the folder of the run.
-        name: the name of the command.
-        scores: the scores by name, without a prefix.
-        about: which model was scored, and on which data.
-        track: whether to add the scores to the summary of the W&B run, if there is one.
-    """
+    """Store the scores of the command `name` in a run's folder and, if it `track`s them, in its W&B run."""
     _write_json(run.path / f"{name}.json", {**scores, **about})
     loggers = yaml.safe_load(run.config.read_text())["trainer"]["logger"]
     for logger in loggers if isinstance(loggers, list) else [loggers]:

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.towers import Tower
+from clip_lightning.training.checkpoints import read_checkpoint
 from clip_lightning.training.gradcache import training_norms
 
 
@@ -48,7 +49,8 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return gather_on_first_rank(self._module.state_dict())
+        assert self.model is not None
+        return gather_on_first_rank(self.model.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
         own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
@@ -72,16 +74,13 @@ class ShardedStrategy(ModelParallelStrategy):
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Map the file into memory, so that the ranks of a machine share it and copy only their shards."""
-        checkpoint: dict[str, Any] = torch.load(
-            checkpoint_path, map_location="cpu", weights_only=True, mmap=True
-        )
-        return checkpoint
+        return read_checkpoint(Path(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        own = self._module.state_dict()
-        stored = checkpoint["state_dict"].items()
-        state = {name: own_shard(value, own.get(name)) for name, value in stored}
-        self._module.load_state_dict(state, strict=strict)
+        assert self.model is not None
+        own, stored = self.model.state_dict(), checkpoint["state_dict"]
+        state = {name: own_shard(value, own.get(name)) for name, value in stored.items()}
+        self.model.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -95,11 +94,6 @@ class ShardedStrategy(ModelParallelStrategy):
                 for number, moments in stored["state"].items()
             }
             optimizer.load_state_dict({**stored, "state": state})
-
-    @property
-    def _module(self) -> nn.Module:
-        assert self.lightning_module is not None
-        return self.lightning_module
 
 
 def own_shard(complete: Tensor, like: Tensor | None) -> Tensor:
@@ -127,23 +121,21 @@ def gather_on_first_rank(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def check_shardable(clip: CLIP, micro_batch_size: int | str | None, trainer: Trainer) -> None:
     """Reject options that cannot be combined with sharding."""
     trained = _trained_towers(clip)
-    is_ours = isinstance(trainer.strategy, ShardedStrategy)
-    has_scalars = any(parameter.ndim == 0 for tower in trained for parameter in tower.parameters())
-    precision = trainer.precision
-    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-    for is_refused, problem in (
-        (not is_ours, "needs Trainer(strategy=clip_lightning.training.sharding.ShardedStrategy())"),
-        (not trained, "shards the weights of trained towers, and both are frozen; use ddp"),
-        (has_scalars, "cannot shard towers with single numbers as parameters; use ddp"),
-        (micro_batch_size == "auto", "cannot be combined with --model.micro_batch_size auto; use a number"),
-        (
-            precision not in ("32-true", "bf16-mixed"),
-            f"needs bf16-mixed or 32, not --trainer.precision {precision}",
-        ),
-        (averages, "cannot be combined with averaged weights; use ddp"),
-    ):
-        if is_refused:
-            raise UserError(f"--trainer.strategy fsdp {problem}")
+    if not isinstance(trainer.strategy, ShardedStrategy):
+        problem = "needs Trainer(strategy=clip_lightning.training.sharding.ShardedStrategy())"
+    elif not trained:
+        problem = "shards the weights of trained towers, and both are frozen; use ddp"
+    elif any(parameter.ndim == 0 for tower in trained for parameter in tower.parameters()):
+        problem = "cannot shard towers with single numbers as parameters; use ddp"
+    elif micro_batch_size == "auto":
+        problem = "cannot be combined with --model.micro_batch_size auto; use a number"
+    elif trainer.precision not in ("32-true", "bf16-mixed"):
+        problem = f"needs bf16-mixed or 32, not --trainer.precision {trainer.precision}"
+    elif any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+        problem = "cannot be combined with averaged weights; use ddp"
+    else:
+        return
+    raise UserError(f"--trainer.strategy fsdp {problem}")
 
 
 def shard_towers(clip: CLIP, mesh: DeviceMesh) -> None:

@@ -23,23 +23,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch.utils.data._utils import signal_handling
 
-from clip_lightning.errors import AgreedStop, Diverged, RunFailed
+from clip_lightning.errors import AgreedStop, Diverged, RunFailed, reason_of
 from clip_lightning.files import write_atomically
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.training.checkpoints import all_ranks_save, is_accumulating, within_a_step
+from clip_lightning.training.checkpoints import is_accumulating
 
 MAX_BATCHES = 100  # batches in `non-finite.json`
 GRACE_SECONDS = 60
-# The messages of gloo, NCCL and the rendezvous store about a lost connection.
+# The messages of gloo, NCCL and the rendezvous store about a lost rank, and of torch about a lost loader.
 _LOST = re.compile(
-    "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|before timing out"
-)
-# The message of torch about a loader process that has ended.
-_LOST_WORKER = re.compile(
-    r"DataLoader worker \(pid.*?\d\) (?:is )?(killed by signal: [\w ]+|exited unexpectedly)"
+    "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|before timing out|"
+    r"^DataLoader worker \(pid"
 )
 
 
@@ -47,10 +44,8 @@ class GracefulStop(Callback):
     """Finishes the current step or validation after a signal, then stops; a second Ctrl-C stops at once.
 
     All ranks stop, even if only one receives the signal. Schedulers send SIGUSR1 some time before the end of
-    a job, and a SLURM job is then requeued.
-
-    Args:
-        prints_remedy: whether to print how to resume the run.
+    a job, and a SLURM job is then requeued. Training does not stop while gradients accumulate, since
+    checkpoints do not contain them.
     """
 
     def __init__(self, prints_remedy: bool = True) -> None:
@@ -68,13 +63,15 @@ class GracefulStop(Callback):
         self._handle(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop if a rank has received a signal; Ctrl-C after the last batch of an epoch waits for validation.
-
-        Training does not stop while gradients accumulate, since checkpoints do not contain them.
-        """
+        """Stop if a rank has received a signal; after the last batch of an epoch, Ctrl-C waits."""
         if is_accumulating(trainer):
             return
-        self._received = self._largest_of_all_ranks(self._received)
+        if trainer.world_size > 1:
+            # the largest number of all ranks, exchanged on the CPU in order not to wait for a GPU
+            self._group = self._group or torch.distributed.new_group(backend="gloo")
+            largest = torch.tensor(self._received)
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
+            self._received = int(largest)
         if self._received in (signal.SIGTERM, signal.SIGUSR1):
             # Lightning raises after it has counted the batch, so that a resumed run does not repeat it
             trainer._signal_connector.received_sigterm = True
@@ -89,23 +86,10 @@ class GracefulStop(Callback):
         """Print how to resume, or requeue the job."""
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException) or not trainer.is_global_zero:
             return
-        if self._received == signal.SIGUSR1 and (job := slurm_job()):
-            atexit.register(requeue, job)  # after everything is saved
+        if self._received == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+            atexit.register(requeue)  # after everything is saved
         if self._prints_remedy:
-            saved = all_ranks_save(trainer, exception) and not within_a_step(trainer)
-            place = "this step" if saved else "the last checkpoint"
-            resumes = f"; the same command with --ckpt_path last resumes from {place}"
-            print(f"stopped{resumes if trainer.global_step else ' before the first step'}", file=sys.stderr)
-
-    def _largest_of_all_ranks(self, number: int) -> int:
-        """Return the largest number of all ranks, exchanged on the CPU in order not to wait for a GPU."""
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return number
-        if self._group is None:
-            self._group = torch.distributed.new_group(backend="gloo")
-        largest = torch.tensor(number)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
-        return int(largest)
+            print("stopped; the same command with --ckpt_path last resumes the run", file=sys.stderr)
 
     def _handle(self, *numbers: signal.Signals) -> None:
         """Install the handler in the main thread; W&B's agents train in another thread."""
@@ -122,15 +106,10 @@ class GracefulStop(Callback):
         print(f"\nstopping after this step{remedy}", file=sys.stderr)
 
 
-def slurm_job() -> str | None:
-    """Return the ID of the SLURM job of this process for `scontrol`, or None outside of a job."""
+def requeue() -> None:
+    """Requeue the SLURM job of this process, whose command resumes with `--ckpt_path auto`."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
-    return job if re.fullmatch(r"\d+(_\d+)?", job) else None
-
-
-def requeue(job: str) -> None:
-    """Requeue the job, whose command resumes with `--ckpt_path auto`; `scontrol` prints why if that fails."""
+    job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
     failed = not shutil.which("scontrol") or subprocess.run(["scontrol", "requeue", job]).returncode
     print(f"the job {job} {'could not be' if failed else 'was'} requeued", file=sys.stderr)
 
@@ -150,28 +129,23 @@ class EarlyStopping(callbacks.EarlyStopping):
         is_more_patient = out_of_patience and self.wait_count < self.patience
         if self.stopping_reason != EarlyStoppingReason.NOT_STOPPED and not is_more_patient:
             trainer.should_stop = True
-            if trainer.is_global_zero:
-                print(
-                    f"the run has stopped early ({self.stopping_reason_message}); increase "
-                    "--early_stopping.patience to continue it",
-                    file=sys.stderr,
-                )
+            reason = self.stopping_reason_message
+            message = (
+                f"the run has stopped early ({reason}); increase --early_stopping.patience to continue it"
+            )
+            rank_zero_only(print)(message, file=sys.stderr)
 
 
 class NonFinite(Callback):
     """Counts the steps that `CLIPModule` has skipped, and ends the run after several in a row.
 
-    Args:
-        folder: the folder of the run, in which `non-finite.json` will list the samples of these batches.
-        in_a_row: the number of consecutive skipped steps that ends the run. Mixed precision in fp16 skips a
-            few at the start, until its loss scale has settled.
+    `non-finite.json` in the run's folder lists the samples of their batches. Mixed precision in fp16 skips
+    a few steps at the start, until its loss scale has settled.
     """
 
     def __init__(self, folder: Path, in_a_row: int = 20) -> None:
-        self.run = RunFolder(folder)
-        self.in_a_row = in_a_row
+        self.run, self.in_a_row = RunFolder(folder), in_a_row
         self.left_out = self.row = 0
-        self._step = 0
         self._batches: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,13 +161,12 @@ class NonFinite(Callback):
         kind = "names" if "names" in batch else "text_id"
         self._batches.append({"epoch": trainer.current_epoch, "batch": batch_idx, kind: batch[kind]})
         del self._batches[:-MAX_BATCHES]
-        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the step if it was skipped, warn about the first, and end the run after too many."""
-        if trainer.global_step == self._step:  # gradients are still being accumulated
+        if is_accumulating(trainer):
             return
         if math.isfinite(pl_module.gradient_norm):
             self.row = 0
@@ -229,29 +202,21 @@ class NonFinite(Callback):
         return file
 
 
-def lost_rank(error: BaseException) -> RunFailed | None:
+def lost_process(error: RuntimeError) -> RunFailed | None:
     """Return the message for an error that the end of another process has caused, or None for any other."""
-    if isinstance(error, RuntimeError) and (worker := _LOST_WORKER.match(str(error))):
-        return RunFailed(
-            f"a loader process has ended ({worker[1]}); if it ran out of memory, lower --data.num_workers, "
-            "and resume with --ckpt_path last"
-        )
-    distributed = torch.distributed
-    kinds = (distributed.DistNetworkError, distributed.DistBackendError, distributed.DistStoreError)
-    if isinstance(error, kinds) or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
-        return RunFailed(
-            "another process of this run has ended or cannot be reached; see its messages, and resume with "
-            "--ckpt_path last"
-        )
-    return None
+    if not isinstance(error, torch.distributed.DistError) and not _LOST.search(str(error)):
+        return None
+    return RunFailed(
+        f"another process of this run has ended or cannot be reached ({reason_of(error)}); see its messages, "
+        "lower --data.num_workers if it ran out of memory, and resume with --ckpt_path last"
+    )
 
 
 def watch_children() -> None:
     """Replace the handlers of Lightning and torch for a process that has ended, which prevent saving.
 
-    Lightning's thread kills all ranks, possibly while they save: `_watch` replaces it. Torch's signal handler
-    raises in the middle of a step, which then cannot be saved. Without the handler, the error is raised
-    seconds later, when the next batch is read.
+    Lightning's thread kills all ranks, possibly while they save. Torch's signal handler raises in the middle
+    of a step, which then cannot be saved; without it, the error is raised when the next batch is read.
     """
     signal_handling._SIGCHLD_handler_set = True
     subprocess_script._launch_process_observer = lambda children: threading.Thread(

@@ -1,1 +1,0 @@
-"""Convert captioned images to tars, and train from tars."""

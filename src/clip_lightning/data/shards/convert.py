@@ -14,30 +14,27 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import count, islice, starmap
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from filelock import FileLock, Timeout
 from PIL import Image
 from pyarrow import parquet
 from tqdm import tqdm
 
 from clip_lightning.data.captions import CaptionedImage, split_by_image, unreadable
-from clip_lightning.data.columns import RECOGNIZED, ReadOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import BrokenImage, decoder_errors, open_image, to_rgb
-from clip_lightning.data.shards.index import FIELDS_FILE, FILE, HEADER, Index, Shard, Splits, load
-from clip_lightning.data.shards.record import Filter, Record
+from clip_lightning.data.readers import RECOGNIZED, ReadOptions
+from clip_lightning.data.shards.index import FILE, HEADER, Index, Shard, Splits, load
 from clip_lightning.data.shards.storage import expand, known
-from clip_lightning.data.shards.tars import joined, scan, write_table
-from clip_lightning.errors import RunFailed, UserError
-from clip_lightning.files import write_atomically
+from clip_lightning.data.shards.tars import Filter, Record, scan
+from clip_lightning.errors import RunFailed, UserError, reason_of
+from clip_lightning.files import complete_file, write_atomically
 
-PENDING = "pending"
 _ORIENTATION, _FIRST_TURNED = 0x0112, 5  # EXIF's tag, and its first value for a quarter turn
 
 
@@ -48,31 +45,17 @@ class Settings:
     samples_per_shard: int = 2000
     short_side: int | None = None
     quality: int = 92
-    filters: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality {self.quality}: expected 1 to 100")
-        for text in self.filters:
-            Filter.parse(text)
+    filters: Sequence[Filter] = ()
 
 
-class Job(NamedTuple):
-    """A tar to write: its split, its number, and the captioned images or the tar to write it from."""
-
-    split: str
-    number: int
-    content: Sequence[CaptionedImage] | str
-
-    def note(self, out: Path) -> Path:
-        """Return the file with the table of its samples, which exists when the tar is finished."""
-        return out / PENDING / f"{self.split}-{self.number:05d}.parquet"
+Content = Sequence[tuple[int, CaptionedImage]] | str
+"""What a tar is written from: captioned images with their numbers, or another tar."""
 
 
 class Source(NamedTuple):
-    """The tars to write, a digest of their content, and name → reason for what is left out."""
+    """The content of each tar by its name, a digest of all, and name → reason for what is left out."""
 
-    jobs: Sequence[Job]
+    contents: Mapping[str, Content]
     digest: str
     left_out: Mapping[str, str]
 
@@ -84,89 +67,102 @@ def captioned(root: Path, samples_per_shard: int, read: ReadOptions = RECOGNIZED
     # Neighboring images in a folder are similar, and other programs shuffle only within a small buffer.
     order = np.random.default_rng(read.splits.seed).permutation(len(parts["train"]))
     parts["train"] = [parts["train"][i] for i in order]
-    jobs = [
-        Job(split, number, images[first : first + samples_per_shard])
+    contents = {
+        f"{split}/{number:05d}": [*zip(count(first), images[first : first + samples_per_shard])]
         for split, images in parts.items()
         for number, first in enumerate(range(0, len(images), samples_per_shard))
-    ]
-    return Source(jobs, captions.digest(), captions.left_out)
+    }
+    return Source(contents, captions.digest(), captions.left_out)
 
 
 def tars(source: str, split: str) -> Source:
     """Use WebDataset tars as img2dataset writes them; each becomes one tar."""
     urls = expand(source)
     digest = hashlib.sha256(json.dumps([*map(known, urls)]).encode()).hexdigest()
-    return Source([Job(split, number, url) for number, url in enumerate(urls)], digest, {})
+    return Source({f"{split}/{number:05d}": url for number, url in enumerate(urls)}, digest, {})
 
 
 def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> tuple[Splits, dict[str, str]]:
     """Write the missing tars, and `shards.json` when all are complete.
 
-    Return the tars per split; and name → reason, for samples that could not be used.
+    A tar is complete when the table of its samples is beside it. Return the tars per split; and name →
+    reason, for samples that could not be used.
     """
-    plan = {"source": source.digest, "shards": len(source.jobs), **asdict(settings)}
-    note, content = out / PENDING / "plan.json", json.dumps(plan, indent=1).encode()
+    plan = {"source": source.digest, "shards": len(source.contents), **asdict(settings)}
+    pending = out / f"pending-{hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]}"
     if (out / FILE).exists():
         splits, then = load((out / FILE).read_bytes(), str(out / FILE))
         left_out = then.pop("left_out", {})
         if json.dumps(then) == json.dumps(plan):
             return splits, left_out
-    elif (note.exists() and note.read_bytes() == content) or not (out.exists() and any(out.iterdir())):
+    elif pending.exists() or not out.exists() or not any(out.iterdir()):
         try:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(note.with_name("lock"), timeout=0):
-                write_atomically(note, content)
-                _run(source.jobs, settings, out, num_workers)
-                return _finish(source, out, plan)
+            pending.mkdir(parents=True, exist_ok=True)
+            with FileLock(pending / "lock", timeout=0):
+                splits, left_out = _write_all(source, settings, out, num_workers)
+                shards = {split: [*map(asdict, part)] for split, part in splits.items()}
+                content = {**HEADER, "splits": shards, "settings": {**plan, "left_out": left_out}}
+                write_atomically(out / FILE, json.dumps(content, indent=1).encode() + b"\n")
+                shutil.rmtree(pending)
+                return splits, left_out
         except Timeout as error:
             raise UserError(
                 f"another process is writing to {out}; wait for it, or give another --out"
             ) from error
-        except OSError as error:
+        except (OSError, BrokenProcessPool) as error:
             raise RunFailed(
-                f"tars cannot be written to {out} ({error.strerror or error}); free some space and run the "
-                "same command again: finished tars are kept"
+                f"tars cannot be written to {out} ({reason_of(error)}); free some space or memory, and run "
+                "the same command again: finished tars are kept"
             ) from error
     raise UserError(
         f"--out {out} is not empty, and has no conversion of this data with these options; give a new folder"
     )
 
 
-def _run(jobs: Sequence[Job], settings: Settings, out: Path, num_workers: int) -> None:
-    """Write the tars that are missing, in parallel."""
-    missing = [job for job in jobs if not job.note(out).exists()]
-    bar = partial(tqdm, desc="tars", total=len(jobs), initial=len(jobs) - len(missing))
-    do = partial(_write, settings=settings, out=out)
-    if num_workers == 1 or len(missing) < 2:
-        list(bar(map(do, missing)))
-        return
+def _write_all(
+    source: Source, settings: Settings, out: Path, num_workers: int
+) -> tuple[Splits, dict[str, str]]:
+    """Write the missing tars in parallel; return what `convert` returns."""
+    for draft in out.glob("*/.*.tmp"):  # of a process that was killed
+        draft.unlink()
+    missing = {name: part for name, part in source.contents.items() if not (out / f"{name}.parquet").exists()}
+    total = len(source.contents)
     # Do not fork, as this process has threads.
     spawn, ignore = get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    try:
-        with ProcessPoolExecutor(min(num_workers, len(missing)), spawn, signal.signal, ignore) as pool:
-            list(bar(pool.map(do, missing)))
-    except BrokenProcessPool as error:
-        raise RunFailed(
-            "a worker process was killed, perhaps because memory ran out; run the same command again with "
-            "fewer --num_workers: finished tars are kept"
-        ) from error
+    with ProcessPoolExecutor(num_workers, spawn, signal.signal, ignore) as pool:
+        run = map if num_workers == 1 else pool.map
+        written = run(partial(_write, settings, out), missing, missing.values())
+        list(tqdm(written, "tars", total, initial=total - len(missing)))
+    splits: dict[str, list[Shard]] = {}
+    left_out = dict(source.left_out)
+    for name in source.contents:
+        table = out / f"{name}.parquet"
+        about = json.loads(parquet.read_schema(table).metadata[b"about"])
+        left_out |= about["left_out"]
+        if about["shard"]["samples"]:
+            splits.setdefault(table.parent.name, []).append(Shard(**about["shard"]))
+        else:
+            table.unlink()
+            table.with_suffix(".tar").unlink()
+    if not splits:
+        example = "".join(f" (first {name}: {reason})" for name, reason in islice(left_out.items(), 1))
+        raise RunFailed(f"no sample is usable and passes --filters{example}; remove {out} and try again")
+    return splits, left_out
 
 
-def _write(job: Job, settings: Settings, out: Path) -> None:
-    """Write a tar under a temporary name, rename it, and then write the note that it is finished."""
-    path = out / job.split / f"{job.number:05d}.tar"
-    draft = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    left_out: dict[str, str] = {}
-    write_tar(_records(job, settings, left_out), draft)
-    with draft.open("rb") as file:
-        table = scan(file, path.name)
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    shard = asdict(Shard(path.name, len(table), draft.stat().st_size, digest))
-    draft.replace(path)
+def _write(settings: Settings, out: Path, name: str, content: Content) -> None:
+    """Write a tar, and then the table of its samples."""
+    path, left_out = out / f"{name}.tar", dict[str, str]()
+    with complete_file(path) as draft:
+        write_tar(_records(content, settings, left_out), draft)
+        with draft.open("rb") as file:
+            table = scan(file, path.name)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        shard = asdict(Shard(path.name, len(table), draft.stat().st_size, digest))
     about = json.dumps({"shard": shard, "left_out": left_out})
-    write_table(table.replace_schema_metadata({"about": about}), job.note(out))
+    with complete_file(path.with_suffix(".parquet")) as draft:
+        parquet.write_table(table.replace_schema_metadata({"about": about}), draft)
 
 
 def write_tar(records: Iterable[Record], path: Path) -> None:
@@ -183,25 +179,21 @@ def write_tar(records: Iterable[Record], path: Path) -> None:
                 tar.addfile(info, io.BytesIO(content))
 
 
-def _records(job: Job, settings: Settings, left_out: dict[str, str]) -> Iterator[Record]:
+def _records(content: Content, settings: Settings, left_out: dict[str, str]) -> Iterator[Record]:
     """Yield the usable samples for a tar that pass the filters."""
-    filters = [*map(Filter.parse, settings.filters)]
-    if isinstance(job.content, str):
-        index = Index([job.content], job.split)
+    if isinstance(content, str):
+        index = Index([content], "train")
         left_out |= index.broken
         records = index.records()
     else:
-        records = map(_record, count(job.number * settings.samples_per_shard), job.content)
+        records = starmap(_record, content)
     for record in records:
         try:
-            image, width, height = sized(record, settings.short_side, settings.quality)
+            record = _sized(record, settings)
+            if all(condition([record.fields.get(condition.field)])[0] for condition in settings.filters):
+                yield record
         except BrokenImage as error:
             left_out[str(record.fields.get("name", record.name))] = str(error)
-            continue
-        # img2dataset has these fields, too; they describe the stored image, which may have been resized.
-        fields = {**record.fields, "width": width, "height": height}
-        if all(condition([fields.get(condition.field)])[0] for condition in filters):
-            yield Record(record.name, image, fields)
 
 
 def _record(number: int, image: CaptionedImage) -> Record:
@@ -213,44 +205,17 @@ def _record(number: int, image: CaptionedImage) -> Record:
     return Record(f"#{number:09d}", data, fields)
 
 
-def sized(record: Record, short_side: int | None, quality: int) -> tuple[bytes, int, int]:
-    """Return the encoded image, its width and its height; resize it to JPEG if its short side is longer."""
-    image = open_image(record.image)
+def _sized(record: Record, settings: Settings) -> Record:
+    """Set the fields width and height, and resize the image to JPEG if its short side is longer."""
+    image, content = open_image(record.image), record.image
     with decoder_errors():
-        scale = min(1.0, (short_side or math.inf) / min(image.size))
-        size = [round(side * scale) for side in image.size]
-        turned = image.getexif().get(_ORIENTATION, 1) >= _FIRST_TURNED
-        width, height = size[::-1] if turned else size
-        if scale == 1:
-            return record.image, width, height
-        image.draft("RGB", (2 * size[0], 2 * size[1]))
-        smaller, encoded = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC), io.BytesIO()
-        smaller.save(encoded, "JPEG", quality=quality)
-        return encoded.getvalue(), width, height
-
-
-def _finish(source: Source, out: Path, plan: dict[str, Any]) -> tuple[Splits, dict[str, str]]:
-    """Combine the notes on all tars."""
-    splits: dict[str, list[Shard]] = {}
-    tables: dict[str, list[pa.Table]] = {}
-    left_out = dict(source.left_out)
-    for job in source.jobs:
-        table = parquet.read_table(job.note(out))
-        about = json.loads(table.schema.metadata[b"about"])
-        shard = Shard(**about["shard"])
-        left_out |= about["left_out"]
-        if shard.samples:
-            splits.setdefault(job.split, []).append(shard)
-            tables.setdefault(job.split, []).append(table)
-        else:
-            (out / job.split / shard.file).unlink(missing_ok=True)
-    if not splits:
-        example = "".join(f" (first {name}: {reason})" for name, reason in islice(left_out.items(), 1))
-        raise RunFailed(f"no sample is usable and passes --filters{example}; remove {out} and try again")
-    for split, part in tables.items():
-        write_table(joined(part), out / split / FIELDS_FILE)
-    shards = {split: [*map(asdict, part)] for split, part in splits.items()}
-    content = {**HEADER, "splits": shards, "settings": {**plan, "left_out": left_out}}
-    write_atomically(out / FILE, json.dumps(content, indent=1).encode() + b"\n")
-    shutil.rmtree(out / PENDING)
-    return splits, left_out
+        scale = min(1.0, (settings.short_side or math.inf) / min(image.size))
+        width, height = size = [round(side * scale) for side in image.size]
+        if image.getexif().get(_ORIENTATION, 1) >= _FIRST_TURNED:
+            width, height = height, width
+        if scale < 1:
+            image.draft("RGB", (2 * size[0], 2 * size[1]))
+            smaller, encoded = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC), io.BytesIO()
+            smaller.save(encoded, "JPEG", quality=settings.quality)
+            content = encoded.getvalue()
+    return Record(record.name, content, {**record.fields, "width": width, "height": height})

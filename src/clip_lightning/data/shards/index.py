@@ -17,20 +17,51 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from clip_lightning.data.captions import SPLITS
-from clip_lightning.data.shards.record import Filter, Record
-from clip_lightning.data.shards.storage import Mirror, MissingFile, call, expand, identity, is_url, join
-from clip_lightning.data.shards.tars import BROKEN, BYTES, OFFSET, DamagedTar, read_record, scan, write_table
+from clip_lightning.data.shards.storage import MissingFile, call, expand, is_url, join, open_copy
+from clip_lightning.data.shards.tars import (
+    BROKEN,
+    BYTES,
+    OFFSET,
+    BrokenRecord,
+    Filter,
+    Record,
+    read_record,
+    scan,
+)
 from clip_lightning.errors import RunFailed, UserError
-from clip_lightning.files import cache_folder
+from clip_lightning.files import cache_folder, complete_file
 from clip_lightning.terminal import public
 
-FILE, FIELDS_FILE = "shards.json", "fields.parquet"
-HEADER = {"version": 1, "format": "webdataset"}
+FILE = "shards.json"
+HEADER = {"version": 2, "format": "webdataset"}
 _VERSION = 1
 _ROW_BITS = 32
+
+
+@dataclass
+class Tar:
+    """A tar, its SHA-256 if it is known, and its spans when it is indexed.
+
+    The `spans` are offset and length (n, 2) of the samples that pass the filters.
+    """
+
+    url: str
+    sha256: str = ""
+    spans: np.ndarray | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """A unique name for this content at this address."""
+        content = self.sha256
+        if not content:
+            info = call(self.url, "info")
+            names = ("size", "ETag", "etag", "mtime", "LastModified", "Last-Modified")
+            content = str([info.get(name) for name in names])
+        address = self.url if is_url(self.url) else os.path.abspath(self.url)
+        return hashlib.sha256(json.dumps([_VERSION, address, content]).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -47,6 +78,14 @@ class Shard:
         is_inside = re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", self.file)  # of the folder
         if not (is_inside and all(isinstance(number, int) and number >= 0 for number in numbers)):
             raise ValueError(f"invalid file {self.file!r} of {self.samples} samples and {self.bytes} bytes")
+
+    def tar(self, folder: str) -> Tar:
+        """Return the tar in this folder or URL, whose size is checked if it is on this machine."""
+        url = join(folder, self.file)
+        is_complete = os.path.isfile(url) and os.path.getsize(url) == self.bytes
+        if not is_url(url) and not is_complete:
+            raise UserError(f"{url} does not have {self.bytes:,} bytes; convert the data again")
+        return Tar(url, self.sha256)
 
 
 Splits = Mapping[str, Sequence[Shard]]
@@ -75,34 +114,13 @@ def find(source: str) -> Splits | None:
         return None
 
 
-@dataclass
-class Tar:
-    """A tar and what is known about it.
-
-    Attributes:
-        url: the path or URL.
-        sha256: the checksum of the content, or an empty string if it is unknown.
-        spans: offset and length (n, 2) of the samples that pass the filters, or None until it is indexed.
-    """
-
-    url: str
-    sha256: str = ""
-    spans: np.ndarray | None = None
-
-    @cached_property
-    def key(self) -> str:
-        """A unique name for this content at this address."""
-        address = self.url if is_url(self.url) else os.path.abspath(self.url)
-        content = json.dumps([_VERSION, address, self.sha256 or identity(self.url)])
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
 class Index:
     """The tars of a split of one or several sources, and the samples in them that pass the filters.
 
-    `data convert` stores the position of each sample. Other tars are scanned once, local tars at the start
-    and remote tars when they are downloaded. The result is cached by address, size, and ETag or modification
-    time. The index needs 16 bytes of memory per sample. Copies of remote tars are limited to `budget` bytes.
+    `data convert` stores the positions of samples beside each tar. Other tars are scanned once, local tars at
+    the start and remote tars when they are downloaded, and the result is cached by address, size, and ETag or
+    modification time. The index needs 16 bytes of memory per sample. Copies of remote tars are limited to
+    `budget` bytes.
 
     The number of a sample consists of the number of its tar and its row among the samples that pass there.
 
@@ -117,7 +135,7 @@ class Index:
     def __init__(
         self, sources: Sequence[str], split: str, filters: Sequence[Filter] = (), budget: float = 50e9
     ) -> None:
-        self.filters, self._mirror = filters, Mirror(budget)
+        self.filters, self.budget = filters, budget
         self.tars: list[Tar] = []
         self.parts: list[range] = []
         self.splits: dict[str, Splits] = {}
@@ -129,12 +147,11 @@ class Index:
                 self.tars += map(Tar, expand(source))
             else:
                 self.splits[source] = splits
-                self._add_converted(join(source, split), splits.get(split, ()))
+                self.tars += [shard.tar(join(source, split)) for shard in splits.get(split, ())]
             self.parts.append(range(first, len(self.tars)))
-        local = [tar for tar in self.tars if tar.spans is None and not is_url(tar.url)]
-        random.Random(os.getpid()).shuffle(local)  # so that ranks share the work
-        for tar in tqdm(local, desc="index samples", unit=" tars", delay=2):
-            self._spans(tar)
+        known = [tar for tar in self.tars if tar.sha256 or not is_url(tar.url)]
+        random.Random(os.getpid()).shuffle(known)  # so that ranks share the work
+        thread_map(self._spans, known, max_workers=8, desc="index samples", unit=" tars", delay=2)
 
     def take_broken(self) -> dict[str, str]:
         """Return the entries of `broken` that are new since the last call, and remove them."""
@@ -161,10 +178,10 @@ class Index:
         tar = self.tars[number]
         offset, length = self._spans(tar)[row].tolist()
         try:
-            with self._mirror.open(tar.url, tar.key, tar.sha256) as file:
+            with open_copy(tar.url, tar.key, tar.sha256, self.budget) as file:
                 file.seek(offset)
                 return read_record(file.read(length), public(tar.url))
-        except (OSError, DamagedTar) as error:
+        except (OSError, BrokenRecord) as error:
             raise RunFailed(f"{public(tar.url)} cannot be read: {error}") from error
 
     def records(self) -> Iterator[Record]:
@@ -173,60 +190,39 @@ class Index:
             yield from map(self.read, self.samples(number).tolist())
 
     def fetch(self, numbers: Sequence[int]) -> None:
-        """Download the remote ones of these tars, and index their samples."""
-        for number in numbers:
-            if self.count(number) and is_url(self.tars[number].url):
-                self.read(number << _ROW_BITS)
-
-    def _add_converted(self, folder: str, shards: Sequence[Shard]) -> None:
-        """Add the tars that `data convert` wrote, with the stored positions of their samples."""
-        if not shards:
-            return
-        fields = join(folder, FIELDS_FILE)
-        try:
-            file = parquet.ParquetFile(io.BytesIO(call(fields, "cat_file")))
-            names = {*file.schema_arrow.names}
-            table = file.read([*({OFFSET, BYTES, *(condition.field for condition in self.filters)} & names)])
-        except (MissingFile, pa.ArrowException) as error:
-            raise UserError(f"{public(fields)} is damaged ({error}); convert the data again") from error
-        if not {OFFSET, BYTES} <= names or len(table) != sum(shard.samples for shard in shards):
-            raise UserError(f"{public(fields)} does not match {FILE}; convert the data again")
-        self.fields |= names - {OFFSET, BYTES}
-        for shard in shards:
-            tar = Tar(join(folder, shard.file), shard.sha256)
-            is_complete = os.path.isfile(tar.url) and os.path.getsize(tar.url) == shard.bytes
-            if not is_url(folder) and not is_complete:
-                raise UserError(f"{tar.url} does not have {shard.bytes:,} bytes; convert the data again")
-            self._pass(tar, table.slice(0, shard.samples))
-            self.tars.append(tar)
-            table = table.slice(shard.samples)
+        """Download the remote ones of these tars in advance; a failure is raised when they are read."""
+        with contextlib.suppress(Exception):
+            for number in numbers:
+                if self.count(number) and is_url(self.tars[number].url):
+                    self.read(number << _ROW_BITS)
 
     def _spans(self, tar: Tar) -> np.ndarray:
-        """Return the spans of a tar, from the cache or by scanning it."""
+        """Return the spans of the samples in a tar that pass all filters."""
         if tar.spans is not None:
             return tar.spans
         try:
-            path = cache_folder("shards") / "index" / f"{tar.key}.parquet"
-            with contextlib.suppress(FileNotFoundError, pa.ArrowException):
-                return self._pass(tar, parquet.ParquetFile(path).read())
-            with self._mirror.open(tar.url, tar.key, tar.sha256) as file:
-                table = scan(file, public(tar.url))
-            write_table(table, path)
-            return self._pass(tar, table)
+            table = _read_or_scan(tar, self.budget)
         except OSError as error:
             raise RunFailed(f"{public(tar.url)} cannot be read: {error}") from error
-
-    def _pass(self, tar: Tar, table: pa.Table) -> np.ndarray:
-        """Set the spans of the samples in a tar, one per row of the table, that pass all filters."""
         self.broken |= json.loads((table.schema.metadata or {}).get(BROKEN, "{}"))
         self.fields |= {*table.column_names} - {OFFSET, BYTES}
         kept = np.full(len(table), True)
         for condition in self.filters:
-            if condition.field in table.column_names:
-                column = table[condition.field]
-                numbers = pa.types.is_floating(column.type)
-                kept &= condition(column.to_numpy() if numbers else column.to_pylist())
-            else:
-                kept[:] = False
+            is_known = condition.field in table.column_names
+            kept &= is_known and condition(table[condition.field].to_numpy())
         tar.spans = np.stack([table[name].to_numpy() for name in (OFFSET, BYTES)], axis=1)[kept]
         return tar.spans
+
+
+def _read_or_scan(tar: Tar, budget: float) -> pa.Table:
+    """Return the table of the samples in a tar, from the file beside it or the cache, or by scanning it."""
+    cached = cache_folder("shards") / "index" / f"{tar.key}.parquet"
+    stored = f"{tar.url.removesuffix('.tar')}.parquet" if tar.sha256 else str(cached)
+    try:
+        return parquet.ParquetFile(io.BytesIO(call(stored, "cat_file"))).read()
+    except (MissingFile, pa.ArrowException):
+        with open_copy(tar.url, tar.key, tar.sha256, budget) as file:
+            table = scan(file, public(tar.url))
+        with complete_file(cached) as draft:
+            parquet.write_table(table, draft)
+        return table

@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import time
-from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,9 +41,8 @@ def call(source: str, method: str, *arguments: Any, **options: Any) -> Any:
     """Call a method of fsspec for a path or URL; calls for URLs are retried after a pause if they fail."""
     # aiohttp's default limit is five minutes per file, regardless of its size.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
-    is_http = source.startswith(("http://", "https://"))
+    client = {"client_kwargs": {"timeout": timeout}} if source.startswith(("http://", "https://")) else {}
     try:
-        client = {"client_kwargs": {"timeout": timeout}} if is_http else {}
         system, path = fsspec.core.url_to_fs(source, **client)
     except (ImportError, ValueError) as error:
         raise UserError(f"{public(source)} cannot be read: {reason_of(error)}") from error
@@ -64,14 +62,6 @@ def known(source: str) -> tuple[str, int]:
     return Path(public(source)).name, 0 if is_url(source) else os.path.getsize(source)
 
 
-def identity(source: str) -> str:
-    """Return the size of a file, and its ETag or modification time."""
-    info = call(source, "info")
-    return str(
-        [info.get(name) for name in ("size", "ETag", "etag", "mtime", "LastModified", "Last-Modified")]
-    )
-
-
 def holds_tars(source: str) -> bool:
     """Return whether a source is a tar, a pattern or folder of tars, or a URL, which must be of tars."""
     return is_url(source) or bool(_TAR.fullmatch(source)) or any(Path(source).glob("*.tar"))
@@ -85,74 +75,63 @@ def holds_numbered_tars(folder: Path) -> bool:
 def expand(source: str) -> list[str]:
     """List the tars of a source in order: of a pattern with `{00..09}`, `{a,b}` or `*`, or of a folder."""
     files: list[str] = []
-    for pattern in _without_braces(source):
-        if not _TAR.fullmatch(pattern):
-            pattern = join(pattern, "*.tar")
+    for name in _without_braces(source):
+        pattern = name if _TAR.fullmatch(name) else join(name, "*.tar")
+        found = [pattern] if is_url(pattern) or Path(pattern).is_file() else []
         if "*" in pattern:
             protocol = f"{pattern.partition('://')[0]}://" if is_url(pattern) else ""
-            files += sorted(name if is_url(name) else protocol + name for name in call(pattern, "glob"))
-        elif is_url(pattern) or Path(pattern).is_file():
-            files.append(pattern)
-        else:
-            raise UserError(f"{pattern} does not exist; check --data.root or --data.shards.sources")
-    if not files:
-        raise UserError(
-            f"{public(source)} matches no file; expected a folder of uncompressed .tar files, or a pattern "
-            "such as 'DIR/{00000..00099}.tar' or 'DIR/*.tar'"
-        )
+            found = sorted(name if is_url(name) else protocol + name for name in call(pattern, "glob"))
+        if not found:
+            raise UserError(
+                f"{public(pattern)} matches no file; expected a folder of uncompressed .tar files, or a "
+                "pattern such as 'DIR/{00000..00099}.tar' or 'DIR/*.tar'"
+            )
+        files += found
     return list(dict.fromkeys(files))
 
 
 def _without_braces(pattern: str) -> list[str]:
     """Expand `{00..09}` and `{a,b}`."""
-    texts = re.split(r"\{([^{}]*)\}", pattern)  # every second one was in braces
-    parts = [_choices(text) if place % 2 else [text] for place, text in enumerate(texts)]
-    return ["".join(name) for name in product(*parts)]
+    match = re.fullmatch(r"(.*)\{([^{}]*)\}([^{}]*)", pattern)  # with the last braces
+    if not match:
+        return [pattern]
+    before, inside, after = match.groups()
+    texts = inside.split(",")
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        first, last = numbers.groups()
+        texts = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [f"{start}{text}{after}" for start in _without_braces(before) for text in texts]
 
 
-def _choices(text: str) -> list[str]:
-    """Return the texts that `00..09` or `a,b` in braces stand for."""
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
-    if numbers is None:
-        return text.split(",")
-    first, last = numbers.groups()
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+def open_copy(url: str, key: str, sha256: str, budget: float) -> BinaryIO:
+    """Open a file, or the cached copy `key` of a remote file, which must have this checksum if it is known.
 
-
-class Mirror:
-    """Caches up to `budget` bytes of remote files; the least recently read copies are removed first.
-
-    Several processes may share the folder. An open file stays readable when its copy is removed.
+    Several processes may share the copies. If they have more than `budget` bytes, those that were not read
+    for the longest time are removed; an open file stays readable.
     """
+    if not is_url(url):
+        return open(url, "rb")
+    path = cache_folder("shards") / "copies" / key
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+            return path.open("rb")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{key}.lock")):
+            if not path.exists():
+                _fetch(url, path, sha256, budget)
 
-    def __init__(self, budget: float) -> None:
-        self.budget, self.folder = budget, cache_folder("shards") / "copies"
 
-    def open(self, url: str, key: str, sha256: str = "") -> BinaryIO:
-        """Open a file, or the copy `key` of a remote file, which must have this checksum if it is known."""
-        if not is_url(url):
-            return open(url, "rb")
-        path = self.folder / key
-        while True:
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
-                return path.open("rb")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(f"{key}.lock")):
-                if not path.exists():
-                    self._fetch(url, path, sha256)
-
-    def _fetch(self, url: str, path: Path, sha256: str) -> None:
-        draft = path.with_name(f"{path.name}.tmp")  # the writer holds the lock
-        call(url, "get_file", str(draft))
-        with draft.open("rb") as content:
-            if sha256 and hashlib.file_digest(content, "sha256").hexdigest() != sha256:
-                raise RunFailed(f"{public(url)} has changed since the conversion: its checksum differs")
-        os.replace(draft, path)
-        with contextlib.suppress(FileNotFoundError):  # other processes may remove copies as well
-            left = self.budget
-            copies = [copy for copy in self.folder.iterdir() if copy.suffix not in (".lock", ".tmp")]
-            for copy in sorted(copies, key=lambda copy: -copy.stat().st_mtime_ns):
-                left -= copy.stat().st_size
-                if left < 0 and copy != path:
-                    copy.unlink()
+def _fetch(url: str, path: Path, sha256: str, budget: float) -> None:
+    draft = path.with_name(f"{path.name}.tmp")  # the writer holds the lock
+    call(url, "get_file", str(draft))
+    with draft.open("rb") as content:
+        if sha256 and hashlib.file_digest(content, "sha256").hexdigest() != sha256:
+            raise RunFailed(f"{public(url)} has changed since the conversion: its checksum differs")
+    os.replace(draft, path)
+    with contextlib.suppress(FileNotFoundError):  # other processes may remove copies as well
+        copies = [copy for copy in path.parent.iterdir() if copy.suffix not in (".lock", ".tmp")]
+        for copy in sorted(copies, key=lambda copy: -copy.stat().st_mtime_ns):
+            budget -= copy.stat().st_size
+            if budget < 0 and copy != path:
+                copy.unlink()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, pairwise
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,8 +22,8 @@ from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform
 from clip_lightning.data.sampler import TrainSampler
 from clip_lightning.data.shards import storage
 from clip_lightning.data.shards.index import Index, find
-from clip_lightning.data.shards.record import BrokenRecord, Filter, Record, captions_of, draw_captions
 from clip_lightning.data.shards.storage import holds_tars, is_url
+from clip_lightning.data.shards.tars import BrokenRecord, Filter, Record, captions_of, draw_captions
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder, whole_folder
 from clip_lightning.terminal import public
@@ -51,25 +50,12 @@ class ShardOptions:
             machine, or else 16.
     """
 
-    sources: Mapping[str, float] | Sequence[str] | None = None
-    captions: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, PositiveFloat] | Sequence[str] | None = None
+    captions: Mapping[str, PositiveFloat] = field(default_factory=dict)
     filters: Sequence[str] = field(default_factory=list)
-    samples_per_epoch: int | None = None
+    samples_per_epoch: PositiveInt | None = None
     val: str | None = None
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("samples_per_epoch", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--data.shards.{name} {value}: expected 1 or more")
-        for name in ("sources", "captions"):
-            value = getattr(self, name)
-            for key, weight in value.items() if isinstance(value, Mapping) else ():
-                if not (math.isfinite(weight) and weight > 0):
-                    raise UserError(
-                        f"--data.shards.{name} has {weight} for {public(key)}: expected a number above 0"
-                    )
+    window: PositiveInt | None = None
 
 
 class ShardDataset(Dataset[Samples]):
@@ -97,29 +83,28 @@ class ShardDataset(Dataset[Samples]):
         seed: int = 0,
         budget: float = 50e9,
     ) -> None:
-        self.transform, self.augmentation = transform, augmentation
+        self.options, self.transform, self.augmentation = options, transform, augmentation
         self.captions_per_image, self.seed = captions_per_image, seed
-        self.options = options
-        sources, conditions = _listed(options.sources or root), _listed(options.filters)
+        sources = [*(options.sources or [root])]
         weights = [*options.sources.values()] if isinstance(options.sources, Mapping) else [1.0]
-        window = options.window or (_REMOTE_WINDOW if any(map(is_url, sources)) else 0)
-        self.index = Index(sources, "train", [*map(Filter.parse, conditions)], budget)
+        self.index = Index(sources, "train", [*map(Filter.parse, options.filters)], budget)
         tars = self.index.tars
         for source, part in zip(sources, self.index.parts, strict=True):
             if not part:
                 raise UserError(f"{public(source)} has no train split; give data that has one")
-        self.window = min(window or len(tars), len(tars))
+        window = options.window or (_REMOTE_WINDOW if any(map(is_url, sources)) else len(tars))
+        self.window = int(min(window, len(tars)))
         self.streams = self.index.parts if len(weights) > 1 else [range(len(tars))]
         self.weights = np.array(weights) / sum(weights)
         if not options.samples_per_epoch and any(tar.spans is None for tar in tars):
             raise UserError(
                 "the number of samples in remote tars is unknown; give --data.shards.samples_per_epoch"
             )
-        self.samples = options.samples_per_epoch or sum(map(self.index.count, range(len(tars))))
+        self.samples = int(options.samples_per_epoch or sum(map(self.index.count, range(len(tars)))))
         if not self.samples:
             names = ", ".join(sorted(self.index.fields))
             raise UserError(f"no sample passes --data.shards.filters; the samples have the fields {names}")
-        known = [weights, [*map(len, self.streams)], [*options.captions.items()], conditions]
+        known = [weights, [*map(len, self.streams)], [*options.captions.items()], [*options.filters]]
         known.append([tar.sha256 or storage.known(tar.url) for tar in tars])
         self.digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
@@ -134,9 +119,11 @@ class ShardDataset(Dataset[Samples]):
         broken: dict[str, str] = {}
         images, captions, records = zip(*(self._sample(*key, broken) for key in keys), strict=True)
         counts = np.full(len(keys), self.captions_per_image)
+        # A hash of the encoded image is equal for copies in all tars.
+        hashes = b"".join(hashlib.blake2b(record.image, digest_size=8).digest() for record in records)
         return Samples(
             images=[*images],
-            image_id=np.array([record.image_id for record in records]),
+            image_id=np.frombuffer(hashes, ">i8").astype(np.int64),
             counts=counts,
             captions=[*chain(*captions)],
             caption_rows=np.full(counts.sum(), -1),  # captions in tars are not numbered
@@ -197,14 +184,11 @@ class ShardSampler(TrainSampler):
             empty = 0 if size else empty + len(now)
             if empty >= 2 * len(self.data.streams[stream]):  # at least one complete pass
                 raise UserError("a source has no usable sample that passes --data.shards.filters")
-            if skip >= size:
-                skip -= size
-                continue
-            self.index.fetch(now)
-            Thread(target=self._fetch_ahead, args=(coming,), daemon=True).start()
-            samples = np.concatenate([*map(self.index.samples, now)])
-            yield from map(int, np.random.default_rng(seeds).permutation(samples)[skip:])
-            skip = 0
+            if size > skip:
+                Thread(target=self.index.fetch, args=(coming,), daemon=True).start()
+                samples = np.concatenate([*map(self.index.samples, now)])
+                yield from map(int, np.random.default_rng(seeds).permutation(samples)[skip:])
+            skip = max(0, skip - size)
 
     def _windows(self, stream: int) -> Iterator[tuple[tuple[int, ...], list[int]]]:
         """Yield the tars whose samples are shuffled together, with the seeds of the permutation."""
@@ -213,10 +197,6 @@ class ShardSampler(TrainSampler):
             tars = np.random.default_rng(seeds).permutation(self.data.streams[stream]).tolist()
             for first in range(0, len(tars), self.data.window):
                 yield (*seeds, first), tars[first : first + self.data.window]
-
-    def _fetch_ahead(self, tars: list[int]) -> None:
-        with contextlib.suppress(Exception):  # raised again when these tars are needed
-            self.index.fetch(tars)
 
 
 def held_out(source: str, split: str, fields: Mapping[str, float]) -> list[CaptionedImage]:
@@ -249,7 +229,3 @@ def held_out(source: str, split: str, fields: Mapping[str, float]) -> list[Capti
                 name, reason = next(iter(index.broken.items()))
                 raise UserError(f"{public(source)} has no usable sample for {split} (first {name}: {reason})")
     return list(read_captions(folder).images)
-
-
-def _listed(value: str | Iterable[str]) -> list[str]:
-    return [value] if isinstance(value, str) else [*value]

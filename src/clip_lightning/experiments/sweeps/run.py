@@ -31,7 +31,7 @@ from clip_lightning.experiments.tables import Column, column, markdown_table, pr
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.tables import csv_text
 from clip_lightning.terminal import console, json_line
-from clip_lightning.training.fitting import Rehearsal, rehearse
+from clip_lightning.training.cli import Rehearsal, rehearse
 
 STATES = ("finished", "stopped early", "diverged", "running", "failed", "interrupted")
 """States of a trial, in the order of the tables."""

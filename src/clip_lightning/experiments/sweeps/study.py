@@ -33,7 +33,7 @@ from clip_lightning.evaluation.metrics import METRICS
 from clip_lightning.experiments.sweeps.file import SweepFile
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import one_line
-from clip_lightning.training.fitting import fit
+from clip_lightning.training.cli import fit
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from clip_lightning.model.clip import CLIP, SideHeadKind
 from clip_lightning.model.towers import ImageTower, TextTower
-
-if TYPE_CHECKING:
-    from clip_lightning.model.clip import CLIP, SideHeadKind
-
-
-class Parts(NamedTuple):
-    """Towers without their projections, the projections, and one value each of the scale and the bias."""
-
-    image_tower: ImageTower
-    text_tower: TextTower
-    projections: dict[str, nn.Module | None]
-    embed_dim: int
-    logit_scale: Tensor
-    logit_bias: Tensor | None
 
 
 @torch.no_grad()
-def assemble(clip_class: type[CLIP], parts: Parts) -> CLIP:
-    """Assemble the model of another library."""
-    kinds = {side: _head_kind(layer) for side, layer in parts.projections.items()}
+def assemble(
+    image_tower: ImageTower,
+    text_tower: TextTower,
+    projections: dict[str, nn.Module | None],
+    embed_dim: int,
+    model: Any,
+) -> CLIP:
+    """Combine towers without projections, their projections, and the scale and bias of the original model."""
+    kinds = {side: _head_kind(layer) for side, layer in projections.items()}
     head: Any = "linear" if {*kinds.values()} == {"linear"} else kinds
-    bias = None if parts.logit_bias is None else parts.logit_bias.item()
-    clip = clip_class(
-        parts.image_tower, parts.text_tower, embed_dim=parts.embed_dim, head=head, init_bias=bias
+    bias = getattr(model, "logit_bias", None)
+    clip = CLIP(
+        image_tower,
+        text_tower,
+        embed_dim=embed_dim,
+        head=head,
+        init_bias=None if bias is None else bias.item(),
     )
-    for side, layer in parts.projections.items():
+    for side, layer in projections.items():
         if layer is not None:  # the head begins with a dropout
             layers = layer if isinstance(layer, nn.Sequential) else [layer]
             clip.heads[side].load_state_dict(nn.Sequential(nn.Identity(), *layers).state_dict())
-    clip.logit_scale.fill_(parts.logit_scale.item())
+    clip.logit_scale.fill_(model.logit_scale.item())
     # Copied, as the alignment of memory-mapped weights can change the last bit of a product.
     for tensor in (*clip.parameters(), *clip.buffers()):
         tensor.data = tensor.data.clone()

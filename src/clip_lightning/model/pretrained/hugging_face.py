@@ -10,7 +10,8 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, SiglipModel
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.model.pretrained import Parts
+from clip_lightning.model.clip import CLIP
+from clip_lightning.model.pretrained import assemble
 from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
 from clip_lightning.model.towers.base import plain_config, without_weight_bars
 from clip_lightning.model.towers.image import TransformersImage
@@ -22,7 +23,7 @@ _PROCESSORS = ("CLIP", "Siglip", "ViT", "DeiT", "Beit", "Bit")
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def load_transformers(folder: Path, name: str) -> Parts:
+def load_transformers(folder: Path, name: str) -> CLIP:
     """Read the model `name` in fp32, with its image processor and its tokenizer.
 
     No other files in the folder are read, and no code in it is run.
@@ -40,20 +41,12 @@ def load_transformers(folder: Path, name: str) -> Parts:
         "arguments": plain_config(model.config.vision_config),
     }
     image_tower = ImageTower(TransformersImage(model.vision_model), spec, transform)
-    logit_bias = None
     if isinstance(model, SiglipModel):  # the projection is part of its text model
-        image_projection, text_projection = None, model.text_model.head
-        logit_bias = model.logit_bias
+        projections = {"image": None, "text": model.text_model.head}
     else:
-        image_projection, text_projection = model.visual_projection, model.text_projection
-    return Parts(
-        image_tower,
-        _text_tower(model, tokenizer, name),
-        {"image": image_projection, "text": text_projection},
-        embed_dim=text_projection.out_features,
-        logit_scale=model.logit_scale,
-        logit_bias=logit_bias,
-    )
+        projections = {"image": model.visual_projection, "text": model.text_projection}
+    text_tower = _text_tower(model, tokenizer, name)
+    return assemble(image_tower, text_tower, projections, projections["text"].out_features, model)
 
 
 def _text_tower(model: Any, tokenizer: Any, name: str) -> TextTower:

@@ -10,17 +10,24 @@ from transformers import PreTrainedTokenizerFast
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.model.pretrained import Parts
+from clip_lightning.model.clip import CLIP
+from clip_lightning.model.pretrained import assemble
 from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
 from clip_lightning.model.towers.base import plain_config
-from clip_lightning.model.towers.open_clip import WORDS, OpenCLIPImage, OpenCLIPText, open_clip_package
+from clip_lightning.model.towers.open_clip import (
+    WORDS,
+    OpenCLIPImage,
+    OpenCLIPText,
+    open_clip_package,
+    take_projection,
+)
 from clip_lightning.model.towers.tokenize import TokenizeSettings
 
 _HF_POOLERS = {"MeanPooler": "mean", "ClsPooler": "pooler", "ClsLastHiddenStatePooler": "cls"}
 _CLEANINGS = ("lower", "whitespace", "canonicalize")
 
 
-def load_open_clip(place: str, name: str) -> Parts:
+def load_open_clip(place: str, name: str) -> CLIP:
     """Read the model `name` in fp32, with its preprocessing and its tokenizer.
 
     `place` is `NAME/TAG`, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
@@ -42,23 +49,16 @@ def load_open_clip(place: str, name: str) -> Parts:
         architecture, tag, force_quick_gelu=quick_gelu, force_custom_text=True, require_pretrained=True
     )
     shared = {"embed_dim": config["embed_dim"], "quick_gelu": quick_gelu}
-    image = OpenCLIPImage(model.visual)
-    image_projection = image.take_projection()
+    projections: dict[str, nn.Module | None] = {"image": take_projection(model.visual)}
     # timm must not load its own weights when the tower is built again
     arguments = {**shared, "vision_cfg": {**config["vision_cfg"], "timm_model_pretrained": False}}
-    spec = {"name": f"{name} (image)", "architecture": image.ARCHITECTURE, "arguments": arguments}
+    spec = {"name": f"{name} (image)", "architecture": OpenCLIPImage.ARCHITECTURE, "arguments": arguments}
     preprocess = open_clip_package("open_clip.model").get_model_preprocess_cfg(model)
     tokenizer = package.get_tokenizer(architecture)
     text_config = shared | {"text_cfg": config["text_cfg"]}
-    text_tower, text_projection = _text_tower(model.text, text_config, tokenizer, name)
-    return Parts(
-        ImageTower(image, spec, _transform(preprocess)),
-        text_tower,
-        {"image": image_projection, "text": text_projection},
-        embed_dim=config["embed_dim"],
-        logit_scale=model.logit_scale,
-        logit_bias=model.logit_bias,
-    )
+    text_tower, projections["text"] = _text_tower(model.text, text_config, tokenizer, name)
+    image_tower = ImageTower(OpenCLIPImage(model.visual), spec, _transform(preprocess))
+    return assemble(image_tower, text_tower, projections, config["embed_dim"], model)
 
 
 def _transform(settings: dict[str, Any]) -> ImageTransform:
@@ -92,9 +92,9 @@ def _text_tower(
         backbone, config = text.transformer, plain_config(text.config)
         projection = None if isinstance(text.proj, nn.Identity) else text.proj
     else:
+        projection = take_projection(text)
         backbone, pooling = OpenCLIPText(text), "own"
         config = {"model_type": backbone.ARCHITECTURE, **own_config}
-        projection = backbone.take_projection()
         if converted is not None:
             settings["padding_side"] = converted.padding_side
         else:

@@ -6,7 +6,6 @@ B images, N texts, H, W pixels, L tokens.
 from __future__ import annotations
 
 import importlib
-from functools import cache
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -35,16 +34,25 @@ def clean_text(text: str, name: str) -> str:
     """
     tokenizer = open_clip_package("open_clip.tokenizer")
     cleaned: str = tokenizer.get_clean_fn(name.removesuffix(WORDS))(text)
-    return " ".join(_word_pattern().findall(cleaned)) if name.endswith(WORDS) else cleaned
+    return " ".join(tokenizer._tokenizer.pat.findall(cleaned)) if name.endswith(WORDS) else cleaned
 
 
-@cache
-def _word_pattern() -> Any:
-    return open_clip_package("open_clip.tokenizer").SimpleTokenizer().pat
+def take_projection(tower: Any) -> nn.Linear | None:
+    """Remove and return the linear projection of an image or text tower of open_clip, if there is one."""
+    head = getattr(tower, "head", None)  # of a timm model
+    for owner, name in (tower, "proj"), (tower, "text_projection"), (head, "proj"):
+        if (projection := getattr(owner, name, None)) is not None:
+            setattr(owner, name, None if owner is tower else nn.Identity())
+            if isinstance(projection, nn.Parameter):  # a matrix (width, embed_dim)
+                layer = nn.Linear(projection.shape[0], projection.shape[1], bias=False)
+                layer.weight = nn.Parameter(projection.detach().T.contiguous())
+                return layer
+            return projection
+    return None
 
 
 class OpenCLIPImage(nn.Module):
-    """An image tower of open_clip: its own ViT or ResNet, or a timm model."""
+    """An image tower of open_clip without its projection: its own ViT or ResNet, or a timm model."""
 
     ARCHITECTURE = "open_clip"  # in a spec, whose arguments are those of open_clip's models
 
@@ -56,29 +64,17 @@ class OpenCLIPImage(nn.Module):
         """Return features (B, width) of normalized `pixel_values` (B, 3, H, W)."""
         return self.visual(pixel_values)
 
-    def take_projection(self) -> nn.Linear | None:
-        """Remove and return the linear projection, if there is one."""
-        visual = self.visual
-        if isinstance(getattr(visual, "proj", None), nn.Parameter):
-            projection: nn.Linear | None = _linear(visual.proj)
-            visual.proj = None
-            return projection
-        projection = getattr(getattr(visual, "head", None), "proj", None)
-        if projection is not None:
-            visual.head.proj = nn.Identity()
-        return projection
-
     @classmethod
     def from_config(cls, arguments: dict[str, Any]) -> Self:
-        """Build the architecture with random weights, without its projection."""
+        """Build the architecture with random weights."""
         build = open_clip_package("open_clip.model")._build_vision_tower
-        tower = cls(build(arguments["embed_dim"], arguments["vision_cfg"], arguments["quick_gelu"]))
-        tower.take_projection()
-        return tower
+        visual = build(arguments["embed_dim"], arguments["vision_cfg"], arguments["quick_gelu"])
+        take_projection(visual)
+        return cls(visual)
 
 
 class OpenCLIPText(nn.Module):
-    """The text transformer of open_clip."""
+    """The text transformer of open_clip without its projection."""
 
     ARCHITECTURE = "open_clip"  # the `model_type` in a spec, whose other values are those of open_clip
 
@@ -93,30 +89,16 @@ class OpenCLIPText(nn.Module):
         """Return features (N, width) of tokens (N, L); the attention mask is not used."""
         return self.text(input_ids)
 
-    def take_projection(self) -> nn.Linear | None:
-        """Remove and return the projection, if there is one."""
-        projection = self.text.text_projection
-        self.text.text_projection = None
-        return _linear(projection) if isinstance(projection, nn.Parameter) else projection
-
     @classmethod
     def from_config(cls, arguments: dict[str, Any]) -> Self:
-        """Build the architecture with random weights, without its projection."""
+        """Build the architecture with random weights."""
         build = open_clip_package("open_clip.model")._build_text_tower
-        tower = cls(build(arguments["embed_dim"], arguments["text_cfg"], arguments["quick_gelu"]))
-        tower.take_projection()
-        return tower
-
-
-def _linear(matrix: nn.Parameter) -> nn.Linear:
-    """Return the linear layer that multiplies by a matrix (width, embed_dim)."""
-    layer = nn.Linear(matrix.shape[0], matrix.shape[1], bias=False)
-    layer.weight = nn.Parameter(matrix.detach().T.contiguous())
-    return layer
+        text = build(arguments["embed_dim"], arguments["text_cfg"], arguments["quick_gelu"])
+        take_projection(text)
+        return cls(text)
 
 
 def _shorten_mask(module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> Any:
-    mask, length = options.get("attn_mask"), inputs[0].shape[1]
-    if mask is not None:
-        options["attn_mask"] = mask[..., :length, :length]
+    if (mask := options.get("attn_mask")) is not None:
+        options["attn_mask"] = mask[..., : inputs[0].shape[1], : inputs[0].shape[1]]
     return inputs, options
