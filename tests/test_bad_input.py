@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import bad_input
 import pytest
-from bad_input import CASES, Place, documented, shown
+from bad_input import Place, documented, shown
+
+CASES = documented()
 
 
-def test_the_page_has_every_case() -> None:
-    assert len(CASES) >= 60
-    assert list(documented()) == list(CASES)
+def test_the_page_has_many_cases() -> None:
+    assert len(CASES) >= 100
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,10 @@ def place() -> Iterator[Place]:
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_said_in_one_line(place: Place, case: str) -> None:
-    status, said = place.run(CASES[case])
+    command, line = CASES[case]
+    status, said = place.run(command)
     assert status in (1, 2)
     assert "Traceback" not in said
     last = said.splitlines()[-1]
     assert last.startswith("clip-lightning: error: ")
-    assert shown(place.plain(last)) == documented()[case]
+    assert shown(place.plain(last)) == line

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -54,8 +53,6 @@ ONLY_IN: dict[str, str] = {
     "optuna": "experiments",
     "matplotlib": "reports experiments evaluation",
 }
-
-VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 # Where the name that is imported is not the name of the package that is installed.
 DISTRIBUTIONS = {"PIL": "pillow", "faiss": "faiss-cpu", "yaml": "pyyaml", "open_clip": "open_clip_torch"}
@@ -124,10 +121,6 @@ def violations(imports: Mapping[str, set[str]]) -> list[str]:
     return found
 
 
-def test_the_package_is_typed():
-    assert (PACKAGE / "py.typed").is_file()
-
-
 def test_imports_go_in_one_direction():
     assert violations(imports_of_the_package()) == []
 
@@ -136,32 +129,14 @@ def test_imports_go_in_one_direction():
     ("module", "source"),
     [
         ("files", "from clip_lightning.data import captions"),
-        ("data.captions", "from clip_lightning import model"),
         ("data.datasets", "def f():\n    from clip_lightning.model.clip import CLIP"),
         ("model.clip", "import clip_lightning.training.module"),
-        ("model.clip", "import lightning.pytorch as pl"),
         ("training.module", "def f():\n    import wandb"),
-        ("training.module", "from pytorch_lightning import LightningModule"),
         ("search.index", "from clip_lightning.tracking import logger"),
-        ("reports.plots", "from clip_lightning.commands import fit"),
     ],
 )
 def test_a_wrong_direction_is_seen(module: str, source: str):
     assert len(violations({module: imported_names(source)})) == 1
-
-
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("data.datamodule", "from clip_lightning.data.datasets import CaptionDataset\nimport lightning"),
-        ("training.module", "from clip_lightning.model.clip import CLIP\nfrom clip_lightning import errors"),
-        ("files", "import numpy"),
-        ("tracking.logger", "import wandb"),
-        ("commands.index", "def f():\n    from clip_lightning.search import build"),
-    ],
-)
-def test_a_right_direction_is_let_through(module: str, source: str):
-    assert violations({module: imported_names(source)}) == []
 
 
 def test_there_are_nine_rooms_and_at_most_ten_flat_modules():
@@ -172,17 +147,13 @@ def test_there_are_nine_rooms_and_at_most_ten_flat_modules():
 
 def test_modules_import_from_where_a_name_is_defined():
     """`from clip_lightning import CLIP` inside the package would hide the direction from the tables."""
-    hidden = [
-        f"{module} imports {name}"
-        for module, names in imports_of_the_package().items()
-        for name in names & {f"clip_lightning.{public}" for public in PUBLIC_NAMES - {"__version__"}}
-    ]
-    assert hidden == []
+    public = {f"clip_lightning.{name}" for name in PUBLIC_NAMES - {"__version__"}}
+    assert {module for module, names in imports_of_the_package().items() if names & public} == set()
 
 
 def test_every_module_has_a_telling_name():
     parts = {part for module in imports_of_the_package() for part in module.split(".")}
-    assert parts & VAGUE_NAMES == set()
+    assert parts & {"utils", "util", "common", "helpers", "helper", "misc"} == set()
 
 
 def normal(distribution: str) -> str:
@@ -201,6 +172,7 @@ def test_every_imported_package_is_declared():
 
 
 def test_public_names():
+    assert (PACKAGE / "py.typed").is_file()
     package = importlib.import_module("clip_lightning")
     assert {*package.__all__, "__version__"} == PUBLIC_NAMES
     assert set(dir(package)) >= PUBLIC_NAMES
@@ -223,14 +195,8 @@ SLOW_PACKAGES = ("torch", "torchvision", "lightning", "wandb", "transformers", "
 
 
 def run_python(program: str) -> str:
-    """What a fresh interpreter prints on stdout; its failure fails the test, with what it said."""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
-    )
+    """What a fresh interpreter prints on stdout."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

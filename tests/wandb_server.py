@@ -41,8 +41,6 @@ class WandbServer(Store):
         """Requests that could not be handled: mistakes in the server, or in the client."""
         self.operations: list[str] = []
         """The names of the GraphQL operations that were handled, in order."""
-        self.delay = 0.0
-        """Seconds that each request waits."""
         self.lock = threading.RLock()
         self._port = 0
         self._http: HttpServer | None = None
@@ -91,8 +89,8 @@ class WandbServer(Store):
         self._status, self._fails_until = status, time.monotonic() + seconds
 
     def recover(self) -> None:
-        """End every fault: a failure, a delay, a stop."""
-        self._fails_until, self.delay = -math.inf, 0.0
+        """End every fault: a failure, a stop."""
+        self._fails_until = -math.inf
         self.start()
 
     @property
@@ -182,7 +180,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         wandb, body = self.server.wandb, self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        time.sleep(wandb.delay)
         with wandb.lock:
             status, content = wandb.fault or self.respond(wandb, body)
         if status is None:

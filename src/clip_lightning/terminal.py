@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
-def console() -> Console:
-    """Return what prints tables, which fit into a terminal and are complete in a file or a pipe."""
-    from rich.console import Console
-
-    fits = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(markup=False, highlight=False, width=None if fits else 1000)
+from typing import Any
 
 
 def printable(text: str) -> str:

@@ -76,7 +76,7 @@ def two_views(folder: Path, count: int, broken: set[int] = frozenset()) -> list[
 
 def same(one: Samples, other: Samples) -> bool:
     names = ("captions", "image_id", "counts", "caption_rows")
-    return torch.equal(torch.stack(one.images), torch.stack(other.images)) and all(
+    return torch.equal(torch.stack([*one.images]), torch.stack([*other.images])) and all(
         np.array_equal(getattr(one, name), getattr(other, name)) for name in names
     )
 

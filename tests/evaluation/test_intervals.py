@@ -37,11 +37,6 @@ def test_wilson_solves_its_equation(right: int, total: int):
         assert abs(right / total - end) == pytest.approx(1.959964 * error, abs=1e-6)
 
 
-def test_wilson_of_a_textbook():
-    # 81 of 263 (Newcombe 1998, table I): 0.2553 to 0.3662
-    assert wilson(81, 263) == pytest.approx((25.53, 36.62), abs=0.005)
-
-
 def test_wilson_of_nothing():
     for right, total in ((0, 0), (2, 1), (-1, 3)):
         with pytest.raises(ValueError, match="expected 0 <= right <= total"):

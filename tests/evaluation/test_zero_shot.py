@@ -16,8 +16,8 @@ from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES, read_templates
 from clip_lightning.evaluation.zero_shot import calibration, classify
 from clip_lightning.model.zero_shot import probabilities
-from clip_lightning.reports.class_report import ClassReport
 from clip_lightning.reports.plots import plot_calibration
+from clip_lightning.reports.tables import ClassReport
 
 Printed = pytest.CaptureFixture[str]
 
@@ -114,9 +114,6 @@ def test_shapes_and_labels_that_do_not_fit(image: tuple[int, int], labels: list[
         classify(torch.ones(image), torch.eye(3), torch.tensor(labels, dtype=torch.long), scale=1.0)
 
 
-# Templates ------------------------------------------------------------------------------------------------
-
-
 def test_template_sets():
     assert read_templates("simple") == ("a photo of a {}.",) and read_templates("none") == ("{}",)
     many = read_templates("imagenet")
@@ -133,13 +130,10 @@ def test_templates_of_a_file(tmp_path: Path):
         with pytest.raises(UserError, match=r"has no \{\}"):
             read_templates(str(file))
     file.write_bytes(b"\xff {}")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="UTF-8 file"):
         read_templates(str(file))
     with pytest.raises(UserError, match="--templates nothing"):
         read_templates("nothing")
-
-
-# Classes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

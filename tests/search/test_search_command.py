@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -49,13 +48,10 @@ def test_index_and_search_print_one_object(
     assert found == printed(capsys, "search", "--json", index, "--k=3", "--query", "a red circle")
     assert found["type"] == "flat"
     [query] = found["queries"]
-    assert query["query"] == "a red circle"
-    assert len(query["results"]) == 3
+    assert query["query"] == "a red circle" and len(query["results"]) == 3
     for result in query["results"]:
-        assert os.path.isabs(result["path"])
-        assert os.path.exists(result["path"]) and not result["missing"]
-        assert -1 <= result["score"] <= 1
-        assert len(result["captions"]) == 5
+        assert Path(result["path"]).parent == scenes and not result["missing"]
+        assert -1 <= result["score"] <= 1 and len(result["captions"]) == 5
 
 
 def test_people_read_a_line_per_image_and_what_was_left_out(
@@ -125,38 +121,31 @@ def test_help_imports_no_torch() -> None:
         ("search INDEX a dog", "dog"),
         ("search INDEX EMPTY", "empty"),
         ("search INDEX a --k 0", "expected 1 or more"),
-        ("search INDEX a --k many", "a whole number"),
         ("search INDEX --image nothing.png", "nothing.png cannot be read: No such file"),
         ("search INDEX --image a.png", "a.png cannot be read: not a"),
-        ("search INDEX --file nothing.txt", "cannot be read"),
         ("search INDEX a --captions true", "give --image"),
         ("search INDEX a --gird x.png", "did you mean --grid"),
         ("search INDEX a --model OTHER", "is not the model that the index was built with"),
-        ("search MODEL a", "no finished index"),
         ("search nowhere a", "no finished index"),
         ("search OLD a", "was written by another program or version"),
-        ("index MODEL", "missing"),
         ("index MODEL SCENES", "--out"),
         ("index MODEL SCENES --out new --type best", "auto or flat or ivfpq"),
         ("index MODEL SCENES --out new --type ivfpq", "give --type flat"),
-        ("index MODEL SCENES --out new --num_workers 0", "--num_workers 0: expected 1 or more"),
-        ("index MODEL SCENES --out MODEL", "contains something other than embeddings"),
-        ("index MODEL SCENES --out OLD", "was written by another program or version"),
-        ("embed MODEL SCENES --out new --shard_size 0", "--shard_size 0: expected 1 or more"),
-        ("embed MODEL SCENES --out new --devices 0", "--devices: expected"),
-        ("embed MODEL SCENES --out SCENES/captions.csv", "cannot be written"),
+        (
+            "index MODEL SCENES --out new --num_workers 0",
+            "--num_workers: expected a whole number of 1 or more",
+        ),
+        ("embed MODEL SCENES --out new --shard_size 0", "--shard_size: expected a whole number of 1 or more"),
         ("embed MODEL SCENES --out SCENES/captions.csv/new", "cannot be written"),
         ("embed MODEL nothing --out new", "no folder or file nothing"),
         ("embed MODEL BARE --out new --what captions", "has no readable captions"),
         ("embed SCENES SCENES --out new", "is not a clip-lightning bundle"),
         ("app MODEL", "is a model; also give a folder: clip-lightning app "),
-        ("app nowhere", "no finished index in nowhere"),
         ("app INDEX --out x", "--out is only for"),
         ("app MODEL SCENES --model x", "--model only for"),
         ("app INDEX --port 0", "--port 0: expected a number from 1 to 65535"),
         ("app INDEX --port PORT", " is in use"),
         ("app INDEX --host 192.0.2.1", "--host 192.0.2.1: expected an address of this machine"),
-        ("app INDEX --host a..b", "--host a..b: expected an address of this machine"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(

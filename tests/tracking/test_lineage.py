@@ -24,9 +24,8 @@ from wandb_server import API_KEY, Run, WandbServer
 from wandb_store import content_path
 
 from clip_lightning.__main__ import main
-from clip_lightning.tracking.history import History, go_back
 from clip_lightning.tracking.lineage import Alerts
-from clip_lightning.tracking.logger import RunLogger, finished_run
+from clip_lightning.tracking.logger import History, RunLogger, finished_run, go_back
 from clip_lightning.training.build import HeadOptions
 
 STEPS = 4  # batches of 8 of the 32 training scenes

@@ -10,17 +10,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, own_arguments
 from clip_lightning.errors import UserError, as_user_error
-from clip_lightning.terminal import console, json_line, note
-
-if TYPE_CHECKING:
-    from clip_lightning.experiments.compare import Comparison
+from clip_lightning.experiments.compare import Comparison, compared, print_tables, write_comparison
+from clip_lightning.experiments.run_records import add_latencies, read_runs
+from clip_lightning.terminal import json_line, note
 
 DEFAULT_CONFIG = "heads"
 USAGE = {
@@ -62,9 +60,6 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
         group: use only the W&B runs of this group.
         json: print the table as one JSON object instead.
     """
-    from clip_lightning.experiments.compare import compared
-    from clip_lightning.experiments.run_records import add_latencies, read_runs
-
     if not runs:
         raise UserError("there is nothing to compare; give run folders or wandb:ENTITY/PROJECT")
     if group is not None and not any(place.startswith("wandb:") for place in runs):
@@ -110,7 +105,6 @@ def compare_backbones(
     if not any(re.match(r"(--config|-c)(=|$)", option) for option in options):
         options = [f"--config={DEFAULT_CONFIG}", *options]
     from clip_lightning.experiments.backbones import Backbones
-    from clip_lightning.experiments.compare import compared
 
     backbones = Backbones(images, texts, options, seeds, out and _create(out))
     try:
@@ -156,13 +150,11 @@ def _create(folder: Path) -> Path:
 
 def _finish(comparison: Comparison, out: Path, json: bool) -> None:
     """Write everything, warn, and print the table."""
-    from clip_lightning.experiments.tables import print_tables, write_comparison
-
     write_comparison(comparison, out)
     for warning in comparison.warnings:
         note(f"WARNING: {warning}")
     if json:
         print(json_line(comparison.as_dict() | {"folder": str(out)}))
     else:
-        print_tables(comparison, console())
+        print_tables(comparison)
         print(f"comparison: {out / 'index.html'}")

@@ -46,7 +46,7 @@ def check(
     """
     from clip_lightning.data.check import as_text, find, open_all, write_cleaned
     from clip_lightning.data.sources import find_source, read_source
-    from clip_lightning.reports.data_check import write_report
+    from clip_lightning.reports.pages import write_check
 
     check_folder(out)
     if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
@@ -69,7 +69,7 @@ def check(
     entries = open_all(captions, parts, num_workers)
     report = find(captions, entries, lost)
     if out is not None:
-        write_report(report, entries, out)
+        write_check(report, entries, out)
         note(f"page: {out / 'check.html'}")
     text = as_text(report)
     if fix is not None:

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
-
 from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
 from clip_lightning.search.folder import Options
@@ -16,9 +14,7 @@ from clip_lightning.terminal import note
 EMBED = """Write embeddings of images, captions or both as float32 vectors of unit length.
 
 If you run the same command again, it resumes, or embeds only what is new or has changed. Images that cannot
-be decoded are left out and listed in broken.json. Several processes, on one machine or on several that share
-the folder, write the same files as one process: use --devices 2, torchrun, or srun. `clip-lightning search`
-can search the folder."""
+be decoded are left out and listed in broken.json. `clip-lightning search` can search the folder."""
 INDEX = """Build an index of images for `clip-lightning search`. Run the same command again to update it.
 
 An update embeds only images that are new or have changed, and removes images that no longer exist. A command
@@ -34,33 +30,24 @@ def run(args: list[str]) -> None:
     parser.add_argument("model", type=str, help=MODEL)
     parser.add_argument("source", type=Path, help=source)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write or update")
-    if embeds:
-        devices = "GPUs to use, or CPU processes if there is no GPU; by default all GPUs, or one process"
-        parser.add_argument("--devices", type=PositiveInt | None, help=devices)
-        parser.add_class_arguments(Options, as_group=False, skip={"type", "onnx"})
-    else:
+    skipped = {"type", "onnx"} if embeds else {"what", "format", "shard_size", "precision"}
+    if not embeds:
         captions = "also embed the captions, for search --captions true; an update keeps this setting"
         parser.add_argument("--captions", type=bool | None, help=captions)
-        parser.add_class_arguments(
-            Options, as_group=False, skip={"what", "format", "shard_size", "precision"}
-        )
+    parser.add_class_arguments(Options, as_group=False, skip=skipped)
     parser.add_argument("--json", type=bool, default=False, help="print one JSON object instead")
     given = parser.parse_args(args[1:])
     options = Options(**{name: value for name, value in vars(given).items() if name in vars(Options())})
-    from clip_lightning.search.build import build_in_processes, build_index
+    if not embeds and given.captions is not None:
+        options = replace(options, what="both" if given.captions else "images")
+    from clip_lightning.search.build import build_index
 
+    done = build_index(given.model, given.source, given.out, options, embeddings_only=embeds)
+    result = f'{done["type"]}: clip-lightning search {given.out} "..."'
     if embeds:
-        done = build_in_processes(given.model, given.source, given.out, options, given.devices)
-        if done is None:
-            return
         result = f"in {done['shards']} shards: {given.out}"
-    else:
-        if given.captions is not None:
-            options = replace(options, what="both" if given.captions else "images")
-        done = build_index(given.model, given.source, given.out, options)
-        if done["text_tower"] != "onnx" and options.onnx is None:
-            note(f"search must load the model to embed a sentence: {done['text_tower']}")
-        result = f'{done["type"]}: clip-lightning search {given.out} "..."'
+    elif done["text_tower"] != "onnx" and options.onnx is None:
+        note(f"search must load the model to embed a sentence: {done['text_tower']}")
     for kind, hint in (("broken", ""), ("unreadable", "; the next run retries it")):
         for path, reason in list(done[kind].items())[:5]:
             note(f"left out {path}: {reason}{hint}")

@@ -26,8 +26,7 @@ from clip_lightning.evaluation.retrieval import fold_metrics, retrieval_metrics,
 from clip_lightning.evaluation.zero_shot import classify
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import Encoded, best_device, encode_images
-from clip_lightning.reports.class_report import ClassReport
-from clip_lightning.reports.tables import Row, print_results, write_results
+from clip_lightning.reports.tables import ClassReport, Row, print_results, write_results
 from clip_lightning.terminal import note, printable
 
 Split = Literal["all", "train", "val", "test"]
@@ -211,7 +210,7 @@ def linear_probe(
             train = ~test
         if not train.any() or not test.any():
             raise UserError(f"{row['data']} has no images to train or to test on; give more images per class")
-        parts = (encoded.features[train], labels[train], encoded.features[test], labels[test])
+        parts = [(encoded.features[rows], labels[rows]) for rows in (train, test)]
         row |= {"classes": len(class_set.classes), "broken": len(encoded.broken)}
         row |= {"train_images": int(train.sum()), "test_images": int(test.sum())}
         row |= probe.linear_probe(*parts)
@@ -289,7 +288,7 @@ def _finish(
         note(f"results: {out}")
     print_results(rows, as_json=json)  # before the upload to W&B, which may fail
     if wandb is not None:
-        from clip_lightning.tracking.evaluations import track_evaluation
+        from clip_lightning.tracking.panel import track_evaluation
 
         for row, report in zip_longest(rows, reports):
             note(f"W&B run: {track_evaluation(wandb, row, out or Path('runs'), report)}")

@@ -50,7 +50,7 @@ def sweep(
             of the study.
         json: print one JSON object instead.
     """
-    from clip_lightning.experiments.sweeps.file import read_sweep
-    from clip_lightning.experiments.sweeps.run import search
+    from clip_lightning.experiments.sweep import search
+    from clip_lightning.experiments.sweep_file import read_sweep
 
     search(read_sweep(file), arguments, trials, parallel, study, storage, json)

@@ -49,10 +49,8 @@ class ClassSet:
     """Images with a class each.
 
     Attributes:
-        images: files, or anything else that `to_pixels` accepts.
         labels: the class of each image, as a position in `classes`.
         splits: `train`, `val`, `test` or None for each image.
-        classes: the names of the classes in the source, in order.
         left_out: name → reason, for images and rows that could not be used.
     """
 
@@ -102,7 +100,11 @@ def find_classes(place: str | Path, cache: Path | None = None) -> ClassSet:
             f"{place} has {len(used)} classes with images; expected two or more: folders of images, or a CSV "
             "file with the columns image and label"
         )
-    classes = tuple(classes or sorted(used, key=_natural))
+
+    def natural(name: str) -> tuple[list[str | int], str]:  # numbers are sorted by value
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+
+    classes = tuple(classes or sorted(used, key=natural))
     number = {name: place for place, name in enumerate(classes)}
     images, names, splits = zip(*rows, strict=True)
     return ClassSet(images, tuple(number[name] for name in names), splits, classes, left_out)
@@ -139,12 +141,6 @@ def _table_rows(path: Path, left_out: dict[str, str]) -> list[ClassRow]:
         ) from None
     left_out |= {name: reason.replace("no caption", "no label") for name, reason in data.left_out.items()}
     return [(image.path, name, image.split) for image in data.images for name in image.captions]
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Return a key that sorts numbers in names by value."""
-    parts = re.split("([0-9]+)", name)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 # Data sets by name, whose images are read on demand --------------------------------------------------------

@@ -28,6 +28,7 @@ from clip_lightning.data.images import (
 from clip_lightning.errors import UserError
 
 MOST_BROKEN_IN_A_ROW = 100
+_NOT_CACHED = BrokenImage("it could not be decoded when its features were cached")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Samples:
     """Several images with their captions.
 
     Attributes:
-        images: B tensors: pixels uint8 (3, H, W), or cached features (D,); broken images are not included.
+        images: B tensors: pixels uint8 (3, H, W), or cached features (D,), which may also be one tensor;
+            broken images are not included.
         image_id: (B,) in training, equal for images with the same bytes; in evaluation, unique per image.
         counts: (B,) number of captions per image.
         captions: the captions of all these images, image by image.
@@ -44,7 +46,7 @@ class Samples:
         names: names of the images, if `image_id` does not identify them.
     """
 
-    images: list[Tensor]
+    images: Sequence[Tensor] | Tensor
     image_id: np.ndarray
     counts: np.ndarray
     captions: list[str]
@@ -87,40 +89,50 @@ class TrainDataset(_CaptionedImages):
         super().__init__(images, transform)
         self.image_ids, self.augmentation = np.array(image_ids), augmentation
         self.captions_per_image, self.seed, self.views = captions_per_image, seed, views
+        self._broken = np.array([features.broken for features in views])
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Samples:
         """Return the samples of these (epoch, index); a broken image is replaced by the next readable one."""
-        places, broken = np.array(keys), dict[str, str]()
-        images = self._read(places)
+        places, pixels, broken = np.array(keys), dict[int, Any](), dict[str, str]()
         most = min(len(self), MOST_BROKEN_IN_A_ROW)
         for _ in range(most):
-            failed = [row for row, image in enumerate(images) if isinstance(image, BrokenImage)]
+            failed = self._decode(places, pixels)
             if not failed:
-                return self._samples(places, images, broken)
-            broken |= {str(self.images[places[row, 1]].path): str(images[row]) for row in failed}
-            places[failed, 1] = (places[failed, 1] + 1) % len(self)
-            for row, image in zip(failed, self._read(places[failed]), strict=True):
-                images[row] = image
+                return self._samples(places, self._images(places, pixels), broken)
+            broken |= {str(self.images[places[row, 1]].path): str(failed[row]) for row in failed}
+            places[[*failed], 1] = (places[[*failed], 1] + 1) % len(self)
         path, reason = next(iter(broken.items()))
         raise UserError(
             f"{most} consecutive images cannot be decoded (first {path}: {reason}); fix the images in "
             "--data.root"
         )
 
-    def _read(self, keys: np.ndarray) -> list[Any]:
-        """Return a tensor or a BrokenImage for each key."""
+    def _decode(self, places: np.ndarray, pixels: dict[int, Any]) -> dict[int, Any]:
+        """Add the missing rows to `pixels` unless they are cached, and return why others are broken."""
         if self.views:
-            view = _random_words(self.seed, keys, 1)[:, 0] % len(self.views)
-            by_view = [features.rows(keys[view == number, 1]) for number, features in enumerate(self.views)]
-            return _cached(torch.cat(by_view)[view.argsort(kind="stable").argsort()])
-        images = []
-        for epoch, index in keys.tolist():
-            rng = np.random.default_rng((self.seed, epoch, index))
-            change = partial(augment, transform=self.transform, augmentation=self.augmentation, rng=rng)
-            images.append(_decoded(self.images[index], change))
-        return images
+            broken = self._broken[self._view(places), places[:, 1]]
+            return dict.fromkeys(broken.nonzero()[0].tolist(), _NOT_CACHED)
+        failed: dict[int, Any] = {}
+        for row, (epoch, index) in enumerate(places.tolist()):
+            if row not in pixels:
+                rng = np.random.default_rng((self.seed, epoch, index))
+                change = partial(augment, transform=self.transform, augmentation=self.augmentation, rng=rng)
+                result = _decoded(self.images[index], change)
+                (failed if isinstance(result, BrokenImage) else pixels)[row] = result
+        return failed
 
-    def _samples(self, keys: np.ndarray, images: list[Tensor], broken: dict[str, str]) -> Samples:
+    def _images(self, places: np.ndarray, pixels: dict[int, Tensor]) -> Tensor | list[Tensor]:
+        """Return the decoded images in order, or the features of a random view of each image."""
+        if not self.views:
+            return [pixels[row] for row in range(len(places))]
+        view, index = self._view(places), places[:, 1]
+        rows = [features.rows(index[view == number]) for number, features in enumerate(self.views)]
+        return torch.cat(rows)[view.argsort(kind="stable").argsort()]
+
+    def _view(self, places: np.ndarray) -> np.ndarray:
+        return (_random_words(self.seed, places, 1)[:, 0] % len(self.views)).astype(np.int64)
+
+    def _samples(self, keys: np.ndarray, images: Any, broken: dict[str, str]) -> Samples:
         """Draw captions without repetition, or, if an image has too few, each equally often."""
         index = keys[:, 1]
         counts = self.counts[index, None]
@@ -149,10 +161,12 @@ class EvalDataset(_CaptionedImages):
 
     def __getitems__(self, indices: Sequence[int]) -> Samples:
         """Return the images at these `indices`, except broken ones."""
+        results: dict[int, Tensor | BrokenImage]
         if self.features is None:
             results = {i: _decoded(self.images[i], self.transform) for i in indices}
         else:
-            results = dict(zip(indices, _cached(self.features.rows(indices)), strict=True))
+            rows, no = self.features.rows(indices), self.features.broken
+            results = {i: _NOT_CACHED if no[i] else row for i, row in zip(indices, rows, strict=True)}
         images = {i: image for i, image in results.items() if isinstance(image, Tensor)}
         broken = {str(self.images[i].path): str(results[i]) for i in indices if i not in images}
         index = np.array([*images], dtype=np.int64)
@@ -168,13 +182,6 @@ def _decoded(image: CaptionedImage, transform: Callable[[Tensor], Tensor]) -> Te
         return transform(decode_image(image.path, pauses=RETRY_SECONDS))
     except BrokenImage as error:
         return error
-
-
-def _cached(values: Tensor) -> list[Any]:
-    """Return the rows (D,); a row of NaN is an image that could not be read when it was cached."""
-    error = BrokenImage("it could not be decoded when its features were cached")
-    broken = values.isnan().any(dim=1).tolist()
-    return [error if is_broken else row for row, is_broken in zip(values, broken, strict=True)]
 
 
 def _random_words(seed: int, keys: np.ndarray, count: int) -> np.ndarray:
@@ -215,8 +222,9 @@ class Collate:
         of the captions, all int64; `broken`, path → reason; and for tars B `names`. If every image is broken,
         B and N are 0.
         """
-        # Nothing can be stacked or tokenized if every image is broken, so add one and drop it.
-        images = samples.images or [torch.empty((3, 0, 0), dtype=torch.uint8)]
+        images = samples.images
+        if not len(images):  # nothing can be stacked or tokenized, so add an image and drop it
+            images = [torch.empty((3, 0, 0), dtype=torch.uint8)]
         batch = {
             "image_id": torch.from_numpy(samples.image_id),
             "text_image_id": torch.from_numpy(samples.image_id.repeat(samples.counts)),
@@ -226,7 +234,7 @@ class Collate:
         if samples.names is not None:
             batch["names"] = samples.names
         if images[0].ndim == 1:
-            batch["image_features"] = torch.stack(images)
+            batch["image_features"] = images if isinstance(images, Tensor) else torch.stack(list(images))
         else:  # channels last in memory, as in decoded images
             pixels = torch.stack([pixels.permute(1, 2, 0) for pixels in images]).permute(0, 3, 1, 2)
             batch["pixel_values"] = pixels[: len(samples.images)]

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -37,16 +38,27 @@ from clip_lightning.files import cache_folder, write_atomically
 
 SHARD_ROWS = 512
 IN_USE_SECONDS = 3600
+LEAST_FREE = 32
+"""Rows are kept in memory if this many times their size is free, since each rank keeps its own."""
 DTYPE = np.float16
 Compute = Callable[[range], np.ndarray]
 """Maps rows of an entry to features (len(range), D); a row of NaN stands for an unreadable image."""
 
 
 class Features:
-    """The memory-mapped rows (R, D) of a finished entry, which stay readable if the entry is removed."""
+    """The rows (R, D) of a finished entry, which stay readable if the entry is removed.
+
+    They are copied to memory if they take little of what is free, and memory-mapped otherwise.
+
+    Attributes:
+        broken: (R,) whether the row is NaN: its image could not be read when it was cached.
+    """
 
     def __init__(self, shards: Sequence[Path]) -> None:
-        self._paths, self._shards = shards, [*map(_map, shards)]
+        self._paths, parts = shards, [*map(_map, shards)] or [torch.empty(0, 0)]
+        fits = sum(part.nbytes for part in parts) * LEAST_FREE < psutil.virtual_memory().available
+        self._parts = [torch.cat(parts)] if fits else parts
+        self.broken = torch.cat([part.isnan().any(dim=1) for part in parts]).numpy()
 
     def __reduce__(self) -> tuple[type[Features], tuple[Sequence[Path]]]:
         """Pickle only the paths, so that loader workers map the files themselves."""
@@ -54,12 +66,14 @@ class Features:
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """Return the features (len(rows), D) in float32."""
-        shard, row = np.divmod(np.asarray(rows, dtype=np.int64), SHARD_ROWS)
-        picked = np.empty((len(shard), self._shards[0].shape[1]), DTYPE)
-        for number in np.unique(shard):
-            places = np.flatnonzero(shard == number)
-            picked[places] = self._shards[number][row[places]]
-        return torch.from_numpy(picked).float()
+        wanted = torch.as_tensor(rows, dtype=torch.int64)
+        if len(self._parts) == 1:
+            return self._parts[0].index_select(0, wanted).float()
+        picked = torch.empty(len(wanted), self._parts[0].shape[1])
+        for number in (shards := wanted // SHARD_ROWS).unique().tolist():
+            places = shards == number
+            picked[places] = self._parts[number][wanted[places] % SHARD_ROWS].float()
+        return picked
 
 
 def default_cache() -> Path:
@@ -235,7 +249,7 @@ def _touch(entry: Path) -> None:
         os.utime(entry / "manifest.json")
 
 
-def _map(shard: Path) -> np.ndarray:
+def _map(shard: Path) -> Tensor:
     """Return the rows of a shard, memory-mapped.
 
     Unlike numpy's map, torch's keeps no file open: large data has more shards than a process may open.
@@ -245,6 +259,4 @@ def _map(shard: Path) -> np.ndarray:
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         header = file.tell() // dtype.itemsize  # a multiple of 64 bytes
     size = header + math.prod(shape)
-    rows = torch.from_file(str(shard), size=size, dtype=torch.float16)[header:]
-    mapped: np.ndarray = rows.view(shape).numpy()
-    return mapped
+    return torch.from_file(str(shard), size=size, dtype=torch.float16)[header:].view(shape)

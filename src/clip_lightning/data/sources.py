@@ -202,8 +202,14 @@ class HubDataset:
 
     def _rows(self) -> Iterator[WrittenRow]:
         source = f"hf:{self.name}"
-        # A data set from the hub must not make us copy arbitrary images of this machine.
-        trusted = None if os.path.isabs(self.name) else _hub_caches()
+        # A data set from the hub must not make us copy other images of this machine than those it downloaded.
+        trusted: list[Path] | None = None
+        if not os.path.isabs(self.name):
+            from datasets import config
+            from huggingface_hub import constants
+
+            caches = constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH
+            trusted = [Path(os.path.realpath(folder)) for folder in caches]
         for name, rows, split in self.splits():
             typed = [column for column, kind in rows.features.items() if type(kind).__name__ == "Image"]
             usual = find_names(IMAGE_NAMES, typed) or (typed if len(typed) == 1 else [])
@@ -257,15 +263,6 @@ def undecoded(rows: Any, column: str) -> Any:
     return rows.cast_column(column, kind(decode=False)) if kind.__name__ == "Image" else rows
 
 
-def _hub_caches() -> list[Path]:
-    """Return the folders in which `datasets` and the hub's client store downloaded and unpacked files."""
-    from datasets import config
-    from huggingface_hub import constants
-
-    folders = constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH
-    return [Path(os.path.realpath(folder)) for folder in folders]
-
-
 def _content(value: Any, trusted: list[Path] | None) -> bytes | str:
     """Return an encoded image, or the reason why there is none."""
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
@@ -284,12 +281,16 @@ def _content(value: Any, trusted: list[Path] | None) -> bytes | str:
         raise unreadable(resolved, error.strerror) from error
 
 
-@dataclass
 class Records:
     """Data from Python (see `CaptionDataModule`)."""
 
-    records: Any
-    read: ReadOptions
+    def __init__(self, records: Any, read: ReadOptions) -> None:
+        self.read = read
+        self._parts = {}
+        for split, rows in (records if isinstance(records, Mapping) else {None: records}).items():
+            if hasattr(rows, "iterrows"):  # a DataFrame of pandas
+                rows = rows.to_dict("records")
+            self._parts[split] = rows if hasattr(rows, "__getitem__") else [*rows]
 
     def fetch(self) -> None:
         make_once(self.folder(), lambda draft: _write_rows(draft, self._rows()))
@@ -305,24 +306,12 @@ class Records:
             sha.update(json.dumps([content, captions, split]).encode())
         return cache_folder("data") / f"records-{sha.hexdigest()[:16]}"
 
-    @cached_property
-    def _parts(self) -> dict[str | None, Any]:
-        """The rows of each split, which can be read several times."""
-        parts = self.records if isinstance(self.records, Mapping) else {None: self.records}
-        return {split: _indexed(rows) for split, rows in parts.items()}
-
     def _rows(self) -> Iterator[WrittenRow]:
         for part, rows in self._parts.items():
             records = (_mapping(number, rows[number]) for number in range(len(rows)))
             read = read_records("records", records, self.read, object)
             for number, (image, captions, split) in enumerate(read):
                 yield f"record {number}", _encoded(image), captions, split or part
-
-
-def _indexed(rows: Any) -> Any:
-    if hasattr(rows, "iterrows"):  # a DataFrame of pandas
-        return rows.to_dict("records")
-    return rows if hasattr(rows, "__len__") and hasattr(rows, "__getitem__") else [*rows]
 
 
 def _mapping(number: int, row: Any) -> Mapping[str, Any]:
@@ -416,12 +405,9 @@ def read_source(source: Source, read: ReadOptions) -> CaptionSet:
 def unpack(archive: Path, folder: Path, shown: str) -> Path:
     """Unpack an archive, which messages call `shown`, into a new folder, and return the folder of the data.
 
-    That is `folder`, or its only subfolder if there are no other files, except those that macOS adds.
-
-    Raises:
-        UserError: the archive is broken, empty, encrypted or too large when unpacked, or contains names
-            outside of it, devices, or links to anything but its own files.
-        OSError: the files cannot be written.
+    That is `folder`, or its only subfolder if there are no other files, except those that macOS adds. Raise
+    UserError if the archive is broken, empty, encrypted or too large when unpacked, or contains names outside
+    of it, devices, or links to anything but its own files.
     """
     folder.mkdir()
     try:

@@ -21,18 +21,11 @@ MOST_K = 100
 
 @dataclass(frozen=True)
 class Similarities:
-    """Histograms of the cosines of captions with their own images (matched) and with others (unmatched).
+    """Histograms of the cosines of captions with their own images (matched) and with others (unmatched)."""
 
-    Attributes:
-        matched: (BINS,) int64, counts in equal bins from -1 to 1.
-        unmatched: the same of unmatched pairs.
-        matched_mean: mean cosine, or NaN if there are no matched pairs.
-        unmatched_mean: the same of unmatched pairs.
-    """
-
-    matched: Tensor
+    matched: Tensor  # (BINS,) int64, counts in equal bins from -1 to 1
     unmatched: Tensor
-    matched_mean: float
+    matched_mean: float  # NaN if there are no pairs
     unmatched_mean: float
 
     @property
@@ -68,12 +61,10 @@ def similarities(embeddings: Embeddings, content: Sequence[int]) -> Similarities
     images, texts = _spaced(len(image), MOST_IMAGES), _spaced(len(text), MOST_TEXTS)
     different = group[embeddings.image_id[images], None] != group[embeddings.text_image_id[texts]]
     unmatched = (image[images] @ text[texts].T)[different]
-    return Similarities(
-        _histogram(matched),
-        _histogram(unmatched),
-        matched.double().mean().item(),
-        unmatched.double().mean().item(),
-    )
+    # rounding may put a cosine slightly outside -1 to 1
+    of_matched, of_others = (torch.histc(part.clamp(-1, 1), BINS, -1, 1) for part in (matched, unmatched))
+    means = matched.double().mean().item(), unmatched.double().mean().item()
+    return Similarities(of_matched.long(), of_others.long(), *means)
 
 
 def recall_curve(ranks: Tensor, most: int = MOST_K) -> Tensor:
@@ -106,8 +97,3 @@ def worst_queries(embeddings: Embeddings, content: Sequence[int], count: int) ->
 def _spaced(length: int, most: int) -> Tensor:
     """Return at most `most` evenly spaced integers below `length`."""
     return torch.linspace(0, length - 1, min(length, most), dtype=torch.float64).round().long()
-
-
-def _histogram(cosines: Tensor) -> Tensor:
-    """Return the histogram (BINS,) of cosines, which rounding may put slightly outside -1 to 1."""
-    return torch.histc(cosines.clamp(-1, 1), BINS, min=-1, max=1).long()

@@ -30,17 +30,11 @@ def wilson(right: float, total: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Hits:
-    """The contribution of each image to the recalls of a split.
+    """The contribution of each image to the recalls of a split."""
 
-    Attributes:
-        metrics: names of the M metrics, R@k in both directions.
-        right: (I, M) number of correctly answered queries of each image.
-        asked: (I, M) number of queries of each image.
-    """
-
-    metrics: tuple[str, ...]
-    right: np.ndarray
-    asked: np.ndarray
+    metrics: tuple[str, ...]  # names of the M metrics, R@k in both directions
+    right: np.ndarray  # (I, M) number of correctly answered queries of each image
+    asked: np.ndarray  # (I, M) number of queries of each image
 
     @property
     def best(self) -> dict[str, float]:
@@ -90,17 +84,11 @@ def recall_intervals(hits: Hits) -> dict[str, tuple[float, float]]:
 
 
 def paired_differences(one: Hits, other: Hits) -> dict[str, tuple[float, float, float, float]]:
-    """Compare two models on the same images.
+    """Return, for each metric, the difference of two models, its 95 % interval, and the two-sided p-value.
 
     The interval and the p-value assume that the mean of the images' differences is normally distributed. Two
     images are added, each answered by only one of the models (Bonett and Price 2012), because agreement on a
     few images does not show that two models are equal.
-
-    Returns:
-        For each metric the difference, the bounds of its 95 % interval, and the two-sided p-value.
-
-    Raises:
-        ValueError: the images and captions of the two models differ.
     """
     if one.metrics != other.metrics or not np.array_equal(one.asked, other.asked):
         raise ValueError("the two models have different images or captions; expected the same for both")

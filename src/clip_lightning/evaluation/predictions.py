@@ -27,22 +27,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Query:
-    """A caption with the images that were retrieved for it, or an image (its file) with captions.
+    """A caption with the images that were retrieved for it, or an image (its file) with captions."""
 
-    Attributes:
-        id: position of the caption among all captions of the split, or of the image in the split.
-        wanted: the right answers.
-        rank: rank of the best right answer, from 1; ties count against the model.
-        candidates: number of distinct images, or of captions, that were ranked.
-        answers: the best matches, the best first.
-    """
-
-    id: int
+    id: int  # position of the caption among all captions of the split, or of the image in the split
     item: Path | str
-    wanted: tuple[Path | str, ...]
-    rank: int
-    candidates: int
-    answers: tuple[Answer, ...]
+    wanted: tuple[Path | str, ...]  # the right answers
+    rank: int  # of the best right answer, from 1; ties count against the model
+    candidates: int  # number of distinct images, or of captions, that were ranked
+    answers: tuple[Answer, ...]  # the best matches, the best first
 
     @property
     def hit(self) -> bool:
@@ -84,22 +76,18 @@ def find_images(
     Byte-identical images, which `content` assigns to the same group, count as one, in the list and in the
     rank. `images` are the records of the complete split. Captions that were not embedded, or whose images
     were not, are left out.
-
-    Raises:
-        ValueError: the embeddings assign a caption to another image than the records do.
     """
     captions = _checked_captions(embeddings, images)
     candidates = different_images(embeddings, content)
     rows, groups = list(candidates.values()), torch.tensor(list(candidates))
     paths = [images[image_id].path for image_id in embeddings.image_id[rows].tolist()]
-    vectors, text_rows = embeddings.image[rows].double(), _rows(embeddings.text_id)
-    queries = []
+    vectors, queries = embeddings.image[rows].double(), []
     for text_id in text_ids:
         owner, text = captions[text_id]
-        if text_id in text_rows and content[owner] in candidates:
-            query = embeddings.text[text_rows[text_id]]
-            rank, answers = _best(vectors, paths, query, groups == content[owner], k)
-            queries.append(Query(text_id, text, (images[owner].path,), rank, len(rows), answers))
+        is_right, row = groups == content[owner], embeddings.text_id == text_id
+        if row.any() and is_right.any():
+            found = _best(vectors, paths, embeddings.text[row][0], is_right, k)
+            queries.append(Query(text_id, text, (images[owner].path,), *found))
     return queries
 
 
@@ -117,14 +105,12 @@ def find_captions(
     captions = _checked_captions(embeddings, images)
     texts = [captions[text_id][1] for text_id in embeddings.text_id.tolist()]
     groups = torch.as_tensor(content)[embeddings.text_image_id]
-    vectors, image_rows = embeddings.text.double(), _rows(embeddings.image_id)
-    queries = []
+    vectors, queries = embeddings.text.double(), []
     for image_id in image_ids:
-        is_right = groups == content[image_id]
-        if image_id in image_rows and is_right.any():
-            image, query = images[image_id], embeddings.image[image_rows[image_id]]
-            rank, answers = _best(vectors, texts, query, is_right, k)
-            queries.append(Query(image_id, image.path, image.captions, rank, len(texts), answers))
+        image, is_right, row = images[image_id], groups == content[image_id], embeddings.image_id == image_id
+        if row.any() and is_right.any():
+            found = _best(vectors, texts, embeddings.image[row][0], is_right, k)
+            queries.append(Query(image_id, image.path, image.captions, *found))
     return queries
 
 
@@ -138,24 +124,18 @@ def different_images(embeddings: Embeddings, content: Sequence[int]) -> dict[int
 
 def _checked_captions(embeddings: Embeddings, images: Sequence[CaptionedImage]) -> list[tuple[int, str]]:
     captions = captions_of(images)
-    for text_id, image_id in zip(embeddings.text_id.tolist(), embeddings.text_image_id.tolist(), strict=True):
-        if captions[text_id][0] != image_id:
-            raise ValueError(
-                f"caption {text_id} belongs to image {captions[text_id][0]}, but the embeddings assign it to "
-                f"image {image_id}"
-            )
+    owners = [captions[text_id][0] for text_id in embeddings.text_id.tolist()]
+    if owners != embeddings.text_image_id.tolist():
+        raise ValueError("the embeddings assign a caption to another image than the records do")
     return captions
-
-
-def _rows(ids: Tensor) -> dict[int, int]:
-    return {number: row for row, number in enumerate(ids.tolist())}
 
 
 def _best(
     vectors: Tensor, items: Sequence[Path | str], query: Tensor, is_right: Tensor, k: int
-) -> tuple[int, tuple[Answer, ...]]:
-    """Return the rank of the best right item, and the k best items; wrong ones come first in a tie."""
+) -> tuple[int, int, tuple[Answer, ...]]:
+    """Return the rank of the best right item, the number of items, and the k best; in ties, wrong first."""
     scores = vectors @ query.double()
     rank = 1 + int((scores[~is_right] >= scores[is_right].max() - TIE).sum())
     order = np.lexsort((is_right.numpy(), -scores.numpy().round(9)))[:k].tolist()
-    return rank, tuple(Answer(items[row], scores[row].item(), bool(is_right[row])) for row in order)
+    answers = [Answer(items[row], scores[row].item(), bool(is_right[row])) for row in order]
+    return rank, len(items), tuple(answers)

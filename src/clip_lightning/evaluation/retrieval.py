@@ -5,7 +5,7 @@ Dimensions: I images, N captions, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +22,13 @@ TIE = 1e-9
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The embeddings of a complete split, in its order, without those of samples that could not be read.
+    """The embeddings of a complete split, in its order, without those of samples that could not be read."""
 
-    Attributes:
-        image: (I, D) float32, unit length.
-        text: (N, D) float32, unit length.
-        image_id: (I,) int64, position of each image in the split.
-        text_image_id: (N,) int64, the image that each caption belongs to.
-        text_id: (N,) int64, position of each caption among all captions of the split.
-    """
-
-    image: Tensor
-    text: Tensor
-    image_id: Tensor
-    text_image_id: Tensor
-    text_id: Tensor
+    image: Tensor  # (I, D) float32, unit length
+    text: Tensor  # (N, D) float32, unit length
+    image_id: Tensor  # (I,) int64, position of each image in the split
+    text_image_id: Tensor  # (N,) int64, the image that each caption belongs to
+    text_id: Tensor  # (N,) int64, position of each caption among all captions of the split
 
 
 @torch.no_grad()
@@ -78,10 +70,9 @@ def retrieval_metrics(
         raise ValueError(
             "no caption belongs to any of the images; expected text_image_id to contain values of image_id"
         )
-    measures = {name: measure for name, measure in MEASURES.items() if not name.startswith("R@")}
-    measures = {f"R@{k}": recall_at(k) for k in ks} | measures
-    metrics: dict[str, float] = {}
-    rsum = 0.0
+    others = {name: measure for name, measure in MEASURES.items() if not name.startswith("R@")}
+    measures = {f"R@{k}": recall_at(k) for k in ks} | others
+    metrics, rsum = dict[str, float](), 0.0
     for direction, all_ranks in zip(DIRECTIONS, both, strict=True):
         ranks = all_ranks[all_ranks > 0].double()
         metrics |= {f"{direction}_{name}": measure.of(ranks) for name, measure in measures.items()}
@@ -138,9 +129,8 @@ def true_recall(
     instead: one of the captions among the k best is enough. With one caption per image, and therefore for
     text→image, the two are the same. `owner` (N,) is the row of each caption's image.
 
-    Returns:
-        `image_to_text_true_recall@k` in percent, over the images that have captions. Ties count against the
-        model.
+    Return `image_to_text_true_recall@k` in percent, over the images that have captions. Ties count against
+    the model.
     """
     image, text = image.double(), text.double()
     counts = torch.bincount(owner, minlength=len(image))
@@ -163,10 +153,8 @@ def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -
     """Compute the mean of `retrieval_metrics` over consecutive folds of images that are searched separately.
 
     Fewer candidates make the task easier: the metrics are not comparable with those of the complete split.
-    Arguments are those of `true_recall`; an incomplete fold at the end is left out.
-
-    Returns:
-        The metrics as `fold1000_...`, or nothing if there are fewer than two folds.
+    Arguments are those of `true_recall`; an incomplete fold at the end is left out. Return the metrics as
+    `fold1000_...`, or nothing if there are fewer than two folds.
     """
     folds = len(image) // fold
     totals: dict[str, float] = {}
@@ -195,29 +183,31 @@ def _check(image: Tensor, text: Tensor, text_image_id: Tensor, image_id: Tensor,
         )
     if len(image_id.unique()) < rows:
         raise ValueError("image_id contains an id twice; expected each image once")
-    for name, values in (("image", image), ("text", text)):
-        if broken := int((~values.isfinite().all(1)).sum()):
-            raise ValueError(f"{broken} of {len(values)} {name} embeddings contain NaN or infinity")
     if chunk_size < 1:
         raise ValueError(f"expected a chunk_size of 1 or more, got {chunk_size}")
+    check_finite({"image": image, "text": text})
 
 
-Part = dict[str, Tensor]
+def check_finite(embeddings: Mapping[str, Tensor]) -> None:
+    """Refuse embeddings that are not finite."""
+    for name, values in embeddings.items():
+        if broken := int((~values.isfinite().all(1)).sum()):
+            raise ValueError(f"{broken} of {len(values)} {name} embeddings contain NaN or infinity")
 
 
 class EmbeddingCollector:
     """Collects the embeddings of each batch, and joins those of all ranks at the end."""
 
     def __init__(self) -> None:
-        self._parts: list[Part] = []
+        self._parts: list[dict[str, Tensor]] = []
 
     def add(self, image: Tensor, text: Tensor, batch: dict[str, Any]) -> None:
         """Add embeddings (B, D) and (N, D) of a batch with its `image_id`, `text_image_id` and `text_id`.
 
         Without `text_id`, every text of a batch counts.
         """
-        names = [name for name in ("image_id", "text_image_id", "text_id") if name in batch]
-        part: Part = {"image": image, "text": text, **{name: batch[name] for name in names}}
+        part: dict[str, Tensor] = {"image": image, "text": text}
+        part |= {name: batch[name] for name in ("image_id", "text_image_id", "text_id") if name in batch}
         self._parts.append({name: tensor.cpu() for name, tensor in part.items()})
 
     def join(self, world_size: int) -> Embeddings | None:
@@ -228,7 +218,7 @@ class EmbeddingCollector:
         """
         parts, self._parts = self._parts, []
         if world_size > 1:  # as objects, because their lengths may differ
-            all_parts: list[list[Part]] = [[] for _ in range(world_size)]
+            all_parts: list[Any] = [None] * world_size
             torch.distributed.all_gather_object(all_parts, parts)
             parts = [part for rank in all_parts for part in rank]
         if not parts:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clip_lightning.evaluation.intervals import wilson
-from clip_lightning.evaluation.retrieval import TIE
+from clip_lightning.evaluation.retrieval import TIE, check_finite
 from clip_lightning.model.zero_shot import probabilities
 
 BINS = 15
@@ -19,17 +19,11 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Calibration:
-    """Answers grouped into B bins of equal width by the probability that the model assigned to them.
+    """Answers grouped into B bins of equal width by the probability that the model assigned to them."""
 
-    Attributes:
-        images: (B,) int64, number of answers in each bin.
-        confidence: (B,) float64, mean probability of each bin from 0 to 1, and 0 for an empty bin.
-        accuracy: (B,) float64, fraction of correct answers in each bin, and 0 for an empty bin.
-    """
-
-    images: Tensor
-    confidence: Tensor
-    accuracy: Tensor
+    images: Tensor  # (B,) int64, number of answers in each bin
+    confidence: Tensor  # (B,) float64, mean probability of each bin from 0 to 1, and 0 for an empty bin
+    accuracy: Tensor  # (B,) float64, fraction of correct answers in each bin, and 0 for an empty bin
 
     @property
     def error(self) -> float:
@@ -50,18 +44,15 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> Calibrat
 
 @dataclass(frozen=True)
 class Classification:
-    """The result of classifying images, with accuracies and the calibration error in percent.
+    """The result of classifying images.
 
-    Attributes:
-        metrics: `zero_shot_top1` and `zero_shot_top5`, each with the `_low` and `_high` ends of Wilson's
-            95 % interval; `mean_per_class_accuracy`; `expected_calibration_error`.
-        confusion: (C, C) int64, number of images of each true class (rows) by predicted class (columns).
-        calibration: the probabilities of the model's answers, and how often they are correct.
+    The metrics, in percent, are `zero_shot_top1` and `zero_shot_top5`, each with the `_low` and `_high` ends
+    of Wilson's 95 % interval; `mean_per_class_accuracy`; and `expected_calibration_error`.
     """
 
     metrics: dict[str, float]
-    confusion: Tensor
-    calibration: Calibration
+    confusion: Tensor  # (C, C) int64, number of images of each true class (rows) by predicted class (columns)
+    calibration: Calibration  # of the model's answers
 
 
 def classify(
@@ -71,28 +62,22 @@ def classify(
 
     Ties count against the model, as in retrieval: if the true class of an image ties with another class, the
     other class is the answer. `labels` (I,) int64 are the true classes; `scale` and `bias` are the model's.
-
-    Raises:
-        ValueError: there are no images, the shapes do not match, a label is not a class, or an embedding is
-            not finite.
     """
-    if not len(image) or labels.shape != image.shape[:1] or image.shape[1:] != classifier.shape[1:]:
-        raise ValueError(
-            f"expected images (I, D), classes (C, D) and labels (I,), got {tuple(image.shape)}, "
-            f"{tuple(classifier.shape)} and {tuple(labels.shape)}"
-        )
     classes = len(classifier)
+    shapes = [tuple(tensor.shape) for tensor in (image, classifier, labels)]
+    if shapes != [(len(labels), *shapes[0][1:]), (classes, *shapes[0][1:]), (len(labels),)] or not len(
+        labels
+    ):
+        raise ValueError(f"expected images (I, D), classes (C, D) and labels (I,), got {shapes}")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"expected labels between 0 and {classes - 1}, got {labels.min()} to {labels.max()}")
-    for name, values in (("image", image), ("class", classifier)):
-        if broken := int((~values.isfinite().all(1)).sum()):  # NaN would rank first
-            raise ValueError(f"{broken} of {len(values)} {name} embeddings contain NaN or infinity")
+    check_finite({"image": image, "class": classifier})  # NaN would rank first
     scores = image.double() @ classifier.double().T
     rank = (scores >= scores.gather(1, labels[:, None]) - TIE).sum(1)  # from 1: it counts the true class
     others = scores.scatter(1, labels[:, None], -torch.inf)
     answer = labels.where(rank == 1, others.argmax(1))
     confusion = torch.bincount(labels * classes + answer, minlength=classes**2).view(classes, classes)
-    metrics: dict[str, float] = {}
+    metrics = dict[str, float]()
     for k in (1, 5):
         right = int((rank <= k).sum())
         metrics[f"zero_shot_top{k}"] = 100 * right / len(rank)

@@ -14,22 +14,24 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from clip_lightning.arguments import flat
 from clip_lightning.errors import UserError
-from clip_lightning.experiments.compare import settings_of, short_names, short_tower
-from clip_lightning.experiments.run_records import COSTS_FILE, CostRecorder, RunRecord, flat, read_folder
+from clip_lightning.experiments.compare import settings_of, short_tower
+from clip_lightning.experiments.run_records import COSTS_FILE, CostRecorder, RunRecord, read_folder
 from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
+from clip_lightning.reports.tables import short_names
 from clip_lightning.run_folder import RunFolder
+from clip_lightning.terminal import one_line
 from clip_lightning.training.cli import fit, rehearse
 
 
 class Pair(NamedTuple):
-    """Describes one training: its display name, its towers, its seed, and the folder of its runs."""
+    """Describes one training: its display name, the folder of its runs, and the arguments of `fit`."""
 
     name: str
-    towers: tuple[str, str]
-    seed: int
     folder: Path
+    arguments: list[str]
 
 
 class Backbones:
@@ -39,17 +41,25 @@ class Backbones:
         self, images: list[str], texts: list[str], options: list[str], seeds: int, out: Path | None
     ) -> None:
         """Check the options of `fit`, the towers and the data before the first training."""
-        # with several devices, each of the processes would start the complete comparison
-        self._options = [*options, "--trainer.devices=1"]
         rehearsal = rehearse(options)
         config = rehearsal.config["fit"]
-        _check(config)
+        trainer = config.trainer
+        refused = {
+            "--ckpt_path": config.ckpt_path,
+            "--model.init_from": config.model.init_from,
+            "--trainer.devices": str(trainer.devices) not in ("auto", "1"),
+            "--trainer.num_nodes": trainer.num_nodes > 1,
+            "--trainer.strategy": "fsdp" in str(trainer.strategy),
+        }
+        if given := [option for option, value in refused.items() if value]:
+            start = "compare-backbones: each pair is trained from its own towers on one device"
+            raise UserError(f"{start}; remove {', '.join(given)}")
         # the same command finds its folder again
         command = hashlib.sha256(json.dumps([images, texts, options, seeds]).encode()).hexdigest()[:8]
-        self.folder = out or Path(config.trainer.default_root_dir, f"compare-{command}")
+        self.folder = out or Path(trainer.default_root_dir, f"compare-{command}")
         if out is None and self.folder.exists():
             print_progress(f"resuming the comparison in {self.folder}; set --out FOLDER to start another")
-        self._group = group_arguments(config, self.folder.name)
+        group = group_arguments(config, self.folder.name)
         for image in images:
             ImageTower.from_name(image, config.model.towers.image_size)
         for text in texts:
@@ -65,70 +75,48 @@ class Backbones:
             readable = re.sub(r"[^\w.@-]+", "_", f"{short[image]}_x_{short[text]}")[:80]
             folder = self.folder / "runs" / f"{readable}-{seed}-{digest}"
             name = f"{short[image]} × {short[text]}" + (f", seed {seed}" if seeds > 1 else "")
-            self.pairs.append(Pair(name, (image, text), seed, folder))
+            arguments = [
+                *options,
+                "--trainer.devices=1",  # with several, each process would start the complete comparison
+                f"--model.image_tower={image}",
+                f"--model.text_tower={text}",
+                f"--seed_everything={seed}",
+                f"--trainer.default_root_dir={folder}",
+                *([*group, f"--trainer.logger.name={name}"] if group else []),
+            ]
+            self.pairs.append(Pair(name, folder, arguments))
         self.records: list[RunRecord] = []  # the finished pairs
         self.failed: dict[str, str] = {}  # the reason by the name of each pair
-        self._latencies: dict[str, dict[str, Any]] = {}
 
     def train(self) -> None:
         """Train the pairs that have not finished; after Ctrl-C, the running pair has been saved."""
+        recorder = CostRecorder()
         for number, pair in enumerate(self.pairs, start=1):
             title = f"pair {number} of {len(self.pairs)}: {pair.name}"
             print_progress(title)
             try:
-                record = read_folder(self._train(pair))
+                record = read_folder(_train(pair, recorder))
             except Exception as error:  # the other pairs are still trained
-                reason = " ".join(str(error).split())
-                if not isinstance(error, UserError):
-                    traceback.print_exc()
-                    reason = f"{type(error).__name__}: {reason}"
-                self.failed[pair.name] = reason
-                print_progress(f"{title}: failed: {reason}")
+                self.failed[pair.name] = reason_of_failure(error)
+                print_progress(f"{title}: failed: {self.failed[pair.name]}")
                 continue
             self.records.append(record)
             seconds = record.values.get("training_seconds", 0)
             print_progress(f"{title}: finished, rsum {record.values['rsum']:.1f}, {seconds:.0f} s")
 
-    def _train(self, pair: Pair) -> Path:
-        """Return the folder of the pair's finished run, after resuming or starting it if necessary."""
-        resumed: list[str] = []
-        for run in RunFolder.runs(pair.folder):
-            if (run.path / COSTS_FILE).is_file():
-                costs = json.loads((run.path / COSTS_FILE).read_text())
-                latency = {name: value for name, value in costs.items() if name.startswith("image_latency")}
-                self._latencies.setdefault(pair.towers[0], latency)
-                return run.path
-            if run.last.is_file():
-                resumed = [f"--ckpt_path={run.last}"]  # of the newest run
-        arguments = [
-            *self._options,
-            f"--model.image_tower={pair.towers[0]}",
-            f"--model.text_tower={pair.towers[1]}",
-            f"--seed_everything={pair.seed}",
-            f"--trainer.default_root_dir={pair.folder}",
-            *([*self._group, f"--trainer.logger.name={pair.name}"] if self._group else []),
-            *resumed,
-        ]
-        recorder = CostRecorder(self._latencies)
-        folder = fit(arguments, [recorder], io.StringIO())  # the result is in the run's folder, too
-        write_atomically(folder / COSTS_FILE, json.dumps(recorder.costs, indent=2).encode())
-        return folder
 
-
-def _check(config: Any) -> None:
-    """Reject options of `fit` that cannot be used in a comparison."""
-    trainer = config.trainer
-    one_device = trainer.num_nodes == 1 and str(trainer.devices) in ("auto", "1")
-    if config.ckpt_path:
-        problem = "--ckpt_path is for a single run; remove it, and repeat the command to resume"
-    elif config.model.init_from:
-        problem = "--model.init_from has its own towers; use --image_towers NAMES instead"
-    elif not one_device or "fsdp" in str(trainer.strategy):
-        several = "--trainer.devices, --trainer.num_nodes, --trainer.strategy fsdp"
-        problem = f"each pair is trained on one device; remove {several}"
-    else:
-        return
-    raise UserError(f"compare-backbones: {problem}")
+def _train(pair: Pair, recorder: CostRecorder) -> Path:
+    """Return the folder of the pair's finished run, after resuming or starting it if necessary."""
+    resumed: list[str] = []
+    for run in RunFolder.runs(pair.folder):
+        if (run.path / COSTS_FILE).is_file():
+            return run.path
+        if run.last.is_file():
+            resumed = [f"--ckpt_path={run.last}"]  # of the newest run
+    # the result that `fit` prints is in the run's folder, too
+    folder = fit([*pair.arguments, *resumed], [recorder], io.StringIO())
+    write_atomically(folder / COSTS_FILE, json.dumps(recorder.costs, indent=2).encode())
+    return folder
 
 
 def group_arguments(config: Any, name: str) -> list[str]:
@@ -137,6 +125,14 @@ def group_arguments(config: Any, name: str) -> list[str]:
     if str(getattr(logger, "class_path", "")).rpartition(".")[2] not in ("RunLogger", "WandbLogger"):
         return []
     return [f"--trainer.logger.group={getattr(logger.init_args, 'group', None) or name}"]
+
+
+def reason_of_failure(error: Exception) -> str:
+    """Return why a run failed in one line, and print the traceback if the user did not cause it."""
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    traceback.print_exc()
+    return f"{type(error).__name__}: {one_line(str(error))}"
 
 
 def print_progress(line: str) -> None:

@@ -18,10 +18,11 @@ from torch.utils.benchmark import Timer
 
 from clip_lightning.arguments import flat
 from clip_lightning.data.features import DTYPE
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.evaluation.metrics import METRICS
 from clip_lightning.model.clip import CLIP, parameter_counts
 from clip_lightning.run_folder import RunFolder
+from clip_lightning.wandb_fetch import has_api_key
 
 RECALLS = tuple(name for name in METRICS if "_R@" in name)
 COSTS = {
@@ -37,6 +38,7 @@ VALUES = {name: METRICS[name].title for name in ("rsum", *RECALLS)} | COSTS
 COSTS_FILE = "costs.json"
 MAX_EPOCHS = 10_000  # W&B would return a sample of more epochs
 MAX_DEPTH = 4  # levels from a given folder to a run: comparison/runs/pair/run
+KINDS = ("image_tower", "text_tower")
 
 
 @dataclass
@@ -64,8 +66,7 @@ def run_folders(place: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
 def read_runs(places: Sequence[str], group: str | None) -> tuple[list[RunRecord], dict[str, str]]:
     """Read every run in the given places once: folders, or runs of W&B, by default of all groups.
 
-    Returns:
-        The runs, and the reason by the place of each run without results.
+    Return the runs, and the reason by the place of each run without results.
     """
     runs: dict[str, Any] = {}
     for place in places:
@@ -79,7 +80,9 @@ def read_runs(places: Sequence[str], group: str | None) -> tuple[list[RunRecord]
     records, left_out = [], {}
     for name, run in runs.items():
         try:
-            records.append(read_folder(run) if isinstance(run, Path) else _read_wandb(name, run))
+            # one damaged run must not end the comparison of the others
+            with as_user_error("its results cannot be read", "repair or remove it"):
+                records.append(read_folder(run) if isinstance(run, Path) else _read_wandb(name, run))
         except UserError as error:
             left_out[str(run) if isinstance(run, Path) else name] = str(error)
     return records, left_out
@@ -88,37 +91,27 @@ def read_runs(places: Sequence[str], group: str | None) -> tuple[list[RunRecord]
 def read_folder(folder: Path) -> RunRecord:
     """Read a run from its folder; raise a UserError if it has no results."""
     run, costs = RunFolder(folder), folder / COSTS_FILE
-    try:
-        values = json.loads(run.metrics.read_text())
-        config = yaml.safe_load(run.config.read_text())
-        values |= json.loads(costs.read_text()) if costs.is_file() else {}
-        bundle = json.loads((run.model / "config.json").read_text()) if run.model.is_dir() else {}
-        if "seconds" in values:
-            values["training_seconds"] = values["seconds"] - values.get("seconds_preparation", 0)
-        towers = {kind: bundle[kind]["name"] for kind in ("image_tower", "text_tower") if bundle}
-        # earlier versions did not store whether the run finished
-        state = "" if values.get("finished", True) else "interrupted"
-        return _record(str(folder), values, config, values.get("data_digest", ""), towers, state)
-    except UserError:
-        raise
-    # one damaged folder must not end the comparison of the others
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, yaml.YAMLError) as error:
-        raise UserError(f"its files cannot be read ({' '.join(str(error).split())})") from error
+    values = json.loads(run.metrics.read_text())
+    options = flat(yaml.safe_load(run.config.read_text()))
+    values |= json.loads(costs.read_text()) if costs.is_file() else {}
+    if run.model.is_dir():  # whose towers have full names
+        bundle = json.loads((run.model / "config.json").read_text())
+        options |= {f"model.{kind}": bundle[kind]["name"] for kind in KINDS}
+    if "seconds" in values:
+        values["training_seconds"] = values["seconds"] - values.get("seconds_preparation", 0)
+    # earlier versions did not store whether the run finished
+    return _record(str(folder), values, options, "" if values.get("finished", True) else "interrupted")
 
 
-def _record(
-    place: str, values: dict[str, Any], config: Any, digest: str, towers: dict[str, str], unfinished: str
-) -> RunRecord:
+def _record(place: str, values: dict[str, Any], options: dict[str, Any], unfinished: str) -> RunRecord:
     if "rsum" not in values:
         raise UserError("it has no recalls, since no validation has finished")
-    options = flat(config)
     options["model.loss"] = options.get("model.loss") or "InfoNCE"  # null is the default
-    image, text = (
-        towers.get(kind) or str(options.get(f"model.{kind}") or options.get("model.init_from") or "unknown")
-        for kind in ("image_tower", "text_tower")
-    )
+    unnamed = options.get("model.init_from") or "unknown"
+    image, text = (str(options.get(f"model.{kind}") or unnamed) for kind in KINDS)
     known = {name: values[name] for name in VALUES if isinstance(values.get(name), int | float)}
     conditions = values.get("image_latency_conditions") or ""
+    digest = values.get("data_digest") or ""
     return RunRecord(place, (image, text), known, options, digest, conditions, unfinished)
 
 
@@ -126,34 +119,25 @@ def _wandb_runs(place: str, group: str | None) -> list[Any]:
     """Return the runs of a W&B project, or one of them."""
     if not re.fullmatch(r"wandb:[^/]+/[^/]+(/[^/]+)?", place):
         raise UserError(f"{place}: expected wandb:ENTITY/PROJECT or wandb:ENTITY/PROJECT/RUN_ID")
-    import wandb
-
-    from clip_lightning.wandb_fetch import has_api_key
-
     if not has_api_key():
         raise UserError(f"{place}: no W&B API key is configured; run `wandb login`, or give folders of runs")
+    import wandb
+
     path, filters = place.removeprefix("wandb:"), {"group": group} if group else {}
-    try:
+    with as_user_error(f"{place} cannot be read from W&B", "check the name and the network"):
         api = wandb.Api()
         return [api.run(path)] if path.count("/") == 2 else list(api.runs(path, filters=filters, lazy=False))
-    except (wandb.Error, ValueError) as error:  # ValueError: no such project
-        raise UserError(f"{place} cannot be read from W&B: {error}") from error
 
 
 def _read_wandb(place: str, run: Any) -> RunRecord:
     """Read a run of W&B's public API, with the best epoch of its history."""
-    import wandb
-
     logged = [f"val/{name}" for name in ("rsum", *RECALLS)]
-    try:
-        epochs = run.history(keys=logged, samples=MAX_EPOCHS, pandas=False)
-    except wandb.Error as error:
-        raise UserError(f"its history cannot be read from W&B: {error}") from error
+    epochs = run.history(keys=logged, samples=MAX_EPOCHS, pandas=False)
     best: dict[str, Any] = max(epochs, key=lambda row: row["val/rsum"], default={})
     values = {name.removeprefix("val/"): value for name, value in best.items()}
     values |= {name: run.summary.get(f"costs/{name}") for name in (*COSTS, "image_latency_conditions")}
-    state = "" if run.state == "finished" else run.state
-    return _record(place, values, run.config, run.config.get("data_digest", ""), {}, state)
+    values["data_digest"] = run.config.get("data_digest")
+    return _record(place, values, flat(run.config), "" if run.state == "finished" else run.state)
 
 
 @torch.inference_mode()
@@ -179,18 +163,18 @@ def image_latency(clip: CLIP) -> dict[str, Any]:
 class CostRecorder(Callback):
     """Measures `costs` at the end of training, and adds them to the W&B summary under `costs/`."""
 
-    def __init__(self, latencies: dict[str, dict[str, Any]]) -> None:
-        self.latencies = latencies  # by the name of the image tower, so that each is measured once
+    def __init__(self) -> None:
         self.costs: dict[str, Any] = {}
+        self._latencies: dict[str, dict[str, Any]] = {}  # by image tower, each of which is measured once
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the model, and log the costs to W&B."""
         clip: CLIP = pl_module.clip
         tower = clip.image_tower.spec["name"]
-        if tower not in self.latencies:
-            self.latencies[tower] = image_latency(clip)
-        self.costs = parameter_counts(clip) | self.latencies[tower]
-        cache = getattr(trainer, "datamodule").cache  # noqa: B009, Lightning does not declare it
+        if tower not in self._latencies:
+            self._latencies[tower] = image_latency(clip)
+        self.costs = parameter_counts(clip) | self._latencies[tower]
+        cache = trainer.datamodule.cache
         if used := cache.used() if cache else []:
             self.costs["feature_bytes"] = sum(entry.bytes for entry in used)
             if clip.image_tower.frozen:

@@ -7,28 +7,31 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
 from clip_lightning.errors import UserError
-from clip_lightning.model.clip import CLIP
-from clip_lightning.model.lora import LoRAConfig, adapter_state, merged_state
+from clip_lightning.model.lora import LoRAConfig, merged_state
 from clip_lightning.model.towers import Tower
 from clip_lightning.model.towers.base import weights_digest
 from clip_lightning.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from clip_lightning.model.clip import CLIP
+
 
 def leave_out_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConfig | None) -> None:
     """Replace the weights of fixed towers in a checkpoint by digests, and move adapters to an entry."""
+    state = checkpoint["state_dict"]
     checkpoint["preprocessing"] = preprocessing(clip, lora)
-    checkpoint["adapters"] = adapter_state(checkpoint["state_dict"]) if clip.adapted else {}
+    checkpoint["adapters"] = {name: tensor for name, tensor in state.items() if ".lora_" in name}
     checkpoint["frozen_towers"] = {}
     for name, tower in fixed_towers(clip).items():
         checkpoint["frozen_towers"][name] = tower.digest()
         for key in tower.state_dict():
-            del checkpoint["state_dict"][f"{name}.{key}"]
+            del state[f"{name}.{key}"]
 
 
 def put_back_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConfig | None) -> None:
@@ -85,7 +88,7 @@ def fixed_towers(clip: CLIP) -> dict[str, Tower]:
     return {name: tower for name, tower in towers.items() if tower.frozen or tower.adapted}
 
 
-def load_checkpoint(file: Path) -> CLIP:
+def load_checkpoint(clip_class: type[CLIP], file: Path) -> CLIP:
     """Load the model in a checkpoint, with the metadata of its bundle.
 
     Towers that were fixed in training are not in the checkpoint. They are built by name, and their digests
@@ -95,10 +98,10 @@ def load_checkpoint(file: Path) -> CLIP:
     weights, options = checkpoint["state_dict"], options_of(checkpoint, file)
     lora = LoRAConfig(**options["lora"]) if options["lora"] else None
     if options["init_from"]:
-        clip = CLIP.from_pretrained(options["init_from"])
+        clip = clip_class.from_pretrained(options["init_from"])
     else:
         heads, towers = options["heads"], options["towers"]
-        clip = CLIP.from_towers(
+        clip = clip_class.from_towers(
             options["image_tower"],
             options["text_tower"],
             image_size=towers.get("image_size"),

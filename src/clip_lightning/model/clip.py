@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,16 @@ SideHeadKind = Literal["linear", "mlp", "affine", "gelu", "none"]
 Freeze = Literal["none", "image", "text", "both"]
 Errors = Literal["raise", "skip"]
 _log = logging.getLogger(__name__)
+
+
+class NewModelOptions(TypedDict, total=False):
+    """Options of the heads and of the loss, which `CLIP` documents."""
+
+    embed_dim: int
+    head: HeadKind | Mapping[str, SideHeadKind]
+    dropout: float
+    init_scale: float
+    init_bias: float | None
 
 
 class ResidualMLPHead(nn.Module):
@@ -138,7 +148,7 @@ class CLIP(nn.Module):
         *,
         image_size: int | None = None,
         max_length: int | None = None,
-        **options: Any,
+        **options: Unpack[NewModelOptions],
     ) -> CLIP:
         """Build a model with new heads from the names of towers, or from your own modules.
 
@@ -153,7 +163,7 @@ class CLIP(nn.Module):
             image_size: side of the square input in pixels; by default, the one that the tower was trained
                 with.
             max_length: maximum number of tokens per text; by default 77, or the tower's limit if it is lower.
-            options: `embed_dim`, `head`, `dropout`, `init_scale` and `init_bias` of the constructor.
+            options: `embed_dim`, `head`, `dropout`, `init_scale` and `init_bias`, as in the constructor.
 
         Raises:
             UserError: a tower does not exist or is not supported.
@@ -398,8 +408,8 @@ class CLIP(nn.Module):
             message = "Upload a clip-lightning bundle"
             return str(HfApi().upload_folder(repo_id=repo, folder_path=bundle, commit_message=message))
 
-    @staticmethod
-    def from_pretrained(name: str | Path) -> CLIP:
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> CLIP:
         """Load a trained model, in eval mode.
 
         Args:
@@ -414,7 +424,7 @@ class CLIP(nn.Module):
         """
         from clip_lightning.model.loading import load
 
-        return load(str(name))
+        return load(cls, str(name))
 
 
 zero_shot_classifier = CLIP.zero_shot_classifier

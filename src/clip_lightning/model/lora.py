@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers.pytorch_utils import Conv1D
 
 from clip_lightning.errors import UserError
@@ -78,11 +79,6 @@ def add_lora(towers: Mapping[str, ImageTower | TextTower], config: LoRAConfig) -
         tower.frozen, tower.adapted = False, True
 
 
-def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a state dict that belongs to adapters."""
-    return {name: tensor for name, tensor in state.items() if ".lora_" in name}
-
-
 def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Merge the adapters in a state dict of the model into the weights; the model is not changed."""
     from peft.tuners.lora import LoraLayer
@@ -97,35 +93,25 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     return merged
 
 
-def _adaptable_layers(tower: ImageTower | TextTower) -> list[str]:
+def _adaptable_layers(tower: Any) -> list[str]:
     """Return the names of the layers in the backbone that can be adapted.
 
     Some models use the weight of a layer without calling it, so that an adapter would have no effect.
     """
-    called: set[str] = set()
-    hooks = [
-        layer.register_forward_hook(lambda *_, name=name: called.add(name))
-        for name, layer in tower.backbone.named_modules()
-        if _is_plain(layer)
-    ]
-    inputs = (
-        [torch.zeros(1, 3, *tower.transform.size)]
-        if isinstance(tower, ImageTower)
-        else tower.tokenize(["a"]).values()
-    )
-    with torch.no_grad():
+    called: set[nn.Module] = set()
+    is_image = isinstance(tower, ImageTower)
+    inputs = [torch.zeros(1, 3, *tower.transform.size)] if is_image else tower.tokenize(["a"]).values()
+    with register_module_forward_hook(lambda layer, *_: called.add(layer)), torch.no_grad():
         tower(*inputs)
-    for hook in hooks:
-        hook.remove()
-    return sorted(called)
+    layers = tower.backbone.named_modules()
+    return sorted(name for name, layer in layers if layer in called and _is_plain(layer))
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: Any) -> bool:
     """Return whether PEFT's adapter of a layer is exact and can be merged.
 
     Subclasses may standardize their weights or pad dynamically, and PEFT ignores dilation and padding modes.
     """
-    plain = type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
-    if plain and isinstance(layer, nn.Conv1d | nn.Conv2d):
+    if type(layer) in (nn.Conv1d, nn.Conv2d):
         return layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
-    return plain
+    return type(layer) in (nn.Linear, Conv1D)

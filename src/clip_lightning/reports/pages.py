@@ -1,27 +1,41 @@
-"""Renders predictions as a self-contained HTML page."""
+"""Renders the predictions of a run and the results of `data check` as HTML pages, each in one file."""
 
 from __future__ import annotations
 
 import base64
+import json
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from PIL import Image, ImageOps
 
+from clip_lightning.data import check
 from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.evaluation.predictions import Query
 from clip_lightning.files import write_atomically
-from clip_lightning.reports.plots import LINE, Plot
+from clip_lightning.reports.plots import LINE, Plot, plot_counts
 
 SHOWN = 6  # queries of each kind above the fold
+MOST_MOVES = 8  # ranks of a query over the epochs
+MOST_CHECKED = 40  # groups of images of each kind
 SIDE, MOST_KEPT = 256, 256  # pixels of a thumbnail, and cached thumbnails
 Ranks = Mapping[int, Mapping[str, int]]
 """Epoch → id of a query, as a string → rank."""
+PAGES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parents[1]),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+"""The templates of the package by their paths in it, such as `reports/check.html.j2`."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +54,15 @@ class Report:
     misses: Sequence[Query] = ()
 
 
-def template(name: str, folder: Path = Path(__file__).parent) -> jinja2.Template:
-    """Load a page's template from `folder`, by default that of this file, with escaping of all values."""
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template(name)
+def write_html(path: Path, name: str, **content: Any) -> None:
+    """Render the template `reports/NAME.html.j2` to a file."""
+    html = PAGES.get_template(f"reports/{name}.html.j2").render(content, embedded=embedded)
+    write_atomically(path, html.encode(errors="replace"))
 
 
 def write_page(report: Report, path: Path) -> None:
-    """Write the report as one HTML file with embedded images."""
-    html = template("predictions.html.j2").render(
-        report=report, shown=SHOWN, headline=headline, moves=_moves, embedded=embedded
-    )
-    write_atomically(path, html.encode(errors="replace"))
+    """Write the predictions as a page."""
+    write_html(path, "predictions", report=report, shown=SHOWN, headline=headline, moves=_moves)
 
 
 def headline(queries: Sequence[Query]) -> str:
@@ -68,6 +74,14 @@ def headline(queries: Sequence[Query]) -> str:
         f"{sum(query.hit for query in queries)} of {len(queries)} with a right answer in the top {shown}, "
         f"median rank {statistics.median(query.rank for query in queries):,g} of {queries[0].candidates:,}"
     )
+
+
+def _moves(query: Query, ranks: Ranks) -> list[tuple[int, int]]:
+    """Return (epoch, rank) of evenly spaced epochs, including the first and the last one."""
+    key = str(query.id)
+    moves = [(epoch, by_id[key]) for epoch, by_id in sorted(ranks.items()) if key in by_id]
+    steps = range(min(len(moves), MOST_MOVES))
+    return [moves[round(step * (len(moves) - 1) / max(len(steps) - 1, 1))] for step in steps]
 
 
 @lru_cache(MOST_KEPT)
@@ -91,10 +105,31 @@ def embedded(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _moves(query: Query, ranks: Ranks, most: int = 8) -> list[tuple[int, int]]:
-    """Return (epoch, rank) of evenly spaced epochs, including the first and the last one."""
-    key = str(query.id)
-    moves = [(epoch, by_id[key]) for epoch, by_id in sorted(ranks.items()) if key in by_id]
-    if len(moves) <= most:
-        return moves
-    return [moves[round(step * (len(moves) - 1) / (most - 1))] for step in range(most)]
+def write_check(found: check.Report, entries: Sequence[check.Entry], folder: Path) -> None:
+    """Write the results of `data check` as `check.json` and `check.html` into the folder."""
+    write_atomically(folder / "check.json", json.dumps(found, indent=2).encode() + b"\n")
+    readable = [entry for entry in entries if entry.broken is None]
+    sides = [entry.short_side for entry in readable]
+    words = [len(caption.split()) for entry in entries for caption in entry.image.captions]
+    counted = (sides, "Short side in pixels", "images"), (words, "Words per caption", "captions")
+    leaks = found["leaks"] + found["alike_leaks"]
+    sample = random.Random(0).sample(readable, min(MOST_CHECKED, len(readable)))
+    write_html(
+        folder / "check.html",
+        "check",
+        root=found["root"],
+        text=check.as_text(found).splitlines(),
+        plots=[Plot(plot_counts(*arguments), arguments[1]) for arguments in counted if arguments[0]],
+        galleries={
+            "Identical files in different splits": found["leaks"],
+            "Near duplicates in different splits": found["alike_leaks"],
+            "Near duplicates in one split": [group for group in found["alike"] if group not in leaks],
+            "Random sample": [[entry.name] for entry in sample],
+        },
+        tables={
+            "Images that cannot be used": found["broken"] | found["left_out"],
+            "Captions shared by several images": found["most_shared"],
+        },
+        entries={entry.name: entry for entry in entries},
+        most=MOST_CHECKED,
+    )

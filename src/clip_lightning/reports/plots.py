@@ -62,41 +62,19 @@ def plots_of_split(
     `content` has the group of byte-identical images that each image of the split belongs to, and `history`
     the metrics of each epoch, such as `text_to_image_R@1`, in percent.
     """
-    found = similarities(embeddings, content)
     ranks = retrieval_ranks(
         embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id
     )
-    candidates = len(embeddings.image)
-    curves = {
-        name: recall_curve(r, min(MOST_K, candidates)) for name, r in zip(DIRECTIONS, ranks, strict=True)
-    }
-    recalls = {
-        name: ", ".join(f"R@{k} {curve[k - 1]:.1f}" for k in (1, 5, 10, 50, 100) if k <= len(curve))
-        for name, curve in curves.items()
-    }
     plots = {
-        "similarities": Plot(
-            plot_similarities(found, f"Similarity of pairs, epoch {epoch}"),
-            f"Cosine similarity: {found.matched_mean:z.2f} on average for matched pairs, "
-            f"{found.unmatched_mean:z.2f} for unmatched ones; a matched pair is more similar than an "
-            f"unmatched one in {found.separation:.1f} % of comparisons",
-        ),
-        "recall": Plot(
-            plot_recall(curves, candidates, f"Recall at k, epoch {epoch}"),
-            "; ".join(f"{DIRECTIONS[name]}: {text}" for name, text in recalls.items()),
-        ),
+        "similarities": plot_similarities(similarities(embeddings, content), epoch),
+        "recall": plot_recall(dict(zip(DIRECTIONS, ranks, strict=True)), len(embeddings.image), epoch),
     }
-    if len(history) > 1:
-        plots["recall_history"] = Plot(
-            plot_history(history, "Recall over the epochs"),
-            f"R@1, R@5 and R@10 from epoch {min(history)} to epoch {max(history)}, in both directions",
-        )
-    return plots
+    return plots | ({"recall_history": plot_history(history)} if len(history) > 1 else {})
 
 
-def plot_similarities(found: Similarities, title: str) -> bytes:
+def plot_similarities(found: Similarities, epoch: int) -> Plot:
     """Draw histograms of the cosines of matched and unmatched pairs."""
-    with styled_axes(title) as (axes, buffer):
+    with styled_axes(f"Similarity of pairs, epoch {epoch}") as (axes, buffer):
         edges = found.edges.numpy()
         for name, counts, mean, colour in (
             ("matched", found.matched, found.matched_mean, GREEN),
@@ -111,31 +89,39 @@ def plot_similarities(found: Similarities, title: str) -> bytes:
         axes.set(xlabel="cosine similarity", ylabel="% of pairs per bin of 0.01")
         # between the title and the axes, where it covers nothing
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=3, handlelength=1.4)
-    return buffer.getvalue()
+    words = (
+        f"Cosine similarity: {found.matched_mean:z.2f} on average for matched pairs, "
+        f"{found.unmatched_mean:z.2f} for unmatched ones; a matched pair is more similar than an "
+        f"unmatched one in {found.separation:.1f} % of comparisons"
+    )
+    return Plot(buffer.getvalue(), words)
 
 
-def plot_recall(curves: Mapping[str, Tensor], candidates: int, title: str) -> bytes:
-    """Draw R@1, R@2, ... in percent for both directions, and the chance level of so many images."""
-    with styled_axes(title) as (axes, buffer):
-        most = len(next(iter(curves.values())))
-        ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= most]
-        for name, curve in curves.items():
-            label = f"{DIRECTIONS[name]}, R@1 {curve[0]:.1f}"
+def plot_recall(ranks: Mapping[str, Tensor], candidates: int, epoch: int) -> Plot:
+    """Draw R@1, R@2, ... in percent for the ranks in both directions, and the chance level."""
+    most, words = min(MOST_K, candidates), []
+    with styled_axes(f"Recall at k, epoch {epoch}") as (axes, buffer):
+        for name, title in DIRECTIONS.items():
+            curve = recall_curve(ranks[name], most)
+            label = f"{title}, R@1 {curve[0]:.1f}"
             axes.plot(range(1, most + 1), curve, color=COLOURS[name], label=label)
-        chance = [min(100 * k / candidates, 100) for k in range(1, most + 1)]
+            recalls = (f"R@{k} {curve[k - 1]:.1f}" for k in (1, 5, 10, 50, 100) if k <= most)
+            words.append(f"{title}: {', '.join(recalls)}")
+        chance = [100 * k / candidates for k in range(1, most + 1)]
         axes.plot(range(1, most + 1), chance, "--", color=MUTED, linewidth=1, label="chance")
         axes.set_xscale("log")
-        axes.set_xticks(ticks, [str(k) for k in ticks])
+        ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= most]
+        axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
         axes.set(xlabel="k", ylabel="R@k, %", ylim=(0, 104), xlim=(0.9, 1.1 * max(most, 2)))
         axes.legend(loc="best", fontsize="small")
-    return buffer.getvalue()
+    return Plot(buffer.getvalue(), "; ".join(words))
 
 
-def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> bytes:
+def plot_history(history: Mapping[int, Mapping[str, float]]) -> Plot:
     """Draw R@1, R@5 and R@10 over the epochs in both directions."""
-    with styled_axes(title, ncols=2, sharey=True) as (panels, buffer):
-        epochs = sorted(history)
+    epochs = sorted(history)
+    with styled_axes("Recall over the epochs", ncols=2, sharey=True) as (panels, buffer):
         for axes, (direction, name) in zip(panels, DIRECTIONS.items(), strict=True):
             for k, style in ((10, ":"), (5, "--"), (1, "-")):
                 values = [history[epoch].get(f"{direction}_R@{k}", math.nan) for epoch in epochs]
@@ -146,7 +132,8 @@ def plot_history(history: Mapping[int, Mapping[str, float]], title: str) -> byte
             axes.locator_params(axis="x", integer=True, nbins=4)
             axes.legend(loc="best", fontsize="small")
         panels[0].set_ylabel("%")
-    return buffer.getvalue()
+    words = f"R@1, R@5 and R@10 from epoch {epochs[0]} to epoch {epochs[-1]}, in both directions"
+    return Plot(buffer.getvalue(), words)
 
 
 def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:

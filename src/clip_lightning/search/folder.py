@@ -28,19 +28,20 @@ from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
+from jsonargparse.typing import PositiveInt
 
-from clip_lightning.errors import UserError, reason_of
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.files import write_atomically
 
 Format = Literal["npy", "parquet"]
 Row = dict[str, Any]
 MADE_BY = "clip-lightning embeddings 2"
-_SUFFIXES = {"npy": ("jsonl", "npy"), "parquet": ("parquet",)}  # in the order of writing
-_STEM, _DIGEST = r"(images|captions)-\d{5,}-of-\d{5,}", "[0-9a-f]{16}"
-_PART = re.compile(rf"{_STEM}-{_DIGEST}\.(npy|parquet)")
-_DRAFT = re.compile(r"\..+\.\d+\.tmp")  # of `complete_file`
-_OTHER = re.compile(
-    rf"{_STEM}-{_DIGEST}\.jsonl|images-{_DIGEST}\.faiss|\.?text_tower-{_DIGEST}(-.+)?|\.({_STEM}\.)?lock"
+_DIGEST = "[0-9a-f]{16}"
+_STEM = rf"(images|captions)-\d{{5,}}-of-\d{{5,}}-{_DIGEST}"
+_PART = re.compile(rf"{_STEM}\.(npy|parquet)")
+_OURS = re.compile(
+    rf"{_STEM}\.(npy|jsonl|parquet)|images-{_DIGEST}\.faiss|\.?text_tower-{_DIGEST}(-.+)?|\.lock"
+    r"|\..+\.\d+\.tmp"  # a draft of `complete_file`
 )
 
 
@@ -65,18 +66,12 @@ class Options:
 
     type: Literal["auto", "flat", "ivfpq"] = "auto"
     onnx: bool | None = None
-    batch_size: int = 64
-    num_workers: int | None = None
+    batch_size: PositiveInt = 64
+    num_workers: PositiveInt | None = None
     what: Literal["images", "captions", "both"] | None = None
     format: Format | None = None
-    shard_size: int | None = None
+    shard_size: PositiveInt | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("batch_size", "num_workers", "shard_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name} {value}: expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -102,9 +97,9 @@ class Manifest:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if type(value) is not (list if name == "parts" else type(vars(Manifest)[name])):
+            if not isinstance(value, list if name == "parts" else type(vars(Manifest)[name])):
                 raise ValueError(f"{name} is {value!r}")
-        in_range = self.format in _SUFFIXES and min(self.width, self.shard_size) > 0
+        in_range = self.format in ("npy", "parquet") and min(self.width, self.shard_size) > 0
         if not in_range or not all(map(_PART.fullmatch, self.parts)):
             raise ValueError("a value is out of range, or names another file")
 
@@ -118,14 +113,12 @@ class EmbeddingsFolder:
     def manifest(self) -> Manifest | None:
         """Read the manifest; return None if there is none."""
         file = self.root / "manifest.json"
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+        if not file.is_file():
+            return None
+        with as_user_error(f"{file} is damaged", "write to a new folder"):
+            content = json.loads(file.read_bytes())
             if isinstance(content, dict) and content.get("made_by") == MADE_BY:
                 return Manifest(**content)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{file} is damaged ({error}); write to a new folder") from error
         raise UserError(f"{file} was written by another program or version; give another folder")
 
     @contextlib.contextmanager
@@ -138,36 +131,26 @@ class EmbeddingsFolder:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / ".lock", timeout=0):
                 yield
-        except Timeout:
-            raise UserError(
-                f"another process is writing to {root}; wait for it, or give another --out"
-            ) from None
+        except Timeout as error:
+            raise UserError(f"another process is writing to {root}; wait, or give another --out") from error
         except OSError as error:
-            raise UserError(
-                f"--out {root} cannot be written ({error}); free some space there, or give another --out"
-            ) from error
+            raise UserError(f"--out {root} cannot be written ({error}); give another --out") from error
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> contextlib.AbstractContextManager[None]:
         """Replace the exceptions that NumPy, Arrow and FAISS raise for damaged files by a `UserError`."""
-        try:
-            yield
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:
-            reason = reason_of(error)
-            raise UserError(
-                f"{self.root} is damaged ({reason}); repair it by running the command that wrote it again"
-            ) from error
+        return as_user_error(
+            f"{self.root} is damaged", "repair it by running the command that wrote it again"
+        )
 
-    def intact_parts(self, stem: str) -> Iterator[str]:
+    def intact_parts(self) -> Iterator[str]:
         """Yield the parts whose content matches the digest in their name, whether or not they are current."""
-        for file in sorted(self.root.glob(f"{stem}*")):
-            if part := _PART.fullmatch(file.name):
-                with contextlib.suppress(OSError):  # half a part, or one that was just replaced
-                    files = [file.with_suffix(f".{suffix}") for suffix in _SUFFIXES[part[2]]]
-                    if file.stem.endswith(digest(path.read_bytes() for path in files)):
-                        yield file.name
+        for file in sorted(filter(lambda file: _PART.fullmatch(file.name), self.root.iterdir())):
+            with contextlib.suppress(FileNotFoundError):  # half a part
+                contents = [file.read_bytes()]
+                if file.suffix == ".npy":
+                    contents.insert(0, file.with_suffix(".jsonl").read_bytes())
+                if file.stem.endswith(digest(contents)):
+                    yield file.name
 
     def read(self, part: str) -> tuple[list[bytes], np.ndarray]:
         """Return the rows of a part as JSON, and their embeddings, (rows, D) fp32."""
@@ -191,31 +174,41 @@ class EmbeddingsFolder:
         """Return the folder of a model's text tower, which may not exist."""
         return self.root / f"text_tower-{identity[:16]}"
 
-    def write_part(self, stem: str, format: Format, rows: Sequence[Row], vectors: np.ndarray) -> str:
-        """Write a part and return its name."""
+    def write_part(self, stem: str, format: Format, rows: Sequence[Row], width: int) -> str:
+        """Write a part of rows with their `embedding`, and return its name."""
         buffer = BytesIO()
         if format == "npy":
-            np.save(buffer, vectors)
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            contents = [lines.encode(), buffer.getvalue()]
+            np.save(buffer, np.array([row["embedding"] for row in rows], np.float32).reshape(-1, width))
+            plain = ({name: value for name, value in row.items() if name != "embedding"} for row in rows)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain)
+            contents = {"jsonl": lines.encode(), "npy": buffer.getvalue()}
         else:
-            _write_parquet(buffer, stem.startswith("images"), rows, vectors)
-            contents = [buffer.getvalue()]
-        name = f"{stem}-{digest(contents)}"
-        for suffix, content in zip(_SUFFIXES[format], contents, strict=True):
+            import pyarrow
+            from pyarrow import parquet
+
+            text, number = pyarrow.string(), pyarrow.int64()
+            fields = {"path": text, "caption": text}
+            if stem.startswith("images"):
+                fields = {"path": text, "captions": pyarrow.list_(text), "sha256": text}
+                fields |= dict.fromkeys(("width", "height", "file_size", "modified_ns"), number)
+            fields["embedding"] = pyarrow.list_(pyarrow.float32(), width)
+            parquet.write_table(pyarrow.Table.from_pylist(list(rows), pyarrow.schema(fields)), buffer)
+            contents = {"parquet": buffer.getvalue()}
+        name = f"{stem}-{digest(contents.values())}"
+        for suffix, content in contents.items():
             file = self.root / f"{name}.{suffix}"
             if not file.exists() or file.read_bytes() != content:
                 write_atomically(file, content)
         return f"{name}.{format}"
 
-    def write_manifest(self, manifest: Manifest) -> None:
-        """Make this the current version."""
-        _write_json(self.root / "manifest.json", asdict(manifest))
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write manifest.json or broken.json."""
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.root / name, text.encode())
 
-    def publish(self, manifest: Manifest, broken: Mapping[str, str]) -> None:
+    def publish(self, manifest: Manifest) -> None:
         """Make this the current version, and remove the files of other versions."""
-        _write_json(self.root / "broken.json", broken)
-        self.write_manifest(manifest)
+        self.write_json("manifest.json", asdict(manifest))
         kept = {self.root / part for part in manifest.parts}
         kept |= {part.with_suffix(".jsonl") for part in kept} | {self.root / ".lock"}
         kept |= {self.faiss_file(manifest.parts)} if manifest.faiss_bytes else set()
@@ -233,22 +226,4 @@ def digest(contents: Iterable[bytes]) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    return any(form.fullmatch(path.name) for form in (_PART, _OTHER, _DRAFT))
-
-
-def _write_parquet(buffer: BytesIO, images: bool, rows: Sequence[Row], vectors: np.ndarray) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    text, number = pyarrow.string(), pyarrow.int64()
-    fields = {"path": text, "caption": text}
-    if images:
-        fields = {"path": text, "captions": pyarrow.list_(text), "sha256": text}
-        fields |= dict.fromkeys(("width", "height", "file_size", "modified_ns"), number)
-    table = pyarrow.Table.from_pylist(list(rows), pyarrow.schema(fields))
-    column = pyarrow.FixedSizeListArray.from_arrays(vectors.reshape(-1), vectors.shape[1])
-    parquet.write_table(table.append_column("embedding", column), buffer)
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    return _OURS.fullmatch(path.name) is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -30,7 +29,7 @@ def draw_found(queries: Sequence[tuple[str | Path, Sequence[FoundImage]]], path:
     for (query, found), height in zip(queries, heights, strict=True):
         left = MARGIN
         if isinstance(query, Path):
-            _paste(canvas, query, (left, top + 22), 68)
+            canvas.paste(thumbnail(query).resize((68, 68), Image.Resampling.LANCZOS), (left, top + 22))
             left += 68 + GAP
         text = f"images like {query.name}" if isinstance(query, Path) else query
         _write(canvas, text, (left, top + 28), 28, INK, width - MARGIN - left)
@@ -39,7 +38,7 @@ def draw_found(queries: Sequence[tuple[str | Path, Sequence[FoundImage]]], path:
         for number, hit in enumerate(found):
             row, column = divmod(number, columns)
             x, y = MARGIN + column * (TILE + GAP), top + HEADING + row * (TILE + LABEL)
-            _paste(canvas, hit.path, (x, y), TILE)
+            canvas.paste(thumbnail(hit.path).resize((TILE, TILE), Image.Resampling.LANCZOS), (x, y))
             name = hit.path.name + (" (missing)" if hit.missing else "")
             _write(canvas, f"{hit.score:.3f}", (x + 2, y + TILE + 8), 17, INK, TILE)
             _write(canvas, name, (x + 62, y + TILE + 9), 15, MUTED, TILE - 62)
@@ -49,20 +48,10 @@ def draw_found(queries: Sequence[tuple[str | Path, Sequence[FoundImage]]], path:
         canvas.save(draft, "PNG", compress_level=1)
 
 
-def _paste(canvas: Image.Image, path: Path, at: tuple[int, int], side: int) -> None:
-    """Paste the center square of an image."""
-    canvas.paste(thumbnail(path).resize((side, side), Image.Resampling.LANCZOS), at)
-
-
 def _write(canvas: Image.Image, text: str, at: tuple[int, int], size: int, colour: str, width: float) -> None:
     """Write text on one line of at most `width` pixels, truncated with … if it is longer."""
+    font = ImageFont.load_default(size)  # Pillow's own, whose size is in pixels
     text = complete = one_line(text[:500])
-    while text and _font(size).getlength(text + "…" * (text != complete)) > width:
+    while text and font.getlength(text + "…" * (text != complete)) > width:
         text = text[:-1]
-    ImageDraw.Draw(canvas).text(at, text + "…" * (text != complete), colour, _font(size))
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Load Pillow's default font with a size in pixels."""
-    return ImageFont.load_default(size)
+    ImageDraw.Draw(canvas).text(at, text + "…" * (text != complete), colour, font)

@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,8 +28,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a sentence may need none
 
 
 DEFAULTS = Options()
-TEXTS = 64  # sentences per forward pass
-TRUNCATED = "the model reads only the first %d tokens of %r"
 _log = logging.getLogger(__name__)
 
 
@@ -69,15 +66,13 @@ class OnnxTextTower:
     def embed(self, sentences: Sequence[str]) -> np.ndarray:
         """Return unit-length embeddings (N, D) fp32; a warning is logged for truncated sentences."""
         parts = []
-        for start in range(0, len(sentences), TEXTS):
-            batch = list(sentences[start : start + TEXTS])
-            encoded = self._tokenizer.encode_batch(batch)
-            for sentence, tokens in zip(batch, encoded, strict=True):
-                if tokens.overflowing:
-                    _log.warning(TRUNCATED, len(tokens.ids), f"{sentence[:60]}...")
-            ids = np.array([tokens.ids for tokens in encoded], np.int64)
-            mask = np.array([tokens.attention_mask for tokens in encoded], np.int64)
-            parts += self._session.run(["embeddings"], {"input_ids": ids, "attention_mask": mask})
+        for sentence in sentences:
+            tokens = self._tokenizer.encode(sentence)
+            if tokens.overflowing:
+                _warn_of_truncated(sentence, len(tokens.ids))
+            inputs = {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]}
+            arrays = {name: np.array(values, np.int64) for name, values in inputs.items()}
+            parts += self._session.run(["embeddings"], arrays)
         return np.concatenate(parts)
 
 
@@ -98,11 +93,7 @@ class ImageIndex:
     ) -> Self:
         """Build or update the index of a folder of images or a data set, as `clip-lightning index` does.
 
-        Args:
-            model: a CLIP, or the folder, Hub id or artifact of one.
-            source: a folder of images, or the folder or annotation file of a data set.
-            out: folder of the index; embeddings that are in it already are reused.
-            options: options of the index.
+        The source may also be the annotation file of a data set. Embeddings that are in `out` are reused.
         """
         from clip_lightning.search.build import build_index
 
@@ -142,10 +133,9 @@ class ImageIndex:
         from clip_lightning.model.encode import best_device
 
         stored = self.manifest.model
-        if not self._model and (not stored or (os.path.isabs(stored) and not os.path.exists(stored))):
-            place = f"is no longer in {stored}" if stored else "was not in a folder"
-            raise UserError(f"the model of the index {place}; give its location as --model")
         model = self._model or stored
+        if not model or (model == stored and os.path.isabs(stored) and not os.path.exists(stored)):
+            raise UserError(f"the model of the index is not in {stored or 'a folder'}; give it as --model")
         clip = model if isinstance(model, CLIP) else CLIP.from_pretrained(model).to(best_device())
         if model_identity(clip) != self.manifest.identity:
             raise UserError(
@@ -163,11 +153,11 @@ class ImageIndex:
         The queries are one or several sentences, or unit-length embeddings (Q, D).
         """
         if not hasattr(queries, "ndim"):
-            queries = self._embed_texts([queries] if isinstance(queries, str | Path) else queries)
-        return [
-            [self._image(self._lines[row], score) for row, score in hits]
-            for hits in vectors.search(self._index, queries, k)
-        ]
+            texts = [queries] if isinstance(queries, str | Path) else queries
+            queries = self._embed_texts([str(text) for text in texts])
+        hits = vectors.search(self._index, queries, k)
+        with self._folder.reading():
+            return [[self._image(row, score) for row, score in of_query] for of_query in hits]
 
     def search_by_image(self, images: Any, k: int = 9) -> list[list[FoundImage]]:
         """Find the k images most similar to each of one or several images; an indexed image finds itself.
@@ -209,14 +199,23 @@ class ImageIndex:
     @cached_property
     def _captions(self) -> tuple[dict[str, list[Path]], np.ndarray]:
         """The images of each distinct caption, and the embeddings of these captions."""
-        images_of, first = defaultdict[str, list[Path]](list), []
+        images_of, first = dict[str, list[Path]](), []
         with self._folder.reading():
             lines, stored = self._read("captions")
             for number, row in enumerate(map(json.loads, lines)):
                 if row["caption"] not in images_of:
                     first.append(number)
-                images_of[row["caption"]].append(Path(row["path"]))
+                images_of.setdefault(row["caption"], []).append(Path(row["path"]))
         return images_of, stored[first]
+
+    def _embed_texts(self, sentences: list[str]) -> Any:
+        if sentences and self._text_tower is not None:
+            return self._text_tower.embed(sentences)
+        tokenize = self.clip.tokenize
+        for sentence in sentences:
+            if len(tokenize.tokenizer(sentence, verbose=False)["input_ids"]) > tokenize.max_length:
+                _warn_of_truncated(sentence, tokenize.max_length)
+        return self.clip.embed_texts(sentences)
 
     @cached_property
     def _text_tower(self) -> OnnxTextTower | None:
@@ -226,18 +225,11 @@ class ImageIndex:
                 return OnnxTextTower(self._folder.text_tower(self.manifest.identity))
         return None
 
-    def _embed_texts(self, queries: Sequence[Any]) -> Any:
-        sentences = list(map(str, queries))
-        if sentences and self._text_tower is not None:
-            return self._text_tower.embed(sentences)
-        tokenize = self.clip.tokenize
-        for sentence in sentences:
-            if len(tokenize.tokenizer(sentence, verbose=False)["input_ids"]) > tokenize.max_length:
-                _log.warning(TRUNCATED, tokenize.max_length, f"{sentence[:60]}...")
-        return self.clip.embed_texts(sentences)
+    def _image(self, number: int, score: float) -> FoundImage:
+        row = json.loads(self._lines[number])
+        path, size = Path(row["path"]), (row["width"], row["height"])
+        return FoundImage(path, score, tuple(row["captions"]), *size, missing=not path.exists())
 
-    def _image(self, line: bytes, score: float) -> FoundImage:
-        with self._folder.reading():
-            row = json.loads(line)
-            path, size = Path(row["path"]), (row["width"], row["height"])
-            return FoundImage(path, score, tuple(row["captions"]), *size, missing=not path.exists())
+
+def _warn_of_truncated(sentence: str, length: int) -> None:
+    _log.warning("the model reads only the first %d tokens of %r", length, f"{sentence[:60]}...")

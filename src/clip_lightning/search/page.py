@@ -10,7 +10,6 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from hashlib import sha256
@@ -34,9 +33,9 @@ from clip_lightning.data.images import BrokenImage, decode_bytes, decode_image
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES
 from clip_lightning.model.zero_shot import probabilities
-from clip_lightning.reports.pages import template
+from clip_lightning.reports.pages import PAGES
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.search.index import FoundImage, ImageIndex
+from clip_lightning.search.index import ImageIndex
 from clip_lightning.terminal import one_line
 
 MOST_FOUND = 60
@@ -56,7 +55,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_SANDBOX = "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_SANDBOX = {_POLICY: "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"}
 _decoders = BoundedSemaphore(4)  # an image of 100 megapixels takes 300 MB
 
 
@@ -65,13 +64,14 @@ def page_server(
 ) -> uvicorn.Server:
     """Create the server of an index's page, without starting it.
 
-    The page shows the run that trained the model if `model` is in its folder. Requests may use the `hosts` as
-    names (to prevent DNS rebinding), or any name if it is None, and begin with `root_path`.
+    The page shows recall and predictions of the run that trained the model if `model` is in its folder.
+    Requests may use the `hosts` as names (to prevent DNS rebinding), or any name if it is None, and begin
+    with `root_path`.
     """
     run = RunFolder(Path(model or "nowhere").resolve().parent)
     metrics = json.loads(run.metrics.read_bytes()) if run.is_run() and run.metrics.is_file() else {}
-    report = run.predictions_page if metrics and run.predictions_page.is_file() else None
-    page = _Page(index, metrics, report is not None)
+    report = run.predictions_page
+    page = _Page(index, metrics, has_report=bool(metrics) and report.is_file())
     routes: list[BaseRoute] = [
         Route("/", page.answer, methods=["GET", "POST"]),
         Route("/api", page.answer, methods=["GET", "POST"]),
@@ -79,27 +79,14 @@ def page_server(
         Route("/thumbnail/{id}", lambda request: page.image(request, 480)),
         Mount("/static", StaticFiles(directory=_HERE / "static")),
     ]
-    if report:
-        routes.append(Route("/predictions.html", lambda _: FileResponse(report, headers={_POLICY: _SANDBOX})))
+    if page.about["has_report"]:
+        routes.append(Route("/predictions.html", lambda _: FileResponse(report, headers=_SANDBOX)))
     if root_path:
         home = RedirectResponse(f"{root_path}/")
         routes = [Route(root_path, lambda _: home), Mount(root_path, routes=routes), *routes]
 
     async def guard(request: Request, answer: RequestResponseEndpoint) -> Response:
-        if refusal := _refusal(request, hosts):
-            response: Response = JSONResponse({"error": refusal}, 403)
-        else:
-            try:
-                response = await answer(request)
-            except HTTPException as error:
-                response = page.reply(request, {"error": error.detail}, error.status_code)
-            except (UserError, BrokenImage, OSError) as error:
-                prefix = "the image cannot be read: " if isinstance(error, BrokenImage) else ""
-                response = page.reply(request, {"error": one_line(f"{prefix}{error}")}, 400)
-            except Exception as error:
-                print(one_line(f"clip-lightning app: {type(error).__name__}: {error}")[:300], file=sys.stderr)
-                reason = "internal error; see the terminal in which the page was started"
-                response = page.reply(request, {"error": reason}, 500)
+        response = await page.guarded(request, answer, hosts)
         for name, value in _HEADERS.items():
             response.headers.setdefault(name, value)
         return response
@@ -116,45 +103,52 @@ def page_server(
     return uvicorn.Server(config)
 
 
-def _refusal(request: Request, hosts: frozenset[str] | None) -> str | None:
-    """Return why a request is refused: it uses another host name, or it comes from another website."""
-    headers = request.headers
-    host, origin, site = headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site")
-    name = re.sub(r":\d+$", "", host).strip("[]").lower()
-    if hosts is not None and name not in hosts:
-        return f"the host name {name} is not allowed; see --allowed_hosts"
-    # Browsers send Sec-Fetch-Site to HTTPS and to localhost, and Origin with every POST.
-    foreign = origin not in (None, f"http://{host}", f"https://{host}")
-    is_link = request.method == "GET" and headers.get("sec-fetch-mode") == "navigate"
-    if not is_link and (foreign if site is None else site not in ("same-origin", "none")):
-        return "requests from other websites are refused"
-    return None
-
-
 class _Page:
-    def __init__(self, index: ImageIndex, metrics: dict[str, Any], report: bool) -> None:
+    def __init__(self, index: ImageIndex, metrics: dict[str, Any], *, has_report: bool) -> None:
         self.index, self.clip = index, index.clip
         self.lock = Lock()  # fast tokenizers are not thread-safe, and one query uses all cores anyway
         self.paths: dict[str, Path] = {}
         self.uploads = asyncio.Semaphore(MOST_UPLOADS)
-        self.template = template("page.html.j2", _HERE)
+        self.template = PAGES.get_template("search/page.html.j2")
         towers = [tower.spec["name"] for tower in (self.clip.image_tower, self.clip.text_tower)]
         # short captions of the data set are the best examples
-        images = index.search("a photo", MOST_FOUND)[0]
-        texts = [text.rstrip(" .") for image in images for text in image.captions]
-        short = [text for text in dict.fromkeys(texts) if 0 < len(text) <= 50]
+        texts = [text.rstrip(" .") for image in index.search("a photo", 20)[0] for text in image.captions]
+        examples = [text for text in dict.fromkeys(texts) if 0 < len(text) <= 50][:3]
         self.about: dict[str, Any] = {
             "total": f"{len(index):,}",
             "source": Path(index.manifest.source).name,
             "towers": " × ".join(Path(name).name.removeprefix("pypi:") for name in towers),
             "metrics": metrics,
-            "report": report,
-            "examples": short[:: len(short) // 3 or 1][:3] or ["a dog running on grass", "people at a table"],
+            "has_report": has_report,
+            "examples": examples or ["a dog running on grass", "people at a table"],
             "most": MOST_FOUND,
         }
 
-    def image(self, request: Request, side: int) -> Response:
-        return Response(_jpeg(self._path(request.path_params["id"]), side), media_type="image/jpeg")
+    async def guarded(
+        self, request: Request, answer: RequestResponseEndpoint, hosts: frozenset[str] | None
+    ) -> Response:
+        """Answer a request, unless it uses another host name or comes from another website."""
+        headers = request.headers
+        host, origin, site = headers.get("host", ""), headers.get("origin"), headers.get("sec-fetch-site")
+        name = re.sub(r":\d+$", "", host).strip("[]").lower()
+        if hosts is not None and name not in hosts:
+            return JSONResponse({"error": f"the host name {name} is not allowed; see --allowed_hosts"}, 403)
+        # Browsers send Sec-Fetch-Site to HTTPS and to localhost, and Origin with every POST.
+        foreign = origin not in (None, f"http://{host}", f"https://{host}")
+        is_link = request.method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        if not is_link and (foreign if site is None else site not in ("same-origin", "none")):
+            return JSONResponse({"error": "requests from other websites are refused"}, 403)
+        try:
+            return await answer(request)
+        except HTTPException as error:
+            return self.reply(request, {"error": error.detail}, error.status_code)
+        except (UserError, BrokenImage, OSError) as error:
+            prefix = "the image cannot be read: " if isinstance(error, BrokenImage) else ""
+            return self.reply(request, {"error": one_line(f"{prefix}{error}")}, 400)
+        except Exception as error:
+            print(one_line(f"clip-lightning app: {type(error).__name__}: {error}")[:300], file=sys.stderr)
+            reason = "internal error; see the terminal in which the page was started"
+            return self.reply(request, {"error": reason}, 500)
 
     async def answer(self, request: Request) -> Response:
         query = _DEFAULTS | dict(request.query_params)
@@ -172,23 +166,29 @@ class _Page:
         query = _DEFAULTS | dict(request.query_params)
         return HTMLResponse(self.template.render(self.about, query=query, answer=answer), status)
 
-    def _find(self, query: Mapping[str, str], image: bytes | None) -> dict[str, Any]:
+    def _find(self, query: dict[str, str], image: bytes | None) -> dict[str, Any]:
         """Search for the sentence `q`, or else for the result with the id `image`, or else for the upload."""
         k, sentence = query["k"], " ".join(query["q"].split())
         if k not in map(str, range(1, MOST_FOUND + 1)):
             raise UserError(f"k is {k[:40]!r}; expected a whole number from 1 to {MOST_FOUND}")
         if query["image"] and not sentence:
             image = self._path(query["image"]).read_bytes()
-        if not sentence and image is None:
-            raise UserError("the query is empty; type a sentence")
         with self.lock:
-            if sentence or image is None:
-                return self._results(self.index.search(sentence, int(k))[0])
-            embedding = self.clip.embed_images(decode_bytes(image, max_pixels=MOST_PIXELS))
-            answer = self._results(self.index.search(embedding, int(k))[0])
-            return answer | (self._classify(embedding, query) if query["labels"] else {})
+            answer: dict[str, Any] = {}
+            if sentence:
+                found = self.index.search(sentence, int(k))[0]
+            elif image is None:
+                raise UserError("the query is empty; type a sentence")
+            else:
+                embedding = self.clip.embed_images(decode_bytes(image, max_pixels=MOST_PIXELS))
+                found = self.index.search(embedding, int(k))[0]
+                answer = self._classify(embedding, query) if query["labels"] else {}
+        by_id = {sha256(bytes(image.path)).hexdigest()[:16]: image for image in found}
+        self.paths |= {id: image.path for id, image in by_id.items()}
+        results = [asdict(image) | {"path": str(image.path), "id": id} for id, image in by_id.items()]
+        return {"results": results} | answer
 
-    def _classify(self, embedding: Tensor, query: Mapping[str, str]) -> dict[str, Any]:
+    def _classify(self, embedding: Tensor, query: dict[str, str]) -> dict[str, Any]:
         """Return the probabilities of comma-separated labels; they are never opened as files."""
         labels = dict.fromkeys(" ".join(label.split()) for label in query["labels"].split(","))
         names, bias = [name for name in labels if name], self.clip.bias
@@ -202,11 +202,8 @@ class _Page:
         # softmax assumes that one of the labels is right, a sigmoid judges each label independently
         return {"reading": "softmax" if bias is None else "sigmoid", "probabilities": dict(ordered)}
 
-    def _results(self, images: list[FoundImage]) -> dict[str, Any]:
-        by_id = {sha256(bytes(image.path)).hexdigest()[:16]: image for image in images}
-        self.paths |= {id: image.path for id, image in by_id.items()}
-        results = [asdict(image) | {"path": str(image.path), "id": id} for id, image in by_id.items()]
-        return {"results": results}
+    def image(self, request: Request, side: int) -> Response:
+        return Response(_jpeg(self._path(request.path_params["id"]), side), media_type="image/jpeg")
 
     def _path(self, id: str) -> Path:
         if id not in self.paths:
@@ -218,17 +215,16 @@ class _Page:
 
 async def _read_body(request: Request) -> bytes:
     """Read the body to its end, as clients read no response before; more than the limit is dropped."""
-    content, size = bytearray(), 0
+    content = bytearray()
     try:
         async with asyncio.timeout(UPLOAD_SECONDS):
             async for part in request.stream():
-                size += len(part)
-                content += part if size <= LARGEST_UPLOAD else b""
+                content += part if len(content) <= LARGEST_UPLOAD else b""
     except (TimeoutError, ClientDisconnect) as error:
         raise HTTPException(
             408, f"the upload was interrupted, or took more than {UPLOAD_SECONDS} seconds"
         ) from error
-    if size > LARGEST_UPLOAD:
+    if len(content) > LARGEST_UPLOAD:
         raise HTTPException(413, f"the file is larger than {LARGEST_UPLOAD // 10**6} MB; give a smaller one")
     return bytes(content)
 

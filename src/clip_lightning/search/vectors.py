@@ -17,7 +17,6 @@ from clip_lightning.errors import UserError
 # Larger indexes are compressed to one bit per number, 64 MB for a million; the best rows are scored again.
 MOST_FLAT = 100_000
 FEWEST_IVFPQ = 1_000
-MOST_SCANNED = 1_000_000  # compressed embeddings per query, about 4 ms on one core
 CHUNK = 65_536
 QUERIES, SCORES = 64, 1 << 24  # limits per chunk, which bound the memory
 
@@ -47,20 +46,15 @@ def build(vectors: np.ndarray) -> Any:
     """Build an approximate FAISS index of embeddings (N, D), in their order.
 
     The embeddings are compressed to one bit per number, in a layout of which a processor scans 16 at a time,
-    and also stored in fp16 to score candidates exactly. Up to `MOST_SCANNED` embeddings form one list; more
-    are divided into several lists, of which a query scans the nearest.
+    and also stored in fp16 to score candidates exactly.
     """
     faiss = faiss_module()
     count, width = vectors.shape
     parts = max(part for part in range(1, max(1, width // 4) + 1) if width % part == 0)
-    lists = round(math.sqrt(count)) if count > MOST_SCANNED else 1
-    kind = f"PQ{parts}x4fs" if lists == 1 else f"IVF{lists},PQ{parts}x4fs"
-    index = faiss.index_factory(width, f"{kind},Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT)
-    sample = np.random.default_rng(0).permutation(count)[: max(64 * lists, CHUNK)]
+    index = faiss.index_factory(width, f"PQ{parts}x4fs,Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT)
+    sample = np.random.default_rng(0).permutation(count)[:CHUNK]
     index.train(vectors[np.sort(sample)])
-    if lists > 1:
-        faiss.extract_index_ivf(index).nprobe = math.ceil(lists * MOST_SCANNED / count)
-    for start in range(0, count, CHUNK):
+    for start in range(0, count, CHUNK):  # which bounds the memory
         index.add(vectors[start : start + CHUNK])
     return index
 
@@ -82,34 +76,25 @@ def search(index: Any, queries: Any, k: int) -> list[list[tuple[int, float]]]:
     if k < 1:
         raise UserError(f"--k {k}: expected 1 or more")
     queries = np.asarray(queries.detach().cpu() if hasattr(queries, "detach") else queries, np.float32)
-    exact = isinstance(index, np.ndarray)
-    count, width = index.shape if exact else (index.ntotal, index.d)
+    is_exact = isinstance(index, np.ndarray)
+    count, width = index.shape if is_exact else (index.ntotal, index.d)
     if queries.ndim != 2 or queries.shape[1] != width:
         raise UserError(f"embeddings of shape {queries.shape}: expected (queries, {width})")
-    find = _search_exactly if exact else _search_approximately
-    step = max(1, min(QUERIES, SCORES // count))
+    k, step = min(k, count), max(1, min(QUERIES, SCORES // count))
     results = []
-    for start in range(0, len(queries), step):
-        chunk = np.ascontiguousarray(queries[start : start + step])
-        for scores, rows in zip(*find(index, chunk, min(k, count)), strict=True):
+    for chunk in (queries[start : start + step] for start in range(0, len(queries), step)):
+        if is_exact:
+            all_scores = chunk @ index.T
+            best = np.sort(np.argpartition(-all_scores, k - 1, axis=1)[:, :k], axis=1)  # ties by row
+            order = np.argsort(-np.take_along_axis(all_scores, best, 1), axis=1, kind="stable")
+            found_rows = np.take_along_axis(best, order, 1)
+            found_scores = np.take_along_axis(all_scores, found_rows, 1)
+        else:
+            # enough candidates for a recall of 96 % on a million uniform random vectors, the hardest case
+            candidates = min(count, max(k, math.ceil(2 * math.sqrt(k * count))))
+            parameters = faiss_module().IndexRefineSearchParameters(k_factor=(candidates + 0.5) / k)
+            found_scores, found_rows = index.search(chunk, k, params=parameters)
+        for scores, rows in zip(found_scores, found_rows, strict=True):
             valid = rows >= 0  # FAISS returns -1 if it finds fewer
             results.append(list(zip(rows[valid].tolist(), scores[valid].tolist(), strict=True)))
     return results
-
-
-def _search_exactly(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    scores = queries @ vectors.T
-    rows = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
-    best = np.take_along_axis(scores, rows, 1)
-    order = np.argsort(-best, axis=1, kind="stable")
-    return np.take_along_axis(best, order, 1), np.take_along_axis(rows, order, 1)
-
-
-def _search_approximately(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    # enough candidates for a recall of 96 % on a million uniform random vectors, the hardest case
-    candidates = max(k, math.ceil(2 * math.sqrt(k * min(index.ntotal, MOST_SCANNED))))
-    wide = (min(index.ntotal, candidates) + 0.5) / k
-    scores_and_rows: tuple[np.ndarray, np.ndarray] = index.search(
-        queries, k, params=faiss_module().IndexRefineSearchParameters(k_factor=wide)
-    )
-    return scores_and_rows

@@ -22,13 +22,10 @@ COLLAPSED_SCALE = 2.0  # the scale starts at 14 (InfoNCE) or 10 (SigLIP)
 
 
 class Lineage(Checkpoint):
-    """Records the data that a run uses, and at the end its best bundle and last checkpoint.
+    """Records the data that a run uses, and at its end or interruption its best bundle and last checkpoint.
 
-    It does so also if the run is interrupted after its first step. Lightning runs checkpoint callbacks last
-    and in order, so this one must come after those that write checkpoints.
-
-    Args:
-        folder: the folder of the run.
+    Lightning runs checkpoint callbacks last and in order, so this one must come after those that write
+    checkpoints.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,15 +93,21 @@ class Alerts(Callback):
         relative = float(logged.get("train/loss_over_ln_batch", 0.0))
         at_chance = abs(relative - 1) <= STALLED_RANGE
         self._chance_steps = self._chance_steps + trainer.log_every_n_steps if at_chance else 0
+        advice = "check that captions match their images"
+        found = {}  # title → text
         if not math.isfinite(loss):
-            text = f"at step {step}; lower the learning rate, or check the data"
-            self._warn(trainer, "the loss is not finite", text)
+            found["the loss is not finite"] = f"at step {step}; lower the learning rate, or check the data"
         if scale < COLLAPSED_SCALE:
-            text = f"to {scale:.2f} at step {step}: all logits are nearly equal; lower the learning rate, or "
-            self._warn(trainer, "the scale has collapsed", text + "check that captions match their images")
+            found["the scale has collapsed"] = (
+                f"to {scale:.2f} at step {step}; lower the learning rate, or {advice}"
+            )
         if self._chance_steps >= STALLED_STEPS:
-            text = f"up to step {step}, which is the loss at chance; check the learning rate, and "
-            self._warn(trainer, "the loss stays at ln(batch)", text + "that captions match their images")
+            found["the loss stays at ln(batch)"] = f"up to step {step}; check the learning rate, and {advice}"
+        for title, text in found.items():
+            if title not in self._sent:
+                self._sent.add(title)
+                rank_zero_warn(f"{title} {text}")
+                self._alert(trainer, title, text)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Send an alert that the run has stopped early, and mark it as preempted after SIGTERM."""
@@ -113,12 +116,6 @@ class Alerts(Callback):
                 logger.experiment.mark_preempting()
         if trainer.global_step > 0:
             self._alert(trainer, "stopped", f"at step {trainer.global_step}: {type(exception).__name__}")
-
-    def _warn(self, trainer: Trainer, title: str, text: str) -> None:
-        if title not in self._sent:
-            self._sent.add(title)
-            rank_zero_warn(f"{title} {text}")
-            self._alert(trainer, title, text)
 
     def _alert(self, trainer: Trainer, title: str, text: str) -> None:
         for logger in _loggers(trainer):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from clip_lightning.arguments import changed_strings
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import public
 from clip_lightning.tracking.artifacts import REGISTRY, check_name
-from clip_lightning.tracking.history import History, history_file
 from clip_lightning.wandb_fetch import default_project, stays_offline
 
 TRAINER_OPTIONS = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
@@ -29,6 +29,60 @@ WAITS = {  # seconds: for an absent server at the end, and until a row is on dis
     "finish_timeout": 600.0,
     "x_transaction_log_flush_interval": 1.0,
 }
+
+
+def history_file(folder: Path, run_id: str) -> Path:
+    """Return the file with the history of a run that writes to `folder`."""
+    return RunFolder(folder).wandb / f"history-{run_id}.jsonl"
+
+
+def go_back(file: Path) -> None:
+    """Mark that the run resumes from an earlier checkpoint, so that all further rows are new."""
+    if file.exists():
+        _append(file, {})
+
+
+class History:
+    """Stores the rows of a run on disk before W&B gets them, which may lose the last ones in a kill.
+
+    A row that a resumed run repeats (the same metrics at the same step) is not logged again. Several rows of
+    one step, even with the same metrics, are all logged.
+
+    Attributes:
+        rows: step and metrics (None if not a number) of every row of the earlier parts of the run. In the
+            file, an empty object marks that the run was resumed from an earlier checkpoint.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+        self._earlier: Counter[tuple[int, frozenset[str]]] = Counter()
+        for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
+            with contextlib.suppress(ValueError):  # truncated by a kill or a full disk
+                row = json.loads(line)
+                if row:
+                    step = row.pop("step")
+                    self.rows.append((step, row))
+                    self._earlier[step, frozenset(row)] += 1
+                else:
+                    self._earlier.clear()
+
+    def is_new(self, metrics: Mapping[str, Any], step: int) -> bool:
+        """Return whether no earlier part of the run has logged this row, and store it if so."""
+        row = step, frozenset(metrics)
+        if self._earlier[row]:
+            self._earlier[row] -= 1
+            return False
+        numbers = {n: value if isinstance(value, int | float) else None for n, value in metrics.items()}
+        with contextlib.suppress(OSError):  # the disk is full, and W&B may write to another one
+            _append(self._file, {"step": step, **numbers})
+        return True
+
+
+def _append(file: Path, row: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        stream.write("\n" + json.dumps(row))  # first the line break, so that a truncated row spoils no other
 
 
 class RunLogger(WandbLogger):
@@ -95,7 +149,8 @@ class RunLogger(WandbLogger):
             save_dir=str(self._folder),
             id=id,
             mode="offline" if stays_offline(offline) else None,
-            settings=_waits(),
+            # W&B reads its environment once, often before there is a logger
+            settings={k: v for k, v in WAITS.items() if f"WANDB_{k.upper()}" not in os.environ},
         )
         self._wandb_init.pop("anonymous", None)  # a deprecated argument, about which W&B warns
         self._defined: set[str] = set()
@@ -106,33 +161,27 @@ class RunLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run: offline if the server does not answer, and disabled if the disk is full."""
-        if self._experiment is None:
-            import wandb
-
-            if wandb.run is not None and wandb.run is RunLogger._latest_run:
-                wandb.finish()  # Lightning would reuse it, as it does if the user has started a run
-            is_users = wandb.run is not None
-            self._begin()
-            if not is_users:
-                RunLogger._latest_run = self._experiment
-        return self._experiment
-
-    def _begin(self) -> None:
         import wandb
 
-        original = sys.argv
-        for fallback in ("offline", "disabled"):
-            with self.sparing(f"start the run, which is {fallback} instead"):
-                try:
-                    sys.argv = [*map(public, original)]  # W&B records the arguments
-                    _ = super().experiment
-                finally:
-                    sys.argv = original
-            if self._experiment is not None:
-                return
-            self._wandb_init["mode"] = fallback
-            wandb.teardown()  # else the run's ID stays in use
-        _ = super().experiment
+        if self._experiment is not None:
+            return self._experiment
+        if wandb.run is not None and wandb.run is RunLogger._latest_run:
+            wandb.finish()  # Lightning would reuse it, as it does if the user has started a run
+        is_users, run = wandb.run is not None, None
+        original, sys.argv = sys.argv, [*map(public, sys.argv)]  # W&B records the arguments
+        try:
+            for fallback in ("offline", "disabled"):
+                with self.sparing(f"start the run, which is {fallback} instead"):
+                    run = super().experiment
+                if run is not None:
+                    return run
+                self._wandb_init["mode"] = fallback
+                wandb.teardown()  # else the run's ID stays in use
+            return super().experiment
+        finally:
+            sys.argv = original
+            if not is_users:
+                RunLogger._latest_run = self._experiment
 
     def _log_earlier_rows(self) -> None:
         """Log the rows of a resumed run that W&B lacks: those just before a kill, or of its offline parts.
@@ -144,13 +193,12 @@ class RunLogger(WandbLogger):
         if self._history is not None or self._id is None or run.settings.mode in ("disabled", "shared"):
             return
         self._history = History(history_file(self._folder, self._id))
-        folder = RunFolder(self._folder).wandb
-        logs = [*folder.glob(f"offline-run-*-{self._id}/*.wandb")]
-        logs = [log for log in logs if log.parent.name != Path(run.dir).parent.name]
-        was_sent = any(log.with_name(f"{log.name}.synced").exists() for log in logs)
-        was_sent = was_sent or any(folder.glob(f"run-*-{self._id}"))
+        folder, now = RunFolder(self._folder).wandb, Path(run.dir).parent.name
+        logs = [log for log in folder.glob(f"offline-run-*-{self._id}/*.wandb") if log.parent.name != now]
+        sent = [log for log in logs if log.with_name(f"{log.name}.synced").exists()]
+        sent += folder.glob(f"run-*-{self._id}")
         was_killed = not all((log.parent / ENDED).exists() for log in logs)
-        if run.offline and (was_sent or not was_killed):
+        if run.offline and (sent or not was_killed):
             return  # only the server knows which rows it has, or the files have all of them
         for step, metrics in self._history.rows[run.starting_step :]:
             self._log_row({name: value for name, value in metrics.items() if value is not None}, step)
@@ -235,21 +283,6 @@ class RunLogger(WandbLogger):
             summary.update(dict(values))
 
 
-def _waits() -> dict[str, float]:
-    """Return the settings of `WAITS` that W&B has and the environment does not set.
-
-    They are arguments of the run, since W&B reads its environment once, often before there is a logger.
-    """
-    import wandb
-
-    known = wandb.Settings.model_fields
-    return {
-        name: seconds
-        for name, seconds in WAITS.items()
-        if name in known and f"WANDB_{name.upper()}" not in os.environ
-    }
-
-
 def _plain(value: Any) -> Any:
     """Return an option in a form that JSON can store: the fields of a dataclass, or the name of a class."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -262,9 +295,6 @@ def finished_run() -> Iterator[None]:
     """Finish the W&B run at the end of the block, so that the next one is a new run."""
     import wandb
 
-    exit_code = 1
-    try:
+    with contextlib.ExitStack() as at_end:
+        at_end.push(lambda error, *_: wandb.finish(int(error is not None)))
         yield
-        exit_code = 0
-    finally:
-        wandb.finish(exit_code)

@@ -1,4 +1,4 @@
-"""Defines the base class of panels, which show results of validations in files and in W&B."""
+"""Shows results in W&B: the base class of panels, and the runs of `evaluate --wandb PROJECT`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 
+from clip_lightning.errors import UserError
+from clip_lightning.reports.tables import ClassReport, Row
 from clip_lightning.run_folder import RunFolder
+from clip_lightning.terminal import printable
+from clip_lightning.wandb_fetch import stays_offline
+
+MOST_CONFUSED = 200
 
 
 class Panel(Callback):
@@ -72,3 +78,51 @@ def png_image(png: bytes, caption: str) -> Any:
     import wandb
 
     return wandb.Image(Image.open(BytesIO(png)), caption=caption)
+
+
+def class_media(report: ClassReport, prefix: str = "") -> dict[str, Any]:
+    """Return W&B's tables of the classes and of the most frequent confusions, and two plots, by name."""
+    import wandb
+
+    classes = [[printable(name), *numbers] for name, *numbers in report.classes()]
+    confused = [[printable(true), printable(taken), n] for true, taken, n in report.confused(MOST_CONFUSED)]
+    title = printable(report.title)
+    return {
+        f"{prefix}zero_shot_classes": wandb.Table(["class", "images", "right", "accuracy"], classes),
+        f"{prefix}zero_shot_confused": wandb.Table(["class", "taken for", "images"], confused),
+        **{f"{prefix}zero_shot_{name}": png_image(png, title) for name, png in report.plots().items()},
+    }
+
+
+def track_evaluation(project: str, row: Row, folder: Path, report: ClassReport | None = None) -> str:
+    """Log the scores of one model on one data set as a W&B run, offline if no API key is configured.
+
+    The scores in the row are the run's summary, and everything else is its configuration. Return the URL of
+    the run, or the command that uploads it.
+    """
+    import wandb
+
+    entity, _, name = project.rpartition("/")
+    if not name or "/" in entity:
+        raise UserError(f"--wandb {project}: expected PROJECT or ENTITY/PROJECT")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with wandb.init(
+            project=name,
+            entity=entity or None,
+            job_type="evaluate",
+            name=f"{row['model']} on {row['data']}"[:120],
+            config={key: value for key, value in row.items() if not isinstance(value, float)},
+            dir=str(folder),
+            reinit="finish_previous",
+            mode="offline" if stays_offline(None) else None,
+        ) as run:
+            run.summary.update({key: value for key, value in row.items() if isinstance(value, float)})
+            if report is not None:
+                run.log(class_media(report))
+            return run.url or f"offline; `wandb sync {Path(run.dir).parent}` uploads it"
+    except Exception as error:  # the SDK raises a dozen types
+        raise UserError(
+            f"W&B rejected the evaluation ({' '.join(str(error).split())}); its scores are printed above; "
+            "set WANDB_MODE=offline to keep the run on disk"
+        ) from error

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 
-from clip_lightning.data.captions import CaptionedImage
-from clip_lightning.errors import UserError
 from clip_lightning.evaluation.diagnostics import similarities, worst_queries
 from clip_lightning.evaluation.predictions import (
     Answer,
@@ -47,50 +46,41 @@ class PredictionTable(Panel):
         folder: folder of the page; by default the run's folder.
     """
 
-    def __init__(self, queries: int = 16, top_k: int = 5, seed: int = 0, folder: Path | None = None) -> None:
-        for name, value, minimum in (("queries", queries, 0), ("top_k", top_k, 1)):
-            if value < minimum:
-                raise UserError(f"--predictions.{name} {value}: expected {minimum} or more")
+    def __init__(
+        self, queries: NonNegativeInt = 16, top_k: PositiveInt = 5, seed: int = 0, folder: Path | None = None
+    ) -> None:
         super().__init__()
         self.queries, self.top_k, self.seed, self.folder = queries, top_k, seed, folder
         self._last: tuple[Any, ...] | None = None  # the last validation
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the page, and log the histograms."""
         # on_validation_epoch_end of callbacks runs before that of the module, which collects the embeddings
-        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero
         data: Any = getattr(trainer, "datamodule", None)
         embeddings: Any = getattr(pl_module, "validation_embeddings", None)
-        if fitting and self.queries and trainer.is_global_zero and data and embeddings:
-            with self.sparing("the predictions could not be shown"):
-                self._show(trainer, embeddings, data.images("val"), data.content_ids("val"))
-
-    def _show(
-        self,
-        trainer: Trainer,
-        embeddings: Embeddings,
-        images: Sequence[CaptionedImage],
-        content: Sequence[int],
-    ) -> None:
-        """Write the page, and log the histograms."""
-        epoch, run = trainer.current_epoch, self.run_folder(trainer)
-        text_ids = choose_captions(images, self.queries, self.seed)
-        captions = captions_of(images)
-        image_ids = [captions[text_id][0] for text_id in text_ids]
-        of_captions = find_images(embeddings, images, content, text_ids, self.top_k)
-        of_images = find_captions(embeddings, images, content, image_ids, self.top_k)
-        logged = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items()}
-        history = _add_epoch(
-            run.predictions / "history.json",
-            epoch,
-            text_to_image={str(query.id): query.rank for query in of_captions},
-            image_to_text={str(query.id): query.rank for query in of_images},
-            recall={name: value for name, value in logged.items() if "_R@" in name},
-        )
-        report = Report(epoch, of_captions, history["text_to_image"], of_images, history["image_to_text"])
-        step = trainer.global_step - 1  # as Lightning counts the metrics of this validation
-        self._last = report, step, history["recall"], embeddings, images, content
-        write_page(report, run.predictions_page)
-        self.log_media(trainer, step, lambda: histograms(embeddings, content))
+        if not (fitting and self.queries and data and embeddings):
+            return
+        with self.sparing("the predictions could not be shown"):
+            images, content = data.images("val"), data.content_ids("val")
+            text_ids, captions = choose_captions(images, self.queries, self.seed), captions_of(images)
+            image_ids = [captions[text_id][0] for text_id in text_ids]
+            of_captions = find_images(embeddings, images, content, text_ids, self.top_k)
+            of_images = find_captions(embeddings, images, content, image_ids, self.top_k)
+            logged = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items()}
+            epoch, run = trainer.current_epoch, self.run_folder(trainer)
+            history = _add_epoch(
+                run.predictions / "history.json",
+                epoch,
+                text_to_image={str(query.id): query.rank for query in of_captions},
+                image_to_text={str(query.id): query.rank for query in of_images},
+                recall={name: value for name, value in logged.items() if "_R@" in name},
+            )
+            report = Report(epoch, of_captions, history["text_to_image"], of_images, history["image_to_text"])
+            step = trainer.global_step - 1  # as Lightning counts the metrics of this validation
+            self._last = report, step, history["recall"], embeddings, images, content
+            write_page(report, run.predictions_page)
+            self.log_media(trainer, step, lambda: histograms(embeddings, content))
 
     def show_rest(self, trainer: Trainer) -> None:
         """Add the plots and the worst misses of the last validation."""
@@ -105,23 +95,23 @@ class PredictionTable(Panel):
             misses = find_images(embeddings, images, content, worst, self.top_k)
             page = self.run_folder(trainer).predictions_page
             write_page(replace(report, plots=list(plots.values()), misses=misses), page)
+            tables = {
+                "predictions": report.captions,
+                "predictions_image_to_text": report.images,
+                "worst_misses": misses,
+            }
             self.log_media(
                 trainer,
                 step,
                 lambda: {
-                    "val/predictions": prediction_table(report.captions, report.epoch),
-                    "val/predictions_image_to_text": prediction_table(report.images, report.epoch),
-                    "val/worst_misses": prediction_table(misses, report.epoch),
+                    **{f"val/{name}": prediction_table(part, report.epoch) for name, part in tables.items()},
                     **{f"val/{name}": png_image(plot.png, plot.words) for name, plot in plots.items()},
                 },
             )
 
 
 def _add_epoch(file: Path, epoch: int, **parts: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
-    """Add an epoch to the file, and return all epochs.
-
-    Later epochs are removed, since the run was then resumed from an earlier checkpoint.
-    """
+    """Add an epoch to the file, without later ones of a run that was resumed, and return all epochs."""
     saved = json.loads(file.read_bytes()) if file.exists() else {}
     history = {
         part: {int(n): values for n, values in saved.get(part, {}).items() if int(n) < epoch} | {epoch: new}
@@ -162,9 +152,7 @@ def histograms(embeddings: Embeddings, content: Sequence[int]) -> dict[str, Any]
     import wandb
 
     found = similarities(embeddings, content)
-    edges = found.edges.numpy()
-    counts = {"matched": found.matched.numpy(), "unmatched": found.unmatched.numpy()}
     return {
-        f"val/similarity_{name}": wandb.Histogram(np_histogram=(values, edges))
-        for name, values in counts.items()
+        f"val/similarity_{name}": wandb.Histogram(np_histogram=(counts.numpy(), found.edges.numpy()))
+        for name, counts in (("matched", found.matched), ("unmatched", found.unmatched))
     }

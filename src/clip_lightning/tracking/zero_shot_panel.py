@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -16,12 +17,11 @@ from clip_lightning.evaluation.prompts import read_templates
 from clip_lightning.evaluation.zero_shot import Classification, classify
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import Encoded, encode_images
-from clip_lightning.reports.class_report import ClassReport
-from clip_lightning.terminal import one_line, printable
-from clip_lightning.tracking.panel import Panel, png_image
+from clip_lightning.reports.tables import ClassReport
+from clip_lightning.terminal import one_line
+from clip_lightning.tracking.panel import Panel, class_media
 
 METRICS = ("zero_shot_top1", "zero_shot_top5")
-MOST_CONFUSED = 200
 
 
 class ZeroShot(Panel):
@@ -39,7 +39,7 @@ class ZeroShot(Panel):
             name of the class.
         names: file with the names of the classes, as in evaluate zero-shot.
         split: all, train, val or test; by default the val split of the data, else its test split, else all.
-        every: classify at each n-th validation, and always in the last epoch.
+        every: classify in each n-th epoch, and always in the last one.
         data_cache: folder for downloads of torchvision; by default the user's cache folder.
 
     Attributes:
@@ -52,11 +52,9 @@ class ZeroShot(Panel):
         templates: str = "simple",
         names: Path | None = None,
         split: str | None = None,
-        every: int = 1,
+        every: PositiveInt = 1,
         data_cache: Path | None = None,
     ) -> None:
-        if every < 1:
-            raise UserError(f"--zero_shot.every {every}: expected 1 or more")
         super().__init__()
         self.data, self.names, self.split, self.every = data, names, split, every
         self.data_cache = data_cache
@@ -68,15 +66,8 @@ class ZeroShot(Panel):
         self._rows: list[int] = []
         self._names: list[list[str]] = []
         self._kept: tuple[Tensor, Tensor] | None = None
-        self._validations = 0
         self._now: Classification | None = None
         self._last: tuple[ClassReport, int] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validations = state_dict["validations"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.data is None or self._set is not None or stage not in ("fit", "validate"):
@@ -100,13 +91,10 @@ class ZeroShot(Panel):
     ) -> None:
         # At the first batch, since callbacks that average weights swap them when the epoch starts and ends,
         # before or after this callback.
-        if self._set is None or batch_idx or trainer.sanity_checking:
-            return
-        self._validations += 1
-        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-        if trainer.state.fn == "fit" and self._validations % self.every and not last_epoch:
-            return
-        self._now = self._classify(trainer, pl_module.clip, self._set)
+        epoch = trainer.current_epoch + 1
+        is_due = epoch % self.every == 0 or epoch == trainer.max_epochs or trainer.state.fn != "fit"
+        if is_due and self._set is not None and not batch_idx and not trainer.sanity_checking:
+            self._now = self._classify(trainer, pl_module.clip, self._set)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._set is None or trainer.sanity_checking:
@@ -162,17 +150,3 @@ class ZeroShot(Panel):
             if self.folder is not None and not trainer.fast_dev_run:
                 report.write(self.run_folder(trainer).zero_shot)
             self.log_media(trainer, step, lambda: class_media(report, "val/"))
-
-
-def class_media(report: ClassReport, prefix: str = "") -> dict[str, Any]:
-    """Return W&B's tables of the classes and of the most frequent confusions, and two plots, by name."""
-    import wandb
-
-    classes = [[printable(name), *numbers] for name, *numbers in report.classes()]
-    confused = [[printable(true), printable(taken), n] for true, taken, n in report.confused(MOST_CONFUSED)]
-    title = printable(report.title)
-    return {
-        f"{prefix}zero_shot_classes": wandb.Table(["class", "images", "right", "accuracy"], classes),
-        f"{prefix}zero_shot_confused": wandb.Table(["class", "taken for", "images"], confused),
-        **{f"{prefix}zero_shot_{name}": png_image(png, title) for name, png in report.plots().items()},
-    }

@@ -36,9 +36,8 @@ from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import LAST, RunFolder
 from clip_lightning.terminal import public
 from clip_lightning.tracking import zero_shot_panel
-from clip_lightning.tracking.history import go_back, history_file
 from clip_lightning.tracking.lineage import Alerts, Lineage
-from clip_lightning.tracking.logger import finished_run
+from clip_lightning.tracking.logger import finished_run, go_back, history_file
 from clip_lightning.tracking.prediction_panel import PredictionTable
 from clip_lightning.training import checkpoints, stopping
 from clip_lightning.training.module import CLIPModule

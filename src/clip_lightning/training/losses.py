@@ -181,20 +181,20 @@ class InfoNCE(ContrastiveLoss):
         if own is everyone and _is_one_block(own.image, own.text):
             positive = own.image_id[:, None] == own.text_image_id
             logits = _similarities(own.image, own.text) * scale
-            both = self._cross_entropy(logits, positive) + self._cross_entropy(logits.T, positive.T)
-            return both / 2
+            return (self._cross_entropy(logits, positive, 1) + self._cross_entropy(logits, positive, 0)) / 2
         both = self._rows_cross_entropy(own, everyone, scale)
         both += self._rows_cross_entropy(own.swapped(), everyone.swapped(), scale)
         return both / 2 * (len(everyone.image) / len(own.image))
 
-    def _cross_entropy(self, logits: Tensor, positive: Tensor) -> Tensor:
-        """Return the mean over the rows that have a positive."""
-        count = positive.sum(dim=1, keepdim=True)
-        smoothing = self.label_smoothing
-        target = positive / count.clamp(min=1) * (1 - smoothing) + smoothing / logits.shape[1]
-        per_row = -(target * logits.log_softmax(dim=1)).sum(dim=1)
-        chosen = count.squeeze(1) > 0
-        return (per_row * chosen).sum() / chosen.sum().clamp(min=1)
+    def _cross_entropy(self, logits: Tensor, positive: Tensor, dim: int) -> Tensor:
+        """Return the mean over the rows (dim 1) or the columns (dim 0) that have a positive."""
+        count = positive.sum(dim, keepdim=True)
+        weight = (count > 0) / (count > 0).sum().clamp(min=1)
+        even = weight * (self.label_smoothing / logits.shape[dim])
+        target = torch.addcmul(
+            even, positive.float(), weight * (1 - self.label_smoothing) / count.clamp(min=1)
+        )
+        return -(target * logits.log_softmax(dim)).sum()
 
     def _rows_cross_entropy(self, own: Pairs, everyone: Pairs, scale: Scalar) -> Tensor:
         """Compute `_cross_entropy` of own rows from −Σ target · log p = log Σ exp(logit) − Σ target · logit.
@@ -266,10 +266,33 @@ class MaxViolation(ContrastiveLoss):
         return _sum_of_blocks(block, own, everyone)
 
 
+class _Similarities(torch.autograd.Function):
+    """The products (B, N) of (B, D) and (N, D), in fp32 also under autocast.
+
+    Under bf16 autocast, the operands of the gradients' products are bf16, as in the layers of the model.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor) -> Tensor:
+        kind = rows.device.type
+        is_mixed = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        dtype = torch.bfloat16 if is_mixed else rows.dtype
+        ctx.save_for_backward(rows.to(dtype), columns.to(dtype))
+        with torch.autocast(kind, enabled=False):
+            return rows @ columns.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            operand = grad.to(rows.dtype)
+            return (operand @ columns).to(grad.dtype), (operand.T @ rows).to(grad.dtype)
+
+
 def _similarities(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the products (B, N) of (B, D) and (N, D), in fp32 also under autocast."""
-    with torch.autocast(rows.device.type, enabled=False):
-        return rows @ columns.T
+    products: Tensor = _Similarities.apply(rows, columns)
+    return products
 
 
 def _is_one_block(rows: Tensor, columns: Tensor) -> bool:

@@ -25,8 +25,7 @@ from clip_lightning.files import write_atomically
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import BEST, RunFolder
 from clip_lightning.timing import Stopwatch
-from clip_lightning.tracking.history import history_file
-from clip_lightning.tracking.logger import RunLogger
+from clip_lightning.tracking.logger import RunLogger, history_file
 from clip_lightning.training.checkpoints import all_ranks_save
 from clip_lightning.training.sharding import gather_on_first_rank
 

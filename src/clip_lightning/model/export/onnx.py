@@ -22,8 +22,6 @@ from clip_lightning.model.clip import CLIP
 
 TOLERANCE = 1e-4
 IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE = "image.onnx", "text.onnx", "tokenizer.json"
-# A protobuf is limited to 2 GB; the weights of larger towers are stored in a second file.
-MOST_BYTES_INSIDE = 1_900_000_000
 WORDS = "a dog, two cats & the 7 birds of Zürich run over grass 🐶 unbelievably fast".split()
 EXAMPLES = [["a dog"], ["two"], [" ".join(WORDS[: 1 + i]) for i in range(9)], [" ".join(WORDS * 50), "a"]]
 
@@ -55,9 +53,7 @@ def write_onnx(clip: CLIP, folder: Path) -> dict[str, float]:
     flat = torch.tensor([0, 255, 128], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, *size).contiguous()
     batches = [(noise[:1],), (noise[1:3],), (noise,), (flat,)]
     shapes = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
-    image = _export(
-        _Embedder(clip, clip.encode_image), clip.encode_image, batches, shapes, folder / IMAGE_FILE
-    )
+    image = _export(clip, clip.encode_image, batches, shapes, folder / IMAGE_FILE)
     differences = {IMAGE_FILE: image, TEXT_FILE: write_text_tower(clip, folder)}
     config = {**clip.config(), **clip.metadata, **_logits(clip), "max_difference_to_pytorch": differences}
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -67,20 +63,34 @@ def write_onnx(clip: CLIP, folder: Path) -> dict[str, float]:
 def write_text_tower(clip: CLIP, folder: Path) -> float:
     """Write `text.onnx` and `tokenizer.json`; return the largest difference from PyTorch's embeddings."""
     clip = _on_cpu(clip)
-    _write_tokenizer(clip, folder / TOKENIZER_FILE)  # first, because it fails early
+    tokenizer = clip.tokenize.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    unsupported = UserError(f"{type(tokenizer).__name__} cannot be exported with the same tokens")
+    if clip.tokenize.settings or backend is None:  # a slow tokenizer has no backend
+        raise unsupported
+    own = Tokenizer.from_str(backend.to_str())
+    own.enable_truncation(clip.tokenize.max_length, direction=tokenizer.truncation_side)
+    own.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    examples = [clip.tokenize(texts) for texts in EXAMPLES]
+    for texts, tokens in zip(EXAMPLES, examples, strict=True):
+        rows = own.encode_batch(texts)
+        ids, masks = [row.ids for row in rows], [row.attention_mask for row in rows]
+        if {"input_ids": ids, "attention_mask": masks} != {name: t.tolist() for name, t in tokens.items()}:
+            raise unsupported
+    own.save(str(folder / TOKENIZER_FILE))
 
     def encode(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # not in the groups of `TextTower.forward`, which would fix the number of texts
         return clip.project_text(clip.text_tower.pool(input_ids, attention_mask))
 
-    batches = [tuple(clip.tokenize(texts).values()) for texts in EXAMPLES]
+    batches = [tuple(tokens.values()) for tokens in examples]
     both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     shapes = {"input_ids": both, "attention_mask": both}
-    return _export(_Embedder(clip, encode), clip.encode_text, batches, shapes, folder / TEXT_FILE)
+    return _export(clip, encode, batches, shapes, folder / TEXT_FILE)
 
 
 def _export(
-    embedder: _Embedder,
+    clip: CLIP,
     encode: Callable[..., Tensor],
     batches: Sequence[tuple[Tensor, ...]],
     shapes: dict[str, Any],
@@ -94,12 +104,11 @@ def _export(
         raise UserError(
             f"ONNX needs the package {error.name}; pip install onnx onnxscript onnxruntime"
         ) from error
-    size = sum(tensor.numel() * tensor.element_size() for tensor in embedder.state_dict().values())
     with as_user_error(f"this tower cannot be exported to {path.name}", "try another tower"):
         # the exporter prints its progress to stdout, which is for the command's result
         with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
             program: Any = torch.onnx.export(
-                embedder.eval(),
+                _Embedder(clip, encode).eval(),
                 batches[-2],
                 input_names=list(shapes),
                 output_names=["embeddings"],
@@ -107,9 +116,9 @@ def _export(
                 dynamo=True,
                 verbose=False,
             )
-            logits = {name: str(value) for name, value in _logits(embedder.clip).items()}
+            logits = {name: str(value) for name, value in _logits(clip).items()}
             program.model.metadata_props.update(logits)
-            program.save(path, external_data=size > MOST_BYTES_INSIDE)
+            program.save(path)  # more than 2 GB of weights are stored in a second file
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         differences = []
         for batch in batches:
@@ -123,31 +132,6 @@ def _export(
             f"{path.name} differs from PyTorch by {worst:.1e}, more than {TOLERANCE}; try another tower"
         )
     return worst
-
-
-def _write_tokenizer(clip: CLIP, path: Path) -> None:
-    """Write the tokenizer with truncation and padding, checked against the one of transformers."""
-    tokenizer = clip.tokenize.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    unsupported = UserError(
-        f"{type(tokenizer).__name__} cannot be exported to {path.name} with the same tokens"
-    )
-    if clip.tokenize.settings or backend is None:  # a slow tokenizer has no backend
-        raise unsupported
-    own = Tokenizer.from_str(backend.to_str())
-    own.enable_truncation(clip.tokenize.max_length, direction=tokenizer.truncation_side)
-    own.enable_padding(
-        pad_id=tokenizer.pad_token_id,
-        pad_type_id=tokenizer.pad_token_type_id,
-        pad_token=tokenizer.pad_token,
-    )
-    for texts in EXAMPLES:
-        expected = {name: tensor.tolist() for name, tensor in clip.tokenize(texts).items()}
-        rows = own.encode_batch(texts)
-        ids, masks = [row.ids for row in rows], [row.attention_mask for row in rows]
-        if {"input_ids": ids, "attention_mask": masks} != expected:
-            raise unsupported
-    own.save(str(path))
 
 
 def _logits(clip: CLIP) -> dict[str, float]:

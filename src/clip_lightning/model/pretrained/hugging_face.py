@@ -10,21 +10,18 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, SiglipModel
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.model.clip import CLIP
-from clip_lightning.model.pretrained import assemble
 from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
 from clip_lightning.model.towers.base import plain_config, without_weight_bars
 from clip_lightning.model.towers.image import TransformersImage
-from clip_lightning.model.towers.text import DEFAULT_MAX_LENGTH
-from clip_lightning.model.towers.tokenize import TokenizeSettings, load_tokenizer
+from clip_lightning.model.towers.text import DEFAULT_MAX_LENGTH, TokenizeSettings, load_tokenizer
 
 # Image processors that do nothing but what their settings describe. ConvNeXt's also enlarges before it crops.
 _PROCESSORS = ("CLIP", "Siglip", "ViT", "DeiT", "Beit", "Bit")
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def load_transformers(folder: Path, name: str) -> CLIP:
-    """Read the model `name` in fp32, with its image processor and its tokenizer.
+def load_transformers(folder: Path, name: str) -> tuple[ImageTower, TextTower, dict[str, Any], int, Any]:
+    """Return the towers in fp32, their projections, the width of the embeddings, and the original model.
 
     No other files in the folder are read, and no code in it is run.
     """
@@ -46,7 +43,7 @@ def load_transformers(folder: Path, name: str) -> CLIP:
     else:
         projections = {"image": model.visual_projection, "text": model.text_projection}
     text_tower = _text_tower(model, tokenizer, name)
-    return assemble(image_tower, text_tower, projections, projections["text"].out_features, model)
+    return image_tower, text_tower, projections, projections["text"].out_features, model
 
 
 def _text_tower(model: Any, tokenizer: Any, name: str) -> TextTower:

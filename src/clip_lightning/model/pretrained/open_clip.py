@@ -10,8 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import UserError
-from clip_lightning.model.clip import CLIP
-from clip_lightning.model.pretrained import assemble
 from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
 from clip_lightning.model.towers.base import plain_config
 from clip_lightning.model.towers.open_clip import (
@@ -21,14 +19,14 @@ from clip_lightning.model.towers.open_clip import (
     open_clip_package,
     take_projection,
 )
-from clip_lightning.model.towers.tokenize import TokenizeSettings
+from clip_lightning.model.towers.text import TokenizeSettings
 
 _HF_POOLERS = {"MeanPooler": "mean", "ClsPooler": "pooler", "ClsLastHiddenStatePooler": "cls"}
 _CLEANINGS = ("lower", "whitespace", "canonicalize")
 
 
-def load_open_clip(place: str, name: str) -> CLIP:
-    """Read the model `name` in fp32, with its preprocessing and its tokenizer.
+def load_open_clip(place: str, name: str) -> tuple[ImageTower, TextTower, dict[str, Any], int, Any]:
+    """Return the towers in fp32, their projections, the width of the embeddings, and the original model.
 
     `place` is `NAME/TAG`, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
     """
@@ -58,7 +56,7 @@ def load_open_clip(place: str, name: str) -> CLIP:
     text_config = shared | {"text_cfg": config["text_cfg"]}
     text_tower, projections["text"] = _text_tower(model.text, text_config, tokenizer, name)
     image_tower = ImageTower(OpenCLIPImage(model.visual), spec, _transform(preprocess))
-    return assemble(image_tower, text_tower, projections, config["embed_dim"], model)
+    return image_tower, text_tower, projections, config["embed_dim"], model
 
 
 def _transform(settings: dict[str, Any]) -> ImageTransform:

@@ -2,7 +2,6 @@
 
 from clip_lightning.model.towers.base import Tower
 from clip_lightning.model.towers.image import ImageTower
-from clip_lightning.model.towers.text import TextTower
-from clip_lightning.model.towers.tokenize import Tokenize
+from clip_lightning.model.towers.text import TextTower, Tokenize
 
 __all__ = ["ImageTower", "TextTower", "Tokenize", "Tower"]

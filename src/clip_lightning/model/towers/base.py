@@ -8,7 +8,7 @@ import importlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,8 +70,17 @@ class Tower(nn.Module):
         self.train(self.training)
 
     def layers(self) -> dict[str, int]:
-        """Return the layer of each parameter, counted from 0 at the input."""
-        return numbered_layers(name for name, _ in self.named_parameters())
+        """Return the layer of each parameter, from 0 at the input, by names like `layers.0.` or `layer1.0.`.
+
+        Parameters before the first number are in layer 0, and later ones without a number in the top layer.
+        """
+        layers, top = {}, 0
+        for name, _ in self.named_parameters():
+            number = re.search(r"(?:\.|\blayer)(\d+)\.", name)
+            top = int(number[1]) + 1 if number else top
+            layers[name] = top
+        consecutive = {number: layer for layer, number in enumerate(sorted({*layers.values()}))}
+        return {name: consecutive[number] for name, number in layers.items()}
 
     def compile_backbone(self) -> None:
         """Compile the backbone; what cannot be compiled runs uncompiled, and torch logs the reason."""
@@ -123,20 +132,6 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
-
-def numbered_layers(names: Iterable[str]) -> dict[str, int]:
-    """Return the layer of each parameter, from 0 at the input, as in the names: `layers.0.`, or `layer1.0.`.
-
-    Parameters before the first number belong to layer 0, and later ones without a number to the top layer.
-    """
-    layers, top = {}, 0
-    for name in names:
-        number = re.search(r"(?:\.|\blayer)(\d+)\.", name)
-        top = int(number[1]) + 1 if number else top
-        layers[name] = top
-    consecutive = {number: layer for layer, number in enumerate(sorted({*layers.values()}))}
-    return {name: consecutive[number] for name, number in layers.items()}
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ B images, H, W pixels.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from clip_lightning.data.images import LARGEST_SIDE, ImageTransform
-from clip_lightning.errors import UserError, as_user_error, reason_of
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.model.towers.base import OWN, Tower, own_values, pypi_folder
 from clip_lightning.model.towers.depthwise import DepthwiseBackwardInFloat32
 from clip_lightning.model.towers.open_clip import OpenCLIPImage
@@ -48,7 +47,18 @@ class ImageTower(Tower):
         self.backbone = backbone
         self.spec = spec
         self.transform = transform
-        self.width = _feature_width(backbone, transform.size, spec["name"])
+        was_training = backbone.training
+        problem = f"image tower {spec['name']!r} does not accept images of {transform.size} pixels"
+        with torch.no_grad(), as_user_error(problem, "try another image_size"):
+            # the width is measured, as `num_features` is different with some poolings
+            features = backbone.eval()(torch.zeros(1, 3, *transform.size))
+        backbone.train(was_training)
+        shape = tuple(getattr(features, "shape", ()))
+        if len(shape) != 2:
+            raise UserError(
+                f"image tower {spec['name']!r} returns features of shape {shape}; choose a pooling, as @avg"
+            )
+        self.width = shape[1]
         # not persistent: they are stored with the transform in config.json
         self.register_buffer("mean", torch.tensor(transform.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(transform.std).view(1, 3, 1, 1), persistent=False)
@@ -109,14 +119,15 @@ class ImageTower(Tower):
                 load_checkpoint(complete, str(file), remap=True)
                 backbone.load_state_dict(complete.state_dict(), strict=False)
             _check_local_weights(backbone, weights.get("pretrained_cfg_overlay") or {})
-        data = resolve_data_config(pretrained_cfg=backbone.pretrained_cfg, model=backbone)
-        transform = ImageTransform(
-            size=(image_size, image_size) if image_size else tuple(data["input_size"][1:]),
-            interpolation="bilinear" if data["interpolation"] == "bilinear" else "bicubic",
-            mean=tuple(data["mean"]),
-            std=tuple(data["std"]),
-        )
-        return cls(backbone, {"name": name, "architecture": architecture, "arguments": arguments}, transform)
+            data = resolve_data_config(pretrained_cfg=backbone.pretrained_cfg, model=backbone)
+            transform = ImageTransform(
+                size=(image_size, image_size) if image_size else tuple(data["input_size"][1:]),
+                interpolation="bilinear" if data["interpolation"] == "bilinear" else "bicubic",
+                mean=tuple(data["mean"]),
+                std=tuple(data["std"]),
+            )
+            spec = {"name": name, "architecture": architecture, "arguments": arguments}
+            return cls(backbone, spec, transform)
 
     @classmethod
     def from_module(cls, module: nn.Module, image_size: int | None = None) -> ImageTower:
@@ -185,12 +196,6 @@ def _locate(place: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         arguments = {key: value for key, value in (saved or {}).items() if key != "num_classes"}
     elif equals:
         weights["pretrained_cfg_overlay"] = {"file": file}
-        if not Path(file).is_file():
-            raise UserError(f"no weights file {file!r} for image tower {place!r}; expected ARCHITECTURE=FILE")
-    if not timm.is_model(architecture.split(".")[0]):  # a pretrained tag may follow
-        known = [*timm.list_models(), *PYPI_IMAGE_TOWERS]
-        similar = difflib.get_close_matches(architecture, known, n=3) or known[-3:]
-        raise UserError(f"unknown image tower {architecture!r}; similar names: {', '.join(similar)}")
     return architecture, arguments, weights
 
 
@@ -205,19 +210,3 @@ def _check_local_weights(backbone: nn.Module, config: dict[str, Any]) -> None:
         saved = convert(saved, backbone)
     if missing := backbone.state_dict().keys() - saved.keys():
         raise ValueError(f"the weights lack {len(missing)} of its tensors, such as {min(missing)}")
-
-
-@torch.no_grad()
-def _feature_width(backbone: nn.Module, size: tuple[int, int], name: str) -> int:
-    """Measure the width in a forward pass, as `num_features` is different with some poolings."""
-    was_training = backbone.training
-    try:
-        features = backbone.eval()(torch.zeros(1, 3, *size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        problem = f"image tower {name!r} does not accept images of {size[0]}x{size[1]} pixels"
-        raise UserError(f"{problem} ({reason_of(error)}); try another image_size") from error
-    backbone.train(was_training)
-    shape = tuple(getattr(features, "shape", ()))
-    if len(shape) != 2:
-        raise UserError(f"image tower {name!r} returns features of shape {shape}; choose a pooling, as @avg")
-    return int(shape[1])

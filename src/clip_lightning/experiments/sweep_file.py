@@ -1,26 +1,35 @@
-"""Reads a W&B sweep file, whose parameters become distributions that Optuna draws from."""
+"""Reads a W&B sweep file, whose parameters become distributions, and draws trials from them with Optuna."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import zlib
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
+import numpy as np
+import optuna
 import yaml
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.pruners import NopPruner, SuccessiveHalvingPruner
-from optuna.trial import Trial
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, Trial
 
 from clip_lightning.arguments import packaged_config, plain_message
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.metrics import METRICS
+
+ATTEMPTS = 20
+"""Number of draws before the first untried point is used instead."""
+OF_SERVER = ("description", "project", "entity", "program")  # keys that only W&B's server needs
+Drawn = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,29 +69,31 @@ class Parameter:
     q: PositiveInt | PositiveFloat | None = None
 
     def __post_init__(self) -> None:
-        integers = type(self.min) is type(self.max) is int
-        kind = self.distribution or ("int_uniform" if integers else "uniform")
-        if self.distribution is None and self.values is not None:
-            kind = "categorical"
         self.space: CategoricalDistribution | FloatDistribution
         self.quantum: float | None = None  # the option's value is the multiple of it that is nearest
         self.weights: list[float] | None = None  # of each choice, if they are not equally likely
-        if kind.startswith("categorical") and self.values is not None:
-            self.space = self._choices(self.values)
-        elif "categorical" not in kind and self.min is not None and self.max is not None:
-            low, high = self.min, self.max
+        self.every: list[Any] | None = None  # what can be drawn, once per value; None if it is infinite
+        kind, low, high = self.distribution or "", self.min, self.max
+        if self.values is not None and kind in ("", "categorical", "categorical_w_probabilities"):
+            self._set_choices(self.values)
+        elif low is not None and high is not None and not kind.startswith("categorical"):
+            integers = type(low) is type(high) is int
+            kind = kind or ("int_uniform" if integers else "uniform")
             if kind == "int_uniform" and not integers:
                 raise UserError(f"int_uniform requires whole numbers, got {low} and {high}")
             if kind.endswith("log_uniform"):  # W&B expects the natural logarithms of the bounds
                 low, high = (-high, -low) if kind.startswith("inv_") else (low, high)
                 low, high = math.exp(low), math.exp(high)
             step = 1 if kind == "int_uniform" else None
-            self.quantum = self.q or (1 if kind.startswith("q_") else step)
             self.space = FloatDistribution(low, high, log="log" in kind, step=step)
+            if quantum := self.q or (1 if kind.startswith("q_") else step):
+                self.quantum = quantum
+                multiples = range(round(low / quantum), round(high / quantum) + 1)
+                self.every = [min(max(n * quantum, low), high) for n in multiples]
         else:
             raise UserError("expected `value`, `values`, or `min` and `max`")
 
-    def _choices(self, values: list[Any]) -> CategoricalDistribution:
+    def _set_choices(self, values: list[Any]) -> None:
         # Optuna stores text, numbers, true, false and null
         plain = [v if isinstance(v, str | int | float | None) else json.dumps(v) for v in values]
         choices = [*{argument(value): value for value in plain}.values()]  # each of them once
@@ -90,10 +101,9 @@ class Parameter:
             if len(weights) != len(choices) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
                 raise UserError(f"probabilities: expected {len(choices)} that add up to 1, got {weights}")
             # NumPy, which draws, requires a sum that is closer to 1
-            weights = [weight / sum(weights) for weight in weights]
-            likely = [(choice, weight) for choice, weight in zip(choices, weights, strict=True) if weight]
+            likely = [(choice, w / sum(weights)) for choice, w in zip(choices, weights, strict=True) if w]
             choices, self.weights = map(list, zip(*likely, strict=True))
-        return CategoricalDistribution(choices)
+        self.space, self.every = CategoricalDistribution(choices), choices
 
     def value(self, drawn: Any) -> Any:
         """Return the option's value for what was drawn."""
@@ -101,17 +111,6 @@ class Parameter:
             return drawn
         value = round(drawn / self.quantum) * self.quantum
         return round(value, 12) if isinstance(value, float) else value
-
-    @cached_property
-    def every(self) -> list[Any] | None:
-        """Everything that can be drawn, once per value; None if there are infinitely many values."""
-        if isinstance(self.space, CategoricalDistribution):
-            return list(self.space.choices)
-        if self.quantum is None:
-            return None
-        low, high = self.space.low, self.space.high
-        first, last = round(low / self.quantum), round(high / self.quantum)
-        return [min(max(n * self.quantum, low), high) for n in range(first, last + 1)]
 
     def drawn(self, value: Any) -> Any:
         """Return what must be drawn for a value of the option; raise a LookupError if it cannot be drawn."""
@@ -148,10 +147,6 @@ class SweepFile:
     early_terminate: Any = None
     run_cap: NonNegativeInt = 0
     command: Sequence[Any] = ("fit",)
-    description: Any = None
-    project: Any = None
-    entity: Any = None
-    program: Any = None
 
     def __post_init__(self) -> None:
         known = [f"val/{name}" for name in METRICS]
@@ -177,14 +172,16 @@ class SweepFile:
             example = "[clip-lightning, fit, --config, heads, '${args}']"
             raise UserError(f"command: expected `fit` and its arguments, such as {example}; got {command}")
         self.base = [item for item in command[command.index("fit") + 1 :] if item != "${args}"]
-        self.halving = None if self.early_terminate is None else _halving(self.early_terminate)
-        self.pruner = SuccessiveHalvingPruner(*self.halving) if self.halving else NopPruner()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The parts that must not change when a study is resumed."""
-        metric = [self.metric.name, self.maximize]
-        return {"method": self.method, "metric": metric, "parameters": self.specs, "halving": self.halving}
+        # (n, eta): the best 1/eta of the trials continue after n validations, after n * eta, ...
+        self.halving: tuple[int, int] | None = None
+        self.pruner: BasePruner = NopPruner()
+        if self.early_terminate is not None:
+            stop: Hyperband = _read("early_terminate", Hyperband, self.early_terminate)
+            first = stop.min_iter or stop.max_iter // stop.eta**stop.s
+            if not first:
+                raise UserError(f"early_terminate: expected min_iter, or max_iter and s, got {stop}")
+            self.halving = first, stop.eta
+            self.pruner = SuccessiveHalvingPruner(*self.halving)
 
     def values(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of the options for what was drawn, by the names of the parameters."""
@@ -204,7 +201,8 @@ def read_sweep(given: str) -> SweepFile:
         if not isinstance(content, dict):
             raise UserError(f"expected a W&B sweep file with `method` and `parameters`, got {content!r}")
         usual = {"name": path.stem, "metric": {"name": "val/rsum", "goal": "maximize"}}
-        return _read("file", SweepFile, usual | content)
+        own = {key: value for key, value in (usual | content).items() if key not in OF_SERVER}
+        return _read("file", SweepFile, own)
     except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
         why = error if isinstance(error, UserError) else f"it is not valid YAML: {error}"
         raise UserError(f"{path}: {why}") from error
@@ -240,10 +238,51 @@ def flatten(parameters: Any, prefix: str = "") -> dict[str, Any]:
     return specs
 
 
-def _halving(content: Any) -> tuple[int, int]:
-    """Return (n, eta): the best 1/eta of the trials continue after n validations, after n * eta, ..."""
-    given: Hyperband = _read("early_terminate", Hyperband, content)
-    first = given.min_iter or given.max_iter // given.eta**given.s
-    if not first:
-        raise UserError(f"early_terminate: expected min_iter, or max_iter and s, got {content}")
-    return first, given.eta
+def points_of(file: SweepFile, trials: Iterable[FrozenTrial]) -> set[tuple[str, ...]]:
+    """Return the points that the trials have drawn, each as the arguments of `fit`."""
+    return {tuple(file.arguments(t.params)) for t in trials if len(t.params) == len(file.varied)}
+
+
+class UntriedSampler(RandomSampler):
+    """Draws all parameters of a trial at once, by the method of the sweep file.
+
+    A draw depends only on the results so far, the name of the study and the number of the trial. A resumed
+    study therefore draws the same points as without the interruption, and parallel workers draw different
+    points. The points of `failed` trials, those of earlier commands, may be drawn again.
+    """
+
+    def __init__(self, file: SweepFile, failed: Collection[int] = ()) -> None:
+        super().__init__()
+        self.file, self.failed = file, failed
+
+    def infer_relative_search_space(self, *_: Any) -> dict[str, BaseDistribution]:
+        """Return the complete space."""
+        return {name: one.space for name, one in self.file.varied.items()}
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> Drawn:
+        """Draw a point; if the space is finite, a point that has not been tried."""
+        grid = [[(name, drawn) for drawn in one.every or []] for name, one in self.file.varied.items()]
+        draws: Iterator[Drawn] = itertools.islice(self._draws(study, trial, search_space), ATTEMPTS)
+        if self.file.method == "grid":  # machines that start at the same time start at different points
+            first = trial.number % int(self.file.points)
+            draws = map(dict, itertools.islice(itertools.product(*grid), first, None))
+        trials = study.get_trials(deepcopy=False)
+        tried = points_of(self.file, (t for t in trials if t.number not in self.failed))
+        candidates = itertools.chain(draws, map(dict, itertools.product(*grid)))
+        return next((one for one in candidates if tuple(self.file.arguments(one)) not in tried), {})
+
+    def _draws(self, study: optuna.Study, trial: FrozenTrial, space: Any) -> Iterator[Drawn]:
+        """Yield draws: from TPE, or at random for the first ten trials and for method `random`."""
+        several = {name: one for name, one in space.items() if not one.single()}
+        for attempt in itertools.count():
+            seed = zlib.crc32(f"{study.study_name} {trial.number} {attempt}".encode())
+            generator, uniform = np.random.default_rng(seed), RandomSampler(seed=seed)
+            drawn = {
+                name: generator.choice(np.array(one.every, object), p=one.weights)
+                if one.weights
+                else uniform.sample_independent(study, trial, name, one.space)
+                for name, one in self.file.varied.items()
+            }
+            if self.file.method == "bayes":
+                drawn |= TPESampler(seed=seed).sample_relative(study, trial, several)
+            yield drawn
