@@ -186,6 +186,23 @@ def test_bad_bytes_are_read_right_or_refused(what: str, effort: settings) -> Non
     effort(given(**arguments)(check))()
 
 
+REFUSED = {
+    "a split that is a number": ("x.jsonl", b'{"image": "a.jpg", "caption": "x", "split": 1}'),
+    "deep JSON": ("x.jsonl", b"[" * 100_000),
+    "a long number": ("x.jsonl", b"1" * 5000),
+    "half a character": ("x.jsonl", b'{"image": "a.jpg", "caption": "\\ud800"}'),
+    "NUL in a folder's name": ("x.csv", b"image,caption\nx\0/a.jpg,y\n"),
+    "deep Karpathy JSON": ("dataset_coco.json", b'{"images": ' + b"[" * 100_000),
+    "a number": ("dataset_coco.json", b'{"images": [{"filename": "a.jpg", "sentences": [{"raw": 1}]}]}'),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_is_refused_with_one_line(what: str) -> None:
+    name, content = REFUSED[what]
+    assert read({name: content}) is None
+
+
 def test_folders_called_like_tables_are_no_tables(tmp_path: Path) -> None:
     for name in ("captions.txt", "x.csv", "y.json"):
         (tmp_path / name).mkdir()

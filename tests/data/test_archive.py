@@ -118,7 +118,7 @@ class Server(ThreadingHTTPServer):
         self.data = data
         self.faults: list[str] = []
         self.credentials: list[str | None] = []
-        self.half_sent, self.may_end = threading.Event(), threading.Event()
+        self.may_end = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/data"
 
 
@@ -137,7 +137,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault == "wait":
             self.wfile.write(self.server.data[: len(self.server.data) // 2])
-            self.server.half_sent.set()
             self.server.may_end.wait(30)
         elif fault != "to":
             self.wfile.write(self.server.data[: int(value)] if fault == "cut" else self.server.data)

@@ -197,7 +197,7 @@ def test_an_annotation_file_is_not_uploaded_alone(scenes: Path, capsys: pytest.C
 
 
 def test_a_folder_is_created_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, seen = tmp_path / "data" / "wanted", []
+    folder, draft, seen = tmp_path / "data" / "wanted", tmp_path / "data" / ".wanted.draft", []
     replace = os.replace
 
     def look(made: Path, target: Path) -> None:
@@ -209,24 +209,17 @@ def test_a_folder_is_created_atomically(tmp_path: Path, monkeypatch: pytest.Monk
         (draft / "files" / "a").touch()
         return draft / "files"
 
-    monkeypatch.setattr(os, "replace", look)
-    make_once(folder, fill)
-    assert seen == [(["a"], False)]
-    assert [path.name for path in folder.iterdir()] == ["a"]
-    assert {path.name for path in folder.parent.iterdir()} == {"wanted", ".wanted.lock"}
-
-
-def test_failed_folders_are_removed_and_existing_ones_kept(tmp_path: Path) -> None:
-    folder, draft = tmp_path / "wanted", tmp_path / ".wanted.draft"
-
     def fail(draft: Path) -> Path:
-        (draft / "begun").touch()
+        fill(draft)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(os, "replace", look)
     with pytest.raises(KeyboardInterrupt):
         make_once(folder, fail)
     assert not folder.exists() and not draft.exists()
     (draft / "of a killed process").mkdir(parents=True)
-    make_once(folder, lambda draft: draft)
-    assert not list(folder.iterdir()) and not draft.exists()
-    make_once(folder, fail)
+    make_once(folder, fill)
+    assert seen == [(["a"], False)]
+    make_once(folder, fail)  # it exists
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    assert {path.name for path in folder.parent.iterdir()} == {"wanted", ".wanted.lock"}

@@ -106,8 +106,7 @@ def test_calibration_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("image", "labels"),
-    [((0, 3), []), ((2, 3), [0]), ((1, 4), [0]), ((1, 3), [3]), ((1, 3), [-1])],
+    ("image", "labels"), [((0, 3), []), ((2, 3), [0]), ((1, 4), [0]), ((1, 3), [3]), ((1, 3), [-1])]
 )
 def test_shapes_and_labels_that_do_not_fit(image: tuple[int, int], labels: list[int]):
     with pytest.raises(ValueError, match=r"expected images|expected labels"):

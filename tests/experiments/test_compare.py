@@ -195,9 +195,9 @@ def test_ctrl_c_saves_the_pair_and_the_same_command_resumes_it(
 ) -> None:
     fit, asked = backbones.fit, []
 
-    def interrupted_second(words: list[str], callbacks: list[Callback], out: Any) -> Path:
+    def interrupted_second(words: list[str], callbacks: list[Callback]) -> Path:
         asked.append(words)
-        return fit(words, [*callbacks, *([Touches(6)] if len(asked) == 2 else [])], out)
+        return fit(words, [*callbacks, *([Touches(6)] if len(asked) == 2 else [])])
 
     monkeypatch.setattr(backbones, "fit", interrupted_second)
     given = words(tmp_path / "c", text_towers=bert, trainer__max_epochs=2)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from processes import Loop
 
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.training import checkpoints
@@ -109,17 +110,6 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(
             find_checkpoint(given, run.parents[1])
 
 
-class Loop:
-    """As much of a trainer as is asked for whether a step is in hand."""
-
-    strategy: object = None
-
-    def __init__(self, started: int, processed: int, accumulated: int = 1) -> None:
-        self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self
-        self.started = self.ready = started
-        self.processed, self.accumulate_grad_batches, self.is_last_batch = processed, accumulated, False
-
-
 @pytest.mark.parametrize(
     ("processed", "accumulated", "there", "saved"),
     [
@@ -160,7 +150,7 @@ def test_half_a_step_never_replaces_a_complete_checkpoint(
     ],
 )
 def test_sharded_weights_are_saved_when_all_ranks_have_agreed(exception: BaseException, saved: bool) -> None:
-    trainer = Loop(3, 3)
+    trainer = Loop()
     assert checkpoints.all_ranks_save(trainer, exception)
     trainer.strategy = ShardedStrategy()
     assert checkpoints.all_ranks_save(trainer, exception) == saved

@@ -15,13 +15,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from processes import Loop
 from small_runs import data, trainer
 
 from clip_lightning.__main__ import _status, main
 from clip_lightning.data.shards.convert import Settings, captioned, convert
 from clip_lightning.errors import AgreedStop, RunFailed
+from clip_lightning.training.cli import plain_errors
 from clip_lightning.training.module import CLIPModule
-from clip_lightning.training.stopping import GracefulStop, NonFinite, lost_process, requeue
+from clip_lightning.training.stopping import GracefulStop, NonFinite, requeue
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning")
 
@@ -63,22 +65,11 @@ def test_a_job_is_requeued(
         assert f"the job {job} could not be requeued" in capfd.readouterr().err
 
 
-class Loop:
-    """As much of a trainer as the callback asks."""
-
-    def __init__(self, last: bool) -> None:
-        self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self._signal_connector = self
-        self.started = self.processed = self.ready = 3
-        self.accumulate_grad_batches = 1
-        self.is_last_batch, self.received_sigterm = last, False
-        self.is_global_zero, self.global_step, self.world_size = True, 3, 1
-
-
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_stop_after_the_batch(number: signal.Signals, last: bool) -> None:
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    stop, trainer = GracefulStop(), Loop(last)
+    stop, trainer = GracefulStop(), Loop(last=last)
     stop.setup(trainer, None, "fit")
     stop.on_train_start(trainer, None)
     try:
@@ -111,7 +102,7 @@ def test_only_sigusr1_requeues_the_job(number: int, environment: dict[str, str],
     stop = GracefulStop()
     stop._received = number
     with mock.patch.dict(os.environ, environment), mock.patch("atexit.register", asked.append):
-        stop.on_exception(Loop(False), None, SIGTERMException())
+        stop.on_exception(Loop(), None, SIGTERMException())
     assert asked == calls
 
 
@@ -124,11 +115,22 @@ def test_only_rank_0_exits_with_the_status_of_a_signal(environment: dict[str, st
         assert _status(SIGTERMException()) == status
 
 
-def test_errors_of_a_lost_connection_and_others() -> None:
-    gone = RuntimeError("[/x/gloo/transport/tcp/pair.cc:545] Read error [::1]: Connection reset by peer")
-    assert isinstance(lost_process(gone), RunFailed)
-    assert isinstance(lost_process(torch.distributed.DistNetworkError("x")), RunFailed)
-    assert lost_process(RuntimeError("size mismatch")) is None
+LOST = "[/x/gloo/transport/tcp/pair.cc:545] Read error [::1]: Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError(LOST), "another process .*Connection reset by peer.*--ckpt_path last"),
+        (torch.distributed.DistNetworkError("x"), "another process of this run has ended"),
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), "2 GiB; lower --data.batch_size"),
+    ],
+)
+def test_errors_of_torch_are_one_line(error: RuntimeError, message: str) -> None:
+    with pytest.raises(RunFailed, match=message), plain_errors():
+        raise error
+    with pytest.raises(RuntimeError, match=r"^size mismatch$"), plain_errors():
+        raise RuntimeError("size mismatch")
 
 
 # steps whose gradient is not finite

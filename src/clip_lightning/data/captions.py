@@ -147,9 +147,8 @@ class Splits:
 def split_by_image(captions: CaptionSet, splits: Splits) -> dict[str, list[CaptionedImage]]:
     """Split the images into `train`, `val` and `test`, each image with all its captions.
 
-    Official splits are kept. Without them, images are drawn by a seeded hash of their names, so that few
-    images move if others are added later, and byte-identical images are in the same split. If the official
-    splits have no `val`, it is drawn in the same way from `train`.
+    Official splits are kept; if they have no `val`, it is drawn from `train`. Others are drawn by a seeded
+    hash of the names, so that few images move if others are added, with byte-identical images in one split.
     """
     if not captions.has_official_splits:
         fractions = {"val": splits.val_fraction, "test": splits.test_fraction}

@@ -97,7 +97,7 @@ def find_classes(place: str | Path, cache: Path | None = None) -> ClassSet:
     used = {label for _, label, _ in rows}
     if len(used) < 2:
         raise UserError(
-            f"{place} has {len(used)} classes with images; expected two or more: folders of images, or a CSV "
+            f"{place} has {len(used)} classes with images; expected two or more folders of images, or a CSV "
             "file with the columns image and label"
         )
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 from urllib.parse import unquote
 
@@ -36,16 +37,11 @@ _IMAGE_FOLDERS = (
     *("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images"),
     *("train2014", "val2014", "train2017", "val2017", "test2017", "VG_100K", "VG_100K_2"),
 )
-_MOST_FOLDERS = 10_000  # searched for a missing image
 _MISSING_VALUES = ("na", "n/a", "nan", "null", "none")
 
 
 class NothingFound(UserError):
     """There are no captioned images, or none that can be used."""
-
-
-Annotations = list[tuple[Path, str | None]]
-"""Annotation files or a folder of pairs, each with the split that its name or folder states."""
 
 
 def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
@@ -74,8 +70,9 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
             folders = [path.parent, root if root.is_dir() else path.parent.parent]
             finder = Finder(folders, base, options.image_folder)
             content.add(read_rows(path, options), os.path.relpath(path, base), finder, split)
+    captions = {path: tuple(texts) for path, texts in content.captions.items() if texts}
+    words = (text for texts in captions.values() for text in texts if text.lower() in _MISSING_VALUES)
     warnings = []
-    words = (text for texts in content.captions.values() for text in texts if text.lower() in _MISSING_VALUES)
     if missing := Counter(words):
         warnings.append(
             f"{missing.total():,} captions look like missing values ({', '.join(missing)}) but are used as "
@@ -83,7 +80,7 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
         )
     if skipped:
         warnings.append(f"skipped: {counted(skipped)}")
-    if not content.captions:
+    if not captions:
         first = "".join(f" (first {name}: {why})" for name, why in islice(content.left_out.items(), 1))
         problems = "; ".join([f"{root} has no usable image with a caption{first}", *warnings])
         raise NothingFound(
@@ -91,10 +88,9 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
             "or a CSV, TSV, JSON, JSONL or Parquet file, with the images next to it or in Images/, or pairs "
             "of name.jpg and name.txt; check --data.root"
         )
-    captions, splits = content.captions, content.splits
-    images = (CaptionedImage(path, tuple(texts), splits.get(str(path))) for path, texts in captions.items())
-    source = ", ".join(content.sources)
-    return CaptionSet(base, tuple(images), content.official, content.left_out, source, tuple(warnings))
+    splits, source = content.splits, ", ".join(content.sources)
+    images = (CaptionedImage(path, texts, splits.get(path)) for path, texts in captions.items())
+    return CaptionSet(base, tuple(images), bool(splits), content.left_out, source, tuple(warnings))
 
 
 # Choosing the files -------------------------------------------------------------------------------------
@@ -102,8 +98,8 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
 
 def _find_annotations(
     root: Path, files: Mapping[str, list[str]], options: ReadOptions, skipped: Counter[str]
-) -> Annotations:
-    """Find the annotation files of a folder; return the folder itself if pairs should be read."""
+) -> list[tuple[Path, str | None]]:
+    """Find the annotation files of a folder, with their splits; or return the folder if it has pairs."""
     known = _FLICKR.get(options.layout, ())
     tables = [path for path in _tables(root, files) if not known or path.name in known]
     if options.layout == "folder" or (options.layout == "auto" and not tables):
@@ -143,7 +139,7 @@ def _tables(root: Path, files: Mapping[str, list[str]]) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _one_per_split(paths: list[Path], root: Path) -> Annotations:
+def _one_per_split(paths: list[Path], root: Path) -> list[tuple[Path, str | None]]:
     """Check that the files are one table, which may be in parts (`00000.parquet`), or one per split."""
     files = [(path, _split_word(path, root)) for path in paths]
     tables = {(split, path.parent, re.sub(r"\d{5,}(-of-\d+)?", "", path.name)) for path, split in files}
@@ -179,15 +175,13 @@ class _Content:
 
     def __init__(self) -> None:
         self.captions: dict[Path, list[str]] = {}
-        self.splits: dict[str, str] = {}
+        self.splits: dict[Path, str] = {}
         self.left_out: dict[str, str] = {}
         self.sources: list[str] = []
-        self.official = False
 
     def add(self, rows: Iterable[Row], source: str, finder: Finder, split: str | None = None) -> None:
-        """Group the rows of a source by image, and find the image files."""
-        captions: dict[str, list[str]] = {}
-        splits: dict[str, str] = {}
+        """Find the image files of the rows of a source, and group the rows by image."""
+        images: dict[Path, str | None] = {}
         number = 0
         for number, (name, texts, own_split) in enumerate(rows, start=1):
             place, name = f"{source} row {number}", (name or "").strip()
@@ -197,21 +191,21 @@ class _Content:
                 self.left_out[place] = "it has invalid characters"
             elif bool(name) != bool(texts):
                 self.left_out[name or place] = f"row {number} has no {'caption' if name else 'image'}"
-            if name and is_valid_name:
-                captions.setdefault(name, []).extend(valid)
-                if own_split := parse_split(own_split, place) or split:
-                    _put(splits, name, own_split)
-        self.sources.append(f"{source} ({number:,} rows)")
-        splits = splits or finder.listed_splits(captions)
-        self.official |= bool(splits)
-        for name, texts in captions.items():
+            if not (name and is_valid_name):
+                continue
+            own_split = parse_split(own_split, place) or split
             path = finder.find(name)
             if path is None:
                 self.left_out[name] = finder.explain(name)
-            elif texts or path in self.captions:
-                self.captions.setdefault(path, []).extend(texts)
-                if name in splits:
-                    _put(self.splits, str(path), splits[name])
+                continue
+            self.captions.setdefault(path, []).extend(valid)
+            images.setdefault(path)
+            if own_split:
+                _put(self.splits, path, own_split)
+        self.sources.append(f"{source} ({number:,} rows)")
+        if not any(path in self.splits for path in images):
+            for path, listed in finder.listed_splits(images).items():
+                _put(self.splits, path, listed)
 
 
 def _is_text(text: str) -> bool:
@@ -219,7 +213,7 @@ def _is_text(text: str) -> bool:
     return "\0" not in text and (text.isascii() or text.encode(errors="replace").decode() == text)
 
 
-def _put(splits: dict[str, str], name: str, split: str) -> None:
+def _put(splits: dict[Any, str], name: Path | str, split: str) -> None:
     if splits.setdefault(name, split) != split:
         raise UserError(
             f"the image {name} is in two splits, {splits[name]} and {split}; keep it in only one of them in "
@@ -231,7 +225,7 @@ class Finder:
     """Finds images by name with one listing per folder, not with one system call per image."""
 
     def __init__(self, folders: list[Path], base: Path, image_folder: Path | None = None) -> None:
-        """Search `folders` with their usual subfolders, or only `image_folder`; `explain` searches `base`."""
+        """Search `folders` and their usual subfolders, or only `image_folder`; `explain` searches `base`."""
         self._folders, self._base, self._image_folder = folders, base, image_folder
         below = [("",), *((name,) for name in _IMAGE_FOLDERS), *product(_IMAGE_FOLDERS, repeat=2)]
         if image_folder is not None:
@@ -242,28 +236,31 @@ class Finder:
         self._places = [str(place) for place in places if place.is_dir()]
         self._list = cache(_list_folder)
         self._shortened: dict[Path, str] = {}
+        self.find = cache(self._find)
 
-    def listed_splits(self, names: Iterable[str]) -> dict[str, str]:
+    def listed_splits(self, paths: Collection[Path]) -> dict[Path, str]:
         """Return the splits of images in folders named like splits, or those in the lists of Flickr8k.
 
         These are `Flickr_8k.{train,dev,test}Images.txt`; without a train list, all other images are in train.
         """
-        folders = {name: SPLIT_WORDS.get(Path(name).parts[0].lower(), "") for name in names}
-        if len(self._folders) == 1 and all(folders.values()) and len({*folders.values()}) > 1:
-            return folders
+        if len(self._folders) == 1:  # pairs
+            folders = {
+                path: SPLIT_WORDS.get(path.relative_to(self._base).parts[0].lower(), "") for path in paths
+            }
+            return folders if all(folders.values()) and len({*folders.values()}) > 1 else {}
         listed: dict[str, str] = {}
         for split, kind in (("train", "train"), ("val", "dev"), ("test", "test")):
             file = f"Flickr_8k.{kind}Images.txt"
-            paths = (folder / sub / file for folder in self._folders for sub in ("", "Flickr8k_text"))
-            if path := next(filter(Path.is_file, paths), None):
-                for line in path.read_text("utf-8-sig", "replace").splitlines():
+            lists = (folder / sub / file for folder in self._folders for sub in ("", "Flickr8k_text"))
+            if found := next(filter(Path.is_file, lists), None):
+                for line in found.read_text("utf-8-sig", "replace").splitlines():
                     _put(listed, line.strip(), split)
-        splits = {name: listed[base] for name in names if (base := os.path.basename(name)) in listed}
+        splits = {path: listed[path.name] for path in paths if path.name in listed}
         if splits and "train" not in listed.values():
-            splits = dict.fromkeys(names, "train") | splits
+            splits = dict.fromkeys(paths, "train") | splits
         return splits
 
-    def find(self, name: str) -> Path | None:
+    def _find(self, name: str) -> Path | None:
         """Find the file in any spelling of its name; in an `image_folder` also by the name's last parts."""
         if path := self._look_up(name):  # the usual case
             return path
@@ -305,8 +302,8 @@ class Finder:
 
     @cached_property
     def _files_by_stem(self) -> dict[str, Path]:
-        """An image below `base` for each stem, regardless of case."""
-        folders = islice(walk(self._base, Counter()), _MOST_FOLDERS)
+        """An image below `base`, in its first 10,000 folders, for each stem regardless of case."""
+        folders = islice(walk(self._base, Counter()), 10_000)
         images = (Path(folder, file) for folder, files in folders for file in filter(is_image, files))
         return {normalize("NFC", path.stem).casefold(): path for path in images}
 

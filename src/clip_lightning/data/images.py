@@ -73,8 +73,8 @@ def decode_bytes(data: bytes, *, max_pixels: int = MOST_PIXELS) -> Tensor:
     image = open_image(data, max_pixels)
     with decoder_errors():
         # torchvision silently fills JPEGs without their end marker with gray
-        is_complete = data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and is_complete:
+        is_complete_jpeg = image.format == "JPEG" and data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
+        if is_complete_jpeg and image.mode in ("RGB", "L"):
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
             return pixels
@@ -194,7 +194,7 @@ class ImageTransform:
         scale = max(height / image.shape[1], width / image.shape[2])
         longest = [math.ceil(_LONGEST_COVER * side / scale) for side in (height, width)]
         image = _crop_center(image, *longest)
-        _, rows, columns = image.shape
+        rows, columns = image.shape[1:]
         cover = max(height, int(rows * width / columns)), max(width, int(columns * height / rows))
         return _crop_center(self.resize(image, cover), *self.size)
 
@@ -207,8 +207,7 @@ class ImageTransform:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values.
 
-        Fields that are new since an earlier version are left out if they have their default value, so that
-        the keys of cached features and indexes stay the same.
+        New fields are left out if they have their default value, so that old keys of caches stay the same.
         """
         return {
             name: list(value) if isinstance(value, tuple) else value

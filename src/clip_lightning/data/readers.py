@@ -112,10 +112,7 @@ def find_names(names: Iterable[str], columns: Iterable[str]) -> list[str]:
 def read_records(
     source: object, records: Iterable[Record], options: ReadOptions, images: type | tuple[type, ...] = str
 ) -> Iterator[Row]:
-    """Yield a row per record, whose image has one of the types `images`, or is None.
-
-    Records may have different columns. `source` is the file or data set, for messages.
-    """
+    """Yield a row per record of a file or data set; its image has one of the types `images`, or is None."""
     known: dict[tuple[str, ...], Columns] = {}
     for record in records:
         names = tuple(record)
@@ -231,9 +228,8 @@ def _open(path: Path, errors: str = "strict") -> TextIO:
 def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
     """Read the rows of a CSV or TSV file, whose separator is recognized from its first line.
 
-    If the first line contains the name of an image, the table has no header. The columns are then named by
-    their content, or 1, 2, ... if that is not clear. If the last column has captions, they may contain
-    separators without quotes.
+    Without a header, columns are named by their content, or 1, 2, ... if that is not clear. If the last
+    column has captions, they may contain separators without quotes.
     """
     lines = read_lines(path)
     head = [next(lines, "")]
@@ -407,6 +403,9 @@ def read_pairs(root: Path, files: Mapping[str, list[str]], left_out: dict[str, s
         places = [place for place in (folder, *apart) if texts.get(place)]
         for file in filter(is_image, names):
             name = os.path.join(*parts, file)
+            if (shown := name.encode(errors="replace").decode()) != name:
+                left_out[shown] = "its name is not UTF-8; rename it"
+                continue
             stem = os.path.splitext(file)[0]
             wanted = [f"{base}{suffix}" for suffix in _TEXT_SUFFIXES for base in (stem, file)]
             keys = (*wanted, *map(str.lower, wanted))
@@ -415,8 +414,7 @@ def read_pairs(root: Path, files: Mapping[str, list[str]], left_out: dict[str, s
             )
             path = next(found, None)
             if path is None:
-                shown = name.encode(errors="replace").decode()
-                left_out[shown] = f"there is no {stem}.txt next to it"
+                left_out[name] = f"there is no {stem}.txt next to it"
             elif path.suffix.lower() != ".json":
                 yield name, [*read_lines(path)], None
             else:

@@ -72,7 +72,7 @@ class Scene:
 
 
 @lru_cache(maxsize=1)
-def _scenes(seed: int) -> list[Scene]:
+def all_scenes(seed: int) -> list[Scene]:
     """Return all scenes in random order; the two objects of a scene have different colors and shapes."""
     things = [Thing(*attributes) for attributes in product(SIZES, COLOURS, SHAPES)]
     scenes = [
@@ -85,11 +85,6 @@ def _scenes(seed: int) -> list[Scene]:
     return [scenes[i] for i in np.random.default_rng(seed).permutation(len(scenes))]
 
 
-def scene(seed: int, index: int) -> Scene:
-    """Return the scene at `index`; different indices have different scenes."""
-    return _scenes(seed)[index]
-
-
 def split(index: int) -> str:
     """Return `train`, `val` or `test`: 80, 10 and 10 % of every ten consecutive scenes."""
     return {4: "val", 9: "test"}.get(index % 10, "train")
@@ -97,7 +92,7 @@ def split(index: int) -> str:
 
 def describe(seed: int, index: int) -> tuple[str, ...]:
     """Return five captions of the scene, of which the first is the plainest."""
-    shown = scene(seed, index)
+    shown = all_scenes(seed)[index]
     rng = np.random.default_rng((seed, index, 0))
 
     def a(thing: Thing) -> str:
@@ -117,7 +112,7 @@ def describe(seed: int, index: int) -> tuple[str, ...]:
 
 def draw(seed: int, index: int, size: int) -> Image.Image:
     """Draw the scene as an RGB image of `size` x `size` pixels, with slightly shifted objects."""
-    shown = scene(seed, index)
+    shown = all_scenes(seed)[index]
     rng = np.random.default_rng((seed, index, 1))
     side = size * _OVERSAMPLING
     image = Image.new("RGB", (side, side), COLOURS[shown.background])

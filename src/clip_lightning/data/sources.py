@@ -78,8 +78,7 @@ class Scenes(Folder):
     @classmethod
     def parse(cls, text: str) -> Scenes:
         """Parse `scenes`, which uses the cache folder, or `scenes:FOLDER`."""
-        folder = text.partition(":")[2]
-        return cls(Path(folder) if folder else cache_folder("scenes") / f"{SCENES}-{SCENE_SIZE}")
+        return cls(Path(text.partition(":")[2] or cache_folder("scenes") / f"{SCENES}-{SCENE_SIZE}"))
 
     def fetch(self) -> None:
         if not self.root.exists():
@@ -223,11 +222,7 @@ class HubDataset:
                 yield f"{name} row {number}", _content(content, trusted), texts, part
 
     def splits(self) -> list[tuple[str, Any, str | None]]:
-        """Load the splits with a usual name, or the only split whatever its name, without decoding images.
-
-        Returns:
-            the name of each split, its rows (a `datasets.Dataset`), and `train`, `val`, `test` or None.
-        """
+        """Return name, rows and `train`, `val`, `test` or None of the usual splits, or of the only one."""
         splits = [(name, rows, SPLIT_WORDS.get(name.lower())) for name, rows in self._load().items()]
         if len(splits) == 1:  # on the hub, data without splits is all in `train`
             return [(name, rows, None if split == "train" else split) for name, rows, split in splits]
@@ -286,11 +281,12 @@ class Records:
 
     def __init__(self, records: Any, read: ReadOptions) -> None:
         self.read = read
-        self._parts = {}
+        self._parts: dict[str | None, Any] = {}
         for split, rows in (records if isinstance(records, Mapping) else {None: records}).items():
             if hasattr(rows, "iterrows"):  # a DataFrame of pandas
                 rows = rows.to_dict("records")
-            self._parts[split] = rows if hasattr(rows, "__getitem__") else [*rows]
+            has_length = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")  # streams do not
+            self._parts[split] = rows if has_length else [*rows]
 
     def fetch(self) -> None:
         make_once(self.folder(), lambda draft: _write_rows(draft, self._rows()))
@@ -340,8 +336,8 @@ def _write_rows(folder: Path, rows: Iterable[WrittenRow]) -> Path:
     """Write rows to an empty folder, as images with a `captions.jsonl`.
 
     Images are stored unchanged and named by their content, so rows that repeat an image become captions of
-    one image. Rows without an image stay in the table with the reason as the image's name: as there is no
-    such file, `read_captions` counts them, and `max_broken` applies to them.
+    one image. A row without an image has the reason as the image's name: as there is no such file,
+    `read_captions` counts it, and `max_broken` applies to it.
     """
     with (folder / "captions.jsonl").open("w", encoding="utf-8") as file:
         for place, image, captions, split in rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import sys
@@ -114,7 +113,7 @@ def _train(pair: Pair, recorder: CostRecorder) -> Path:
         if run.last.is_file():
             resumed = [f"--ckpt_path={run.last}"]  # of the newest run
     # the result that `fit` prints is in the run's folder, too
-    folder = fit([*pair.arguments, *resumed], [recorder], io.StringIO())
+    folder = fit([*pair.arguments, *resumed], [recorder])
     write_atomically(folder / COSTS_FILE, json.dumps(recorder.costs, indent=2).encode())
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import multiprocessing
@@ -204,8 +203,7 @@ class Worker:
         quiet = ("--trainer.enable_progress_bar=false", "--predictions.queries=0")  # defaults of trials
         root = f"--trainer.default_root_dir={self.folder / 'trials'}"
         try:
-            # the result that `fit` prints is in the run's folder, too
-            run = fit([*quiet, *self.arguments, *options, root], [watch], io.StringIO())
+            run = fit([*quiet, *self.arguments, *options, root], [watch])
             if not watch.curve:
                 raise UserError(f"the run was never validated, so it has no {watch.metric}")
         except Exception as error:

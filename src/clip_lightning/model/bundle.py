@@ -59,9 +59,7 @@ def read_bundle(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         recorded = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}
     if config.get("format") != BUNDLE_FORMAT:
-        raise ValueError(
-            f"its format is {config.get('format')!r}, expected {BUNDLE_FORMAT}; upgrade clip-lightning"
-        )
+        raise ValueError(f"its format is not {BUNDLE_FORMAT}; upgrade clip-lightning")
     if recorded.get("weights", digest := weights_digest(state)) != digest:  # missing in the oldest bundles
         raise ValueError("its weights do not match their checksum")
     for name in config["tokenizer_files"]:

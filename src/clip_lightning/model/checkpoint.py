@@ -76,7 +76,7 @@ def preprocessing(clip: CLIP, lora: LoRAConfig | None) -> dict[str, Any]:
 
 def model_identity(clip: CLIP) -> str:
     """Return SHA-256 (hex) of all that decides the embeddings, but not of names, the scale and the bias."""
-    state = merged_state(clip, clip.state_dict()) if clip.adapted else clip.state_dict()
+    state = merged_state(clip, clip.state_dict())
     weights = {name: value for name, value in state.items() if name not in ("logit_scale", "logit_bias")}
     about = preprocessing(clip, None), clip.text_tower.spec["config"], weights_digest(weights)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -42,7 +42,7 @@ class NewModelOptions(TypedDict, total=False):
     """Options of the heads and of the loss, which `CLIP` documents."""
 
     embed_dim: int
-    head: HeadKind | Mapping[str, SideHeadKind]
+    head: HeadKind | dict[str, SideHeadKind]
     dropout: float
     init_scale: float
     init_bias: float | None
@@ -95,7 +95,7 @@ class CLIP(nn.Module):
         text_tower: TextTower,
         *,
         embed_dim: int = 512,
-        head: HeadKind | Mapping[str, SideHeadKind] = "linear",
+        head: HeadKind | dict[str, SideHeadKind] = "linear",
         dropout: float = 0.0,
         init_scale: float = 1 / 0.07,
         init_bias: float | None = None,
@@ -106,8 +106,8 @@ class CLIP(nn.Module):
             image_tower: tower for images.
             text_tower: tower for texts.
             embed_dim: width of the embeddings.
-            head: `linear`, or `mlp` with one residual block; or a mapping with one kind for `image` and one
-                for `text`, which may also be `affine` (linear with a bias), `gelu` (two layers) or `none`.
+            head: `linear`, or `mlp` with one residual block; or a dictionary with one kind for `image` and
+                one for `text`, which may also be `affine` (linear with bias), `gelu` (two layers) or `none`.
             dropout: fraction of features (linear) or hidden units (mlp) that is dropped in training.
             init_scale: initial value of the learnable inverse temperature.
             init_bias: initial value of the learnable bias of the logits (SigLIP), or None for no bias.
@@ -123,7 +123,7 @@ class CLIP(nn.Module):
             )
         self.image_tower = image_tower
         self.text_tower = text_tower
-        kinds: Mapping[str, SideHeadKind] = {"image": head, "text": head} if isinstance(head, str) else head
+        kinds: dict[str, Any] = {"image": head, "text": head} if isinstance(head, str) else head
         widths = {"image": image_tower.width, "text": text_tower.width}
         self.heads = nn.ModuleDict(
             {side: _head(kinds[side], width, embed_dim, dropout) for side, width in widths.items()}
@@ -134,11 +134,7 @@ class CLIP(nn.Module):
         self.transform = image_tower.transform
         self.tokenize = text_tower.tokenize
         self.metadata: dict[str, Any] = {}
-        self._head_config: dict[str, Any] = {
-            "embed_dim": embed_dim,
-            "head": head if isinstance(head, str) else dict(head),
-            "dropout": dropout,
-        }
+        self._head_config: dict[str, Any] = {"embed_dim": embed_dim, "head": head, "dropout": dropout}
 
     @classmethod
     def from_towers(
@@ -218,11 +214,6 @@ class CLIP(nn.Module):
         add_lora({"image": self.image_tower, "text": self.text_tower}, config)
         self.train(self.training)
 
-    @property
-    def adapted(self) -> bool:
-        """Whether a tower has adapters."""
-        return self.image_tower.adapted or self.text_tower.adapted
-
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -285,11 +276,11 @@ class CLIP(nn.Module):
     ) -> Tensor:
         """Return unit-length embeddings (N, D) of texts, on the CPU.
 
-        Args:
-            texts: one text, or any iterable of texts.
-            batch_size: number of texts per forward pass.
-            errors: `raise`, or `skip` to leave out items that are not strings and log a warning for each.
-            progress: whether to show a progress bar.
+        `texts` is one text, or any iterable of texts. `errors="skip"` leaves out items that are not strings,
+        and logs a warning for each; the other arguments are those of `embed_images`.
+
+        Raises:
+            TypeError: an item is not a string.
         """
         items: list[Any] = [texts] if isinstance(texts, str) else list(texts)
         for row, text in enumerate(items):
@@ -388,10 +379,8 @@ class CLIP(nn.Module):
         state = self.state_dict() if weights is None else weights
         if wrong := state.keys() ^ self.state_dict().keys():
             raise ValueError(f"{len(wrong)} weights are missing or unexpected, such as {min(wrong)}")
-        if self.adapted:
-            state = merged_state(self, state)
         values = self.config() | (metadata or {})
-        return write_bundle(Path(folder), self.tokenize.tokenizer, values, state, place)
+        return write_bundle(Path(folder), self.tokenize.tokenizer, values, merged_state(self, state), place)
 
     def push_to_hub(self, repo: str, *, private: bool | None = None) -> str:
         """Upload the bundle to the Hugging Face Hub, and return the URL of the commit.
@@ -427,7 +416,13 @@ class CLIP(nn.Module):
         return load(cls, str(name))
 
 
-zero_shot_classifier = CLIP.zero_shot_classifier
+def zero_shot_classifier(
+    clip: CLIP,
+    class_names: str | Iterable[str | Iterable[str]],
+    templates: str | Iterable[str] = ("a photo of a {}.",),
+) -> Tensor:
+    """Return `clip.zero_shot_classifier(class_names, templates)`."""
+    return clip.zero_shot_classifier(class_names, templates)
 
 
 def parameter_counts(clip: CLIP) -> dict[str, int]:

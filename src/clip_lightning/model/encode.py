@@ -70,8 +70,8 @@ def encode_images(
         project: function that turns features into embeddings, such as `CLIP.project_image`.
         batch_size: number of images per forward pass.
         threads: number of decoding threads; by default, one per core.
-        precision: data type for autocast; by default, the tower runs in fp32.
-        progress: title of a progress bar on stderr, if there is to be one.
+        precision: data type for autocast; by default, fp32.
+        progress: title of a progress bar, if there is to be one.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected 1 or more")

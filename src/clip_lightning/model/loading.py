@@ -28,9 +28,8 @@ def load(clip_class: type[CLIP], name: str) -> CLIP:
     """Load a model in eval mode; see `CLIP.from_pretrained`."""
     with as_user_error(f"{name} cannot be loaded", "check the name, or get the complete model again"):
         clip = _load(clip_class, name)
-    for weight, tensor in clip.named_parameters():
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} has weights that are not finite ({weight}); train it again")
+    if wrong := [weight for weight, tensor in clip.named_parameters() if not tensor.isfinite().all()]:
+        raise UserError(f"{name} has weights that are not finite ({wrong[0]}); train it again")
     clip.max_logit_scale = max(clip.max_logit_scale, clip.logit_scale.item())  # SigLIP's is log(117)
     return clip.eval()
 
@@ -39,7 +38,7 @@ def _load(clip_class: type[CLIP], name: str) -> CLIP:
     if Path(name).is_file():
         return load_checkpoint(clip_class, Path(name))
     if name.startswith("open_clip:"):
-        return _assemble(clip_class, *load_open_clip(name.removeprefix("open_clip:"), name))
+        return _assemble(clip_class, load_open_clip(name.removeprefix("open_clip:"), name))
     if (run := RunFolder(Path(name))).is_run():
         for path in (run.model, run.best, run.last):
             if path.exists():
@@ -50,10 +49,10 @@ def _load(clip_class: type[CLIP], name: str) -> CLIP:
     model_type = None if "format" in config else config.get("model_type")
     if model_type in TRANSFORMERS:
         _fetch_weights(name, "model*.safetensors", "pytorch_model*.bin")
-        return _assemble(clip_class, *load_transformers(folder, name))
+        return _assemble(clip_class, load_transformers(folder, name))
     if "format" not in config and (folder / "open_clip_config.json").is_file():
         _fetch_weights(name, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-        return _assemble(clip_class, *load_open_clip(f"local-dir:{folder}", name))
+        return _assemble(clip_class, load_open_clip(f"local-dir:{folder}", name))
     if "image_tower" not in config:
         raise UserError(
             f"{name} is not a clip-lightning bundle (config.json and {WEIGHTS}) or a model of open_clip, and "
@@ -93,10 +92,7 @@ def _fetch_weights(name: str, *patterns: str) -> None:
 def _load_bundle(clip_class: type[CLIP], folder: Path, config: dict[str, Any], name: str) -> CLIP:
     state = read_bundle(folder, config)
     if OWN in (config["image_tower"]["architecture"], config["text_tower"]["config"]["model_type"]):
-        raise UserError(
-            f"a tower of {name} is a custom module, which a bundle does not contain; build the model with "
-            f"CLIP.from_towers again, and load {WEIGHTS}"
-        )
+        raise UserError(f"a tower of {name} is a custom module; use CLIP.from_towers, and load {WEIGHTS}")
     try:  # compare the shapes before memory is allocated
         with torch.device("meta"):
             described = clip_class.from_config(config, folder)
@@ -114,25 +110,13 @@ def _load_bundle(clip_class: type[CLIP], folder: Path, config: dict[str, Any], n
 
 
 @torch.no_grad()
-def _assemble(
-    clip_class: type[CLIP],
-    image_tower: ImageTower,
-    text_tower: TextTower,
-    projections: dict[str, nn.Module | None],
-    embed_dim: int,
-    model: Any,
-) -> CLIP:
-    """Combine the parts of a model of another library."""
+def _assemble(clip_class: type[CLIP], parts: tuple[ImageTower, TextTower, dict[str, Any], int, Any]) -> CLIP:
+    """Combine towers, their projections, the width of the embeddings, and the scale and bias of a model."""
+    image_tower, text_tower, projections, embed_dim, model = parts
     kinds = {side: _head_kind(layer) for side, layer in projections.items()}
     head: Any = "linear" if {*kinds.values()} == {"linear"} else kinds
-    bias = getattr(model, "logit_bias", None)
-    clip = clip_class(
-        image_tower,
-        text_tower,
-        embed_dim=embed_dim,
-        head=head,
-        init_bias=None if bias is None else bias.item(),
-    )
+    bias = None if getattr(model, "logit_bias", None) is None else model.logit_bias.item()
+    clip = clip_class(image_tower, text_tower, embed_dim=embed_dim, head=head, init_bias=bias)
     for side, layer in projections.items():
         if layer is not None:  # the head begins with a dropout
             layers = layer if isinstance(layer, nn.Sequential) else [layer]

@@ -81,9 +81,11 @@ def add_lora(towers: Mapping[str, ImageTower | TextTower], config: LoRAConfig) -
 
 def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Merge the adapters in a state dict of the model into the weights; the model is not changed."""
+    merged = dict(state)
+    if not any(".lora_" in name for name in state):
+        return merged
     from peft.tuners.lora import LoraLayer
 
-    merged = dict(state)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             layer: Any = copy.deepcopy(module)

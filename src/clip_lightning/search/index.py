@@ -52,30 +52,6 @@ class FoundCaption:
     paths: tuple[Path, ...]
 
 
-class OnnxTextTower:
-    """Embeds sentences without torch; the results equal those of the model up to rounding."""
-
-    def __init__(self, folder: Path) -> None:
-        import onnxruntime
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        model, providers = str(folder / "text.onnx"), ["CPUExecutionProvider"]
-        self._session = onnxruntime.InferenceSession(model, providers=providers)
-
-    def embed(self, sentences: Sequence[str]) -> np.ndarray:
-        """Return unit-length embeddings (N, D) fp32; a warning is logged for truncated sentences."""
-        parts = []
-        for sentence in sentences:
-            tokens = self._tokenizer.encode(sentence)
-            if tokens.overflowing:
-                _warn_of_truncated(sentence, len(tokens.ids))
-            inputs = {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]}
-            arrays = {name: np.array(values, np.int64) for name, values in inputs.items()}
-            parts += self._session.run(["embeddings"], arrays)
-        return np.concatenate(parts)
-
-
 class ImageIndex:
     """The embeddings of images, as they were when the index was loaded."""
 
@@ -209,20 +185,35 @@ class ImageIndex:
         return images_of, stored[first]
 
     def _embed_texts(self, sentences: list[str]) -> Any:
-        if sentences and self._text_tower is not None:
-            return self._text_tower.embed(sentences)
-        tokenize = self.clip.tokenize
+        """Return unit-length embeddings (N, D); those of ONNX equal those of the model up to rounding."""
+        if not sentences or self._text_tower is None:
+            tokenize = self.clip.tokenize
+            for sentence in sentences:
+                if len(tokenize.tokenizer(sentence, verbose=False)["input_ids"]) > tokenize.max_length:
+                    _warn_of_truncated(sentence, tokenize.max_length)
+            return self.clip.embed_texts(sentences)
+        (tokenizer, session), parts = self._text_tower, []
         for sentence in sentences:
-            if len(tokenize.tokenizer(sentence, verbose=False)["input_ids"]) > tokenize.max_length:
-                _warn_of_truncated(sentence, tokenize.max_length)
-        return self.clip.embed_texts(sentences)
+            tokens = tokenizer.encode(sentence)
+            if tokens.overflowing:
+                _warn_of_truncated(sentence, len(tokens.ids))
+            inputs = {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]}
+            arrays = {name: np.array(values, np.int64) for name, values in inputs.items()}
+            parts += session.run(["embeddings"], arrays)
+        return np.concatenate(parts)
 
     @cached_property
-    def _text_tower(self) -> OnnxTextTower | None:
-        """The text tower in the index, unless a model was given or is already loaded."""
+    def _text_tower(self) -> tuple[Any, Any] | None:
+        """Tokenizer and ONNX session of the tower in the index, unless a model was given or is loaded."""
         if self.manifest.text_tower and not self._model and "clip" not in self.__dict__:
+            folder = self._folder.text_tower(self.manifest.identity)
             with self._folder.reading(), contextlib.suppress(ModuleNotFoundError):
-                return OnnxTextTower(self._folder.text_tower(self.manifest.identity))
+                import onnxruntime
+                from tokenizers import Tokenizer
+
+                tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+                model, providers = str(folder / "text.onnx"), ["CPUExecutionProvider"]
+                return tokenizer, onnxruntime.InferenceSession(model, providers=providers)
         return None
 
     def _image(self, number: int, score: float) -> FoundImage:

@@ -45,7 +45,6 @@ MOST_PIXELS = 50_000_000  # a small upload may decode to gigabytes
 UPLOAD_SECONDS = 60
 MOST_UPLOADS = 8  # uploads in memory at the same time; further requests wait before they are read
 
-_HERE = Path(__file__).parent
 _DEFAULTS = {"q": "", "k": "12", "image": "", "labels": "", "templates": "simple"}
 _POLICY = "Content-Security-Policy"
 _HEADERS = {
@@ -77,7 +76,7 @@ def page_server(
         Route("/api", page.answer, methods=["GET", "POST"]),
         Route("/image/{id}", lambda request: page.image(request, 1600)),
         Route("/thumbnail/{id}", lambda request: page.image(request, 480)),
-        Mount("/static", StaticFiles(directory=_HERE / "static")),
+        Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
     ]
     if page.about["has_report"]:
         routes.append(Route("/predictions.html", lambda _: FileResponse(report, headers=_SANDBOX)))

@@ -37,10 +37,9 @@ def is_accumulating(trainer: Trainer) -> bool:
 
 
 def all_ranks_save(trainer: Trainer, exception: BaseException) -> bool:
-    """Return whether all ranks save their weights after this exception.
+    """Return whether all ranks save their weights after this exception, as sharded weights require.
 
-    Sharded weights need every rank. If all ranks have agreed to stop, they all save; if one rank has failed,
-    the others would wait for it forever.
+    If one rank has failed, the others would wait for it forever.
     """
     agreed = isinstance(exception, AgreedStop | SIGTERMException)
     return agreed or not isinstance(trainer.strategy, ModelParallelStrategy)
@@ -144,13 +143,12 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
         return None
     runs = RunFolder.runs(root)
     if given == "auto":
-        saved = [run.last for run in runs if run.last.is_file()]
-        if not saved:
+        runs = sorted((run for run in runs if run.last.is_file()), key=lambda run: run.last.stat().st_mtime)
+        if not runs:
             return None
-        file = max(saved, key=lambda file: file.stat().st_mtime)
-    elif given in ("last", "best"):
+    if given in ("last", "best", "auto"):
         newest = runs[-1] if runs else RunFolder(root / "*")
-        file = newest.last if given == "last" else newest.best
+        file = newest.best if given == "best" else newest.last
     else:
         file = Path(given)
     if not file.is_file():

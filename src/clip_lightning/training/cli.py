@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
@@ -26,7 +28,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from clip_lightning import arguments
 from clip_lightning.data.datamodule import CaptionDataModule
@@ -37,11 +39,11 @@ from clip_lightning.run_folder import LAST, RunFolder
 from clip_lightning.terminal import public
 from clip_lightning.tracking import zero_shot_panel
 from clip_lightning.tracking.lineage import Alerts, Lineage
-from clip_lightning.tracking.logger import finished_run, go_back, history_file
+from clip_lightning.tracking.logger import RunLogger, finished_run, go_back, history_file
 from clip_lightning.tracking.prediction_panel import PredictionTable
 from clip_lightning.training import checkpoints, stopping
 from clip_lightning.training.module import CLIPModule
-from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder, keep_scores
+from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder, write_json
 from clip_lightning.training.sharding import ShardedStrategy, check_shardable
 from clip_lightning.wandb_fetch import default_project, stays_offline
 
@@ -70,6 +72,13 @@ QUIET = (
     ".*fan_in_fan_out is set to False.*",  # PEFT corrects this for GPT-2
     ".*returned a view tensor.*",  # sharded towers; nothing changes their features in place
     ".*ended before the epoch ended and your dataloader is not resumable.*",  # our samplers are
+)
+
+
+# Messages of gloo, NCCL and the rendezvous store about a lost rank, and of torch about a lost loader process.
+LOST = re.compile(
+    "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|before timing out|"
+    r"^DataLoader worker \(pid"
 )
 
 
@@ -272,11 +281,21 @@ class RunCLI(LightningCLI):
         logged = self.trainer.callback_metrics.items()
         scores = {name.removeprefix(f"{split}/"): float(value) for name, value in logged}
         print_metrics(scores, split)
-        if self.scored_run is not None and not self.trainer.fast_dev_run:
-            config = self.config[self.subcommand]
-            scored = str(config.ckpt_path or config.model.init_from)
-            about = {"scored": scored, "data_digest": self.datamodule.digest}
-            keep_scores(self.scored_run, self.subcommand, scores, about, track=self.tracks_scores)
+        run = self.scored_run
+        if run is None or self.trainer.fast_dev_run:
+            return
+        config = self.config[self.subcommand]
+        scored = str(config.ckpt_path or config.model.init_from)
+        about = {"scored": scored, "data_digest": self.datamodule.digest}
+        write_json(run.path / f"{self.subcommand}.json", {**scores, **about})
+        loggers = as_list(yaml.safe_load(run.config.read_text())["trainer"]["logger"])
+        for logger in loggers if self.tracks_scores else ():
+            if isinstance(logger, dict) and str(logger.get("class_path")).endswith(".RunLogger"):
+                settings = logger.get("init_args") or {}
+                run_id = settings.get("id") or os.environ.get("WANDB_RUN_ID") or run.path.name
+                if history_file(run.path, run_id).is_file():  # else W&B was disabled
+                    wandb_run = RunLogger(**{**settings, "save_dir": str(run.path), "id": run_id})
+                    wandb_run.summarize({f"{self.subcommand}/{name}": scores[name] for name in scores})
 
     after_test = after_validate
 
@@ -306,10 +325,8 @@ def check_numbers(config: Any) -> None:
 
 def print_metrics(metrics: dict[str, float], title: str) -> None:
     """Print retrieval metrics as a table on stdout."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for measure in MEASURES.values():
-        table.add_column(measure.title, justify="right")
+    columns = (Column(measure.title, justify="right") for measure in MEASURES.values())
+    table = Table("", *columns, title=title, title_justify="left")
     for direction, name in DIRECTIONS.items():
         table.add_row(name, *(f"{metrics[f'{direction}_{measure}']:.1f}" for measure in MEASURES))
     console = Console()
@@ -355,20 +372,30 @@ def run(args: list[str]) -> None:
         RunCLI(args)
 
 
-def fit(options: list[str], callbacks: Sequence[Callback], out: TextIO | None = None) -> Path:
-    """Train once within another command, print the result to `out` or stderr, and return the run's folder."""
+def fit(options: list[str], callbacks: Sequence[Callback]) -> Path:
+    """Train once within another command, which prints its own results, and return the run's folder."""
     os.environ.setdefault("WANDB_SILENT", "true")
-    args = ["fit", *options]
-    with contextlib.redirect_stdout(out or sys.stderr), finished_run(), _separate_ranks(args):
-        try:
-            with plain_errors():
-                return RunCLI(args, callbacks).run.path
-        except SystemExit as stop:
-            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits after Ctrl-C
-                raise KeyboardInterrupt from stop
-            if isinstance(stop.code, str):  # the parser's message
-                raise UserError(stop.code) from stop
-            raise
+    # Lightning sets these in the process that starts the other ranks; the next run starts ranks of its own
+    launched = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ[name] for name in launched if name in os.environ}
+    original, args = sys.argv[1:], ["fit", *options]
+    sys.argv[1:] = args  # Lightning starts each rank with the arguments of this process
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), finished_run(), plain_errors():
+            return RunCLI(args, callbacks).run.path
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits after Ctrl-C
+            raise KeyboardInterrupt from stop
+        if isinstance(stop.code, str):  # the parser's message
+            raise UserError(stop.code) from stop
+        raise
+    finally:
+        sys.argv[1:] = original
+        if "LOCAL_RANK" not in before and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name in launched:
+            os.environ.pop(name, None)
+        os.environ |= before
 
 
 class Rehearsal(RunCLI):
@@ -429,25 +456,9 @@ def plain_errors() -> Iterator[None]:
         remedy = "lower --data.batch_size, or set --model.micro_batch_size"
         raise RunFailed(f"{reason_of(error)}; {remedy}") from error
     except RuntimeError as error:
-        if lost := stopping.lost_process(error):
-            raise lost from error
+        if isinstance(error, torch.distributed.DistError) or LOST.search(str(error)):
+            raise RunFailed(
+                f"another process of this run has ended or cannot be reached ({reason_of(error)}); see its "
+                "messages, lower --data.num_workers if memory ran out, and resume with --ckpt_path last"
+            ) from error
         raise
-
-
-@contextlib.contextmanager
-def _separate_ranks(args: list[str]) -> Iterator[None]:
-    """Pass `args` to the ranks that Lightning starts, and let the next run start ranks of its own."""
-    # the variables that Lightning sets in the process that starts the other ranks
-    launched = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
-    before = {name: os.environ[name] for name in launched if name in os.environ}
-    original = sys.argv[1:]
-    sys.argv[1:] = args  # Lightning starts each rank with the arguments of this process
-    try:
-        yield
-    finally:
-        sys.argv[1:] = original
-        if "LOCAL_RANK" not in before and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        for name in launched:
-            os.environ.pop(name, None)
-        os.environ |= before

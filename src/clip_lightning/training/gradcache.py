@@ -1,10 +1,9 @@
 """Implements gradient caching: any batch in the memory of one micro-batch (GradCache, Gao et al. 2021).
 
 A contrastive loss needs the embeddings of the complete batch at once, but not their graphs. Each micro-batch
-is encoded under non-reentrant checkpointing: the forward pass keeps only its inputs and embeddings. The
-backward pass, when the gradient of every embedding is known, encodes it again with the same dropout and
-backpropagates through it. The gradients equal those of the same micro-batches in one graph, so clipping, bf16
-and data-parallel training work as usual.
+is encoded under non-reentrant checkpointing: the forward pass keeps only its inputs and embeddings, and the
+backward pass encodes it again with the same dropout. The gradients equal those of the same micro-batches in
+one graph, so clipping, bf16 and data-parallel training work as usual.
 """
 
 from __future__ import annotations

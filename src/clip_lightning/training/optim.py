@@ -20,7 +20,6 @@ from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.model.clip import CLIP
 
 Schedule = Literal["cosine", "constant", "cooldown"]
-COOLDOWN = 0.2  # as a fraction of all steps
 
 
 @dataclass(frozen=True)
@@ -172,14 +171,13 @@ def keep_own_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any
 def rate_factor(step: int, warmup_steps: int, total_steps: int, schedule: Schedule = "cosine") -> float:
     """Return the factor of the peak rate at `step`, counted from 0: a linear warm-up, then the schedule.
 
-    No step of the warm-up has a rate of 0: the factor of step 0 is 1 / (warmup_steps + 1), and step
-    `warmup_steps` is the first with the peak rate.
+    It is 1 / (warmup_steps + 1) at step 0, so that no step is lost, and 1 from step `warmup_steps`.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if schedule == "constant":
         return 1.0
-    if schedule == "cooldown":
-        return min(1.0, max(0.0, (total_steps - step) / max(1.0, COOLDOWN * total_steps)))
+    if schedule == "cooldown":  # over the last fifth
+        return min(1.0, max(0.0, (total_steps - step) / max(1.0, 0.2 * total_steps)))
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,11 +1,10 @@
-"""Writes the results of a run: configuration, metrics, timings, bundle, broken images, and later scores."""
+"""Writes the results of a run: configuration, metrics, timings, bundle and broken images."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,12 +24,11 @@ from clip_lightning.files import write_atomically
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import BEST, RunFolder
 from clip_lightning.timing import Stopwatch
-from clip_lightning.tracking.logger import RunLogger, history_file
+from clip_lightning.tracking.logger import RunLogger
 from clip_lightning.training.checkpoints import all_ranks_save
 from clip_lightning.training.sharding import gather_on_first_rank
 
 MONITOR = "val/rsum"
-MEMORY_SECONDS = 5
 VERSIONED = ("torch", "lightning", "timm", "transformers", "wandb")
 
 
@@ -93,9 +91,7 @@ class RunRecorder(Callback):
     on_train_epoch_start = on_validation_start = _lap("other")  # checkpoints, panels and logs
     on_train_batch_start = _lap("waiting_for_data")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         """Log throughput and the fraction of time spent waiting for data."""
         self.stopwatch.lap("optimiser")
         self._costs["samples"] += len(batch["image_id"]) * trainer.world_size
@@ -144,7 +140,7 @@ class RunRecorder(Callback):
 
     def _note_memory(self) -> None:
         """Measure the memory every few seconds at most, since it takes 20 ms per gigabyte."""
-        if time.perf_counter() - self._memory_noted > MEMORY_SECONDS:
+        if time.perf_counter() - self._memory_noted > 5:
             self._memory_noted = time.perf_counter()
             self._costs["peak_memory"] = max(self._costs["peak_memory"], memory_of_processes())
 
@@ -161,10 +157,10 @@ class RunRecorder(Callback):
         costs["version_clip_lightning"] = clip_lightning.__version__
         costs |= {f"version_{name}": importlib.metadata.version(name) for name in VERSIONED}
         try:
-            _write_json(self.run.metrics, self.metrics | costs)
+            write_json(self.run.metrics, self.metrics | costs)
             self._summarize(trainer, costs)
             if trainer.datamodule.broken:
-                _write_json(self.run.broken, trainer.datamodule.broken)
+                write_json(self.run.broken, trainer.datamodule.broken)
             if weights is not None:
                 pl_module.clip.save_pretrained(
                     self.run.model,
@@ -210,7 +206,8 @@ def _data(trainer: Trainer) -> dict[str, str]:
     return {"data_digest": data.digest, **artifact}
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Replace the content of a JSON file."""
     write_atomically(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -233,18 +230,3 @@ def memory_of_processes() -> int:
             info = process.memory_full_info()
             total += getattr(info, "pss", info.rss)
     return total
-
-
-def keep_scores(
-    run: RunFolder, name: str, scores: Mapping[str, float], about: Mapping[str, str], *, track: bool
-) -> None:
-    """Store the scores of the command `name` in a run's folder and, if it `track`s them, in its W&B run."""
-    _write_json(run.path / f"{name}.json", {**scores, **about})
-    loggers = yaml.safe_load(run.config.read_text())["trainer"]["logger"]
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        if track and isinstance(logger, dict) and str(logger.get("class_path")).endswith(".RunLogger"):
-            settings = logger.get("init_args") or {}
-            run_id = settings.get("id") or os.environ.get("WANDB_RUN_ID") or run.path.name
-            if history_file(run.path, run_id).is_file():  # else W&B was disabled
-                wandb_run = RunLogger(**{**settings, "save_dir": str(run.path), "id": run_id})
-                wandb_run.summarize({f"{name}/{metric}": score for metric, score in scores.items()})

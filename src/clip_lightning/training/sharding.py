@@ -70,9 +70,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if failure := self.broadcast(failure):
             raise RunFailed(failure)
 
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> Any:
         """Map the file into memory, so that the ranks of a machine share it and copy only their shards."""
         return read_checkpoint(Path(checkpoint_path))
 

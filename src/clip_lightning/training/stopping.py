@@ -6,7 +6,6 @@ import atexit
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -26,18 +25,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch.utils.data._utils import signal_handling
 
-from clip_lightning.errors import AgreedStop, Diverged, RunFailed, reason_of
+from clip_lightning.errors import AgreedStop, Diverged
 from clip_lightning.files import write_atomically
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.training.checkpoints import is_accumulating
-
-MAX_BATCHES = 100  # batches in `non-finite.json`
-GRACE_SECONDS = 60
-# The messages of gloo, NCCL and the rendezvous store about a lost rank, and of torch about a lost loader.
-_LOST = re.compile(
-    "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|before timing out|"
-    r"^DataLoader worker \(pid"
-)
 
 
 class GracefulStop(Callback):
@@ -102,8 +93,7 @@ class GracefulStop(Callback):
         if self._received == signum == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = signum
-        remedy = "; press Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
-        print(f"\nstopping after this step{remedy}", file=sys.stderr)
+        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
 def requeue() -> None:
@@ -115,10 +105,7 @@ def requeue() -> None:
 
 
 class EarlyStopping(callbacks.EarlyStopping):
-    """Lightning's early stopping, except that a run that has stopped early does not train on when resumed.
-
-    A higher `patience` lets it continue, while Lightning would restore the patience of the checkpoint.
-    """
+    """Lightning's early stopping, but a run that has stopped early stays so until `patience` is increased."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, "patience": self.patience})
@@ -154,17 +141,13 @@ class NonFinite(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.left_out = state_dict["left_out"]
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Remember the samples of this rank's batch: their names in tars, or the rows of their captions."""
         kind = "names" if "names" in batch else "text_id"
         self._batches.append({"epoch": trainer.current_epoch, "batch": batch_idx, kind: batch[kind]})
-        del self._batches[:-MAX_BATCHES]
+        del self._batches[:-100]
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Count the step if it was skipped, warn about the first, and end the run after too many."""
         if is_accumulating(trainer):
             return
@@ -180,36 +163,21 @@ class NonFinite(Callback):
                 )
         if self.left_out:
             pl_module.log("train/steps_left_out", float(self.left_out))
-        if self.row >= self.in_a_row:
-            raise Diverged(
-                f"{self.row} steps in a row had a gradient that is not finite, up to step "
-                f"{trainer.global_step}; {self._write(trainer)} lists their images and captions; lower "
-                "--model.optimizer.lr, use --trainer.precision bf16-mixed instead of 16-mixed, or check the "
-                "data with clip-lightning data check"
-            )
-
-    def _write(self, trainer: Trainer) -> Path:
-        """Write the samples of the batches to a file of this rank, and return it."""
-        data: Any = trainer.datamodule
-        captions = [(image.path, caption) for image in data.images("train") for caption in image.captions]
+        if self.row < self.in_a_row:
+            return
+        images = trainer.datamodule.images("train")
+        samples = [{"image": str(image.path), "caption": text} for image in images for text in image.captions]
         for batch in self._batches:
             if "text_id" in batch:  # read only now, in order not to wait for a GPU in every step
-                samples = [captions[row] for row in batch.pop("text_id").tolist()]
-                batch["captions"] = [{"image": str(path), "caption": caption} for path, caption in samples]
+                batch["captions"] = [samples[row] for row in batch.pop("text_id").tolist()]
         file = self.run.non_finite(trainer.global_rank)
         content = json.dumps(self._batches, indent=2, ensure_ascii=False)
         write_atomically(file, content.encode(errors="replace"))
-        return file
-
-
-def lost_process(error: RuntimeError) -> RunFailed | None:
-    """Return the message for an error that the end of another process has caused, or None for any other."""
-    if not isinstance(error, torch.distributed.DistError) and not _LOST.search(str(error)):
-        return None
-    return RunFailed(
-        f"another process of this run has ended or cannot be reached ({reason_of(error)}); see its messages, "
-        "lower --data.num_workers if it ran out of memory, and resume with --ckpt_path last"
-    )
+        raise Diverged(
+            f"{self.row} steps in a row had a gradient that is not finite, up to step {trainer.global_step}; "
+            f"{file} lists their images and captions; lower --model.optimizer.lr, use --trainer.precision "
+            "bf16-mixed instead of 16-mixed, or check the data with clip-lightning data check"
+        )
 
 
 def watch_children() -> None:
@@ -237,8 +205,7 @@ def _watch(children: Sequence[subprocess.Popen[Any]]) -> None:
         reason = signal.Signals(-status).name if status < 0 else f"status {status}"
         print(f"the process of rank {rank} has ended ({reason})", file=sys.stderr)
     if failed:
-        # the others fail at their next exchange, save and exit
-        time.sleep(GRACE_SECONDS)
+        time.sleep(60)  # the others fail at their next exchange, save and exit
         for child in children:
             child.kill()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -38,8 +38,13 @@ def write_open_clip(clip: CLIP, folder: Path, final: Path) -> float:
     absolute path of the folder: `hf_model_name` must then be changed if the folder is moved again.
     """
     open_clip_package()
-    if reason := inexpressible(clip):
-        raise UserError(f"open_clip does not support this model: {reason}; try --to onnx or --to hub")
+    head, pooling = clip.config()["head"], clip.text_tower.pooling
+    kind = clip.text_tower.spec["config"]["model_type"]
+    if head != "linear" or kind not in TEXT_MODELS or pooling not in POOLERS:
+        raise UserError(
+            f"open_clip does not support {head} heads and {kind} pooled by {pooling}; expected linear heads, "
+            f"{', '.join(TEXT_MODELS)}, and {', '.join(POOLERS)}; try --to onnx or --to hub"
+        )
     clip = copy.deepcopy(clip).cpu().eval()
     config: Any = copy.deepcopy(clip.text_tower.backbone.config)
     config.dtype = torch.float32  # the configuration may name another precision
@@ -75,20 +80,6 @@ def _name_on_hub(clip: CLIP) -> str | None:
     except (OSError, ValueError):
         return None
     return name if same else None
-
-
-def inexpressible(clip: CLIP) -> str | None:
-    """Return why open_clip cannot describe a model, or None; `_check` finds what it builds differently."""
-    text = clip.text_tower.spec
-    kind, pooling = text["config"]["model_type"], text["pooling"]
-    head = clip.config()["head"]
-    if ({head} if isinstance(head, str) else set(head.values())) != {"linear"}:
-        return "the projection heads are not linear"
-    if kind not in TEXT_MODELS:
-        return f"the text tower is a {kind}, expected {', '.join(TEXT_MODELS)}"
-    if pooling not in POOLERS:
-        return f"the text tower is pooled by {pooling!r}, expected {', '.join(POOLERS)}"
-    return None
 
 
 def _write_config(clip: CLIP, folder: Path, text_model: str) -> None:

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, SiglipModel
 
 from clip_lightning.data.images import ImageTransform
-from clip_lightning.errors import UserError
-from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
+from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.model.towers.base import plain_config, without_weight_bars
 from clip_lightning.model.towers.image import TransformersImage
 from clip_lightning.model.towers.text import DEFAULT_MAX_LENGTH, TokenizeSettings, load_tokenizer
@@ -25,41 +24,37 @@ def load_transformers(folder: Path, name: str) -> tuple[ImageTower, TextTower, d
 
     No other files in the folder are read, and no code in it is run.
     """
-    transform = _transform(folder, name)
+    transform = _transform(folder)
     tokenizer = load_tokenizer(folder)
     options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     with without_weight_bars():
         model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
     if missing := info["missing_keys"]:  # transformers only logs them
         raise ValueError(f"the weights lack {len(missing)} tensors, such as {min(missing)}")
-    spec = {
+    text = model.config.text_config
+    length, pooling, settings = text.max_position_embeddings, "pooler", None
+    if isinstance(model, SiglipModel):
+        # It is trained on padded texts, attends to the padding, and pools the last token. The projection is
+        # part of its text model.
+        projections = {"image": None, "text": model.text_model.head}
+        pooling, settings = "last", TokenizeSettings(padding_side=tokenizer.padding_side)
+    else:
+        projections = {"image": model.visual_projection, "text": model.text_projection}
+        if not isinstance(model, CLIPModel):  # it was trained on fewer tokens than BERT's 512 positions
+            length = min(DEFAULT_MAX_LENGTH, length)
+    image_spec = {
         "name": f"{name} (image)",
         "architecture": TransformersImage.ARCHITECTURE,
         "arguments": plain_config(model.config.vision_config),
     }
-    image_tower = ImageTower(TransformersImage(model.vision_model), spec, transform)
-    if isinstance(model, SiglipModel):  # the projection is part of its text model
-        projections = {"image": None, "text": model.text_model.head}
-    else:
-        projections = {"image": model.visual_projection, "text": model.text_projection}
-    text_tower = _text_tower(model, tokenizer, name)
+    text_spec = {"name": f"{name} (text)", "config": plain_config(text), "pooling": pooling}
+    text_spec |= {"max_length": length} | ({"tokenize": settings} if settings else {})
+    image_tower = ImageTower(TransformersImage(model.vision_model), image_spec, transform)
+    text_tower = TextTower(model.text_model, tokenizer, text_spec)
     return image_tower, text_tower, projections, projections["text"].out_features, model
 
 
-def _text_tower(model: Any, tokenizer: Any, name: str) -> TextTower:
-    config = model.config.text_config
-    length, settings = config.max_position_embeddings, None
-    spec: dict[str, Any] = {"name": f"{name} (text)", "config": plain_config(config), "pooling": "pooler"}
-    if isinstance(model, SiglipModel):
-        # SigLIP is trained on padded texts, attends to the padding, and pools the last token.
-        settings = TokenizeSettings(padding_side=tokenizer.padding_side)
-        spec |= {"pooling": "last", "tokenize": settings}
-    elif not isinstance(model, CLIPModel):  # it was trained on fewer tokens than BERT's 512 positions
-        length = min(DEFAULT_MAX_LENGTH, length)
-    return TextTower(model.text_model, Tokenize(tokenizer, length, settings), spec | {"max_length": length})
-
-
-def _transform(folder: Path, name: str) -> ImageTransform:
+def _transform(folder: Path) -> ImageTransform:
     """Return the transform of the image processor in a folder."""
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = type(processor).__name__
@@ -70,10 +65,9 @@ def _transform(folder: Path, name: str) -> ImageTransform:
         or processor.resample not in _INTERPOLATIONS
         or (shape := _shape(processor)) is None
     ):
-        raise UserError(
-            f"{name}: the image processor {kind} with its settings is not supported; expected one of CLIP, "
-            "SigLIP or ViT that resizes the shortest edge and crops the center, or resizes to height and "
-            "width, both bilinear or bicubic, and divides by 255"
+        raise ValueError(
+            f"the image processor {kind} with its settings is not supported; expected one of CLIP, SigLIP or "
+            "ViT that resizes, bilinear or bicubic, and crops the center, and divides by 255"
         )
     return ImageTransform(
         interpolation=_INTERPOLATIONS[processor.resample],  # type: ignore[arg-type]

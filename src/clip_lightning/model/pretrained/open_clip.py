@@ -9,8 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from clip_lightning.data.images import ImageTransform
-from clip_lightning.errors import UserError
-from clip_lightning.model.towers import ImageTower, TextTower, Tokenize
+from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.model.towers.base import plain_config
 from clip_lightning.model.towers.open_clip import (
     WORDS,
@@ -36,10 +35,7 @@ def load_open_clip(place: str, name: str) -> tuple[ImageTower, TextTower, dict[s
         architecture, _, tag = place.partition("/")
     config = package.get_model_config(architecture) or {}
     if "multimodal_cfg" in config:
-        raise UserError(
-            f"{name} is a CoCa model, which also generates captions; expected a model with only an image "
-            "tower and a text tower"
-        )
+        raise ValueError("CoCa models, which also generate captions, are not supported")
     if tag and package.get_pretrained_cfg(architecture, tag).get("quick_gelu"):
         config["quick_gelu"] = True  # these weights need it; open_clip only warns
     quick_gelu = config.get("quick_gelu", False)
@@ -51,40 +47,33 @@ def load_open_clip(place: str, name: str) -> tuple[ImageTower, TextTower, dict[s
     # timm must not load its own weights when the tower is built again
     arguments = {**shared, "vision_cfg": {**config["vision_cfg"], "timm_model_pretrained": False}}
     spec = {"name": f"{name} (image)", "architecture": OpenCLIPImage.ARCHITECTURE, "arguments": arguments}
-    preprocess = open_clip_package("open_clip.model").get_model_preprocess_cfg(model)
-    tokenizer = package.get_tokenizer(architecture)
-    text_config = shared | {"text_cfg": config["text_cfg"]}
-    text_tower, projections["text"] = _text_tower(model.text, text_config, tokenizer, name)
-    image_tower = ImageTower(OpenCLIPImage(model.visual), spec, _transform(preprocess))
-    return image_tower, text_tower, projections, config["embed_dim"], model
-
-
-def _transform(settings: dict[str, Any]) -> ImageTransform:
-    """Convert the preprocessing settings of open_clip (`size`, `resize_mode`, `mean`, ...)."""
-    size, mode = settings["size"], settings["resize_mode"]
-    return ImageTransform(
+    settings = open_clip_package("open_clip.model").get_model_preprocess_cfg(model)
+    size, fit = settings["size"], settings["resize_mode"]
+    transform = ImageTransform(
         size=(size, size) if isinstance(size, int) else tuple(size),
         # with `random`, which is for training, open_clip evaluates with bicubic
         interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
-        fit="crop" if mode == "shortest" else mode,  # "longest", which pads, is refused
+        fit="crop" if fit == "shortest" else fit,  # "longest", which pads, is refused
     )
+    image_tower = ImageTower(OpenCLIPImage(model.visual), spec, transform)
+    text_config, tokenizer = shared | {"text_cfg": config["text_cfg"]}, package.get_tokenizer(architecture)
+    text_tower, projections["text"] = _text_tower(model.text, text_config, tokenizer, name)
+    return image_tower, text_tower, projections, config["embed_dim"], model
 
 
 def _text_tower(
     text: Any, own_config: dict[str, Any], tokenizer: Any, name: str
 ) -> tuple[TextTower, nn.Module | None]:
     """Convert open_clip's text transformer, or one of transformers, which then needs no open_clip."""
-    settings = _cleaning(tokenizer, name)
-    converted, length = getattr(tokenizer, "tokenizer", None), tokenizer.context_length
+    settings = _cleaning(tokenizer)
+    converted = getattr(tokenizer, "tokenizer", None)
     if type(text).__name__ == "HFTextEncoder":
         pooling = _HF_POOLERS.get(type(text.pooler).__name__)
         if pooling is None or text.config.is_encoder_decoder or text.config.pad_token_id is None:
-            raise UserError(
-                f"{name}: the text tower {text.config.model_type!r} with {type(text.pooler).__name__} is not "
-                "supported; expected an encoder that pools the first token, the mean, or with its own pooler"
-            )
+            kind = text.config.model_type
+            raise ValueError(f"its text tower {kind!r} with {type(text.pooler).__name__} is not supported")
         if pooling == "pooler" and getattr(text.transformer, "pooler", None) is None:
             pooling = "cls"
         backbone, config = text.transformer, plain_config(text.config)
@@ -100,17 +89,12 @@ def _text_tower(
             settings["clean"] += WORDS
             if text.attn_mask is None or text.pool_type not in ("argmax", "eos"):  # it reads the padding
                 settings |= {"padding_side": "right", "pad_id": 0}
-    spec = {
-        "name": f"{name} (text)",
-        "config": config,
-        "pooling": pooling,
-        "max_length": length,
-        "tokenize": settings,
-    }
-    return TextTower(backbone, Tokenize(converted, length, settings), spec), projection
+    spec = {"name": f"{name} (text)", "config": config, "pooling": pooling}
+    spec |= {"max_length": tokenizer.context_length, "tokenize": settings}
+    return TextTower(backbone, converted, spec), projection
 
 
-def _cleaning(tokenizer: Any, name: str) -> TokenizeSettings:
+def _cleaning(tokenizer: Any) -> TokenizeSettings:
     """Return how open_clip cleans a text before it is tokenized."""
     clean_fn = getattr(tokenizer, "clean_fn", None)
     functions = open_clip_package("open_clip.tokenizer")
@@ -118,10 +102,7 @@ def _cleaning(tokenizer: Any, name: str) -> TokenizeSettings:
     unusual = ("tokenizer_mode", "strip_sep_token", "reduction_fn")
     special = any(getattr(tokenizer, option, None) for option in unusual)
     if clean is None or special or len(getattr(tokenizer, "all_special_ids", "..")) != 2:
-        raise UserError(
-            f"{name}: the tokenizer {type(tokenizer).__name__} changes tokens in an unsupported way; "
-            "expected open_clip's own tokenizer, or one of transformers that only pads and truncates"
-        )
+        raise ValueError(f"its tokenizer {type(tokenizer).__name__} changes tokens in an unsupported way")
     return {"clean": clean}
 
 
@@ -129,12 +110,9 @@ def simple_tokenizer(own: Any) -> PreTrainedTokenizerFast:
     """Convert open_clip's `SimpleTokenizer` to transformers, for texts that `clean_text` has split."""
     merges = sorted(own.bpe_ranks, key=own.bpe_ranks.__getitem__)
     tokenizer = Tokenizer(models.BPE(vocab=own.encoder, merges=merges, end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(" ", behavior="removed"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(" ", behavior="removed")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     tokenizer.decoder = decoders.ByteLevel()
     start, end = (own.decoder[number] for number in (own.sot_token_id, own.eot_token_id))
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -104,10 +104,8 @@ class Tower(nn.Module):
             else:
                 backbone.set_grad_checkpointing(True)
         except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{option} is not supported by {name!r}; leave it out, or give --model.micro_batch_size N "
-                "instead"
-            ) from error
+            remedy = "leave it out, or give --model.micro_batch_size N instead"
+            raise UserError(f"{option} is not supported by {name!r}; {remedy}") from error
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Forget the digest whenever weights are loaded; torch calls this for every module."""
@@ -116,12 +114,10 @@ class Tower(nn.Module):
 
     def digest(self) -> str:
         """Return SHA-256 (hex) of the names and values of all weights and buffers, without adapters."""
-        if (self.frozen or self.adapted) and self._frozen_digest is not None:
-            return self._frozen_digest
-        state = self.state_dict()
-        if self.adapted:
-            state = {n.replace(".base_layer.", "."): state[n] for n in state if ".lora_" not in n}
-        self._frozen_digest = weights_digest(state)
+        if self._frozen_digest is None or not (self.frozen or self.adapted):
+            state = self.state_dict()
+            own = {n.replace(".base_layer.", "."): state[n] for n in state if ".lora_" not in n}
+            self._frozen_digest = weights_digest(own if self.adapted else state)
         return self._frozen_digest
 
 

@@ -48,17 +48,13 @@ class ImageTower(Tower):
         self.spec = spec
         self.transform = transform
         was_training = backbone.training
-        problem = f"image tower {spec['name']!r} does not accept images of {transform.size} pixels"
-        with torch.no_grad(), as_user_error(problem, "try another image_size"):
-            # the width is measured, as `num_features` is different with some poolings
+        problem = f"image tower {spec['name']!r} cannot encode images of {transform.size} pixels"
+        with torch.no_grad(), as_user_error(problem, "try another image_size, or a pooling such as @avg"):
             features = backbone.eval()(torch.zeros(1, 3, *transform.size))
+            if len(shape := tuple(getattr(features, "shape", ()))) != 2:
+                raise ValueError(f"its features have the shape {shape}")
         backbone.train(was_training)
-        shape = tuple(getattr(features, "shape", ()))
-        if len(shape) != 2:
-            raise UserError(
-                f"image tower {spec['name']!r} returns features of shape {shape}; choose a pooling, as @avg"
-            )
-        self.width = shape[1]
+        self.width = shape[1]  # `num_features` is different with some poolings
         # not persistent: they are stored with the transform in config.json
         self.register_buffer("mean", torch.tensor(transform.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(transform.std).view(1, 3, 1, 1), persistent=False)
@@ -196,6 +192,8 @@ def _locate(place: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         arguments = {key: value for key, value in (saved or {}).items() if key != "num_classes"}
     elif equals:
         weights["pretrained_cfg_overlay"] = {"file": file}
+        if not Path(file).is_file():
+            raise UserError(f"no weights file {file!r} for image tower {place!r}; expected ARCHITECTURE=FILE")
     return architecture, arguments, weights
 
 

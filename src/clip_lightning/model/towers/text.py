@@ -44,10 +44,9 @@ _POOLER_INSIDE = ("clip_text_model", "siglip_text_model")
 def load_tokenizer(place: Path | str) -> Any:
     """Load the tokenizer of a model of transformers from its folder or Hub id."""
     tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers returns this if there are no files
-        raise ValueError("it has no tokenizer")
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise ValueError("its tokenizer has neither a padding nor an end token")
+    empty = len(tokenizer) <= len(tokenizer.all_special_ids)  # as if there are no files
+    if empty or (tokenizer.pad_token is None and tokenizer.eos_token is None):
+        raise ValueError("it has no tokenizer with a vocabulary and a padding or end token")
     return tokenizer
 
 
@@ -124,10 +123,10 @@ class TextTower(Tower):
         tokenize: turns texts into `input_ids` and `attention_mask`.
     """
 
-    def __init__(self, backbone: Any, tokenize: Tokenize, spec: dict[str, Any]) -> None:
+    def __init__(self, backbone: Any, tokenizer: Any, spec: dict[str, Any]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.tokenize = tokenize
+        self.tokenize = Tokenize(tokenizer, spec["max_length"], spec.get("tokenize"))
         self.spec = spec
         self.pooling: TextPooling | Literal["own"] = spec["pooling"]
         if self.pooling not in (*TEXT_POOLINGS, "own"):
@@ -204,13 +203,13 @@ class TextTower(Tower):
             pooling = pooling or _default_pooling(place, config)
             has_pooler = getattr(backbone, "pooler", None) is not None or config.model_type in _POOLER_INSIDE
             if pooling == "pooler" and not has_pooler:
-                raise ValueError("it has no pooler, so choose @mean, @cls or @last")
+                raise UserError(f"text tower {name!r} has no pooler; choose @mean, @cls or @last")
             # transformers only logs them
             if lacking := {key for key in missing if pooling == "pooler" or not key.startswith("pooler.")}:
                 raise ValueError(f"its weights lack {len(lacking)} of its tensors, such as {min(lacking)}")
             length = _checked_max_length(max_length, backbone, tokenizer)
             spec = {"name": name, "config": plain_config(config), "pooling": pooling, "max_length": length}
-            return cls(backbone, Tokenize(tokenizer, length), spec)
+            return cls(backbone, tokenizer, spec)
 
     @classmethod
     def from_module(cls, module: nn.Module, max_length: int | None = None) -> TextTower:
@@ -222,7 +221,7 @@ class TextTower(Tower):
             )
         length = max_length or DEFAULT_MAX_LENGTH
         spec = {"name": name, "config": {"model_type": OWN}, "pooling": "own", "max_length": length}
-        return cls(module, Tokenize(tokenizer, length), spec)
+        return cls(module, tokenizer, spec)
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], tokenizer_folder: Path) -> TextTower:
@@ -233,10 +232,8 @@ class TextTower(Tower):
             backbone: Any = OpenCLIPText.from_config(values)
         else:
             backbone = _fresh(AutoConfig.for_model(kind, **values))
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder, local_files_only=True, trust_remote_code=False
-        )
-        return cls(backbone, Tokenize(tokenizer, spec["max_length"], spec.get("tokenize")), spec)
+        load = AutoTokenizer.from_pretrained
+        return cls(backbone, load(tokenizer_folder, local_files_only=True, trust_remote_code=False), spec)
 
 
 def _text_class(config: Any) -> Any:
@@ -285,5 +282,5 @@ def _checked_max_length(max_length: int | None, backbone: Any, tokenizer: Any) -
     length = min(DEFAULT_MAX_LENGTH, limit) if max_length is None else max_length
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if not shortest <= length <= limit:
-        raise ValueError(f"max_length {length}: expected {shortest} to {limit} tokens, with special tokens")
+        raise UserError(f"max_length {length} does not fit; give {shortest} to {limit} tokens")
     return length
