@@ -59,6 +59,7 @@ def main(args: list[str] | None = None) -> int:
         gc.disable()  # which saves a second or two
         module = importlib.import_module(f"clip_lightning.{COMMANDS[args[0]][0]}")
         gc.enable()
+        gc.freeze()  # the end of the process would look at a million objects
         module.run(args)
     except UserError as error:
         return _fail(str(error), error.status)

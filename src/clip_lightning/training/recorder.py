@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +32,7 @@ from clip_lightning.training.checkpoints import all_ranks_save
 from clip_lightning.training.sharding import gather_on_first_rank
 
 MONITOR = "val/rsum"
-MEMORY_SECONDS = 5
+MEMORY_SECONDS = 60
 VERSIONED = ("torch", "lightning", "timm", "transformers", "wandb")
 
 
@@ -144,7 +145,7 @@ class RunRecorder(Callback):
         return self._costs["samples"], self.stopwatch.seconds["waiting_for_data"], self.stopwatch.step_seconds
 
     def _note_memory(self) -> None:
-        """Measure the memory every few seconds at most, since it takes 20 ms per gigabyte."""
+        """Measure the memory once per minute at most, since it takes 20 ms per gigabyte of each worker."""
         if time.perf_counter() - self._memory_noted > MEMORY_SECONDS:
             self._memory_noted = time.perf_counter()
             self._costs["peak_memory"] = max(self._costs["peak_memory"], memory_of_processes())
@@ -226,13 +227,12 @@ def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[st
 
 
 def memory_of_processes() -> int:
-    """Return the resident bytes of this process and its workers; on Linux, shared pages count once."""
-    me = psutil.Process()
-    total = 0
-    for process in [me, *me.children(recursive=True)]:
+    """Return the peak of this process, and what its workers have now besides the pages that they share."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    total = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for worker in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            info = process.memory_full_info()
-            total += getattr(info, "pss", info.rss)
+            total += worker.memory_full_info().uss
     return total
 
 
