@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.contrib.concurrent import thread_map
 
-from clip_lightning.cores import cores
+from clip_lightning.cpu import cores
 from clip_lightning.data.captions import SPLITS, CaptionedImage, CaptionSet, lost_lines, shared_captions
 from clip_lightning.data.images import BrokenImage, decode_bytes, read_file
 from clip_lightning.errors import UserError
@@ -97,9 +97,8 @@ def open_all(
 def find(captions: CaptionSet, entries: Sequence[Entry], lost: dict[str, Any] | None = None) -> Report:
     """Compare all images with each other, and return a report as plain JSON values.
 
-    It has `errors` and `warnings`, one line per kind of problem; the numbers of `images` and `captions` that
-    can be used; groups of images with the `same` bytes, and of images that look `alike`; the groups of both
-    kinds that are in several splits, `leaks` and `alike_leaks`; and other counts.
+    It has `errors` and `warnings`, one line per kind of problem; groups of images with the `same` bytes, and
+    of images that look `alike`; those in several splits, `leaks` and `alike_leaks`; and counts.
     """
     readable = [entry for entry in entries if entry.broken is None]
     repeats = {entry.name: len(entry.image.captions) - len({*entry.image.captions}) for entry in entries}

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, reason_of
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.wandb_fetch import PART, SERVER_SECONDS, Fetched, record_of, why_unreachable
+from clip_lightning.wandb_fetch import PART, SERVER_SECONDS, Fetched, why_unreachable
 
 DATA_TYPE, MODEL_TYPE, CHECKPOINT_TYPE = "dataset", "model", "checkpoint"
 REGISTRY = rf"(?:{PART}/)?{PART}/{PART}"
@@ -28,24 +28,18 @@ def check_upload(name: str) -> None:
 def check_name(
     option: str, name: str | None, pattern: str = PART, expected: str = "letters, digits, _, - and . only"
 ) -> None:
-    """Check a name for W&B, if it is given, before anything takes time."""
+    """Check a name for W&B, if it is given."""
     if name is not None and not re.fullmatch(pattern, name):
         raise UserError(f"{option} {name!r}: expected {expected}")
 
 
 def upload_data(
-    name: str,
-    root: Path,
-    *,
-    project: str,
-    entity: str | None,
-    by_reference: bool,
-    metadata: Mapping[str, Any],
+    name: str, root: Path, *, project: str, entity: str | None, by_reference: bool, metadata: dict[str, Any]
 ) -> str:
     """Log a folder, or references to its files, in a run of its own; return `ENTITY/PROJECT/NAME:vN`."""
     import wandb
 
-    artifact = wandb.Artifact(name, DATA_TYPE, metadata=dict(metadata))
+    artifact = wandb.Artifact(name, DATA_TYPE, metadata=metadata)
     try:
         if by_reference:
             artifact.add_reference(root.resolve().as_uri(), max_objects=100_000_000)
@@ -54,7 +48,7 @@ def upload_data(
         with wandb.init(project=project, entity=entity, job_type="upload-data") as run:
             return str(run.log_artifact(artifact).wait().source_qualified_name)
     except (wandb.errors.Error, ValueError, OSError) as error:
-        raise UserError(f"W&B rejected the data ({' '.join(str(error).split())})") from error
+        raise UserError(f"W&B rejected the data ({reason_of(error)})") from error
 
 
 def use_data(run: Any, data: Fetched) -> None:
@@ -68,7 +62,7 @@ def use_data(run: Any, data: Fetched) -> None:
     if not run.offline:
         run.use_artifact(str(data.name))
         return
-    about = json.loads(record_of(data.name).read_text())
+    about = json.loads(data.name.record.read_text())
     same_entity = run.entity == data.name.entity if run.entity else about.get("own", False)
     if run.project != data.name.project or not same_entity:
         return
@@ -106,20 +100,16 @@ def why_not_best(run: Any, metadata: Mapping[str, Any], shared_name: str | None)
 
 def log_model(run: Any, folder: RunFolder, *, name: str, metadata: Mapping[str, Any], is_best: bool) -> Any:
     """Log and return a run's bundle as `NAME`, and log its last checkpoint as `NAME-checkpoint:last`."""
-    logged = None
-    if folder.model.is_dir():
-        aliases = ["best", "latest"] if is_best else ["latest"]
-        logged = _log(run, name, MODEL_TYPE, folder.model, metadata, aliases)
+    aliases = ["best", "latest"] if is_best else ["latest"]
+    is_bundle = folder.model.is_dir()
+    logged = _log(run, name, MODEL_TYPE, folder.model, metadata, aliases) if is_bundle else None
     if folder.last.is_file():
         _log(run, f"{name}-checkpoint", CHECKPOINT_TYPE, folder.last, metadata, ["last", "latest"])
     return logged
 
 
 def _log(run: Any, name: str, kind: str, path: Path, metadata: Mapping[str, Any], aliases: list[str]) -> Any:
-    """Log a copy of a file or folder, which may be replaced before `wandb sync`.
-
-    Online, wait until it is uploaded, since the SDK silently drops it after an outage.
-    """
+    """Log a copy of a file or folder; online, wait, since the SDK silently drops it after an outage."""
     import wandb
 
     for attempt in range(1, SERVER_TRIES + 1):

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from clip_lightning.arguments import changed_strings
+from clip_lightning.errors import reason_of
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import public
 from clip_lightning.tracking.artifacts import REGISTRY, check_name
@@ -25,10 +26,8 @@ from clip_lightning.wandb_fetch import default_project, stays_offline
 
 TRAINER_OPTIONS = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 ENDED = "ended"  # an empty file in W&B's folder of each part of a run that was not killed
-WAITS = {  # seconds: for an absent server at the end, and until a row is on disk
-    "finish_timeout": 600.0,
-    "x_transaction_log_flush_interval": 1.0,
-}
+# Seconds: for an absent server at the end, and until a row is on disk.
+WAITS = {"finish_timeout": 600.0, "x_transaction_log_flush_interval": 1.0}
 
 
 def history_file(folder: Path, run_id: str) -> Path:
@@ -214,7 +213,7 @@ class RunLogger(WandbLogger):
             if what not in self._failures:
                 self._failures.add(what)
                 rank_zero_warn(
-                    f"W&B failed to {what} ({' '.join(str(error).split())}); training continues, and you can "
+                    f"W&B failed to {what} ({reason_of(error)}); training continues, and you can "
                     "upload what is missing later with --ckpt_path last, or, if the run was offline from the "
                     f"start, with `wandb sync {self._folder / 'wandb'}/offline-run-*`"
                 )
@@ -255,9 +254,8 @@ class RunLogger(WandbLogger):
             self._log_earlier_rows()  # also if the run was finished, and logs no metrics
         if "data" in dict(self.experiment.config):
             return
-        trainer = model.trainer
+        trainer, seed = model.trainer, os.environ.get("PL_GLOBAL_SEED")
         data: Any = getattr(trainer, "datamodule", None)
-        seed = os.environ.get("PL_GLOBAL_SEED")
         options = {
             "seed_everything": None if seed is None else int(seed),
             "data": getattr(data, "options", {}),

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, reason_of
 from clip_lightning.reports.tables import ClassReport, Row
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import printable
@@ -23,25 +23,17 @@ MOST_CONFUSED = 200
 
 
 class Panel(Callback):
-    """Base class of panels, which show results of each validation, and more when the training ends.
+    """Base class of panels, which show results of each validation, and more when the training ends."""
 
-    A failure to show something is a warning and does not end the run.
-
-    Attributes:
-        folder: the folder of the run, by default that of the trainer.
-    """
-
-    folder: Path | None = None
+    folder: Path | None = None  # of the run, by default that of the trainer
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the remaining results of the last validation."""
         self.show_rest(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Show the remaining results of the last validation when the run is interrupted."""
         self.show_rest(trainer)
 
     def show_rest(self, trainer: Trainer) -> None:
@@ -123,6 +115,6 @@ def track_evaluation(project: str, row: Row, folder: Path, report: ClassReport |
             return run.url or f"offline; `wandb sync {Path(run.dir).parent}` uploads it"
     except Exception as error:  # the SDK raises a dozen types
         raise UserError(
-            f"W&B rejected the evaluation ({' '.join(str(error).split())}); its scores are printed above; "
+            f"W&B rejected the evaluation ({reason_of(error)}); its scores are printed above; "
             "set WANDB_MODE=offline to keep the run on disk"
         ) from error

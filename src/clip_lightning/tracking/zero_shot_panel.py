@@ -15,7 +15,6 @@ from clip_lightning.data.classes import ClassSet, check_name, class_names, find_
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import read_templates
 from clip_lightning.evaluation.zero_shot import Classification, classify
-from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import Encoded, encode_images
 from clip_lightning.reports.tables import ClassReport
 from clip_lightning.terminal import one_line
@@ -41,9 +40,6 @@ class ZeroShot(Panel):
         split: all, train, val or test; by default the val split of the data, else its test split, else all.
         every: classify in each n-th epoch, and always in the last one.
         data_cache: folder for downloads of torchvision; by default the user's cache folder.
-
-    Attributes:
-        folder: the folder of the run; without it, nothing is written.
     """
 
     def __init__(
@@ -57,11 +53,9 @@ class ZeroShot(Panel):
     ) -> None:
         super().__init__()
         self.data, self.names, self.split, self.every = data, names, split, every
-        self.data_cache = data_cache
-        self.templates: tuple[str, ...] = ()
+        self.data_cache, self.templates = data_cache, read_templates(templates)
         if data is not None:
             check_name(data)
-            self.templates = read_templates(templates)
         self._set: ClassSet | None = None
         self._rows: list[int] = []
         self._names: list[list[str]] = []
@@ -113,7 +107,16 @@ class ZeroShot(Panel):
     def _classify(self, trainer: Trainer, clip: Any, data: ClassSet) -> Classification:
         """Embed a part of the images on each rank, and classify all of them on every rank."""
         if self._kept is None or not clip.image_tower.frozen:
-            self._kept = self._features(trainer, clip, data)
+            rows = self._rows[trainer.global_rank :: trainer.world_size]
+            first = self._kept is None and trainer.is_global_zero
+            images, progress = [data.images[row] for row in rows], "zero-shot images" if first else ""
+            encoded = Encoded.join(encode_images(clip.image_tower, images, progress=progress))
+            if first and encoded.broken:
+                _, path, reason = encoded.broken[0]
+                text = f"skipped {len(encoded.broken)} unreadable images, such as {path}: {reason}"
+                rank_zero_warn(one_line(f"zero-shot: {text}"))
+            labels = torch.tensor([data.labels[rows[index]] for index in encoded.rows]).long()
+            self._kept = encoded.features, labels
         features, labels = self._kept
         part = clip.project_image(features.to(clip.device)).cpu(), labels
         parts: list[Any] = [part]
@@ -127,19 +130,6 @@ class ZeroShot(Panel):
             )
         classifier = clip.zero_shot_classifier(self._names, self.templates)
         return classify(image, classifier, label, scale=clip.scale.item(), bias=clip.bias)
-
-    def _features(self, trainer: Trainer, clip: CLIP, data: ClassSet) -> tuple[Tensor, Tensor]:
-        """Return the features (I, width) of the images of this rank, and their labels (I,)."""
-        rows = self._rows[trainer.global_rank :: trainer.world_size]
-        first = self._kept is None and trainer.is_global_zero
-        images, progress = [data.images[row] for row in rows], "zero-shot images" if first else ""
-        encoded = Encoded.join(encode_images(clip.image_tower, images, progress=progress))
-        for _, path, reason in encoded.broken[:1] if first else ():
-            count = len(encoded.broken)
-            rank_zero_warn(
-                one_line(f"zero-shot: skipped {count} unreadable images, such as {path}: {reason}")
-            )
-        return encoded.features, torch.tensor([data.labels[rows[index]] for index in encoded.rows]).long()
 
     def show_rest(self, trainer: Trainer) -> None:
         """Show the classes, confusions and calibration of the last classification."""

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -60,6 +59,7 @@ TRAINER_DEFAULTS = {
 }
 
 
+BAR_STEPS = 10
 # Warnings that do not concern the user of a command.
 QUIET = (
     ".*Checkpoint directory .* is not empty.*",  # when a run is resumed
@@ -81,6 +81,14 @@ LOST = re.compile(
     "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|before timing out|"
     r"^DataLoader worker \(pid"
 )
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, except that it reads the loss, which waits for a GPU, only when it is drawn."""
+
+    def _update_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step % self.refresh_rate == 0 or trainer.is_last_batch:
+            super()._update_metrics(trainer, pl_module)
 
 
 class Parser(arguments.PlainErrors, LightningArgumentParser):
@@ -209,7 +217,7 @@ class RunCLI(LightningCLI):
 
     def _own_callbacks(self, trainer_config: Any) -> list[Callback]:
         shown = trainer_config.enable_progress_bar is not False
-        bar: list[Callback] = [RichProgressBar(console_kwargs={"stderr": True})] if shown else []
+        bar: list[Callback] = [ProgressBar(BAR_STEPS, console_kwargs={"stderr": True})] if shown else []
         if self.subcommand != "fit":
             return bar
         predictions = self._get(self.config_init, "predictions")
@@ -387,8 +395,8 @@ def fit(options: list[str], callbacks: Sequence[Callback]) -> Path:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits after Ctrl-C
             raise KeyboardInterrupt from stop
-        if stop.code == 2:  # the parser has printed the reason
-            raise UserError("fit rejects these options") from stop
+        if isinstance(stop.code, str):  # the parser's message
+            raise UserError(stop.code) from stop
         raise
     finally:
         sys.argv[1:] = original
@@ -436,9 +444,8 @@ def rehearse(options: list[str]) -> Rehearsal:
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """Hide messages that do not concern the user, and turn errors of Lightning and torch into ours."""
-    transformers.utils.logging.disable_progress_bar()  # weights load too quickly to show progress
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each loader process tokenizes on one core
-    # lines about unused accelerators and the seed, and tips; warnings are still shown
+    # lines about unused accelerators and the seed; warnings are still shown
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in QUIET:

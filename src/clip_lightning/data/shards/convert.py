@@ -17,7 +17,7 @@ from functools import partial
 from itertools import count, islice, starmap
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -29,7 +29,7 @@ from clip_lightning.data.captions import CaptionedImage, split_by_image, unreada
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import BrokenImage, decoder_errors, open_image, to_rgb
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
-from clip_lightning.data.shards.index import FILE, HEADER, Index, Shard, Splits, load
+from clip_lightning.data.shards.index import FILE, HEADER, Index, Splits, load
 from clip_lightning.data.shards.storage import expand, known
 from clip_lightning.data.shards.tars import Filter, Record, scan
 from clip_lightning.errors import RunFailed, UserError, reason_of
@@ -100,8 +100,7 @@ def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> 
             pending.mkdir(parents=True, exist_ok=True)
             with FileLock(pending / "lock", timeout=0):
                 splits, left_out = _write_all(source, settings, out, num_workers)
-                shards = {split: [*map(asdict, part)] for split, part in splits.items()}
-                content = {**HEADER, "splits": shards, "settings": {**plan, "left_out": left_out}}
+                content = {**HEADER, "splits": splits, "settings": {**plan, "left_out": left_out}}
                 write_atomically(out / FILE, json.dumps(content, indent=1).encode() + b"\n")
                 shutil.rmtree(pending)
                 return splits, left_out
@@ -133,14 +132,14 @@ def _write_all(
         run = map if num_workers == 1 else pool.map
         written = run(partial(_write, settings, out), missing, missing.values())
         list(tqdm(written, "tars", total, initial=total - len(missing)))
-    splits: dict[str, list[Shard]] = {}
+    splits: dict[str, list[dict[str, Any]]] = {}
     left_out = dict(source.left_out)
     for name in source.contents:
         table = out / f"{name}.parquet"
         about = json.loads(parquet.read_schema(table).metadata[b"about"])
         left_out |= about["left_out"]
         if about["shard"]["samples"]:
-            splits.setdefault(table.parent.name, []).append(Shard(**about["shard"]))
+            splits.setdefault(table.parent.name, []).append(about["shard"])
         else:
             table.unlink()
             table.with_suffix(".tar").unlink()
@@ -159,7 +158,8 @@ def _write(settings: Settings, out: Path, name: str, content: Content) -> None:
             table = scan(file, path.name)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shard = asdict(Shard(path.name, len(table), draft.stat().st_size, digest))
+        size = draft.stat().st_size
+    shard = {"file": path.name, "samples": len(table), "bytes": size, "sha256": digest}
     about = json.dumps({"shard": shard, "left_out": left_out})
     with complete_file(path.with_suffix(".parquet")) as draft:
         parquet.write_table(table.replace_schema_metadata({"about": about}), draft)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,14 +45,11 @@ _ROW_BITS = 32
 
 @dataclass
 class Tar:
-    """A tar, its SHA-256 if it is known, and its spans when it is indexed.
-
-    The `spans` are offset and length (n, 2) of the samples that pass the filters.
-    """
+    """A tar and what is known about it."""
 
     url: str
     sha256: str = ""
-    spans: np.ndarray | None = None
+    spans: np.ndarray | None = None  # offset and length (n, 2) of the samples that pass the filters
 
     @cached_property
     def key(self) -> str:
@@ -64,41 +63,21 @@ class Tar:
         return hashlib.sha256(json.dumps([_VERSION, address, content]).encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A tar in the folder of its split: its name, number of samples, size, and SHA-256 (hex)."""
-
-    file: str
-    samples: int
-    bytes: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        numbers = self.samples, self.bytes
-        is_inside = re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", self.file)  # of the folder
-        if not (is_inside and all(isinstance(number, int) and number >= 0 for number in numbers)):
-            raise ValueError(f"invalid file {self.file!r} of {self.samples} samples and {self.bytes} bytes")
-
-    def tar(self, folder: str) -> Tar:
-        """Return the tar in this folder or URL, whose size is checked if it is on this machine."""
-        url = join(folder, self.file)
-        is_complete = os.path.isfile(url) and os.path.getsize(url) == self.bytes
-        if not is_url(url) and not is_complete:
-            raise UserError(f"{url} does not have {self.bytes:,} bytes; convert the data again")
-        return Tar(url, self.sha256)
-
-
-Splits = Mapping[str, Sequence[Shard]]
-"""`train`, `val` and `test` → their tars."""
+Splits = Mapping[str, Sequence[Mapping[str, Any]]]
+"""`train`, `val` and `test` → their tars: `file`, number of `samples`, size in `bytes`, `sha256` (hex)."""
 
 
 def load(data: bytes, source: str) -> tuple[Splits, dict[str, Any]]:
     """Read splits and settings from the content of `shards.json`, whose address is `source`."""
     try:
         content = json.loads(data)
-        splits = {name: tuple(Shard(**shard) for shard in part) for name, part in content["splits"].items()}
+        splits, keys = content["splits"], {"file", "samples", "bytes", "sha256"}
         if not (content.items() >= HEADER.items() and splits.keys() <= {*SPLITS}):
             raise ValueError(f"expected {HEADER} and the splits {SPLITS}")
+        for shard in chain(*splits.values()):
+            is_inside = re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", shard["file"])  # of the folder
+            if not is_inside or shard.keys() != keys or not isinstance(shard["bytes"], int):
+                raise ValueError(f"invalid tar {shard}")
         return splits, dict(content["settings"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{source} is damaged ({error}); convert the data again") from error
@@ -118,9 +97,8 @@ class Index:
     """The tars of a split of one or several sources, and the samples in them that pass the filters.
 
     `data convert` stores the positions of samples beside each tar. Other tars are scanned once, local tars at
-    the start and remote tars when they are downloaded, and the result is cached by address, size, and ETag or
-    modification time. The index needs 16 bytes of memory per sample. Copies of remote tars are limited to
-    `budget` bytes.
+    the start and remote tars when they are downloaded. The index needs 16 bytes of memory per sample. Copies
+    of remote tars are limited to `budget` bytes.
 
     The number of a sample consists of the number of its tar and its row among the samples that pass there.
 
@@ -147,7 +125,12 @@ class Index:
                 self.tars += map(Tar, expand(source))
             else:
                 self.splits[source] = splits
-                self.tars += [shard.tar(join(source, split)) for shard in splits.get(split, ())]
+                for shard in splits.get(split, ()):
+                    tar = Tar(join(source, f"{split}/{shard['file']}"), shard["sha256"])
+                    path, size = Path(tar.url), shard["bytes"]
+                    if not is_url(tar.url) and not (path.is_file() and path.stat().st_size == size):
+                        raise UserError(f"{tar.url} does not have {size:,} bytes; convert the data again")
+                    self.tars.append(tar)
             self.parts.append(range(first, len(self.tars)))
         known = [tar for tar in self.tars if tar.sha256 or not is_url(tar.url)]
         random.Random(os.getpid()).shuffle(known)  # so that ranks share the work

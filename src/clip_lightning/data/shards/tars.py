@@ -51,17 +51,11 @@ class BrokenRecord(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """A sample as stored in a tar.
+    """A sample as stored in a tar."""
 
-    Attributes:
-        name: the tar and the key of the sample, for messages.
-        image: the encoded image.
-        fields: the content of `KEY.json`, with the content of `KEY.txt` as the field `txt`.
-    """
-
-    name: str
-    image: bytes
-    fields: dict[str, Any]
+    name: str  # the tar and the key, for messages
+    image: bytes  # encoded
+    fields: dict[str, Any]  # of `KEY.json`, with the content of `KEY.txt` as `txt`
 
     def suffix(self) -> str:
         """Return the suffix of the image's format, or raise BrokenImage."""

@@ -62,12 +62,9 @@ class ShardDataset(Dataset[Samples]):
     """Images in tars with K captions each: samples are pure functions of (seed, epoch, sample).
 
     Attributes:
-        index: the tars and their samples.
         streams: the numbers of the tars that are shuffled together: one stream of all tars, or one stream per
-            source if the sources have weights.
-        weights: the fraction of the samples from each stream.
+            source if the sources have weights, which are the fractions of the samples.
         window: the number of tars of a stream whose samples are shuffled together.
-        samples: the number of samples per epoch.
         digest: SHA-256 (hex) of the options that choose samples and captions, and of the tars as far as they
             are known without reading them.
     """
@@ -152,8 +149,7 @@ class ShardSampler(TrainSampler):
     """Shuffled (epoch, sample) pairs for one rank, in repeated passes over the tars.
 
     Each pass shuffles the tars, and then the samples within windows of `window` tars. An epoch consists of
-    the next `samples` samples. As with `TrainSampler`, the members of a batch do not depend on the numbers of
-    ranks and workers.
+    the next `samples` samples.
     """
 
     def __init__(self, dataset: ShardDataset, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:

@@ -101,9 +101,7 @@ def _export(
         import onnxruntime
         import onnxscript  # noqa: F401  # required by torch's exporter
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"ONNX needs the package {error.name}; pip install onnx onnxscript onnxruntime"
-        ) from error
+        raise UserError(f"ONNX needs {error.name}; pip install onnx onnxscript onnxruntime") from error
     with as_user_error(f"this tower cannot be exported to {path.name}", "try another tower"):
         # the exporter prints its progress to stdout, which is for the command's result
         with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
