@@ -64,11 +64,6 @@ def coco(**captions: list[str]) -> str:
     return json.dumps({"images": images, "annotations": annotations})
 
 
-def llava(name: str, *answers: str) -> dict[str, Any]:
-    talk = [("human", "<image>"), *(("gpt", answer) for answer in answers)]
-    return {"image": name, "conversations": [{"from": who, "value": text} for who, text in talk]}
-
-
 # what is in the folder, and the folder of the images
 LAYOUTS: dict[str, tuple[Files, str]] = {
     "csv": ({"any.csv": "image,caption\na.jpg,one\nb.jpg,three\na.jpg,two\n"}, ""),
@@ -92,15 +87,7 @@ LAYOUTS: dict[str, tuple[Files, str]] = {
     ),
     "COCO": ({"annotations/captions_val2017.json": coco(a=["one", "two"], b=["three"])}, "val2017/"),
     "ALBEF": ({"x_train.json": json.dumps([A_RECORD, B_RECORD])}, ""),
-    "LLaVA": ({"x.json": json.dumps([llava("a.jpg", "one", "two"), llava("b.jpg", "three")])}, "images/"),
     "name to captions": ({"captions.json": '{"a.jpg": ["one", "two"], "b.jpg": "three"}'}, "images/"),
-    "regions": (
-        {
-            "r.json": '[{"id": "a", "regions": [{"phrase": "one"}, {"phrase": "two"}]},'
-            '{"id": "b", "regions": [{"phrase": "three"}]}]'
-        },
-        "VG_100K/",
-    ),
     "JSON lines": ({"x.json": LINES}, ""),
     "pandas": ({"x.csv": """image,captions\na.jpg,"['one', ""two""]"\nb.jpg,['three']\n"""}, ""),
     "JSON lists": ({"x.tsv": 'image\tcaptions\na.jpg\t["one", "two"]\nb.jpg\t["three"]\n'}, ""),
@@ -117,7 +104,6 @@ LAYOUTS: dict[str, tuple[Files, str]] = {
     ".caption": ({"a.caption": "one\ntwo", "b.CAPTION": "three"}, ""),
     "name.jpg.txt": ({"a.jpg.txt": "one\ntwo", "b.jpg.txt": "three"}, ""),
     "JSON beside it": ({"a.json": '{"caption": ["one", "two"]}', "b.json": '{"text": "three"}'}, ""),
-    "texts apart": ({"text/c/a.txt": "one\ntwo", "text/c/b.txt": "three"}, "images/c/"),
     "droppings": (
         {
             **{"a.txt": "one\ntwo", "b.txt": "three", "._a.jpg": "", "._a.txt": "\0", "._x.csv": "\0"},
@@ -392,6 +378,13 @@ WRONG: dict[str, tuple[Files, str, str]] = {
         "auto",
         "begins with '{.*; expected COCO",
     ),
+    "LLaVA": ({"x.json": '[{"image": "a.jpg", "conversations": []}]'}, "auto", "begins with .*expected COCO"),
+    "regions": ({"x.json": '[{"id": 1, "regions": []}]'}, "auto", "begins with .*expected COCO"),
+    "texts apart": (
+        {"images/a.jpg": "", "text/a.txt": "x"},
+        "auto",
+        "no a.txt next to it.*expected",
+    ),
     "list": ({"dataset_coco.json": "[3]"}, "captions", r"begins with '\[3\]' .*; expected COCO"),
     "broken JSON": ({"dataset_coco.json": "{"}, "captions", "begins with .*JSONDecodeError"),
     "broken line": ({"x.jsonl": "{"}, "auto", "line 1 is not a JSON object"),
@@ -406,8 +399,8 @@ WRONG: dict[str, tuple[Files, str, str]] = {
     "unknown split": ({"x.csv": "image,caption,split\na.jpg,x,holdout"}, "auto", "'holdout'; expected train"),
     "not Flickr": ({"x.csv": TABLE}, "flickr30k", "has no captions.txt or results.csv"),
     "no table": ({"a.jpg": "", "a.txt": "x"}, "captions", "has no CSV, TSV"),
-    "latin1": ({"x.csv": "image,caption\na.jpg,café".encode("latin1")}, "auto", "not UTF-8"),
-    "cut off": ({"x.jsonl.gz": gzip.compress(LINES.encode())[:20]}, "auto", "is damaged"),
+    "latin1": ({"x.csv": "image,caption\na.jpg,café".encode("latin1")}, "auto", "cannot be read as UTF-8"),
+    "cut off": ({"x.jsonl.gz": gzip.compress(LINES.encode())[:20]}, "auto", "cannot be read .*EOFError"),
     "not Parquet": ({"x.parquet": b"PAR1 no more"}, "auto", "not a valid Parquet"),
     "images in Parquet": (
         {"x.parquet": parquet(image=[b"bytes"], caption=["a"])},
@@ -435,6 +428,9 @@ def test_wrong_input_has_one_clear_line(case: str, tmp_path: Path) -> None:
 
 
 def test_missing_folders_and_unknown_formats(tmp_path: Path) -> None:
+    write(tmp_path, {"train/a.jpg": "", "train/a.txt": "a dog", "val.csv": TABLE})
+    with pytest.raises(UserError, match=r"train is not a file"):
+        read_captions(Path(f"{tmp_path / 'train'},{tmp_path / 'val.csv'}"))
     with pytest.raises(UserError, match=r"the folder or file .*nowhere does not exist; .*--data\.root"):
         read_captions(tmp_path / "nowhere")
     write(tmp_path, {"x.bin": b"\0\1"})

@@ -111,8 +111,7 @@ def zero_shot(
         templates: simple, imagenet, none, or a file with one template per line in which {} stands for the
             class name.
         names: file with the names of the classes, including synonyms: a JSON object from class to name or
-            names, a CSV file (class, then its names), or one line per class, in order, with names separated
-            by commas.
+            names, or one line per class, in order, with names separated by commas.
         split: all, train, val or test. By default the data's own test split (val if there is no test), or all
             if the data has no splits.
         data_cache: folder for data that torchvision downloads; by default in the user's cache folder.

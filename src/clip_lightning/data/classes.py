@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import re
 import sys
@@ -18,7 +17,7 @@ from clip_lightning.data.captions import SPLIT_WORDS, SPLITS
 from clip_lightning.data.formats import NothingFound, read_captions
 from clip_lightning.data.image_formats import is_image, walk
 from clip_lightning.data.images import BrokenImage
-from clip_lightning.data.readers import IMAGE_NAMES, NoColumn, ReadOptions, file_head, find_names, read_lines
+from clip_lightning.data.readers import NoColumn, ReadOptions, file_head, find_names, read_lines
 from clip_lightning.data.sources import HubDataset, undecoded
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.files import cache_folder, make_once
@@ -136,8 +135,8 @@ def _table_rows(path: Path, left_out: dict[str, str]) -> list[ClassRow]:
         return []
     except NoColumn:
         raise UserError(
-            f"{path} begins with {header[:80]!r}; expected the columns image (or "
-            f"{', '.join(IMAGE_NAMES[1:4])}) and label (or {', '.join(_CLASS_NAMES[1:4])})"
+            f"{path} begins with {header[:80]!r}; expected the columns image and label (or "
+            f"{', '.join(_CLASS_NAMES[1:])})"
         ) from None
     left_out |= {name: reason.replace("no caption", "no label") for name, reason in data.left_out.items()}
     return [(image.path, name, image.split) for image in data.images for name in image.captions]
@@ -236,12 +235,10 @@ def _column(text: str, features: Mapping[str, Any], kind: str) -> str:
 def clean_name(name: str) -> str:
     """Return the name of a class folder as it would be written in a caption.
 
-    `n02123045_tabby` becomes `tabby`, `017.Fox_Sparrow` becomes `Fox Sparrow`, and `AnnualCrop` becomes
-    `annual crop`. If nothing would be left, the name is unchanged.
+    `n02123045_tabby` becomes `tabby`, and `017.Fox_Sparrow` becomes `Fox Sparrow`. If nothing would be left,
+    the name is unchanged.
     """
     words = re.sub(r"^(n\d{8}|\d+)[._\- ]+(?=.*[^\W\d_])", "", name)
-    if re.fullmatch(r"(?:[A-Z][a-z]+){2,}", words):
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", words).lower()
     return " ".join(words.replace("_", " ").split()) or name
 
 
@@ -249,9 +246,8 @@ def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[s
     """Return the names of each class, including synonyms from a file; a match by order is printed.
 
     A `.json` file is an object from class to a name or a list of names, or a list in the order of `classes`.
-    A `.csv` or `.tsv` table has the class, then its names, without a header. Any other file has one line per
-    class, in the order of `classes` or with the class first, with names separated by commas. ImageNet's
-    `imagenet_class_index.json` and `LOC_synset_mapping.txt` can be read, too.
+    A text file has one line per class, in the order of `classes` or with the class first, with names
+    separated by commas. ImageNet's `imagenet_class_index.json` and `LOC_synset_mapping.txt` can be read, too.
     """
     if file is None:
         if any(re.fullmatch(r"n\d{8}|\d+", clean_name(name)) for name in classes):
@@ -278,12 +274,10 @@ def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[s
 
 def _read_names(file: Path, classes: Sequence[str]) -> dict[str, list[str]] | list[list[str]]:
     """Return class → names, or a list of names in the order of the classes."""
-    if not file.is_file():
-        raise UserError(f"--names {file} does not exist; give a JSON, CSV or text file")
-    lines, suffix = [line.strip() for line in read_lines(file) if line.strip()], file.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        table = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
-        return {key.strip(): [cell.strip() for cell in cells if cell.strip()] for key, *cells in table}
+    suffix = file.suffix.lower()
+    if suffix in (".csv", ".tsv") or not file.is_file():
+        raise UserError(f"--names {file}: expected a JSON file or a text file with one line per class")
+    lines = [line.strip() for line in read_lines(file) if line.strip()]
     if suffix == ".json":
         with as_user_error(
             f"--names {file}", "expected a JSON object from class to name or names, or a list of names"

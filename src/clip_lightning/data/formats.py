@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from itertools import islice, product
 from pathlib import Path
@@ -35,7 +35,7 @@ _TABLE = re.compile(r".+\.(csv|tsv|jsonl|ndjson|parquet|json)(\.gz)?", re.IGNORE
 _IMAGE_FOLDERS = (
     *("Images", "images", "img", "imgs", "pictures", "photos"),
     *("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images"),
-    *("train2014", "val2014", "train2017", "val2017", "test2017", "VG_100K", "VG_100K_2"),
+    *("train2014", "val2014", "train2017", "val2017", "test2017"),
 )
 _MISSING_VALUES = ("na", "n/a", "nan", "null", "none")
 
@@ -59,17 +59,21 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
     root = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.parent for path in paths]))
     base = root if root.is_dir() else root.parent
     skipped: Counter[str] = Counter()
-    files = dict(walk(root, skipped)) if len(paths) == 1 and root.is_dir() else {}
-    annotations = _find_annotations(root, files, options, skipped) if files else _one_per_split(paths, root)
     content = _Content()
+    folders: list[Path] = []
+    if len(paths) == 1 and root.is_dir():
+        files = dict(walk(root, skipped))
+        annotations = _find_annotations(root, files, options, skipped)
+        if not annotations:
+            content.add_pairs(root, files)
+    else:
+        annotations = _one_per_split(paths, root)
     for path, split in annotations:
-        if path.is_dir():
-            rows = read_pairs(root, files, content.left_out)
-            content.add(rows, "pairs of an image and a text", Finder([root], base))
-        else:  # the annotations and the images of an archive are often in sibling folders
-            folders = [path.parent, root if root.is_dir() else path.parent.parent]
-            finder = Finder(folders, base, options.image_folder)
-            content.add(read_rows(path, options), os.path.relpath(path, base), finder, split)
+        # The annotations and the images of an archive are often in sibling folders.
+        folders = [path.parent, root if root.is_dir() else path.parent.parent]
+        finder = Finder(folders, base, options.image_folder)
+        content.add(read_rows(path, options), os.path.relpath(path, base), finder, split)
+    content.splits = content.splits or _listed_splits(folders, content.captions)
     captions = {path: tuple(texts) for path, texts in content.captions.items() if texts}
     words = (text for texts in captions.values() for text in texts if text.lower() in _MISSING_VALUES)
     warnings = []
@@ -99,11 +103,11 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
 def _find_annotations(
     root: Path, files: Mapping[str, list[str]], options: ReadOptions, skipped: Counter[str]
 ) -> list[tuple[Path, str | None]]:
-    """Find the annotation files of a folder, with their splits; or return the folder if it has pairs."""
+    """Find the annotation files of a folder, with their splits; none if pairs are to be read."""
     known = _FLICKR.get(options.layout, ())
     tables = [path for path in _tables(root, files) if not known or path.name in known]
     if options.layout == "folder" or (options.layout == "auto" and not tables):
-        return [(root, None)]
+        return []
     if not tables:
         expected = " or ".join(known) or "CSV, TSV, JSONL, JSON or Parquet file with captions"
         raise UserError(f"{root} has no {expected}; check --data.root and --data.read.layout")
@@ -120,7 +124,7 @@ def _find_annotations(
         return _one_per_split(tables, root)  # reading an unusable table will raise the reason
     for path in sorted({*tables} - {*readable}):
         skipped[f"table without images and captions, {os.path.relpath(path, root)}"] += 1
-    return _one_per_split(readable, root) if readable else [(root, None)]
+    return _one_per_split(readable, root)
 
 
 def _tables(root: Path, files: Mapping[str, list[str]]) -> Iterator[Path]:
@@ -181,7 +185,6 @@ class _Content:
 
     def add(self, rows: Iterable[Row], source: str, finder: Finder, split: str | None = None) -> None:
         """Find the image files of the rows of a source, and group the rows by image."""
-        images: dict[Path, str | None] = {}
         number = 0
         for number, (name, texts, own_split) in enumerate(rows, start=1):
             place, name = f"{source} row {number}", (name or "").strip()
@@ -199,13 +202,18 @@ class _Content:
                 self.left_out[name] = finder.explain(name)
                 continue
             self.captions.setdefault(path, []).extend(valid)
-            images.setdefault(path)
             if own_split:
                 _put(self.splits, path, own_split)
         self.sources.append(f"{source} ({number:,} rows)")
-        if not any(path in self.splits for path in images):
-            for path, listed in finder.listed_splits(images).items():
-                _put(self.splits, path, listed)
+
+    def add_pairs(self, root: Path, files: Mapping[str, list[str]]) -> None:
+        """Add the images next to texts, with splits if all are in folders below `root` named like splits."""
+        rows = read_pairs(root, files, self.left_out)
+        self.add(rows, "pairs of an image and a text", Finder([root], root))
+        top_folders = {path: path.relative_to(root).parts[0].lower() for path in self.captions}
+        splits = {path: SPLIT_WORDS.get(folder, "") for path, folder in top_folders.items()}
+        if all(splits.values()) and len({*splits.values()}) > 1:
+            self.splits = splits
 
 
 def _is_text(text: str) -> bool:
@@ -221,12 +229,27 @@ def _put(splits: dict[Any, str], name: Path | str, split: str) -> None:
         )
 
 
+def _listed_splits(folders: list[Path], paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the splits of images in Flickr8k's lists; without a train list, all others are in train."""
+    listed: dict[str, str] = {}
+    for split, kind in (("train", "train"), ("val", "dev"), ("test", "test")):
+        file = f"Flickr_8k.{kind}Images.txt"
+        lists = (folder / sub / file for folder in folders for sub in ("", "Flickr8k_text"))
+        if found := next(filter(Path.is_file, lists), None):
+            for line in found.read_text("utf-8-sig", "replace").splitlines():
+                _put(listed, line.strip(), split)
+    splits = {path: listed[path.name] for path in paths if path.name in listed}
+    if splits and "train" not in listed.values():
+        splits = dict.fromkeys(paths, "train") | splits
+    return splits
+
+
 class Finder:
     """Finds images by name with one listing per folder, not with one system call per image."""
 
     def __init__(self, folders: list[Path], base: Path, image_folder: Path | None = None) -> None:
         """Search `folders` and their usual subfolders, or only `image_folder`; `explain` searches `base`."""
-        self._folders, self._base, self._image_folder = folders, base, image_folder
+        self._base, self._image_folder = base, image_folder
         below = [("",), *((name,) for name in _IMAGE_FOLDERS), *product(_IMAGE_FOLDERS, repeat=2)]
         if image_folder is not None:
             folders, below = [image_folder if image_folder.exists() else base / image_folder], [("",)]
@@ -237,28 +260,6 @@ class Finder:
         self._list = cache(_list_folder)
         self._shortened: dict[Path, str] = {}
         self.find = cache(self._find)
-
-    def listed_splits(self, paths: Collection[Path]) -> dict[Path, str]:
-        """Return the splits of images in folders named like splits, or those in the lists of Flickr8k.
-
-        These are `Flickr_8k.{train,dev,test}Images.txt`; without a train list, all other images are in train.
-        """
-        if len(self._folders) == 1:  # pairs
-            folders = {
-                path: SPLIT_WORDS.get(path.relative_to(self._base).parts[0].lower(), "") for path in paths
-            }
-            return folders if all(folders.values()) and len({*folders.values()}) > 1 else {}
-        listed: dict[str, str] = {}
-        for split, kind in (("train", "train"), ("val", "dev"), ("test", "test")):
-            file = f"Flickr_8k.{kind}Images.txt"
-            lists = (folder / sub / file for folder in self._folders for sub in ("", "Flickr8k_text"))
-            if found := next(filter(Path.is_file, lists), None):
-                for line in found.read_text("utf-8-sig", "replace").splitlines():
-                    _put(listed, line.strip(), split)
-        splits = {path: listed[path.name] for path in paths if path.name in listed}
-        if splits and "train" not in listed.values():
-            splits = dict.fromkeys(paths, "train") | splits
-        return splits
 
     def _find(self, name: str) -> Path | None:
         """Find the file in any spelling of its name; in an `image_folder` also by the name's last parts."""

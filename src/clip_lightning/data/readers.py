@@ -29,12 +29,11 @@ IMAGE_NAMES = (
 )
 CAPTION_NAMES = (
     *("caption", "captions", "text", "title", "comment", "texts", "sentences", "sentence", "raw", "txt"),
-    *("description", "prompt", "conversations"),
+    *("description", "prompt"),
 )
 _NUMBERED = re.compile(r"(caption|sentence|text)s?[ _-]?\d+", re.IGNORECASE)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _TEXT_SUFFIXES = (".txt", ".caption", ".json")
-_TEXT_FOLDERS = ("text", "texts", "txt", "captions")
 
 Record = Mapping[str, Any]
 """A row of a table, or an object of JSON: the value of each column."""
@@ -139,7 +138,7 @@ def sentences(value: Any) -> list[str]:
     """Return the captions in a cell, or raise TypeError.
 
     A cell may hold a sentence, a list of sentences (also in the form in which pandas and NumPy write lists to
-    tables), dictionaries with `raw` as in COCO, or a conversation, whose answers are the captions.
+    tables), or dictionaries with `raw` as in COCO.
     """
     if isinstance(value, str):
         if "[" in value and re.fullmatch(r"\s*\[[\s,]*\]\s*", _QUOTED.sub("", value)):
@@ -151,10 +150,7 @@ def sentences(value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         return [sentence for item in value for sentence in sentences(item)]
     if isinstance(value, dict):
-        speaker = value.get("from", value.get("role"))
-        if speaker is None:
-            return sentences(value["raw"])
-        return sentences(value.get("value", value.get("content"))) if speaker in ("gpt", "assistant") else []
+        return sentences(value["raw"])
     if value is None or value != value:  # NaN
         return []
     raise TypeError(type(value).__name__)
@@ -187,8 +183,8 @@ def has_captions(path: Path, options: ReadOptions, known: re.Pattern[str]) -> bo
     """
     if suffix_of(path) == ".json" and not known.fullmatch(path.name):
         head = file_head(path)
-        keys = {key.lower() for key in re.findall(r'"(\w+)"\s*:', head)}
-        named = keys & {*IMAGE_NAMES, "id", "image_id"} and keys & {*CAPTION_NAMES, "phrase"}
+        keys = re.findall(r'"(\w+)"\s*:', head)
+        named = find_names(IMAGE_NAMES, keys) and find_names(CAPTION_NAMES, keys)
         return bool(named or re.search(r'\.(jpe?g|png|webp)"\s*:', head))
     try:
         next(read_rows(path, options), None)
@@ -207,7 +203,7 @@ def file_head(path: Path) -> str:
 def read_lines(path: Path) -> Iterator[str]:
     """Read the lines of a UTF-8 or UTF-16 file with their line ends, without the byte order mark."""
     with as_user_error(
-        f"{path} is damaged or not UTF-8",
+        f"{path} cannot be read as UTF-8 text",
         "give --data.root the complete file, or convert it, for example with `iconv -f latin1 -t utf-8`",
     ):
         with _open(path) as text:
@@ -345,14 +341,8 @@ def _json_records(content: Any) -> Iterator[Record]:
         case dict() if content and all(isinstance(value, str | list | dict) for value in content.values()):
             for image, about in content.items():
                 yield {"image": image, **(about if isinstance(about, dict) else {"caption": about})}
-        case list() if all(isinstance(record, dict) for record in content):
-            for record in content:
-                if "regions" in record:  # Visual Genome
-                    name = record.get("image_id", record.get("id"))
-                    phrases = [region["phrase"] for region in record["regions"]]
-                    yield {"image": f"{name}.jpg", "caption": phrases}
-                else:
-                    yield dict(record)
+        case list() if not any(record.keys() & {"conversations", "regions"} for record in content):
+            yield from content  # not the lists of LLaVA and Visual Genome
         case _:
             raise ValueError("unknown layout")
 
@@ -385,22 +375,11 @@ FORMATS: tuple[tuple[str, Callable[[str, str], object], Callable[..., Iterator[R
 
 
 def read_pairs(root: Path, files: Mapping[str, list[str]], left_out: dict[str, str]) -> Iterator[Row]:
-    """Read every image of `files` (folder → names) that has a text with its name; note others in `left_out`.
-
-    The text is next to the image, or in a folder `text` next to its folder.
-    """
-    texts: dict[str, dict[str, str]] = {}  # folder → the name of a text, also in lower case → its file
-    for folder, names in files.items():
-        named = [name for name in names if name.lower().endswith(_TEXT_SUFFIXES)]
-        texts[folder] = {name.lower(): name for name in named} | dict(zip(named, named, strict=True))
+    """Read every image of `files` (folder → names) with a text next to it; note others in `left_out`."""
     for folder, names in files.items():
         parts = Path(os.path.relpath(folder, root)).parts
-        apart = (  # `text/a` for `images/a`
-            str(root.joinpath(*parts[:level], name, *parts[level + 1 :]))
-            for level in range(len(parts))
-            for name in _TEXT_FOLDERS
-        )
-        places = [place for place in (folder, *apart) if texts.get(place)]
+        texts = [name for name in names if name.lower().endswith(_TEXT_SUFFIXES)]
+        spelled = {text.lower(): text for text in texts} | {text: text for text in texts}
         for file in filter(is_image, names):
             name = os.path.join(*parts, file)
             if (shown := name.encode(errors="replace").decode()) != name:
@@ -408,17 +387,14 @@ def read_pairs(root: Path, files: Mapping[str, list[str]], left_out: dict[str, s
                 continue
             stem = os.path.splitext(file)[0]
             wanted = [f"{base}{suffix}" for suffix in _TEXT_SUFFIXES for base in (stem, file)]
-            keys = (*wanted, *map(str.lower, wanted))
-            found = (
-                Path(place, texts[place][key]) for key in keys for place in places if key in texts[place]
-            )
-            path = next(found, None)
-            if path is None:
+            found = (spelled[text] for text in (*wanted, *map(str.lower, wanted)) if text in spelled)
+            if (text := next(found, None)) is None:
                 left_out[name] = f"there is no {stem}.txt next to it"
-            elif path.suffix.lower() != ".json":
-                yield name, [*read_lines(path)], None
-            else:
+                continue
+            path = Path(folder, text)
+            captions = [*read_lines(path)]
+            if path.suffix.lower() == ".json":
                 with as_user_error(f"{path} is not a JSON object with a caption", "correct or remove it"):
-                    record = json.loads("".join(read_lines(path)))
-                    columns = find_names(CAPTION_NAMES, record)[:1]
-                    yield name, [text for column in columns for text in sentences(record[column])], None
+                    record = json.loads("".join(captions))
+                    captions = sentences([record[key] for key in find_names(CAPTION_NAMES, record)[:1]])
+            yield name, captions, None

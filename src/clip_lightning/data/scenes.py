@@ -5,11 +5,11 @@ from __future__ import annotations
 import cmath
 import csv
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import cos
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -49,8 +49,7 @@ _PHRASES = {
 _OVERSAMPLING = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Thing:
+class Thing(NamedTuple):
     """One of the two objects in a scene."""
 
     size: str
@@ -61,8 +60,7 @@ class Thing:
         return f"{self.size} {self.colour} {self.shape}"
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
+class Scene(NamedTuple):
     """The content of an image: `first` is `relation` (left of, above) `second`."""
 
     first: Thing

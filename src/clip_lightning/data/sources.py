@@ -43,8 +43,6 @@ from clip_lightning.wandb_fetch import ArtifactName, Fetched, fetch, fetched
 SCENES, SCENE_SIZE = 2500, 224
 MAX_RATIO, ALWAYS_ALLOWED, BLOCK = 20, 10_000_000_000, 4096
 """An archive may unpack to 20 times its size or 10 GB; every file counts one block more than its size."""
-_LAYOUT = 1
-"""Part of the names of folders: increase it when Hugging Face data sets are written differently."""
 
 WrittenRow = tuple[str, bytes | Path | str, list[str], str | None]
 """A name for messages; an encoded image, its file, or the reason why it has none; its captions and split."""
@@ -192,7 +190,8 @@ class HubDataset:
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
             stats = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
             key = [self.name, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
-        text = json.dumps([_LAYOUT, *key, self.read.image_column, self.read.caption_column])
+        version = 1  # increase it when data sets are written differently
+        text = json.dumps([version, *key, self.read.image_column, self.read.caption_column])
         return cache_folder("data") / f"hub-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def fetch(self) -> None:
