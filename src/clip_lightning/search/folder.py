@@ -164,6 +164,20 @@ class EmbeddingsFolder:
         lines = [json.dumps(row).encode() for row in table.drop_columns("embedding").to_pylist()]
         return lines, column.flatten().to_numpy().reshape(len(column), column.type.list_size)
 
+    def read_embeddings(self, parts: Sequence[str], count: int, width: int) -> np.ndarray:
+        """Return the embeddings of all these parts, (count, width) fp32, with one file open at a time."""
+        embeddings, start = np.empty((count, width), np.float32), 0
+        for part in parts:
+            _, block = self.read(part)
+            end = start + len(block)
+            if block.dtype != np.float32 or block.shape[1:] != (width,) or end > count:
+                raise ValueError("its parts do not match")
+            embeddings[start:end] = block
+            start = end
+        if start != count:
+            raise ValueError("its parts do not match")
+        return embeddings
+
     def faiss_file(self, parts: Iterable[str]) -> Path:
         """Return the path of the FAISS index of these parts, which may not exist."""
         images = (part.encode() for part in parts if part.startswith("images"))
