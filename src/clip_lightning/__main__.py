@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gc
 import importlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 
 from clip_lightning import __version__
-from clip_lightning.allocator import keep_freed_memory
 from clip_lightning.commands import COMMANDS
+from clip_lightning.cpu import keep_freed_memory
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line, public
 
-# Variables with the rank of a process, as set by torchrun, SLURM and Lightning.
-_RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+WIDTH = max(map(len, COMMANDS))
+LISTED = "\n".join(f"  {name:<{WIDTH}}  {text}" for name, (_, text) in COMMANDS.items())
+USAGE = f"""usage: clip-lightning COMMAND [options]
+
+Train and use contrastive image-text models with any timm image tower and any Hugging Face text tower.
+
+commands:
+{LISTED}
+
+With -q or --quiet, every command prints only its results and errors.
+Run clip-lightning COMMAND --help to list the options of a command.
+To get started, run clip-lightning fit --config quickstart.
+"""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -28,38 +41,19 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 for success, 1 for failure, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM.
     """
-    args = sys.argv[1:] if args is None else args
-    if not args or args[0] in ("-h", "--help"):
-        print(_usage())
+    given = sys.argv[1:] if args is None else args
+    args = [arg for arg in given if arg not in ("-q", "--quiet")]
+    if not args or args[0] in ("-h", "--help", "--version"):
+        print(__version__ if args[:1] == ["--version"] else USAGE)
         return 0 if args else 2
-    if args[0] == "--version":
-        print(__version__)
-        return 0
     if args[0] not in COMMANDS:
-        return _fail(_unknown(args[0]))
-    keep_freed_memory()
-    _set_progress_bars()
-    if os.getcwd() not in sys.path:  # for `--model.loss myloss.Focal`; console scripts do not add it
-        sys.path.append(os.getcwd())  # last, so that files there cannot replace packages
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # some terminals are not UTF-8
-    if os.environ.get("WANDB_MODE") == "":
-        del os.environ["WANDB_MODE"]  # W&B does not accept an empty value
+        similar = difflib.get_close_matches(args[0], [*COMMANDS, "--version", "--help"], n=1)
+        remedy = f"did you mean {similar[0]}?" if similar else "clip-lightning --help lists the commands"
+        return _fail(f"unknown command {args[0]!r}; {remedy}")
+    _prepare()
     try:
-        from clip_lightning.arguments import checked_arguments
-
-        args = checked_arguments(args)
-        if args[0] in ("fit", "validate", "test"):  # before importing torch, which takes seconds
-            from clip_lightning.commands.help import check_options, print_help
-
-            if {"-h", "--help"} & {*args[1:]}:
-                print_help(args[0], everything=args[-1] == "all")
-                return 0
-            check_options(args[1:])
-        gc.disable()  # which saves a second or two
-        module = importlib.import_module(f"clip_lightning.{COMMANDS[args[0]][0]}")
-        gc.enable()
-        module.run(args)
+        with _without_stderr() if len(args) < len(given) else contextlib.nullcontext():
+            _run(args)
     except UserError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
@@ -68,38 +62,54 @@ def main(args: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except SystemExit as stop:
-        return _status(stop)
+        return _fail(stop.code) if isinstance(stop.code, str) else _status(stop)
     return 0
 
 
-def _set_progress_bars() -> None:
-    """Let tqdm write a line every half minute if stderr is a file or a pipe, and fewer frames otherwise."""
+def _prepare() -> None:
+    """Change settings of this process and its children that all commands need."""
+    keep_freed_memory()
+    if os.getcwd() not in sys.path:  # for `--model.loss myloss.Focal`; console scripts do not add it
+        sys.path.append(os.getcwd())  # last, so that files there cannot replace packages
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # some terminals are not UTF-8
+    if os.environ.get("WANDB_MODE") == "":
+        del os.environ["WANDB_MODE"]  # W&B does not accept an empty value
+    # tqdm writes a line every half minute to a file or a pipe, and fewer frames to a terminal
     line = {"MININTERVAL": "30", "DELAY": "2", "BAR_FORMAT": "{desc}: {n_fmt} of {total_fmt} in {elapsed}\n"}
     for name, value in ({"MININTERVAL": "1"} if sys.stderr.isatty() else line).items():
         os.environ.setdefault(f"TQDM_{name}", value)
 
 
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
-    return f"""usage: clip-lightning COMMAND [options]
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Discard what this process and its children write to stderr."""
+    os.environ["WANDB_SILENT"] = "true"  # W&B also writes when Python exits
+    original = os.dup(2)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        os.dup2(nowhere.fileno(), 2)  # of child processes
+        try:
+            yield
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
 
-Train and use contrastive image-text models with any timm image tower and any Hugging Face text tower.
 
-commands:
-{commands}
+def _run(args: list[str]) -> None:
+    from clip_lightning.arguments import checked_arguments
 
-Run clip-lightning COMMAND --help to list the options of a command.
-To get started, run clip-lightning fit --config quickstart.
-"""
+    args = checked_arguments(args)
+    if args[0] in ("fit", "validate", "test"):  # before importing torch, which takes seconds
+        from clip_lightning.commands.help import check_options, print_help
 
-
-def _unknown(command: str) -> str:
-    known = [*COMMANDS, "--version", "--help"]
-    names = {"train": "fit", "predict": "classify"}
-    similar = [names[command]] if command in names else difflib.get_close_matches(command, known, n=1)
-    expected = f"did you mean {similar[0]}?" if similar else f"expected one of {', '.join(known)}"
-    return f"unknown {'option' if command.startswith('-') else 'command'} {command!r}; {expected}"
+        if {"-h", "--help"} & {*args[1:]}:
+            print_help(args[0], everything=args[-1] == "all")
+            return
+        check_options(args[1:])
+    gc.disable()  # which saves a second or two
+    module = importlib.import_module(f"clip_lightning.{COMMANDS[args[0]][0]}")
+    gc.enable()
+    module.run(args)
 
 
 def _fail(message: str, status: int = 2) -> int:
@@ -115,7 +125,8 @@ def _status(stop: SystemExit) -> int:
     if isinstance(stop.__context__, KeyboardInterrupt):
         return 130
     if type(stop).__name__ == "SIGTERMException":
-        return 143 if all(os.environ.get(name, "0") == "0" for name in _RANKS) else 0
+        ranks = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")  # of torchrun, SLURM and Lightning
+        return 143 if all(os.environ.get(name, "0") == "0" for name in ranks) else 0
     return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import inspect
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.terminal import json_line, public
 
 # Names of types in the messages of jsonargparse, for the user.
@@ -35,26 +34,24 @@ _KINDS = {
 
 
 class PlainErrors:
-    """A mixin for parsers that disables abbreviations and reports errors in one line with status 2."""
+    """A mixin for parsers that disables abbreviations and reports errors in one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the error and a suggestion, and exit with status 2."""
+        """Exit with the error and a suggestion; jsonargparse catches a ValueError to try another type."""
         line = " ".join(public(message).split())
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        print(f"clip-lightning: error: {plain_message(line)}{_suggestion(line, known)}", file=sys.stderr)
-        sys.exit(2)
-
-
-class _OwnParser(PlainErrors, argparse.ArgumentParser):
-    """Finds the options of a command among those of `fit`."""
+        words = [word.strip("\"'`,.;:") for word in line.split()]
+        names = [word.lstrip("-").partition("=")[0] for word in words if re.search(r"^--|[._]", word)]
+        questions = (suggestion(name, known) for name in names if name not in known)
+        raise SystemExit("; ".join([plain_message(line), *filter(None, questions)][:2]))
 
 
 class Parser(PlainErrors, jsonargparse.ArgumentParser):
-    """The parser of commands that are implemented as functions; `--json` and `--open` need no value."""
+    """The parser of commands that are implemented as functions."""
 
     @classmethod
     def of_function(
@@ -66,16 +63,9 @@ class Parser(PlainErrors, jsonargparse.ArgumentParser):
         parser.add_function_arguments(function, as_group=False, skip=skip)
         return parser
 
-    def parse_args(self, args: list[str], **options: Any) -> Any:  # type: ignore[override]
-        return super().parse_args(with_flag_values(args), **options)
-
 
 def run_functions(functions: Any, args: list[str]) -> None:
-    """Call a command, or the one of several subcommands that the second argument names.
-
-    Signatures and docstrings are the help. Parameters without a default are positional unless they are
-    keyword-only.
-    """
+    """Call a command, or the one of several that the second argument names; their docstrings are the help."""
     jsonargparse.auto_cli(
         functions, args=args[1:], prog=f"clip-lightning {args[0]}", as_positional=True, parser_class=Parser
     )
@@ -92,55 +82,42 @@ def check_folder(out: Path | None) -> None:
         raise UserError(f"--out {out} is a file; give a folder")
 
 
-def with_flag_values(args: Sequence[str]) -> list[str]:
-    """Replace `--json`, `--json true` and `--json false`, and the same of `--open`, by single arguments."""
-    result: list[str] = []
-    for arg in args:
-        if arg in ("true", "false") and result[-1:] in (["--json=true"], ["--open=true"]):
-            result[-1] = f"{result[-1].partition('=')[0]}={arg}"
-        else:
-            result.append(f"{arg}=true" if arg in ("--json", "--open") else arg)
-    return result
-
-
 def own_arguments(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments of a command, whose options have these names, and those that it passes to `fit`.
-
-    Raises:
-        UserError: an unknown option resembles one of the command's.
-    """
-    parser = _OwnParser(add_help=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("-h", "--help", action="store_true")
-    for name in names:
-        parser.add_argument(f"--{name}")
-    own, others = parser.parse_known_args(with_flag_values(args))
-    for option in (arg.partition("=")[0] for arg in others if arg.startswith("--")):
-        if "." not in option and (similar := near_options(option[2:], names)):
-            raise UserError(f"unknown option {option}; did you mean --{similar[0]}?")
-    return ["--help" if name == "help" else f"--{name}={value}" for name, value in vars(own).items()], others
+    """Divide the arguments into those of the options with these names, and those to pass to `fit`."""
+    own: list[str] = []
+    others: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        name = arg.partition("=")[0].removeprefix("--")
+        if arg in ("-h", "--help"):
+            own.append(arg)
+        elif arg.startswith("--") and name in names:
+            own += [arg] if "=" in arg else [arg, *islice(rest, 1)]
+        else:
+            if arg.startswith("--") and "." not in name and (question := suggestion(name, names)):
+                raise UserError(f"unknown option --{name}; {question}")
+            others.append(arg)
+    return own, others
 
 
 def with_home(text: str) -> str:
-    """Replace `~` by the home folder at the start of every path in an argument or a value.
-
-    The shell replaces it only at the start of an argument, not in `--data.root=~/photos`, `random:~/bert`,
-    lists or configurations.
-    """
+    """Replace `~` by the home folder also where the shell does not: after `=`, and in lists and files."""
     return re.sub(r"(?:^|(?<=[=:,\[{\"']))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
 
 def checked_arguments(args: list[str]) -> list[str]:
-    """Expand the home folder in all arguments, and refuse empty ones, which would mean the current folder.
-
-    Raises:
-        UserError: an argument is empty, often because a shell variable is not set.
-    """
+    """Expand home folders, give `--json` its value, and refuse empty arguments, which mean the folder `.`."""
+    result: list[str] = []
     for before, arg in zip(["", *args], args, strict=False):
         name, equals, value = arg.partition("=")
         if not arg or (name.startswith("--") and equals and not value):
             given = name or f"the argument after {before}"
             raise UserError(f"{given} is empty; give a value, or leave it out (is a shell variable unset?)")
-    return [*map(with_home, args)]
+        if arg in ("true", "false") and before in ("--json", "--open"):
+            result[-1] = f"{before}={arg}"
+        else:
+            result.append(f"{arg}=true" if arg in ("--json", "--open") else with_home(arg))
+    return result
 
 
 def changed_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -193,54 +170,32 @@ def _kind(expected: str) -> str:
     return _KINDS.get(name, name)
 
 
-def _suggestion(line: str, known: Sequence[str]) -> str:
-    """Suggest options that resemble the unknown one in an error message."""
-    for word in line.split():
-        bare = word.strip("\"'`,.;:")
-        name = bare.lstrip("-").partition("=")[0]
-        if name in known or not (bare.startswith("--") or "." in name or "_" in name):
-            continue
-        if similar := near_options(name, known):
-            return f"; did you mean {' or '.join(f'--{option}' for option in similar)}?"
-    return ""
-
-
-def near_options(name: str, known: Sequence[str]) -> list[str]:
-    """Return the option that ends with `.NAME`, or up to two that resemble the name."""
-    if parts := [option for option in known if option.endswith(f".{name}")]:
-        return parts[:1]
-    long = [option for option in known if len(name) > 2]
-    starting = [option for option in long if option.startswith(name)]
-    ending = [option for option in long if option.endswith(f"_{name}")]
-    similar = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-    return list(dict.fromkeys([*starting, *ending, *similar]))[:2]
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Ask for the option that ends with `.NAME`, or for up to two that resemble the name."""
+    options = [option for option in known if option.endswith(f".{name}")][:1]
+    if not options:
+        options = [option for option in known if len(name) > 2 and option.startswith(name)]
+        options += [option for option in known if len(name) > 2 and option.endswith(f"_{name}")]
+        options += difflib.get_close_matches(name, known, n=2, cutoff=0.75)
+    two = [f"--{option}" for option in dict.fromkeys(options)][:2]
+    return f"did you mean {' or '.join(two)}?" if two else ""
 
 
 def with_full_values(args: list[str]) -> list[str]:
     """Resolve `--config heads` to the packaged file, and add the folder that loggers of Lightning require."""
-    full = {"--config": _config_path, "-c": _config_path, "--trainer.logger": _with_folder}
     result = []
     for before, arg in zip(["", *args], args, strict=False):
         option, equals, value = arg.partition("=")
-        if equals and option in full:
-            arg = f"{option}={full[option](value)}"
-        result.append(full[before](arg) if before in full else arg)
+        if not equals:
+            option, value = before, arg
+        if option in ("--config", "-c"):
+            value = packaged_config(value)
+            with as_user_error(f"--config {value} is not valid YAML", "correct the file"):
+                yaml.safe_load(Path(value).read_text())
+        elif option == "--trainer.logger" and value.endswith(("CSVLogger", "TensorBoardLogger")):
+            value = json.dumps({"class_path": value, "init_args": {"save_dir": "."}})
+        result.append(f"{option}={value}" if equals else value)
     return result
-
-
-def _config_path(name: str) -> str:
-    path = packaged_config(name)
-    try:
-        yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {name} is not valid YAML: {error}") from error
-    return path
-
-
-def _with_folder(logger: str) -> str:
-    if logger.rpartition(".")[2] not in ("CSVLogger", "TensorBoardLogger"):
-        return logger
-    return json.dumps({"class_path": logger, "init_args": {"save_dir": "."}})
 
 
 def packaged_config(name: str, kind: str = "") -> str:
@@ -262,10 +217,7 @@ def packaged_configs(kind: str = "") -> dict[str, Path]:
 
 
 def error_within(error: ValueError) -> str | None:
-    """Return the message of a `UserError` within a longer one of jsonargparse, if there is one.
-
-    If a logger or callback of Lightning needs a package, return the command that installs it.
-    """
+    """Return the message of a `UserError` in one of jsonargparse, or how to install what Lightning needs."""
     if missing := re.findall(r"Requirement '([^']+)' not met", str(error)):
         names = " or ".join(dict.fromkeys(missing))
         return f"--trainer: {names} is not installed; pip install '{missing[-1]}'"

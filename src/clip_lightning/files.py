@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -47,11 +46,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         draft.write_bytes(data)
 
 
-def is_draft(name: str) -> bool:
-    """Return whether this is the name of an unfinished file of `complete_file`."""
-    return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
-
-
 @contextlib.contextmanager
 def whole_folder(folder: Path, keep: Collection[str] = ()) -> Iterator[Path]:
     """Yield a draft folder to write to, which replaces `folder` at the end, or is removed after an error.
@@ -87,9 +81,6 @@ def make_once(folder: Path, fill: Callable[[Path], Path]) -> None:
 
     `fill` writes into an empty draft folder and returns it, or a folder in it, which becomes `folder`. A
     process that is killed leaves only the draft next to it, which the next process removes.
-
-    Raises:
-        UserError: the disk is full or cannot be written.
     """
     if folder.is_dir():
         return

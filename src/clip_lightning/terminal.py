@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 
@@ -30,3 +31,8 @@ def public(text: str) -> str:
 def one_line(text: str) -> str:
     """Return `printable` text on one line, so that it cannot imitate other messages."""
     return " ".join(printable(text).split())
+
+
+def note(text: str) -> None:
+    """Print a line to stderr."""
+    print(one_line(text), file=sys.stderr, flush=True)

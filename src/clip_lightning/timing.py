@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 PARTS = ("preparation", "waiting_for_data", "towers", "loss", "optimiser", "evaluation", "other")
-STEP = ("towers", "loss", "optimiser")
 
 
 class Stopwatch:
@@ -27,4 +26,4 @@ class Stopwatch:
     @property
     def step_seconds(self) -> float:
         """Seconds spent in training steps, without waiting for data."""
-        return sum(self.seconds[part] for part in STEP)
+        return sum(self.seconds[part] for part in ("towers", "loss", "optimiser"))

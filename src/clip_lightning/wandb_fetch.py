@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 
 from filelock import FileLock
 
-from clip_lightning.errors import UserError, reason_of
+from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.files import cache_folder, write_atomically
 
 PART = r"[\w. -]*\w[\w. -]*"
@@ -51,10 +51,9 @@ class ArtifactName:
         return cache_folder("artifacts") / self.entity / self.project / self.name
 
     @property
-    def copies(self) -> str:
-        """What to say about the versions on this machine."""
-        versions = sorted(file.stem for file in self.home.glob("v*.json"))
-        return f"complete versions on this machine: {', '.join(versions) or 'none'}"
+    def record(self) -> Path:
+        """The file that describes a complete version."""
+        return self.home / f"{self.alias}.json"
 
     def __str__(self) -> str:
         return f"{self.entity}/{self.project}/{self.name}:{self.alias}"
@@ -70,70 +69,46 @@ class Fetched:
 
 
 def fetch(name: ArtifactName) -> Fetched:
-    """Download the version with this name, unless it is complete on this machine.
-
-    If the name has a version instead of an alias, and this version is complete, the network is not used.
-
-    Raises:
-        UserError: the artifact does not exist, or cannot be downloaded and has no complete copy.
-    """
-    if re.fullmatch(r"v\d+", name.alias) and record_of(name).is_file():
+    """Download what the name stands for; a complete copy of a version (`v3`) needs no network."""
+    if re.fullmatch(r"v\d+", name.alias) and name.record.is_file():
         return fetched(name)
     import wandb
 
-    artifact = _ask_server(name)
+    problem = f"the artifact {name} cannot be downloaded from W&B"
+    remedy = f"check the name and the network, or give a version in {name.home} as :vN"
+    if reason := why_unreachable():
+        raise UserError(f"{problem}: {reason}; {remedy}")
+    with as_user_error(problem, remedy):
+        artifact = wandb.Api(timeout=SERVER_SECONDS).artifact(str(name))
     version = replace(name, alias=artifact.version)
     name.home.mkdir(parents=True, exist_ok=True)
     with FileLock(name.home / f"{version.alias}.lock"):
-        if not record_of(version).is_file():
-            _download(artifact, name.home / version.alias)
+        if not version.record.is_file():
+            folder = str(name.home / version.alias)
+            problem = f"the artifact {artifact.name} could not be downloaded to {folder}"
+            remedy = "run the same command again to resume, or remove the folder to start over"
+            with as_user_error(problem, remedy):
+                # Do not use skip_cache: the threads of wandb 0.31 then write files under each other's names.
+                artifact.download(root=folder)
+                artifact.verify(root=folder)
             about = {
                 "digest": artifact.digest,
                 "metadata": dict(artifact.metadata),
                 "type": artifact.type,
                 "own": artifact.entity == wandb.Api(timeout=SERVER_SECONDS).default_entity,
             }
-            write_atomically(record_of(version), json.dumps(about).encode())
-    write_atomically(_pointer(name), json.dumps({"version": version.alias}).encode())
+            write_atomically(version.record, json.dumps(about).encode())
+    write_atomically(name.home / f"@{name.alias}.json", json.dumps({"version": version.alias}).encode())
     return fetched(version)
 
 
 def fetched(name: ArtifactName) -> Fetched:
-    """Return what `fetch` has downloaded, without using the network.
-
-    Raises:
-        UserError: the artifact is not on this machine.
-    """
-    if (pointer := _pointer(name)).is_file():
+    """Return what `fetch` has downloaded, without using the network."""
+    if (pointer := name.home / f"@{name.alias}.json").is_file():
         name = replace(name, alias=json.loads(pointer.read_text())["version"])
-    record = record_of(name)
-    if not record.is_file():
-        raise UserError(f"the artifact {name} is not on this machine; {name.copies}")
-    return Fetched(name, name.home / name.alias, json.loads(record.read_text())["metadata"])
-
-
-def record_of(version: ArtifactName) -> Path:
-    """Return the file that describes a complete version."""
-    return version.home / f"{version.alias}.json"
-
-
-def _pointer(name: ArtifactName) -> Path:
-    return name.home / f"@{name.alias}.json"
-
-
-def _ask_server(name: ArtifactName) -> Any:
-    import wandb
-
-    reason = why_unreachable()
-    if not reason:
-        try:
-            return wandb.Api(timeout=SERVER_SECONDS).artifact(str(name))
-        except Exception as error:  # the SDK raises a dozen kinds of errors
-            reason = reason_of(error)
-    raise UserError(
-        f"the artifact {name} cannot be downloaded from W&B: {reason}; check the name and the network, or "
-        f"give a complete version as :vN ({name.copies})"
-    )
+    if not name.record.is_file():
+        raise UserError(f"the artifact {name} is not on this machine; give a version in {name.home} as :vN")
+    return Fetched(name, name.home / name.alias, json.loads(name.record.read_text())["metadata"])
 
 
 def why_unreachable() -> str:
@@ -141,19 +116,6 @@ def why_unreachable() -> str:
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "dryrun", "disabled"):
         return f"WANDB_MODE is {mode}"
     return "" if has_api_key() else "no W&B API key is configured (run `wandb login`, or set WANDB_API_KEY)"
-
-
-def _download(artifact: Any, folder: Path) -> None:
-    """Download the missing files, and verify all files."""
-    try:
-        # Do not use skip_cache: the threads of wandb 0.31 then write files under each other's names.
-        artifact.download(root=str(folder))
-        artifact.verify(root=str(folder))
-    except Exception as error:  # of the SDK, or because the disk is full
-        raise UserError(
-            f"the artifact {artifact.name} could not be downloaded to {folder} ({reason_of(error)}); run the "
-            "same command again to resume the download, or remove the folder to start over"
-        ) from error
 
 
 def default_project() -> str:

@@ -139,7 +139,12 @@ def test_a_run_without_an_account_stays_here(
 
 
 def test_retrieval_of_two_models(
-    bundle: Path, make_clip: Make, scenes: Path, tmp_path: Path, capsys: Printed
+    bundle: Path,
+    make_clip: Make,
+    scenes: Path,
+    tmp_path: Path,
+    capsys: Printed,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     other = make_clip(embed_dim=8).save_pretrained(tmp_path / "two")
     words = ("evaluate", "retrieval", f"{bundle},{other}", scenes, "--out", tmp_path / "out")
@@ -163,8 +168,14 @@ def test_retrieval_of_two_models(
         assert first[f"image_to_text_true_recall@{k}"] >= first[f"image_to_text_R@{k}"] / 5
     rows = table(tmp_path / "out" / "results.csv")
     assert float(rows[1]["rsum"]) == second["rsum"]
-    assert main([*map(str, words), "--split", "all"]) == 0
-    assert "rsum difference" in capsys.readouterr().out
+    for narrow in (False, True):
+        if narrow:
+            monkeypatch.setenv("COLUMNS", "80")
+        assert main([*map(str, words), "--split", "all"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert any("rsum difference" in line for line in lines)
+        assert any(str(bundle) in line for line in lines) != narrow
+        assert (max(map(len, lines)) <= 80) == narrow
 
 
 def test_default_split_is_the_tests_own(bundle: Path, scenes: Path, capsys: Printed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import options
 import pytest
@@ -38,7 +39,7 @@ def test_the_help_of_fit_is_short_and_begins_with_our_own_options(capsys: Printe
         (["fit", "--epochs=3"], "did you mean --trainer.max_epochs"),
         (["fit", "--model.optimiser.lr", "1"], "did you mean --model.optimizer.lr"),
         (["fit", "--nothing.like.it", "1"], "fit --help all lists the options"),
-        (["train"], "did you mean fit?"),
+        (["train"], "--help lists the commands"),
         (["--versoin"], "did you mean --version?"),
         (["search", "x", "y", "--kk", "3"], "unrecognized"),
     ],
@@ -52,6 +53,19 @@ def test_misspelled_names_get_a_suggestion(words: list[str], said: str, capsys: 
 def test_options_of_chosen_classes_are_left_to_the_parser(capsys: Printed) -> None:
     assert main(["fit", "--model.loss", "InfoNCE", "--model.loss.nothing", "1"]) == 2
     assert "'nothing' is not accepted" in capsys.readouterr().err
+
+
+def test_quiet_commands_print_results_and_errors_only(tmp_path: Path, capfd: Printed) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"not an image")
+    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,a dog\n")
+    for quiet, words in ((False, []), (True, ["-q"])):
+        assert main(["data", "check", str(tmp_path), *words]) == 1
+        out, err = capfd.readouterr()
+        assert "be read: a.jpg" in out and bool(err) != quiet
+    assert main(["--quiet", "data", "check", str(tmp_path / "nothing")]) == 2
+    assert capfd.readouterr().err.startswith("clip-lightning: error: ")
+    assert main(["-q", "data", "check"]) == 2
+    assert capfd.readouterr().err.startswith("clip-lightning: error: missing: --root")
 
 
 def test_configs_env_and_completion(capsys: Printed) -> None:

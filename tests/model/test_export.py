@@ -42,7 +42,7 @@ def bundle(clip: CLIP, tmp_path: Path) -> Path:
 def export(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
     """The JSON object that the command prints, alone."""
     capsys.readouterr()
-    run(["export", *map(str, words), "--json"])
+    run(["export", *map(str, words), "--json=true"])
     answer: dict[str, Any] = json.loads(capsys.readouterr().out)
     return answer
 
@@ -204,7 +204,10 @@ def test_open_clip_gives_the_same_embeddings(
     open_clip = pytest.importorskip("open_clip")
     clip = make_clip("random:test_resnet", f"random:{bert}@{pooling}", **options)
     out = tmp_path / "open clip"
-    answer = export(capsys, bundle(clip, tmp_path), "--to", "open_clip", "--out", out)
+    run(["export", str(bundle(clip, tmp_path)), "--to", "open_clip", "--out", str(out), "--json=true"])
+    stdout, stderr = capsys.readouterr()
+    assert "if you move it, set hf_model_name" in stderr
+    answer = json.loads(stdout)
     assert answer["max_difference"] <= EXACT
     clip = CLIP.from_pretrained(tmp_path / "model")
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")

@@ -58,7 +58,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
 
 def embedded(capsys: Printed, *words: str | Path | int) -> dict[str, Any]:
     capsys.readouterr()
-    run(["embed", *map(str, words), "--num_workers", "1", "--json"])
+    run(["embed", *map(str, words), "--num_workers", "1", "--json=true"])
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     found: dict[str, Any] = json.loads(out)

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from small_runs import trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.utils import logging as transformers_logging
 
 import clip_lightning
 from clip_lightning import timing
@@ -29,7 +30,7 @@ from clip_lightning.data.readers import ReadOptions
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.retrieval import retrieval_metrics
 from clip_lightning.model.clip import CLIP
-from clip_lightning.training.build import HeadOptions, check_batch_norms
+from clip_lightning.training.build import HeadOptions, TowerOptions, check_batch_norms
 from clip_lightning.training.cli import fit
 from clip_lightning.training.losses import InfoNCE, MaxViolation, SigLIP
 from clip_lightning.training.module import CLIPModule
@@ -107,6 +108,21 @@ def test_fit_trains_what_is_not_frozen(
         metrics
     )
     assert fit.global_step == 8
+
+
+def test_what_libraries_advertise_and_load_is_not_shown(
+    bert: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)  # as it is outside of tests
+    module = CLIPModule("random:test_vit", str(bert), towers=TowerOptions(image_size=32))
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        Trainer(accelerator="cpu", logger=False)
+    assert module.clip is not None and "TPU available" in caplog.text and "Tip:" not in caplog.text
+    assert "weights" not in capfd.readouterr().err
+    assert transformers_logging.set_tqdm_hook(None) is None  # later bars of the user are shown
 
 
 def test_training_learns(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:

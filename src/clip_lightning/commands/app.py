@@ -16,6 +16,7 @@ from clip_lightning.arguments import Parser
 from clip_lightning.commands import MODEL
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder
+from clip_lightning.terminal import note
 
 
 def run(args: list[str]) -> None:
@@ -45,8 +46,6 @@ def app(
     shows the run that trained the model if the model is still in its run folder.
 
     Args:
-        source: an index, or a model if `images` are given.
-        images: a folder of images or a data set.
         out: folder for the index that MODEL FOLDER builds; by default a folder in the cache, which is
             printed.
         model: location of the index's model if it has moved since the index was built.
@@ -78,15 +77,15 @@ def app(
             places = [os.path.abspath(name) if os.path.exists(name) else name for name in (source, images)]
             name = f"{Path(images).resolve().name}-{digest([os.fsencode(' '.join(places))])}"
             out = out or cache_folder("indexes") / name
-            print(f"the index of {images} is stored in {out}", file=sys.stderr)
-            print(summary(build_index(source, Path(images), out, Options())), file=sys.stderr)
+            note(f"the index of {images} is stored in {out}")
+            note(summary(build_index(source, Path(images), out, Options())))
             source, model = str(out), source
         index = ImageIndex.load(source, model)
         address, bound, *_ = listener.getsockname()
-        hosts = _names(host, address, allowed_hosts)
-        server = page_server(index, model or index.manifest.model, hosts, path)
+        allowed = _names(host, address, allowed_hosts)
+        server = page_server(index, model or index.manifest.model, allowed, path)
         url = f"http://{f'[{host}]' if ':' in host else host}:{bound}{path}/"
-        print(f"serving {len(index):,} images at {url} (press Ctrl-C to stop)", file=sys.stderr)
+        note(f"serving {len(index):,} images at {url} (press Ctrl-C to stop)")
         if open:
             webbrowser.open(url)
         server.run(sockets=[listener])
@@ -110,5 +109,5 @@ def _names(host: str, address: str, allowed: str) -> frozenset[str] | None:
     names = {name.strip().lower() for name in allowed.split(",")} - {""}
     is_local = ip_address(address).is_loopback
     if not is_local:
-        print(f"--host {host}: other machines can search as well, without a login", file=sys.stderr)
+        note(f"--host {host}: other machines can search as well, without a login")
     return frozenset({"localhost", "127.0.0.1", "::1", host.lower()} | names) if is_local or names else None

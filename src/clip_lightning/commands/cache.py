@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 from jsonargparse.typing import NonNegativeFloat
@@ -10,11 +11,6 @@ from jsonargparse.typing import NonNegativeFloat
 from clip_lightning.arguments import print_result, run_functions
 from clip_lightning.data.features import CacheEntry, FeatureCache, default_cache
 from clip_lightning.errors import UserError
-
-
-def run(args: list[str]) -> None:
-    """Run `cache` with the arguments of the command line."""
-    run_functions({"list": list_entries, "prune": prune}, args)
 
 
 def list_entries(folder: Path | None = None, json: bool = False) -> None:
@@ -53,10 +49,11 @@ def _show(entries: list[CacheEntry], title: str, as_json: bool) -> None:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
         row = {"folder": str(entry.path), "kind": kind, "view": view, "tower": tower}
         rows.append({**row, "rows": entry.rows, "bytes": entry.bytes, "last_used": used})
-        size = f"{entry.bytes / 1e6:8.1f} MB  {entry.rows:>9} rows"
-        lines.append(
-            f"{used}  {size}  {kind}{'' if view is None else f' view {view}'}  {tower}  {entry.path}"
-        )
+        size = f"{entry.bytes / 1e6:8.1f} MB {entry.rows:>9} rows"
+        lines.append(f"{used} {size} {kind}{'' if view is None else f' {view}'} {tower}")
     total = sum(entry.bytes for entry in entries)
-    lines.append(f"{len(rows)} {title}, {total / 1e6:.1f} MB")
+    lines.append(f"{len(rows)} {title}, {total / 1e6:.1f} MB; --json prints the folder of each")
     print_result({title: rows, "bytes": total}, "\n".join(lines), as_json)
+
+
+run = partial(run_functions, {"list": list_entries, "prune": prune})

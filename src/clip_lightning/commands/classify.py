@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 
 from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
-from clip_lightning.errors import UserError
-from clip_lightning.terminal import one_line
-
-_READINGS = {
-    "softmax": "These probabilities assume that one of the labels is right, so they add up to 100 %.",
-    "sigmoid": "Each probability is for one label alone (as in SigLIP), so their sum may differ from 100 %.",
-}
+from clip_lightning.errors import UserError, as_user_error
+from clip_lightning.terminal import note, one_line
 
 
 def run(args: list[str]) -> None:
@@ -35,8 +29,6 @@ def classify(
     label by itself. The output states which kind of model it is.
 
     Args:
-        model: a model, as for `CLIP.from_pretrained`.
-        images: image files.
         labels: label names separated by commas, or a file with one name per line.
         templates: simple, imagenet, none, or a file with one template per line in which {} stands for the
             label.
@@ -55,12 +47,11 @@ def classify(
     encoded = Encoded.join(encode_images(clip.image_tower, images, project=clip.project_image))
     broken = {path: str(reason) for _, path, reason in encoded.broken}
     for path, reason in broken.items():
-        print(one_line(f"skipped {path}: {reason}"), file=sys.stderr)
+        note(f"skipped {path}: {reason}")
     if not encoded.rows:
         raise UserError(f"none of the {len(images)} images can be read; give other images")
-    bare = names
-    if templates != "none":  # avoid "a photo of a a dog"
-        bare = [re.sub(r"^(?:an?|the) (?=.)", "", name, flags=re.IGNORECASE) for name in names]
+    article = r"^$" if templates == "none" else r"(?i)^(?:an?|the) (?=.)"  # avoid "a photo of a a dog"
+    bare = [re.sub(article, "", name) for name in names]
     similarity = encoded.features @ clip.zero_shot_classifier(bare, sentences).T
     scores = probabilities(similarity, clip.scale.item(), clip.bias)
     results, lines = [], []
@@ -69,18 +60,20 @@ def classify(
         results.append({"image": images[position], "label": ranked[0][0], "probabilities": dict(ranked)})
         lines.append(one_line(images[position]))
         lines += [f"  {100 * value:5.1f} %  {one_line(label)}" for label, value in ranked[:10]]
-    reading = "softmax" if clip.bias is None else "sigmoid"
-    record = {"reading": reading, "results": results, "broken": broken}
-    print_result(record, "\n".join([*lines, _READINGS[reading]]), json)
+    if clip.bias is None:
+        reading = "softmax"
+        lines.append("These probabilities assume that one label is right, so they add up to 100 %.")
+    else:
+        reading = "sigmoid"
+        lines.append("Each probability is for one label alone (as in SigLIP), so their sum may not be 100 %.")
+    print_result({"reading": reading, "results": results, "broken": broken}, "\n".join(lines), json)
 
 
 def _read_labels(given: str) -> list[str]:
     labels = given.split(",")
-    try:
-        if os.path.isfile(given):  # Path.is_file raises if the list is longer than a file name may be
+    if os.path.isfile(given):  # Path.is_file raises if the list is longer than a file name may be
+        with as_user_error(f"--labels {given} cannot be read as text", "save it as UTF-8"):
             labels = Path(given).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--labels {given} is not UTF-8; save it as UTF-8") from error
     names = list(dict.fromkeys(" ".join(label.split()) for label in labels if label.strip()))
     if not names:
         raise UserError(f"--labels {given!r} has no label; give labels separated by commas, or a file")

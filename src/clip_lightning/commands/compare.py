@@ -10,17 +10,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, own_arguments
-from clip_lightning.errors import UserError
-from clip_lightning.terminal import json_line
-
-if TYPE_CHECKING:
-    from clip_lightning.experiments.compare import Comparison
+from clip_lightning.errors import UserError, as_user_error
+from clip_lightning.experiments.compare import Comparison, compared, print_tables, write_comparison
+from clip_lightning.experiments.run_records import add_latencies, read_runs
+from clip_lightning.terminal import json_line, note
 
 DEFAULT_CONFIG = "heads"
 USAGE = {
@@ -58,21 +56,17 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
     different data are ranked separately. Interrupted runs are ranked by their best score so far, and marked.
 
     Args:
-        runs: the runs to compare.
         out: folder for the table, the plots and the page; by default `runs/compare-DATE-TIME`.
         group: use only the W&B runs of this group.
         json: print the table as one JSON object instead.
     """
-    from clip_lightning.experiments.compare import compared
-    from clip_lightning.experiments.run_records import add_latencies, read_runs
-
     if not runs:
         raise UserError("there is nothing to compare; give run folders or wandb:ENTITY/PROJECT")
     if group is not None and not any(place.startswith("wandb:") for place in runs):
         raise UserError("--group selects runs of a W&B project; also give wandb:ENTITY/PROJECT")
     records, left_out = read_runs(runs, group)
     for place, reason in left_out.items():
-        print(f"left out {place}: {reason}", file=sys.stderr)
+        note(f"left out {place}: {reason}")
     if not records:
         place, reason = next(iter(left_out.items()))
         raise UserError(f"there is nothing to compare; left out {place}: {reason}")
@@ -97,7 +91,6 @@ def compare_backbones(
     not trained again.
 
     Args:
-        options: arguments of `fit`.
         image_towers: names as in --model.image_tower, separated by commas.
         text_towers: names as in --model.text_tower, separated by commas.
         seeds: number of runs per pair, each with its own seed.
@@ -112,7 +105,6 @@ def compare_backbones(
     if not any(re.match(r"(--config|-c)(=|$)", option) for option in options):
         options = [f"--config={DEFAULT_CONFIG}", *options]
     from clip_lightning.experiments.backbones import Backbones
-    from clip_lightning.experiments.compare import compared
 
     backbones = Backbones(images, texts, options, seeds, out and _create(out))
     try:
@@ -124,16 +116,14 @@ def compare_backbones(
             _finish(comparison, backbones.folder, json)
     if backbones.failed:
         pairs = f"{len(backbones.failed)} of {len(backbones.pairs)} pairs"
-        print(f"{pairs} failed; run the same command again to retry them", file=sys.stderr)
+        note(f"{pairs} failed; run the same command again to retry them")
         sys.exit(1)
 
 
 def _arguments_of_file(file: Path) -> list[str]:
     """Return the options in a YAML file, nested or dotted, as arguments."""
-    try:
+    with as_user_error(f"--file {file} cannot be read", "give a YAML file with options"):
         content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--file {file} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--file {file}: expected a mapping from options to values, got {content!r}")
     arguments = []
@@ -153,23 +143,18 @@ def _arguments_of_file(file: Path) -> list[str]:
 
 
 def _create(folder: Path) -> Path:
-    try:
+    with as_user_error(f"--out {folder} cannot be created", "give another one"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be created ({error.strerror}); give another one") from error
     return folder
 
 
 def _finish(comparison: Comparison, out: Path, json: bool) -> None:
     """Write everything, warn, and print the table."""
-    from clip_lightning.experiments.compare import print_tables, write_comparison
-
     write_comparison(comparison, out)
     for warning in comparison.warnings:
-        print(f"WARNING: {warning}", file=sys.stderr)
+        note(f"WARNING: {warning}")
     if json:
-        record = comparison.as_dict() | {"folder": str(out)}
-        print(json_line(record))
-        return
-    print_tables(comparison)
-    print(f"comparison: {out / 'index.html'}")
+        print(json_line(comparison.as_dict() | {"folder": str(out)}))
+    else:
+        print_tables(comparison)
+        print(f"comparison: {out / 'index.html'}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +13,7 @@ from clip_lightning.arguments import check_folder, print_result, run_functions
 from clip_lightning.data.captions import count_lost, split_by_image
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.errors import UserError
-from clip_lightning.terminal import one_line
-
-
-def run(args: list[str]) -> None:
-    """Run `data` with the arguments of the command line."""
-    run_functions({"check": check, "convert": convert, "upload": upload}, args)
+from clip_lightning.terminal import note
 
 
 def check(
@@ -62,7 +57,7 @@ def check(
     try:
         parts = split_by_image(captions, read.splits)
     except UserError as error:  # there are too few images to split, but they can still be checked
-        print(one_line(f"warning: {error}"), file=sys.stderr)
+        note(f"warning: {error}")
         parts = {}
     lost = None
     if text_tower is not None:
@@ -75,15 +70,12 @@ def check(
     report = find(captions, entries, lost)
     if out is not None:
         write_check(report, entries, out)
-        print(f"page: {out / 'check.html'}", file=sys.stderr)
+        note(f"page: {out / 'check.html'}")
     text = as_text(report)
     if fix is not None:
         report["fixed"] = fixed = write_cleaned(report, entries, fix)
-        text += (
-            f"\nwrote {fix} with {fixed['images']:,} images and {fixed['captions']:,} captions, without "
-            f"{fixed['without_broken']:,} broken images, {fixed['without_leaks']:,} copies in another split "
-            f"and {fixed['without_repeats']:,} repeated captions; next: clip-lightning fit --data.root {fix}"
-        )
+        text += f"\nwrote {fix} with {fixed['images']:,} images and {fixed['captions']:,} captions; "
+        text += f"next: clip-lightning fit --data.root {fix}"
     print_result(report, text, json)
     if report["errors"]:
         raise SystemExit(1)
@@ -121,7 +113,7 @@ def convert(
         num_workers: number of processes; by default one per core, at most 8.
         json: print one JSON object instead.
     """
-    from clip_lightning.cores import cores
+    from clip_lightning.cpu import cores
     from clip_lightning.data.shards import convert as conversion
     from clip_lightning.data.shards.storage import holds_tars
     from clip_lightning.data.shards.tars import Filter
@@ -136,7 +128,7 @@ def convert(
     splits, left_out = conversion.convert(source, settings, out, num_workers or min(8, cores()))
     if left_out:
         name, reason = next(iter(left_out.items()))
-        print(one_line(f"left out {len(left_out)} samples, first {name}: {reason}"), file=sys.stderr)
+        note(f"left out {len(left_out)} samples, first {name}: {reason}")
     counts = {part: sum(shard["samples"] for shard in shards) for part, shards in splits.items()}
     written = ", ".join(f"{count:,} samples for {part}" for part, count in counts.items())
     record = {"out": str(out), "samples": counts, "left_out": left_out}
@@ -179,10 +171,13 @@ def upload(
         "splits": dict(Counter(image.split or "none" for image in captions.images)),
         "left_out": len(captions.left_out),
     }
-    print(f"uploading {metadata['images']:,} images, {metadata['captions']:,} captions", file=sys.stderr)
+    note(f"uploading {metadata['images']:,} images, {metadata['captions']:,} captions")
     project = project or default_project()
     name = upload_data(
         artifact, root, project=project, entity=entity, by_reference=reference, metadata=metadata
     )
     text = f"uploaded {name}; next: clip-lightning fit --data.root wandb:{name}"
     print_result({"artifact": name, **metadata}, text, json)
+
+
+run = partial(run_functions, {"check": check, "convert": convert, "upload": upload})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 from clip_lightning.arguments import Parser, print_result
 from clip_lightning.commands import MODEL
 from clip_lightning.search.folder import Options
-from clip_lightning.terminal import one_line
+from clip_lightning.terminal import note
 
-MOST_NAMED = 5
 EMBED = """Write embeddings of images, captions or both as float32 vectors of unit length.
 
 If you run the same command again, it resumes, or embeds only what is new or has changed. Images that cannot
@@ -49,10 +47,10 @@ def run(args: list[str]) -> None:
     if embeds:
         result = f"in {done['shards']} shards: {given.out}"
     elif done["text_tower"] != "onnx" and options.onnx is None:
-        print(f"search must load the model to embed a sentence: {done['text_tower']}", file=sys.stderr)
+        note(f"search must load the model to embed a sentence: {done['text_tower']}")
     for kind, hint in (("broken", ""), ("unreadable", "; the next run retries it")):
-        for path, reason in list(done[kind].items())[:MOST_NAMED]:
-            print(one_line(f"left out {path}: {reason}{hint}"), file=sys.stderr)
+        for path, reason in list(done[kind].items())[:5]:
+            note(f"left out {path}: {reason}{hint}")
     record = {"out": str(given.out.resolve()), **done}
     print_result(record, f"{summary(done)}, {result}", given.json)
 

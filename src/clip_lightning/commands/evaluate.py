@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import torch
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 
 from clip_lightning.arguments import check_folder, run_functions
+from clip_lightning.data.captions import CaptionedImage, Splits, split_by_image
+from clip_lightning.data.classes import ClassSet, class_names, find_classes
+from clip_lightning.data.readers import RECOGNIZED
+from clip_lightning.data.sources import find_source, read_source
 from clip_lightning.errors import UserError
-from clip_lightning.terminal import one_line, printable
-
-if TYPE_CHECKING:
-    from clip_lightning.data.captions import CaptionedImage
-    from clip_lightning.data.classes import ClassSet
-    from clip_lightning.model.clip import CLIP
-    from clip_lightning.model.encode import Encoded, Project
-    from clip_lightning.reports.tables import ClassReport, Row
+from clip_lightning.evaluation import linear_probe as probe
+from clip_lightning.evaluation.intervals import hits, paired_differences, recall_intervals
+from clip_lightning.evaluation.prompts import read_templates
+from clip_lightning.evaluation.retrieval import fold_metrics, retrieval_metrics, retrieval_ranks, true_recall
+from clip_lightning.evaluation.zero_shot import classify
+from clip_lightning.model.clip import CLIP
+from clip_lightning.model.encode import Encoded, best_device, encode_images
+from clip_lightning.reports.tables import ClassReport, Row, print_results, write_results
+from clip_lightning.terminal import note, printable
 
 Split = Literal["all", "train", "val", "test"]
-
-
-def run(args: list[str]) -> None:
-    """Run `evaluate` with the arguments of the command line."""
-    commands = {"retrieval": retrieval, "zero-shot": zero_shot, "linear-probe": linear_probe}
-    run_functions(commands, args)
 
 
 def retrieval(
@@ -59,24 +59,14 @@ def retrieval(
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
-    import torch
-
-    from clip_lightning.evaluation.intervals import hits, paired_differences, recall_intervals
-    from clip_lightning.evaluation.retrieval import (
-        fold_metrics,
-        retrieval_metrics,
-        retrieval_ranks,
-        true_recall,
-    )
-
     models = _listed(model)
     check_folder(out)
     sets = {place: _captioned(place, split) for place in _listed(data)}
     rows: list[Row] = []
     first: dict[str, Any] = {}
-    for clip, row in _pairs(models, sets):
+    paths = {place: [image.path for image in images] for place, (_, images) in sets.items()}
+    for clip, row, encoded in _encoded(models, paths):
         row["split"], images = sets[row["data"]]
-        encoded = _encode(clip, [image.path for image in images], row, clip.project_image)
         captions = [(at, text) for at, i in enumerate(encoded.rows) for text in images[i].captions]
         owner = torch.tensor([at for at, _ in captions])
         embedded = encoded.features, clip.embed_texts([text for _, text in captions]), owner
@@ -89,9 +79,9 @@ def retrieval(
         name, reference = first.setdefault(row["data"], (row["model"], answers))
         if reference is not answers:
             row["compared_with"] = name
-            for metric, (difference, low, high, p) in paired_differences(answers, reference).items():
-                row |= {f"{metric}_difference": difference, f"{metric}_difference_low": low}
-                row |= {f"{metric}_difference_high": high, f"{metric}_difference_p": p}
+            for metric, values in paired_differences(answers, reference).items():
+                names = (f"{metric}_difference{end}" for end in ("", "_low", "_high", "_p"))
+                row |= zip(names, values, strict=True)
         rows.append(row)
     _finish(rows, out, json, wandb)
 
@@ -132,13 +122,6 @@ def zero_shot(
             classes and confusions.
         json: print one JSON object instead, or a list for several models or data sets.
     """
-    import torch
-
-    from clip_lightning.data.classes import class_names
-    from clip_lightning.evaluation.prompts import read_templates
-    from clip_lightning.evaluation.zero_shot import classify
-    from clip_lightning.reports.tables import ClassReport
-
     models = _listed(model)
     check_folder(out)
     sentences = read_templates(templates)
@@ -148,25 +131,24 @@ def zero_shot(
     for entries in named.values():
         name, count = Counter(map(", ".join, entries)).most_common(1)[0]
         if count > 1:
-            _warn(f"several classes have the name {name}; give them different names with --names")
+            note(f"several classes have the name {name}; give them different names with --names")
+    members = {place: class_set.rows(chosen[place]) for place, class_set in sets.items()}
+    images = {place: [sets[place].images[member] for member in members[place]] for place in sets}
     rows: list[Row] = []
     reports: list[ClassReport] = []
-    for clip, row in _pairs(models, sets):
+    for clip, row, encoded in _encoded(models, images):
         place = row["data"]
-        class_set, names_of = sets[place], named[place]
-        members = class_set.rows(chosen[place])
-        encoded = _encode(clip, [class_set.images[member] for member in members], row, clip.project_image)
         result = classify(
             encoded.features,
-            clip.zero_shot_classifier(names_of, sentences),
-            torch.tensor([class_set.labels[members[at]] for at in encoded.rows]),
+            clip.zero_shot_classifier(named[place], sentences),
+            torch.tensor([sets[place].labels[members[place][at]] for at in encoded.rows]),
             scale=clip.scale.item(),
             bias=clip.bias,
         )
         row |= {"split": chosen[place], "templates": templates, "template_count": len(sentences)}
-        row |= {"images": len(encoded.rows), "classes": len(names_of), "broken": len(encoded.broken)}
+        row |= {"images": len(encoded.rows), "classes": len(named[place]), "broken": len(encoded.broken)}
         row["probabilities"] = "softmax" if clip.bias is None else "sigmoid"
-        report = ClassReport(_title(row), [entry[0] for entry in names_of], result)
+        report = ClassReport(f"{row['model']} on {place}", [entry[0] for entry in named[place]], result)
         if out is not None:
             slugs = (re.sub(r"[\W_]", "-", name).strip("-")[-40:] for name in (row["model"], place))
             report.write(out / f"{len(rows)}-{'-on-'.join(slugs)}" if len(models) * len(sets) > 1 else out)
@@ -208,10 +190,6 @@ def linear_probe(
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
-    import torch
-
-    from clip_lightning.evaluation import linear_probe
-
     counts = [int(word) for word in shots.split(",") if word.strip().isdigit() and int(word) > 0]
     if len(counts) != len(shots.split(",")):
         raise UserError(f"--shots {shots}: expected numbers of images separated by commas, such as 1,2,4")
@@ -219,61 +197,47 @@ def linear_probe(
     check_folder(out)
     sets = _class_sets(data, data_cache)
     rows = []
-    for clip, row in _pairs(models, sets):
+    images = {place: class_set.images for place, class_set in sets.items()}
+    for _, row, encoded in _encoded(models, images, projects=False):
         class_set = sets[row["data"]]
-        encoded = _encode(clip, class_set.images, row)
         labels = torch.tensor([class_set.labels[at] for at in encoded.rows])
         own = [class_set.splits[at] for at in encoded.rows]
         part = next((name for name in ("test", "val") if name in own), None)
         if "train" in own and part:
             train, test = (torch.tensor([name == wanted for name in own]) for wanted in ("train", part))
         else:
-            test = linear_probe.held_out(labels, test_share)
+            test = probe.held_out(labels, test_share)
             train = ~test
         if not train.any() or not test.any():
             raise UserError(f"{row['data']} has no images to train or to test on; give more images per class")
         parts = [(encoded.features[rows], labels[rows]) for rows in (train, test)]
         row |= {"classes": len(class_set.classes), "broken": len(encoded.broken)}
         row |= {"train_images": int(train.sum()), "test_images": int(test.sum())}
-        row |= linear_probe.linear_probe(*parts)
-        rows.append(row | linear_probe.few_shot(*parts, shots=counts, seeds=seeds))
+        row |= probe.linear_probe(*parts)
+        rows.append(row | probe.few_shot(*parts, shots=counts, seeds=seeds))
     _finish(rows, out, json, wandb)
 
 
-def _pairs(models: Sequence[str], places: Iterable[str]) -> Iterator[tuple[CLIP, Row]]:
-    """Yield each model, on a GPU if there is one, with the beginning of its row for each place."""
-    from clip_lightning.model.clip import CLIP
-    from clip_lightning.model.encode import best_device
-
+def _encoded(
+    models: Sequence[str], sets: Mapping[str, Sequence[Any]], projects: bool = True
+) -> Iterator[tuple[CLIP, Row, Encoded]]:
+    """Yield each model, the beginning of its row for each data set, and its features of the images."""
     for name in models:
         clip = CLIP.from_pretrained(name).to(best_device())
-        for place in places:
-            yield clip, {"model": name, "data": place}
-
-
-def _title(row: Row) -> str:
-    return f"{row['model']} on {row['data']}"
-
-
-def _encode(clip: CLIP, images: Sequence[Any], row: Row, project: Project | None = None) -> Encoded:
-    """Encode images, and warn about those that cannot be read."""
-    from clip_lightning.model.encode import Encoded, encode_images
-
-    encoded = Encoded.join(encode_images(clip.image_tower, images, project=project, progress=_title(row)))
-    broken = {path: str(reason) for _, path, reason in encoded.broken}
-    if not encoded.rows:
-        path, reason = next(iter(broken.items()), ("the split", "it has no images"))
-        raise UserError(f"no image can be read ({path}: {reason}); give other data")
-    _warn_of_each("skipped", broken)
-    return encoded
+        project = clip.project_image if projects else None
+        for place, images in sets.items():
+            parts = encode_images(clip.image_tower, images, project=project, progress=f"{name} on {place}")
+            encoded = Encoded.join(parts)
+            broken = {path: str(reason) for _, path, reason in encoded.broken}
+            if not encoded.rows:
+                path, reason = next(iter(broken.items()), ("the split", "it has no images"))
+                raise UserError(f"no image can be read ({path}: {reason}); give other data")
+            _warn_of_each("skipped", broken)
+            yield clip, {"model": name, "data": place}, encoded
 
 
 def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]]:
     """Return the split that was chosen, and its images."""
-    from clip_lightning.data.captions import Splits, split_by_image
-    from clip_lightning.data.readers import RECOGNIZED
-    from clip_lightning.data.sources import find_source, read_source
-
     source = find_source(place)
     source.fetch()
     captions = read_source(source, RECOGNIZED)
@@ -284,8 +248,6 @@ def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]
 
 
 def _class_sets(places: str, cache: Path | None) -> dict[str, ClassSet]:
-    from clip_lightning.data.classes import find_classes
-
     sets = {place: find_classes(place, cache) for place in _listed(places)}
     for class_set in sets.values():
         _warn_of_each("left out", class_set.left_out)
@@ -312,27 +274,24 @@ def _choose_split(place: str, split: str | None, own: Iterable[str | None]) -> s
 
 def _warn_of_each(what: str, reasons: Mapping[str, str]) -> None:
     for name, reason in list(reasons.items())[:5]:
-        _warn(f"{what} {name}: {reason}")
+        note(f"{what} {name}: {reason}")
     if len(reasons) > 5:
-        _warn(f"{what} {len(reasons)} in total")
-
-
-def _warn(line: str) -> None:
-    print(one_line(line), file=sys.stderr, flush=True)
+        note(f"{what} {len(reasons)} in total")
 
 
 def _finish(
     rows: list[Row], out: Path | None, json: bool, wandb: str | None, reports: Sequence[ClassReport] = ()
 ) -> None:
     """Write, print and track the rows, each with its class report if there is one."""
-    from clip_lightning.reports.tables import print_results, write_results
-
     if out is not None:
         write_results(rows, out)
-        _warn(f"results: {out}")
+        note(f"results: {out}")
     print_results(rows, as_json=json)  # before the upload to W&B, which may fail
     if wandb is not None:
         from clip_lightning.tracking.panel import track_evaluation
 
         for row, report in zip_longest(rows, reports):
-            _warn(f"W&B run: {track_evaluation(wandb, row, out or Path('runs'), report)}")
+            note(f"W&B run: {track_evaluation(wandb, row, out or Path('runs'), report)}")
+
+
+run = partial(run_functions, {"retrieval": retrieval, "zero-shot": zero_shot, "linear-probe": linear_probe})

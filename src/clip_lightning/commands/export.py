@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from clip_lightning.arguments import print_result, run_functions
-from clip_lightning.errors import UserError, reason_of
-
-if TYPE_CHECKING:
-    from clip_lightning.model.clip import CLIP
-
-
-def run(args: list[str]) -> None:
-    """Run `export` with the arguments of the command line."""
-    run_functions(export, args)
+from clip_lightning.errors import UserError, as_user_error
 
 
 def export(
@@ -42,12 +35,16 @@ def export(
         private: whether --to hub creates a private repository; by default the owner's settings decide.
         json: print one JSON object instead.
     """
+    from clip_lightning.files import whole_folder
     from clip_lightning.model.clip import CLIP
 
     if to == "hub":
         if repo is None or out is not None:
             raise UserError("--to hub uploads a bundle and writes no folder; give --repo, and omit --out")
-        url = _upload(CLIP.from_pretrained(model), repo, private)
+        clip = CLIP.from_pretrained(model)
+        remedy = "check the name, the connection, and that your token may write (`hf auth login`, HF_TOKEN)"
+        with as_user_error(f"--repo {repo}: the upload to the Hugging Face hub failed", remedy):
+            url = clip.push_to_hub(repo, private=private)
         text = f"uploaded to {repo}; load it with CLIP.from_pretrained({repo!r})"
         print_result({"to": to, "repo": repo, "url": url}, text, json)
         return
@@ -55,43 +52,29 @@ def export(
         raise UserError(f"--to {to} writes a folder; give --out FOLDER, and omit --repo and --private")
     if to != "bundle" and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} already exists; give a new or empty folder")
+    clip, difference = CLIP.from_pretrained(model), None
     try:
-        difference = _write(CLIP.from_pretrained(model), to, out)
+        if to == "bundle":
+            clip.save_pretrained(out, metadata=clip.metadata)
+        elif to == "onnx":
+            from clip_lightning.model.export.onnx import write_onnx
+
+            with whole_folder(out) as draft:
+                difference = max(write_onnx(clip, draft).values())
+        else:
+            from clip_lightning.model.export.open_clip import write_open_clip
+
+            with whole_folder(out) as draft:
+                difference = write_open_clip(clip, draft, out)
     except OSError as error:
         raise UserError(
             f"--out {out} cannot be written ({error}); free some space there, or give another --out"
         ) from error
-    text = f"wrote {out}"
-    if difference is not None:
-        text += f"; its embeddings differ from PyTorch's by at most {difference:.1e}"
-    print_result({"to": to, "out": str(out.resolve()), "max_difference": difference}, text, json)
+    accuracy = (
+        "" if difference is None else f"; its embeddings differ from PyTorch's by {difference:.1e} or less"
+    )
+    record = {"to": to, "out": str(out.resolve()), "max_difference": difference}
+    print_result(record, f"wrote {out}{accuracy}", json)
 
 
-def _write(clip: CLIP, to: str, out: Path) -> float | None:
-    """Write the folder, and return the largest difference to PyTorch's embeddings (None for a bundle)."""
-    from clip_lightning.files import whole_folder
-
-    if to == "bundle":
-        clip.save_pretrained(out, metadata=clip.metadata)
-        return None
-    with whole_folder(out) as draft:
-        if to == "onnx":
-            from clip_lightning.model.export.onnx import write_onnx
-
-            return max(write_onnx(clip, draft).values())
-        from clip_lightning.model.export.open_clip import write_open_clip
-
-        return write_open_clip(clip, draft, out)
-
-
-def _upload(clip: CLIP, repo: str, private: bool | None) -> str:
-    """Upload the bundle; return the address of the commit."""
-    try:
-        return clip.push_to_hub(repo, private=private)
-    except UserError:
-        raise
-    except Exception as error:  # huggingface_hub exports no base class for errors of its HTTP client
-        raise UserError(
-            f"--repo {repo}: the upload to the Hugging Face hub failed ({reason_of(error)}); check the name, "
-            "the connection, and that your token may write (run `hf auth login`, or set HF_TOKEN)"
-        ) from error
+run = partial(run_functions, export)

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_lightning.arguments import near_options, packaged_configs
+from clip_lightning.arguments import packaged_configs, suggestion
 from clip_lightning.errors import UserError
 
 TABLE = Path(__file__).with_name("options.tsv")
@@ -60,11 +60,7 @@ def print_help(command: str, *, everything: bool) -> None:
 
 
 def check_options(args: Sequence[str]) -> None:
-    """Refuse an unknown option before anything slow is imported.
-
-    Raises:
-        UserError: an option is not in the table, and does not belong to a class that the user chooses.
-    """
+    """Refuse an option that neither is in the table nor belongs to a class, before slow imports."""
     options = read_options()
     names = [name for name in options if not name.endswith(".*")]
     classes = tuple(name[:-1] for name in options if name.endswith(".*"))
@@ -73,6 +69,5 @@ def check_options(args: Sequence[str]) -> None:
         name = arg.partition("=")[0].removeprefix("--").removesuffix("+")
         if not arg.startswith("--") or name in options or name in groups or name.startswith(classes):
             continue
-        similar = " or ".join(f"--{option}" for option in near_options(name, names))
-        remedy = f"did you mean {similar}?" if similar else "clip-lightning fit --help all lists the options"
+        remedy = suggestion(name, names) or "clip-lightning fit --help all lists the options"
         raise UserError(f"unknown option --{name}; {remedy}")

@@ -11,7 +11,7 @@ from clip_lightning import __version__
 from clip_lightning.arguments import packaged_configs, print_result, run_functions
 from clip_lightning.commands import COMMANDS
 from clip_lightning.commands.help import read_options
-from clip_lightning.cores import cores
+from clip_lightning.cpu import cores
 from clip_lightning.files import cache_folder
 from clip_lightning.terminal import public
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from clip_lightning.arguments import Parser, print_result
-from clip_lightning.errors import UserError
-from clip_lightning.terminal import one_line
+from clip_lightning.errors import UserError, as_user_error
+from clip_lightning.terminal import note, one_line
 
 
 def run(args: list[str]) -> None:
@@ -38,8 +37,6 @@ def search(
     """Find images in an index: clip-lightning search INDEX "a dog running on grass".
 
     Args:
-        index: the folder that `clip-lightning index` or `clip-lightning embed` wrote.
-        sentence: the sentence to search for.
         query: the sentence, if you do not give it after the index.
         image: search with this image instead of a sentence.
         file: search with each line of this UTF-8 file.
@@ -64,7 +61,7 @@ def search(
         from clip_lightning.search.grid import draw_found
 
         draw_found(results, grid)
-        print(f"grid: {grid}", file=sys.stderr)
+        note(f"grid: {grid}")
     lines = []
     for title, hits in results:
         if len(queries) > 1:
@@ -86,10 +83,8 @@ def _queries(sentence: str | None, query: str | None, image: Path | None, file: 
         )
     if image is not None:
         return given
-    try:
+    with as_user_error(f"--file {file} cannot be read as text", "give a UTF-8 file"):
         lines = file.read_text(encoding="utf-8-sig").splitlines() if file else given
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--file {file} cannot be read as UTF-8 text: {error}") from error
     sentences = [line.strip() for line in lines if line.strip()]
     if not sentences:
         raise UserError(f"{f'--file {file}' if file else 'the sentence'} is empty; give a sentence")

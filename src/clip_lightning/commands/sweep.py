@@ -42,8 +42,6 @@ def sweep(
     other options are passed to `fit` for every trial; `clip-lightning fit --help` lists them.
 
     Args:
-        file: a W&B sweep file, or the name of a packaged one.
-        arguments: options of `fit`.
         trials: number of finished trials after which the search ends; by default the file's run_cap, or all
             points of a finite search space.
         parallel: number of worker processes on this machine.

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.contrib.concurrent import thread_map
 
-from clip_lightning.cores import cores
+from clip_lightning.cpu import cores
 from clip_lightning.data.captions import SPLITS, CaptionedImage, CaptionSet, lost_lines, shared_captions
 from clip_lightning.data.images import BrokenImage, decode_bytes, read_file
 from clip_lightning.errors import UserError

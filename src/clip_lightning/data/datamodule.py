@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clip_lightning.cores import cores
+from clip_lightning.cpu import cores
 from clip_lightning.data.captions import (
     CaptionedImage,
     CaptionSet,

@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_lightning.cores import cores
+from clip_lightning.cpu import cores
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder, write_atomically
 

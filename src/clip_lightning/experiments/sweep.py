@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import multiprocessing
@@ -26,9 +25,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import Trial, TrialState, create_trial
 
-from clip_lightning.allocator import keep_freed_memory
 from clip_lightning.arguments import flat
-from clip_lightning.cores import cores
+from clip_lightning.cpu import cores, keep_freed_memory
 from clip_lightning.errors import Diverged, RunFailed, UserError, as_user_error
 from clip_lightning.evaluation.metrics import METRICS
 from clip_lightning.experiments.backbones import group_arguments, reason_of_failure
@@ -122,8 +120,7 @@ def _checked(file: SweepFile, arguments: list[str]) -> tuple[Any, dict[str, Any]
 def base_point(file: SweepFile, arguments: list[str]) -> dict[str, Any] | None:
     """Return what to draw for the options without the search, or None if the search space lacks them."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            rehearsal = rehearse([*arguments, *file.arguments({})])
+        rehearsal = rehearse([*arguments, *file.arguments({})])
         options = flat(yaml.safe_load(rehearsal.config_to_save))
         return {n: one.drawn(options[n.replace(".init_args", "")]) for n, one in file.varied.items()}
     # SystemExit: the arguments are incomplete without the parameters; YAMLError: a text that is not YAML

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.files import whole_folder
+from clip_lightning.model.towers.base import weights_digest
 
 BUNDLE_FORMAT = 1
 WEIGHTS = "model.safetensors"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
 from clip_lightning.model.lora import LoRAConfig, merged_state
 from clip_lightning.model.towers import Tower
+from clip_lightning.model.towers.base import weights_digest
 from clip_lightning.run_folder import RunFolder
 
 if TYPE_CHECKING:

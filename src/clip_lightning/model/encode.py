@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_lightning.cores import cores
+from clip_lightning.cpu import cores
 from clip_lightning.data.images import BrokenImage, to_pixels
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +83,8 @@ def csv_of_records(records: Sequence[Row]) -> str:
 
 def print_table(columns: Sequence[Column], always: int, title: str = "") -> list[str]:
     """Print the first `always` columns and as many others as fit; return the names of the rest."""
-    console = Console(markup=False, highlight=False)
+    fits = sys.stdout.isatty() or "COLUMNS" in os.environ  # a table in a file or a pipe is complete
+    console = Console(markup=False, highlight=False, width=None if fits else 1000)
     shown, hidden = list(columns[:always]), list[Column]()
     for column in columns[always:]:
         table = _table([*shown, column], title)
@@ -99,6 +102,7 @@ def _table(columns: Sequence[Column], title: str) -> Table:
             short.get(column.name, column.title),
             justify="left" if column.is_text else "right",
             overflow="fold",
+            no_wrap=not column.title,  # names of metrics
         )
     for line in zip(*(column.texts for column in columns), strict=True):
         table.add_row(*map(one_line, line))

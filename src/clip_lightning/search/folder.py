@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from jsonargparse.typing import PositiveInt
 
 from clip_lightning.errors import UserError, as_user_error
-from clip_lightning.files import is_draft, write_atomically
+from clip_lightning.files import write_atomically
 
 Format = Literal["npy", "parquet"]
 Row = dict[str, Any]
@@ -41,6 +41,7 @@ _STEM = rf"(images|captions)-\d{{5,}}-of-\d{{5,}}-{_DIGEST}"
 _PART = re.compile(rf"{_STEM}\.(npy|parquet)")
 _OURS = re.compile(
     rf"{_STEM}\.(npy|jsonl|parquet)|images-{_DIGEST}\.faiss|\.?text_tower-{_DIGEST}(-.+)?|\.lock"
+    r"|\..+\.\d+\.tmp"  # a draft of `complete_file`
 )
 
 
@@ -239,4 +240,4 @@ def digest(contents: Iterable[bytes]) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    return is_draft(path.name) or _OURS.fullmatch(path.name) is not None
+    return _OURS.fullmatch(path.name) is not None

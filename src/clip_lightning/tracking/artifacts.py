@@ -11,7 +11,7 @@ from typing import Any
 
 from clip_lightning.errors import UserError, reason_of
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.wandb_fetch import PART, SERVER_SECONDS, Fetched, record_of, why_unreachable
+from clip_lightning.wandb_fetch import PART, SERVER_SECONDS, Fetched, why_unreachable
 
 DATA_TYPE, MODEL_TYPE, CHECKPOINT_TYPE = "dataset", "model", "checkpoint"
 REGISTRY = rf"(?:{PART}/)?{PART}/{PART}"
@@ -62,7 +62,7 @@ def use_data(run: Any, data: Fetched) -> None:
     if not run.offline:
         run.use_artifact(str(data.name))
         return
-    about = json.loads(record_of(data.name).read_text())
+    about = json.loads(data.name.record.read_text())
     same_entity = run.entity == data.name.entity if run.entity else about.get("own", False)
     if run.project != data.name.project or not same_entity:
         return

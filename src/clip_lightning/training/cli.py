@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -387,8 +386,8 @@ def fit(options: list[str], callbacks: Sequence[Callback]) -> Path:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits after Ctrl-C
             raise KeyboardInterrupt from stop
-        if stop.code == 2:  # the parser has printed the reason
-            raise UserError("fit rejects these options") from stop
+        if isinstance(stop.code, str):  # the parser's message
+            raise UserError(stop.code) from stop
         raise
     finally:
         sys.argv[1:] = original
@@ -436,9 +435,8 @@ def rehearse(options: list[str]) -> Rehearsal:
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """Hide messages that do not concern the user, and turn errors of Lightning and torch into ours."""
-    transformers.utils.logging.disable_progress_bar()  # weights load too quickly to show progress
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each loader process tokenizes on one core
-    # lines about unused accelerators and the seed, and tips; warnings are still shown
+    # lines about unused accelerators and the seed; warnings are still shown
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in QUIET:

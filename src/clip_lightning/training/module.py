@@ -5,6 +5,7 @@ Shapes: B images and N texts on this rank, embeddings of width D.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,10 @@ from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs
 from clip_lightning.training.optim import OptimizerConfig
 
 Batch = dict[str, Any]
+
+# Lightning advertises its cloud whenever a Trainer is created.
+_lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+_lightning.addFilter(lambda record: "Tip: " not in record.getMessage())
 
 
 class CLIPModule(LightningModule):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def write_open_clip(clip: CLIP, folder: Path, final: Path) -> float:
     on_hub = _name_on_hub(clip)
     _write_config(clip, folder, on_hub or str(folder))
     difference = _check(clip, folder)
+    if not on_hub:
+        print(
+            "open_clip finds the text tower by the absolute path of the folder: if you move it, set "
+            "hf_model_name in open_clip_config.json to its new path",
+            file=sys.stderr,
+        )
     _write_config(clip, folder, on_hub or str(final.absolute()))
     return difference
 

@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, SiglipModel
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.model.towers import ImageTower, TextTower
-from clip_lightning.model.towers.base import plain_config
+from clip_lightning.model.towers.base import plain_config, without_weight_bars
 from clip_lightning.model.towers.image import TransformersImage
 from clip_lightning.model.towers.text import DEFAULT_MAX_LENGTH, TokenizeSettings, load_tokenizer
 
@@ -27,7 +27,8 @@ def load_transformers(folder: Path, name: str) -> tuple[ImageTower, TextTower, d
     transform = _transform(folder)
     tokenizer = load_tokenizer(folder)
     options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
-    model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
+    with without_weight_bars():
+        model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
     if missing := info["missing_keys"]:  # transformers only logs them
         raise ValueError(f"the weights lack {len(missing)} tensors, such as {min(missing)}")
     text = model.config.text_config

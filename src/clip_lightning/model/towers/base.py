@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
 import itertools
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
-from clip_lightning.digest import weights_digest
 from clip_lightning.errors import UserError
 
 OWN = "module of one's own"  # the architecture of a custom module, which a bundle cannot rebuild
@@ -117,6 +120,15 @@ class Tower(nn.Module):
         return self._frozen_digest
 
 
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, shapes, types and values, in the order of the names."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
 def plain_config(config: Any) -> dict[str, Any]:
     """Return a configuration of transformers as JSON values, without the folder that it was read from."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
@@ -127,6 +139,17 @@ def plain_config(config: Any) -> dict[str, Any]:
 def own_values(config: dict[str, Any]) -> dict[str, Any]:
     """Return an untrusted configuration without the keys for which transformers downloads attention code."""
     return {name: value for name, value in config.items() if "attn_implementation" not in name}
+
+
+@contextlib.contextmanager
+def without_weight_bars() -> Iterator[None]:
+    """Hide transformers' bars of loaded weights, but not those of downloads, which huggingface_hub shows."""
+    empty = transformers_logging.EmptyTqdm
+    previous = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: empty(*args, **kwargs))
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
 
 
 def pypi_folder(package: str) -> Path:

