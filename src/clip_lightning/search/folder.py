@@ -170,11 +170,11 @@ class EmbeddingsFolder:
         embeddings, start = np.empty((count, width), np.float32), 0
         for part in parts:
             _, block = self.read(part)
-            end = start + len(block)
-            if block.dtype != np.float32 or block.shape[1:] != (width,) or end > count:
+            rows = embeddings[start : start + len(block)]
+            if (block.shape, block.dtype) != (rows.shape, rows.dtype):
                 raise ValueError("its parts do not match")
-            embeddings[start:end] = block
-            start = end
+            rows[:] = block
+            start += len(block)
         if start != count:
             raise ValueError("its parts do not match")
         return embeddings
