@@ -22,7 +22,7 @@ def clusters(each: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor
 
 def test_the_fit_is_an_optimum():
     features, labels = clusters(20)
-    weight, bias = logistic_regression(features, labels, penalty=0.1)
+    weight, bias = logistic_regression(features, labels, 3, penalty=0.1)
     # with the gradient of cross-entropy written out
     wrong = F.linear(features, weight, bias).softmax(1) - F.one_hot(labels)
     gradient = wrong.T @ features / len(labels) + 0.1 * weight
@@ -33,7 +33,7 @@ def test_the_fit_is_an_optimum():
 def test_units_of_the_features_do_not_matter():
     (train, labels), (test, same) = clusters(10, spread=3.0), clusters(30, spread=3.0)
     counts = {
-        count_right((train * unit + 7, labels), (test * unit + 7, same), 0.01) for unit in (1.0, 1000.0)
+        count_right((train * unit + 7, labels), (test * unit + 7, same), 3, 0.01) for unit in (1.0, 1000.0)
     }
     assert len(counts) == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -98,6 +99,24 @@ def test_flat_finds_what_brute_force_finds(clip: CLIP, photos: Path, tmp_path: P
     texts = index.search(clip.embed_texts(SENTENCES), 5)
     assert texts == index.search(SENTENCES, 5) == index.search(clip.embed_texts(SENTENCES).numpy(), 5)
     assert files(index.search(SENTENCES[0], 5)[0]) == files(texts[0])  # without the others' padding
+
+
+def test_an_index_may_have_more_files_than_a_process_may_open(
+    clip: CLIP, scenes: Path, tmp_path: Path
+) -> None:
+    free, limits = os.dup(0), resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 30, limits[1]))
+    try:
+        options: dict[str, Any] = {"shard_size": 1, "what": "both"}
+        index = built(clip, scenes, tmp_path / "idx", **options)
+        assert len(index.manifest.parts) == 240
+        image = Path(index.search("a star", 1)[0][0].path)
+        assert index.search_by_image(image, 1)[0][0].path == image
+        assert len(index.captions(image)[0]) == 9
+        assert update(clip, scenes, tmp_path / "idx", **options)["embedded"] == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_an_image_finds_itself_and_k_may_be_larger(clip: CLIP, photos: Path, tmp_path: Path) -> None:

@@ -87,6 +87,17 @@ def test_many_queries_find_what_each_finds_alone() -> None:
     assert vectors.search(index, queries[:0], 5) == vectors.search(stored, queries[:0], 5) == []
 
 
+def test_more_than_a_query_scans_are_divided_into_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectors, "MOST_SCANNED", 1000)
+    stored, queries = clustered(4000, 1), clustered(50, 2)
+    index = on_disk(stored, tmp_path)
+    lists = vectors.faiss_module().extract_index_ivf(index)
+    assert (lists.nlist, lists.nprobe) == (63, 16)
+    assert recall(vectors.search(index, queries, 10), stored, queries, 10) > 0.95
+
+
 def test_the_type_depends_on_the_number_of_images() -> None:
     types = {count: vectors.chosen_type("auto", count) for count in (1, 99_999, 100_000)}
     assert list(types.values()) == ["flat", "flat", "ivfpq"]

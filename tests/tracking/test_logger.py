@@ -11,7 +11,7 @@ import pytest
 import wandb
 from jsonargparse import Namespace
 
-from clip_lightning.tracking.logger import RunLogger
+from clip_lightning.tracking.logger import WAITS, RunLogger
 from clip_lightning.training.cli import place_logger
 
 
@@ -79,6 +79,7 @@ def test_rows_are_on_disk_after_a_second_if_wandb_was_used_before(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setitem(WAITS, "x_of_another_version", 1.0)
     wandb.setup()
     run = RunLogger(save_dir=str(tmp_path), offline=True).experiment
     assert (run.settings.x_transaction_log_flush_interval, run.settings.finish_timeout) == (1, 600)

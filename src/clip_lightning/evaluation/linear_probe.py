@@ -33,12 +33,13 @@ def held_out(labels: Tensor, fraction: float) -> Tensor:
     return chosen
 
 
-def logistic_regression(inputs: Tensor, labels: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+def logistic_regression(
+    inputs: Tensor, labels: Tensor, classes: int, penalty: float
+) -> tuple[Tensor, Tensor]:
     """Minimize mean cross-entropy + penalty / 2 × squared weights by L-BFGS from zero.
 
     Return the weights (C, D) and biases (C,).
     """
-    classes = int(labels.max()) + 1
     weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -61,7 +62,7 @@ def logistic_regression(inputs: Tensor, labels: Tensor, penalty: float) -> tuple
     return weight.detach(), bias.detach()
 
 
-def count_right(train: Labelled, test: Labelled, penalty: float) -> int:
+def count_right(train: Labelled, test: Labelled, classes: int, penalty: float) -> int:
     """Train a classifier, and count the test images that it classifies correctly.
 
     Features are centered and divided by one common standard deviation, so that a penalty has the same effect
@@ -69,9 +70,14 @@ def count_right(train: Labelled, test: Labelled, penalty: float) -> int:
     """
     mean = train[0].mean(0)
     deviation = (train[0] - mean).square().mean().sqrt().clamp(min=1e-12)
-    weight, bias = logistic_regression((train[0] - mean) / deviation, train[1], penalty)
+    weight, bias = logistic_regression((train[0] - mean) / deviation, train[1], classes, penalty)
     scores = F.linear((test[0] - mean) / deviation, weight, bias)
     return int((scores.argmax(1) == test[1]).sum())
+
+
+def count_classes(train: Labelled, test: Labelled) -> int:
+    """Return the number of classes; those without training images take part in the softmax, too."""
+    return int(max(train[1].max(), test[1].max())) + 1
 
 
 def linear_probe(train: Labelled, test: Labelled) -> dict[str, float]:
@@ -81,10 +87,10 @@ def linear_probe(train: Labelled, test: Labelled) -> dict[str, float]:
     """
     valid = held_out(train[1], 1 / 5)
     kept, chosen_on = ((train[0][rows], train[1][rows]) for rows in (~valid, valid))
-    chosen = FEW_SHOT_REGULARIZER
+    chosen, classes = FEW_SHOT_REGULARIZER, count_classes(train, test)
     if valid.any():  # of equals the first, which is the strongest
-        chosen = max(REGULARIZERS, key=lambda penalty: count_right(kept, chosen_on, penalty))
-    right, count = count_right(train, test, chosen), len(test[1])
+        chosen = max(REGULARIZERS, key=lambda penalty: count_right(kept, chosen_on, classes, penalty))
+    right, count = count_right(train, test, classes, chosen), len(test[1])
     low, high = wilson(right, count)
     return {
         "linear_probe_top1": 100 * right / count,
@@ -101,14 +107,15 @@ def few_shot(train: Labelled, test: Labelled, *, shots: Sequence[int], seeds: in
     class has enough images. A single draw has no standard deviation.
     """
     features, labels = train
-    classes, counts = labels.unique(return_counts=True)
+    present, counts = labels.unique(return_counts=True)
+    classes = count_classes(train, test)
     metrics: dict[str, float] = {}
     for k in (k for k in shots if k <= counts.min()):
         scores = []
         for seed in range(seeds):
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-            rows = torch.cat([order[labels[order] == label][:k] for label in classes])
-            right = count_right((features[rows], labels[rows]), test, FEW_SHOT_REGULARIZER)
+            rows = torch.cat([order[labels[order] == label][:k] for label in present])
+            right = count_right((features[rows], labels[rows]), test, classes, FEW_SHOT_REGULARIZER)
             scores.append(100 * right / len(test[1]))
         metrics[f"few_shot_{k}"] = statistics.fmean(scores)
         if seeds > 1 and k < counts.max():

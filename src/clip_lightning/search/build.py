@@ -10,10 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -142,8 +142,9 @@ class Embedder:
         self.broken: dict[str, str] = {}  # reasons for which images cannot be decoded, by path
         self.unreadable: dict[str, str] = {}  # reasons for which files could not be read this time, by path
         self.embedded = 0  # images
-        self._rows: dict[str, list[Row]] = {}  # with memory-mapped embeddings, by part
-        self._known: dict[Any, Row] = {}  # the same by identity and by content
+        self._rows: dict[str, list[Row]] = {}  # by part
+        self._known: dict[Any, tuple[str, int]] = {}  # part and number of a row by its identity and content
+        self._read = lru_cache(4)(folder.read)  # as many open files or parts in memory
         precision = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         self._encoding: Any = {"precision": precision[manifest.precision], "batch_size": options.batch_size}
         for name in folder.intact_parts():
@@ -190,11 +191,9 @@ class Embedder:
         }
 
     def _learn(self, part: str) -> None:
-        lines, embeddings = self.folder.read(part)
-        rows = zip(map(json.loads, lines), np.asarray(embeddings), strict=True)
-        self._rows[part] = [row | {"embedding": embedding} for row, embedding in rows]
-        for row in self._rows[part]:
-            self._known[_key(row)] = self._known[row.get("sha256")] = row
+        self._rows[part] = [json.loads(line) for line in self.folder.read(part)[0]]
+        for number, row in enumerate(self._rows[part]):
+            self._known[_key(row)] = self._known[row.get("sha256")] = part, number
 
     def _write(self, stem: str, rows: list[Row]) -> str:
         """Embed the unknown rows of a part, and write it; if all are known, this is the part that exists."""
@@ -203,8 +202,13 @@ class Embedder:
             if missing:
                 (self._embed_images if stem.startswith("images") else self._embed_captions)(missing)
         finally:  # after Ctrl-C, too: the next command resumes from here
-            complete = [self._known.get(_key(row), {}) | row for row in rows]
-            complete = [row for row in complete if "embedding" in row]
+            complete = []
+            for row in rows:
+                if "embedding" not in row and (key := _key(row)) in self._known:
+                    old, number = self._known[key]
+                    row = self._rows[old][number] | row | {"embedding": self._read(old)[1][number]}
+                if "embedding" in row:
+                    complete.append(row)
             part = self.folder.write_part(stem, self.manifest.format, complete, self.manifest.width)
             self._learn(part)
         return part
@@ -254,9 +258,9 @@ def _with_faiss(folder: EmbeddingsFolder, manifest: Manifest, type: str) -> Mani
         return replace(manifest, type=chosen, faiss_bytes=0)
     file = folder.faiss_file(manifest.parts)
     if not file.exists() or file.stat().st_size != manifest.faiss_bytes:
-        parts = [folder.read(part)[1] for part in manifest.parts if part.startswith("images")]
+        parts = [part for part in manifest.parts if part.startswith("images")]
         with complete_file(file) as draft:
-            index = vectors.build(np.concatenate(parts))
+            index = vectors.build(folder.read_embeddings(parts, manifest.images, manifest.width))
             vectors.faiss_module().write_index(index, str(draft))
     return replace(manifest, type=chosen, faiss_bytes=file.stat().st_size)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a sentence may need none
 
 
 DEFAULTS = Options()
+BATCH_SIZE = 64  # sentences per forward pass
 _log = logging.getLogger(__name__)
 
 
@@ -159,18 +160,17 @@ class ImageIndex:
 
     def _read(self, kind: str) -> tuple[list[bytes], Any]:
         """Return the rows of `images` or `captions` as JSON, and their FAISS index or their embeddings."""
-        parts = [self._folder.read(part) for part in self.manifest.parts if part.startswith(kind)]
-        lines = [line for part, _ in parts for line in part]
+        parts = [part for part in self.manifest.parts if part.startswith(kind)]
+        lines = [line for part in parts for line in self._folder.read(part)[0]]
+        if len(lines) != getattr(self.manifest, kind):
+            raise ValueError("its parts do not match")
         if kind == "images" and self.manifest.faiss_bytes:
             file = self._folder.faiss_file(self.manifest.parts)
             index = vectors.read_index(file, self.manifest.faiss_bytes)
-            shape = index.ntotal, index.d
-        else:
-            index = np.concatenate([part for _, part in parts], dtype=np.float32, casting="no")
-            shape = index.shape
-        if shape != (getattr(self.manifest, kind), self.manifest.width) or len(lines) != shape[0]:
-            raise ValueError("its parts do not match")
-        return lines, index
+            if (index.ntotal, index.d) != (len(lines), self.manifest.width):
+                raise ValueError("its parts do not match")
+            return lines, index
+        return lines, self._folder.read_embeddings(parts, len(lines), self.manifest.width)
 
     @cached_property
     def _captions(self) -> tuple[dict[str, list[Path]], np.ndarray]:
@@ -193,13 +193,15 @@ class ImageIndex:
                     _warn_of_truncated(sentence, tokenize.max_length)
             return self.clip.embed_texts(sentences)
         (tokenizer, session), parts = self._text_tower, []
-        for sentence in sentences:
-            tokens = tokenizer.encode(sentence)
-            if tokens.overflowing:
-                _warn_of_truncated(sentence, len(tokens.ids))
-            inputs = {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]}
-            arrays = {name: np.array(values, np.int64) for name, values in inputs.items()}
-            parts += session.run(["embeddings"], arrays)
+        for start in range(0, len(sentences), BATCH_SIZE):
+            batch = sentences[start : start + BATCH_SIZE]
+            encoded = tokenizer.encode_batch(batch)
+            for sentence, tokens in zip(batch, encoded, strict=True):
+                if tokens.overflowing:
+                    _warn_of_truncated(sentence, len(tokens.ids))
+            ids = np.array([tokens.ids for tokens in encoded], np.int64)
+            mask = np.array([tokens.attention_mask for tokens in encoded], np.int64)
+            parts += session.run(["embeddings"], {"input_ids": ids, "attention_mask": mask})
         return np.concatenate(parts)
 
     @cached_property

@@ -128,6 +128,8 @@ class RunLogger(WandbLogger):
         save_dir: str | None = None,
         id: str | None = None,
     ) -> None:
+        import wandb
+
         check_name("--trainer.logger.model_name", model_name)
         check_name("--trainer.logger.link_to", link_to, REGISTRY, "wandb-registry-REGISTRY/COLLECTION")
         self.logs_model, self.model_name, self.link_to = log_model, model_name, link_to
@@ -137,6 +139,9 @@ class RunLogger(WandbLogger):
             os.environ["WANDB_DATA_DIR"] = RunLogger._data_dir = str(RunFolder(self._folder).wandb)
         if name is None and id is not None and not history_file(self._folder, id).exists():
             name = os.environ.get("WANDB_NAME") or id  # a resumed run keeps its name
+        # W&B reads its environment once, often before there is a logger, and refuses settings that it lacks
+        given = {wait for wait in WAITS if f"WANDB_{wait.upper()}" in os.environ}
+        waits = {wait: WAITS[wait] for wait in (WAITS.keys() & wandb.Settings.model_fields.keys()) - given}
         super().__init__(
             project=project or default_project(),
             entity=entity,
@@ -148,8 +153,7 @@ class RunLogger(WandbLogger):
             save_dir=str(self._folder),
             id=id,
             mode="offline" if stays_offline(offline) else None,
-            # W&B reads its environment once, often before there is a logger
-            settings={k: v for k, v in WAITS.items() if f"WANDB_{k.upper()}" not in os.environ},
+            settings=waits,
         )
         self._wandb_init.pop("anonymous", None)  # a deprecated argument, about which W&B warns
         self._defined: set[str] = set()
