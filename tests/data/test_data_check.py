@@ -96,28 +96,30 @@ def test_every_kind_of_problem_is_reported(rows: list[Row], check: Any, tmp_path
         ("copy.jpg", "the same", "val"),
         ("smaller.jpg", "nearly the same", "val"),
         *[("tiny.png", "an image called 5", "train")] * 2,
+        *[(name, "long " * 12 + end, "train") for end in "ab" for name in ("4.jpg", "6.jpg")],
         ("gone.jpg", "there is none", "train"),
         ("2.jpg", "", "train"),
     ]
     status, found = check(rows)
     assert status == 1
     assert list(found["broken"]) == ["3.jpg"]
-    assert found["left_out"] == {"gone.jpg": "there is no such image", "2.jpg": "row 18 has no caption"}
+    assert found["left_out"] == {"gone.jpg": "there is no such image", "2.jpg": "row 22 has no caption"}
     assert found["leaks"] == found["same"] == [["0.jpg", "copy.jpg"]]
     assert found["alike_leaks"] == [["1.jpg", "smaller.jpg"]]
-    assert (found["captions_repeated"], found["captions_shared"]) == (1, 1)
-    assert found["splits"] == {"train": {"images": 10, "captions": 11}, "val": {"images": 4, "captions": 4}}
-    assert (found["images"], found["captions"], found["official_splits"]) == (14, 15, True)
+    assert (found["captions_repeated"], found["captions_shared"]) == (1, 3)
+    assert found["splits"] == {"train": {"images": 10, "captions": 15}, "val": {"images": 4, "captions": 4}}
+    assert (found["images"], found["captions"], found["official_splits"]) == (14, 19, True)
     assert [line.split(":")[0] for line in found["errors"]] == [
         "1 image cannot be read",
         "2 annotations cannot be used",
         "1 group of byte-identical images in more than one split (leakage)",
     ]
+    long = repr("long " * 12)
     looks = "1 group of images that look the same in more than one split (leakage)"
     assert found["warnings"] == [
         f"{looks}: 1.jpg (train) = smaller.jpg (val)",
         "1 image with repeated captions: tiny.png (1)",
-        "1 caption shared by several images: 'an image called 5' (2)",
+        f"3 captions shared by several images: {long} (2), {long} (2), 'an image called 5' (2)",
         "1 image with a side of less than 32 pixels: tiny.png",
     ]
 

@@ -8,6 +8,8 @@ import hashlib
 import http.server
 import io
 import json
+import math
+import shutil
 import tarfile
 import threading
 from collections import Counter
@@ -615,6 +617,9 @@ def test_the_number_of_samples_per_epoch(served: Callable[[Path], str], tmp_path
     assert dataset(url, samples_per_epoch=50).samples == 50
     with pytest.raises(UserError, match=r"batch of 4 × 3 images is larger"):
         ShardSampler(dataset(tmp_path), 4, world_size=3)
+    for endless in ({"sources": {str(tmp_path): math.inf}}, {"captions": {"txt": math.inf}}):
+        with pytest.raises(UserError, match="expected finite numbers"):
+            dataset(tmp_path, **endless)
 
 
 def test_tars_must_match_the_manifest(scenes: Path, tmp_path: Path) -> None:
@@ -622,7 +627,10 @@ def test_tars_must_match_the_manifest(scenes: Path, tmp_path: Path) -> None:
     whole = names(dataset(out), 4)
     (out / "train" / "00000.parquet").unlink()
     (out / "train" / "00001.parquet").write_bytes(b"damaged")
+    shutil.copy(out / "train" / "00003.parquet", out / "train" / "00002.parquet")
     assert names(dataset(out), 4) == whole, "these tars are scanned"
+    with mock.patch.object(manifest, "scan", side_effect=AssertionError("scanned again")):
+        assert names(dataset(out), 4) == whole
     file = out / "train" / "00002.tar"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"00002\.tar does not have .* bytes; convert the data again"):

@@ -130,11 +130,10 @@ def find(captions: CaptionSet, entries: Sequence[Entry], lost: dict[str, Any] | 
         "captions_cut": lost,
     }
     within = [group for group in looking if not _crosses(group)]
-    most_shared = {repr(text[:60]): f"{count:,}" for text, count in shared.most_common()}
     found = report | {
         "within": within,
         "repeats": {k: n for k, n in repeats.items() if n},
-        "shared": most_shared,
+        "shared": [f"{text[:60]!r} ({count:,})" for text, count in shared.most_common()],
     }
     errors, warnings = (
         [_line(found[kind], *words) for kind, words in table.items() if found[kind]]
@@ -146,7 +145,7 @@ def find(captions: CaptionSet, entries: Sequence[Entry], lost: dict[str, Any] | 
 
 
 def _line(found: Mapping[str, Any] | Sequence[Any], noun: str, problem: str) -> str:
-    """Describe what was found (names, groups, or name → reason) with examples."""
+    """Describe what was found (texts, groups, or name → reason) with examples."""
     examples = []
     for example in islice(found, MOST_NAMED):
         if isinstance(found, Mapping):

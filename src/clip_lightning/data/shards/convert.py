@@ -29,7 +29,7 @@ from clip_lightning.data.captions import CaptionedImage, split_by_image, unreada
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import BrokenImage, decoder_errors, open_image, to_rgb
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
-from clip_lightning.data.shards.index import FILE, HEADER, Index, Splits, load
+from clip_lightning.data.shards.index import ABOUT, FILE, HEADER, Index, Splits, load
 from clip_lightning.data.shards.storage import expand, known
 from clip_lightning.data.shards.tars import Filter, Record, scan
 from clip_lightning.errors import RunFailed, UserError, reason_of
@@ -89,16 +89,18 @@ def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> 
     reason, for samples that could not be used.
     """
     plan = {"source": source.digest, "shards": len(source.contents), **asdict(settings)}
-    pending = out / f"pending-{hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]}"
+    pending = out / "pending"
+    begun = pending / hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     if (out / FILE).exists():
         splits, then = load((out / FILE).read_bytes(), str(out / FILE))
         left_out = then.pop("left_out", {})
         if json.dumps(then) == json.dumps(plan):
             return splits, left_out
-    elif pending.exists() or not out.exists() or not any(out.iterdir()):
+    elif begun.exists() or not out.exists() or not any(out.iterdir()):
         try:
             pending.mkdir(parents=True, exist_ok=True)
             with FileLock(pending / "lock", timeout=0):
+                begun.touch()
                 splits, left_out = _write_all(source, settings, out, num_workers)
                 content = {**HEADER, "splits": splits, "settings": {**plan, "left_out": left_out}}
                 write_atomically(out / FILE, json.dumps(content, indent=1).encode() + b"\n")
@@ -122,8 +124,8 @@ def _write_all(
     source: Source, settings: Settings, out: Path, num_workers: int
 ) -> tuple[Splits, dict[str, str]]:
     """Write the missing tars in parallel; return what `convert` returns."""
-    for draft in out.glob("*/.*.tmp"):  # of a process that was killed
-        draft.unlink()
+    for draft in out.rglob(".*.tmp"):  # of a process that was killed
+        draft.unlink(missing_ok=True)
     missing = {name: part for name, part in source.contents.items() if not (out / f"{name}.parquet").exists()}
     total = len(source.contents)
     # Do not fork, as this process has threads.
@@ -136,7 +138,7 @@ def _write_all(
     left_out = dict(source.left_out)
     for name in source.contents:
         table = out / f"{name}.parquet"
-        about = json.loads(parquet.read_schema(table).metadata[b"about"])
+        about = json.loads(parquet.read_schema(table).metadata[ABOUT])
         left_out |= about["left_out"]
         if about["shard"]["samples"]:
             splits.setdefault(table.parent.name, []).append(about["shard"])
@@ -160,9 +162,9 @@ def _write(settings: Settings, out: Path, name: str, content: Content) -> None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = draft.stat().st_size
     shard = {"file": path.name, "samples": len(table), "bytes": size, "sha256": digest}
-    about = json.dumps({"shard": shard, "left_out": left_out})
+    about = {ABOUT: json.dumps({"shard": shard, "left_out": left_out})}
     with complete_file(path.with_suffix(".parquet")) as draft:
-        parquet.write_table(table.replace_schema_metadata({"about": about}), draft)
+        parquet.write_table(table.replace_schema_metadata(about), draft)
 
 
 def write_tar(records: Iterable[Record], path: Path) -> None:

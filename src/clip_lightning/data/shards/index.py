@@ -37,7 +37,7 @@ from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.files import cache_folder, complete_file
 from clip_lightning.terminal import public
 
-FILE = "shards.json"
+FILE, ABOUT = "shards.json", b"about"
 HEADER = {"version": 2, "format": "webdataset"}
 _VERSION = 1
 _ROW_BITS = 32
@@ -101,24 +101,17 @@ class Index:
     of remote tars are limited to `budget` bytes.
 
     The number of a sample consists of the number of its tar and its row among the samples that pass there.
-
-    Attributes:
-        tars: the tars of all sources, numbered in this order.
-        parts: the numbers of the tars of each source.
-        splits: source → the splits in its `shards.json`, if it has one.
-        fields: the names of the samples' fields.
-        broken: name → reason, for samples and tars that cannot be used.
     """
 
     def __init__(
         self, sources: Sequence[str], split: str, filters: Sequence[Filter] = (), budget: float = 50e9
     ) -> None:
         self.filters, self.budget = filters, budget
-        self.tars: list[Tar] = []
-        self.parts: list[range] = []
-        self.splits: dict[str, Splits] = {}
-        self.fields: set[str] = set()
-        self.broken: dict[str, str] = {}
+        self.tars: list[Tar] = []  # of all sources, numbered in this order
+        self.parts: list[range] = []  # the numbers of the tars of each source
+        self.splits: dict[str, Splits] = {}  # by source, for those that have a `shards.json`
+        self.fields: set[str] = set()  # names
+        self.broken: dict[str, str] = {}  # name → reason, for samples and tars that cannot be used
         for source in sources:
             first, splits = len(self.tars), find(source)
             if splits is None:
@@ -184,11 +177,10 @@ class Index:
         if tar.spans is not None:
             return tar.spans
         try:
-            table = _read_or_scan(tar, self.budget)
+            table = self._table(tar)
         except OSError as error:
             raise RunFailed(f"{public(tar.url)} cannot be read: {error}") from error
         self.broken |= json.loads((table.schema.metadata or {}).get(BROKEN, "{}"))
-        self.fields |= {*table.column_names} - {OFFSET, BYTES}
         kept = np.full(len(table), True)
         for condition in self.filters:
             is_known = condition.field in table.column_names
@@ -196,16 +188,23 @@ class Index:
         tar.spans = np.stack([table[name].to_numpy() for name in (OFFSET, BYTES)], axis=1)[kept]
         return tar.spans
 
-
-def _read_or_scan(tar: Tar, budget: float) -> pa.Table:
-    """Return the table of the samples in a tar, from the file beside it or the cache, or by scanning it."""
-    cached = cache_folder("shards") / "index" / f"{tar.key}.parquet"
-    stored = f"{tar.url.removesuffix('.tar')}.parquet" if tar.sha256 else str(cached)
-    try:
-        return parquet.ParquetFile(io.BytesIO(call(stored, "cat_file"))).read()
-    except (MissingFile, pa.ArrowException):
-        with open_copy(tar.url, tar.key, tar.sha256, budget) as file:
-            table = scan(file, public(tar.url))
+    def _table(self, tar: Tar) -> pa.Table:
+        """Read the spans in a tar and the fields for filters from a stored table, or scan the tar once."""
+        cached = cache_folder("shards") / "index" / f"{tar.key}.parquet"
+        beside = [f"{tar.url.removesuffix('.tar')}.parquet"] if tar.sha256 else []
+        for file in (*beside, str(cached)):
+            with contextlib.suppress(OSError, pa.ArrowException):
+                stored = parquet.ParquetFile(io.BytesIO(call(file, "cat_file")))
+                about = (stored.schema_arrow.metadata or {}).get(ABOUT, b"")
+                if file in beside and tar.sha256.encode() not in about:
+                    continue  # the table is about another tar
+                names = {*stored.schema_arrow.names}
+                self.fields |= names - {OFFSET, BYTES}
+                needed = {OFFSET, BYTES, *(condition.field for condition in self.filters)}
+                return stored.read([*(needed & names)])
+        with open_copy(tar.url, tar.key, tar.sha256, self.budget) as content:
+            table = scan(content, public(tar.url))
         with complete_file(cached) as draft:
             parquet.write_table(table, draft)
+        self.fields |= {*table.column_names} - {OFFSET, BYTES}
         return table

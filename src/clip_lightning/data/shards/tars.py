@@ -74,9 +74,9 @@ def captions_of(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, 
         captions = [" ".join(text.split()) for text in values if isinstance(text, str) and text.strip()]
         if captions and (names or not texts):
             texts[name] = captions
-    if not texts:
-        raise BrokenRecord(f"no caption in {', '.join(names or _CAPTION_FIELDS)}")
-    return texts
+    if texts:
+        return texts
+    raise BrokenRecord(f"no caption in {', '.join(names or _CAPTION_FIELDS)}")
 
 
 def draw_captions(

@@ -59,15 +59,7 @@ class ShardOptions:
 
 
 class ShardDataset(Dataset[Samples]):
-    """Images in tars with K captions each: samples are pure functions of (seed, epoch, sample).
-
-    Attributes:
-        streams: the numbers of the tars that are shuffled together: one stream of all tars, or one stream per
-            source if the sources have weights, which are the fractions of the samples.
-        window: the number of tars of a stream whose samples are shuffled together.
-        digest: SHA-256 (hex) of the options that choose samples and captions, and of the tars as far as they
-            are known without reading them.
-    """
+    """Images in tars with K captions each: samples are pure functions of (seed, epoch, sample)."""
 
     def __init__(
         self,
@@ -84,6 +76,8 @@ class ShardDataset(Dataset[Samples]):
         self.captions_per_image, self.seed = captions_per_image, seed
         sources = [*(options.sources or [root])]
         weights = [*options.sources.values()] if isinstance(options.sources, Mapping) else [1.0]
+        if not np.isfinite([*weights, *options.captions.values()]).all():
+            raise UserError("--data.shards.sources and --data.shards.captions: expected finite numbers")
         self.index = Index(sources, "train", [*map(Filter.parse, options.filters)], budget)
         tars = self.index.tars
         for source, part in zip(sources, self.index.parts, strict=True):
@@ -91,6 +85,7 @@ class ShardDataset(Dataset[Samples]):
                 raise UserError(f"{public(source)} has no train split; give data that has one")
         window = options.window or (_REMOTE_WINDOW if any(map(is_url, sources)) else len(tars))
         self.window = int(min(window, len(tars)))
+        # The numbers of the tars that are shuffled together: of all sources, or of each that has a weight.
         self.streams = self.index.parts if len(weights) > 1 else [range(len(tars))]
         self.weights = np.array(weights) / sum(weights)
         if not options.samples_per_epoch and any(tar.spans is None for tar in tars):
@@ -101,6 +96,7 @@ class ShardDataset(Dataset[Samples]):
         if not self.samples:
             names = ", ".join(sorted(self.index.fields))
             raise UserError(f"no sample passes --data.shards.filters; the samples have the fields {names}")
+        # The digest is of what chooses samples and captions, as far as it is known without reading tars.
         known = [weights, [*map(len, self.streams)], [*options.captions.items()], [*options.filters]]
         known.append([tar.sha256 or storage.known(tar.url) for tar in tars])
         self.digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
@@ -182,8 +178,10 @@ class ShardSampler(TrainSampler):
                 raise UserError("a source has no usable sample that passes --data.shards.filters")
             if size > skip:
                 Thread(target=self.index.fetch, args=(coming,), daemon=True).start()
-                samples = np.concatenate([*map(self.index.samples, now)])
-                yield from map(int, np.random.default_rng(seeds).permutation(samples)[skip:])
+                rng = np.random.default_rng(seeds)
+                # The numbers have no name, so that only their permutation stays in memory.
+                order = rng.permutation(np.concatenate([*map(self.index.samples, now)]))
+                yield from map(int, order[skip:])
             skip = max(0, skip - size)
 
     def _windows(self, stream: int) -> Iterator[tuple[tuple[int, ...], list[int]]]:
