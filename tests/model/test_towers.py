@@ -110,6 +110,19 @@ class TestImageTower:
             same_size(pixels(size=160)), model.eval().forward_head(model.forward_features(normalised), True)
         )
 
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"architecture": "local-dir:/etc"},
+            {"architecture": "hf-hub:timm/resnet18.a1_in1k"},
+            {"architecture": "test_vit", "model_args": {"checkpoint_path": "/etc/passwd"}},
+        ],
+    )
+    def test_a_folder_that_reaches_for_other_files(self, tmp_path: Path, values: dict[str, Any]) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(values | {"pretrained_cfg": {}}))
+        with pytest.raises(UserError, match=r"is not an (argument of an )?architecture of timm"):
+            ImageTower.from_name(str(tmp_path))
+
     def test_weights_of_another_model(self, tmp_path: Path) -> None:
         other = timm.create_model("test_efficientnet").state_dict()
         save_file({"encoder." + k: v for k, v in other.items()}, tmp_path / "renamed.safetensors")
@@ -140,8 +153,8 @@ class TestImageTower:
     @pytest.mark.parametrize(
         ("name", "answer"),
         [
-            ("resnet181", r"Unknown model \(resnet181\)"),
-            ("random:test_vitt", r"Unknown model \(test_vitt\)"),
+            ("resnet181", "'resnet181' is not an architecture of timm"),
+            ("random:test_vitt", "'test_vitt' is not an architecture of timm"),
             ("pypi:efficientnet-lite9", "pypi:efficientnet-lite0"),
             ("resnet18=no/such/file.pth", "ARCHITECTURE=FILE"),
             ("resnet18", "connect once"),

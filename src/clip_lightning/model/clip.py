@@ -159,7 +159,8 @@ class CLIP(nn.Module):
             image_size: side of the square input in pixels; by default, the one that the tower was trained
                 with.
             max_length: maximum number of tokens per text; by default 77, or the tower's limit if it is lower.
-            options: `embed_dim`, `head`, `dropout`, `init_scale` and `init_bias`, as in the constructor.
+            options: `embed_dim` (512), `head` ("linear"), `dropout` (0.0), `init_scale` (1 / 0.07) and
+                `init_bias` (None), which the constructor of `CLIP` describes.
 
         Raises:
             UserError: a tower does not exist or is not supported.
@@ -257,13 +258,17 @@ class CLIP(nn.Module):
         Raises:
             BrokenImage: an image cannot be read; the message names the first one.
         """
+        _check_arguments(errors, batch_size)
         self.eval()
         parts, items, title = [], one_or_many(images), "images" if progress else ""
         for batch in encode_images(
             self.image_tower, items, project=self.project_image, batch_size=batch_size, progress=title
         ):
             for _, name, reason in batch.broken:
-                _leave_out(BrokenImage(f"{name} cannot be read: {reason}"), errors)
+                problem = f"{name} cannot be read: {reason}"
+                if errors == "raise":
+                    raise BrokenImage(problem) from reason
+                _log.warning("skipped: %s", problem)
             parts.append(batch.features)
         return torch.cat(parts)
 
@@ -282,10 +287,14 @@ class CLIP(nn.Module):
         Raises:
             TypeError: an item is not a string.
         """
+        _check_arguments(errors, batch_size)
         items: list[Any] = [texts] if isinstance(texts, str) else list(texts)
         for row, text in enumerate(items):
             if not isinstance(text, str):
-                _leave_out(TypeError(f"text {row} is {text!r}; expected a string"), errors)
+                problem = f"text {row} is {text!r}; expected a string"
+                if errors == "raise":
+                    raise TypeError(problem)
+                _log.warning("skipped: %s", problem)
         self.eval()
         valid, title = [text for text in items if isinstance(text, str)], "texts" if progress else ""
         return encode_texts(
@@ -327,9 +336,9 @@ class CLIP(nn.Module):
             labels: names of the classes, or embeddings (C, D) returned by `zero_shot_classifier`.
             errors: see `embed_images`.
         """
+        embeddings = self.embed_images(images, errors=errors)
         classes = labels if isinstance(labels, Tensor) else self.zero_shot_classifier(labels)
-        similarity = self.embed_images(images, errors=errors) @ classes.T
-        return probabilities(similarity, self.scale.item(), self.bias).float()
+        return probabilities(embeddings @ classes.T, self.scale.item(), self.bias).float()
 
     def config(self) -> dict[str, Any]:
         """Return the JSON values from which `from_config` builds the model, without weights and tokenizer."""
@@ -434,8 +443,8 @@ def parameter_counts(clip: CLIP) -> dict[str, int]:
     }
 
 
-def _leave_out(error: Exception, errors: Errors) -> None:
-    """Log why an item is left out, or raise the error."""
-    if errors != "skip":
-        raise error
-    _log.warning("skipped: %s", error)
+def _check_arguments(errors: str, batch_size: int) -> None:
+    if errors not in ("raise", "skip") or batch_size < 1:
+        raise ValueError(
+            f"errors={errors!r} and batch_size={batch_size}: expected 'raise' or 'skip', and 1 or more"
+        )

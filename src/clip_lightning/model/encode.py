@@ -73,8 +73,6 @@ def encode_images(
         precision: data type for autocast; by default, fp32.
         progress: title of a progress bar, if there is to be one.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size}: expected 1 or more")
     decode = decode or (lambda image: tower.transform(to_pixels(image)))
 
     def attempt(image: Any) -> Tensor | BrokenImage | None:

