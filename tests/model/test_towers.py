@@ -260,6 +260,12 @@ class TestImageTower:
         assert len(seen) == 1 + len(other.state_dict()), "the digest sees every tensor"
 
 
+@pytest.fixture
+def folder(bert: Path, tmp_path: Path) -> Path:
+    """A copy of the text tower that a test may change."""
+    return Path(shutil.copytree(bert, tmp_path / "tower"))
+
+
 class TestTextTower:
     @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "pooler"])
     def test_padding_changes_nothing(self, bert: Path, pooling: str) -> None:
@@ -318,18 +324,15 @@ class TestTextTower:
         ],
     )
     def test_sentence_transformers_own_word_on_pooling(
-        self, bert: Path, tmp_path: Path, modes: dict[str, bool], pooling: str
+        self, folder: Path, modes: dict[str, bool], pooling: str
     ) -> None:
-        folder = tmp_path / "tower"
-        shutil.copytree(bert, folder)
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
         assert TextTower.from_name(str(folder)).pooling == pooling
         assert TextTower.from_name(f"{folder}@pooler").pooling == "pooler"
 
-    def test_weights_of_the_file_or_fresh_ones_are_fp32(self, bert: Path, tmp_path: Path) -> None:
+    def test_weights_of_the_file_or_fresh_ones_are_fp32(self, bert: Path, folder: Path) -> None:
         torch.manual_seed(0)
-        folder = shutil.copytree(bert, tmp_path / "bert")
         AutoModel.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(folder)
         for name in (str(folder), f"random:{folder}"):
             tower, other = TextTower.from_name(name), TextTower.from_name(name)
@@ -436,9 +439,7 @@ class TestTextTower:
         with pytest.raises(UserError, match=r"config\.json"):
             TextTower.from_name(no_config)
 
-    def test_weights_with_a_hole(self, bert: Path, tmp_path: Path) -> None:
-        folder = tmp_path / "tower"
-        shutil.copytree(bert, folder)
+    def test_weights_with_a_hole(self, folder: Path) -> None:
         # copied, as writing into the file that is still mapped kills the process with older safetensors
         weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
         save_file(
@@ -452,14 +453,12 @@ class TestTextTower:
         with pytest.raises(UserError, match="lack 1 of its tensors, such as encoder"):
             TextTower.from_name(str(folder))
 
-    def test_the_tokenizers_digest(self, bert: Path, tmp_path: Path) -> None:
+    def test_the_tokenizers_digest(self, bert: Path, folder: Path) -> None:
         tokenize = TextTower.from_name(str(bert)).tokenize
         digest = tokenize.digest()
         tokenize(TEXTS)
         assert tokenize.digest() == digest == TextTower.from_name(str(bert)).tokenize.digest()
         assert TextTower.from_name(str(bert), max_length=9).tokenize.digest() != digest
-        folder = tmp_path / "tower"
-        shutil.copytree(bert, folder)
         text = (folder / "tokenizer.json").read_text()
         (folder / "tokenizer.json").write_text(text.replace('"red"', '"crimson"'))
         assert TextTower.from_name(str(folder)).tokenize.digest() != digest

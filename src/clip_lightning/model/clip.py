@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,6 @@ from clip_lightning.model.encode import (
 )
 from clip_lightning.model.lora import LoRAConfig, add_lora, merged_state
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
-from clip_lightning.model.zero_shot import probabilities
 
 HeadKind = Literal["linear", "mlp"]
 # Pretrained models may also have a bias, two layers with a GELU between them, or no projection.
@@ -258,7 +257,7 @@ class CLIP(nn.Module):
         Raises:
             BrokenImage: an image cannot be read; the message names the first one.
         """
-        _check_arguments(errors, batch_size)
+        _check_errors(errors)
         self.eval()
         parts, items, title = [], one_or_many(images), "images" if progress else ""
         for batch in encode_images(
@@ -287,7 +286,7 @@ class CLIP(nn.Module):
         Raises:
             TypeError: an item is not a string.
         """
-        _check_arguments(errors, batch_size)
+        _check_errors(errors)
         items: list[Any] = [texts] if isinstance(texts, str) else list(texts)
         for row, text in enumerate(items):
             if not isinstance(text, str):
@@ -434,6 +433,17 @@ def zero_shot_classifier(
     return clip.zero_shot_classifier(class_names, templates)
 
 
+def probabilities(similarity: Tensor, scale: float, bias: float | None) -> Tensor:
+    """Convert similarities (B, C) of images and classes to probabilities, as the model was trained.
+
+    A model without a bias was trained to choose one of several texts: the result is a softmax over the
+    classes, which sums to 1. A model with a bias (SigLIP) was trained to judge each pair independently: the
+    result is a sigmoid, whose sum is between 0 and C.
+    """
+    logits = similarity.double() * scale
+    return logits.softmax(-1) if bias is None else (logits + bias).sigmoid()
+
+
 def parameter_counts(clip: CLIP) -> dict[str, int]:
     """Return the number of `parameters`, and of `parameters_trained`."""
     parameters = list(clip.parameters())
@@ -443,8 +453,6 @@ def parameter_counts(clip: CLIP) -> dict[str, int]:
     }
 
 
-def _check_arguments(errors: str, batch_size: int) -> None:
-    if errors not in ("raise", "skip") or batch_size < 1:
-        raise ValueError(
-            f"errors={errors!r} and batch_size={batch_size}: expected 'raise' or 'skip', and 1 or more"
-        )
+def _check_errors(errors: str) -> None:
+    if errors not in get_args(Errors):
+        raise ValueError(f"errors={errors!r}: expected 'raise' or 'skip'")
