@@ -19,6 +19,7 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
     small = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": folder}
+    small |= {"log_every_n_steps": 1}
     return Trainer(callbacks=list(callbacks), **{**quiet, **small, **options})
 
 

@@ -172,8 +172,9 @@ def test_a_limit_of_0_or_less_clips_nothing(
     make_module: MakeModule, monkeypatch: pytest.MonkeyPatch, algorithm: str, limit: float | None
 ) -> None:
     module = make_module()
-    monkeypatch.setattr(module, "log", lambda *_: None)
+    monkeypatch.setattr(module, "_logs_step", lambda: False)
     weight = module.clip.heads.text[1].weight
+    module._trained = [weight]  # as when training starts
     weight.grad = torch.full_like(weight, 5.0)
     module.configure_gradient_clipping(torch.optim.SGD([weight]), limit, algorithm)
     assert weight.grad.eq(5.0).all()

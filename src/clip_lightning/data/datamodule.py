@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from clip_lightning.cpu import cores
 from clip_lightning.data.captions import (
+    SPLITS,
     CaptionedImage,
     CaptionSet,
     caption_warnings,
@@ -130,7 +131,8 @@ class CaptionDataModule(LightningDataModule):
         self._images: dict[str, list[CaptionedImage]] = {}
         self._streamed: ShardDataset | None = None
         self._content: dict[str, list[int]] = {}
-        self._features: dict[str, tuple[list[Features], Features | None]] = {}
+        self._features: dict[str, tuple[list[Features], Features | None]] = dict.fromkeys(SPLITS, ([], None))
+        """The cached views of the images of a split, and its cached captions."""
 
     def prepare_data(self) -> None:
         """Download or generate the data, unless it is on this machine."""
@@ -284,7 +286,7 @@ class CaptionDataModule(LightningDataModule):
             self.augmentation,
             captions_per_image=self.captions_per_image,
             seed=self.seed,
-            views=self._cached("train")[0],
+            views=self._features["train"][0],
         )
         return dataset, sampler
 
@@ -303,17 +305,13 @@ class CaptionDataModule(LightningDataModule):
                 f"{self.root} has no {split} split; give data that has one, or increase "
                 f"--data.read.splits.{split}_fraction"
             )
-        views, _ = self._cached(split)
+        views, _ = self._features[split]
         dataset = EvalDataset(images, self.transform, views[0] if views else None)
         sampler = EvalSampler(len(images), rank=self._rank, world_size=self._world)
         return self._loader(split, dataset, sampler)
 
-    def _cached(self, split: str) -> tuple[list[Features], Features | None]:
-        """Return the cached views of the images, and the cached captions."""
-        return self._features.get(split, ([], None))
-
     def _loader(self, split: str, dataset: Any, sampler: Any) -> DataLoader[Any]:
-        views, texts = self._cached(split)
+        views, texts = self._features[split]
         is_cached = bool(views and texts)
         size = self.batch_size if is_cached or split == "train" else min(self.batch_size, EVAL_BATCH_SIZE)
         # Reading cached rows is too little work for another process.

@@ -46,7 +46,7 @@ class Samples:
         names: names of the images, if `image_id` does not identify them.
     """
 
-    images: Sequence[Tensor] | Tensor
+    images: list[Tensor] | Tensor
     image_id: np.ndarray
     counts: np.ndarray
     captions: list[str]

@@ -21,7 +21,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -59,6 +59,7 @@ TRAINER_DEFAULTS = {
 }
 
 
+BAR_STEPS = 10
 # Warnings that do not concern the user of a command.
 QUIET = (
     ".*Checkpoint directory .* is not empty.*",  # when a run is resumed
@@ -80,6 +81,14 @@ LOST = re.compile(
     "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|before timing out|"
     r"^DataLoader worker \(pid"
 )
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, except that it reads the loss, which waits for a GPU, only when it is drawn."""
+
+    def _update_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step % self.refresh_rate == 0 or trainer.is_last_batch:
+            super()._update_metrics(trainer, pl_module)
 
 
 class Parser(arguments.PlainErrors, LightningArgumentParser):
@@ -208,7 +217,7 @@ class RunCLI(LightningCLI):
 
     def _own_callbacks(self, trainer_config: Any) -> list[Callback]:
         shown = trainer_config.enable_progress_bar is not False
-        bar: list[Callback] = [RichProgressBar(console_kwargs={"stderr": True})] if shown else []
+        bar: list[Callback] = [ProgressBar(BAR_STEPS, console_kwargs={"stderr": True})] if shown else []
         if self.subcommand != "fit":
             return bar
         predictions = self._get(self.config_init, "predictions")

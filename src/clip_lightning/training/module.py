@@ -105,7 +105,9 @@ class CLIPModule(LightningModule):
         build.prepare_towers(self.clip, freeze, lora, towers, optimizer)
         self.stopwatch = Stopwatch()
         self.validation_embeddings: Embeddings | None = None
-        self.gradient_norm = 0.0
+        self.gradient_norm = torch.zeros(())
+        self._trained: list[torch.nn.Parameter] = []
+        self._statistics: list[Tensor] = []
         self._good_statistics: list[Tensor] = []
         self._collector = EmbeddingCollector()
 
@@ -178,14 +180,20 @@ class CLIPModule(LightningModule):
         if everyone.text.requires_grad:  # its gradient ends the backward pass of the loss
             everyone.text.register_hook(lambda _: self.stopwatch.lap("loss"))
         loss = self.loss.share(own, everyone, self.clip.scale, self.clip.logit_bias)
-        several = everyone is not own
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=several)
-        if len(everyone.text) > 1:
-            # 1 is the value at chance: a loss that stays there does not learn
-            chance = math.log(len(everyone.text))
-            self.log("train/loss_over_ln_batch", loss.detach() / chance, sync_dist=several)
-        self.log("train/scale", self.clip.scale.detach())
+        if self._logs_step():
+            # a loss that stays at the value at chance, the logarithm, does not learn
+            chance = math.log(max(2, len(everyone.text)))
+            values = {"loss_over_ln_batch": loss.detach() / chance, "scale": self.clip.scale.detach()}
+            several = everyone is not own
+            self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=several)
+            self.log_dict({f"train/{name}": value for name, value in values.items()}, sync_dist=several)
         return loss
+
+    def _logs_step(self) -> bool:
+        """Whether loggers receive this step, or a validation may follow that reads what was logged last."""
+        trainer = self.trainer
+        is_logged = trainer._logger_connector.should_update_logs
+        return is_logged or trainer.is_last_batch or bool(trainer.fast_dev_run)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the embeddings of this rank's part of the split."""
@@ -235,25 +243,32 @@ class CLIPModule(LightningModule):
     ) -> None:
         """Log the norm of the gradients and clip them; Lightning cannot clip if AdamW is fused.
 
-        A gradient that is not finite would make every weight NaN. It is dropped, so that the step has no
-        effect. All ranks have the same gradient, and skip the same steps.
+        A gradient that is not finite would make every weight NaN. The optimizer skips such a step, on a GPU
+        without waiting for it. All ranks have the same gradient, and skip the same steps.
         """
-        parameters = [p for p in self.parameters() if p.grad is not None]
         # as in Lightning, 0 or less turns clipping off
         limit = gradient_clip_val if gradient_clip_val and gradient_clip_val > 0 else math.inf
         by_value = gradient_clip_algorithm == "value"
-        self.gradient_norm = float(optim.clip_gradients(parameters, limit, by_value))
-        self.log("train/grad_norm", self.gradient_norm)
-        if not math.isfinite(self.gradient_norm):
-            for parameter in parameters:
+        self.gradient_norm = optim.clip_gradients(self._trained, limit, by_value)
+        if self._logs_step():
+            self.log("train/grad_norm", self.gradient_norm)
+        finite = self.gradient_norm.isfinite()
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        elif not finite:
+            for parameter in self._trained:
                 parameter.grad = None  # the optimizer skips parameters without a gradient
-            torch._foreach_copy_(self._statistics(), self._good_statistics)
-            return
-        self._good_statistics = [statistic.clone() for statistic in self._statistics()]
+        for statistic, good in zip(self._statistics, self._good_statistics, strict=True):
+            good.copy_(statistic.where(finite, good))
+            statistic.copy_(good)
 
     def on_train_start(self) -> None:
-        """Copy the statistics of batch norms, which a skipped step must not change either."""
-        self._good_statistics = [statistic.clone() for statistic in self._statistics()]
+        """List what every step needs, with a copy of the statistics, which a skipped step must not change."""
+        self._trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        training = [module for module in self.clip.modules() if module.training]
+        buffers = [buffer for module in training for buffer in module.buffers(recurse=False)]
+        self._statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self._good_statistics = [statistic.clone() for statistic in self._statistics]
         self.on_train_epoch_start()  # Lightning does not call it if a run is resumed within an epoch
 
     def on_train_epoch_start(self) -> None:
@@ -280,7 +295,9 @@ class CLIPModule(LightningModule):
         """
         seed = getattr(self.trainer.datamodule, "seed", 0)
         key = (seed, self.current_epoch, batch_idx, self.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        number = int(np.random.SeedSequence(key).generate_state(1)[0])
+        # without a GPU, `manual_seed` takes a hundred times as long
+        (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(number)
         if self.device_mesh is not None:
             sharding.broadcast_statistics(self.clip)
 
@@ -311,9 +328,6 @@ class CLIPModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the frozen towers and the adapters, after checking that they match."""
         checkpoint_content.put_back_fixed_towers(checkpoint, self.clip, self.lora)
-
-    def _statistics(self) -> list[Tensor]:
-        return [buffer for buffer in self.clip.buffers() if buffer.is_floating_point()]
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the embeddings (B, D) and (N, D), from pixels and tokens or from cached features."""

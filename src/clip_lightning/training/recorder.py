@@ -60,7 +60,7 @@ class RunRecorder(Callback):
         self.metrics: dict[str, float] = {}
         self.stopwatch = Stopwatch()
         self._costs = {"samples": 0, "peak_memory": 0}
-        self._memory_noted = float("-inf")
+        self._memory_noted, self._memory_of_workers = float("-inf"), 0
         self._finished = False
         self._last_log = self._progress()
 
@@ -139,10 +139,12 @@ class RunRecorder(Callback):
         return self._costs["samples"], self.stopwatch.seconds["waiting_for_data"], self.stopwatch.step_seconds
 
     def _note_memory(self) -> None:
-        """Measure the memory every few seconds at most, since it takes 20 ms per gigabyte."""
-        if time.perf_counter() - self._memory_noted > 5:
+        """Measure the memory; that of workers once per minute, since it takes 20 ms per gigabyte."""
+        if time.perf_counter() - self._memory_noted > 60:
             self._memory_noted = time.perf_counter()
-            self._costs["peak_memory"] = max(self._costs["peak_memory"], memory_of_processes())
+            self._memory_of_workers = memory_of_workers()
+        used = psutil.Process().memory_info().rss + self._memory_of_workers
+        self._costs["peak_memory"] = max(self._costs["peak_memory"], used)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, *, model: bool = True) -> None:
         """Write `metrics.json`, `broken.json`, and the bundle of the best epoch."""
@@ -221,12 +223,10 @@ def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[st
     return {name.removeprefix("clip."): weights[name] for name in weights if name.startswith("clip.")}
 
 
-def memory_of_processes() -> int:
-    """Return the resident bytes of this process and its workers; on Linux, shared pages count once."""
-    me = psutil.Process()
+def memory_of_workers() -> int:
+    """Return the resident bytes of the processes that load data, without pages that they share."""
     total = 0
-    for process in [me, *me.children(recursive=True)]:
+    for worker in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            info = process.memory_full_info()
-            total += getattr(info, "pss", info.rss)
+            total += worker.memory_full_info().uss
     return total

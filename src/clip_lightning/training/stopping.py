@@ -23,12 +23,16 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor
 from torch.utils.data._utils import signal_handling
 
 from clip_lightning.errors import AgreedStop, Diverged
 from clip_lightning.files import write_atomically
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.training.checkpoints import is_accumulating
+
+CHECKED = 10
+"""Steps after which the norms of their gradients are read."""
 
 
 class GracefulStop(Callback):
@@ -133,9 +137,11 @@ class NonFinite(Callback):
     def __init__(self, folder: Path, in_a_row: int = 20) -> None:
         self.run, self.in_a_row = RunFolder(folder), in_a_row
         self.left_out = self.row = 0
-        self._batches: list[dict[str, Any]] = []
+        self._batches: list[tuple[int, dict[str, Any]]] = []
+        self._norms: dict[int, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
+        self._count()
         return {"left_out": self.left_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -144,34 +150,47 @@ class NonFinite(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Remember the samples of this rank's batch: their names in tars, or the rows of their captions."""
         kind = "names" if "names" in batch else "text_id"
-        self._batches.append({"epoch": trainer.current_epoch, "batch": batch_idx, kind: batch[kind]})
+        about = {"epoch": trainer.current_epoch, "batch": batch_idx, kind: batch[kind]}
+        self._batches.append((trainer.global_step + 1, about))
         del self._batches[:-100]
 
+    def _count(self) -> None:
+        """Read the norms of the last steps, which waits for a GPU, and count the skipped steps."""
+        steps, norms = [*self._norms], [*self._norms.values()]
+        self._norms.clear()
+        for step, norm in zip(steps, torch.stack(norms).tolist() if norms else [], strict=True):
+            self.row = 0 if math.isfinite(norm) else self.row + 1
+            self.left_out += self.row > 0
+            if self.row == 0:
+                self._batches = [(later, about) for later, about in self._batches if later > step]
+            elif self.row == 1:
+                rank_zero_warn(
+                    f"skipped step {step}, whose gradient is not finite ({norm}); {self.in_a_row} skipped "
+                    "steps in a row end the run"
+                )
+            if self.row >= self.in_a_row:
+                return
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        """Count the step if it was skipped, warn about the first, and end the run after too many."""
+        """Count skipped steps every `CHECKED` steps, warn about the first, and end the run after too many."""
         if is_accumulating(trainer):
             return
-        if math.isfinite(pl_module.gradient_norm):
-            self.row = 0
-            self._batches.clear()
-        else:
-            self.left_out, self.row = self.left_out + 1, self.row + 1
-            if self.row == 1:
-                rank_zero_warn(
-                    f"skipped step {trainer.global_step}, whose gradient is not finite "
-                    f"({pl_module.gradient_norm}); {self.in_a_row} skipped steps in a row end the run"
-                )
+        self._norms[trainer.global_step] = pl_module.gradient_norm
+        if len(self._norms) < min(CHECKED, self.in_a_row) and not trainer.is_last_batch:
+            return
+        self._count()
         if self.left_out:
             pl_module.log("train/steps_left_out", float(self.left_out))
         if self.row < self.in_a_row:
             return
         images = trainer.datamodule.images("train")
         samples = [{"image": str(image.path), "caption": text} for image in images for text in image.captions]
-        for batch in self._batches:
+        batches = [batch for _, batch in self._batches]
+        for batch in batches:
             if "text_id" in batch:  # read only now, in order not to wait for a GPU in every step
                 batch["captions"] = [samples[row] for row in batch.pop("text_id").tolist()]
         file = self.run.non_finite(trainer.global_rank)
-        content = json.dumps(self._batches, indent=2, ensure_ascii=False)
+        content = json.dumps(batches, indent=2, ensure_ascii=False)
         write_atomically(file, content.encode(errors="replace"))
         raise Diverged(
             f"{self.row} steps in a row had a gradient that is not finite, up to step {trainer.global_step}; "
