@@ -109,7 +109,6 @@ def _run(args: list[str]) -> None:
     gc.disable()  # which saves a second or two
     module = importlib.import_module(f"clip_lightning.{COMMANDS[args[0]][0]}")
     gc.enable()
-    gc.freeze()  # the end of the process would look at a million objects
     module.run(args)
 
 
