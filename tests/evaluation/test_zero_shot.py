@@ -15,7 +15,7 @@ from clip_lightning.data.classes import class_names, clean_name, find_classes
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES, read_templates
 from clip_lightning.evaluation.zero_shot import calibration, classify
-from clip_lightning.model.zero_shot import probabilities
+from clip_lightning.model.clip import probabilities
 from clip_lightning.reports.plots import plot_calibration
 from clip_lightning.reports.tables import ClassReport
 

@@ -14,9 +14,11 @@ from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import decode_image
 from clip_lightning.model.encode import Encoded, encode_images, encode_texts
 
+MakeClip = Callable[..., CLIP]
+
 
 def test_features_are_those_of_the_tower_in_the_order_of_the_images(
-    make_clip: Callable[..., CLIP], scenes: Path, tmp_path: Path
+    make_clip: MakeClip, scenes: Path, tmp_path: Path
 ):
     clip = make_clip().eval()
     paths = [image.path for image in read_captions(scenes).images[:10]]
@@ -35,7 +37,7 @@ def test_features_are_those_of_the_tower_in_the_order_of_the_images(
     torch.testing.assert_close(torch.cat([b.features for b in batches]), clip.embed_images(paths))
 
 
-def test_nothing_readable_is_an_array_without_rows(make_clip: Callable[..., CLIP], tmp_path: Path):
+def test_nothing_readable_is_an_array_without_rows(make_clip: MakeClip, tmp_path: Path):
     clip = make_clip().eval()
     for images in ([tmp_path / "missing.png"], []):
         encoded = Encoded.join(encode_images(clip.image_tower, images))
@@ -44,7 +46,7 @@ def test_nothing_readable_is_an_array_without_rows(make_clip: Callable[..., CLIP
         assert batch.features.shape == (0, 16)
 
 
-def test_a_decoder_may_leave_images_out_and_end_everything(make_clip: Callable[..., CLIP], scenes: Path):
+def test_a_decoder_may_leave_images_out_and_end_everything(make_clip: MakeClip, scenes: Path):
     clip, started = make_clip().eval(), threading.Event()
     paths = sorted(scenes.glob("*.jpg"))[:3]
 
@@ -63,7 +65,7 @@ def test_a_decoder_may_leave_images_out_and_end_everything(make_clip: Callable[.
     assert started.is_set()
 
 
-def test_texts_come_back_in_their_order(make_clip: Callable[..., CLIP], capsys: pytest.CaptureFixture[str]):
+def test_texts_come_back_in_their_order(make_clip: MakeClip, capsys: pytest.CaptureFixture[str]):
     clip = make_clip().eval()
     texts = ["a large red circle left of a small blue square", "a star", "", "two triangles"]
     features = encode_texts(clip.text_tower, texts, batch_size=3, progress="captions")

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from clip_lightning.model.clip import CLIP
 from clip_lightning.model.export import onnx as onnx_towers
 from clip_lightning.model.export import open_clip as open_clip_folder
 
+MakeClip = Callable[..., CLIP]
 SENTENCES = ["a red circle", "two blue squares, a star", "a", "a green cross " * 40]
 EXACT = 1e-4
 
@@ -131,7 +133,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(trained: Path, tmp_path: P
     ids=["vit", "resnet"],
 )
 def test_onnx_gives_the_same_embeddings(
-    make_clip: Callable[..., CLIP],
+    make_clip: MakeClip,
     bert: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -173,7 +175,7 @@ def test_onnx_gives_the_same_embeddings(
 
 
 def test_what_onnx_does_not_give_exactly_is_refused(
-    make_clip: Callable[..., CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = bundle(make_clip("random:test_resnet"), tmp_path)
     words = ["export", str(model), "--to", "onnx", "--out", str(tmp_path / "onnx")]
@@ -194,7 +196,7 @@ def test_what_onnx_does_not_give_exactly_is_refused(
     ("pooling", "options"), [("mean", {}), ("cls", {"init_bias": -10.0}), ("pooler", {})]
 )
 def test_open_clip_gives_the_same_embeddings(
-    make_clip: Callable[..., CLIP],
+    make_clip: MakeClip,
     bert: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -226,9 +228,7 @@ def test_open_clip_gives_the_same_embeddings(
         assert model.logit_bias.item() == -7.5
 
 
-def test_what_open_clip_cannot_express_is_refused(
-    make_clip: Callable[..., CLIP], bert: Path, tmp_path: Path
-) -> None:
+def test_what_open_clip_cannot_express_is_refused(make_clip: MakeClip, bert: Path, tmp_path: Path) -> None:
     other_text = make_clip("random:test_resnet")
     other_text.text_tower.spec["config"]["model_type"] = "gpt2"
     with pytest.raises(UserError, match="gpt2 pooled by mean"):
@@ -247,7 +247,7 @@ def test_what_open_clip_cannot_express_is_refused(
 
 
 def test_open_clip_finds_a_text_tower_of_the_hub_by_its_name_wherever_the_folder_is(
-    make_clip: Callable[..., CLIP], bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_clip: MakeClip, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import open_clip
 
@@ -270,7 +270,7 @@ def test_open_clip_finds_a_text_tower_of_the_hub_by_its_name_wherever_the_folder
 
 
 def test_open_clip_that_gives_other_embeddings_is_refused(
-    make_clip: Callable[..., CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damaged(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         save_file(
@@ -287,54 +287,41 @@ def test_open_clip_that_gives_other_embeddings_is_refused(
 # the hub
 
 
-class Hub:
-    """Answers the two calls of huggingface_hub's mixin, and keeps what it was sent."""
+def test_the_hub_gets_the_bundle_and_its_card(
+    make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    created, kept = {}, tmp_path / "hub"
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
-        self.created: dict[str, Any] = {}
-        self.uploaded: dict[str, Any] = {}
-        self.kept = kept
-        monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
-        monkeypatch.setattr(HfApi, "create_repo", lambda _, **options: self._create(**options))
-        monkeypatch.setattr(HfApi, "upload_folder", lambda _, **options: self._upload(**options))
+    def create_repo(_: HfApi, **options: Any) -> SimpleNamespace:
+        created.update(options)
+        return SimpleNamespace(repo_id=options["repo_id"])
 
-    def _create(self, **options: Any) -> Any:
-        self.created = options
-        return type("RepoUrl", (), {"repo_id": options["repo_id"]})
-
-    def _upload(self, **options: Any) -> str:
-        self.uploaded = options
-        shutil.copytree(options["folder_path"], self.kept)
+    def upload_folder(_: HfApi, **options: Any) -> str:
+        shutil.copytree(options["folder_path"], kept)
         return f"https://hub/{options['repo_id']}/commit/1"
 
-
-def test_the_hub_gets_the_bundle_and_its_card(
-    make_clip: Callable[..., CLIP],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    hub = Hub(monkeypatch, tmp_path / "hub")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     model = bundle(make_clip(), tmp_path)
     answer = export(capsys, model, "--to", "hub", "--repo", "me/scenes", "--private", "true")
     assert answer == {"to": "hub", "repo": "me/scenes", "url": "https://hub/me/scenes/commit/1"}
-    assert (hub.created["repo_id"], hub.created["private"]) == ("me/scenes", True)
-    assert hub.uploaded["repo_id"] == "me/scenes"
-    assert {path.name for path in hub.kept.iterdir()} == {path.name for path in model.iterdir()}
-    assert (hub.kept / "config.json").read_text() == (model / "config.json").read_text()
-    card = (hub.kept / "README.md").read_text()
+    assert (created["repo_id"], created["private"]) == ("me/scenes", True)
+    assert {path.name for path in kept.iterdir()} == {path.name for path in model.iterdir()}
+    assert (kept / "config.json").read_text() == (model / "config.json").read_text()
+    card = (kept / "README.md").read_text()
     assert 'CLIP.from_pretrained("me/scenes")' in card
     assert "license: mit" in card and "| rsum | 12.50 |" in card
-    again, before = CLIP.from_pretrained(hub.kept), CLIP.from_pretrained(model)
+    again, before = CLIP.from_pretrained(kept), CLIP.from_pretrained(model)
     assert torch.equal(again.embed_texts(SENTENCES), before.embed_texts(SENTENCES))
 
-    shutil.rmtree(hub.kept)
+    shutil.rmtree(kept)
     assert make_clip().push_to_hub("me/other") == "https://hub/me/other/commit/1"  # in Python
-    assert CLIP.from_pretrained(hub.kept).metadata == {}
+    assert CLIP.from_pretrained(kept).metadata == {}
 
 
 def test_a_hub_that_refuses_is_one_line(
-    make_clip: Callable[..., CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = bundle(make_clip(), tmp_path)
     words = ["export", str(model), "--to", "hub", "--repo", "me/scenes"]
@@ -364,11 +351,7 @@ def test_a_hub_that_refuses_is_one_line(
     ],
 )
 def test_a_mistake_is_one_line(
-    words: list[str],
-    expected: str,
-    make_clip: Callable[..., CLIP],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    words: list[str], expected: str, make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()

@@ -117,8 +117,13 @@ def test_what_cannot_be_read_is_named_or_skipped(
     assert [record.message for record in caplog.records] == ["skipped: text 1 is nan; expected a string"]
     with pytest.raises(TypeError, match="text 1 is nan; expected a string"):
         clip.embed_texts(texts)
-    with pytest.raises(ValueError, match="batch_size 0: expected 1 or more"):
-        clip.embed_images(pictures, batch_size=0)
+    for embed, items in ((clip.embed_images, pictures), (clip.embed_texts, ["a star"])):
+        with pytest.raises(ValueError, match="batch_size 0: expected 1 or more"):
+            embed(items, batch_size=0)
+        with pytest.raises(ValueError, match="errors='skpi': expected 'raise' or 'skip'"):
+            embed(items, errors="skpi")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="errors='skpi'"):
+        clip.classify(pictures, ["star"], errors="skpi")  # type: ignore[arg-type]
 
 
 def test_the_scale_is_clamped_and_can_come_down_again(make_clip: MakeClip) -> None:

@@ -110,6 +110,19 @@ class TestImageTower:
             same_size(pixels(size=160)), model.eval().forward_head(model.forward_features(normalised), True)
         )
 
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"architecture": "local-dir:/etc"},
+            {"architecture": "hf-hub:timm/resnet18.a1_in1k"},
+            {"architecture": "test_vit", "model_args": {"checkpoint_path": "/etc/passwd"}},
+        ],
+    )
+    def test_a_folder_that_reaches_for_other_files(self, tmp_path: Path, values: dict[str, Any]) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(values | {"pretrained_cfg": {}}))
+        with pytest.raises(UserError, match=r"is not an (argument of an )?architecture of timm"):
+            ImageTower.from_name(str(tmp_path))
+
     def test_weights_of_another_model(self, tmp_path: Path) -> None:
         other = timm.create_model("test_efficientnet").state_dict()
         save_file({"encoder." + k: v for k, v in other.items()}, tmp_path / "renamed.safetensors")
@@ -140,8 +153,8 @@ class TestImageTower:
     @pytest.mark.parametrize(
         ("name", "answer"),
         [
-            ("resnet181", r"Unknown model \(resnet181\)"),
-            ("random:test_vitt", r"Unknown model \(test_vitt\)"),
+            ("resnet181", "'resnet181' is not an architecture of timm"),
+            ("random:test_vitt", "'test_vitt' is not an architecture of timm"),
             ("pypi:efficientnet-lite9", "pypi:efficientnet-lite0"),
             ("resnet18=no/such/file.pth", "ARCHITECTURE=FILE"),
             ("resnet18", "connect once"),
@@ -247,6 +260,12 @@ class TestImageTower:
         assert len(seen) == 1 + len(other.state_dict()), "the digest sees every tensor"
 
 
+@pytest.fixture
+def folder(bert: Path, tmp_path: Path) -> Path:
+    """A copy of the text tower that a test may change."""
+    return Path(shutil.copytree(bert, tmp_path / "tower"))
+
+
 class TestTextTower:
     @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "pooler"])
     def test_padding_changes_nothing(self, bert: Path, pooling: str) -> None:
@@ -305,18 +324,15 @@ class TestTextTower:
         ],
     )
     def test_sentence_transformers_own_word_on_pooling(
-        self, bert: Path, tmp_path: Path, modes: dict[str, bool], pooling: str
+        self, folder: Path, modes: dict[str, bool], pooling: str
     ) -> None:
-        folder = tmp_path / "tower"
-        shutil.copytree(bert, folder)
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
         assert TextTower.from_name(str(folder)).pooling == pooling
         assert TextTower.from_name(f"{folder}@pooler").pooling == "pooler"
 
-    def test_weights_of_the_file_or_fresh_ones_are_fp32(self, bert: Path, tmp_path: Path) -> None:
+    def test_weights_of_the_file_or_fresh_ones_are_fp32(self, bert: Path, folder: Path) -> None:
         torch.manual_seed(0)
-        folder = shutil.copytree(bert, tmp_path / "bert")
         AutoModel.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(folder)
         for name in (str(folder), f"random:{folder}"):
             tower, other = TextTower.from_name(name), TextTower.from_name(name)
@@ -423,9 +439,7 @@ class TestTextTower:
         with pytest.raises(UserError, match=r"config\.json"):
             TextTower.from_name(no_config)
 
-    def test_weights_with_a_hole(self, bert: Path, tmp_path: Path) -> None:
-        folder = tmp_path / "tower"
-        shutil.copytree(bert, folder)
+    def test_weights_with_a_hole(self, folder: Path) -> None:
         # copied, as writing into the file that is still mapped kills the process with older safetensors
         weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
         save_file(
@@ -439,14 +453,12 @@ class TestTextTower:
         with pytest.raises(UserError, match="lack 1 of its tensors, such as encoder"):
             TextTower.from_name(str(folder))
 
-    def test_the_tokenizers_digest(self, bert: Path, tmp_path: Path) -> None:
+    def test_the_tokenizers_digest(self, bert: Path, folder: Path) -> None:
         tokenize = TextTower.from_name(str(bert)).tokenize
         digest = tokenize.digest()
         tokenize(TEXTS)
         assert tokenize.digest() == digest == TextTower.from_name(str(bert)).tokenize.digest()
         assert TextTower.from_name(str(bert), max_length=9).tokenize.digest() != digest
-        folder = tmp_path / "tower"
-        shutil.copytree(bert, folder)
         text = (folder / "tokenizer.json").read_text()
         (folder / "tokenizer.json").write_text(text.replace('"red"', '"crimson"'))
         assert TextTower.from_name(str(folder)).tokenize.digest() != digest

@@ -39,9 +39,8 @@ def classify(
     names, sentences = _read_labels(labels), read_templates(templates)
     if missing := [name for name in images if not Path(name).is_file()]:
         raise UserError(f"the file {missing[0]} does not exist; give image files after the model")
-    from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.clip import CLIP, probabilities
     from clip_lightning.model.encode import Encoded, best_device, encode_images
-    from clip_lightning.model.zero_shot import probabilities
 
     clip = CLIP.from_pretrained(model).to(best_device())
     encoded = Encoded.join(encode_images(clip.image_tower, images, project=clip.project_image))

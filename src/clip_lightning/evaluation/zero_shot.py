@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_lightning.evaluation.intervals import wilson
 from clip_lightning.evaluation.retrieval import TIE, check_finite
-from clip_lightning.model.zero_shot import probabilities
+from clip_lightning.model.clip import probabilities
 
 BINS = 15
 

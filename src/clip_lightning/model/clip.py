@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,6 @@ from clip_lightning.model.encode import (
 )
 from clip_lightning.model.lora import LoRAConfig, add_lora, merged_state
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
-from clip_lightning.model.zero_shot import probabilities
 
 HeadKind = Literal["linear", "mlp"]
 # Pretrained models may also have a bias, two layers with a GELU between them, or no projection.
@@ -193,7 +192,8 @@ class CLIP(nn.Module):
             image_size: side of the square input in pixels; by default, the one that the tower was trained
                 with.
             max_length: maximum number of tokens per text; by default 77, or the tower's limit if it is lower.
-            options: `embed_dim`, `head`, `dropout`, `init_scale` and `init_bias`, as in the constructor.
+            options: `embed_dim` (512), `head` ("linear"), `dropout` (0.0), `init_scale` (1 / 0.07) and
+                `init_bias` (None), which the constructor of `CLIP` describes.
 
         Raises:
             UserError: a tower does not exist or is not supported.
@@ -291,13 +291,17 @@ class CLIP(nn.Module):
         Raises:
             BrokenImage: an image cannot be read; the message names the first one.
         """
+        _check_errors(errors)
         self.eval()
         parts, items, title = [], one_or_many(images), "images" if progress else ""
         for batch in encode_images(
             self.image_tower, items, project=self.project_image, batch_size=batch_size, progress=title
         ):
             for _, name, reason in batch.broken:
-                _leave_out(BrokenImage(f"{name} cannot be read: {reason}"), errors)
+                problem = f"{name} cannot be read: {reason}"
+                if errors == "raise":
+                    raise BrokenImage(problem) from reason
+                _log.warning("skipped: %s", problem)
             parts.append(batch.features)
         return torch.cat(parts)
 
@@ -316,10 +320,14 @@ class CLIP(nn.Module):
         Raises:
             TypeError: an item is not a string.
         """
+        _check_errors(errors)
         items: list[Any] = [texts] if isinstance(texts, str) else list(texts)
         for row, text in enumerate(items):
             if not isinstance(text, str):
-                _leave_out(TypeError(f"text {row} is {text!r}; expected a string"), errors)
+                problem = f"text {row} is {text!r}; expected a string"
+                if errors == "raise":
+                    raise TypeError(problem)
+                _log.warning("skipped: %s", problem)
         self.eval()
         valid, title = [text for text in items if isinstance(text, str)], "texts" if progress else ""
         return encode_texts(
@@ -361,9 +369,9 @@ class CLIP(nn.Module):
             labels: names of the classes, or embeddings (C, D) returned by `zero_shot_classifier`.
             errors: see `embed_images`.
         """
+        embeddings = self.embed_images(images, errors=errors)
         classes = labels if isinstance(labels, Tensor) else self.zero_shot_classifier(labels)
-        similarity = self.embed_images(images, errors=errors) @ classes.T
-        return probabilities(similarity, self.scale.item(), self.bias).float()
+        return probabilities(embeddings @ classes.T, self.scale.item(), self.bias).float()
 
     def config(self) -> dict[str, Any]:
         """Return the JSON values from which `from_config` builds the model, without weights and tokenizer."""
@@ -459,6 +467,17 @@ def zero_shot_classifier(
     return clip.zero_shot_classifier(class_names, templates)
 
 
+def probabilities(similarity: Tensor, scale: float, bias: float | None) -> Tensor:
+    """Convert similarities (B, C) of images and classes to probabilities, as the model was trained.
+
+    A model without a bias was trained to choose one of several texts: the result is a softmax over the
+    classes, which sums to 1. A model with a bias (SigLIP) was trained to judge each pair independently: the
+    result is a sigmoid, whose sum is between 0 and C.
+    """
+    logits = similarity.double() * scale
+    return logits.softmax(-1) if bias is None else (logits + bias).sigmoid()
+
+
 def parameter_counts(clip: CLIP) -> dict[str, int]:
     """Return the number of `parameters`, and of `parameters_trained`."""
     parameters = list(clip.parameters())
@@ -468,8 +487,6 @@ def parameter_counts(clip: CLIP) -> dict[str, int]:
     }
 
 
-def _leave_out(error: Exception, errors: Errors) -> None:
-    """Log why an item is left out, or raise the error."""
-    if errors != "skip":
-        raise error
-    _log.warning("skipped: %s", error)
+def _check_errors(errors: str) -> None:
+    if errors not in get_args(Errors):
+        raise ValueError(f"errors={errors!r}: expected 'raise' or 'skip'")

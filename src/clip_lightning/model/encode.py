@@ -73,8 +73,7 @@ def encode_images(
         precision: data type for autocast; by default, fp32.
         progress: title of a progress bar, if there is to be one.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size}: expected 1 or more")
+    _check_batch_size(batch_size)
     decode = decode or (lambda image: tower.transform(to_pixels(image)))
 
     def attempt(image: Any) -> Tensor | BrokenImage | None:
@@ -124,6 +123,7 @@ def encode_texts(
 
     Texts of similar length are encoded together to reduce padding.
     """
+    _check_batch_size(batch_size)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     parts = [_run(tower, [], project, precision)]
     with tqdm(texts, desc=progress, disable=not progress) as bar:
@@ -133,6 +133,11 @@ def encode_texts(
             parts.append(_run(tower, tokens.values(), project, precision))
             bar.update(len(rows))
     return torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: expected 1 or more")
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ from torch import Tensor
 from clip_lightning.data.images import BrokenImage, decode_bytes, decode_image
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES
-from clip_lightning.model.zero_shot import probabilities
+from clip_lightning.model.clip import probabilities
 from clip_lightning.reports.pages import PAGES
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.search.index import ImageIndex

@@ -46,15 +46,14 @@ def write_open_clip(clip: CLIP, folder: Path, final: Path) -> float:
             f"{', '.join(TEXT_MODELS)}, and {', '.join(POOLERS)}; try --to onnx or --to hub"
         )
     clip = copy.deepcopy(clip).cpu().eval()
-    config: Any = copy.deepcopy(clip.text_tower.backbone.config)
+    config: Any = clip.text_tower.backbone.config
     config.dtype = torch.float32  # the configuration may name another precision
     config.save_pretrained(folder)
     clip.tokenize.tokenizer.save_pretrained(folder)
-    names = {ours: next(part for part in PARTS if ours.startswith(part)) for ours in clip.state_dict()}
-    state = {
-        PARTS[part] + name.removeprefix(part): clip.state_dict()[name].clone().contiguous()
-        for name, part in names.items()
-    }
+    state = {}
+    for name, tensor in clip.state_dict().items():
+        part = next(part for part in PARTS if name.startswith(part))
+        state[PARTS[part] + name.removeprefix(part)] = tensor.clone().contiguous()
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     on_hub = _name_on_hub(clip)
     _write_config(clip, folder, on_hub or str(folder))

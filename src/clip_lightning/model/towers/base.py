@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, as_user_error
 
 OWN = "module of one's own"  # the architecture of a custom module, which a bundle cannot rebuild
 
@@ -96,15 +96,13 @@ class Tower(nn.Module):
             )
         layered = (module for module in self.modules() if hasattr(module, "set_grad_checkpointing"))
         backbone: Any = next(layered, self.backbone)
-        try:
+        remedy = "leave it out, or give --model.micro_batch_size N instead"
+        with as_user_error(f"{option} is not supported by {name!r}", remedy):
             if isinstance(backbone, PreTrainedModel):
                 old = backbone.gradient_checkpointing_enable  # before transformers 5.23
                 getattr(backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
             else:
                 backbone.set_grad_checkpointing(True)
-        except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
-            remedy = "leave it out, or give --model.micro_batch_size N instead"
-            raise UserError(f"{option} is not supported by {name!r}; {remedy}") from error
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Forget the digest whenever weights are loaded; torch calls this for every module."""
@@ -144,12 +142,11 @@ def own_values(config: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def without_weight_bars() -> Iterator[None]:
     """Hide transformers' bars of loaded weights, but not those of downloads, which huggingface_hub shows."""
-    empty = transformers_logging.EmptyTqdm
-    previous = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: empty(*args, **kwargs))
+    previous = set_tqdm_hook(lambda _, args, options: EmptyTqdm(*args, **options))
     try:
         yield
     finally:
-        transformers_logging.set_tqdm_hook(previous)
+        set_tqdm_hook(previous)
 
 
 def pypi_folder(package: str) -> Path:

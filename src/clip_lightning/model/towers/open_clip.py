@@ -6,7 +6,7 @@ B images, N texts, H, W pixels, L tokens.
 from __future__ import annotations
 
 import importlib
-from typing import Any, Self
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -24,13 +24,10 @@ def open_clip_package(part: str = "open_clip") -> Any:
 
 
 def clean_text(text: str, name: str) -> str:
-    """Clean a text as open_clip does before it is tokenized.
+    """Clean a text with a function of open_clip: `lower`, `whitespace` or `canonicalize`.
 
-    Args:
-        text: the text.
-        name: function of open_clip: `lower`, `whitespace` or `canonicalize`. With the suffix `+words`, the
-            text is also split into words, separated by spaces, as open_clip's own tokenizer does: tokenizers
-            differ in their version of Unicode, and so in which characters are letters.
+    With the suffix `+words`, the text is also split into words, separated by spaces, as by open_clip's own
+    tokenizer: tokenizers differ in their version of Unicode, and so in which characters are letters.
     """
     tokenizer = open_clip_package("open_clip.tokenizer")
     cleaned: str = tokenizer.get_clean_fn(name.removesuffix(WORDS))(text)
@@ -51,6 +48,14 @@ def take_projection(tower: Any) -> nn.Linear | None:
     return None
 
 
+def build_tower(side: Literal["vision", "text"], arguments: dict[str, Any]) -> Any:
+    """Build a tower of open_clip with random weights and without its projection."""
+    build = getattr(open_clip_package("open_clip.model"), f"_build_{side}_tower")
+    tower = build(arguments["embed_dim"], arguments[f"{side}_cfg"], arguments["quick_gelu"])
+    take_projection(tower)
+    return tower
+
+
 class OpenCLIPImage(nn.Module):
     """An image tower of open_clip without its projection: its own ViT or ResNet, or a timm model."""
 
@@ -63,14 +68,6 @@ class OpenCLIPImage(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return features (B, width) of normalized `pixel_values` (B, 3, H, W)."""
         return self.visual(pixel_values)
-
-    @classmethod
-    def from_config(cls, arguments: dict[str, Any]) -> Self:
-        """Build the architecture with random weights."""
-        build = open_clip_package("open_clip.model")._build_vision_tower
-        visual = build(arguments["embed_dim"], arguments["vision_cfg"], arguments["quick_gelu"])
-        take_projection(visual)
-        return cls(visual)
 
 
 class OpenCLIPText(nn.Module):
@@ -88,14 +85,6 @@ class OpenCLIPText(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return features (N, width) of tokens (N, L); the attention mask is not used."""
         return self.text(input_ids)
-
-    @classmethod
-    def from_config(cls, arguments: dict[str, Any]) -> Self:
-        """Build the architecture with random weights."""
-        build = open_clip_package("open_clip.model")._build_text_tower
-        text = build(arguments["embed_dim"], arguments["text_cfg"], arguments["quick_gelu"])
-        take_projection(text)
-        return cls(text)
 
 
 def _shorten_mask(module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> Any:

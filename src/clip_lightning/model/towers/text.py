@@ -31,7 +31,7 @@ from clip_lightning.model.towers.base import (
     pypi_folder,
     without_weight_bars,
 )
-from clip_lightning.model.towers.open_clip import OpenCLIPText, clean_text
+from clip_lightning.model.towers.open_clip import OpenCLIPText, build_tower, clean_text
 
 TextPooling = Literal["mean", "cls", "last", "pooler"]
 TEXT_POOLINGS = get_args(TextPooling)
@@ -117,11 +117,7 @@ class Tokenize:
 
 
 class TextTower(Tower):
-    """A text model of transformers with its tokenizer, pooled to one vector per text.
-
-    Attributes:
-        tokenize: turns texts into `input_ids` and `attention_mask`.
-    """
+    """A text model of transformers with its tokenizer, `tokenize`, pooled to one vector per text."""
 
     def __init__(self, backbone: Any, tokenizer: Any, spec: dict[str, Any]) -> None:
         super().__init__()
@@ -177,10 +173,6 @@ class TextTower(Tower):
                 folder for random weights. A suffix `@mean`, `@cls`, `@last` or `@pooler` selects the pooling;
                 the default is the one in the model's files, or else the usual one for its type.
             max_length: maximum number of tokens per text; by default 77, or the model's limit if it is lower.
-
-        Raises:
-            UserError: the model or its tokenizer is not available, or the model does not support the pooling
-                or the length.
         """
         place, _, suffix = name.rpartition("@")
         place, pooling = (place, suffix) if place and suffix in TEXT_POOLINGS else (name, None)
@@ -229,7 +221,7 @@ class TextTower(Tower):
         values = own_values(spec["config"])
         kind = values.pop("model_type")
         if kind == OpenCLIPText.ARCHITECTURE:
-            backbone: Any = OpenCLIPText.from_config(values)
+            backbone: Any = OpenCLIPText(build_tower("text", values))
         else:
             backbone = _fresh(AutoConfig.for_model(kind, **values))
         load = AutoTokenizer.from_pretrained
