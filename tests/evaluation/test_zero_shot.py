@@ -142,7 +142,7 @@ def test_templates_of_a_file(tmp_path: Path):
         ("n02123045_tabby", "tabby"),
         ("n02085620-Chihuahua", "Chihuahua"),
         ("001.Black_footed_Albatross", "Black footed Albatross"),
-        ("AnnualCrop", "AnnualCrop"),
+        ("AnnualCrop", "annual crop"),
         ("wire-haired_fox_terrier", "wire-haired fox terrier"),
         ("n02123045", "n02123045"),
         ("7", "7"),

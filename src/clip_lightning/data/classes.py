@@ -235,10 +235,12 @@ def _column(text: str, features: Mapping[str, Any], kind: str) -> str:
 def clean_name(name: str) -> str:
     """Return the name of a class folder as it would be written in a caption.
 
-    `n02123045_tabby` becomes `tabby`, and `017.Fox_Sparrow` becomes `Fox Sparrow`. If nothing would be left,
-    the name is unchanged.
+    `n02123045_tabby` becomes `tabby`, `017.Fox_Sparrow` becomes `Fox Sparrow`, and `AnnualCrop` becomes
+    `annual crop`. If nothing would be left, the name is unchanged.
     """
     words = re.sub(r"^(n\d{8}|\d+)[._\- ]+(?=.*[^\W\d_])", "", name)
+    if re.fullmatch(r"(?:[A-Z][a-z]+){2,}", words):
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", words).lower()
     return " ".join(words.replace("_", " ").split()) or name
 
 
