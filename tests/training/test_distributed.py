@@ -82,7 +82,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
             self.norms: list[float] = []
 
         def on_train_batch_end(self, trainer: Trainer, pl_module: CLIPModule, *_: Any) -> None:
-            self.norms.append(pl_module.gradient_norm)
+            self.norms.append(float(pl_module.gradient_norm))
             if self.way in ("one tower", "ddp") and trainer.global_step == HALF:
                 trainer.save_checkpoint(out / f"{self.way}-half-{ranks}.ckpt")
 
