@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[dict[str, Any], Any, list[Any] | None]] = {
     "whole bounds": ({"min": 2, "max": 5}, FloatDistribution(2, 5, step=1), [2, 3, 4, 5]),
     "a bound with a point": ({"min": 2, "max": 5.0}, FloatDistribution(2, 5), None),
     "int_uniform": (spec("int_uniform", -1, 1), FloatDistribution(-1, 1, step=1), [-1, 0, 1]),
+    "every seed": ({"min": 0, "max": 2**32}, FloatDistribution(0, 2**32, step=1), None),
     "uniform": (spec("uniform", 0, 1), FloatDistribution(0, 1), None),
     "q_uniform": (spec("q_uniform", 30, 70, q=16), FloatDistribution(30, 70), [32, 48, 64]),
     "q_uniform without q": (spec("q_uniform", 0, 2), FloatDistribution(0, 2), [0, 1, 2]),
@@ -109,6 +110,7 @@ def test_a_file_with_everything(tmp_path: Path) -> None:
         "early_terminate": {"type": "hyperband", "max_iter": 27, "s": 2, "strict": True},
         "run_cap": 7,
         "program": "clip-lightning",
+        "description": None,
         "command": ["${env}", "clip-lightning", "fit", "--config", "heads", "${args}", "--data.views", 1],
         "parameters": {
             "model": {"parameters": {"optimizer": {"parameters": {"lr": {"values": [0.1, 0.2]}}}}},
@@ -146,6 +148,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "upside down": (varying(min=2, max=1), f"parameters.{LR}: .*2"),
     "log of 0": (varying(**spec("log_uniform_values", 0, 1)), "optimizer.lr: .*> 0"),
     "parts of whole numbers": (varying(**spec("int_uniform", 0.5, 1)), "requires whole numbers"),
+    "a range as logarithms": (varying(**spec("log_uniform", 1, 1000)), f"parameters.{LR}: math range"),
     "two probabilities of three": (varying(values=[1, 2, 3], probabilities=[0.5, 0.5]), "add up to 1"),
     "another metric": (MINIMAL | {"metric": {"name": "rsum"}}, "metric.name: expected one of val/rsum, "),
     "an infinite grid": (MINIMAL | {"method": "grid"}, "a grid requires `values`"),
@@ -153,7 +156,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no fit": (MINIMAL | {"command": ["python", "train.py", "${args}"]}, "command: expected `fit`"),
     "no iteration": (
         MINIMAL | {"early_terminate": {"type": "hyperband"}},
-        "expected min_iter, or max_iter and s",
+        "expected min_iter, or max_iter and s, got {'type': 'hyperband'}",
     ),
     "no count": (MINIMAL | {"run_cap": -1}, "run_cap: .*-1"),
 }

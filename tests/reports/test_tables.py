@@ -178,7 +178,7 @@ def test_what_cannot_be_shown_is_told_once(tmp_path: Path) -> None:
     wrong = replace(whole, text_image_id=whole.text_image_id.flip(0))
     module = SimpleNamespace(validation_embeddings=wrong)
     callback = PredictionTable()
-    with pytest.warns(UserWarning, match="could not be shown: ValueError: caption 0 belongs") as caught:
+    with pytest.warns(UserWarning, match="could not be shown: ValueError: the embeddings assign") as caught:
         for epoch in range(2):
             callback.on_validation_end(stub_trainer(images, tmp_path, epoch=epoch), module)
     assert len(caught) == 1

@@ -265,7 +265,7 @@ def print_tables(comparison: Comparison) -> None:
         titles += [] if columns[1] in differing else [rows[0].name]
         hidden = tables.print_table([*always, *options, *values], len(always), "\n".join(titles))
         if more := [name for name in hidden if name in rows[0].options]:
-            print(f"more in index.html: {', '.join(more)}\n")
+            print(f"more in index.html: {one_line(', '.join(more))}\n")
 
 
 def plots_of(comparison: Comparison) -> list[Plot]:

@@ -28,6 +28,8 @@ from clip_lightning.evaluation.metrics import METRICS
 
 ATTEMPTS = 20
 """Number of draws before the first untried point is used instead."""
+MAX_POINTS = 100_000
+"""Number of values up to which a range is finite, so that its points are listed."""
 OF_SERVER = ("description", "project", "entity", "program")  # keys that only W&B's server needs
 Drawn = dict[str, Any]
 
@@ -89,7 +91,8 @@ class Parameter:
             if quantum := self.q or (1 if kind.startswith("q_") else step):
                 self.quantum = quantum
                 multiples = range(round(low / quantum), round(high / quantum) + 1)
-                self.every = [min(max(n * quantum, low), high) for n in multiples]
+                if len(multiples) <= MAX_POINTS:
+                    self.every = [min(max(n * quantum, low), high) for n in multiples]
         else:
             raise UserError("expected `value`, `values`, or `min` and `max`")
 
@@ -179,7 +182,8 @@ class SweepFile:
             stop: Hyperband = _read("early_terminate", Hyperband, self.early_terminate)
             first = stop.min_iter or stop.max_iter // stop.eta**stop.s
             if not first:
-                raise UserError(f"early_terminate: expected min_iter, or max_iter and s, got {stop}")
+                given = self.early_terminate
+                raise UserError(f"early_terminate: expected min_iter, or max_iter and s, got {given}")
             self.halving = first, stop.eta
             self.pruner = SuccessiveHalvingPruner(*self.halving)
 
@@ -201,8 +205,8 @@ def read_sweep(given: str) -> SweepFile:
         if not isinstance(content, dict):
             raise UserError(f"expected a W&B sweep file with `method` and `parameters`, got {content!r}")
         usual = {"name": path.stem, "metric": {"name": "val/rsum", "goal": "maximize"}}
-        own = {key: value for key, value in (usual | content).items() if key not in OF_SERVER}
-        return _read("file", SweepFile, own)
+        known = {key: value for key, value in content.items() if key not in OF_SERVER and value is not None}
+        return _read("file", SweepFile, usual | known)
     except (UserError, yaml.YAMLError, UnicodeDecodeError) as error:
         why = error if isinstance(error, UserError) else f"it is not valid YAML: {error}"
         raise UserError(f"{path}: {why}") from error
@@ -217,7 +221,7 @@ def _read(name: str, kind: Any, content: Any) -> Any:
     except ArgumentError as error:
         message = plain_message(" ".join(str(error).split()))
         raise UserError(message.removeprefix("--").replace("file.", "", 1)) from error
-    except ValueError as error:  # ours, or Optuna's
+    except (ValueError, OverflowError) as error:  # ours, Optuna's, or of exp
         raise UserError(f"{name}: {error}".removeprefix("file: ")) from error
 
 

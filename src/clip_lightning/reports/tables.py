@@ -20,7 +20,7 @@ from rich.table import Table
 from clip_lightning.evaluation.zero_shot import Classification
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.plots import plot_calibration, plot_confusion
-from clip_lightning.terminal import json_line, one_line
+from clip_lightning.terminal import json_line, one_line, printable
 
 Row = dict[str, Any]
 """Results of a model on a data set: `model`, `data`, and values with bounds `NAME_low` and `NAME_high`."""
@@ -95,11 +95,11 @@ def print_table(columns: Sequence[Column], always: int, title: str = "") -> list
 
 
 def _table(columns: Sequence[Column], title: str) -> Table:
-    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=printable(title) or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     short = short_names((c.name for c in columns if "." in c.name), lambda name: name.rpartition(".")[2])
     for column in columns:
         table.add_column(
-            short.get(column.name, column.title),
+            printable(short.get(column.name, column.title)),
             justify="left" if column.is_text else "right",
             overflow="fold",
             no_wrap=not column.title,  # names of metrics
