@@ -313,9 +313,14 @@ def _sum_of_blocks(block: Callable[[Tensor, Tensor], Tensor], own: Pairs, everyo
 
 
 def _log_sum_exp(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return log Σ exp (B,) over the rows of the similarities of (B, D) and (N, D)."""
+    """Return log Σ exp (B,) over the rows of the similarities of (B, D) and (N, D).
+
+    The gradients are multiplied in fp32, too: if the loss is small, they almost cancel with those of the
+    positives, so that what remains of bf16 would be its rounding.
+    """
     if _is_one_block(rows, columns):
-        return _similarities(rows, columns).logsumexp(dim=1)
+        with torch.autocast(rows.device.type, enabled=False):
+            return (rows @ columns.T).logsumexp(dim=1)
     result: Tensor = _LogSumExp.apply(rows, columns)
     return result
 
