@@ -403,7 +403,7 @@ def test_a_signal_saves_the_run_which_is_resumed(
     note.unlink(missing_ok=True)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == status, errors
-    assert "stopped; the same command with --ckpt_path last" in errors
+    assert f"stopped; the same command with --ckpt_path last resumes from step {EPOCH + 3}" in errors
     assert "Traceback" not in errors
 
     folder = the_run(tmp_path / "runs")

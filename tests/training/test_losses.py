@@ -269,6 +269,25 @@ def test_the_mean_over_ranks_is_the_loss(
         assert_equal_but_for_rounding(shares, whole, size=5)
 
 
+def test_ranks_under_autocast_keep_the_small_gradients_of_a_good_model() -> None:
+    """The gradients of the softmax and of the positives almost cancel."""
+    image = unit(128, 32, 0)
+    text = F.normalize(image + 0.1 * unit(128, 32, 1), dim=-1)
+    ids, scale = torch.arange(128), torch.tensor(20.0)
+
+    def mean_over_ranks(image: Tensor, text: Tensor) -> Tensor:
+        everyone = Pairs(image, text, ids, ids)
+        parts = zip(*(tensor.split(64) for tensor in (image, text, ids, ids)), strict=True)
+        return sum(InfoNCE().share(Pairs(*part), everyone, scale, None) for part in parts) / 2
+
+    loss, *exact = value_and_gradients(mean_over_ranks, image, text)
+    in_training = torch.autocast("cpu", torch.bfloat16)(mean_over_ranks)
+    _, *mixed = value_and_gradients(in_training, image, text)
+    assert loss < 0.05
+    for ours, theirs in zip(mixed, exact, strict=True):
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
 def test_the_loss_without_positives_is_zero() -> None:
     image, text = unit(3, 4, 0).requires_grad_(), unit(2, 4, 1)
     loss = info_nce(image, text, 10.0, image_id=torch.arange(3), text_image_id=torch.tensor([7, 8]))

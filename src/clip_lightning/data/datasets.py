@@ -165,8 +165,9 @@ class EvalDataset(_CaptionedImages):
         if self.features is None:
             results = {i: _decoded(self.images[i], self.transform) for i in indices}
         else:
-            rows, no = self.features.rows(indices), self.features.broken
-            results = {i: _NOT_CACHED if no[i] else row for i, row in zip(indices, rows, strict=True)}
+            rows, broken_rows = self.features.rows(indices), self.features.broken
+            pairs = zip(indices, rows, strict=True)
+            results = {i: _NOT_CACHED if broken_rows[i] else row for i, row in pairs}
         images = {i: image for i, image in results.items() if isinstance(image, Tensor)}
         broken = {str(self.images[i].path): str(results[i]) for i in indices if i not in images}
         index = np.array([*images], dtype=np.int64)

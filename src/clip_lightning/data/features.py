@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,20 +50,21 @@ class Features:
     """The rows (R, D) of a finished entry, which stay readable if the entry is removed.
 
     They are copied to memory if they take little of what is free, and memory-mapped otherwise.
-
-    Attributes:
-        broken: (R,) whether the row is NaN: its image could not be read when it was cached.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._paths, parts = shards, [*map(_map, shards)] or [torch.empty(0, 0)]
         fits = sum(part.nbytes for part in parts) * LEAST_FREE < psutil.virtual_memory().available
         self._parts = [torch.cat(parts)] if fits else parts
-        self.broken = torch.cat([part.isnan().any(dim=1) for part in parts]).numpy()
 
     def __reduce__(self) -> tuple[type[Features], tuple[Sequence[Path]]]:
         """Pickle only the paths, so that loader workers map the files themselves."""
         return Features, (self._paths,)
+
+    @cached_property
+    def broken(self) -> np.ndarray:
+        """(R,) whether the row is NaN: its image could not be decoded when it was cached."""
+        return torch.cat([part.isnan().any(dim=1) for part in self._parts]).numpy()
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """Return the features (len(rows), D) in float32."""

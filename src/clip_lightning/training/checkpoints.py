@@ -28,6 +28,12 @@ from clip_lightning.run_folder import LAST, PREVIOUS, RunFolder
 from clip_lightning.training.optim import param_groups
 
 
+def within_a_step(trainer: Trainer) -> bool:
+    """Return whether a step has begun and not finished, so that a checkpoint would contain a part of it."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    return batches.started > batches.processed or is_accumulating(trainer)
+
+
 def is_accumulating(trainer: Trainer) -> bool:
     """Return whether gradients of finished batches are still to be added to those of later ones."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -53,10 +59,8 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current
-        is_complete = batches.started <= batches.processed and not is_accumulating(trainer)
-        exists = Path(str(self.dirpath), LAST).is_file()
-        if (is_complete or not exists) and all_ranks_save(trainer, exception):
+        replaces = Path(str(self.dirpath), LAST).is_file()
+        if not (replaces and within_a_step(trainer)) and all_ranks_save(trainer, exception):
             super().on_exception(trainer, pl_module, exception)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -181,15 +185,13 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 def check_fits(file: str | Path, checkpoint: Mapping[str, Any], model: LightningModule) -> None:
     """Reject the checkpoint of a different model, and name the first difference."""
     frozen, fixed = checkpoint["frozen_towers"], fixed_towers(model.clip)
-    own = model.state_dict().items()
-    trained = {name: tensor for name, tensor in own if not name.startswith(tuple(f"{t}." for t in fixed))}
-    there, here = (
-        {"frozen": [*towers], **{name: tuple(tensor.shape) for name, tensor in state.items()}, **about}
-        for towers, state, about in (
-            (frozen, checkpoint["state_dict"], checkpoint["preprocessing"]),
-            (fixed, trained, preprocessing(model.clip, model.lora)),
-        )
+    prefixes = tuple(f"{tower}." for tower in fixed)
+    stored, own = (
+        {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith(prefixes)}
+        for state in (checkpoint["state_dict"], model.state_dict())
     )
+    there = {"frozen": sorted(frozen), **stored, **checkpoint["preprocessing"]}
+    here = {"frozen": sorted(fixed), **own, **preprocessing(model.clip, model.lora)}
     for name in {**there, **here}:
         then, now = there.get(name, "absent"), here.get(name, "absent")
         if then != now:

@@ -87,6 +87,8 @@ def largest_micro_batch(clip: CLIP, batch: dict[str, Tensor], trainer: Trainer) 
             sum(saved_bytes(encode, [x[:rows] for x in inputs], clip) for encode, inputs in parts)
             for rows in (2, 4)
         )
+    if on_gpu:
+        torch.cuda.empty_cache()  # else memory that frozen towers have used counts as taken
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     shared_by = 1 if on_gpu else trainer.num_devices
     trained = sum(parameter.nbytes for parameter in clip.parameters() if parameter.requires_grad)

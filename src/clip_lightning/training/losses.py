@@ -211,7 +211,9 @@ class InfoNCE(ContrastiveLoss):
         target = (1 - self.label_smoothing) * mean + self.label_smoothing * columns.mean(dim=0)
 
         def block(image: Tensor, _: Tensor) -> Tensor:
-            return _similarities(image * scale, columns).logsumexp(dim=1)
+            # The gradients are fp32, too: those of a good model almost cancel with those of the positives.
+            with torch.autocast(image.device.type, enabled=False):
+                return (image * scale @ columns.T).logsumexp(dim=1)
 
         per_row = torch.cat(_blocks(block, own, everyone)) - (own.image * scale * target).sum(dim=1)
         counted = torch.isin(everyone.image_id, column_id).sum().clamp(min=1)

@@ -29,7 +29,7 @@ from torch.utils.data._utils import signal_handling
 from clip_lightning.errors import AgreedStop, Diverged
 from clip_lightning.files import write_atomically
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.training.checkpoints import is_accumulating
+from clip_lightning.training.checkpoints import all_ranks_save, is_accumulating, within_a_step
 
 CHECKED = 10
 """Steps after which the norms of their gradients are read."""
@@ -84,7 +84,10 @@ class GracefulStop(Callback):
         if self._received == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
             atexit.register(requeue)  # after everything is saved
         if self._prints_remedy:
-            print("stopped; the same command with --ckpt_path last resumes the run", file=sys.stderr)
+            saved = all_ranks_save(trainer, exception) and not within_a_step(trainer)
+            place = f"step {trainer.global_step}" if saved else "the last checkpoint"
+            resumes = f"; the same command with --ckpt_path last resumes from {place}"
+            print(f"stopped{resumes if trainer.global_step else ' before the first step'}", file=sys.stderr)
 
     def _handle(self, *numbers: signal.Signals) -> None:
         """Install the handler in the main thread; W&B's agents train in another thread."""
