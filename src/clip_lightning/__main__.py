@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import gc
@@ -17,14 +18,12 @@ from clip_lightning.cpu import keep_freed_memory
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import one_line, public
 
-WIDTH = max(map(len, COMMANDS))
-LISTED = "\n".join(f"  {name:<{WIDTH}}  {text}" for name, (_, text) in COMMANDS.items())
-USAGE = f"""usage: clip-lightning COMMAND [options]
+USAGE = """usage: clip-lightning COMMAND [options]
 
 Train and use contrastive image-text models with any timm image tower and any Hugging Face text tower.
 
 commands:
-{LISTED}
+{}
 
 With -q or --quiet, every command prints only its results and errors.
 Run clip-lightning COMMAND --help to list the options of a command.
@@ -44,10 +43,13 @@ def main(args: list[str] | None = None) -> int:
     given = sys.argv[1:] if args is None else args
     args = [arg for arg in given if arg not in ("-q", "--quiet")]
     if not args or args[0] in ("-h", "--help", "--version"):
-        print(__version__ if args[:1] == ["--version"] else USAGE)
+        listed = "\n".join(f"  {name:<17}  {text}" for name, (_, text) in COMMANDS.items())
+        print(__version__ if args[:1] == ["--version"] else USAGE.format(listed))
         return 0 if args else 2
     if args[0] not in COMMANDS:
-        similar = difflib.get_close_matches(args[0], [*COMMANDS, "--version", "--help"], n=1)
+        known = [*COMMANDS, "--version", "--help"]
+        similar = {"train": ["fit"], "predict": ["classify"]}.get(args[0])  # names in other programs
+        similar = similar or difflib.get_close_matches(args[0], known, n=1)
         remedy = f"did you mean {similar[0]}?" if similar else "clip-lightning --help lists the commands"
         return _fail(f"unknown command {args[0]!r}; {remedy}")
     _prepare()
@@ -86,13 +88,15 @@ def _without_stderr() -> Iterator[None]:
     """Discard what this process and its children write to stderr."""
     os.environ["WANDB_SILENT"] = "true"  # W&B also writes when Python exits
     original = os.dup(2)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        os.dup2(nowhere.fileno(), 2)  # of child processes
-        try:
+    nowhere = open(os.devnull, "w", errors="replace")
+    atexit.register(nowhere.close)  # not before: loggers write to it until Python exits
+    os.dup2(nowhere.fileno(), 2)  # of child processes
+    try:
+        with contextlib.redirect_stderr(nowhere):
             yield
-        finally:
-            os.dup2(original, 2)
-            os.close(original)
+    finally:
+        os.dup2(original, 2)
+        os.close(original)
 
 
 def _run(args: list[str]) -> None:

@@ -230,7 +230,7 @@ def test_classify(make_clip: Make, pictures: Path, tmp_path: Path, capsys: Print
         ("zero-shot M D --templates odd", "--templates odd"),
         ("zero-shot M D --split dev", "--split: expected all or train or val or test"),
         ("zero-shot M D --split test", "has no such split; expected all"),
-        ("zero-shot M D --names nothing.csv", "nothing.csv does not exist"),
+        ("zero-shot M D --names nothing.txt", "nothing.txt does not exist"),
         ("zero-shot M nothing", "the folder or file nothing does not exist"),
         ("zero-shot M torchvision:CIFAR10", "torchvision:CIFAR10 cannot be downloaded"),
         ("zero-shot M torchvision:Cifar", "expected one of CIFAR10, CIFAR100"),

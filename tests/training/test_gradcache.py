@@ -220,19 +220,19 @@ def test_the_same_gradients_with_less_in_memory(make_clip: MakeClip, image: str)
 
 def test_activation_checkpointing_of_open_clip_towers(make_clip: Callable[..., CLIP]) -> None:
     from clip_lightning.model.towers import Tower
-    from clip_lightning.model.towers.open_clip import OpenCLIPImage, OpenCLIPText
+    from clip_lightning.model.towers.open_clip import OpenCLIPImage, OpenCLIPText, build_tower
 
     vision = {"layers": 2, "width": 32, "patch_size": 16, "image_size": 32, "head_width": 16}
     text = {"context_length": 16, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
     pixels, tokens = torch.randn(2, 3, 32, 32), torch.randint(1, 50, (2, 16))
-    for kind, name, config, inputs in (
-        (OpenCLIPImage, "vision_cfg", vision, (pixels,)),
-        (OpenCLIPText, "text_cfg", text, (tokens, torch.ones_like(tokens))),
+    for kind, side, config, inputs in (
+        (OpenCLIPImage, "vision", vision, (pixels,)),
+        (OpenCLIPText, "text", text, (tokens, torch.ones_like(tokens))),
     ):
-        arguments = {"embed_dim": 8, name: config, "quick_gelu": False}
+        arguments = {"embed_dim": 8, f"{side}_cfg": config, "quick_gelu": False}
         torch.manual_seed(0)
         tower = Tower()
-        tower.backbone, tower.spec = kind.from_config(arguments).train(), {"name": "tiny"}
+        tower.backbone, tower.spec = kind(build_tower(side, arguments)).train(), {"name": "tiny"}
         tower.backbone(*inputs).sum().backward()
         plain = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
         tower.zero_grad()

@@ -278,7 +278,8 @@ def _read_names(file: Path, classes: Sequence[str]) -> dict[str, list[str]] | li
     """Return class → names, or a list of names in the order of the classes."""
     suffix = file.suffix.lower()
     if suffix in (".csv", ".tsv") or not file.is_file():
-        raise UserError(f"--names {file}: expected a JSON file or a text file with one line per class")
+        problem = "is a table" if file.is_file() else "does not exist"
+        raise UserError(f"--names {file} {problem}; give a JSON file or a text file with one line per class")
     lines = [line.strip() for line in read_lines(file) if line.strip()]
     if suffix == ".json":
         with as_user_error(
