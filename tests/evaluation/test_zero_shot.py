@@ -246,9 +246,9 @@ def test_names_as_imagenet_writes_them(tmp_path: Path, capsys: Printed):
         ("n.json", "3", "expected a JSON object"),
         ("n.json", '{"cat_x": []}', r"got .*\[\]"),
         ("n.json", '{"other": "x"}', r"1 entries \(first: other\) that do not match the 2 classes"),
-        ("n.csv", "cat_x,cat\ndog_y,dog\n", "expected a JSON file or a text file"),
+        ("n.csv", "cat_x,cat\ndog_y,dog\n", "is a table; give a JSON file"),
         ("n.txt", "cat\n", "1 entries .* do not match the 2 classes"),
-        ("n.txt", None, "expected a JSON file or a text file"),
+        ("n.txt", None, "does not exist; give a JSON file"),
     ],
 )
 def test_names_of_a_file(tmp_path: Path, name: str, text: str | None, expected: list[list[str]] | str):
