@@ -253,7 +253,7 @@ def test_a_file_of_options_and_precedence_of_the_command_line(
     [
         ({"image_towers": ...}, "--image_towers: expected names separated by commas"),
         ({"text_towers": "a,,b"}, "--text_towers: expected names separated by commas"),
-        ({"image_towers": f"random:nosuch,{IMAGES}"}, "Unknown model (nosuch)"),
+        ({"image_towers": f"random:nosuch,{IMAGES}"}, "is not an architecture of timm"),
         ({"seeds": 0}, "--seeds: expected a whole number of 1 or more, got 0"),
         ({"data__root": "nowhere"}, "nowhere"),
         ({"model__init_from": "bundle"}, "remove --model.init_from"),

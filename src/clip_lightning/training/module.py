@@ -106,7 +106,6 @@ class CLIPModule(LightningModule):
         self.stopwatch = Stopwatch()
         self.validation_embeddings: Embeddings | None = None
         self.gradient_norm = torch.zeros(())
-        self._trained: list[torch.nn.Parameter] = []
         self._statistics: list[Tensor] = []
         self._good_statistics: list[Tensor] = []
         self._collector = EmbeddingCollector()
@@ -249,22 +248,22 @@ class CLIPModule(LightningModule):
         # as in Lightning, 0 or less turns clipping off
         limit = gradient_clip_val if gradient_clip_val and gradient_clip_val > 0 else math.inf
         by_value = gradient_clip_algorithm == "value"
-        self.gradient_norm = optim.clip_gradients(self._trained, limit, by_value)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.gradient_norm = optim.clip_gradients(parameters, limit, by_value)
         if self._logs_step():
             self.log("train/grad_norm", self.gradient_norm)
         finite = self.gradient_norm.isfinite()
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         elif not finite:
-            for parameter in self._trained:
+            for parameter in parameters:
                 parameter.grad = None  # the optimizer skips parameters without a gradient
         for statistic, good in zip(self._statistics, self._good_statistics, strict=True):
             good.copy_(statistic.where(finite, good))
             statistic.copy_(good)
 
     def on_train_start(self) -> None:
-        """List what every step needs, with a copy of the statistics, which a skipped step must not change."""
-        self._trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        """Copy the statistics of batch norms, which a skipped step must not change either."""
         training = [module for module in self.clip.modules() if module.training]
         buffers = [buffer for module in training for buffer in module.buffers(recurse=False)]
         self._statistics = [buffer for buffer in buffers if buffer.is_floating_point()]

@@ -186,9 +186,15 @@ class NonFinite(Callback):
             pl_module.log("train/steps_left_out", float(self.left_out))
         if self.row < self.in_a_row:
             return
+        batches = [about for _, about in self._batches]
+        wanted = {row for batch in batches if "text_id" in batch for row in batch["text_id"].tolist()}
         images = trainer.datamodule.images("train")
-        samples = [{"image": str(image.path), "caption": text} for image in images for text in image.captions]
-        batches = [batch for _, batch in self._batches]
+        captions = ((image, text) for image in images for text in image.captions)
+        samples = {
+            row: {"image": str(image.path), "caption": text}
+            for row, (image, text) in enumerate(captions)
+            if row in wanted
+        }
         for batch in batches:
             if "text_id" in batch:  # read only now, in order not to wait for a GPU in every step
                 batch["captions"] = [samples[row] for row in batch.pop("text_id").tolist()]
