@@ -168,6 +168,7 @@ def test_retrieval_of_two_models(
         assert first[f"image_to_text_true_recall@{k}"] >= first[f"image_to_text_R@{k}"] / 5
     rows = table(tmp_path / "out" / "results.csv")
     assert float(rows[1]["rsum"]) == second["rsum"]
+    monkeypatch.delenv("COLUMNS", raising=False)
     for narrow in (False, True):
         if narrow:
             monkeypatch.setenv("COLUMNS", "80")

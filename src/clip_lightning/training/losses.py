@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from clip_lightning.errors import UserError
@@ -211,9 +209,7 @@ class InfoNCE(ContrastiveLoss):
         target = (1 - self.label_smoothing) * mean + self.label_smoothing * columns.mean(dim=0)
 
         def block(image: Tensor, _: Tensor) -> Tensor:
-            # The gradients are fp32, too: those of a good model almost cancel with those of the positives.
-            with torch.autocast(image.device.type, enabled=False):
-                return (image * scale @ columns.T).logsumexp(dim=1)
+            return _similarities(image * scale, columns).logsumexp(dim=1)
 
         per_row = torch.cat(_blocks(block, own, everyone)) - (own.image * scale * target).sum(dim=1)
         counted = torch.isin(everyone.image_id, column_id).sum().clamp(min=1)
@@ -271,31 +267,10 @@ class MaxViolation(ContrastiveLoss):
         return torch.stack(_blocks(block, own, everyone)).sum()
 
 
-class _Similarities(torch.autograd.Function):
-    """The products (B, N) of (B, D) and (N, D), in fp32 also under autocast.
-
-    Under bf16 autocast, the operands of the gradients' products are bf16, as in the layers of the model.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor) -> Tensor:
-        kind = rows.device.type
-        is_mixed = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-        dtype = torch.bfloat16 if is_mixed else rows.dtype
-        ctx.save_for_backward(rows.to(dtype), columns.to(dtype))
-        with torch.autocast(kind, enabled=False):
-            return rows @ columns.T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        rows, columns = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
-            operand = grad.to(rows.dtype)
-            return (operand @ columns).to(grad.dtype), (operand.T @ rows).to(grad.dtype)
-
-
-_similarities: Callable[[Tensor, Tensor], Tensor] = _Similarities.apply
+def _similarities(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the products (B, N) of (B, D) and (N, D), in fp32 also under autocast."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ columns.T
 
 
 def _blocks(block: Callable[[Tensor, Tensor], Tensor], own: Pairs, everyone: Pairs) -> list[Tensor]:
