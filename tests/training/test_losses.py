@@ -197,19 +197,14 @@ def test_blocks_under_autocast_have_the_same_gradients(loss: ContrastiveLoss) ->
         return loss(image, text, torch.tensor(100.0), torch.tensor(-10.0), ids, ids)
 
     inputs = unit(64, 32, 0), unit(64, 32, 1)
-    # the operands of the gradients' products are bf16, and their values are not
-    exact = value_and_gradients(torch.autocast("cpu", enabled=False)(mixed.__wrapped__), *inputs)
-    for form in (mixed, in_blocks(mixed, 500)):
-        value, *gradients = value_and_gradients(form, *inputs)
-        assert_equal_but_for_rounding([value], exact[:1], size=100)
-        for one, other in zip(gradients, exact[1:], strict=True):
-            assert one.dtype == torch.float32 and (one - other).norm() <= 2**-8 * other.norm()
+    plain, blocks = (value_and_gradients(form, *inputs) for form in (mixed, in_blocks(mixed, 500)))
+    assert_equal_but_for_rounding(blocks, plain, size=100)
     # gradients of embeddings in bf16 are rounded once, not once for each block
     rounded = [tensor.bfloat16().float() for tensor in inputs]
     _, *exact = value_and_gradients(mixed, *rounded)
     _, *blocks = value_and_gradients(in_blocks(lambda a, b: mixed(a.bfloat16(), b.bfloat16()), 500), *rounded)
     for one, other in zip(blocks, exact, strict=True):
-        assert (one - other).norm() <= 2**-7 * other.norm()
+        assert (one - other).norm() <= 2**-9 * other.norm()
 
 
 @pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP(), MaxViolation()])
