@@ -9,12 +9,14 @@ is ever in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from clip_lightning.errors import UserError
@@ -176,7 +178,7 @@ class InfoNCE(ContrastiveLoss):
         self.label_smoothing = label_smoothing
 
     def rows(self, own: Pairs, everyone: Pairs, scale: Scalar, bias: Scalar | None) -> Tensor:
-        if own is everyone and len(own.image) * len(own.text) <= BLOCK:
+        if own is everyone and _is_one_block(own.image, own.text):
             positive = own.image_id[:, None] == own.text_image_id
             logits = _similarities(own.image, own.text) * scale
             return (self._cross_entropy(logits, positive, 1) + self._cross_entropy(logits, positive, 0)) / 2
@@ -207,11 +209,8 @@ class InfoNCE(ContrastiveLoss):
         total = columns.new_zeros(len(present), columns.shape[1]).index_add(0, column_member, columns)
         mean = total[row_member] / count.clamp(min=1)[:, None]
         target = (1 - self.label_smoothing) * mean + self.label_smoothing * columns.mean(dim=0)
-
-        def block(image: Tensor, _: Tensor) -> Tensor:
-            return _similarities(image * scale, columns).logsumexp(dim=1)
-
-        per_row = torch.cat(_blocks(block, own, everyone)) - (own.image * scale * target).sum(dim=1)
+        rows = own.image * scale
+        per_row = _log_sum_exp(rows, columns) - (rows * target).sum(dim=1)
         counted = torch.isin(everyone.image_id, column_id).sum().clamp(min=1)
         return (per_row * (count > 0)).sum() / counted
 
@@ -228,7 +227,7 @@ class SigLIP(ContrastiveLoss):
             sign = (image_id[:, None] == everyone.text_image_id).to(logits.dtype) * 2 - 1
             return -F.logsigmoid(sign * logits).sum()
 
-        return torch.stack(_blocks(block, own, everyone)).sum() / len(own.image)
+        return _sum_of_blocks(block, own, everyone) / len(own.image)
 
 
 class MaxViolation(ContrastiveLoss):
@@ -264,7 +263,7 @@ class MaxViolation(ContrastiveLoss):
             hardest = cosine.masked_fill(positive, -torch.inf).amax(dim=1, keepdim=True)
             return (self.margin - cosine + hardest).relu()[positive].sum()
 
-        return torch.stack(_blocks(block, own, everyone)).sum()
+        return _sum_of_blocks(block, own, everyone)
 
 
 def _similarities(rows: Tensor, columns: Tensor) -> Tensor:
@@ -273,13 +272,67 @@ def _similarities(rows: Tensor, columns: Tensor) -> Tensor:
         return rows @ columns.T
 
 
-def _blocks(block: Callable[[Tensor, Tensor], Tensor], own: Pairs, everyone: Pairs) -> list[Tensor]:
-    """Return `block` of as many own images and their ids at a time as make `BLOCK` similarities.
+def _is_one_block(rows: Tensor, columns: Tensor) -> bool:
+    return len(rows) * len(columns) <= BLOCK
+
+
+def _sum_of_blocks(block: Callable[[Tensor, Tensor], Tensor], own: Pairs, everyone: Pairs) -> Tensor:
+    """Add up `block` of as many own images and their ids at a time as make `BLOCK` similarities.
 
     With several blocks, the backward pass calls it again instead of storing the activations.
     """
     size = max(1, BLOCK // max(1, len(everyone.text)))
     if len(own.image) <= size:
-        return [block(own.image, own.image_id)]
+        return block(own.image, own.image_id)
     parts = zip(own.image.split(size), own.image_id.split(size), strict=True)
-    return [checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    sums = [checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.stack(sums).sum()
+
+
+def _log_sum_exp(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return log Σ exp (B,) over the rows of the similarities of (B, D) and (N, D)."""
+    if _is_one_block(rows, columns):
+        return _similarities(rows, columns).logsumexp(dim=1)
+    result: Tensor = _LogSumExp.apply(rows, columns)
+    return result
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Computes `_log_sum_exp` in blocks, once forward and once backward.
+
+    The blocks share their memory, since allocating each of them would fragment the CPU's heap.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        sums = a.new_empty(len(a))
+        for block, logits in _LogSumExp.blocks(a, b):
+            largest = logits.amax(dim=1)
+            sums[block] = logits.sub_(largest[:, None]).exp_().sum(dim=1).log() + largest
+        ctx.save_for_backward(a, b, sums)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, sums = ctx.saved_tensors
+        grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
+        for block, logits in _LogSumExp.blocks(a, b):
+            # the gradient of a log-sum-exp is the softmax
+            logits.sub_(sums[block, None]).exp_().mul_(grad[block, None])
+            with torch.autocast(a.device.type, enabled=False):
+                grad_a[block] = logits @ b
+                grad_b.addmm_(logits.T, a[block])
+        return grad_a, grad_b
+
+    @staticmethod
+    def blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of rows, and their rows of a bᵀ."""
+        size = min(len(a), max(1, BLOCK // len(b)))
+        space = a.new_empty(size, len(b))
+        for start in range(0, len(a), size):
+            block = slice(start, start + size)
+            logits = space[: len(a[block])]
+            with torch.autocast(a.device.type, enabled=False):
+                torch.mm(a[block], b.T, out=logits)
+            yield block, logits
