@@ -86,9 +86,12 @@ LOST = re.compile(
 class ProgressBar(RichProgressBar):
     """Lightning's bar, except that it reads the loss, which waits for a GPU, only when it is drawn."""
 
-    def _update_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    _metrics_shown: Any = None
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if trainer.global_step % self.refresh_rate == 0 or trainer.is_last_batch:
-            super()._update_metrics(trainer, pl_module)
+            self._metrics_shown = super().get_metrics(trainer, pl_module)
+        return self._metrics_shown or {}
 
 
 class Parser(arguments.PlainErrors, LightningArgumentParser):
