@@ -127,6 +127,7 @@ def test_help_imports_no_torch() -> None:
         ("search INDEX a --gird x.png", "did you mean --grid"),
         ("search INDEX a --model OTHER", "is not the model that the index was built with"),
         ("search nowhere a", "no finished index"),
+        (f"search {'long' * 70} a", "File name too long"),
         ("search OLD a", "was written by another program or version"),
         ("index MODEL SCENES", "--out"),
         ("index MODEL SCENES --out new --type best", "auto or flat or ivfpq"),

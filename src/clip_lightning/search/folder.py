@@ -113,9 +113,9 @@ class EmbeddingsFolder:
     def manifest(self) -> Manifest | None:
         """Read the manifest; return None if there is none."""
         file = self.root / "manifest.json"
-        if not file.is_file():
-            return None
         with as_user_error(f"{file} is damaged", "write to a new folder"):
+            if not file.is_file():
+                return None
             content = json.loads(file.read_bytes())
             if isinstance(content, dict) and content.get("made_by") == MADE_BY:
                 return Manifest(**content)
