@@ -47,6 +47,10 @@ class Settings:
     quality: int = 92
     filters: Sequence[Filter] = ()
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"--quality {self.quality}: expected a number from 1 to 100")
+
 
 Content = Sequence[tuple[int, CaptionedImage]] | str
 """What a tar is written from: captioned images with their numbers, or another tar."""
