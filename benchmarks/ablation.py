@@ -22,8 +22,9 @@ from pathlib import Path
 
 import report
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from trainer import plain_trainer
 
 from clip_lightning import CaptionDataModule, CLIPModule
 from clip_lightning.cpu import keep_freed_memory
@@ -174,17 +175,12 @@ def train(root: Path, s: dict, seed: int, save: Path | None = None) -> dict[str,
         seed=seed,
     )
     callbacks: list[Callback] = [EMAWeightAveraging(decay=s["ema"])] if s["ema"] else []
-    trainer = Trainer(
+    trainer = plain_trainer(
         accelerator="cpu",
         precision="bf16-mixed",
         max_epochs=s["epochs"],
         check_val_every_n_epoch=s["epochs"],
         num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=callbacks,
     )
     trainer.fit(module, datamodule=data)

@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
+from trainer import plain_trainer
 
 from clip_lightning import CLIPModule
 from clip_lightning.data.features import FeatureCache
@@ -193,18 +194,8 @@ def weights(module: nn.Module) -> Weights:
 
 def fit(module: CLIPModule, steps: int = 4, rows: int = BATCH, **options: Any) -> tuple[Weights, float]:
     """Train on one batch, and return the weights and the last loss."""
-    defaults = {
-        "accelerator": "gpu" if DEVICE == "cuda" else "cpu",
-        "devices": 1,
-        "precision": "bf16-mixed",
-        "max_epochs": 1,
-        "gradient_clip_val": 1.0,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = Trainer(**{**defaults, **options})
+    accelerator = "gpu" if DEVICE == "cuda" else "cpu"
+    trainer = plain_trainer(**{"accelerator": accelerator, "devices": 1, "precision": "bf16-mixed"} | options)
     batch = random_batch(rows, PIXELS, TOKENS, device="cpu")
     trainer.fit(module, DataLoader(Repeated(batch, steps), batch_size=None))
     return weights(module), float(trainer.callback_metrics["train/loss"])

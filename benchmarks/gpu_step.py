@@ -31,6 +31,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from trainer import plain_trainer
 
 from clip_lightning import CLIPModule
 from clip_lightning.training.build import TowerOptions
@@ -130,16 +131,10 @@ def run_ours(size: Size, compiled: bool) -> tuple[float, float]:
                 synchronize()
                 marks[trainer.global_step] = time.perf_counter()
 
-    trainer = Trainer(
+    trainer = plain_trainer(
         accelerator="gpu" if DEVICE == "cuda" else "cpu",
         devices=1,
         precision="bf16-mixed",
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[Clock()],
     )
     batch = random_batch(size.batch, size.pixels, size.tokens)

@@ -89,7 +89,8 @@ class Watch(threading.Thread):
 
 def measure(batch: int, micro: int, threads: int, texts: Path) -> dict[str, Any]:
     """Train in this process: a step of one micro-batch, for gradients and moments, then the one measured."""
-    from lightning.pytorch import Callback, Trainer, seed_everything
+    from lightning.pytorch import Callback, seed_everything
+    from trainer import plain_trainer
 
     from clip_lightning import CLIPModule
     from clip_lightning.training.build import HeadOptions
@@ -118,16 +119,10 @@ def measure(batch: int, micro: int, threads: int, texts: Path) -> dict[str, Any]
         image_size=IMAGE_SIZE,
         micro_batch_size=micro,
     )
-    trainer = Trainer(
+    trainer = plain_trainer(
         accelerator="auto",
         devices=1,
         max_steps=2,
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[Clock()],
     )
     loader = torch.utils.data.DataLoader(

@@ -32,8 +32,9 @@ PARTS = ("towers", "loss", "optimiser")
 
 def step(batch: int, steps: int, ranks: int, folder: Path) -> None:
     """Train on `ranks` processes, and note the bytes and seconds of the first one's steps in `row.json`."""
-    from lightning.pytorch import Callback, Trainer, seed_everything
+    from lightning.pytorch import Callback, seed_everything
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from trainer import plain_trainer
 
     from clip_lightning import CLIPModule
     from clip_lightning.training.build import HeadOptions
@@ -85,16 +86,10 @@ def step(batch: int, steps: int, ranks: int, folder: Path) -> None:
         heads=HeadOptions(EMBED_DIM),
         image_size=IMAGE_SIZE,
     )
-    trainer = Trainer(
+    trainer = plain_trainer(
         accelerator="cpu",
         devices=ranks,
         strategy="ddp_fork" if ranks > 1 else "auto",
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[Meter()],
     )
     total = batch * ranks * (WARM_UP + steps)

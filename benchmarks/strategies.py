@@ -72,7 +72,8 @@ class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def train(args: argparse.Namespace) -> None:
     """One way, on this rank; the first rank writes `row.json` and the weights into `--folder`."""
-    from lightning.pytorch import Callback, Trainer, seed_everything
+    from lightning.pytorch import Callback, seed_everything
+    from trainer import plain_trainer
 
     from clip_lightning import CLIPModule
     from clip_lightning.training.build import TowerOptions
@@ -105,17 +106,11 @@ def train(args: argparse.Namespace) -> None:
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
     start = {name: tensor.detach().clone() for name, tensor in module.named_parameters()} if rank == 0 else {}
-    trainer = Trainer(
+    trainer = plain_trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=ranks,
         strategy=ShardedStrategy() if strategy == "fsdp" else strategy,
         precision=precision,
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
         callbacks=[Clock()],
     )
