@@ -39,7 +39,7 @@ SENTENCES = (
     "green grass",
 )
 FOUND = 3
-WIDTH = 1280
+WIDTH = 1000
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
     for number, column in enumerate(columns):
         page.paste(column, (number * column.width, 0))
     page = page.resize((WIDTH, round(WIDTH * page.height / page.width)), Image.Resampling.LANCZOS)
-    page.quantize(256).save(args.out, optimize=True)
+    page.quantize(160).save(args.out, optimize=True)
 
 
 if __name__ == "__main__":

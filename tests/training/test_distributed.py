@@ -81,6 +81,10 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
             self.way = way
             self.norms: list[float] = []
 
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+            for group in trainer.optimizers[0].param_groups:
+                group["eps"] = 1e-4  # or Adam makes full steps of a gradient that is only rounding
+
         def on_train_batch_end(self, trainer: Trainer, pl_module: CLIPModule, *_: Any) -> None:
             self.norms.append(float(pl_module.gradient_norm))
             if self.way in ("one tower", "ddp") and trainer.global_step == HALF:
@@ -199,21 +203,16 @@ def stored(results: Path, way: str, ranks: int) -> dict[str, Any]:
     (optimizer,) = checkpoint["optimizer_states"]
     assert sorted(optimizer["state"]) == list(range(len(order)))
     moments = {f"{order[n]} {k}": v for n, found in optimizer["state"].items() for k, v in found.items()}
-    weights = checkpoint["state_dict"] | checkpoint["adapters"]
-    for name in weights:
-        # attention does not depend on the keys' bias: its gradient is rounding, which Adam makes steps of
-        if name.endswith("qkv.bias"):
-            weights[name].chunk(3)[1].zero_()
-        if name.endswith("key.bias"):
-            weights[name].zero_()
-    return {"weights": weights, "moments": moments}
+    return {"weights": checkpoint["state_dict"] | checkpoint["adapters"], "moments": moments}
 
 
-def assert_same(one: dict[str, Any], two: dict[str, Any], weights: float, moments: float) -> None:
-    for part, limit in (("weights", weights), ("moments", moments)):
+def assert_same(one: dict[str, Any], two: dict[str, Any], limit: float = 2e-6) -> None:
+    for part in ("weights", "moments"):
         assert one[part].keys() == two[part].keys() and one[part]
         worst = {name: (one[part][name] - two[part][name]).abs().max().item() for name in one[part]}
-        assert max(worst.values()) <= limit, max(worst.items(), key=lambda item: item[1])
+        # moments are sums of gradients, whose sums over a batch are rounded before they are clipped
+        most = limit if part == "weights" else 5 * limit
+        assert max(worst.values()) <= most, max(worst.items(), key=lambda item: item[1])
 
 
 @pytest.mark.parametrize("way", PARAMETERS)
@@ -225,7 +224,7 @@ def test_twenty_steps_are_those_of_one_process(results: Path, way: str) -> None:
         assert moved[0].norm() > 0.1
         assert torch.cosine_similarity(*moved, dim=0) > 0.9995
         return
-    assert_same(one, two, weights=1e-5 if "ddp" in way else 2e-6, moments=1e-4)
+    assert_same(one, two)
     assert ("clip.logit_bias" in one["weights"]) == (way == "ddp, SigLIP")
     norms = [record(results, way, ranks)["norms"] for ranks in (1, 2)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
@@ -255,7 +254,7 @@ def test_metrics_are_those_of_one_process(results: Path, way: str) -> None:
 
 def test_micro_batches_are_those_of_one_graph_with_dropout(results: Path) -> None:
     ways = "ddp, dropout", "ddp, dropout in one graph"
-    assert_same(*(stored(results, way, 2) for way in ways), weights=1e-5, moments=1e-4)
+    assert_same(*(stored(results, way, 2) for way in ways), limit=1e-5)
     norms = [record(results, way, 2)["norms"] for way in ways]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
@@ -269,7 +268,7 @@ def test_ranks_agree_on_a_micro_batch(results: Path) -> None:
 
 def test_a_resumed_run_ends_the_same(results: Path) -> None:
     assert record(results, "fsdp after fsdp", 2)["norms"] == record(results, "one tower", 2)["norms"][HALF:]
-    assert_same(stored(results, "one tower", 2), stored(results, "fsdp after fsdp", 2), weights=0, moments=0)
+    assert_same(stored(results, "one tower", 2), stored(results, "fsdp after fsdp", 2), limit=0)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +276,7 @@ def test_a_resumed_run_ends_the_same(results: Path) -> None:
 )
 def test_another_strategy_resumes_with_one_tower_frozen(results: Path, way: str, ranks: int) -> None:
     assert len(record(results, way, ranks)["norms"]) == STEPS - HALF
-    assert_same(stored(results, "one tower", 1), stored(results, way, ranks), weights=2e-6, moments=1e-4)
+    assert_same(stored(results, "one tower", 1), stored(results, way, ranks))
 
 
 def test_every_rank_has_the_statistics_of_rank_0(results: Path) -> None:

@@ -7,31 +7,70 @@ from pathlib import Path
 
 from clip_lightning.errors import UserError
 
-# Captions that vary number, medium, quality, light and place: a pattern, and what fills its `*`. The mean of
-# their embeddings represents a class better than any single one.
-_IMAGENET = {
-    "* of a {}.": "a photo | a picture | an image | a snapshot | a close-up | part | a drawing | "
-    "a painting | a cartoon | a sculpture | a rendering | someone took this photo",
-    "* photo of a {}.": "a dim | an overexposed | a black and white | a colourful | a sharp | a blurred | "
-    "a grainy | a small, coarse | a poor | a beautiful | an old",
-    "* of the {}.": "a photo | a detailed close-up | a compressed photo | a professional photo | "
-    "a pencil sketch",
-    "a photo of * {}.": "one | my | a single | several | a big | a little | a clean | a worn | a strange | "
-    "an ordinary",
-    "a {} *.": "seen from far away | seen from above | seen from the side | in front of a plain background | "
-    "on a white background | in its usual surroundings | outdoors | indoors | in the middle of the picture | "
-    "at the edge of the picture | that is partly hidden | in bright sunlight | in the dark",
-    "*.": "a toy {} | an illustration that shows a {} | there is a {} here | this is a {} | "
-    "here we see the {}",
-}
+# Captions that vary distance, light, quality, medium and number. The mean of their embeddings represents a
+# class better than any single one.
+_IMAGENET = """
+a photo of a {}.
+a photo of the {}.
+a photo of one {}.
+a photo of my {}.
+a photo of a single {}.
+a photo of several {}.
+a picture of a {}.
+an image of a {}.
+a snapshot of a {}.
+a close-up of a {}.
+a detailed close-up of the {}.
+a {} seen from far away.
+a {} seen from above.
+a {} seen from the side.
+a {} in front of a plain background.
+a {} on a white background.
+a {} in its usual surroundings.
+a {} outdoors.
+a {} indoors.
+a {} in the middle of the picture.
+a {} at the edge of the picture.
+part of a {}.
+a {} that is partly hidden.
+a {} in bright sunlight.
+a {} in the dark.
+a dim photo of a {}.
+an overexposed photo of a {}.
+a black and white photo of a {}.
+a colourful photo of a {}.
+a sharp photo of a {}.
+a blurred photo of a {}.
+a grainy photo of a {}.
+a small, coarse photo of a {}.
+a compressed photo of the {}.
+a poor photo of a {}.
+a beautiful photo of a {}.
+a professional photo of the {}.
+an old photo of a {}.
+a photo of a big {}.
+a photo of a little {}.
+a photo of a clean {}.
+a photo of a worn {}.
+a photo of a strange {}.
+a photo of an ordinary {}.
+a drawing of a {}.
+a pencil sketch of the {}.
+a painting of a {}.
+a cartoon of a {}.
+a toy {}.
+a sculpture of a {}.
+a rendering of a {}.
+an illustration that shows a {}.
+there is a {} here.
+this is a {}.
+here we see the {}.
+someone took this photo of a {}.
+"""
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "simple": ("a photo of a {}.",),
-    "imagenet": tuple(
-        pattern.replace("*", filling)
-        for pattern, fillings in _IMAGENET.items()
-        for filling in fillings.split(" | ")
-    ),
+    "imagenet": tuple(_IMAGENET.strip().splitlines()),
     "none": ("{}",),
 }
 
