@@ -31,12 +31,12 @@ from clip_lightning.data.features import CacheOptions, FeatureCache, Features, d
 from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.data.sampler import EvalSampler, TrainSampler
-from clip_lightning.data.shards.storage import holds_numbered_tars
+from clip_lightning.data.shards.index import FILE
 from clip_lightning.data.shards.training import ShardDataset, ShardOptions, ShardSampler
 from clip_lightning.data.sources import Artifact, Folder, Scenes, find_source, names_tars, read_source
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, check_option
 from clip_lightning.terminal import one_line
-from clip_lightning.wandb_fetch import Fetched
+from clip_lightning.wandb_fetch import Fetched, fetched
 
 EVAL_BATCH_SIZE = 64
 
@@ -98,13 +98,9 @@ class CaptionDataModule(LightningDataModule):
             name: value for name, value in locals().items() if name not in ("self", "__class__", "records")
         }
         """The arguments, without the data itself, which loggers record."""
-        for name, value, minimum in (
-            ("batch_size", batch_size, 1),
-            ("captions_per_image", captions_per_image, 1),
-            ("num_workers", num_workers or 0, 0),
-        ):
-            if value < minimum:
-                raise UserError(f"--data.{name} {value}: expected {minimum} or more")
+        check_option("data.batch_size", batch_size, batch_size >= 1, "1 or more")
+        check_option("data.captions_per_image", captions_per_image, captions_per_image >= 1, "1 or more")
+        check_option("data.num_workers", num_workers, (num_workers or 0) >= 0, "0 or more")
         if sum(map(bool, (shards.sources, root, records is not None))) > 1:
             raise UserError("give only one of --data.root, --data.records and --data.shards.sources")
         self.transform, self.tokenize = transform, tokenize
@@ -144,9 +140,10 @@ class CaptionDataModule(LightningDataModule):
         is_new = not self._images
         if is_new:
             self.root = self.source.folder()
-            self.fetched = self.source.fetched() if isinstance(self.source, Artifact) else None
-            has_tars = self.read.layout == "auto" and holds_numbered_tars(self.root)
-            tars = self._tars or (str(self.root) if has_tars else "")
+            self.fetched = fetched(self.source.name) if isinstance(self.source, Artifact) else None
+            # A folder that `data convert` or img2dataset wrote
+            is_written = (self.root / FILE).is_file() or any(self.root.glob("[0-9]*.tar"))
+            tars = self._tars or (str(self.root) if is_written and self.read.layout == "auto" else "")
             if tars or self.shards.sources:
                 self._read_shards(tars, stage)
             elif self.shards == ShardOptions():

@@ -25,14 +25,14 @@ from PIL import Image
 from pyarrow import parquet
 from tqdm import tqdm
 
-from clip_lightning.data.captions import CaptionedImage, split_by_image, unreadable
+from clip_lightning.data.captions import CaptionedImage, reading, split_by_image
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import BrokenImage, decoder_errors, open_image, to_rgb
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.data.shards.index import ABOUT, FILE, HEADER, Index, Splits, load
 from clip_lightning.data.shards.storage import expand, known
 from clip_lightning.data.shards.tars import Filter, Record, scan
-from clip_lightning.errors import RunFailed, UserError, reason_of
+from clip_lightning.errors import RunFailed, UserError, check_option, reason_of
 from clip_lightning.files import complete_file, write_atomically
 
 _ORIENTATION, _FIRST_TURNED = 0x0112, 5  # EXIF's tag, and its first value for a quarter turn
@@ -48,8 +48,7 @@ class Settings:
     filters: Sequence[Filter] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality {self.quality}: expected a number from 1 to 100")
+        check_option("quality", self.quality, 1 <= self.quality <= 100, "a number from 1 to 100")
 
 
 Content = Sequence[tuple[int, CaptionedImage]] | str
@@ -203,10 +202,8 @@ def _records(content: Content, settings: Settings, left_out: dict[str, str]) -> 
 
 
 def _record(number: int, image: CaptionedImage) -> Record:
-    try:
+    with reading(image.path):
         data = image.path.read_bytes()
-    except OSError as error:  # it existed when the captions were read
-        raise unreadable(image.path, error.strerror or error) from error
     fields = {"txt": image.captions[0], "captions": [*image.captions], "name": image.path.name}
     return Record(f"#{number:09d}", data, fields)
 
