@@ -135,10 +135,8 @@ class Splits:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("val", self.val_fraction), ("test", self.test_fraction)):
-            check_option(
-                f"data.read.splits.{name}_fraction", value, 0 <= value <= 1, "a fraction from 0 to 1"
-            )
+        for name, value in (("val_fraction", self.val_fraction), ("test_fraction", self.test_fraction)):
+            check_option(f"data.read.splits.{name}", value, 0 <= value <= 1, "a fraction from 0 to 1")
 
 
 def split_by_image(captions: CaptionSet, splits: Splits) -> dict[str, list[CaptionedImage]]:

@@ -362,15 +362,15 @@ class CaptionDataModule(LightningDataModule):
 
     def _must_agree(self, ranks: int) -> dict[str, Any]:
         """Return what must be equal in the checkpoint and the resumed run for the batches to be the same."""
-        agree: dict[str, Any] = {
+        agree: dict[str, Any] = {}
+        if self._streamed is not None:
+            agree["--data.shards.window"] = self._streamed.window
+            agree["--data.shards.samples_per_epoch"] = self._streamed.samples
+        return agree | {
             "data (digest)": self.digest,
             "--seed_everything": self.seed,
             "--data.batch_size × ranks": self.batch_size * ranks,
         }
-        if self._streamed is None:
-            return agree
-        window, samples = self._streamed.window, self._streamed.samples
-        return {"--data.shards.window": window, "--data.shards.samples_per_epoch": samples, **agree}
 
     def check_resumes(self, state_dict: dict[str, Any], ranks: int) -> None:
         """Compare this data and its batches on `ranks` ranks with a `state_dict`; call `setup` first."""

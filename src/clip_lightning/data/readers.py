@@ -334,8 +334,6 @@ def _json_records(content: Any) -> Iterator[Record]:
         case dict() if content and content.keys() <= SPLIT_WORDS.keys():
             for split, part in content.items():
                 yield from ({**record, "split": split} for record in _json_records(part))
-        case {"annotations": list(records)} | {"data": list(records)}:
-            yield from _json_records(records)
         case dict() if content and all(isinstance(value, str | list | dict) for value in content.values()):
             for image, about in content.items():
                 yield {"image": image, **(about if isinstance(about, dict) else {"caption": about})}

@@ -190,10 +190,8 @@ class Index:
                 about = (stored.schema_arrow.metadata or {}).get(ABOUT, b"")
                 if file in beside and tar.sha256.encode() not in about:
                     continue  # the table is about another tar
-                names = {*stored.schema_arrow.names}
-                self.fields |= names - {OFFSET, BYTES}
-                needed = {OFFSET, BYTES, *(condition.field for condition in self.filters)}
-                return stored.read([*(needed & names)])
+                self.fields |= {*stored.schema_arrow.names} - {OFFSET, BYTES}
+                return stored.read([*{OFFSET, BYTES, *(condition.field for condition in self.filters)}])
         with open_copy(tar.url, tar.key, tar.sha256, self.budget) as content:
             table = scan(content, public(tar.url))
         with complete_file(cached) as draft:
