@@ -167,15 +167,12 @@ def test_an_interrupted_conversion_resumes_to_the_same_result(
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what was there was not written again"
     for path in shards.rglob("*.*"):
         assert (out / path.relative_to(shards)).read_bytes() == path.read_bytes()
-
-
-def test_a_finished_conversion_is_not_changed(shards: Path, scenes: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in shards.rglob("*")}
-    converted(scenes, shards)
-    for out, short_side in ((shards, 16), (shards / "train", None)):
+    finished = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    converted(scenes, out)
+    for folder, short_side in ((out, 16), (out / "train", None)):
         with pytest.raises(UserError, match="not empty, and has no conversion of this data"):
-            converted(scenes, out, short_side=short_side)
-    assert {path: path.stat().st_mtime_ns for path in shards.rglob("*")} == before
+            converted(scenes, folder, short_side=short_side)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == finished
 
 
 @pytest.mark.parametrize("turned", [False, True])

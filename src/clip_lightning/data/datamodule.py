@@ -27,7 +27,7 @@ from clip_lightning.data.captions import (
     split_by_image,
 )
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
-from clip_lightning.data.features import CacheOptions, FeatureCache, Features, default_cache
+from clip_lightning.data.features import CacheOptions, FeatureCache, Features
 from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.data.sampler import EvalSampler, TrainSampler
@@ -35,6 +35,7 @@ from clip_lightning.data.shards.index import FILE
 from clip_lightning.data.shards.training import ShardDataset, ShardOptions, ShardSampler
 from clip_lightning.data.sources import Artifact, Folder, Scenes, find_source, names_tars, read_source
 from clip_lightning.errors import UserError, check_option
+from clip_lightning.files import cache_folder
 from clip_lightning.terminal import one_line
 from clip_lightning.wandb_fetch import Fetched, fetched
 
@@ -113,7 +114,7 @@ class CaptionDataModule(LightningDataModule):
         self.source = Folder(Path()) if is_streamed else find_source(root, read, records)
         self.augmentation = augmentation or Augmentation(flip=not isinstance(self.source, Scenes))
         self.views = cache_options.views if self.augmentation != Augmentation(flip=False) else 1
-        folder = default_cache() if cache == "auto" else Path(cache)
+        folder = cache_folder("features") if cache == "auto" else Path(cache)
         self.cache = None if cache == "off" else FeatureCache(folder, cache_options.gigabytes * 1e9)
         self.root = Path()
         """The folder or annotation file that is read; known after `setup`."""

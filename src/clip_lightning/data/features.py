@@ -35,7 +35,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from clip_lightning.cpu import cores
 from clip_lightning.errors import UserError, check_option
-from clip_lightning.files import cache_folder, write_atomically
+from clip_lightning.files import write_atomically
 
 SHARD_ROWS = 512
 IN_USE_SECONDS = 3600
@@ -76,11 +76,6 @@ class Features:
             places = shards == number
             picked[places] = self._parts[number][wanted[places] % SHARD_ROWS].float()
         return picked
-
-
-def default_cache() -> Path:
-    """Return the folder that is used unless `--data.cache` is another one."""
-    return cache_folder("features")
 
 
 @dataclass(frozen=True)

@@ -94,21 +94,13 @@ def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> 
     plan = {"source": source.digest, "shards": len(source.contents), **asdict(settings)}
     pending = out / "pending"
     begun = pending / hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    if (out / FILE).exists():
-        splits, then = load((out / FILE).read_bytes(), str(out / FILE))
-        left_out = then.pop("left_out", {})
-        if json.dumps(then) == json.dumps(plan):
-            return splits, left_out
-    elif begun.exists() or not out.exists() or not any(out.iterdir()):
+    if begun.exists() or not out.exists() or not any(out.iterdir()):
         try:
             pending.mkdir(parents=True, exist_ok=True)
             with FileLock(pending / "lock", timeout=0):
                 begun.touch()
-                splits, left_out = _write_all(source, settings, out, num_workers)
-                content = {**HEADER, "splits": splits, "settings": {**plan, "left_out": left_out}}
-                write_atomically(out / FILE, json.dumps(content, indent=1).encode() + b"\n")
+                _write_all(source, settings, plan, out, num_workers)
                 shutil.rmtree(pending)
-                return splits, left_out
         except Timeout as error:
             raise UserError(
                 f"another process is writing to {out}; wait for it, or give another --out"
@@ -118,15 +110,18 @@ def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> 
                 f"tars cannot be written to {out} ({reason_of(error)}); free some space or memory, and run "
                 "the same command again: finished tars are kept"
             ) from error
+    if (out / FILE).exists():
+        splits, then = load((out / FILE).read_bytes(), str(out / FILE))
+        left_out = then.pop("left_out", {})
+        if json.dumps(then) == json.dumps(plan):
+            return splits, left_out
     raise UserError(
         f"--out {out} is not empty, and has no conversion of this data with these options; give a new folder"
     )
 
 
-def _write_all(
-    source: Source, settings: Settings, out: Path, num_workers: int
-) -> tuple[Splits, dict[str, str]]:
-    """Write the missing tars in parallel; return what `convert` returns."""
+def _write_all(source: Source, settings: Settings, plan: dict[str, Any], out: Path, num_workers: int) -> None:
+    """Write the missing tars in parallel, and then `shards.json`."""
     for draft in out.rglob(".*.tmp"):  # of a process that was killed
         draft.unlink(missing_ok=True)
     missing = {name: part for name, part in source.contents.items() if not (out / f"{name}.parquet").exists()}
@@ -151,7 +146,8 @@ def _write_all(
     if not splits:
         example = "".join(f" (first {name}: {reason})" for name, reason in islice(left_out.items(), 1))
         raise RunFailed(f"no sample is usable and passes --filters{example}; remove {out} and try again")
-    return splits, left_out
+    content = {**HEADER, "splits": splits, "settings": {**plan, "left_out": left_out}}
+    write_atomically(out / FILE, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _write(settings: Settings, out: Path, name: str, content: Content) -> None:
