@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -36,10 +35,11 @@ from clip_lightning.data.shards.training import ShardDataset, ShardOptions, Shar
 from clip_lightning.data.sources import Artifact, Folder, Scenes, find_source, names_tars, read_source
 from clip_lightning.errors import UserError, check_option
 from clip_lightning.files import cache_folder
-from clip_lightning.terminal import one_line
+from clip_lightning.terminal import note, one_line
 from clip_lightning.wandb_fetch import Fetched, fetched
 
 EVAL_BATCH_SIZE = 64
+_note = rank_zero_only(note)
 
 
 class CaptionDataModule(LightningDataModule):
@@ -160,7 +160,8 @@ class CaptionDataModule(LightningDataModule):
     def _read_captions(self) -> None:
         captions = read_source(self.source, self.read)
         if self.prints_summary:
-            self._print(captions.summary(), *(f"warning: {line}" for line in captions.warnings))
+            for line in (captions.summary(), *(f"warning: {line}" for line in captions.warnings)):
+                _note(line)
         uploaded = self.fetched.metadata.get("captions_digest") if self.fetched else None
         if self.fetched and uploaded is not None and uploaded != captions.digest():
             raise UserError(
@@ -224,7 +225,8 @@ class CaptionDataModule(LightningDataModule):
         if self._streamed is None:
             if not images:
                 raise UserError(f"{self.root} has no train split; give --data.root data that has one")
-            self._print(*(f"warning: {line}" for line in caption_warnings(images, self.tokenize)))
+            for line in caption_warnings(images, self.tokenize):
+                _note(f"warning: {line}")
             most = len(images) // self._world
             if 0 < most < self.batch_size:
                 rank_zero_warn(
@@ -233,11 +235,6 @@ class CaptionDataModule(LightningDataModule):
                 )
                 self.batch_size = most
         self._batches()
-
-    def _print(self, *lines: str) -> None:
-        if self._rank == 0:
-            for line in lines:
-                print(one_line(line), file=sys.stderr)
 
     def images(self, split: str) -> list[CaptionedImage]:
         """Return the images of `train`, `val` or `test`; `image_id` in evaluation batches indexes them."""
