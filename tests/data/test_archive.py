@@ -11,7 +11,6 @@ import os
 import stat
 import tarfile
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -355,13 +354,13 @@ def test_concurrent_processes_download_once_and_a_killed_one_leaves_no_folder(
     server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     context, unpack = multiprocessing.get_context("fork"), sources.unpack
-    unpacked, may_end = context.Semaphore(0), context.Event()
+    unpacked, may_end = context.Semaphore(0), context.Semaphore(0)  # a kill would break an event
 
     def stop(*arguments: Any) -> Path:
         """Everything is written but not yet in place."""
         folder = unpack(*arguments)
         unpacked.release()
-        assert may_end.wait(60)
+        assert may_end.acquire(timeout=60)
         return folder
 
     def start() -> Any:
@@ -379,8 +378,9 @@ def test_concurrent_processes_download_once_and_a_killed_one_leaves_no_folder(
     first = start()
     assert unpacked.acquire(timeout=60)
     second = start()
-    time.sleep(0.1)  # until it waits, or, if it does not, downloads
-    may_end.set()
+    second.join(0.5)
+    assert second.exitcode is None, "it waits"
+    may_end.release()
     for process in (first, second):
         process.join(60)
         assert process.exitcode == 0
