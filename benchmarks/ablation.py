@@ -28,7 +28,8 @@ from trainer import plain_trainer
 
 from clip_lightning import CaptionDataModule, CLIPModule
 from clip_lightning.cpu import keep_freed_memory
-from clip_lightning.data.features import CacheOptions, default_cache
+from clip_lightning.data.features import CacheOptions
+from clip_lightning.files import cache_folder
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.training.build import HeadOptions
 from clip_lightning.training.losses import InfoNCE, MaxViolation, SigLIP
@@ -203,7 +204,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     rows = {}
-    root = held_out_root(args.root.resolve(), default_cache().with_name("flickr8k-held-out"))
+    root = held_out_root(args.root.resolve(), cache_folder("flickr8k-held-out"))
     study = STUDIES[args.study]
     work = tempfile.TemporaryDirectory(prefix="ablation-")
     start = None

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from clip_lightning.cpu import keep_freed_memory
 from clip_lightning.data import features
-from clip_lightning.data.features import Features, default_cache
+from clip_lightning.data.features import Features
+from clip_lightning.files import cache_folder
 
 KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SETTINGS = ablation.BASELINE | {"captions": 5, "smoothing": 0.1, "embed_dim": 1024, "views": 1}
@@ -45,7 +46,7 @@ def main() -> None:
     keep_freed_memory()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    root = ablation.held_out_root(args.root.resolve(), default_cache().with_name("flickr8k-held-out"))
+    root = ablation.held_out_root(args.root.resolve(), cache_folder("flickr8k-held-out"))
     exact: dict[str, Tensor] = {}
     kind = "fp32"
 

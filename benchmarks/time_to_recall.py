@@ -39,8 +39,8 @@ from time_to_recall_report import COLD, NAME, WARM
 from torch import Tensor
 
 from clip_lightning import CaptionDataModule
-from clip_lightning.data.features import default_cache
 from clip_lightning.data.images import Augmentation
+from clip_lightning.files import cache_folder
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training.extract import Extractor
 
@@ -288,7 +288,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     root = args.root.resolve()
     if args.search:
-        root = held_out_root(root, default_cache().with_name("flickr8k-held-out"))
+        root = held_out_root(root, cache_folder("flickr8k-held-out"))
     with tempfile.TemporaryDirectory(prefix="time-to-recall-") as work:
         bench = Bench(root, 60 * args.cap_minutes, args.target, Path(work), Scorer(root))
         if args.search:

@@ -35,6 +35,12 @@ class AgreedStop(KeyboardInterrupt):
     """Ctrl-C, raised once every rank has finished the same batch."""
 
 
+def check_option(name: str, value: object, is_valid: bool, expected: str) -> None:
+    """Raise UserError unless the value of an option is valid."""
+    if not is_valid:
+        raise UserError(f"--{name} {value}: expected {expected}")
+
+
 def reason_of(error: Exception, length: int = 200) -> str:
     """Return an error's message as one line of at most this length, or its kind if it has none."""
     return " ".join(str(error).split())[:length].rstrip(". ") or type(error).__name__

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import pickle
-import shutil
-import subprocess
-import sys
-import textwrap
+import random
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +27,6 @@ from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.data.features import SHARD_ROWS, CacheOptions, FeatureCache, Features
 from clip_lightning.data.images import Augmentation, decode_image
-from clip_lightning.data.readers import ReadOptions
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training import extract as extract_module
@@ -106,20 +104,17 @@ def test_image_features_equal_the_towers_in_half_precision(
 def test_towers_compute_features_in_eval_mode(
     cache: FeatureCache, make_clip: MakeClip, pictures: list[CaptionedImage]
 ) -> None:
-    """Neither the statistics of a batch nor dropout is in the features, and its mode stays."""
+    """Neither the statistics of a batch nor its padding nor dropout is in the features; their mode stays."""
     clip = make_clip("random:test_resnet")
     clip.train()
-    given = extractor(cache).image_features(clip.image_tower, pictures, 0, Augmentation(), "")
-    said = extractor(cache).text_features(clip.text_tower, ["a red circle", "a blue square"], "")
+    given = image_features(cache, clip, pictures)
+    said = extractor(cache).text_features(clip.text_tower, CAPTIONS, "captions").rows(range(len(CAPTIONS)))
     assert clip.image_tower.training and clip.text_tower.training
     clip.eval()
-    torch.testing.assert_close(
-        given.rows(range(len(pictures))), forward(clip, pictures), atol=1e-3, rtol=1e-3
-    )
-    tokens = clip.tokenize(["a red circle", "a blue square"])
-    with torch.no_grad():
-        wanted = clip.text_tower(tokens["input_ids"], tokens["attention_mask"])
-    torch.testing.assert_close(said.rows(range(2)), wanted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(given, forward(clip, pictures), atol=1e-3, rtol=1e-3)
+    with torch.inference_mode():
+        alone = torch.cat([clip.text_tower(*clip.tokenize([text]).values()) for text in CAPTIONS])
+    torch.testing.assert_close(said, alone, atol=1e-3, rtol=1e-3)
 
 
 def test_views_depend_on_the_augmentation_only_from_the_third_on(
@@ -165,14 +160,6 @@ def test_bf16_features_are_close(cache: FeatureCache, clip: CLIP, pictures: list
     assert len(cache.entries()) == 2
 
 
-def test_caption_features_do_not_depend_on_their_batch(cache: FeatureCache, clip: CLIP) -> None:
-    """Whatever the order and the padding in which the tower saw them."""
-    stored = extractor(cache).text_features(clip.text_tower, CAPTIONS, "captions").rows(range(len(CAPTIONS)))
-    with torch.inference_mode():
-        alone = torch.cat([clip.text_tower(*clip.tokenize([text]).values()) for text in CAPTIONS])
-    torch.testing.assert_close(stored, alone, rtol=2e-3, atol=2e-3)
-
-
 def test_rows_come_in_the_order_asked_for(cache: FeatureCache, tmp_path: Path) -> None:
     count = 2 * SHARD_ROWS + 3
     values = np.arange(3 * count, dtype=np.float32).reshape(count, 3) % 2000
@@ -196,31 +183,13 @@ def test_features_keep_no_file_open(cache: FeatureCache) -> None:
 # broken pictures
 
 
-def test_broken_images_are_nan_left_out_and_counted(
-    cache: FeatureCache, clip: CLIP, scenes: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(scenes, tmp_path / "scenes")
-    data = data_of(clip, tmp_path / "scenes", cache, read=ReadOptions(max_broken=0.1))
-    broken = [data.images("train")[3].path, data.images("val")[1].path]
-    for path in broken:
-        path.write_bytes(b"")
-    for split in ("train", "val"):
-        extractor(cache).cache_frozen_towers(clip, data, split)
-    stored = image_features(cache, clip, data.images("val"))
-    readable = [0, 2, 3]
-    assert stored.isnan().all(dim=1).tolist() == [False, True, False, False]
-    expected = forward(clip, [data.images("val")[row] for row in readable]).half().float()
-    torch.testing.assert_close(stored[readable], expected, rtol=2e-3, atol=2e-3)
-    batches = {"train": list(data.train_dataloader()), "val": list(data.val_dataloader())}
-    assert [len(batch["image_id"]) for batch in batches["train"]] == [8] * 4  # the next image steps in
-    assert all(batch["image_features"].isfinite().all() for part in batches.values() for batch in part)
-    (val,) = batches["val"]
-    assert (val["image_id"].tolist(), len(val["text_id"])) == (readable, 15)
-    with pytest.warns(UserWarning, match="left out"):
-        for part in batches.values():
-            for batch in part:
-                data.on_before_batch_transfer(batch, 0)
-    assert set(data.broken) == set(map(str, broken))
+def test_broken_images_are_nan(cache: FeatureCache, clip: CLIP, pictures: list[CaptionedImage]) -> None:
+    pictures[3].path.write_bytes(b"")
+    stored = image_features(cache, clip, pictures)
+    assert stored.isnan().all(dim=1).tolist() == [False, False, False, True, False, False]
+    del pictures[3]
+    expected = forward(clip, pictures).half().float()
+    torch.testing.assert_close(stored[[0, 1, 2, 4, 5]], expected, rtol=2e-3, atol=2e-3)
 
 
 def test_unreadable_files_are_not_cached_as_broken_images(
@@ -365,65 +334,47 @@ def test_a_damaged_manifest_is_written_again(cache: FeatureCache) -> None:
         assert manifest.read_bytes() == intact
 
 
-PREAMBLE = """
-    import os, random, signal, sys, time
-    from pathlib import Path
-    import numpy as np
-    from clip_lightning.data.features import SHARD_ROWS, FeatureCache
+def start(folder: Path, count: int, seconds: float = 0.0) -> Any:
+    """Start a process that fills an entry, and logs where each shard that it computes begins."""
 
-    ROOT, COUNT = Path(sys.argv[1]), int(sys.argv[2])
-
-    def compute(rows):
-        with open(ROOT / "log", "a") as log:
-            log.write(f"{rows.start}\\n")
+    def compute(rows: range) -> np.ndarray:
+        with (folder / "log").open("a") as log:
+            log.write(f"{rows.start}\n")
         time.sleep(0.005)
-        return np.stack([np.random.default_rng(row).standard_normal(16) for row in rows]).astype(np.float32)
+        return noise(rows)
 
-    def child(seconds=0.0):
-        process = os.fork()
-        if process == 0:
-            time.sleep(seconds)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # of the progress bar
-            FeatureCache(ROOT / "cache").get({"kind": "noise"}, COUNT, compute, "rows")
-            os._exit(0)
-        return process
-"""
-KILLED = """
-    random.seed(0)
-    log = ROOT / "log"
-    log.touch()
-    for _ in range(20):
-        size = log.stat().st_size + random.randrange(20)
-        process = child()
-        deadline = time.monotonic() + 10
-        while log.stat().st_size <= size and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(random.uniform(0.0, 0.05))
-        os.kill(process, signal.SIGKILL)
-        assert os.waitpid(process, 0)[1] == signal.SIGKILL
-"""
-TOGETHER = """
-    processes = [child(), child(0.02)]
-    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
-"""
+    def fill() -> None:
+        time.sleep(seconds)
+        FeatureCache(folder / "cache").get({"kind": "noise"}, count, compute, "rows")
+
+    process = multiprocessing.get_context("fork").Process(target=fill)
+    process.start()
+    return process
 
 
-def in_process(script: str, folder: Path, count: int) -> list[int]:
-    """Run the script, and say which shards it began to compute, in that order."""
-    source = textwrap.dedent(PREAMBLE) + textwrap.dedent(script)
-    subprocess.run([sys.executable, "-c", source, str(folder), str(count)], check=True, timeout=120)
+def began(folder: Path) -> list[int]:
+    """The shards that processes began to compute, in order."""
     return [int(line) // SHARD_ROWS for line in (folder / "log").read_text().split()]
 
 
 def test_an_entry_is_bit_identical_after_twenty_kills(tmp_path: Path) -> None:
-    count = 150 * SHARD_ROWS - 7
-    began = in_process(KILLED, tmp_path, count)
+    count, chance, log = 150 * SHARD_ROWS - 7, random.Random(0), tmp_path / "log"
+    log.touch()
+    for _ in range(20):
+        size = log.stat().st_size + chance.randrange(20)
+        process = start(tmp_path, count)
+        deadline = time.monotonic() + 10
+        while log.stat().st_size <= size and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0.0, 0.05))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     cache = FeatureCache(tmp_path / "cache")
     (entry,) = cache.entries()
     done = len(list(entry.path.glob("*.npy")))
     assert 0 < done < 150  # the kills came while it was written
-    assert len(began) > done
-    assert len(began) - done <= 20  # a kill costs no more than the shard in hand
+    assert 0 < len(began(tmp_path)) - done <= 20  # a kill costs no more than the shard in hand
     stored = cache.get({"kind": "noise"}, count, noise, "rows")
     undisturbed = FeatureCache(tmp_path / "undisturbed")
     expected = undisturbed.get({"kind": "noise"}, count, noise, "rows")
@@ -436,8 +387,10 @@ def test_an_entry_is_bit_identical_after_twenty_kills(tmp_path: Path) -> None:
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     count = 40 * SHARD_ROWS
-    began = in_process(TOGETHER, tmp_path, count)
-    assert sorted(began) == list(range(40))  # each shard once
+    for process in [start(tmp_path, count), start(tmp_path, count, seconds=0.02)]:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(began(tmp_path)) == list(range(40))  # each shard once
     stored = FeatureCache(tmp_path / "cache").get({"kind": "noise"}, count, pytest.fail, "rows")
     assert torch.equal(stored.rows(range(count)), torch.from_numpy(noise(range(count))).half().float())
 

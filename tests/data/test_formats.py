@@ -64,68 +64,54 @@ def coco(**captions: list[str]) -> str:
     return json.dumps({"images": images, "annotations": annotations})
 
 
-# what is in the folder, and the folder of the images
-LAYOUTS: dict[str, tuple[Files, str]] = {
-    "csv": ({"any.csv": "image,caption\na.jpg,one\nb.jpg,three\na.jpg,two\n"}, ""),
-    "columns of open_clip": ({"x.csv": "filepath\ttitle\na.jpg\tone\na.jpg\ttwo\nb.jpg\tthree\n"}, ""),
-    "tsv": ({"x.tsv": "id\tcaption\timage\n1\tone\ta.jpg\n2\ttwo\t./a.jpg\n3\tthree\tb.jpg\n"}, ""),
-    "byte order mark, CRLF": ({"x.csv": "\ufeffImage,Text\r\na.jpg,one\r\na.jpg,two\r\nb.jpg,three\r\n"}, ""),
-    "unquoted": ({"x.csv": 'image,caption\na.jpg,"one"\na.jpg,two\n\nb.jpg,  three \n'}, ""),
-    "UTF-16": ({"x.csv": TAB_TABLE.encode("utf-16")}, ""),
-    "compressed table": ({"x.tsv.gz": gzip.compress(TAB_TABLE.encode())}, ""),
-    "compressed lines": ({"x.jsonl.gz": gzip.compress(LINES.encode())}, ""),
-    "Parquet": ({"x.parquet": parquet(id=[1, 2], captions=[["one", "two"], ["three"]], image=[*PAIR])}, ""),
-    "jsonl": ({"x.jsonl": LINES.replace("\n", "\n\n").replace('"caption"', '"text"')}, ""),
-    "pairs": ({"a.txt": "one\n\ntwo\n", "b.txt": "three"}, ""),
-    "Kaggle": ({"captions.txt": "image,caption\na.jpg,one\na.jpg,two\nb.jpg,three\n"}, "Images/"),
-    "Illinois": (
-        {
-            "Flickr8k_text/Flickr8k.token.txt": TOKENS,
-            "Flickr8k_text/Flickr8k.lemma.token.txt": "a.jpg#0\tno\n",
-        },
-        "Flicker8k_Dataset/",
-    ),
-    "COCO": ({"annotations/captions_val2017.json": coco(a=["one", "two"], b=["three"])}, "val2017/"),
-    "ALBEF": ({"x_train.json": json.dumps([A_RECORD, B_RECORD])}, ""),
-    "name to captions": ({"captions.json": '{"a.jpg": ["one", "two"], "b.jpg": "three"}'}, "images/"),
-    "JSON lines": ({"x.json": LINES}, ""),
-    "pandas": ({"x.csv": """image,captions\na.jpg,"['one', ""two""]"\nb.jpg,['three']\n"""}, ""),
-    "JSON lists": ({"x.tsv": 'image\tcaptions\na.jpg\t["one", "two"]\nb.jpg\t["three"]\n'}, ""),
-    "NumPy": ({"x.csv": "image,captions\na.jpg,['one' 'two']\nb.jpg,three\n"}, ""),
-    "numbered": ({"x.csv": "image,caption_0,caption_1\na.jpg,one,two\nb.jpg,three,\n"}, ""),
-    "Excel": ({"x.csv": "\ufeffsep=;\nimage;caption\na.jpg;one\na.jpg;two\nb.jpg;three\n"}, ""),
-    "semicolons": ({"x.csv": "image;caption;a, b\na.jpg;one;\na.jpg;two;\nb.jpg;three;\n"}, ""),
-    "no header": ({"x.csv": "a.jpg,one\na.jpg,two\nb.jpg,three\n"}, ""),
-    "an id called image": (
-        {"x.csv": "image,file_name,prompt\n0,a.jpg,one\n0,a.jpg,two\n1,b.jpg,three\n"},
-        "",
-    ),
-    "other spellings": ({"x.csv": "image,caption\n.\\a.jpg,one\n/a.jpg,two\n%62.jpg,three\n"}, ""),
-    ".caption": ({"a.caption": "one\ntwo", "b.CAPTION": "three"}, ""),
-    "name.jpg.txt": ({"a.jpg.txt": "one\ntwo", "b.jpg.txt": "three"}, ""),
-    "JSON beside it": ({"a.json": '{"caption": ["one", "two"]}', "b.json": '{"text": "three"}'}, ""),
-    "droppings": (
-        {
-            **{"a.txt": "one\ntwo", "b.txt": "three", "._a.jpg": "", "._a.txt": "\0", "._x.csv": "\0"},
-            **{".ipynb_checkpoints/a-checkpoint.jpg": "", "@eaDir/a.jpg": ""},
-        },
-        "",
-    ),
-    "Illinois 30k": ({"results_20130124.token": TOKENS}, "images/"),
-    "Kaggle 30k": (
-        {
-            "flickr30k_images/results.csv": "image_name| comment_number| comment\n"
-            "a.jpg| 0| one\na.jpg| 4   two\nb.jpg| 0| three\n"
-        },
-        "flickr30k_images/flickr30k_images/",
-    ),
+LAYOUTS: dict[str, Files] = {
+    "csv": {"any.csv": "image,caption\na.jpg,one\nb.jpg,three\na.jpg,two\n"},
+    "columns of open_clip": {"x.csv": "filepath\ttitle\na.jpg\tone\na.jpg\ttwo\nb.jpg\tthree\n"},
+    "tsv": {"x.tsv": "id\tcaption\timage\n1\tone\ta.jpg\n2\ttwo\t./a.jpg\n3\tthree\tb.jpg\n"},
+    "byte order mark, CRLF": {"x.csv": "\ufeffImage,Text\r\na.jpg,one\r\na.jpg,two\r\nb.jpg,three\r\n"},
+    "unquoted": {"x.csv": 'image,caption\na.jpg,"one"\na.jpg,two\n\nb.jpg,  three \n'},
+    "UTF-16": {"x.csv": TAB_TABLE.encode("utf-16")},
+    "compressed table": {"x.tsv.gz": gzip.compress(TAB_TABLE.encode())},
+    "compressed lines": {"x.jsonl.gz": gzip.compress(LINES.encode())},
+    "Parquet": {"x.parquet": parquet(id=[1, 2], captions=[["one", "two"], ["three"]], image=[*PAIR])},
+    "jsonl": {"x.jsonl": LINES.replace("\n", "\n\n").replace('"caption"', '"text"')},
+    "pairs": {"a.txt": "one\n\ntwo\n", "b.txt": "three"},
+    "Kaggle": {"captions.txt": "image,caption\na.jpg,one\na.jpg,two\nb.jpg,three\n"},
+    "Illinois": {f"Flickr8k_text/Flickr8k.{name}": TOKENS for name in ("token.txt", "lemma.token.txt")},
+    "COCO": {"annotations/captions_val2017.json": coco(a=["one", "two"], b=["three"])},
+    "ALBEF": {"x_train.json": json.dumps([A_RECORD, B_RECORD])},
+    "name to captions": {"captions.json": '{"a.jpg": ["one", "two"], "b.jpg": "three"}'},
+    "JSON lines": {"x.json": LINES},
+    "pandas": {"x.csv": """image,captions\na.jpg,"['one', ""two""]"\nb.jpg,['three']\n"""},
+    "JSON lists": {"x.tsv": 'image\tcaptions\na.jpg\t["one", "two"]\nb.jpg\t["three"]\n'},
+    "NumPy": {"x.csv": "image,captions\na.jpg,['one' 'two']\nb.jpg,three\n"},
+    "numbered": {"x.csv": "image,caption_0,caption_1\na.jpg,one,two\nb.jpg,three,\n"},
+    "semicolons": {"x.csv": "image;caption;a, b\na.jpg;one;\na.jpg;two;\nb.jpg;three;\n"},
+    "no header": {"x.csv": "a.jpg,one\na.jpg,two\nb.jpg,three\n"},
+    "an id called image": {"x.csv": "image,file_name,prompt\n0,a.jpg,one\n0,a.jpg,two\n1,b.jpg,three\n"},
+    "other spellings": {"x.csv": "image,caption\n.\\a.jpg,one\n/a.jpg,two\n%62.jpg,three\n"},
+    ".caption": {"a.caption": "one\ntwo", "b.CAPTION": "three"},
+    "name.jpg.txt": {"a.jpg.txt": "one\ntwo", "b.jpg.txt": "three"},
+    "JSON beside it": {"a.json": '{"caption": ["one", "two"]}', "b.json": '{"text": "three"}'},
+    "droppings": {
+        **{"a.txt": "one\ntwo", "b.txt": "three", "._a.jpg": "", "._a.txt": "\0", "._x.csv": "\0"},
+        **{".ipynb_checkpoints/a-checkpoint.jpg": "", "@eaDir/a.jpg": ""},
+    },
+    "Illinois 30k": {"results_20130124.token": TOKENS},
+    "Kaggle 30k": {
+        "flickr30k_images/results.csv": "image_name| comment_number| comment\n"
+        "a.jpg| 0| one\na.jpg| 4   two\nb.jpg| 0| three\n"
+    },
 }
+IMAGES_IN = {"Kaggle": "Images/", "Illinois": "Flicker8k_Dataset/", "COCO": "val2017/"}
+IMAGES_IN |= {"name to captions": "images/", "Illinois 30k": "images/"}
+IMAGES_IN |= {"Kaggle 30k": "flickr30k_images/flickr30k_images/"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_recognized(layout: str, tmp_path: Path) -> None:
-    files, folder = LAYOUTS[layout]
-    write(tmp_path, files | {f"{folder}a.jpg": "", f"{folder}b.jpg": ""})
+    folder = IMAGES_IN.get(layout, "")
+    write(tmp_path, LAYOUTS[layout] | {f"{folder}a.jpg": "", f"{folder}b.jpg": ""})
     captions = read_captions(tmp_path)
     assert content(captions) == {folder + name: value for name, value in PAIR.items()}
     assert not captions.has_official_splits
@@ -362,53 +348,36 @@ def test_captions_survive_writing_and_reading(rows: list[tuple[str, str]], kind:
         assert csv.field_size_limit() == limit
 
 
-WRONG: dict[str, tuple[Files, str, str]] = {
-    "empty": ({}, "auto", r"has no usable image with a caption.*--data\.root"),
-    "images only": ({"a.jpg": ""}, "auto", r"a\.jpg: there is no a\.txt next to it"),
-    "no caption column": ({"x.csv": "image,word\n"}, "auto", "no caption column: found image, word, exp"),
-    "no image column": (
-        {"x.jsonl": '{"bild": 1, "caption": "a"}'},
-        "auto",
-        "no image column: found bild, caption",
-    ),
-    "no header": ({"captions.txt": ""}, "auto", "no image column: found nothing"),
-    "none of the pictures": ({"x.csv": TABLE}, "auto", "there is no such image"),
-    "unknown JSON": (
-        {"dataset_coco.json": '{"images": [{"id": 1}]}'},
-        "auto",
-        "begins with '{.*; expected COCO",
-    ),
-    "LLaVA": ({"x.json": '[{"image": "a.jpg", "conversations": []}]'}, "auto", "begins with .*expected COCO"),
-    "regions": ({"x.json": '[{"id": 1, "regions": []}]'}, "auto", "begins with .*expected COCO"),
-    "texts apart": (
-        {"images/a.jpg": "", "text/a.txt": "x"},
-        "auto",
-        "no a.txt next to it.*expected",
-    ),
-    "list": ({"dataset_coco.json": "[3]"}, "captions", r"begins with '\[3\]' .*; expected COCO"),
-    "broken JSON": ({"dataset_coco.json": "{"}, "captions", "begins with .*JSONDecodeError"),
-    "broken line": ({"x.jsonl": "{"}, "auto", "line 1 is not a JSON object"),
-    "no object": ({"x.jsonl": "\n3"}, "auto", "line 2 is not a JSON object"),
-    "two images in a row": (
-        {"a.jpg": "", "b.jpg": "", "x.csv": "a.jpg,b.jpg,a dog"},
-        "auto",
-        "no caption column: found image, 2, 3",
-    ),
-    "open quote": ({"x.csv": 'image,caption\na.jpg,"x'}, "auto", "broken at line 2.*quotes"),
-    "too many fields": ({"x.csv": "caption,image\nx,y,a.jpg"}, "auto", "3 fields for 2 columns"),
-    "unknown split": ({"x.csv": "image,caption,split\na.jpg,x,holdout"}, "auto", "'holdout'; expected train"),
-    "not Flickr": ({"x.csv": TABLE}, "flickr30k", "has no captions.txt or results.csv"),
-    "no table": ({"a.jpg": "", "a.txt": "x"}, "captions", "has no CSV, TSV"),
-    "latin1": ({"x.csv": "image,caption\na.jpg,café".encode("latin1")}, "auto", "cannot be read as UTF-8"),
-    "cut off": ({"x.jsonl.gz": gzip.compress(LINES.encode())[:20]}, "auto", "cannot be read .*EOFError"),
-    "not Parquet": ({"x.parquet": b"PAR1 no more"}, "auto", "not a valid Parquet"),
+WRONG: dict[str, tuple[Files, str]] = {
+    "empty": ({}, r"has no usable image with a caption.*--data\.root"),
+    "images only": ({"a.jpg": ""}, r"a\.jpg: there is no a\.txt next to it"),
+    "no caption column": ({"x.csv": "image,word\n"}, "no caption column: found image, word, exp"),
+    "no image column": ({"x.jsonl": '{"bild": 1, "caption": "a"}'}, "no image column: found bild, caption"),
+    "no header": ({"captions.txt": ""}, "no image column: found nothing"),
+    "none of the pictures": ({"x.csv": TABLE}, "there is no such image"),
+    "unknown JSON": ({"dataset_coco.json": '{"images": [{"id": 1}]}'}, "begins with '{.*; expected COCO"),
+    "LLaVA": ({"x.json": '[{"image": "a.jpg", "conversations": []}]'}, "begins with .*expected COCO"),
+    "regions": ({"x.json": '[{"id": 1, "regions": []}]'}, "begins with .*expected COCO"),
+    "texts apart": ({"images/a.jpg": "", "text/a.txt": "x"}, "no a.txt next to it.*expected"),
+    "list": ({"dataset_coco.json": "[3]"}, r"begins with '\[3\]' .*; expected COCO"),
+    "broken JSON": ({"dataset_coco.json": "{"}, "begins with .*JSONDecodeError"),
+    "broken line": ({"x.jsonl": "{"}, "line 1 is not a JSON object"),
+    "no object": ({"x.jsonl": "\n3"}, "line 2 is not a JSON object"),
+    "two images in a row": ({"x.csv": "a.jpg,b.jpg,a dog"}, "no caption column: found image, 2, 3"),
+    "open quote": ({"x.csv": 'image,caption\na.jpg,"x'}, "broken at line 2.*quotes"),
+    "too many fields": ({"x.csv": "caption,image\nx,y,a.jpg"}, "3 fields for 2 columns"),
+    "unknown split": ({"x.csv": "image,caption,split\na.jpg,x,holdout"}, "'holdout'; expected train"),
+    "not Flickr": ({"x.csv": TABLE}, "has no captions.txt or results.csv"),
+    "no table": ({"a.jpg": "", "a.txt": "x"}, "has no CSV, TSV"),
+    "latin1": ({"x.csv": "image,caption\na.jpg,café".encode("latin1")}, "cannot be read as UTF-8"),
+    "cut off": ({"x.jsonl.gz": gzip.compress(LINES.encode())[:20]}, "cannot be read .*EOFError"),
+    "not Parquet": ({"x.parquet": b"PAR1 no more"}, "not a valid Parquet"),
     "images in Parquet": (
         {"x.parquet": parquet(image=[b"bytes"], caption=["a"])},
-        "auto",
         "has values of the types bytes, str, NoneType as image.*or hf:/",
     ),
     **{
-        f"two tables: {files[-1]}": (dict.fromkeys(("a.jpg", *files), TABLE), "auto", said)
+        f"two tables: {files[-1]}": (dict.fromkeys(("a.jpg", *files), TABLE), said)
         for *files, said in (
             ("one/captions.txt", "two/captions.txt", r"\(one/captions\.txt, two/captions\.txt\), but not"),
             ("a.txt", "old/captions.csv", r"has old/captions\.csv and also pairs"),
@@ -416,13 +385,14 @@ WRONG: dict[str, tuple[Files, str, str]] = {
         )
     },
 }
+LAYOUT: Any = dict.fromkeys(("list", "broken JSON", "no table"), "captions") | {"not Flickr": "flickr30k"}
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_has_one_clear_line(case: str, tmp_path: Path) -> None:
-    files, layout, message = WRONG[case]
+    files, message = WRONG[case]
     with pytest.raises(UserError, match=message) as error:
-        read_captions(write(tmp_path, files), ReadOptions(layout))
+        read_captions(write(tmp_path, files), ReadOptions(LAYOUT.get(case, "auto")))
     assert "\n" not in str(error.value)
     assert "--data." in str(error.value)
 

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_lightning.data.sampler import EvalSampler, TrainSampler
-from clip_lightning.errors import UserError
 
 
 @given(
@@ -52,11 +50,6 @@ def test_the_order_depends_on_epoch_and_seed_and_can_be_resumed(start: int) -> N
     assert list(sampler) == first
     sampler.repeats = False
     assert list(sampler) != first != list(TrainSampler(33, 3, seed=1, rank=1, world_size=2))
-
-
-def test_a_batch_larger_than_the_training_set() -> None:
-    with pytest.raises(UserError, match=r"batch of 8 × 2 images is larger.*set of 15 images; reduce --data"):
-        TrainSampler(15, 8, seed=0, world_size=2)
 
 
 @given(size=st.integers(0, 30), world_size=st.integers(1, 7))

@@ -9,8 +9,9 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeFloat
 
 from clip_lightning.arguments import print_result, run_functions
-from clip_lightning.data.features import CacheEntry, FeatureCache, default_cache
+from clip_lightning.data.features import CacheEntry, FeatureCache
 from clip_lightning.errors import UserError
+from clip_lightning.files import cache_folder
 
 
 def list_entries(folder: Path | None = None, json: bool = False) -> None:
@@ -35,11 +36,10 @@ def prune(*, keep_gb: NonNegativeFloat, folder: Path | None = None, json: bool =
 
 
 def _cache(folder: Path | None) -> FeatureCache:
+    default = cache_folder("features")
     if folder is not None and not folder.is_dir():
-        raise UserError(
-            f"--folder {folder} does not exist; omit it to use the default folder, {default_cache()}"
-        )
-    return FeatureCache(folder or default_cache())
+        raise UserError(f"--folder {folder} does not exist; omit it to use the default folder, {default}")
+    return FeatureCache(folder or default)
 
 
 def _show(entries: list[CacheEntry], title: str, as_json: bool) -> None:

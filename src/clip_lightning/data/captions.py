@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import Counter, deque
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.errors import RunFailed, UserError, check_option
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": "train", "restval": "train", "test": "test"}
@@ -88,19 +89,21 @@ def _name(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def unreadable(path: Path, reason: object) -> RunFailed:
-    """Return the error for a file that existed and cannot be read now, for example on a lost disk."""
-    return RunFailed(
-        f"{path} cannot be read at the moment ({reason}); run the same command again when the file is back: "
-        "computed results are kept"
-    )
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise RunFailed if a file that existed cannot be read now, for example on a lost disk."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"{path} cannot be read at the moment ({error.strerror or error}); run the same command again "
+            "when the file is back: computed results are kept"
+        ) from error
 
 
 def _size(path: Path) -> int:
-    try:
+    with reading(path):
         return path.stat().st_size
-    except OSError as error:
-        raise unreadable(path, error.strerror) from error
 
 
 def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
@@ -111,18 +114,10 @@ def content_groups(images: Sequence[CaptionedImage]) -> list[int]:
     groups = list(range(len(images)))
     for index, (image, size) in enumerate(zip(images, sizes, strict=True)):
         if counts[size] > 1:
-            try:
+            with reading(image.path):
                 digest = hashlib.sha256(image.path.read_bytes()).digest()
-            except OSError as error:
-                raise unreadable(image.path, error.strerror) from error
             groups[index] = first.setdefault(digest, index)
     return groups
-
-
-def check_fraction(option: str, value: float) -> None:
-    """Raise UserError unless 0 <= value <= 1."""
-    if not 0 <= value <= 1:
-        raise UserError(f"--data.read.{option} {value}: expected a fraction from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -140,8 +135,8 @@ class Splits:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fraction("splits.val_fraction", self.val_fraction)
-        check_fraction("splits.test_fraction", self.test_fraction)
+        for name, value in (("val_fraction", self.val_fraction), ("test_fraction", self.test_fraction)):
+            check_option(f"data.read.splits.{name}", value, 0 <= value <= 1, "a fraction from 0 to 1")
 
 
 def split_by_image(captions: CaptionSet, splits: Splits) -> dict[str, list[CaptionedImage]]:

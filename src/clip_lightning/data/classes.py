@@ -21,7 +21,7 @@ from clip_lightning.data.readers import NoColumn, ReadOptions, file_head, find_n
 from clip_lightning.data.sources import HubDataset, undecoded
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.files import cache_folder, make_once
-from clip_lightning.terminal import one_line
+from clip_lightning.terminal import note
 
 _CLASS_NAMES = ("label", "class", "class_name", "category", "target")
 # Caltech-101's folder of arbitrary search results is not a class, and its authors' protocol leaves it out.
@@ -253,10 +253,9 @@ def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[s
     """
     if file is None:
         if any(re.fullmatch(r"n\d{8}|\d+", clean_name(name)) for name in classes):
-            print(
-                f"warning: the class names are numbers ({one_line(', '.join(classes[:3]))}, ...), which mean "
-                "nothing to a model; give names with --names FILE",
-                file=sys.stderr,
+            note(
+                f"warning: the class names are numbers ({', '.join(classes[:3])}, ...), which mean nothing "
+                "to a model; give names with --names FILE"
             )
         return [[clean_name(name)] for name in classes]
     given = _read_names(file, classes)
@@ -264,7 +263,7 @@ def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[s
         given = dict(zip(classes, given, strict=True))
         pairs = [f"{name} = {names[0]}" for name, names in given.items()]
         shown = pairs if len(pairs) <= 30 else [*pairs[:29], "...", pairs[-1]]
-        print(one_line(f"--names {file} is matched by order: {', '.join(shown)}"), file=sys.stderr)
+        note(f"--names {file} is matched by order: {', '.join(shown)}")
     if isinstance(given, list) or not given.keys() & set(classes):
         raise UserError(
             f"--names {file} has {len(given)} entries (first: {next(iter(given), 'none')}) that do not match "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,18 +26,20 @@ from clip_lightning.data.captions import (
     split_by_image,
 )
 from clip_lightning.data.datasets import Collate, EvalDataset, TrainDataset
-from clip_lightning.data.features import CacheOptions, FeatureCache, Features, default_cache
+from clip_lightning.data.features import CacheOptions, FeatureCache, Features
 from clip_lightning.data.images import Augmentation, ImageTransform
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.data.sampler import EvalSampler, TrainSampler
-from clip_lightning.data.shards.storage import holds_numbered_tars
+from clip_lightning.data.shards.index import FILE
 from clip_lightning.data.shards.training import ShardDataset, ShardOptions, ShardSampler
 from clip_lightning.data.sources import Artifact, Folder, Scenes, find_source, names_tars, read_source
-from clip_lightning.errors import UserError
-from clip_lightning.terminal import one_line
-from clip_lightning.wandb_fetch import Fetched
+from clip_lightning.errors import UserError, check_option
+from clip_lightning.files import cache_folder
+from clip_lightning.terminal import note, one_line
+from clip_lightning.wandb_fetch import Fetched, fetched
 
 EVAL_BATCH_SIZE = 64
+_note = rank_zero_only(note)
 
 
 class CaptionDataModule(LightningDataModule):
@@ -98,13 +99,9 @@ class CaptionDataModule(LightningDataModule):
             name: value for name, value in locals().items() if name not in ("self", "__class__", "records")
         }
         """The arguments, without the data itself, which loggers record."""
-        for name, value, minimum in (
-            ("batch_size", batch_size, 1),
-            ("captions_per_image", captions_per_image, 1),
-            ("num_workers", num_workers or 0, 0),
-        ):
-            if value < minimum:
-                raise UserError(f"--data.{name} {value}: expected {minimum} or more")
+        check_option("data.batch_size", batch_size, batch_size >= 1, "1 or more")
+        check_option("data.captions_per_image", captions_per_image, captions_per_image >= 1, "1 or more")
+        check_option("data.num_workers", num_workers, (num_workers or 0) >= 0, "0 or more")
         if sum(map(bool, (shards.sources, root, records is not None))) > 1:
             raise UserError("give only one of --data.root, --data.records and --data.shards.sources")
         self.transform, self.tokenize = transform, tokenize
@@ -117,7 +114,7 @@ class CaptionDataModule(LightningDataModule):
         self.source = Folder(Path()) if is_streamed else find_source(root, read, records)
         self.augmentation = augmentation or Augmentation(flip=not isinstance(self.source, Scenes))
         self.views = cache_options.views if self.augmentation != Augmentation(flip=False) else 1
-        folder = default_cache() if cache == "auto" else Path(cache)
+        folder = cache_folder("features") if cache == "auto" else Path(cache)
         self.cache = None if cache == "off" else FeatureCache(folder, cache_options.gigabytes * 1e9)
         self.root = Path()
         """The folder or annotation file that is read; known after `setup`."""
@@ -144,9 +141,10 @@ class CaptionDataModule(LightningDataModule):
         is_new = not self._images
         if is_new:
             self.root = self.source.folder()
-            self.fetched = self.source.fetched() if isinstance(self.source, Artifact) else None
-            has_tars = self.read.layout == "auto" and holds_numbered_tars(self.root)
-            tars = self._tars or (str(self.root) if has_tars else "")
+            self.fetched = fetched(self.source.name) if isinstance(self.source, Artifact) else None
+            # A folder that `data convert` or img2dataset wrote
+            is_written = (self.root / FILE).is_file() or any(self.root.glob("[0-9]*.tar"))
+            tars = self._tars or (str(self.root) if is_written and self.read.layout == "auto" else "")
             if tars or self.shards.sources:
                 self._read_shards(tars, stage)
             elif self.shards == ShardOptions():
@@ -162,7 +160,8 @@ class CaptionDataModule(LightningDataModule):
     def _read_captions(self) -> None:
         captions = read_source(self.source, self.read)
         if self.prints_summary:
-            self._print(captions.summary(), *(f"warning: {line}" for line in captions.warnings))
+            for line in (captions.summary(), *(f"warning: {line}" for line in captions.warnings)):
+                _note(line)
         uploaded = self.fetched.metadata.get("captions_digest") if self.fetched else None
         if self.fetched and uploaded is not None and uploaded != captions.digest():
             raise UserError(
@@ -226,7 +225,8 @@ class CaptionDataModule(LightningDataModule):
         if self._streamed is None:
             if not images:
                 raise UserError(f"{self.root} has no train split; give --data.root data that has one")
-            self._print(*(f"warning: {line}" for line in caption_warnings(images, self.tokenize)))
+            for line in caption_warnings(images, self.tokenize):
+                _note(f"warning: {line}")
             most = len(images) // self._world
             if 0 < most < self.batch_size:
                 rank_zero_warn(
@@ -235,11 +235,6 @@ class CaptionDataModule(LightningDataModule):
                 )
                 self.batch_size = most
         self._batches()
-
-    def _print(self, *lines: str) -> None:
-        if self._rank == 0:
-            for line in lines:
-                print(one_line(line), file=sys.stderr)
 
     def images(self, split: str) -> list[CaptionedImage]:
         """Return the images of `train`, `val` or `test`; `image_id` in evaluation batches indexes them."""
@@ -365,15 +360,15 @@ class CaptionDataModule(LightningDataModule):
 
     def _must_agree(self, ranks: int) -> dict[str, Any]:
         """Return what must be equal in the checkpoint and the resumed run for the batches to be the same."""
-        agree: dict[str, Any] = {
+        agree: dict[str, Any] = {}
+        if self._streamed is not None:
+            agree["--data.shards.window"] = self._streamed.window
+            agree["--data.shards.samples_per_epoch"] = self._streamed.samples
+        return agree | {
             "data (digest)": self.digest,
             "--seed_everything": self.seed,
             "--data.batch_size × ranks": self.batch_size * ranks,
         }
-        if self._streamed is None:
-            return agree
-        window, samples = self._streamed.window, self._streamed.samples
-        return {"--data.shards.window": window, "--data.shards.samples_per_epoch": samples, **agree}
 
     def check_resumes(self, state_dict: dict[str, Any], ranks: int) -> None:
         """Compare this data and its batches on `ranks` ranks with a `state_dict`; call `setup` first."""

@@ -17,14 +17,7 @@ from torch.utils.data import Dataset
 
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.features import Features
-from clip_lightning.data.images import (
-    RETRY_SECONDS,
-    Augmentation,
-    BrokenImage,
-    ImageTransform,
-    augment,
-    decode_image,
-)
+from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform, augment, decode_image
 from clip_lightning.errors import UserError
 
 MOST_BROKEN_IN_A_ROW = 100
@@ -180,7 +173,7 @@ class EvalDataset(_CaptionedImages):
 
 def _decoded(image: CaptionedImage, transform: Callable[[Tensor], Tensor]) -> Tensor | BrokenImage:
     try:
-        return transform(decode_image(image.path, pauses=RETRY_SECONDS))
+        return transform(decode_image(image.path))
     except BrokenImage as error:
         return error
 

@@ -15,14 +15,13 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +31,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from clip_lightning.cpu import cores
-from clip_lightning.errors import UserError
-from clip_lightning.files import cache_folder, write_atomically
+from clip_lightning.errors import UserError, check_option
+from clip_lightning.files import write_atomically
 
 SHARD_ROWS = 512
 IN_USE_SECONDS = 3600
@@ -78,11 +78,6 @@ class Features:
         return picked
 
 
-def default_cache() -> Path:
-    """Return the folder that is used unless `--data.cache` is another one."""
-    return cache_folder("features")
-
-
 @dataclass(frozen=True)
 class CacheOptions:
     """Options of the feature cache.
@@ -98,10 +93,8 @@ class CacheOptions:
     views: int = 2
 
     def __post_init__(self) -> None:
-        if not self.gigabytes >= 0:
-            raise UserError(f"--data.cache_options.gigabytes {self.gigabytes:g}: expected 0 or more")
-        if self.views < 1:
-            raise UserError(f"--data.cache_options.views {self.views}: expected 1 or more")
+        check_option("data.cache_options.gigabytes", self.gigabytes, self.gigabytes >= 0, "0 or more")
+        check_option("data.cache_options.views", self.views, self.views >= 1, "1 or more")
 
 
 class CacheEntry(NamedTuple):
@@ -240,9 +233,8 @@ def _intact(files: Iterable[Path]) -> dict[int, Path]:
         return file.stem.partition("-")[2] == digest[:32]
 
     files = sorted(files)
-    with ThreadPoolExecutor(cores()) as pool:
-        checked = zip(files, pool.map(is_intact, files), strict=True)
-        return {int(file.name.partition("-")[0]): file for file, intact in checked if intact}
+    intact = thread_map(is_intact, files, max_workers=cores(), disable=True)
+    return {int(file.name.partition("-")[0]): file for file in compress(files, intact)}
 
 
 def _touch(entry: Path) -> None:
@@ -256,9 +248,7 @@ def _map(shard: Path) -> Tensor:
 
     Unlike numpy's map, torch's keeps no file open: large data has more shards than a process may open.
     """
-    with shard.open("rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        header = file.tell() // dtype.itemsize  # a multiple of 64 bytes
-    size = header + math.prod(shape)
-    return torch.from_file(str(shard), size=size, dtype=torch.float16)[header:].view(shape)
+    array = np.load(shard, mmap_mode="r")
+    header = array.offset // array.itemsize  # a multiple of 64 bytes
+    size = header + array.size
+    return torch.from_file(str(shard), size=size, dtype=torch.float16)[header:].view(array.shape)

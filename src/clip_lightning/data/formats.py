@@ -312,10 +312,9 @@ class Finder:
 def _list_folder(folder: str) -> tuple[str, frozenset[str]]:
     """Return the normalized path of a folder, and the names of its files."""
     try:
-        normalized = os.path.normpath(folder)
         # After a link, `..` is not the parent in the text of the path.
-        if ".." in folder.split(os.sep) and not os.path.samefile(normalized, folder):
-            normalized = os.path.realpath(folder)
+        has_parents = ".." in folder.split(os.sep)
+        normalized = os.path.realpath(folder) if has_parents else os.path.normpath(folder)
         with os.scandir(normalized) as entries:
             return normalized, frozenset(entry.name for entry in entries if entry.is_file())
     except OSError:

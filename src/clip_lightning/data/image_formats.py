@@ -48,12 +48,9 @@ def walk(root: Path, skipped: Counter[str]) -> Iterator[tuple[str, list[str]]]:
         skipped[f"unreadable folder {os.path.relpath(error.filename, root)} ({error.strerror})"] += 1
 
     for folder, subfolders, files in os.walk(root, onerror=count_unreadable):
-        for name in sorted(name for name in subfolders if name.startswith(".") or name in _NO_DATA):
-            subfolders.remove(name)
-            with contextlib.suppress(OSError):
-                if any(map(is_image, os.listdir(os.path.join(folder, name)))):
-                    skipped[f"{name} folders"] += 1
-        subfolders.sort()
+        hidden = {name for name in subfolders if name.startswith(".") or name in _NO_DATA}
+        skipped.update(f"{name} folders" for name in hidden)
+        subfolders[:] = sorted({*subfolders} - hidden)
         data_files = []
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()

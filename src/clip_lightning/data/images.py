@@ -22,10 +22,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
+from torchvision.transforms.v2 import functional as vision
 
 from clip_lightning.data.image_formats import IMAGE_FORMATS
-from clip_lightning.errors import UserError, reason_of
+from clip_lightning.errors import check_option, reason_of
 
 RETRY_SECONDS = (0.2, 2.0)
 """Pauses before reading a file again after an error."""
@@ -44,7 +44,7 @@ class BrokenImage(ValueError):
     """An image cannot be decoded; the message is a short reason without the file name."""
 
 
-class UnreadableFile(BrokenImage):
+class UnreadableFile(BrokenImage, OSError):
     """A file cannot be read at the moment, whatever its content is."""
 
 
@@ -59,7 +59,7 @@ def read_file(path: Path, pauses: Sequence[float] = RETRY_SECONDS) -> bytes:
     return read_file(path, pauses[1:])
 
 
-def decode_image(path: Path, *, pauses: Sequence[float] = ()) -> Tensor:
+def decode_image(path: Path, pauses: Sequence[float] = RETRY_SECONDS) -> Tensor:
     """Decode an image to RGB, uint8 (3, H, W), rotated as its EXIF data requires.
 
     Transparent images are composited on white, 16 bits are scaled to 8, and animations are reduced to their
@@ -108,7 +108,7 @@ def decoder_errors() -> Iterator[None]:
 def to_pixels(image: Any) -> Tensor:
     """Convert an image in any form that `CLIP.embed_images` accepts to RGB, uint8 (3, H, W)."""
     if isinstance(image, str | Path):
-        return decode_image(Path(image))
+        return decode_image(Path(image), pauses=())
     with decoder_errors():
         image = image.read() if hasattr(image, "read") else image
         if isinstance(image, bytes | bytearray | memoryview):
@@ -193,10 +193,10 @@ class ImageTransform:
         # Only the center remains, so the ends of a panorama need not be resized (1x5000 becomes 1x4).
         scale = max(height / image.shape[1], width / image.shape[2])
         longest = [math.ceil(_LONGEST_COVER * side / scale) for side in (height, width)]
-        image = _crop_center(image, *longest)
+        image = vision.center_crop(image, [*map(min, longest, image.shape[1:])])
         rows, columns = image.shape[1:]
         cover = max(height, int(rows * width / columns)), max(width, int(columns * height / rows))
-        return _crop_center(self.resize(image, cover), *self.size)
+        return vision.center_crop(self.resize(image, cover), [*self.size])
 
     def resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize uint8 (3, H, W) to exactly `size`, regardless of the aspect ratio."""
@@ -222,11 +222,6 @@ class ImageTransform:
         return cls(**values)
 
 
-def _crop_center(image: Tensor, height: int, width: int) -> Tensor:
-    top, left = max(round((image.shape[1] - height) / 2), 0), max(round((image.shape[2] - width) / 2), 0)
-    return image[:, top : top + height, left : left + width]
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """Random changes to training images.
@@ -242,12 +237,9 @@ class Augmentation:
     colour: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value, valid, expected in (
-            ("min_scale", self.min_scale, 0 < self.min_scale <= 1, "above 0 and at most 1"),
-            ("colour", self.colour, 0 <= self.colour <= 1, "from 0 to 1"),
-        ):
-            if not valid:
-                raise UserError(f"--data.augmentation.{name} {value}: expected a fraction {expected}")
+        scale, colour = self.min_scale, self.colour
+        check_option("data.augmentation.min_scale", scale, 0 < scale <= 1, "a fraction above 0 and at most 1")
+        check_option("data.augmentation.colour", colour, 0 <= colour <= 1, "a fraction from 0 to 1")
 
 
 def augment(
@@ -272,6 +264,6 @@ def augment(
     if augmentation.flip and rng.random() < 0.5:
         image = image.flip(-1)
     if augmentation.colour > 0:
-        for adjust in (adjust_brightness, adjust_contrast, adjust_saturation):
+        for adjust in (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation):
             image = adjust(image, 1 + augmentation.colour * rng.uniform(-1, 1))
     return image

@@ -19,9 +19,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from clip_lightning.data.captions import SPLIT_WORDS, Splits, check_fraction
+from clip_lightning.data.captions import SPLIT_WORDS, Splits
 from clip_lightning.data.image_formats import is_image
-from clip_lightning.errors import UserError, as_user_error
+from clip_lightning.errors import UserError, as_user_error, check_option
 
 IMAGE_NAMES = (
     *("image", "filepath", "file_name", "filename", "path", "image_path", "image_name"),
@@ -74,7 +74,8 @@ class ReadOptions:
     splits: Splits = field(default_factory=Splits)
 
     def __post_init__(self) -> None:
-        check_fraction("max_broken", self.max_broken)
+        is_fraction = 0 <= self.max_broken <= 1
+        check_option("data.read.max_broken", self.max_broken, is_fraction, "a fraction from 0 to 1")
 
     def find(self, source: object, record: Record) -> Columns:
         """Choose the columns of a record; of several usual ones for images, the first with a file name."""
@@ -228,21 +229,18 @@ def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
     column has captions, they may contain separators without quotes.
     """
     lines = read_lines(path)
-    head = [next(lines, "")]
-    if declared := re.fullmatch(r'"?sep=([,;|\t])"?\s*', head[0]):  # a line that Excel writes
-        head.append(next(lines, ""))
+    line = next(lines, "")
     # From the header, not the suffix: open_clip's .csv tables are separated by tabs.
-    line = head[-1]
     cells = {mark: [cell.strip().strip('"') for cell in line.split(mark)] for mark in "\t,;|" if mark in line}
     fitting = (mark for mark, row in cells.items() if _is_header(row) or any(map(is_image, row)))
-    delimiter = declared[1] if declared else next(chain(fitting, cells, ","))
-    reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True)
+    delimiter = next(chain(fitting, cells, ","))
+    reader = csv.reader(chain([line], lines), delimiter=delimiter, strict=True)
     start, columns = 0, None
     try:
-        rows: Iterator[list[str]] = islice(reader, len(head) - 1, None)
-        names = [name.strip() for name in next(rows, [])]
+        rows: Iterable[list[str]] = reader
+        names = [name.strip() for name in next(reader, [])]
         if not _is_header(names) and any(map(is_image, names)):
-            rows, names = chain([names], rows), _assumed_names(names)
+            rows, names = chain([names], reader), _assumed_names(names)
         start = reader.line_num
         for row in rows:
             record = dict(zip(names, row + [""] * (len(names) - len(row)), strict=False))
@@ -336,8 +334,6 @@ def _json_records(content: Any) -> Iterator[Record]:
         case dict() if content and content.keys() <= SPLIT_WORDS.keys():
             for split, part in content.items():
                 yield from ({**record, "split": split} for record in _json_records(part))
-        case {"annotations": list(records)} | {"data": list(records)}:
-            yield from _json_records(records)
         case dict() if content and all(isinstance(value, str | list | dict) for value in content.values()):
             for image, about in content.items():
                 yield {"image": image, **(about if isinstance(about, dict) else {"caption": about})}

@@ -29,11 +29,8 @@ COLOURS = {
     "white": (246, 246, 242),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-RELATIONS = ("left", "above")
-"""The position of the first object; right and below describe the same scenes from the other object."""
-
 _SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-_PHRASES = {
+_PHRASES = {  # right and below describe the same scenes from the other object
     # from the first object to the second, from the second to the first, and their sides
     "left": (
         ("left of", "to the left of", "on the left side of"),
@@ -77,7 +74,7 @@ def all_scenes(seed: int) -> list[Scene]:
         Scene(first, second, relation, background)
         for first, second in product(things, repeat=2)
         if first.colour != second.colour and first.shape != second.shape
-        for relation, background in product(RELATIONS, COLOURS)
+        for relation, background in product(_PHRASES, COLOURS)
         if background not in (first.colour, second.colour)
     ]
     return [scenes[i] for i in np.random.default_rng(seed).permutation(len(scenes))]

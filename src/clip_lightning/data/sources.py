@@ -13,7 +13,6 @@ import os
 import posixpath
 import re
 import stat
-import sys
 import tarfile
 import urllib.request
 import zipfile
@@ -28,7 +27,7 @@ from fsspec.callbacks import TqdmCallback
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from clip_lightning.data.captions import SPLIT_WORDS, CaptionSet, parse_split, unreadable
+from clip_lightning.data.captions import SPLIT_WORDS, CaptionSet, parse_split, reading
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.image_formats import IMAGE_SUFFIXES
 from clip_lightning.data.images import BrokenImage, open_image, to_pixels
@@ -37,8 +36,8 @@ from clip_lightning.data.scenes import write_scenes
 from clip_lightning.data.shards.storage import call
 from clip_lightning.errors import UserError, as_user_error, reason_of
 from clip_lightning.files import cache_folder, make_once
-from clip_lightning.terminal import public
-from clip_lightning.wandb_fetch import ArtifactName, Fetched, fetch, fetched
+from clip_lightning.terminal import note, public
+from clip_lightning.wandb_fetch import ArtifactName, fetch, fetched
 
 SCENES, SCENE_SIZE = 2500, 224
 MAX_RATIO, ALWAYS_ALLOWED, BLOCK = 20, 10_000_000_000, 4096
@@ -51,7 +50,7 @@ WrittenRow = tuple[str, bytes | Path | str, list[str], str | None]
 class Source(Protocol):
     """Data that may have to be downloaded. A new kind is a class with these methods, listed in KINDS."""
 
-    def fetch(self) -> object:
+    def fetch(self) -> None:
         """Download or generate the data, unless it is on this machine."""
 
     def folder(self) -> Path:
@@ -79,8 +78,7 @@ class Scenes(Folder):
         return cls(Path(text.partition(":")[2] or cache_folder("scenes") / f"{SCENES}-{SCENE_SIZE}"))
 
     def fetch(self) -> None:
-        if not self.root.exists():
-            write_scenes(self.root, SCENES, SCENE_SIZE, seed=0)
+        write_scenes(self.root, SCENES, SCENE_SIZE, seed=0)
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,11 @@ class Artifact:
         """Parse `wandb:ENTITY/PROJECT/NAME:ALIAS`."""
         return cls(ArtifactName.parse(text.removeprefix("wandb:"), "--data.root wandb:"))
 
-    def fetch(self) -> Fetched:
-        return fetch(self.name)
-
-    def fetched(self) -> Fetched:
-        """Return the version that was downloaded."""
-        return fetched(self.name)
+    def fetch(self) -> None:
+        fetch(self.name)
 
     def folder(self) -> Path:
-        return self.fetched().folder
+        return fetched(self.name).folder
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ class Archive:
         if self.url.startswith("file:"):
             archive = Path(urllib.request.url2pathname(urlsplit(self.url).path))
         else:
-            call(self.url, "get_file", archive, TqdmCallback({"desc": "download"}))
+            call(self.url, "get_file", str(archive), callback=TqdmCallback({"desc": "download"}))
         if not archive.is_file():
             raise UserError(f"{shown} does not exist; give the archive's file or URL")
         with archive.open("rb") as file:
@@ -226,7 +220,7 @@ class HubDataset:
         if len(splits) == 1:  # on the hub, data without splits is all in `train`
             return [(name, rows, None if split == "train" else split) for name, rows, split in splits]
         if others := [name for name, _, split in splits if split is None]:
-            print(f"hf:{self.name}: left out the splits {', '.join(others)}", file=sys.stderr)
+            note(f"hf:{self.name}: left out the splits {', '.join(others)}")
         if len(others) == len(splits):
             raise UserError(f"hf:{self.name} has no split named {', '.join(SPLIT_WORDS)}; give other data")
         return [part for part in splits if part[2]]
@@ -267,12 +261,8 @@ def _content(value: Any, trusted: list[Path] | None) -> bytes | str:
     resolved = Path(path).resolve()
     if trusted is not None and not any(resolved.is_relative_to(folder) for folder in trusted):
         return "its image is not in the data set"
-    try:
-        return resolved.read_bytes()
-    except FileNotFoundError as error:
-        return str(error.strerror)
-    except OSError as error:  # not a property of the data set
-        raise unreadable(resolved, error.strerror) from error
+    with reading(resolved):
+        return resolved.read_bytes() if resolved.is_file() else "No such file or directory"
 
 
 class Records:

@@ -91,7 +91,7 @@ def thumbnail(path: Path) -> Image.Image:
     Thumbnails are cached, because the next epoch shows many of the same images.
     """
     try:
-        image = Image.fromarray(decode_image(path).permute(1, 2, 0).numpy())
+        image = Image.fromarray(decode_image(path, pauses=()).permute(1, 2, 0).numpy())
     except BrokenImage:
         return Image.new("RGB", (SIDE, SIDE), LINE)
     return ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.LANCZOS)

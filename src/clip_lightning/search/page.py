@@ -231,7 +231,7 @@ async def _read_body(request: Request) -> bytes:
 @lru_cache(256)
 def _jpeg(path: Path, side: int) -> bytes:
     with _decoders:
-        image = Image.fromarray(decode_image(path).permute(1, 2, 0).numpy())
+        image = Image.fromarray(decode_image(path, pauses=()).permute(1, 2, 0).numpy())
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=85)

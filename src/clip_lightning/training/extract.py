@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_lightning.data.captions import CaptionedImage, unreadable
+from clip_lightning.data.captions import CaptionedImage, reading
 from clip_lightning.data.features import Compute, FeatureCache, Features
-from clip_lightning.data.images import RETRY_SECONDS, Augmentation, UnreadableFile, augment, decode_image
+from clip_lightning.data.images import Augmentation, augment, decode_image
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import encode_images, encode_texts
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
@@ -86,11 +86,8 @@ class Extractor:
         }
 
         def decode(row: int) -> Tensor:
-            path = images[row].path
-            try:
-                pixels = decode_image(path, pauses=RETRY_SECONDS)
-            except UnreadableFile as error:
-                raise unreadable(path, error) from error
+            with reading(images[row].path):
+                pixels = decode_image(images[row].path)
             if is_plain:
                 pixels = tower.transform(pixels)
             else:
@@ -134,10 +131,8 @@ class Extractor:
 
 
 def _identity(image: CaptionedImage) -> str:
-    try:
+    with reading(image.path):
         status = image.path.stat()
-    except OSError as error:
-        raise unreadable(image.path, error.strerror) from error
     return f"{image.path}\0{status.st_size}\0{status.st_mtime_ns}"
 
 

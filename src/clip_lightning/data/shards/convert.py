@@ -25,14 +25,14 @@ from PIL import Image
 from pyarrow import parquet
 from tqdm import tqdm
 
-from clip_lightning.data.captions import CaptionedImage, split_by_image, unreadable
+from clip_lightning.data.captions import CaptionedImage, reading, split_by_image
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import BrokenImage, decoder_errors, open_image, to_rgb
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.data.shards.index import ABOUT, FILE, HEADER, Index, Splits, load
 from clip_lightning.data.shards.storage import expand, known
 from clip_lightning.data.shards.tars import Filter, Record, scan
-from clip_lightning.errors import RunFailed, UserError, reason_of
+from clip_lightning.errors import RunFailed, UserError, check_option, reason_of
 from clip_lightning.files import complete_file, write_atomically
 
 _ORIENTATION, _FIRST_TURNED = 0x0112, 5  # EXIF's tag, and its first value for a quarter turn
@@ -48,8 +48,7 @@ class Settings:
     filters: Sequence[Filter] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality {self.quality}: expected a number from 1 to 100")
+        check_option("quality", self.quality, 1 <= self.quality <= 100, "a number from 1 to 100")
 
 
 Content = Sequence[tuple[int, CaptionedImage]] | str
@@ -95,21 +94,13 @@ def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> 
     plan = {"source": source.digest, "shards": len(source.contents), **asdict(settings)}
     pending = out / "pending"
     begun = pending / hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    if (out / FILE).exists():
-        splits, then = load((out / FILE).read_bytes(), str(out / FILE))
-        left_out = then.pop("left_out", {})
-        if json.dumps(then) == json.dumps(plan):
-            return splits, left_out
-    elif begun.exists() or not out.exists() or not any(out.iterdir()):
+    if begun.exists() or not out.exists() or not any(out.iterdir()):
         try:
             pending.mkdir(parents=True, exist_ok=True)
             with FileLock(pending / "lock", timeout=0):
                 begun.touch()
-                splits, left_out = _write_all(source, settings, out, num_workers)
-                content = {**HEADER, "splits": splits, "settings": {**plan, "left_out": left_out}}
-                write_atomically(out / FILE, json.dumps(content, indent=1).encode() + b"\n")
+                _write_all(source, settings, plan, out, num_workers)
                 shutil.rmtree(pending)
-                return splits, left_out
         except Timeout as error:
             raise UserError(
                 f"another process is writing to {out}; wait for it, or give another --out"
@@ -119,15 +110,18 @@ def convert(source: Source, settings: Settings, out: Path, num_workers: int) -> 
                 f"tars cannot be written to {out} ({reason_of(error)}); free some space or memory, and run "
                 "the same command again: finished tars are kept"
             ) from error
+    if (out / FILE).exists():
+        splits, then = load((out / FILE).read_bytes(), str(out / FILE))
+        left_out = then.pop("left_out", {})
+        if json.dumps(then) == json.dumps(plan):
+            return splits, left_out
     raise UserError(
         f"--out {out} is not empty, and has no conversion of this data with these options; give a new folder"
     )
 
 
-def _write_all(
-    source: Source, settings: Settings, out: Path, num_workers: int
-) -> tuple[Splits, dict[str, str]]:
-    """Write the missing tars in parallel; return what `convert` returns."""
+def _write_all(source: Source, settings: Settings, plan: dict[str, Any], out: Path, num_workers: int) -> None:
+    """Write the missing tars in parallel, and then `shards.json`."""
     for draft in out.rglob(".*.tmp"):  # of a process that was killed
         draft.unlink(missing_ok=True)
     missing = {name: part for name, part in source.contents.items() if not (out / f"{name}.parquet").exists()}
@@ -152,7 +146,8 @@ def _write_all(
     if not splits:
         example = "".join(f" (first {name}: {reason})" for name, reason in islice(left_out.items(), 1))
         raise RunFailed(f"no sample is usable and passes --filters{example}; remove {out} and try again")
-    return splits, left_out
+    content = {**HEADER, "splits": splits, "settings": {**plan, "left_out": left_out}}
+    write_atomically(out / FILE, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _write(settings: Settings, out: Path, name: str, content: Content) -> None:
@@ -203,10 +198,8 @@ def _records(content: Content, settings: Settings, left_out: dict[str, str]) -> 
 
 
 def _record(number: int, image: CaptionedImage) -> Record:
-    try:
+    with reading(image.path):
         data = image.path.read_bytes()
-    except OSError as error:  # it existed when the captions were read
-        raise unreadable(image.path, error.strerror or error) from error
     fields = {"txt": image.captions[0], "captions": [*image.captions], "name": image.path.name}
     return Record(f"#{number:09d}", data, fields)
 

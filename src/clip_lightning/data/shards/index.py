@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,17 +23,8 @@ from pyarrow import parquet
 from tqdm.contrib.concurrent import thread_map
 
 from clip_lightning.data.captions import SPLITS
-from clip_lightning.data.shards.storage import MissingFile, call, expand, is_url, join, open_copy
-from clip_lightning.data.shards.tars import (
-    BROKEN,
-    BYTES,
-    OFFSET,
-    BrokenRecord,
-    Filter,
-    Record,
-    read_record,
-    scan,
-)
+from clip_lightning.data.shards.storage import MissingFile, call, expand, is_url, open_copy
+from clip_lightning.data.shards.tars import BROKEN, BYTES, OFFSET, Filter, Record, read_record, scan
 from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.files import cache_folder, complete_file
 from clip_lightning.terminal import public
@@ -85,7 +77,7 @@ def load(data: bytes, source: str) -> tuple[Splits, dict[str, Any]]:
 
 def find(source: str) -> Splits | None:
     """Return the splits of a folder or URL that `data convert` wrote, or None for other sources."""
-    file = join(source, FILE)
+    file = posixpath.join(source, FILE)
     try:
         is_pattern = source.endswith(".tar") or set("*{") & set(source)
         return None if is_pattern else load(call(file, "cat_file"), public(file))[0]
@@ -119,7 +111,7 @@ class Index:
             else:
                 self.splits[source] = splits
                 for shard in splits.get(split, ()):
-                    tar = Tar(join(source, f"{split}/{shard['file']}"), shard["sha256"])
+                    tar = Tar(posixpath.join(source, split, shard["file"]), shard["sha256"])
                     path, size = Path(tar.url), shard["bytes"]
                     if not is_url(tar.url) and not (path.is_file() and path.stat().st_size == size):
                         raise UserError(f"{tar.url} does not have {size:,} bytes; convert the data again")
@@ -157,7 +149,7 @@ class Index:
             with open_copy(tar.url, tar.key, tar.sha256, self.budget) as file:
                 file.seek(offset)
                 return read_record(file.read(length), public(tar.url))
-        except (OSError, BrokenRecord) as error:
+        except OSError as error:
             raise RunFailed(f"{public(tar.url)} cannot be read: {error}") from error
 
     def records(self) -> Iterator[Record]:
@@ -198,10 +190,8 @@ class Index:
                 about = (stored.schema_arrow.metadata or {}).get(ABOUT, b"")
                 if file in beside and tar.sha256.encode() not in about:
                     continue  # the table is about another tar
-                names = {*stored.schema_arrow.names}
-                self.fields |= names - {OFFSET, BYTES}
-                needed = {OFFSET, BYTES, *(condition.field for condition in self.filters)}
-                return stored.read([*(needed & names)])
+                self.fields |= {*stored.schema_arrow.names} - {OFFSET, BYTES}
+                return stored.read([*{OFFSET, BYTES, *(condition.field for condition in self.filters)}])
         with open_copy(tar.url, tar.key, tar.sha256, self.budget) as content:
             table = scan(content, public(tar.url))
         with complete_file(cached) as draft:

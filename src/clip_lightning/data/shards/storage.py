@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import posixpath
 import re
 import time
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any, BinaryIO
 import aiohttp
 import fsspec
 from filelock import FileLock
-from fsspec.callbacks import Callback
 
 from clip_lightning.errors import RunFailed, UserError, reason_of
 from clip_lightning.files import cache_folder
@@ -33,18 +33,8 @@ def is_url(source: str) -> bool:
     return "://" in source
 
 
-def join(source: str, name: str) -> str:
-    """Return the path or URL of a file or folder in a source."""
-    return f"{source.rstrip('/')}/{name}"
-
-
-def call(source: str, method: str, target: Path | None = None, progress: Callback | None = None) -> Any:
-    """Call a method of fsspec for a path or URL; calls for URLs are retried after a pause if they fail.
-
-    `get_file` copies to `target` and reports its `progress`.
-    """
-    details = [] if target is None else [str(target)]
-    options = {} if progress is None else {"callback": progress}
+def call(source: str, method: str, *arguments: Any, **options: Any) -> Any:
+    """Call a method of fsspec for a path or URL; calls for URLs are retried after a pause if they fail."""
     # aiohttp's default limit is five minutes per file, regardless of its size.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
     client = {"client_kwargs": {"timeout": timeout}} if source.startswith(("http://", "https://")) else {}
@@ -54,7 +44,7 @@ def call(source: str, method: str, target: Path | None = None, progress: Callbac
         raise UserError(f"{public(source)} cannot be read: {reason_of(error)}") from error
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return getattr(system, method)(path, *details, **options)
+            return getattr(system, method)(path, *arguments, **options)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingFile(f"{public(source)} does not exist") from error
         except Exception as error:  # stores also raise the errors of their own libraries
@@ -73,16 +63,11 @@ def holds_tars(source: str) -> bool:
     return is_url(source) or bool(_TAR.fullmatch(source)) or any(Path(source).glob("*.tar"))
 
 
-def holds_numbered_tars(folder: Path) -> bool:
-    """Return whether `data convert` or img2dataset wrote a folder."""
-    return (folder / "shards.json").is_file() or any(folder.glob("[0-9]*.tar"))
-
-
 def expand(source: str) -> list[str]:
     """List the tars of a source in order: of a pattern with `{00..09}`, `{a,b}` or `*`, or of a folder."""
     files: list[str] = []
     for name in _without_braces(source):
-        pattern = name if _TAR.fullmatch(name) else join(name, "*.tar")
+        pattern = name if _TAR.fullmatch(name) else posixpath.join(name, "*.tar")
         found = [pattern] if is_url(pattern) or Path(pattern).is_file() else []
         if "*" in pattern:
             protocol = f"{pattern.partition('://')[0]}://" if is_url(pattern) else ""
@@ -130,7 +115,7 @@ def open_copy(url: str, key: str, sha256: str, budget: float) -> BinaryIO:
 
 def _fetch(url: str, path: Path, sha256: str, budget: float) -> None:
     draft = path.with_name(f"{path.name}.tmp")  # the writer holds the lock
-    call(url, "get_file", draft)
+    call(url, "get_file", str(draft))
     with draft.open("rb") as content:
         if sha256 and hashlib.file_digest(content, "sha256").hexdigest() != sha256:
             raise RunFailed(f"{public(url)} has changed since the conversion: its checksum differs")

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from clip_lightning.data.image_formats import IMAGE_SUFFIXES
 from clip_lightning.data.images import open_image
-from clip_lightning.errors import UserError
+from clip_lightning.errors import RunFailed, UserError
 
 OFFSET, BYTES, BROKEN = "__offset__", "__bytes__", b"broken"
 LARGEST_SAMPLE = 128 << 20
@@ -133,13 +133,15 @@ def _number(value: Any) -> float:
 
 
 def read_record(span: bytes, tar: str) -> Record:
-    """Read a sample from its span in a tar, or raise BrokenRecord if there is no sample."""
+    """Read a sample from its span in a tar, or raise RunFailed if there is no sample."""
     try:
         key, places = _plain_sample(span) or next(_samples(io.BytesIO(span + bytes(2 * _BLOCK))))[::2]
         files = {suffix: span[start : start + size] for suffix, (start, size) in places.items()}
         return Record(f"{tar}#{key}", files[next(filter(_IMAGE.fullmatch, files))], _fields(files))
     except (BrokenRecord, StopIteration) as error:
-        raise BrokenRecord("a sample is not at its indexed position, so the tar has changed") from error
+        raise RunFailed(
+            f"{tar} cannot be read: a sample is not at its indexed position, so the tar has changed"
+        ) from error
 
 
 def _fields(files: Mapping[str, bytes]) -> dict[str, Any]:
