@@ -86,6 +86,8 @@ LAYOUTS: dict[str, Files] = {
     "JSON lists": {"x.tsv": 'image\tcaptions\na.jpg\t["one", "two"]\nb.jpg\t["three"]\n'},
     "NumPy": {"x.csv": "image,captions\na.jpg,['one' 'two']\nb.jpg,three\n"},
     "numbered": {"x.csv": "image,caption_0,caption_1\na.jpg,one,two\nb.jpg,three,\n"},
+    "Excel": {"x.csv": "\ufeffsep=;\nimage;caption\na.jpg;one\na.jpg;two\nb.jpg;three\n"},
+    "a list in data": {"x.json": json.dumps({"data": [A_RECORD, B_RECORD]})},
     "semicolons": {"x.csv": "image;caption;a, b\na.jpg;one;\na.jpg;two;\nb.jpg;three;\n"},
     "no header": {"x.csv": "a.jpg,one\na.jpg,two\nb.jpg,three\n"},
     "an id called image": {"x.csv": "image,file_name,prompt\n0,a.jpg,one\n0,a.jpg,two\n1,b.jpg,three\n"},

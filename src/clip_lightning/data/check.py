@@ -26,6 +26,7 @@ from tqdm.contrib.concurrent import thread_map
 from clip_lightning.cpu import cores
 from clip_lightning.data.captions import SPLITS, CaptionedImage, CaptionSet, lost_lines, shared_captions
 from clip_lightning.data.images import BrokenImage, decode_bytes, read_file
+from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
 from clip_lightning.terminal import printable
 
@@ -200,6 +201,8 @@ def write_cleaned(report: Report, entries: Sequence[Entry], path: Path) -> dict[
         kept = next(split for split in reversed(SPLITS) if split in map(split_of.get, group))
         leaked |= {name for name in group if split_of[name] not in (kept, "none")}
     kept_entries = [e for e in entries if e.broken is None and e.name not in leaked and e.split != "none"]
+    if not kept_entries:
+        raise UserError(f"--fix {path}: no image would be left; fix the errors above first")
     rows = [
         (Path(os.path.relpath(entry.image.path, path.absolute().parent)).as_posix(), text, entry.split)
         for entry in kept_entries

@@ -229,18 +229,21 @@ def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
     column has captions, they may contain separators without quotes.
     """
     lines = read_lines(path)
-    line = next(lines, "")
+    head = [next(lines, "")]
+    if declared := re.fullmatch(r'"?sep=([,;|\t])"?\s*', head[0]):  # a line that Excel writes
+        head.append(next(lines, ""))
     # From the header, not the suffix: open_clip's .csv tables are separated by tabs.
+    line = head[-1]
     cells = {mark: [cell.strip().strip('"') for cell in line.split(mark)] for mark in "\t,;|" if mark in line}
     fitting = (mark for mark, row in cells.items() if _is_header(row) or any(map(is_image, row)))
-    delimiter = next(chain(fitting, cells, ","))
-    reader = csv.reader(chain([line], lines), delimiter=delimiter, strict=True)
+    delimiter = declared[1] if declared else next(chain(fitting, cells, ","))
+    reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True)
     start, columns = 0, None
     try:
-        rows: Iterable[list[str]] = reader
-        names = [name.strip() for name in next(reader, [])]
+        rows: Iterator[list[str]] = islice(reader, len(head) - 1, None)
+        names = [name.strip() for name in next(rows, [])]
         if not _is_header(names) and any(map(is_image, names)):
-            rows, names = chain([names], reader), _assumed_names(names)
+            rows, names = chain([names], rows), _assumed_names(names)
         start = reader.line_num
         for row in rows:
             record = dict(zip(names, row + [""] * (len(names) - len(row)), strict=False))
@@ -334,6 +337,8 @@ def _json_records(content: Any) -> Iterator[Record]:
         case dict() if content and content.keys() <= SPLIT_WORDS.keys():
             for split, part in content.items():
                 yield from ({**record, "split": split} for record in _json_records(part))
+        case {"annotations": list(records)} | {"data": list(records)}:
+            yield from _json_records(records)
         case dict() if content and all(isinstance(value, str | list | dict) for value in content.values()):
             for image, about in content.items():
                 yield {"image": image, **(about if isinstance(about, dict) else {"caption": about})}
