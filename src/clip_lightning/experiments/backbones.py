@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import traceback
 from itertools import product
 from pathlib import Path
@@ -21,7 +20,7 @@ from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.reports.tables import short_names
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.terminal import one_line
+from clip_lightning.terminal import note, one_line
 from clip_lightning.training.cli import fit, rehearse
 
 
@@ -57,7 +56,7 @@ class Backbones:
         command = hashlib.sha256(json.dumps([images, texts, options, seeds]).encode()).hexdigest()[:8]
         self.folder = out or Path(trainer.default_root_dir, f"compare-{command}")
         if out is None and self.folder.exists():
-            print_progress(f"resuming the comparison in {self.folder}; set --out FOLDER to start another")
+            note(f"resuming the comparison in {self.folder}; set --out FOLDER to start another")
         group = group_arguments(config, self.folder.name)
         for image in images:
             ImageTower.from_name(image, config.model.towers.image_size)
@@ -92,16 +91,16 @@ class Backbones:
         recorder = CostRecorder()
         for number, pair in enumerate(self.pairs, start=1):
             title = f"pair {number} of {len(self.pairs)}: {pair.name}"
-            print_progress(title)
+            note(title)
             try:
                 record = read_folder(_train(pair, recorder))
             except Exception as error:  # the other pairs are still trained
                 self.failed[pair.name] = reason_of_failure(error)
-                print_progress(f"{title}: failed: {self.failed[pair.name]}")
+                note(f"{title}: failed: {self.failed[pair.name]}")
                 continue
             self.records.append(record)
-            seconds = record.values.get("training_seconds", 0)
-            print_progress(f"{title}: finished, rsum {record.values['rsum']:.1f}, {seconds:.0f} s")
+            rsum, seconds = record.values["rsum"], record.values["training_seconds"]
+            note(f"{title}: finished, rsum {rsum:.1f}, {seconds:.0f} s")
 
 
 def _train(pair: Pair, recorder: CostRecorder) -> Path:
@@ -132,8 +131,3 @@ def reason_of_failure(error: Exception) -> str:
         return one_line(str(error))
     traceback.print_exc()
     return f"{type(error).__name__}: {one_line(str(error))}"
-
-
-def print_progress(line: str) -> None:
-    """Print a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
