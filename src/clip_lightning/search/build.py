@@ -202,13 +202,11 @@ class Embedder:
             if missing:
                 (self._embed_images if stem.startswith("images") else self._embed_captions)(missing)
         finally:  # after Ctrl-C, too: the next command resumes from here
-            complete = []
             for row in rows:
-                if "embedding" not in row and (key := _key(row)) in self._known:
-                    old, number = self._known[key]
-                    row = self._rows[old][number] | row | {"embedding": self._read(old)[1][number]}
-                if "embedding" in row:
-                    complete.append(row)
+                if "embedding" not in row and _key(row) in self._known:
+                    old, number = self._known[_key(row)]
+                    row |= self._rows[old][number] | row | {"embedding": self._read(old)[1][number]}
+            complete = [row for row in rows if "embedding" in row]
             part = self.folder.write_part(stem, self.manifest.format, complete, self.manifest.width)
             self._learn(part)
         return part
@@ -224,11 +222,9 @@ class Embedder:
             row |= {"sha256": sha256, "width": pixels.shape[2], "height": pixels.shape[1]}
             return self.clip.transform(pixels)
 
+        options: dict[str, Any] = {"threads": self.options.num_workers, **self._encoding}
         tower, project = self.clip.image_tower, self.clip.project_image
-        threads = self.options.num_workers
-        for batch in encode_images(
-            tower, missing, decode, project=project, threads=threads, **self._encoding
-        ):
+        for batch in encode_images(tower, missing, decode, project=project, **options):
             for row, embedding in zip(batch.rows, batch.features.numpy(), strict=True):
                 missing[row]["embedding"] = embedding
             for row, _, reason in batch.broken:
