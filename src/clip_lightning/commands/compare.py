@@ -20,7 +20,6 @@ from clip_lightning.experiments.compare import Comparison, compared, print_table
 from clip_lightning.experiments.run_records import add_latencies, read_runs
 from clip_lightning.terminal import json_line, note
 
-DEFAULT_CONFIG = "heads"
 USAGE = {
     "compare": "%(prog)s RUN [RUN ...] [options]",
     "compare-backbones": "%(prog)s --image_towers NAMES --text_towers NAMES [options] [options of fit]",
@@ -103,7 +102,7 @@ def compare_backbones(
         if not all(names):
             raise UserError(f"--{option}: expected names separated by commas, for example {EXAMPLES[option]}")
     if not any(re.match(r"(--config|-c)(=|$)", option) for option in options):
-        options = [f"--config={DEFAULT_CONFIG}", *options]
+        options = ["--config=heads", *options]
     from clip_lightning.experiments.backbones import Backbones
 
     backbones = Backbones(images, texts, options, seeds, out and _create(out))
