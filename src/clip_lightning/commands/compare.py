@@ -39,8 +39,7 @@ def run(args: list[str]) -> None:
         return
     parser.add_argument("--file", type=Path, help="YAML file with these options and options of `fit`")
     if file := parser.parse_args(own).file:  # the command line takes precedence
-        own_of_file, rest_of_file = own_arguments(_arguments_of_file(file), names)
-        own, rest = [*own_of_file, *own], [*rest_of_file, *rest]
+        own, rest = own_arguments([*_arguments_of_file(file), *args[1:]], [*names, "file"])
     given = vars(parser.parse_args(own))
     del given["file"]
     compare_backbones(rest, **given)
