@@ -39,13 +39,10 @@ class Place:
             "QUIET": "--trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false "
             f"--trainer.max_epochs 1 --trainer.default_root_dir {folder / 'runs'} --data.num_workers 0 "
             "--predictions.queries 0 --data.batch_size 4",
-            "OTHER_MODEL": str(folder / "other-model"),
-            "OTHER": str(folder / "other"),
-            "DATA": str(folder / "data"),
-            "SHARDS": str(folder / "shards"),
-            "INDEX": str(folder / "index"),
-            "DIR": str(folder / "dir"),
+            "MODEL": str(folder / "run" / "model"),  # before RUN, with which it begins
         }
+        for name in ("RUN", "OTHER_MODEL", "OTHER", "DATA", "SHARDS", "INDEX", "DIR"):
+            self.names[name] = str(folder / name.lower().replace("_", "-"))
         self._make()
 
     def words(self, line: str) -> list[str]:
@@ -56,8 +53,8 @@ class Place:
     def plain(self, text: str) -> str:
         """A message with the names in place of this machine's folders."""
         text = text.replace(str(self.folder / "runs"), "RUNS")
-        for name in ("MODEL", "RUN", "OTHER_MODEL", "OTHER", "DATA", "SHARDS", "INDEX", "DIR"):
-            text = text.replace(self.names[name], name)
+        for name, value in self.names.items():
+            text = text.replace(value, name)
         text = text.replace(str(self.bert), "BERT").replace(str(self.folder), "PLACE")
         text = re.sub(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b", "ID", text)
         return re.sub(r"\b[0-9a-f]{64}\b", "SHA256", text)
@@ -88,8 +85,6 @@ class Place:
         self._ok(FIT)
         (run,) = (folder / "runs").iterdir()
         run = run.rename(folder / "run")
-        self.names = {"MODEL": str(run / "model"), "RUN": str(run)} | self.names
-        shutil.rmtree(folder / "runs", ignore_errors=True)
         self._ok(f"{FIT} --seed_everything 1")
         (other,) = (folder / "runs").iterdir()
         (other / "model").rename(folder / "other-model")

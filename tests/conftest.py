@@ -190,6 +190,12 @@ def make_clip(bert: Path) -> Callable[..., CLIP]:
     return make
 
 
+@pytest.fixture(scope="session")
+def bundle(make_clip: Callable[..., CLIP], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a tiny CLIP, which no test may change."""
+    return make_clip().save_pretrained(tmp_path_factory.mktemp("bundle") / "model")
+
+
 @pytest.fixture
 def make_module(bert: Path) -> Callable[..., CLIPModule]:
     """Builds a tiny CLIPModule for pictures of 32 pixels, the same for the same arguments."""

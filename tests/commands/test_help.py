@@ -39,7 +39,6 @@ def test_the_help_of_fit_is_short_and_begins_with_our_own_options(capsys: Printe
         (["fit", "--epochs=3"], "did you mean --trainer.max_epochs"),
         (["fit", "--model.optimiser.lr", "1"], "did you mean --model.optimizer.lr"),
         (["fit", "--nothing.like.it", "1"], "fit --help all lists the options"),
-        (["train"], "did you mean fit?"),
         (["nothing"], "--help lists the commands"),
         (["--versoin"], "did you mean --version?"),
         (["search", "x", "y", "--kk", "3"], "unrecognized"),

@@ -192,11 +192,6 @@ def test_shipped_files(path: Path, tmp_path: Path) -> None:
     [
         ([], "FILE is missing; give it before the options of fit: a W&B sweep file, or the name of"),
         (["heads", "--trial", "4"], "unknown option --trial; did you mean --trials?"),
-        (["heads", "--trials", "0"], "--trials: expected a whole number of 1 or more"),
-        (
-            ["--json", "headz", "--data.root", "x"],
-            "no configuration 'headz': expected a file, or one of backbones, ",
-        ),
     ],
 )
 def test_invalid_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +235,8 @@ def test_a_resumed_study_draws_what_it_would_have_drawn(method: str, tmp_path: P
 def test_a_finite_space_is_drawn_without_repetition(method: str, tmp_path: Path) -> None:
     parameters = {"a": {"min": 1, "max": 3}, "b": {"values": ["x", "y"]}, "c": {"value": 1}}
     file = sweep_file(tmp_path, {"method": method, "parameters": parameters})
-    drawn = [tuple(values.values()) for values in draws(file, 6)]
+    study = optuna.create_study(study_name="s")
+    drawn = [tuple(values.values()) for count in (1, 3, 2) for values in draws(file, count, study)[-count:]]
     grid = [(a, b) for a in (1, 2, 3) for b in "xy"]
     assert (drawn if method == "grid" else sorted(drawn)) == grid
     assert (drawn == grid) is (method == "grid")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,6 @@ from clip_lightning.model import encode
 from clip_lightning.search import build
 
 Printed = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def bundle(make_clip: Callable[..., CLIP], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_clip().save_pretrained(tmp_path_factory.mktemp("bundle") / "model")
 
 
 @pytest.fixture

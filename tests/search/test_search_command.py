@@ -20,15 +20,10 @@ Printed = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def model(make_clip: Callable[..., CLIP], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_clip().save_pretrained(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture(scope="module")
-def index(model: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def index(bundle: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("index") / "an index é"
     words = ["--captions", "true", "--onnx", "false"]  # to write it takes seconds
-    assert main(["index", str(model), str(scenes), "--out", str(out), *words]) == 0
+    assert main(["index", str(bundle), str(scenes), "--out", str(out), *words]) == 0
     return out
 
 
@@ -39,9 +34,9 @@ def printed(capsys: Printed, *words: object) -> dict[str, object]:
 
 
 def test_index_and_search_print_one_object(
-    index: Path, model: Path, scenes: Path, tmp_path: Path, capsys: Printed
+    index: Path, bundle: Path, scenes: Path, tmp_path: Path, capsys: Printed
 ) -> None:
-    done = printed(capsys, "index", model, scenes, "--out", index, "--json", "--onnx", "false")
+    done = printed(capsys, "index", bundle, scenes, "--out", index, "--json", "--onnx", "false")
     assert (done["images"], done["captions"], done["unchanged"], done["embedded"]) == (40, 200, 40, 0)
     assert done["out"] == str(index)
     found = printed(capsys, "search", index, "a red circle", "--k", 3, "--json")
@@ -55,7 +50,7 @@ def test_index_and_search_print_one_object(
 
 
 def test_people_read_a_line_per_image_and_what_was_left_out(
-    index: Path, model: Path, scenes: Path, capsys: Printed, tmp_path: Path
+    index: Path, bundle: Path, scenes: Path, capsys: Printed, tmp_path: Path
 ) -> None:
     assert main(["search", str(index), "a red circle", "--k", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -65,7 +60,7 @@ def test_people_read_a_line_per_image_and_what_was_left_out(
     (few / "text.jpg").write_text("not an image")
     (few / "gone.png").symlink_to("nowhere")
     Image.new("RGB", (9, 9)).save(few / "a.png")
-    assert main(["index", str(model), str(few), "--out", str(tmp_path / "b"), "--onnx", "false"]) == 0
+    assert main(["index", str(bundle), str(few), "--out", str(tmp_path / "b"), "--onnx", "false"]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("1 images (1 added, 1 broken, 1 unreadable) in ")
     assert "text.jpg: not an image of a known format\n" in said.err
@@ -116,17 +111,14 @@ def test_help_imports_no_torch() -> None:
     ("words", "expected"),
     [
         ("search", "missing: --index"),
-        ("search INDEX", "a sentence in quotes"),
         ("search INDEX a --image MODEL", "got 2"),
         ("search INDEX a dog", "dog"),
         ("search INDEX EMPTY", "empty"),
-        ("search INDEX a --k 0", "expected 1 or more"),
         ("search INDEX --image nothing.png", "nothing.png cannot be read: No such file"),
         ("search INDEX --image a.png", "a.png cannot be read: not a"),
         ("search INDEX a --captions true", "give --image"),
         ("search INDEX a --gird x.png", "did you mean --grid"),
         ("search INDEX a --model OTHER", "is not the model that the index was built with"),
-        ("search nowhere a", "no finished index"),
         (f"search {'long' * 70} a", "File name too long"),
         ("search OLD a", "was written by another program or version"),
         ("index MODEL SCENES", "--out"),
@@ -138,13 +130,11 @@ def test_help_imports_no_torch() -> None:
         ),
         ("embed MODEL SCENES --out new --shard_size 0", "--shard_size: expected a whole number of 1 or more"),
         ("embed MODEL SCENES --out SCENES/captions.csv/new", "cannot be written"),
-        ("embed MODEL nothing --out new", "no folder or file nothing"),
         ("embed MODEL BARE --out new --what captions", "has no readable captions"),
         ("embed SCENES SCENES --out new", "is not a clip-lightning bundle"),
         ("app MODEL", "is a model; also give a folder: clip-lightning app "),
         ("app INDEX --out x", "--out is only for"),
         ("app MODEL SCENES --model x", "--model only for"),
-        ("app INDEX --port 0", "--port 0: expected a number from 1 to 65535"),
         ("app INDEX --port PORT", " is in use"),
         ("app INDEX --host 192.0.2.1", "--host 192.0.2.1: expected an address of this machine"),
     ],
@@ -153,7 +143,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     words: str,
     expected: str,
     index: Path,
-    model: Path,
+    bundle: Path,
     scenes: Path,
     make_clip: Callable[..., CLIP],
     tmp_path: Path,
@@ -170,7 +160,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     if "OTHER" in words:
         make_clip(image="random:test_resnet").save_pretrained(tmp_path / "other")
     with socket.create_server(("127.0.0.1", 0)) as busy:
-        places = {"INDEX": index, "MODEL": model, "SCENES": scenes, "PORT": busy.getsockname()[1]}
+        places = {"INDEX": index, "MODEL": bundle, "SCENES": scenes, "PORT": busy.getsockname()[1]}
         places |= {"EMPTY": "", "BARE": "bare", "OLD": "old", "OTHER": "other"}
         pattern = "|".join(places)
         given = [re.sub(pattern, lambda found: str(places[found[0]]), word) for word in words.split()]

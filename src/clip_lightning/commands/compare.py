@@ -20,7 +20,6 @@ from clip_lightning.experiments.compare import Comparison, compared, print_table
 from clip_lightning.experiments.run_records import add_latencies, read_runs
 from clip_lightning.terminal import json_line, note
 
-DEFAULT_CONFIG = "heads"
 USAGE = {
     "compare": "%(prog)s RUN [RUN ...] [options]",
     "compare-backbones": "%(prog)s --image_towers NAMES --text_towers NAMES [options] [options of fit]",
@@ -40,8 +39,7 @@ def run(args: list[str]) -> None:
         return
     parser.add_argument("--file", type=Path, help="YAML file with these options and options of `fit`")
     if file := parser.parse_args(own).file:  # the command line takes precedence
-        own_of_file, rest_of_file = own_arguments(_arguments_of_file(file), names)
-        own, rest = [*own_of_file, *own], [*rest_of_file, *rest]
+        own, rest = own_arguments([*_arguments_of_file(file), *args[1:]], [*names, "file"])
     given = vars(parser.parse_args(own))
     del given["file"]
     compare_backbones(rest, **given)
@@ -103,7 +101,7 @@ def compare_backbones(
         if not all(names):
             raise UserError(f"--{option}: expected names separated by commas, for example {EXAMPLES[option]}")
     if not any(re.match(r"(--config|-c)(=|$)", option) for option in options):
-        options = [f"--config={DEFAULT_CONFIG}", *options]
+        options = ["--config=heads", *options]
     from clip_lightning.experiments.backbones import Backbones
 
     backbones = Backbones(images, texts, options, seeds, out and _create(out))

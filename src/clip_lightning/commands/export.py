@@ -37,6 +37,8 @@ def export(
     """
     from clip_lightning.files import whole_folder
     from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.export.onnx import write_onnx
+    from clip_lightning.model.export.open_clip import write_open_clip
 
     if to == "hub":
         if repo is None or out is not None:
@@ -52,29 +54,18 @@ def export(
         raise UserError(f"--to {to} writes a folder; give --out FOLDER, and omit --repo and --private")
     if to != "bundle" and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} already exists; give a new or empty folder")
-    clip, difference = CLIP.from_pretrained(model), None
-    try:
+    clip, difference, text = CLIP.from_pretrained(model), None, f"wrote {out}"
+    with as_user_error(f"--out {out} cannot be written", "free some space there, or give another --out"):
         if to == "bundle":
             clip.save_pretrained(out, metadata=clip.metadata)
-        elif to == "onnx":
-            from clip_lightning.model.export.onnx import write_onnx
-
-            with whole_folder(out) as draft:
-                difference = max(write_onnx(clip, draft).values())
         else:
-            from clip_lightning.model.export.open_clip import write_open_clip
-
             with whole_folder(out) as draft:
-                difference = write_open_clip(clip, draft, out)
-    except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be written ({error}); free some space there, or give another --out"
-        ) from error
-    accuracy = (
-        "" if difference is None else f"; its embeddings differ from PyTorch's by {difference:.1e} or less"
-    )
-    record = {"to": to, "out": str(out.resolve()), "max_difference": difference}
-    print_result(record, f"wrote {out}{accuracy}", json)
+                if to == "onnx":
+                    difference = max(write_onnx(clip, draft).values())
+                else:
+                    difference = write_open_clip(clip, draft, out)
+            text += f"; its embeddings differ from PyTorch's by {difference:.1e} or less"
+    print_result({"to": to, "out": str(out.resolve()), "max_difference": difference}, text, json)
 
 
 run = partial(run_functions, export)

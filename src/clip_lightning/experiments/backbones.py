@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import traceback
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -21,16 +20,8 @@ from clip_lightning.files import write_atomically
 from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.reports.tables import short_names
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.terminal import one_line
+from clip_lightning.terminal import note, one_line
 from clip_lightning.training.cli import fit, rehearse
-
-
-class Pair(NamedTuple):
-    """Describes one training: its display name, the folder of its runs, and the arguments of `fit`."""
-
-    name: str
-    folder: Path
-    arguments: list[str]
 
 
 class Backbones:
@@ -57,7 +48,7 @@ class Backbones:
         command = hashlib.sha256(json.dumps([images, texts, options, seeds]).encode()).hexdigest()[:8]
         self.folder = out or Path(trainer.default_root_dir, f"compare-{command}")
         if out is None and self.folder.exists():
-            print_progress(f"resuming the comparison in {self.folder}; set --out FOLDER to start another")
+            note(f"resuming the comparison in {self.folder}; set --out FOLDER to start another")
         group = group_arguments(config, self.folder.name)
         for image in images:
             ImageTower.from_name(image, config.model.towers.image_size)
@@ -66,7 +57,7 @@ class Backbones:
         settings = settings_of(flat(yaml.safe_load(rehearsal.config_to_save)))
         settings["data_digest"] = rehearsal.read_data(images[0], texts[0])
         short = short_names([*images, *texts], short_tower)
-        self.pairs: list[Pair] = []
+        self.pairs: dict[str, tuple[Path, list[str]]] = {}  # name → folder of its runs, arguments of `fit`
         for image, text, n in product(images, texts, range(seeds)):
             seed = int(config.seed_everything) + n
             key = json.dumps([settings, image, text, seed], sort_keys=True, default=str)
@@ -83,39 +74,39 @@ class Backbones:
                 f"--trainer.default_root_dir={folder}",
                 *([*group, f"--trainer.logger.name={name}"] if group else []),
             ]
-            self.pairs.append(Pair(name, folder, arguments))
+            self.pairs[name] = folder, arguments
         self.records: list[RunRecord] = []  # the finished pairs
         self.failed: dict[str, str] = {}  # the reason by the name of each pair
 
     def train(self) -> None:
         """Train the pairs that have not finished; after Ctrl-C, the running pair has been saved."""
         recorder = CostRecorder()
-        for number, pair in enumerate(self.pairs, start=1):
-            title = f"pair {number} of {len(self.pairs)}: {pair.name}"
-            print_progress(title)
+        for number, (name, (folder, arguments)) in enumerate(self.pairs.items(), start=1):
+            title = f"pair {number} of {len(self.pairs)}: {name}"
+            note(title)
             try:
-                record = read_folder(_train(pair, recorder))
+                record = read_folder(_train(folder, arguments, recorder))
             except Exception as error:  # the other pairs are still trained
-                self.failed[pair.name] = reason_of_failure(error)
-                print_progress(f"{title}: failed: {self.failed[pair.name]}")
+                self.failed[name] = reason_of_failure(error)
+                note(f"{title}: failed: {self.failed[name]}")
                 continue
             self.records.append(record)
-            seconds = record.values.get("training_seconds", 0)
-            print_progress(f"{title}: finished, rsum {record.values['rsum']:.1f}, {seconds:.0f} s")
+            rsum, seconds = record.values["rsum"], record.values["training_seconds"]
+            note(f"{title}: finished, rsum {rsum:.1f}, {seconds:.0f} s")
 
 
-def _train(pair: Pair, recorder: CostRecorder) -> Path:
-    """Return the folder of the pair's finished run, after resuming or starting it if necessary."""
+def _train(folder: Path, arguments: list[str], recorder: CostRecorder) -> Path:
+    """Return the pair's finished run in a folder of runs, after resuming or starting it if necessary."""
     resumed: list[str] = []
-    for run in RunFolder.runs(pair.folder):
+    for run in RunFolder.runs(folder):
         if (run.path / COSTS_FILE).is_file():
             return run.path
         if run.last.is_file():
             resumed = [f"--ckpt_path={run.last}"]  # of the newest run
     # the result that `fit` prints is in the run's folder, too
-    folder = fit([*pair.arguments, *resumed], [recorder])
-    write_atomically(folder / COSTS_FILE, json.dumps(recorder.costs, indent=2).encode())
-    return folder
+    finished = fit([*arguments, *resumed], [recorder])
+    write_atomically(finished / COSTS_FILE, json.dumps(recorder.costs, indent=2).encode())
+    return finished
 
 
 def group_arguments(config: Any, name: str) -> list[str]:
@@ -132,8 +123,3 @@ def reason_of_failure(error: Exception) -> str:
         return one_line(str(error))
     traceback.print_exc()
     return f"{type(error).__name__}: {one_line(str(error))}"
-
-
-def print_progress(line: str) -> None:
-    """Print a line to stderr."""
-    print(line, file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from clip_lightning.data.features import DTYPE
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.evaluation.metrics import METRICS
 from clip_lightning.model.clip import CLIP, parameter_counts
+from clip_lightning.model.encode import best_device
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.wandb_fetch import has_api_key
 
@@ -140,10 +141,16 @@ def _read_wandb(place: str, run: Any) -> RunRecord:
     return _record(place, values, flat(run.config), "" if run.state == "finished" else run.state)
 
 
+_latencies: dict[Any, dict[str, Any]] = {}  # by image tower, each of which is measured once
+
+
 @torch.inference_mode()
 def image_latency(clip: CLIP) -> dict[str, Any]:
     """Measure the median time from the pixels of one image to its embedding, on the present device."""
     device, dtype = clip.logit_scale.device, next(clip.image_tower.parameters()).dtype
+    tower = clip.image_tower.spec["name"], clip.transform.size, device, dtype
+    if tower in _latencies:
+        return _latencies[tower]
     pixels = torch.zeros(1, 3, *clip.transform.size, dtype=torch.uint8, device=device)
     was_training = clip.training
     clip.eval()
@@ -154,10 +161,9 @@ def image_latency(clip: CLIP) -> dict[str, Any]:
     place = f"CPU with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else place
     precision = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
-    return {
-        "image_latency_ms": round(1000 * median, 3),
-        "image_latency_conditions": f"one image, {precision}, {place}",
-    }
+    conditions = f"one image, {precision}, {place}"
+    measured = {"image_latency_ms": round(1000 * median, 3), "image_latency_conditions": conditions}
+    return _latencies.setdefault(tower, measured)
 
 
 class CostRecorder(Callback):
@@ -165,15 +171,11 @@ class CostRecorder(Callback):
 
     def __init__(self) -> None:
         self.costs: dict[str, Any] = {}
-        self._latencies: dict[str, dict[str, Any]] = {}  # by image tower, each of which is measured once
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the model, and log the costs to W&B."""
         clip: CLIP = pl_module.clip
-        tower = clip.image_tower.spec["name"]
-        if tower not in self._latencies:
-            self._latencies[tower] = image_latency(clip)
-        self.costs = parameter_counts(clip) | self._latencies[tower]
+        self.costs = parameter_counts(clip) | image_latency(clip)
         cache = trainer.datamodule.cache
         if used := cache.used() if cache else []:
             self.costs["feature_bytes"] = sum(entry.bytes for entry in used)
@@ -188,14 +190,9 @@ class CostRecorder(Callback):
 
 def add_latencies(records: Sequence[RunRecord]) -> None:
     """Measure the image latency of the runs that have none, with their bundles."""
-    latencies: dict[Any, dict[str, Any]] = {}
     for record in records:
         bundle = RunFolder(Path(record.place)).model
-        if "image_latency_ms" in record.values or not (bundle / "model.safetensors").is_file():
-            continue
-        clip = CLIP.from_pretrained(bundle).to("cuda" if torch.cuda.is_available() else "cpu")
-        tower = clip.image_tower.spec["name"], clip.transform.size
-        if tower not in latencies:
-            latencies[tower] = image_latency(clip)
-        record.values["image_latency_ms"] = latencies[tower]["image_latency_ms"]
-        record.latency_conditions = latencies[tower]["image_latency_conditions"]
+        if "image_latency_ms" not in record.values and (bundle / "model.safetensors").is_file():
+            measured = image_latency(CLIP.from_pretrained(bundle).to(best_device()))
+            record.values["image_latency_ms"] = measured["image_latency_ms"]
+            record.latency_conditions = measured["image_latency_conditions"]

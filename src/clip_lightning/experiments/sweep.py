@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from clip_lightning.experiments.sweep_file import SweepFile, UntriedSampler, poi
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.tables import column, csv_text, markdown_table, print_table, write_tables
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.terminal import json_line, public
+from clip_lightning.terminal import json_line, note, public
 from clip_lightning.training.cli import fit, rehearse
 
 HEARTBEAT_SECONDS = 10
@@ -72,7 +71,7 @@ def search(
     study = open_study(file, name, storage or f"sqlite:///{(folder / 'study.db').resolve()}", settings)
     if file.method != "grid" and not study.trials and (first := base_point(file, arguments)):
         study.enqueue_trial(first)
-    print(f"search {name}: {wanted} trials in {folder}", file=sys.stderr)
+    note(f"search {name}: {wanted} trials in {folder}")
     failed = {trial.number for trial in study.trials if trial.state == TrialState.FAIL}
     group = group_arguments(config, f"sweep-{name}")
     of_trials = [*group, *(["--trainer.logger.log_model=false"] if group else []), *arguments]
@@ -91,7 +90,7 @@ def search(
     ended = [row for row in rows if row["state"] in STATES[:3]]
     finished = len(ended) if any(row["metrics"] for row in ended) else 0  # else all of them diverged
     if finished == file.points:
-        print(f"the search space is exhausted: all {finished} points have been tried", file=sys.stderr)
+        note(f"the search space is exhausted: all {finished} points have been tried")
     least = wanted if file.method == "grid" else 1
     if finished < least:
         last = max((row for row in rows if row["error"]), key=lambda row: row["trial"], default=None)
@@ -199,7 +198,7 @@ class Worker:
         began, watch = time.perf_counter(), Watch(self.file.metric.name, trial)
         options = self.file.arguments({name: p.suggest(name, trial) for name, p in self.file.varied.items()})
         lock.release()  # other workers now count the trial
-        print(f"trial {trial.number}: {' '.join(options)}", file=sys.stderr)
+        note(f"trial {trial.number}: {' '.join(options)}")
         quiet = ("--trainer.enable_progress_bar=false", "--predictions.queries=0")  # defaults of trials
         root = f"--trainer.default_root_dir={self.folder / 'trials'}"
         try:
@@ -217,7 +216,7 @@ class Worker:
             RetryHeartbeatStaleTrialCallback()(self.study, self.study.trials[trial.number])
             if isinstance(stop, SystemExit):  # SIGTERM, which Optuna does not handle
                 self.study.tell(trial, state=TrialState.FAIL)
-            print("stopped; repeat the same command to resume the search", file=sys.stderr)
+            note("stopped; repeat the same command to resume the search")
             raise
         best = (max if self.file.maximize else min)(watch.curve)
         stored = json.loads(RunFolder(run).metrics.read_text())
@@ -234,7 +233,7 @@ def _end(trial: Trial, state: str, text: str, **results: Any) -> None:
     """Store the state and the results in the trial, and print a line."""
     for name, value in {"state": state, **results}.items():
         trial.set_user_attr(name, value)
-    print(f"trial {trial.number} {state}: {text}", file=sys.stderr)
+    note(f"trial {trial.number} {state}: {text}")
 
 
 class Watch(Callback):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -29,7 +28,7 @@ from clip_lightning.model.encode import best_device, encode_images, encode_texts
 from clip_lightning.model.export.onnx import write_text_tower
 from clip_lightning.search import vectors
 from clip_lightning.search.folder import EmbeddingsFolder, Manifest, Options, Row, digest
-from clip_lightning.terminal import one_line, printable
+from clip_lightning.terminal import note, printable
 
 
 def build_index(
@@ -96,18 +95,18 @@ def find_images(source: Path) -> dict[str, tuple[str, ...]]:
         for folder, names in walk(source.resolve(), skipped):
             captions_of |= {os.path.join(folder, name): () for name in names if is_image(name)}
         if skipped:
-            print(one_line(f"skipped: {counted(skipped)}"), file=sys.stderr)
+            note(f"skipped: {counted(skipped)}")
     try:
         data = read_captions(source)
     except UserError as error:
         if not source.is_dir():
             raise
         if not isinstance(error, NothingFound):  # there are captions, but they cannot be read
-            print(one_line(f"continuing without captions: {error}"), file=sys.stderr)
+            note(f"continuing without captions: {error}")
     else:
         captions_of |= {os.path.abspath(image.path): image.captions for image in data.images}
         for name, reason in {} if source.is_dir() else data.left_out.items():
-            print(one_line(f"left out {name}: {reason}"), file=sys.stderr)
+            note(f"left out {name}: {reason}")
     if not captions_of:
         suffixes = ", ".join(sorted(READ_SUFFIXES))
         raise UserError(f"no images in {source}; expected files that end in {suffixes}")
@@ -202,13 +201,11 @@ class Embedder:
             if missing:
                 (self._embed_images if stem.startswith("images") else self._embed_captions)(missing)
         finally:  # after Ctrl-C, too: the next command resumes from here
-            complete = []
             for row in rows:
-                if "embedding" not in row and (key := _key(row)) in self._known:
-                    old, number = self._known[key]
-                    row = self._rows[old][number] | row | {"embedding": self._read(old)[1][number]}
-                if "embedding" in row:
-                    complete.append(row)
+                if "embedding" not in row and _key(row) in self._known:
+                    old, number = self._known[_key(row)]
+                    row |= self._rows[old][number] | row | {"embedding": self._read(old)[1][number]}
+            complete = [row for row in rows if "embedding" in row]
             part = self.folder.write_part(stem, self.manifest.format, complete, self.manifest.width)
             self._learn(part)
         return part
@@ -224,11 +221,9 @@ class Embedder:
             row |= {"sha256": sha256, "width": pixels.shape[2], "height": pixels.shape[1]}
             return self.clip.transform(pixels)
 
+        options: dict[str, Any] = {"threads": self.options.num_workers, **self._encoding}
         tower, project = self.clip.image_tower, self.clip.project_image
-        threads = self.options.num_workers
-        for batch in encode_images(
-            tower, missing, decode, project=project, threads=threads, **self._encoding
-        ):
+        for batch in encode_images(tower, missing, decode, project=project, **options):
             for row, embedding in zip(batch.rows, batch.features.numpy(), strict=True):
                 missing[row]["embedding"] = embedding
             for row, _, reason in batch.broken:

@@ -130,8 +130,7 @@ class ImageIndex:
         The queries are one or several sentences, or unit-length embeddings (Q, D).
         """
         if not hasattr(queries, "ndim"):
-            texts = [queries] if isinstance(queries, str | Path) else queries
-            queries = self._embed_texts([str(text) for text in texts])
+            queries = self._embed_texts([queries] if isinstance(queries, str) else list(queries))
         hits = vectors.search(self._index, queries, k)
         with self._folder.reading():
             return [[self._image(row, score) for row, score in of_query] for of_query in hits]
