@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from clip_lightning.model.clip import CLIP
 from clip_lightning.model.export.onnx import EXAMPLES, TOLERANCE
 from clip_lightning.model.towers.base import plain_config
 from clip_lightning.model.towers.open_clip import open_clip_package
+from clip_lightning.terminal import note
 
 # Prefixes of weights → those of open_clip
 PARTS = {
@@ -45,7 +44,6 @@ def write_open_clip(clip: CLIP, folder: Path, final: Path) -> float:
             f"open_clip does not support {head} heads and {kind} pooled by {pooling}; expected linear heads, "
             f"{', '.join(TEXT_MODELS)}, and {', '.join(POOLERS)}; try --to onnx or --to hub"
         )
-    clip = copy.deepcopy(clip).cpu().eval()
     config: Any = clip.text_tower.backbone.config
     config.dtype = torch.float32  # the configuration may name another precision
     config.save_pretrained(folder)
@@ -59,10 +57,9 @@ def write_open_clip(clip: CLIP, folder: Path, final: Path) -> float:
     _write_config(clip, folder, on_hub or str(folder))
     difference = _check(clip, folder)
     if not on_hub:
-        print(
+        note(
             "open_clip finds the text tower by the absolute path of the folder: if you move it, set "
-            "hf_model_name in open_clip_config.json to its new path",
-            file=sys.stderr,
+            "hf_model_name in open_clip_config.json to its new path"
         )
     _write_config(clip, folder, on_hub or str(final.absolute()))
     return difference
