@@ -193,25 +193,27 @@ def test_layers_for_decay(models: Path, kind: str):
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "changes"),
     [
-        ("clip", ["--config", "finetune", "--model.freeze", "none", "--data.captions_per_image", "1"]),
-        ("siglip", ["--model.freeze", "image", "--model.loss", "SigLIP", "--model.micro_batch_size", "2"]),
+        ("clip", {"model__freeze": "none", "data__captions_per_image": 1}),
+        ("siglip", {"model__freeze": "image", "model__loss": "SigLIP", "model__micro_batch_size": 2}),
     ],
 )
-def test_fine_tuning(models: Path, scenes: Path, tmp_path: Path, kind: str, options: list[str]):
-    small = "--data.batch_size 4 --data.num_workers 0 --trainer.max_epochs 1 --trainer.limit_train_batches 2"
-    quiet = "--trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false"
-    always = "--trainer.precision 32-true --trainer.check_val_every_n_epoch 1"
+def test_fine_tuning(
+    models: Path, command: Callable[..., list[str]], tmp_path: Path, kind: str, changes: dict[str, Any]
+):
+    of_the_model = ("image_tower", "text_tower", "heads__embed_dim", "towers__image_size")
+    options = {f"model__{name}": ... for name in of_the_model} | {"model__init_from": models / kind}
+    options |= {"trainer__precision": "32-true", "trainer__check_val_every_n_epoch": 1}
+    options |= {"trainer__max_epochs": 1, "trainer__limit_train_batches": 2}
     before = CLIP.from_pretrained(models / kind)
-    where = ["--model.init_from", str(models / kind), "--data.root", str(scenes)]
-    where += ["--trainer.default_root_dir", str(tmp_path / "runs")]
-    assert main(["fit", *options, *where, *small.split(), *quiet.split(), *always.split()]) == 0
+    config = ["--config", "finetune"] if kind == "clip" else []
+    assert main(["fit", *config, *command("fit", tmp_path / "runs", **options, **changes)[1:]]) == 0
     [run] = (tmp_path / "runs").iterdir()
     after = CLIP.from_pretrained(run)
     assert after.config() == before.config()
     assert not torch.equal(after.embed_texts(TEXTS[:2]), before.embed_texts(TEXTS[:2]))
-    if "image" in options:
+    if kind == "siglip":
         weights = before.image_tower.state_dict()
         assert all(torch.equal(after.image_tower.state_dict()[name], weights[name]) for name in weights)
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from small_runs import changed, data, trainer, weights
 from torch import Tensor, nn
 
 from clip_lightning.__main__ import main
-from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.lora import LoRAConfig
@@ -37,26 +37,14 @@ IMAGE_TOWERS = ["test_vit", "test_resnet", "test_efficientnet", "tf_efficientnet
 CONVOLUTIONS = "random:test_efficientnet"
 
 
-def fit(module: CLIPModule, scenes: Path, folder: Path, cache: str = "off", **options: Any) -> Trainer:
+def fit(
+    module: CLIPModule, scenes: Path, folder: Path, *callbacks: Callback, cache: str = "off", **options: Any
+) -> Trainer:
     """Four steps per epoch; `ckpt_path` resumes."""
-    data = CaptionDataModule(
-        *(module.transform, module.tokenize, scenes),
-        **{"batch_size": 8, "num_workers": 0, "cache": cache, "captions_per_image": 2},
-    )
     start = {"ckpt_path": options.pop("ckpt_path", None), "weights_only": True}
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    settings = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "max_epochs": 1}
-    run = Trainer(**{**quiet, **settings, "default_root_dir": folder, "limit_val_batches": 0, **options})
-    run.fit(module, datamodule=data, **start)
+    run = trainer(folder, *callbacks, limit_val_batches=0, **options)
+    run.fit(module, data(module, scenes, cache=cache, captions_per_image=2), **start)
     return run
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def changed(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
 def is_adapter(name: str) -> bool:
@@ -238,7 +226,7 @@ def test_a_checkpoint_holds_the_adapters_and_names_the_rest(
 
     for lora in (None, LoRAConfig("both", rank=2, alpha=4.0), LoRAConfig("text", rank=2)):
         other = make_module(lora=lora, image_tower=CONVOLUTIONS)
-        with pytest.raises(UserError, match=r"trained with --model\.lora .*'both'.*, got "):
+        with pytest.raises(UserError, match=r"trained with LoRA .*'both'.*, got "):
             other.on_load_checkpoint(torch.load(path, weights_only=True))
     other = make_module(lora=BOTH, image_tower=CONVOLUTIONS)
     with torch.no_grad():
@@ -251,7 +239,7 @@ def test_a_resumed_run_is_bit_identical(make_module: MakeModule, scenes: Path, t
     options = {"lora": BOTH, "image_tower": CONVOLUTIONS, "optimizer": FAST}
     undisturbed, resumed = make_module(**options), make_module(**options)
     path = tmp_path / "middle.ckpt"
-    fit(undisturbed, scenes, tmp_path, max_epochs=2, callbacks=[SaveAt(4, path)])
+    fit(undisturbed, scenes, tmp_path, SaveAt(4, path), max_epochs=2)
     stir(resumed.clip)  # what the checkpoint does not bring would show
     assert fit(resumed, scenes, tmp_path, max_epochs=2, ckpt_path=path).global_step == 8
     assert not changed(resumed, weights(undisturbed))
@@ -300,18 +288,13 @@ def test_without_peft(make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_fit_validate_and_a_bundle_that_needs_no_peft(
-    bert: Path,
-    scenes: Path,
+    command: Callable[..., list[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = f"""--model.image_tower=random:test_resnet --model.text_tower=random:{bert}
-        --model.heads.embed_dim=16
-        --model.optimizer.text_lr=1e-2 --model.lora.rank=2 --data.root={scenes} --model.towers.image_size=32
-        --data.batch_size=8 --data.num_workers=0 --data.cache=off --trainer.accelerator=cpu
-        --trainer.logger=false --trainer.enable_progress_bar=false --trainer.max_epochs=2
-        --trainer.default_root_dir={tmp_path}""".split()
+    options = {"model__optimizer__text_lr": 1e-2, "model__lora__rank": 2, "data__cache": "off"}
+    _, *words = command("fit", tmp_path, **options)
     assert main(["fit", *words]) == 0
     (folder,) = tmp_path.iterdir()
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -324,7 +307,6 @@ def test_fit_validate_and_a_bundle_that_needs_no_peft(
     monkeypatch.setitem(sys.modules, "peft", None)
     bundle = CLIP.from_pretrained(folder / "model")
     assert not [name for name in bundle.state_dict() if "lora" in name or "base_layer" in name]
-    score = ["--model.init_from", str(folder / "model")]
-    kept = [w for w in words if not w.startswith(("--model", "--model.towers.image_size"))]
-    assert main(["validate", *kept, *score]) == 0
+    kept = [word for word in words if not word.startswith("--model")]
+    assert main(["validate", *kept, "--model.init_from", str(folder / "model")]) == 0
     assert f"rsum {metrics['rsum']:.1f}" in capsys.readouterr().out

@@ -46,6 +46,27 @@ def save_timm(folder: Path, architecture: str, **options: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "answer"),
+    [
+        (ImageTower, "resnet181", "'resnet181' is not an architecture of timm"),
+        (ImageTower, "random:test_vitt", "'test_vitt' is not an architecture of timm"),
+        (ImageTower, "pypi:efficientnet-lite9", "pypi:efficientnet-lite0"),
+        (ImageTower, "resnet18=no/such/file.pth", "ARCHITECTURE=FILE"),
+        (ImageTower, "resnet18", "connect once"),
+        (ImageTower, "hf-hub:nobody/nothing", "hub"),
+        (ImageTower, "random:test_resnet@map", "pooling"),
+        (TextTower, "bert-base-uncase", r"connect once.*pypi:minilm-l6"),
+        (TextTower, "no/such/folder/here", "a folder with config"),
+        (TextTower, "random:bert-base-uncased", "connect once"),
+        (TextTower, "pypi:minilm", "pypi:minilm-l6"),
+    ],
+)
+def test_what_cannot_be_had_says_what_can(kind: Any, name: str, answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        kind.from_name(name)
+
+
 class TestImageTower:
     @pytest.mark.parametrize(
         "name",
@@ -149,22 +170,6 @@ class TestImageTower:
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError, match=r"empty.*config\.json"):
             ImageTower.from_name(str(tmp_path / "empty"))
-
-    @pytest.mark.parametrize(
-        ("name", "answer"),
-        [
-            ("resnet181", "'resnet181' is not an architecture of timm"),
-            ("random:test_vitt", "'test_vitt' is not an architecture of timm"),
-            ("pypi:efficientnet-lite9", "pypi:efficientnet-lite0"),
-            ("resnet18=no/such/file.pth", "ARCHITECTURE=FILE"),
-            ("resnet18", "connect once"),
-            ("hf-hub:nobody/nothing", "hub"),
-            ("random:test_resnet@map", "pooling"),
-        ],
-    )
-    def test_what_cannot_be_had_says_what_can(self, name: str, answer: str) -> None:
-        with pytest.raises(UserError, match=answer):
-            ImageTower.from_name(name)
 
     def test_a_package_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(
@@ -408,19 +413,6 @@ class TestTextTower:
         again = TextTower.from_spec(json.loads(json.dumps(tower.spec)), tmp_path / "t5").eval()
         again.load_state_dict(tower.state_dict())
         assert torch.equal(again(**again.tokenize(TEXTS)), features)
-
-    @pytest.mark.parametrize(
-        ("name", "answer"),
-        [
-            ("bert-base-uncase", r"connect once.*pypi:minilm-l6"),
-            ("no/such/folder/here", "a folder with config"),
-            ("random:bert-base-uncased", "connect once"),
-            ("pypi:minilm", "pypi:minilm-l6"),
-        ],
-    )
-    def test_what_cannot_be_had_says_what_can(self, name: str, answer: str) -> None:
-        with pytest.raises(UserError, match=answer):
-            TextTower.from_name(name)
 
     def test_folders_that_lack_something(self, bert: Path, tmp_path: Path) -> None:
         def without(*patterns: str) -> str:

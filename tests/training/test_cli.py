@@ -185,11 +185,8 @@ def test_validate_and_test_print_scores_and_create_no_run(
     finished: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metrics = metrics_of(finished)
-    for name, given in (
-        ("validate", "best"),
-        ("test", "last"),
-        ("validate", finished / "checkpoints/best.ckpt"),
-    ):
+    file = finished / "checkpoints" / "best.ckpt"
+    for name, given in (("validate", "best"), ("test", "last"), ("validate", file)):
         capsys.readouterr()
         assert main(command(name, finished.parent, ckpt_path=given, trainer__logger=...)) == 0
         printed = capsys.readouterr().out
@@ -205,17 +202,9 @@ def test_keys_in_a_url_are_not_recorded(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
     archive = Path(shutil.make_archive(str(tmp_path / "scenes"), "zip", scenes))
-    words = command(
-        "fit",
-        tmp_path / "runs",
-        data__root=...,
-        trainer__logger=...,
-        trainer__max_epochs=1,
-    )
-    words += [
-        f"--data.root=file://{archive}?X-Signature=secret"
-        f"#sha256={hashlib.sha256(archive.read_bytes()).hexdigest()}"
-    ]
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    options = {"data__root": f"file://{archive}?X-Signature=secret#sha256={digest}"}
+    words = command("fit", tmp_path / "runs", trainer__logger=..., trainer__max_epochs=1, **options)
     monkeypatch.setattr(sys, "argv", ["clip-lightning", *words])
     assert main(words) == 0
     wandb = importlib.import_module("wandb")
@@ -264,13 +253,10 @@ def test_a_csv_logger_and_a_custom_checkpoint_plugin(command: Command, tmp_path:
 def test_metrics_with_and_without_the_cache_are_nearly_equal(command: Command, tmp_path: Path) -> None:
     weights = []
     for cache in ("off", tmp_path / "cache"):
-        options = {
-            "data__cache": cache,
-            "data__augmentation.flip": "false",
-            "model__image_tower": "random:test_vit",
-        }
-        assert main(command("fit", tmp_path / Path(cache).name / "runs", **options)) == 0
-        weights.append(checkpoint(the_run(tmp_path / Path(cache).name / "runs"))["state_dict"])
+        options = {"data__cache": cache, "data__augmentation.flip": "false"}
+        root = tmp_path / Path(cache).name / "runs"
+        assert main(command("fit", root, **options, model__image_tower="random:test_vit")) == 0
+        weights.append(checkpoint(the_run(root))["state_dict"])
     assert list((tmp_path / "cache").glob("*/manifest.json"))
     for name, tensor in weights[0].items():
         difference = (tensor - weights[1][name]).norm() / tensor.norm().clamp(min=1e-6)

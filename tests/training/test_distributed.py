@@ -6,10 +6,8 @@ processes) this file trains each way and leaves the results in OUT, where the te
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +20,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from small_runs import data, trainer
+from small_runs import data, other_split, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -171,16 +169,11 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
 def results(scenes: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run for all tests: 7 images with 1 to 3 captions for validation, the others for training."""
     out = tmp_path_factory.mktemp("distributed")
-    root = shutil.copytree(scenes, out / "scenes")
-    with (root / "captions.csv").open() as file:
-        header, *rows = csv.reader(file)
-    kept = []
-    for i, (name, caption, _) in enumerate(rows):
-        number = int(name.split(".")[0])
-        if number >= 7 or i % 5 <= number % 3:
-            kept.append((name, caption, "val" if number < 7 else "train"))
-    with (root / "captions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *kept])
+
+    def split(image: int, caption: int) -> str:
+        return "train" if image >= 7 else "val" if caption <= image % 3 else ""
+
+    root = other_split(scenes, out / "scenes", split)
     words = [__file__, str(root), str(bert), str(out)]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
     two = subprocess.run(line, capture_output=True, text=True, timeout=900)

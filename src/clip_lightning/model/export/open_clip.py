@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def write_open_clip(clip: CLIP, folder: Path, final: Path) -> float:
             f"open_clip does not support {head} heads and {kind} pooled by {pooling}; expected linear heads, "
             f"{', '.join(TEXT_MODELS)}, and {', '.join(POOLERS)}; try --to onnx or --to hub"
         )
+    clip = copy.deepcopy(clip).cpu().eval()
     config: Any = clip.text_tower.backbone.config
     config.dtype = torch.float32  # the configuration may name another precision
     config.save_pretrained(folder)
