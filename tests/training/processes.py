@@ -32,9 +32,10 @@ def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
 def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Two checkpoints are equal bit for bit, including both moments of the optimizer."""
     assert one["global_step"] == other["global_step"]
-    assert one["state_dict"].keys() == other["state_dict"].keys()
-    for name, tensor in one["state_dict"].items():
-        assert torch.equal(tensor, other["state_dict"][name]), name
+    ours, theirs = (content["state_dict"] | content["adapters"] for content in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
     (first,), (second,) = one["optimizer_states"], other["optimizer_states"]
     for key, state in first["state"].items():
         assert all(torch.equal(value, second["state"][key][name]) for name, value in state.items())

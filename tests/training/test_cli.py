@@ -32,7 +32,7 @@ from clip_lightning.training.cli import RunCLI, changed_options, plain_errors, r
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
-Command = Callable[..., list[str]]
+Command, Undisturbed = Callable[..., list[str]], Callable[..., Path]
 EPOCH = 8  # batches of 4 of the 32 training scenes
 METRICS = {
     f"{direction}_{metric}"
@@ -42,12 +42,12 @@ METRICS = {
 
 
 class At(Callback):
-    """At a step, stops at once, presses Ctrl-C, or writes a note and waits until it is removed.
+    """At a step, stops now, presses Ctrl-C, or writes a note and waits until it is removed.
 
     Ctrl-C may also come within a validation, or while the gradients of that step are accumulated.
     """
 
-    def __init__(self, step: int, note: str | None = None, press: str = "") -> None:
+    def __init__(self, step: int, note: str | None = None, press: str = "now") -> None:
         self.step, self.note, self.press = step, note, press
 
     def on_train_batch_start(
@@ -59,7 +59,7 @@ class At(Callback):
             Path(self.note).touch()
             while Path(self.note).exists():
                 time.sleep(0.02)
-        elif self.press:
+        elif self.press == "step":
             signal.raise_signal(signal.SIGINT)
         else:
             raise KeyboardInterrupt
@@ -269,7 +269,7 @@ WHOLE = {"trainer__max_epochs": 3}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def undisturbed(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """Returns an uninterrupted run, trained once per set of options."""
     runs: dict[str, Path] = {}
 
@@ -291,24 +291,32 @@ WAYS: dict[str, dict[str, Any]] = {
     "workers": TRAINED | {"data__num_workers": 2},
     "image tower cached": {"model__freeze": "image"},
     "accumulated gradients": {"trainer__accumulate_grad_batches": 2},
+    "three accumulated gradients": {"trainer__accumulate_grad_batches": 3},
+    "adapters": TRAINED | {"model__freeze": "both", "model__lora__towers": "both"},
 }
 
 
-MOMENTS = [("cached features", 3), ("cached features", EPOCH)]
-MOMENTS += [("workers", EPOCH), *((way, EPOCH + 3) for way in WAYS)]
+# the way, the step that is asked to stop, how, and the step that is saved
+MOMENTS = [("cached features", step, "now", step) for step in (3, EPOCH)] + [("workers", EPOCH, "now", EPOCH)]
+MOMENTS += [(way, EPOCH + 3, "now", EPOCH + 3) for way in WAYS if "accumulated" not in way]
+MOMENTS += [("accumulated gradients", 5, "now", 5), ("three accumulated gradients", 1, "window", 2)]
+# Ctrl-C finishes the step and the validation; it is at once within a validation
+MOMENTS += [("cached features", *rest) for rest in ((2, "step", 3), (EPOCH - 1, "step", EPOCH + 1))]
+MOMENTS += [("cached features", 0, "validation", EPOCH)]
 
 
-@pytest.mark.parametrize(("way", "step"), MOMENTS)
+# Lightning does not repeat the interrupted validation, so the epoch has no score.
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
+@pytest.mark.parametrize(("way", "step", "press", "saved"), MOMENTS)
 def test_resuming_is_bit_identical(
-    command: Command, undisturbed: Callable[..., Path], tmp_path: Path, way: str, step: int
+    command: Command, undisturbed: Undisturbed, tmp_path: Path, way: str, step: int, press: str, saved: int
 ) -> None:
     """The run is stopped within the first epoch, within the second, or at its start."""
     options = WAYS[way]
-    step //= options.get("trainer__accumulate_grad_batches", 1)
     words = command("fit", tmp_path, **WHOLE, **options)
-    assert main([*words, *at(step)]) == 130
+    assert main([*words, *at(step, press=press)]) == 130
     folder = the_run(tmp_path)
-    assert checkpoint(folder)["global_step"] == step
+    assert checkpoint(folder)["global_step"] == saved
     assert CLIP.from_pretrained(folder / "model")
     assert "seconds" in metrics_of(folder)
     again = [*words, "--ckpt_path", "last"]
@@ -318,20 +326,8 @@ def test_resuming_is_bit_identical(
     assert main(again) == 0
     assert the_run(tmp_path) == folder
     assert_same_weights(folder, undisturbed(**options))
-    assert_same_scores(folder, undisturbed(**options))
-
-
-@pytest.mark.parametrize(("asked", "stopped"), [(2, 3), (EPOCH - 1, EPOCH + 1)])
-def test_ctrl_c_finishes_the_step_and_the_validation(
-    command: Command, undisturbed: Callable[..., Path], tmp_path: Path, asked: int, stopped: int
-) -> None:
-    words = command("fit", tmp_path, **WHOLE)
-    assert main([*words, *at(asked, press="step")]) == 130
-    folder = the_run(tmp_path)
-    assert checkpoint(folder)["global_step"] == stopped
-    assert main([*words, "--ckpt_path", "last"]) == 0
-    assert_same_weights(folder, undisturbed())
-    assert_same_scores(folder, undisturbed())
+    if press != "validation":
+        assert_same_scores(folder, undisturbed(**options))
     assert "ckpt_path: null" in (folder / "config.yaml").read_text()
 
 
@@ -346,22 +342,10 @@ def test_a_run_that_was_moved_keeps_its_best_epoch(command: Command, tmp_path: P
     assert checkpoint(folder, "best")["global_step"] == metrics_of(folder)["step"]
 
 
-# Lightning does not repeat the interrupted validation, so the epoch has no score.
-@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
-def test_a_run_is_stopped_within_a_validation(
-    command: Command, undisturbed: Callable[..., Path], tmp_path: Path
-) -> None:
-    words = command("fit", tmp_path, **WHOLE)
-    assert main([*words, *at(0, press="validation")]) == 130
-    assert checkpoint(the_run(tmp_path))["global_step"] == EPOCH
-    assert main([*words, "--ckpt_path", "last"]) == 0
-    assert_same_weights(the_run(tmp_path), undisturbed())
-
-
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_saves_the_run_which_is_resumed(
     command: Command,
-    undisturbed: Callable[..., Path],
+    undisturbed: Undisturbed,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -658,14 +642,3 @@ def test_options_that_a_resume_ignores_are_listed() -> None:
         "--model.loss.smoothing 1 (was 0)",
         "--model.lora.r 2 (was null)",
     ]
-
-
-def test_a_stop_within_accumulated_gradients_is_bit_identical(command: Command, tmp_path: Path) -> None:
-    options = {"trainer__accumulate_grad_batches": 3, "trainer__max_epochs": 2, "predictions__queries": 0}
-    assert main(command("fit", tmp_path / "whole", **options)) == 0
-    words = command("fit", tmp_path / "stopped", **options)
-    assert main([*words, *at(1, press="window")]) == 130
-    stopped = the_run(tmp_path / "stopped")
-    assert checkpoint(stopped)["global_step"] == 2
-    assert main([*words, "--ckpt_path=last"]) == 0
-    assert_same_state(checkpoint(the_run(tmp_path / "whole")), checkpoint(stopped))

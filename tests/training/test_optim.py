@@ -33,17 +33,9 @@ CONFIG = OptimizerConfig(lr=1e-3, image_lr=2e-4, text_lr=3e-5, weight_decay=0.2)
 def expected_of(name: str, parameter: torch.nn.Parameter) -> tuple[float, float]:
     """Rate and decay that a parameter should have, from its name alone."""
     rate = {"image_tower": 2e-4, "text_tower": 3e-5}.get(name.split(".")[0], 1e-3)
-    plain = (
-        ".bias",
-        "norm.weight",
-        "norm1.weight",
-        "norm2.weight",
-        "LayerNorm.weight",
-        "logit_scale",
-        "logit_bias",
-    )
-    own = ("pos_embed", "cls_token", "reg_token")
-    undecayed = name.endswith((*plain, *own)) or ".bn" in name or "downsample.1" in name
+    norms = ("norm.weight", "norm1.weight", "norm2.weight", "LayerNorm.weight")
+    own = (".bias", "logit_scale", "logit_bias", "pos_embed", "cls_token", "reg_token")
+    undecayed = name.endswith((*norms, *own)) or ".bn" in name or "downsample.1" in name
     assert undecayed or parameter.ndim >= 2, f"{name}: the test does not know it"
     return rate, 0.0 if undecayed else 0.2
 
