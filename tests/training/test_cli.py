@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from processes import assert_same_state, checkpoint, the_run
+from processes import assert_same_state, checkpoint, clip_lightning, ends_at, the_run
 
 from clip_lightning import __version__
 from clip_lightning.__main__ import main
@@ -33,6 +30,7 @@ from clip_lightning.training.cli import RunCLI, changed_options, plain_errors, r
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
 Command, Undisturbed = Callable[..., list[str]], Callable[..., Path]
+Printed, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 EPOCH = 8  # batches of 4 of the 32 training scenes
 METRICS = {
     f"{direction}_{metric}"
@@ -42,24 +40,20 @@ METRICS = {
 
 
 class At(Callback):
-    """At a step, stops now, presses Ctrl-C, or writes a note and waits until it is removed.
+    """At a step, stops now, or presses Ctrl-C.
 
     Ctrl-C may also come within a validation, or while the gradients of that step are accumulated.
     """
 
-    def __init__(self, step: int, note: str | None = None, press: str = "now") -> None:
-        self.step, self.note, self.press = step, note, press
+    def __init__(self, step: int, press: str = "now") -> None:
+        self.step, self.press = step, press
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int
     ) -> None:
         if trainer.global_step != self.step or self.press in ("validation", "window"):
             return
-        if self.note:
-            Path(self.note).touch()
-            while Path(self.note).exists():
-                time.sleep(0.02)
-        elif self.press == "step":
+        if self.press == "step":
             signal.raise_signal(signal.SIGINT)
         else:
             raise KeyboardInterrupt
@@ -171,7 +165,7 @@ def test_config_yaml_starts_the_same_run_again(finished: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(("fast", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_a_cpu_without_fast_bf16_trains_in_fp32(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, precision: str
+    command: Command, tmp_path: Path, monkeypatch: Patch, fast: bool, precision: str
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
     words = command("fit", tmp_path, trainer__precision="bf16-mixed", trainer__fast_dev_run="true")
@@ -182,7 +176,7 @@ def test_a_cpu_without_fast_bf16_trains_in_fp32(
 
 
 def test_validate_and_test_print_scores_and_create_no_run(
-    finished: Path, command: Command, capsys: pytest.CaptureFixture[str]
+    finished: Path, command: Command, capsys: Printed
 ) -> None:
     metrics = metrics_of(finished)
     file = finished / "checkpoints" / "best.ckpt"
@@ -197,7 +191,7 @@ def test_validate_and_test_print_scores_and_create_no_run(
 
 
 def test_keys_in_a_url_are_not_recorded(
-    command: Command, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, scenes: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
@@ -217,13 +211,13 @@ def test_keys_in_a_url_are_not_recorded(
 
 
 @pytest.mark.parametrize("words", [["--data.root", ""], ["--data.root="], ["--data.cache="]])
-def test_empty_options_are_rejected(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_options_are_rejected(words: list[str], capsys: Printed) -> None:
     assert main(["fit", *words]) == 2
     assert f"{words[0].rstrip('=')} is empty; give a value" in capsys.readouterr().err
 
 
 def test_a_tilde_is_expanded_in_every_path(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -347,34 +341,22 @@ def test_a_signal_saves_the_run_which_is_resumed(
     command: Command,
     undisturbed: Undisturbed,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: Printed,
+    monkeypatch: Patch,
     name: str,
     status: int,
 ) -> None:
     """The run has the W&B logger, and is stopped within its second epoch."""
     import wandb
 
-    words = command("fit", tmp_path / "runs", **WHOLE, trainer__logger=...)
-    note = tmp_path / "now"
-    # with a new W&B service, as in a new process
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clip_lightning", *words, *at(EPOCH + 2, note=note)],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while not note.exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(getattr(signal, name))
-    note.unlink(missing_ok=True)
-    errors = process.communicate(timeout=300)[1]
-    assert process.returncode == status, errors
-    assert f"stopped; the same command with --ckpt_path last resumes from step {EPOCH + 3}" in errors
-    assert "Traceback" not in errors
+    options = WHOLE | {"trainer__logger": ...}
+    words = command("fit", tmp_path / "runs", **options)
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of this process
+    ends = ends_at(tmp_path / "steps", step=EPOCH + 2, signum=int(getattr(signal, name)))
+    done = clip_lightning(*command("fit", tmp_path / "runs", **options, **ends))
+    assert done.returncode == status, done.stderr
+    assert f"stopped; the same command with --ckpt_path last resumes from step {EPOCH + 3}" in done.stderr
+    assert "Traceback" not in done.stderr
 
     folder = the_run(tmp_path / "runs")
     assert checkpoint(folder)["global_step"] == EPOCH + 3, "the step is finished"
@@ -437,12 +419,7 @@ def assert_one_line(errors: str, says: str) -> None:
 
 @pytest.mark.parametrize(("options", "message"), INVALID.values(), ids=INVALID)
 def test_invalid_options_print_one_line(
-    command: Command,
-    finished: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: dict[str, Any],
-    message: str,
+    command: Command, finished: Path, tmp_path: Path, capsys: Printed, options: dict[str, Any], message: str
 ) -> None:
     if "ckpt_path" in options:
         options = options | {"ckpt_path": finished / "checkpoints" / "last.ckpt"}
@@ -455,7 +432,7 @@ def test_invalid_options_print_one_line(
     assert not Path("lightning_logs").exists()
 
 
-def test_without_arguments_the_usage_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_arguments_the_usage_is_printed(capsys: Printed) -> None:
     assert main([]) == 2
     assert "usage: clip-lightning COMMAND" in capsys.readouterr().out
     assert main(["--help"]) == 0
@@ -465,7 +442,7 @@ def test_without_arguments_the_usage_is_printed(capsys: pytest.CaptureFixture[st
 
 
 def test_scoring_a_missing_split(
-    command: Command, scenes: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, scenes: Path, finished: Path, tmp_path: Path, capsys: Printed
 ) -> None:
     folder = tmp_path / "scenes"
     shutil.copytree(scenes, folder)
@@ -477,7 +454,7 @@ def test_scoring_a_missing_split(
 
 
 def test_too_many_broken_images_stop_the_run(
-    command: Command, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, scenes: Path, tmp_path: Path, capsys: Printed
 ) -> None:
     folder = tmp_path / "scenes"
     shutil.copytree(scenes, folder)
@@ -491,7 +468,7 @@ def test_too_many_broken_images_stop_the_run(
     assert sorted(Path(path).name for path in broken) == ["00000.jpg", "00001.jpg"]
 
 
-def test_control_characters_are_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_not_printed(capfd: Printed) -> None:
     assert main(["data", "check", "\x1b[2Jx"]) == 2
     assert "\x1b" not in capfd.readouterr().err
 
@@ -536,9 +513,7 @@ def test_the_last_step_is_validated(
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
-def test_a_run_without_validation_prints_it(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_validation_prints_it(command: Command, tmp_path: Path, capsys: Printed) -> None:
     assert main(command("fit", tmp_path, trainer__max_epochs=1, trainer__limit_val_batches=0)) == 0
     assert "no epoch was validated" in capsys.readouterr().err
     assert "rsum" not in metrics_of(the_run(tmp_path))
@@ -581,7 +556,7 @@ def test_a_rejected_resume_writes_and_computes_nothing(
     command: Command,
     begun: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Printed,
     options: dict[str, Any],
     message: str,
     name: str,
@@ -597,9 +572,7 @@ def test_a_rejected_resume_writes_and_computes_nothing(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_run_that_stopped_early_stays_finished(
-    command: Command, begun: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_stopped_early_stays_finished(command: Command, begun: Path, capsys: Printed) -> None:
     before = checkpoint(the_run(begun))
     assert before["global_step"] < 9 * 2, "it has stopped early"
     assert main([*command("fit", begun, **STOPS), "--ckpt_path=auto"]) == 0
@@ -608,9 +581,7 @@ def test_a_run_that_stopped_early_stays_finished(
     assert metrics_of(the_run(begun))["finished"]
 
 
-def test_changed_options_apply_after_a_resume(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_options_apply_after_a_resume(command: Command, tmp_path: Path, capsys: Printed) -> None:
     words = command("fit", tmp_path, predictions__queries=0, data__batch_size=16, trainer__max_epochs=2)
     assert main([*words, "--model.optimizer.lr=0.002", "--early_stopping.patience=3"]) == 0
     capsys.readouterr()

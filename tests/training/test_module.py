@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
 ]
 MakeModule = Callable[..., CLIPModule]
+Patch = pytest.MonkeyPatch
 FAST = OptimizerConfig(lr=1e-2, image_lr=1e-2, text_lr=1e-2, warmup=0.0)
 
 
@@ -94,10 +95,7 @@ def test_fit_trains_what_is_not_frozen(
 
 
 def test_what_libraries_advertise_and_load_is_not_shown(
-    bert: Path,
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    bert: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(transformers_logging, "_tqdm_active", True)  # as it is outside of tests
     module = CLIPModule("random:test_vit", str(bert), towers=TowerOptions(image_size=32))
@@ -152,7 +150,7 @@ def test_the_scale_never_exceeds_its_limit(make_module: MakeModule, scenes: Path
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @pytest.mark.parametrize("limit", [-1.0, 0.0, None])
 def test_a_limit_of_0_or_less_clips_nothing(
-    make_module: MakeModule, monkeypatch: pytest.MonkeyPatch, algorithm: str, limit: float | None
+    make_module: MakeModule, monkeypatch: Patch, algorithm: str, limit: float | None
 ) -> None:
     module = make_module()
     monkeypatch.setattr(module, "_logs_step", lambda: False)
@@ -345,7 +343,7 @@ def test_gradients_are_clipped_and_their_norm_is_logged(
 
 
 def test_the_time_of_the_loss_is_measured(
-    make_module: MakeModule, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_module: MakeModule, scenes: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(timing, "time", clock)

@@ -162,8 +162,9 @@ def test_values_out_of_range(options: dict[str, float], name: str) -> None:
         OptimizerConfig(**options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("change", [{}, {"lr": 0.3, "weight_decay": 0.5, "betas": (0.5, 0.6)}])
-def test_a_resumed_optimizer_keeps_its_options_and_restores_the_moments(change: dict[str, Any]) -> None:
+def test_a_resumed_optimizer_keeps_its_options_and_restores_the_moments() -> None:
+    change = {"lr": 0.3, "weight_decay": 0.5, "betas": (0.5, 0.6)}
+
     def build(steps: int, options: dict[str, Any]) -> tuple[torch.optim.AdamW, WarmupSchedule]:
         group = {"params": [torch.nn.Parameter(torch.ones(3))]}
         optimizer = torch.optim.AdamW([group], **{"lr": 0.1, "weight_decay": 0.2, **options})
@@ -175,15 +176,14 @@ def test_a_resumed_optimizer_keeps_its_options_and_restores_the_moments(change: 
         before.param_groups[0]["params"][0].grad = torch.tensor([1.0, 2.0, 3.0])
         before.step()
         schedule.step()
-    after, resumed = build(20 if change else 10, change)
+    after, resumed = build(20, change)
     after.load_state_dict(before.state_dict())
     resumed.load_state_dict(schedule.state_dict())
     (group,), (old,) = after.param_groups, before.param_groups
     for name in ("weight_decay", "betas"):
-        assert group[name] == change.get(name, old[name])
-    expected = 0.3 * rate_factor(4, warmup_steps=2, total_steps=20) if change else old["lr"]
+        assert group[name] == change[name]
+    expected = 0.3 * rate_factor(4, warmup_steps=2, total_steps=20)
     assert group["lr"] == resumed.get_last_lr()[0] == expected
     assert torch.equal(after.state[group["params"][0]]["exp_avg"], before.state[old["params"][0]]["exp_avg"])
     resumed.step()
-    schedule.step()
-    assert (group["lr"] == old["lr"]) == (not change)
+    assert group["lr"] == 0.3 * rate_factor(5, warmup_steps=2, total_steps=20)

@@ -49,10 +49,7 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "417", "SLURM_ARRAY_TASK_ID": "3"}
 
 @pytest.mark.parametrize(("environment", "job"), [({}, "418"), (ARRAY, "417_3")])
 def test_a_job_is_requeued(
-    scontrol: Callable[[int], Path],
-    capfd: pytest.CaptureFixture[str],
-    environment: dict[str, str],
-    job: str,
+    scontrol: Callable[[int], Path], capfd: pytest.CaptureFixture[str], environment: dict[str, str], job: str
 ) -> None:
     with mock.patch.dict(os.environ, {"SLURM_JOB_ID": "418", **environment}):
         notes = scontrol(0)

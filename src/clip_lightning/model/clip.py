@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from clip_lightning.data.images import BrokenImage, ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.model.bundle import BUNDLE_FORMAT, write_bundle
-from clip_lightning.model.encode import (
-    BATCH_SIZE,
-    TEXT_BATCH_SIZE,
-    encode_images,
-    encode_texts,
-    one_or_many,
-)
+from clip_lightning.model.encode import BATCH_SIZE, TEXT_BATCH_SIZE, encode_images, encode_texts, one_or_many
 from clip_lightning.model.lora import LoRAConfig, add_lora, merged_state
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
 

@@ -182,13 +182,12 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 def check_fits(file: str | Path, checkpoint: dict[str, Any], model: LightningModule) -> None:
     """Reject the checkpoint of a different model, and complete one that fits by its fixed towers."""
-    frozen, fixed = checkpoint["frozen_towers"], fixed_towers(model.clip)
-    prefixes = tuple(f"{tower}." for tower in fixed)
-    stored, own = (
-        {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith(prefixes)}
-        for state in (checkpoint["state_dict"], model.state_dict())
+    put_back_fixed_towers(checkpoint, model.clip, model.lora)
+    stored, own = checkpoint["frozen_towers"], fixed_towers(model.clip)
+    there, here = (
+        {"frozen": sorted(fixed), **{name: tuple(tensor.shape) for name, tensor in state.items()}}
+        for fixed, state in ((stored, checkpoint["state_dict"]), (own, model.state_dict()))
     )
-    there, here = {"frozen": sorted(frozen), **stored}, {"frozen": sorted(fixed), **own}
     for name in {**there, **here}:
         then, now = there.get(name, "absent"), here.get(name, "absent")
         if then != now:
@@ -196,7 +195,6 @@ def check_fits(file: str | Path, checkpoint: dict[str, Any], model: LightningMod
                 f"{file} is of a different model ({name} is {then} there and {now} here); set the same "
                 "--model options as in training"
             )
-    put_back_fixed_towers(checkpoint, model.clip, model.lora)
 
 
 def check_resumes(file: Path, model: LightningModule, data: LightningDataModule, ranks: int) -> None:

@@ -140,10 +140,13 @@ class RunRecorder(Callback):
 
     def _note_memory(self) -> None:
         """Measure the memory; that of workers once per minute, since it takes 20 ms per gigabyte."""
+        process = psutil.Process()
         if time.perf_counter() - self._memory_noted > 60:
-            self._memory_noted = time.perf_counter()
-            self._memory_of_workers = memory_of_workers()
-        used = psutil.Process().memory_info().rss + self._memory_of_workers
+            self._memory_noted, self._memory_of_workers = time.perf_counter(), 0
+            for worker in process.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    self._memory_of_workers += worker.memory_full_info().uss  # without shared pages
+        used = process.memory_info().rss + self._memory_of_workers
         self._costs["peak_memory"] = max(self._costs["peak_memory"], used)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, *, model: bool = True) -> None:
@@ -222,12 +225,3 @@ def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[st
             # frozen towers are not in the checkpoint, and have not changed
             weights = weights | checkpoint["state_dict"] | checkpoint.get("adapters", {})
     return {name.removeprefix("clip."): weights[name] for name in weights if name.startswith("clip.")}
-
-
-def memory_of_workers() -> int:
-    """Return the resident bytes of the processes that load data, without pages that they share."""
-    total = 0
-    for worker in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            total += worker.memory_full_info().uss
-    return total
