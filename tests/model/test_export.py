@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import open_clip
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -47,8 +48,7 @@ def export(capsys: Printed, *words: object) -> dict[str, Any]:
     """The JSON object that the command prints, alone."""
     capsys.readouterr()
     run(["export", *map(str, words), "--json=true"])
-    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return answer
+    return json.loads(capsys.readouterr().out)
 
 
 def assert_nothing_left(folder: Path, *expected: str) -> None:
@@ -85,9 +85,8 @@ def test_a_checkpoint_becomes_the_bundle_that_its_run_wrote(
     assert own.keys() == theirs.keys()
     assert all(torch.equal(own[name], theirs[name]) for name in own)
     of_run = CLIP.from_pretrained(trained)
-    assert not of_run.training and all(
-        torch.equal(t, theirs[name]) for name, t in of_run.state_dict().items()
-    )
+    assert not of_run.training
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in of_run.state_dict().items())
     last = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     of_last = CLIP.from_pretrained(trained / "checkpoints" / "last.ckpt")
     assert torch.equal(of_last.heads["image"][1].weight, last["clip.heads.image.1.weight"])
@@ -200,7 +199,6 @@ def test_what_onnx_does_not_give_exactly_is_refused(
 def test_open_clip_gives_the_same_embeddings(
     make_clip: MakeClip, bert: Path, tmp_path: Path, capsys: Printed, pooling: str, options: dict[str, Any]
 ) -> None:
-    open_clip = pytest.importorskip("open_clip")
     clip = make_clip("random:test_resnet", f"random:{bert}@{pooling}", **options)
     out = tmp_path / "open clip"
     run(["export", str(bundle(clip, tmp_path)), "--to", "open_clip", "--out", str(out), "--json=true"])
@@ -246,8 +244,6 @@ def test_what_open_clip_cannot_express_is_refused(make_clip: MakeClip, bert: Pat
 def test_open_clip_finds_a_text_tower_of_the_hub_by_its_name_wherever_the_folder_is(
     make_clip: MakeClip, bert: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    import open_clip
-
     find = AutoConfig.from_pretrained  # the hub, here
 
     def found(name: str, **options: Any) -> Any:
@@ -320,11 +316,10 @@ def test_the_hub_gets_the_bundle_and_its_card(
 def test_a_hub_that_refuses_is_one_line(make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch) -> None:
     model = bundle(make_clip(), tmp_path)
     words = ["export", str(model), "--to", "hub", "--repo", "me/scenes"]
-    with pytest.raises(
-        UserError, match=r"--repo me/scenes: the upload to the Hugging Face hub failed .*offline"
-    ):
+    failed = "the upload to the Hugging Face hub failed"
+    with pytest.raises(UserError, match=rf"--repo me/scenes: {failed} .*offline"):
         run(words)
-    with pytest.raises(UserError, match="the upload to the Hugging Face hub failed"):
+    with pytest.raises(UserError, match=failed):
         run([*words[:-1], "no such/name/at all"])
 
 

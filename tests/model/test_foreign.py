@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip import factory, pretrained
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -266,11 +268,8 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
 
 def write_open_clip(folder: Path, kind: str, resize_mode: str = "shortest") -> Path:
     """A tiny model of random weights, as open_clip's `local-dir:` wants it."""
-    import open_clip
-
-    config = json.loads(
-        json.dumps({"embed_dim": 64, **OPEN_CLIP[kind]}).replace("BERT", str(folder / "bert"))
-    )
+    text = json.dumps({"embed_dim": 64, **OPEN_CLIP[kind]})
+    config = json.loads(text.replace("BERT", str(folder / "bert")))
     preprocess = {"size": config["vision_cfg"]["image_size"], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     preprocess |= {"interpolation": "bicubic", "resize_mode": "squash" if kind == "siglip" else resize_mode}
     folder.mkdir(parents=True)
@@ -285,16 +284,13 @@ def write_open_clip(folder: Path, kind: str, resize_mode: str = "shortest") -> P
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = open_clip.create_model(f"local-dir:{folder}").state_dict()
-    save_file(
-        {name: value.contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors"
-    )
+    state = {name: value.contiguous() for name, value in state.items()}
+    save_file(state, folder / "open_clip_model.safetensors")
     return folder
 
 
 @pytest.mark.parametrize("kind", OPEN_CLIP)
 def test_embeddings_are_those_of_open_clip(tmp_path: Path, picture: Path, kind: str):
-    import open_clip
-
     place = f"local-dir:{write_open_clip(tmp_path / kind, kind)}"
     model, _, preprocess = open_clip.create_model_and_transforms(place)
     tokens = open_clip.get_tokenizer(place)(TEXTS)
@@ -319,8 +315,6 @@ def test_weights_trained_with_quick_gelu_get_it(
     tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """open_clip:ViT-B-32/openai, say: the tag knows it, the architecture's name does not."""
-    from open_clip import factory, pretrained
-
     folder = write_open_clip(tmp_path / "clip", "clip")
     content = json.loads((folder / "open_clip_config.json").read_text())
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", content["model_cfg"] | {"quick_gelu": False})
@@ -344,8 +338,6 @@ def test_open_clip_by_name_of_the_folder(tmp_path: Path):
 
 @cache
 def both_tokenizers() -> tuple[Any, Tokenize]:
-    import open_clip
-
     own = open_clip.get_tokenizer("ViT-B-32")
     options = {"clean": "lower+words", "padding_side": "right", "pad_id": 0}
     return own, Tokenize(simple_tokenizer(own), 77, options)

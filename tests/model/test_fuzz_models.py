@@ -9,6 +9,8 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_fuzz import EDITS, JSON, Edits, edited
 
+from clip_lightning.__main__ import main
 from clip_lightning.data.features import FeatureCache
 from clip_lightning.errors import UserError
 from clip_lightning.model.bundle import _companions
 from clip_lightning.model.clip import CLIP
+from clip_lightning.search.index import ImageIndex
 from clip_lightning.training.checkpoints import SafeCheckpointIO, damage
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
@@ -38,16 +42,6 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     for key, inner in pairs:
         yield (*path, key)
         yield from places(inner, (*path, key))
-
-
-def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """The value with another one in one place."""
-    changed = copy.deepcopy(value)
-    holder = changed
-    for key in path[:-1]:
-        holder = holder[key]
-    holder[path[-1]] = new
-    return changed
 
 
 @pytest.fixture(scope="module")
@@ -73,19 +67,18 @@ def test_a_bundle_with_another_configuration(bundle: Path, examples: settings) -
     assert weights is not None
 
     # not the sizes: a number of layers drawn at random may take hours to build
-    numbers = (
-        st.integers(-3, 40)
-        | st.floats(-3, 40)
-        | st.sampled_from(["", "x", "../x", "hf-hub:a/b", None, [], {}])
-    )
+    others = st.sampled_from(["", "x", "../x", "hf-hub:a/b", None, [], {}])
+    values = st.integers(-3, 40) | st.floats(-3, 40) | others
 
     @examples
-    @given(path=st.sampled_from([*places(config)]), new=numbers)
+    @given(path=st.sampled_from([*places(config)]), new=values)
     def check(path: tuple[Any, ...], new: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             copied = Path(folder) / "model"
             shutil.copytree(bundle, copied)
-            (copied / "config.json").write_text(json.dumps(replaced(config, path, new)))
+            changed = copy.deepcopy(config)
+            reduce(getitem, path[:-1], changed)[path[-1]] = new
+            (copied / "config.json").write_text(json.dumps(changed))
             found = loaded(copied)
             if found is not None:
                 assert found.keys() == weights.keys()
@@ -202,13 +195,10 @@ def test_a_checkpoint_with_other_bytes(examples: settings, tmp_path: Path) -> No
     SafeCheckpointIO().save_checkpoint(content, tmp_path / "last.ckpt")
     whole = (tmp_path / "last.ckpt").read_bytes()
     target = tmp_path / "other.ckpt"
+    edit = st.tuples(st.integers(0, len(whole)), st.integers(0, 9), st.binary(max_size=9))
 
     @examples
-    @given(
-        edits=st.lists(
-            st.tuples(st.integers(0, len(whole)), st.integers(0, 9), st.binary(max_size=9)), max_size=3
-        )
-    )
+    @given(edits=st.lists(edit, max_size=3))
     def check(edits: Edits) -> None:
         target.write_bytes(edited(whole, edits))
         if damage(target) is None:
@@ -228,9 +218,6 @@ def test_a_checkpoint_with_other_bytes(examples: settings, tmp_path: Path) -> No
 def test_an_index_with_other_bytes(
     bundle: Path, scenes: Path, examples: settings, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from clip_lightning.__main__ import main
-    from clip_lightning.search.index import ImageIndex
-
     root = tmp_path_factory.mktemp("index") / "index"
     assert main(["index", str(bundle), str(scenes), "--out", str(root), "--onnx", "false"]) == 0
     query = np.load(next(root.glob("*.npy")), allow_pickle=False)[:1]

@@ -13,6 +13,7 @@ import timm
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from clip_lightning.errors import UserError
@@ -361,8 +362,6 @@ class TestTextTower:
             TextTower.from_name(str(tmp_path / "roberta"), max_length=limit + 1)
 
     def test_gpt_reads_to_its_last_token_and_pads_with_its_end(self, tmp_path: Path) -> None:
-        from tokenizers import Tokenizer, models, pre_tokenizers
-
         words = {word: i for i, word in enumerate(["<end>", "a", "large", "red", "circle", "star", "?"])}
         backend = Tokenizer(models.WordLevel(words, unk_token="?"))
         backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -26,8 +26,7 @@ def the_run(root: Path) -> Path:
 
 
 def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
-    return content
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
 
 def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from processes import assert_same_state, checkpoint, clip_lightning, ends_at, the_run
@@ -92,8 +92,6 @@ def assert_same_weights(folder: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run with everything on, the W&B logger too."""
-    import wandb
-
     root = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_DATA_DIR", "")  # so that the logger's value is restored
@@ -201,7 +199,6 @@ def test_keys_in_a_url_are_not_recorded(
     words = command("fit", tmp_path / "runs", trainer__logger=..., trainer__max_epochs=1, **options)
     monkeypatch.setattr(sys, "argv", ["clip-lightning", *words])
     assert main(words) == 0
-    wandb = importlib.import_module("wandb")
     wandb.finish()
     assert sys.argv[1:] == words
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
@@ -347,8 +344,6 @@ def test_a_signal_saves_the_run_which_is_resumed(
     status: int,
 ) -> None:
     """The run has the W&B logger, and is stopped within its second epoch."""
-    import wandb
-
     options = WHOLE | {"trainer__logger": ...}
     words = command("fit", tmp_path / "runs", **options)
     monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of this process

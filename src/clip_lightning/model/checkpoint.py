@@ -36,7 +36,7 @@ def leave_out_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRACon
 
 def put_back_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConfig | None) -> None:
     """Undo `leave_out_fixed_towers` after checking that the towers and their preprocessing are the same."""
-    remedy = "give the same --model options as that run"
+    remedy = "use the towers and --model options of that run"
     stored = checkpoint["preprocessing"]
     for name, own in preprocessing(clip, lora).items():
         if stored.get(name) != own:

@@ -118,10 +118,9 @@ class EarlyStopping(callbacks.EarlyStopping):
         super().load_state_dict({**state_dict, "patience": self.patience})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before the first step if the resumed run has stopped early."""
+        """Stop before the first step if the resumed run has stopped early, and has no more patience now."""
         out_of_patience = self.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
-        is_more_patient = out_of_patience and self.wait_count < self.patience
-        if self.stopping_reason != EarlyStoppingReason.NOT_STOPPED and not is_more_patient:
+        if out_of_patience and self.wait_count >= self.patience:
             trainer.should_stop = True
             reason = self.stopping_reason_message
             remedy = "increase --early_stopping.patience to continue it"
