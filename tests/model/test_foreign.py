@@ -320,9 +320,8 @@ def test_weights_trained_with_quick_gelu_get_it(
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", content["model_cfg"] | {"quick_gelu": False})
     tag = pretrained._pcfg("nowhere", quick_gelu=True, **dict.fromkeys(["mean", "std"], (0.5, 0.4, 0.3)))
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny", {"tag": tag})
-    monkeypatch.setattr(
-        factory, "download_pretrained", lambda *_, **__: folder / "open_clip_model.safetensors"
-    )
+    file = folder / "open_clip_model.safetensors"
+    monkeypatch.setattr(factory, "download_pretrained", lambda *_, **__: file)
     clip, expected = CLIP.from_pretrained("open_clip:tiny/tag"), CLIP.from_pretrained(folder)
     assert torch.equal(clip.embed_texts(TEXTS), expected.embed_texts(TEXTS))
     assert_same(CLIP.from_pretrained(clip.save_pretrained(tmp_path / "bundle")), clip, picture)

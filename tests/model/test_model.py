@@ -315,8 +315,8 @@ def test_a_bundle_that_was_changed_is_refused(
 
 def huge(bundle: Path) -> dict[str, object]:
     """The text tower's configuration with layers of a trillion."""
-    config: dict[str, object] = json.loads((bundle / "config.json").read_text())["text_tower"]["config"]
-    return config | {"intermediate_size": 10**12}
+    config = json.loads((bundle / "config.json").read_text())
+    return config["text_tower"]["config"] | {"intermediate_size": 10**12}
 
 
 def test_what_a_bundle_may_carry_besides(bundle: Path) -> None:

@@ -94,9 +94,8 @@ def build(
                 f"--{option} {given} contradicts --model.init_from {init_from}, which has {own}; "
                 "remove the option"
             )
-    has_bias = clip.logit_bias is not None
-    if has_bias != (loss.init_bias is not None):
-        trained, right = ("with", "SigLIP") if has_bias else ("without", "InfoNCE")
+    if (clip.bias is None) != (loss.init_bias is None):
+        trained, right = ("without", "InfoNCE") if clip.bias is None else ("with", "SigLIP")
         raise UserError(
             f"--model.init_from {init_from} was trained {trained} a bias; set --model.loss {right}"
         )
