@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch import Tensor, nn
 
     from clip_lightning.data.datamodule import CaptionDataModule
     from clip_lightning.training.module import CLIPModule
@@ -29,3 +34,33 @@ def data(module: CLIPModule, root: Path, **options: Any) -> CaptionDataModule:
 
     settings = {"batch_size": 8, "num_workers": 0, "cache": "off"}
     return CaptionDataModule(module.transform, module.tokenize, root, **{**settings, **options})
+
+
+def other_split(
+    source: Path, folder: Path, split: Callable[[int, int], str], order: int | None = None
+) -> Path:
+    """Copy scenes; `split` names that of an image and one of its captions, 0 to 4, or is "" to leave it out.
+
+    The rows are shuffled by the seed `order`.
+    """
+    shutil.copytree(source, folder)
+    with (folder / "captions.csv").open() as file:
+        header, *rows = csv.reader(file)
+    for i, row in enumerate(rows):
+        row[2] = split(int(row[0].split(".")[0]), i % 5)
+    rows = [row for row in rows if row[2]]
+    if order is not None:
+        random.Random(order).shuffle(rows)
+    with (folder / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return folder
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the weights and buffers."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def changed(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """Return the names of the weights and buffers that are not as in `before`."""
+    return {name for name, tensor in module.state_dict().items() if not tensor.equal(before[name])}

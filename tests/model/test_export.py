@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import open_clip
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -27,6 +28,8 @@ from clip_lightning.model.clip import CLIP
 from clip_lightning.model.export import onnx as onnx_towers
 from clip_lightning.model.export import open_clip as open_clip_folder
 
+Printed = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 MakeClip = Callable[..., CLIP]
 SENTENCES = ["a red circle", "two blue squares, a star", "a", "a green cross " * 40]
 EXACT = 1e-4
@@ -41,12 +44,11 @@ def bundle(clip: CLIP, tmp_path: Path) -> Path:
     return clip.save_pretrained(tmp_path / "model", metadata={"metrics": {"rsum": 12.5}, "license": "mit"})
 
 
-def export(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+def export(capsys: Printed, *words: object) -> dict[str, Any]:
     """The JSON object that the command prints, alone."""
     capsys.readouterr()
     run(["export", *map(str, words), "--json=true"])
-    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return answer
+    return json.loads(capsys.readouterr().out)
 
 
 def assert_nothing_left(folder: Path, *expected: str) -> None:
@@ -73,7 +75,7 @@ LIGHTNING = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonarg
 
 @LIGHTNING
 def test_a_checkpoint_becomes_the_bundle_that_its_run_wrote(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, capsys: Printed
 ) -> None:
     answer = export(capsys, trained / "checkpoints" / "best.ckpt", "--to", "bundle", "--out", tmp_path / "b")
     assert answer == {"to": "bundle", "out": str(tmp_path / "b"), "max_difference": None}
@@ -83,9 +85,8 @@ def test_a_checkpoint_becomes_the_bundle_that_its_run_wrote(
     assert own.keys() == theirs.keys()
     assert all(torch.equal(own[name], theirs[name]) for name in own)
     of_run = CLIP.from_pretrained(trained)
-    assert not of_run.training and all(
-        torch.equal(t, theirs[name]) for name, t in of_run.state_dict().items()
-    )
+    assert not of_run.training
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in of_run.state_dict().items())
     last = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     of_last = CLIP.from_pretrained(trained / "checkpoints" / "last.ckpt")
     assert torch.equal(of_last.heads["image"][1].weight, last["clip.heads.image.1.weight"])
@@ -136,7 +137,7 @@ def test_onnx_gives_the_same_embeddings(
     make_clip: MakeClip,
     bert: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Printed,
     image: str,
     pooling: str,
     options: dict[str, Any],
@@ -175,7 +176,7 @@ def test_onnx_gives_the_same_embeddings(
 
 
 def test_what_onnx_does_not_give_exactly_is_refused(
-    make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     model = bundle(make_clip("random:test_resnet"), tmp_path)
     words = ["export", str(model), "--to", "onnx", "--out", str(tmp_path / "onnx")]
@@ -196,14 +197,8 @@ def test_what_onnx_does_not_give_exactly_is_refused(
     ("pooling", "options"), [("mean", {}), ("cls", {"init_bias": -10.0}), ("pooler", {})]
 )
 def test_open_clip_gives_the_same_embeddings(
-    make_clip: MakeClip,
-    bert: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    pooling: str,
-    options: dict[str, Any],
+    make_clip: MakeClip, bert: Path, tmp_path: Path, capsys: Printed, pooling: str, options: dict[str, Any]
 ) -> None:
-    open_clip = pytest.importorskip("open_clip")
     clip = make_clip("random:test_resnet", f"random:{bert}@{pooling}", **options)
     out = tmp_path / "open clip"
     run(["export", str(bundle(clip, tmp_path)), "--to", "open_clip", "--out", str(out), "--json=true"])
@@ -247,10 +242,8 @@ def test_what_open_clip_cannot_express_is_refused(make_clip: MakeClip, bert: Pat
 
 
 def test_open_clip_finds_a_text_tower_of_the_hub_by_its_name_wherever_the_folder_is(
-    make_clip: MakeClip, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_clip: MakeClip, bert: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    import open_clip
-
     find = AutoConfig.from_pretrained  # the hub, here
 
     def found(name: str, **options: Any) -> Any:
@@ -270,7 +263,7 @@ def test_open_clip_finds_a_text_tower_of_the_hub_by_its_name_wherever_the_folder
 
 
 def test_open_clip_that_gives_other_embeddings_is_refused(
-    make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     def damaged(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         save_file(
@@ -288,7 +281,7 @@ def test_open_clip_that_gives_other_embeddings_is_refused(
 
 
 def test_the_hub_gets_the_bundle_and_its_card(
-    make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     created, kept = {}, tmp_path / "hub"
 
@@ -320,16 +313,13 @@ def test_the_hub_gets_the_bundle_and_its_card(
     assert CLIP.from_pretrained(kept).metadata == {}
 
 
-def test_a_hub_that_refuses_is_one_line(
-    make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_refuses_is_one_line(make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch) -> None:
     model = bundle(make_clip(), tmp_path)
     words = ["export", str(model), "--to", "hub", "--repo", "me/scenes"]
-    with pytest.raises(
-        UserError, match=r"--repo me/scenes: the upload to the Hugging Face hub failed .*offline"
-    ):
+    failed = "the upload to the Hugging Face hub failed"
+    with pytest.raises(UserError, match=rf"--repo me/scenes: {failed} .*offline"):
         run(words)
-    with pytest.raises(UserError, match="the upload to the Hugging Face hub failed"):
+    with pytest.raises(UserError, match=failed):
         run([*words[:-1], "no such/name/at all"])
 
 
@@ -351,7 +341,7 @@ def test_a_hub_that_refuses_is_one_line(
     ],
 )
 def test_a_mistake_is_one_line(
-    words: list[str], expected: str, make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], expected: str, make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()

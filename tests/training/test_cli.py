@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import wandb
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from processes import assert_same_state, checkpoint, the_run
+from processes import assert_same_state, checkpoint, clip_lightning, ends_at, the_run
 
 from clip_lightning import __version__
 from clip_lightning.__main__ import main
@@ -32,7 +29,8 @@ from clip_lightning.training.cli import RunCLI, changed_options, plain_errors, r
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
-Command = Callable[..., list[str]]
+Command, Undisturbed = Callable[..., list[str]], Callable[..., Path]
+Printed, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 EPOCH = 8  # batches of 4 of the 32 training scenes
 METRICS = {
     f"{direction}_{metric}"
@@ -42,24 +40,20 @@ METRICS = {
 
 
 class At(Callback):
-    """At a step, stops at once, presses Ctrl-C, or writes a note and waits until it is removed.
+    """At a step, stops now, or presses Ctrl-C.
 
     Ctrl-C may also come within a validation, or while the gradients of that step are accumulated.
     """
 
-    def __init__(self, step: int, note: str | None = None, press: str = "") -> None:
-        self.step, self.note, self.press = step, note, press
+    def __init__(self, step: int, press: str = "now") -> None:
+        self.step, self.press = step, press
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int
     ) -> None:
         if trainer.global_step != self.step or self.press in ("validation", "window"):
             return
-        if self.note:
-            Path(self.note).touch()
-            while Path(self.note).exists():
-                time.sleep(0.02)
-        elif self.press:
+        if self.press == "step":
             signal.raise_signal(signal.SIGINT)
         else:
             raise KeyboardInterrupt
@@ -98,8 +92,6 @@ def assert_same_weights(folder: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run with everything on, the W&B logger too."""
-    import wandb
-
     root = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_DATA_DIR", "")  # so that the logger's value is restored
@@ -171,7 +163,7 @@ def test_config_yaml_starts_the_same_run_again(finished: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(("fast", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_a_cpu_without_fast_bf16_trains_in_fp32(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, precision: str
+    command: Command, tmp_path: Path, monkeypatch: Patch, fast: bool, precision: str
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
     words = command("fit", tmp_path, trainer__precision="bf16-mixed", trainer__fast_dev_run="true")
@@ -182,14 +174,11 @@ def test_a_cpu_without_fast_bf16_trains_in_fp32(
 
 
 def test_validate_and_test_print_scores_and_create_no_run(
-    finished: Path, command: Command, capsys: pytest.CaptureFixture[str]
+    finished: Path, command: Command, capsys: Printed
 ) -> None:
     metrics = metrics_of(finished)
-    for name, given in (
-        ("validate", "best"),
-        ("test", "last"),
-        ("validate", finished / "checkpoints/best.ckpt"),
-    ):
+    file = finished / "checkpoints" / "best.ckpt"
+    for name, given in (("validate", "best"), ("test", "last"), ("validate", file)):
         capsys.readouterr()
         assert main(command(name, finished.parent, ckpt_path=given, trainer__logger=...)) == 0
         printed = capsys.readouterr().out
@@ -200,25 +189,16 @@ def test_validate_and_test_print_scores_and_create_no_run(
 
 
 def test_keys_in_a_url_are_not_recorded(
-    command: Command, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, scenes: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
     archive = Path(shutil.make_archive(str(tmp_path / "scenes"), "zip", scenes))
-    words = command(
-        "fit",
-        tmp_path / "runs",
-        data__root=...,
-        trainer__logger=...,
-        trainer__max_epochs=1,
-    )
-    words += [
-        f"--data.root=file://{archive}?X-Signature=secret"
-        f"#sha256={hashlib.sha256(archive.read_bytes()).hexdigest()}"
-    ]
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    options = {"data__root": f"file://{archive}?X-Signature=secret#sha256={digest}"}
+    words = command("fit", tmp_path / "runs", trainer__logger=..., trainer__max_epochs=1, **options)
     monkeypatch.setattr(sys, "argv", ["clip-lightning", *words])
     assert main(words) == 0
-    wandb = importlib.import_module("wandb")
     wandb.finish()
     assert sys.argv[1:] == words
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
@@ -228,13 +208,13 @@ def test_keys_in_a_url_are_not_recorded(
 
 
 @pytest.mark.parametrize("words", [["--data.root", ""], ["--data.root="], ["--data.cache="]])
-def test_empty_options_are_rejected(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_options_are_rejected(words: list[str], capsys: Printed) -> None:
     assert main(["fit", *words]) == 2
     assert f"{words[0].rstrip('=')} is empty; give a value" in capsys.readouterr().err
 
 
 def test_a_tilde_is_expanded_in_every_path(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -264,13 +244,10 @@ def test_a_csv_logger_and_a_custom_checkpoint_plugin(command: Command, tmp_path:
 def test_metrics_with_and_without_the_cache_are_nearly_equal(command: Command, tmp_path: Path) -> None:
     weights = []
     for cache in ("off", tmp_path / "cache"):
-        options = {
-            "data__cache": cache,
-            "data__augmentation.flip": "false",
-            "model__image_tower": "random:test_vit",
-        }
-        assert main(command("fit", tmp_path / Path(cache).name / "runs", **options)) == 0
-        weights.append(checkpoint(the_run(tmp_path / Path(cache).name / "runs"))["state_dict"])
+        options = {"data__cache": cache, "data__augmentation.flip": "false"}
+        root = tmp_path / Path(cache).name / "runs"
+        assert main(command("fit", root, **options, model__image_tower="random:test_vit")) == 0
+        weights.append(checkpoint(the_run(root))["state_dict"])
     assert list((tmp_path / "cache").glob("*/manifest.json"))
     for name, tensor in weights[0].items():
         difference = (tensor - weights[1][name]).norm() / tensor.norm().clamp(min=1e-6)
@@ -283,7 +260,7 @@ WHOLE = {"trainer__max_epochs": 3}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def undisturbed(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """Returns an uninterrupted run, trained once per set of options."""
     runs: dict[str, Path] = {}
 
@@ -305,24 +282,32 @@ WAYS: dict[str, dict[str, Any]] = {
     "workers": TRAINED | {"data__num_workers": 2},
     "image tower cached": {"model__freeze": "image"},
     "accumulated gradients": {"trainer__accumulate_grad_batches": 2},
+    "three accumulated gradients": {"trainer__accumulate_grad_batches": 3},
+    "adapters": TRAINED | {"model__freeze": "both", "model__lora__towers": "both"},
 }
 
 
-MOMENTS = [("cached features", 3), ("cached features", EPOCH)]
-MOMENTS += [("workers", EPOCH), *((way, EPOCH + 3) for way in WAYS)]
+# the way, the step that is asked to stop, how, and the step that is saved
+MOMENTS = [("cached features", step, "now", step) for step in (3, EPOCH)] + [("workers", EPOCH, "now", EPOCH)]
+MOMENTS += [(way, EPOCH + 3, "now", EPOCH + 3) for way in WAYS if "accumulated" not in way]
+MOMENTS += [("accumulated gradients", 5, "now", 5), ("three accumulated gradients", 1, "window", 2)]
+# Ctrl-C finishes the step and the validation; it is at once within a validation
+MOMENTS += [("cached features", *rest) for rest in ((2, "step", 3), (EPOCH - 1, "step", EPOCH + 1))]
+MOMENTS += [("cached features", 0, "validation", EPOCH)]
 
 
-@pytest.mark.parametrize(("way", "step"), MOMENTS)
+# Lightning does not repeat the interrupted validation, so the epoch has no score.
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
+@pytest.mark.parametrize(("way", "step", "press", "saved"), MOMENTS)
 def test_resuming_is_bit_identical(
-    command: Command, undisturbed: Callable[..., Path], tmp_path: Path, way: str, step: int
+    command: Command, undisturbed: Undisturbed, tmp_path: Path, way: str, step: int, press: str, saved: int
 ) -> None:
     """The run is stopped within the first epoch, within the second, or at its start."""
     options = WAYS[way]
-    step //= options.get("trainer__accumulate_grad_batches", 1)
     words = command("fit", tmp_path, **WHOLE, **options)
-    assert main([*words, *at(step)]) == 130
+    assert main([*words, *at(step, press=press)]) == 130
     folder = the_run(tmp_path)
-    assert checkpoint(folder)["global_step"] == step
+    assert checkpoint(folder)["global_step"] == saved
     assert CLIP.from_pretrained(folder / "model")
     assert "seconds" in metrics_of(folder)
     again = [*words, "--ckpt_path", "last"]
@@ -332,20 +317,8 @@ def test_resuming_is_bit_identical(
     assert main(again) == 0
     assert the_run(tmp_path) == folder
     assert_same_weights(folder, undisturbed(**options))
-    assert_same_scores(folder, undisturbed(**options))
-
-
-@pytest.mark.parametrize(("asked", "stopped"), [(2, 3), (EPOCH - 1, EPOCH + 1)])
-def test_ctrl_c_finishes_the_step_and_the_validation(
-    command: Command, undisturbed: Callable[..., Path], tmp_path: Path, asked: int, stopped: int
-) -> None:
-    words = command("fit", tmp_path, **WHOLE)
-    assert main([*words, *at(asked, press="step")]) == 130
-    folder = the_run(tmp_path)
-    assert checkpoint(folder)["global_step"] == stopped
-    assert main([*words, "--ckpt_path", "last"]) == 0
-    assert_same_weights(folder, undisturbed())
-    assert_same_scores(folder, undisturbed())
+    if press != "validation":
+        assert_same_scores(folder, undisturbed(**options))
     assert "ckpt_path: null" in (folder / "config.yaml").read_text()
 
 
@@ -360,51 +333,25 @@ def test_a_run_that_was_moved_keeps_its_best_epoch(command: Command, tmp_path: P
     assert checkpoint(folder, "best")["global_step"] == metrics_of(folder)["step"]
 
 
-# Lightning does not repeat the interrupted validation, so the epoch has no score.
-@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
-def test_a_run_is_stopped_within_a_validation(
-    command: Command, undisturbed: Callable[..., Path], tmp_path: Path
-) -> None:
-    words = command("fit", tmp_path, **WHOLE)
-    assert main([*words, *at(0, press="validation")]) == 130
-    assert checkpoint(the_run(tmp_path))["global_step"] == EPOCH
-    assert main([*words, "--ckpt_path", "last"]) == 0
-    assert_same_weights(the_run(tmp_path), undisturbed())
-
-
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_saves_the_run_which_is_resumed(
     command: Command,
-    undisturbed: Callable[..., Path],
+    undisturbed: Undisturbed,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: Printed,
+    monkeypatch: Patch,
     name: str,
     status: int,
 ) -> None:
     """The run has the W&B logger, and is stopped within its second epoch."""
-    import wandb
-
-    words = command("fit", tmp_path / "runs", **WHOLE, trainer__logger=...)
-    note = tmp_path / "now"
-    # with a new W&B service, as in a new process
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clip_lightning", *words, *at(EPOCH + 2, note=note)],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while not note.exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(getattr(signal, name))
-    note.unlink(missing_ok=True)
-    errors = process.communicate(timeout=300)[1]
-    assert process.returncode == status, errors
-    assert f"stopped; the same command with --ckpt_path last resumes from step {EPOCH + 3}" in errors
-    assert "Traceback" not in errors
+    options = WHOLE | {"trainer__logger": ...}
+    words = command("fit", tmp_path / "runs", **options)
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of this process
+    ends = ends_at(tmp_path / "steps", step=EPOCH + 2, signum=int(getattr(signal, name)))
+    done = clip_lightning(*command("fit", tmp_path / "runs", **options, **ends))
+    assert done.returncode == status, done.stderr
+    assert f"stopped; the same command with --ckpt_path last resumes from step {EPOCH + 3}" in done.stderr
+    assert "Traceback" not in done.stderr
 
     folder = the_run(tmp_path / "runs")
     assert checkpoint(folder)["global_step"] == EPOCH + 3, "the step is finished"
@@ -467,12 +414,7 @@ def assert_one_line(errors: str, says: str) -> None:
 
 @pytest.mark.parametrize(("options", "message"), INVALID.values(), ids=INVALID)
 def test_invalid_options_print_one_line(
-    command: Command,
-    finished: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: dict[str, Any],
-    message: str,
+    command: Command, finished: Path, tmp_path: Path, capsys: Printed, options: dict[str, Any], message: str
 ) -> None:
     if "ckpt_path" in options:
         options = options | {"ckpt_path": finished / "checkpoints" / "last.ckpt"}
@@ -485,7 +427,7 @@ def test_invalid_options_print_one_line(
     assert not Path("lightning_logs").exists()
 
 
-def test_without_arguments_the_usage_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_arguments_the_usage_is_printed(capsys: Printed) -> None:
     assert main([]) == 2
     assert "usage: clip-lightning COMMAND" in capsys.readouterr().out
     assert main(["--help"]) == 0
@@ -495,7 +437,7 @@ def test_without_arguments_the_usage_is_printed(capsys: pytest.CaptureFixture[st
 
 
 def test_scoring_a_missing_split(
-    command: Command, scenes: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, scenes: Path, finished: Path, tmp_path: Path, capsys: Printed
 ) -> None:
     folder = tmp_path / "scenes"
     shutil.copytree(scenes, folder)
@@ -507,7 +449,7 @@ def test_scoring_a_missing_split(
 
 
 def test_too_many_broken_images_stop_the_run(
-    command: Command, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, scenes: Path, tmp_path: Path, capsys: Printed
 ) -> None:
     folder = tmp_path / "scenes"
     shutil.copytree(scenes, folder)
@@ -521,7 +463,7 @@ def test_too_many_broken_images_stop_the_run(
     assert sorted(Path(path).name for path in broken) == ["00000.jpg", "00001.jpg"]
 
 
-def test_control_characters_are_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_not_printed(capfd: Printed) -> None:
     assert main(["data", "check", "\x1b[2Jx"]) == 2
     assert "\x1b" not in capfd.readouterr().err
 
@@ -566,9 +508,7 @@ def test_the_last_step_is_validated(
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
-def test_a_run_without_validation_prints_it(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_validation_prints_it(command: Command, tmp_path: Path, capsys: Printed) -> None:
     assert main(command("fit", tmp_path, trainer__max_epochs=1, trainer__limit_val_batches=0)) == 0
     assert "no epoch was validated" in capsys.readouterr().err
     assert "rsum" not in metrics_of(the_run(tmp_path))
@@ -611,7 +551,7 @@ def test_a_rejected_resume_writes_and_computes_nothing(
     command: Command,
     begun: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Printed,
     options: dict[str, Any],
     message: str,
     name: str,
@@ -627,9 +567,7 @@ def test_a_rejected_resume_writes_and_computes_nothing(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_run_that_stopped_early_stays_finished(
-    command: Command, begun: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_stopped_early_stays_finished(command: Command, begun: Path, capsys: Printed) -> None:
     before = checkpoint(the_run(begun))
     assert before["global_step"] < 9 * 2, "it has stopped early"
     assert main([*command("fit", begun, **STOPS), "--ckpt_path=auto"]) == 0
@@ -638,9 +576,7 @@ def test_a_run_that_stopped_early_stays_finished(
     assert metrics_of(the_run(begun))["finished"]
 
 
-def test_changed_options_apply_after_a_resume(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_options_apply_after_a_resume(command: Command, tmp_path: Path, capsys: Printed) -> None:
     words = command("fit", tmp_path, predictions__queries=0, data__batch_size=16, trainer__max_epochs=2)
     assert main([*words, "--model.optimizer.lr=0.002", "--early_stopping.patience=3"]) == 0
     capsys.readouterr()
@@ -672,14 +608,3 @@ def test_options_that_a_resume_ignores_are_listed() -> None:
         "--model.loss.smoothing 1 (was 0)",
         "--model.lora.r 2 (was null)",
     ]
-
-
-def test_a_stop_within_accumulated_gradients_is_bit_identical(command: Command, tmp_path: Path) -> None:
-    options = {"trainer__accumulate_grad_batches": 3, "trainer__max_epochs": 2, "predictions__queries": 0}
-    assert main(command("fit", tmp_path / "whole", **options)) == 0
-    words = command("fit", tmp_path / "stopped", **options)
-    assert main([*words, *at(1, press="window")]) == 130
-    stopped = the_run(tmp_path / "stopped")
-    assert checkpoint(stopped)["global_step"] == 2
-    assert main([*words, "--ckpt_path=last"]) == 0
-    assert_same_state(checkpoint(the_run(tmp_path / "whole")), checkpoint(stopped))

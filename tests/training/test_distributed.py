@@ -6,10 +6,8 @@ processes) this file trains each way and leaves the results in OUT, where the te
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +20,18 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from small_runs import data, trainer
+from small_runs import data, other_split, trainer
+from torch import nn
+
+from clip_lightning.errors import UserError
+from clip_lightning.model.lora import LoRAConfig
+from clip_lightning.training import gradcache, sharding
+from clip_lightning.training.build import HeadOptions, TowerOptions
+from clip_lightning.training.checkpoints import SafeCheckpointIO
+from clip_lightning.training.losses import InfoNCE, SigLIP
+from clip_lightning.training.module import CLIPModule
+from clip_lightning.training.optim import OptimizerConfig
+from clip_lightning.training.sharding import ShardedStrategy
 
 pytestmark = pytest.mark.slow
 
@@ -63,15 +72,6 @@ TWO: dict[str, dict[str, Any]] = {
 
 
 def run_everything(scenes: Path, bert: Path, out: Path) -> None:
-    from clip_lightning.model.lora import LoRAConfig
-    from clip_lightning.training import gradcache
-    from clip_lightning.training.build import HeadOptions, TowerOptions
-    from clip_lightning.training.checkpoints import SafeCheckpointIO
-    from clip_lightning.training.losses import InfoNCE, SigLIP
-    from clip_lightning.training.module import CLIPModule
-    from clip_lightning.training.optim import OptimizerConfig
-    from clip_lightning.training.sharding import ShardedStrategy, broadcast_statistics, sharded_modules
-
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
 
     class Record(Callback):
@@ -102,7 +102,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
                 "order": [names[p] for g in trainer.optimizers[0].param_groups for p in g["params"]],
                 "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
                 "share": sum(t.numel() for t in local) / sum(p.numel() for p in whole),
-                "sharded modules": len(sharded_modules(pl_module.clip)),
+                "sharded modules": len(sharding.sharded_modules(pl_module.clip)),
             }
             (out / f"{self.way}-{ranks}-{trainer.global_rank}.json").write_text(json.dumps(record))
 
@@ -136,7 +136,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
             optimizer=OptimizerConfig(image_lr=1e-4, text_lr=1e-4, **rates),
         )
         for part in module.modules():
-            if isinstance(part, torch.nn.Dropout) and not dropout:
+            if isinstance(part, nn.Dropout) and not dropout:
                 part.p = 0.0
         if way == "bf16" and ranks == 1:
             torch.save({n: p.detach().clone() for n, p in module.named_parameters()}, out / f"{way}-start.pt")
@@ -158,12 +158,12 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
         patch.undo()
         fit.save_checkpoint(out / f"{way}-{ranks}.ckpt")
         if way == "convolutions" and ranks == 2:
-            (norm, *_) = (part for part in module.modules() if isinstance(part, torch.nn.BatchNorm2d))
+            (norm, *_) = (part for part in module.modules() if isinstance(part, nn.BatchNorm2d))
             module.clip.image_tower.fixed_statistics = False
             module.train()
             assert norm.training and norm.running_mean is not None
             norm.running_mean.fill_(rank + 1)
-            broadcast_statistics(module.clip)
+            sharding.broadcast_statistics(module.clip)
             (out / f"statistics-{rank}.json").write_text(json.dumps(norm.running_mean.tolist()))
 
 
@@ -171,16 +171,11 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
 def results(scenes: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run for all tests: 7 images with 1 to 3 captions for validation, the others for training."""
     out = tmp_path_factory.mktemp("distributed")
-    root = shutil.copytree(scenes, out / "scenes")
-    with (root / "captions.csv").open() as file:
-        header, *rows = csv.reader(file)
-    kept = []
-    for i, (name, caption, _) in enumerate(rows):
-        number = int(name.split(".")[0])
-        if number >= 7 or i % 5 <= number % 3:
-            kept.append((name, caption, "val" if number < 7 else "train"))
-    with (root / "captions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *kept])
+
+    def split(image: int, caption: int) -> str:
+        return "train" if image >= 7 else "val" if caption <= image % 3 else ""
+
+    root = other_split(scenes, out / "scenes", split)
     words = [__file__, str(root), str(bert), str(out)]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
     two = subprocess.run(line, capture_output=True, text=True, timeout=900)
@@ -192,8 +187,7 @@ def results(scenes: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def record(results: Path, way: str, ranks: int, rank: int = 0) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((results / f"{way}-{ranks}-{rank}.json").read_text())
-    return content
+    return json.loads((results / f"{way}-{ranks}-{rank}.json").read_text())
 
 
 def stored(results: Path, way: str, ranks: int) -> dict[str, Any]:
@@ -298,35 +292,26 @@ def test_every_rank_has_the_statistics_of_rank_0(results: Path) -> None:
 def test_options_that_cannot_be_combined_with_sharding(
     make_module: Callable[..., Any], changes: dict[str, Any], message: str
 ) -> None:
-    from clip_lightning.errors import UserError
-    from clip_lightning.training.sharding import ShardedStrategy, check_shardable
-
     module = make_module(freeze=changes.get("freeze", "none"))
     if "scalar" in changes:
-        module.clip.image_tower.backbone.gain = torch.nn.Parameter(torch.tensor(1.0))
+        module.clip.image_tower.backbone.gain = nn.Parameter(torch.tensor(1.0))
     trainer: Any = SimpleNamespace(
         strategy=changes.get("strategy", ShardedStrategy()),
         precision=changes.get("precision", "bf16-mixed"),
         callbacks=[EMAWeightAveraging()] if "averaged" in changes else [],
     )
     with pytest.raises(UserError, match=message):
-        check_shardable(module.clip, changes.get("micro_batch_size"), trainer)
+        sharding.check_shardable(module.clip, changes.get("micro_batch_size"), trainer)
 
 
 def test_containers_are_not_sharded_themselves() -> None:
-    from torch import nn
-
-    from clip_lightning.training.sharding import _layers
-
     block = nn.Linear(2, 2)
     nested = nn.Module()
     nested.blocks = nn.ModuleList([nn.ModuleList([block]), nn.Sequential(nn.ReLU(), nn.Linear(2, 2))])
-    assert list(_layers(nested)) == [block, nested.blocks[1]]
+    assert list(sharding._layers(nested)) == [block, nested.blocks[1]]
 
 
 def test_plain_numbers_in_the_state_of_an_optimizer_are_restored() -> None:
-    from clip_lightning.training.sharding import ShardedStrategy
-
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)])
     stored = {**optimizer.state_dict(), "state": {0: {"step": 3, "moment": torch.ones(2)}}}
     strategy: Any = SimpleNamespace(optimizers=[optimizer])

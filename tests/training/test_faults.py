@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import gc
 import json
-import os
 import random
 import signal
 import statistics
@@ -24,7 +23,7 @@ import psutil
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from processes import assert_same_state, checkpoint, clip_lightning, the_run
+from processes import assert_same_state, checkpoint, clip_lightning, ends_at, the_run
 
 from clip_lightning.data.shards.convert import Settings, captioned, convert
 from clip_lightning.model.clip import CLIP
@@ -43,29 +42,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "cached features": {"model__freeze": "both", "model__heads__dropout": 0.2, "predictions__queries": 0},
 }
 SIGNALS = {"SIGTERM": 143, "SIGUSR1": 143, "SIGKILL": -signal.SIGKILL}
-
-
-class EndsAt(Callback):
-    """Notes process and step when a step begins, and sends a signal to one rank or all at a step."""
-
-    def __init__(
-        self, notes: str, step: int = -1, signum: int = 9, rank: int = 0, every_rank: bool = False
-    ) -> None:
-        self.notes, self.step, self.signum = Path(notes), step, signum
-        self.rank, self.every_rank = rank, every_rank
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        with self.notes.open("a") as file:
-            file.write(f"{os.getpid()} {trainer.global_step}\n")
-        if trainer.global_step == self.step and (self.every_rank or trainer.global_rank == self.rank):
-            os.kill(os.getpid(), self.signum)
-
-
-def ends_at(notes: Path, **options: Any) -> dict[str, Any]:
-    """Return the options of `fit` for this callback."""
-    given = {"notes": notes, **options}
-    arguments = {f"trainer__callbacks__{name}": value for name, value in given.items()}
-    return {"trainer__callbacks+": "test_faults.EndsAt", **arguments}
 
 
 def notes_of(file: Path) -> list[tuple[int, int]]:
@@ -125,11 +101,7 @@ def undisturbed(
 @pytest.mark.parametrize("name", SIGNALS)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_resume_is_bit_identical(
-    fit: Callable[..., int],
-    undisturbed: Callable[[str], dict[str, Any]],
-    tmp_path: Path,
-    way: str,
-    name: str,
+    fit: Callable[..., int], undisturbed: Callable[[str], dict[str, Any]], tmp_path: Path, way: str, name: str
 ) -> None:
     # after SIGKILL, a run can only resume from an earlier checkpoint
     every = WAYS[way].get("checkpoint__every_n_steps", EPOCH)
@@ -272,11 +244,7 @@ class Fills(Callback):
 @pytest.mark.parametrize("strategy", ["auto", "fsdp"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_full_disk_while_saving(
-    command: Callable[..., list[str]],
-    disk: Callable[[int], Path],
-    tmp_path: Path,
-    moment: str,
-    strategy: str,
+    command: Callable[..., list[str]], disk: Callable[[int], Path], tmp_path: Path, moment: str, strategy: str
 ) -> None:
     small = disk(64)
     options = TRAINED | {"checkpoint__every_n_steps": 3}

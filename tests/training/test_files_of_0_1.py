@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,26 +38,16 @@ def test_a_bundle_gives_the_same_embeddings(written: Path) -> None:
     torch.testing.assert_close(torch.as_tensor(images), torch.tensor(expected["images"]), atol=1e-4, rtol=0)
 
 
-def test_a_stopped_run_resumes_to_the_same_weights_from_the_same_cached_texts(written: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_weights_from_the_same_cached_texts(
+    written: Path, command: Callable[..., list[str]]
+) -> None:
     expected = json.loads((written / "expected.json").read_text())
     cache = FeatureCache(written / "cache", 1e9)
     texts = {entry.path for entry in cache.entries() if entry.key["kind"] == "text"}
     assert len(texts) == 2
-    options = {
-        "model.init_from": "bundle",
-        "data.root": "scenes",
-        "model.towers.image_size": 32,
-        "data.cache": "cache",
-        "data.batch_size": 4,
-        "data.num_workers": 0,
-        "trainer.accelerator": "cpu",
-        "trainer.logger": "false",
-        "trainer.enable_progress_bar": "false",
-        "trainer.max_epochs": 4,
-        "trainer.default_root_dir": "runs",
-        "ckpt_path": "last",
-    }
-    assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    options = {f"model__{name}": ... for name in ("image_tower", "text_tower", "heads__embed_dim")}
+    options |= {"model__init_from": "bundle", "data__root": "scenes", "data__cache": "cache"}
+    assert main(command("fit", Path("runs"), **options, trainer__max_epochs=4, ckpt_path="last")) == 0
 
     # image features are keyed by the absolute path of their file, which is another one here
     assert {entry.path for entry in cache.entries() if entry.key["kind"] == "text"} == texts

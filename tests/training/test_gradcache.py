@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.towers import Tower
+from clip_lightning.model.towers.open_clip import OpenCLIPImage, OpenCLIPText, build_tower
 from clip_lightning.training import gradcache
 from clip_lightning.training.build import HeadOptions, TowerOptions
 from clip_lightning.training.gradcache import encode_in_micro_batches, largest_micro_batch, saved_bytes
@@ -219,9 +221,6 @@ def test_the_same_gradients_with_less_in_memory(make_clip: MakeClip, image: str)
 
 
 def test_activation_checkpointing_of_open_clip_towers(make_clip: Callable[..., CLIP]) -> None:
-    from clip_lightning.model.towers import Tower
-    from clip_lightning.model.towers.open_clip import OpenCLIPImage, OpenCLIPText, build_tower
-
     vision = {"layers": 2, "width": 32, "patch_size": 16, "image_size": 32, "head_width": 16}
     text = {"context_length": 16, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
     pixels, tokens = torch.randn(2, 3, 32, 32), torch.randint(1, 50, (2, 16))

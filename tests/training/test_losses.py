@@ -15,16 +15,9 @@ from hypothesis import strategies as st
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
+from clip_lightning import info_nce, siglip_loss
 from clip_lightning.training import losses
-from clip_lightning.training.losses import (
-    ContrastiveLoss,
-    InfoNCE,
-    MaxViolation,
-    Pairs,
-    SigLIP,
-    info_nce,
-    siglip_loss,
-)
+from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, MaxViolation, Pairs, SigLIP
 
 SIZES = {"count": st.integers(1, 17), "width": st.integers(1, 20), "seed": st.integers(0, 2**32 - 1)}
 

@@ -49,10 +49,7 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "417", "SLURM_ARRAY_TASK_ID": "3"}
 
 @pytest.mark.parametrize(("environment", "job"), [({}, "418"), (ARRAY, "417_3")])
 def test_a_job_is_requeued(
-    scontrol: Callable[[int], Path],
-    capfd: pytest.CaptureFixture[str],
-    environment: dict[str, str],
-    job: str,
+    scontrol: Callable[[int], Path], capfd: pytest.CaptureFixture[str], environment: dict[str, str], job: str
 ) -> None:
     with mock.patch.dict(os.environ, {"SLURM_JOB_ID": "418", **environment}):
         notes = scontrol(0)
@@ -171,14 +168,10 @@ class Weights(Callback):
 @pytest.fixture
 def fit(make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path) -> Fit:
     def run(
-        *callbacks: Callback,
-        in_a_row: int = 3,
-        image_tower: str = "random:test_vit",
-        root: Path = scenes,
-        **options: Any,
+        *callbacks: Callback, image_tower: str = "random:test_vit", root: Path = scenes, **options: Any
     ) -> tuple[CLIPModule, NonFinite]:
         module = make_module(freeze="none", image_tower=image_tower)
-        guard = NonFinite(tmp_path, in_a_row)
+        guard = NonFinite(tmp_path, in_a_row=3)
         settings: dict[str, Any] = {"limit_val_batches": 0, "gradient_clip_val": 1.0, **options}
         trainer(tmp_path, *callbacks, guard, **settings).fit(module, data(module, root))
         return module, guard

@@ -35,30 +35,22 @@ def leave_out_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRACon
 
 
 def put_back_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConfig | None) -> None:
-    """Undo `leave_out_fixed_towers` after checking that the towers are the same."""
-    adapters, own = checkpoint.get("preprocessing", {}).get("LoRA"), preprocessing(clip, lora)["LoRA"]
-    if adapters != own:
-        raise UserError(
-            f"the checkpoint was trained with --model.lora {adapters}, got {own}; give the same adapters"
-        )
-    digests = checkpoint.get("frozen_towers", {})
-    check_fixed_towers(digests, clip)
-    for name in digests:
-        weights = getattr(clip, name.removeprefix("clip.")).state_dict()
-        checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in weights.items()}
-    checkpoint["state_dict"] |= checkpoint.get("adapters", {})
-
-
-def check_fixed_towers(digests: Mapping[str, str], clip: CLIP) -> None:
-    """Check that fixed towers match the digests in a checkpoint."""
-    for name, digest in digests.items():
+    """Undo `leave_out_fixed_towers` after checking that the towers and their preprocessing are the same."""
+    remedy = "use the towers and --model options of that run"
+    stored = checkpoint["preprocessing"]
+    for name, own in preprocessing(clip, lora).items():
+        if stored.get(name) != own:
+            raise UserError(f"the checkpoint was trained with {name} {stored.get(name)}, got {own}; {remedy}")
+    for name, digest in checkpoint["frozen_towers"].items():
         own = name.removeprefix("clip.")
         tower = getattr(clip, own)
         if tower.digest() != digest:
             raise UserError(
-                f"the checkpoint was trained with another frozen {own} than "
-                f"{tower.spec['name']!r}; give the same --model options as that run"
+                f"the checkpoint was trained with another frozen {own} than {tower.spec['name']!r}; {remedy}"
             )
+        weights = tower.state_dict()
+        checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in weights.items()}
+    checkpoint["state_dict"] |= checkpoint.get("adapters", {})
 
 
 def preprocessing(clip: CLIP, lora: LoRAConfig | None) -> dict[str, Any]:
@@ -114,8 +106,6 @@ def load_checkpoint(clip_class: type[CLIP], file: Path) -> CLIP:
     if lora is not None:
         clip.add_lora(lora)
     put_back_fixed_towers(checkpoint, clip, lora)
-    if checkpoint["preprocessing"] != preprocessing(clip, lora):
-        raise UserError(f"{file} does not match the towers that it names; restore the towers of that run")
     clip.load_state_dict(
         {name[len("clip.") :]: tensor for name, tensor in weights.items() if name.startswith("clip.")}
     )

@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from clip_lightning.data.images import BrokenImage, ImageTransform
 from clip_lightning.errors import UserError
 from clip_lightning.model.bundle import BUNDLE_FORMAT, write_bundle
-from clip_lightning.model.encode import (
-    BATCH_SIZE,
-    TEXT_BATCH_SIZE,
-    encode_images,
-    encode_texts,
-    one_or_many,
-)
+from clip_lightning.model.encode import BATCH_SIZE, TEXT_BATCH_SIZE, encode_images, encode_texts, one_or_many
 from clip_lightning.model.lora import LoRAConfig, add_lora, merged_state
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
 
@@ -35,16 +29,6 @@ SideHeadKind = Literal["linear", "mlp", "affine", "gelu", "none"]
 Freeze = Literal["none", "image", "text", "both"]
 Errors = Literal["raise", "skip"]
 _log = logging.getLogger(__name__)
-
-
-class NewModelOptions(TypedDict, total=False):
-    """Options of the heads and of the loss, which `CLIP` documents."""
-
-    embed_dim: int
-    head: HeadKind | dict[str, SideHeadKind]
-    dropout: float
-    init_scale: float
-    init_bias: float | None
 
 
 class Dropout(nn.Dropout):
@@ -155,7 +139,7 @@ class CLIP(nn.Module):
         *,
         image_size: int | None = None,
         max_length: int | None = None,
-        **options: Unpack[NewModelOptions],
+        **options: Any,
     ) -> CLIP:
         """Build a model with new heads from the names of towers, or from your own modules.
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clip_lightning.errors import UserError
 from clip_lightning.model.towers import ImageTower, TextTower
+from clip_lightning.model.towers.base import optional_module
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,11 @@ def add_lora(towers: Mapping[str, ImageTower | TextTower], config: LoRAConfig) -
             f"lora.rank {rank}, alpha {alpha} and dropout {dropout}: expected a rank of 1 or more, an alpha "
             "above 0, and a dropout of at least 0 and below 1"
         )
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise UserError("LoRA needs the package peft; pip install peft, or leave LoRA out") from error
+    peft = optional_module("peft", "peft", "LoRA")
     chosen = [tower.freeze() for which, tower in towers.items() if config.towers in (which, "both")]
     adaptable = [_adaptable_layers(tower) for tower in chosen]
     names = [name for layers in adaptable for name in layers]
-    wanted = [config.layers] if isinstance(config.layers, str) else config.layers
-    endings = [f".{ending}" for ending in wanted] if wanted else [""]  # every name ends with ""
+    endings = [f".{ending}" for ending in config.layers or ()] or [""]  # every name ends with ""
     selected = [[name for name in layers if f".{name}".endswith(tuple(endings))] for layers in adaptable]
     unknown = [ending for ending in endings if not any(f".{name}".endswith(ending) for name in names)]
     if unknown or not all(selected):
@@ -70,7 +67,7 @@ def add_lora(towers: Mapping[str, ImageTower | TextTower], config: LoRAConfig) -
     for tower, layers in zip(chosen, selected, strict=True):
         settings = peft.LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # it is only divided by the rank
+            lora_alpha=alpha,
             lora_dropout=dropout,
             # a regular expression, because PEFT also matches names in a list as endings of other names
             target_modules="|".join(map(re.escape, layers)),

@@ -83,7 +83,6 @@ def build(
         )
     clip = CLIP.from_pretrained(init_from).train()
     size = clip.transform.size
-    has_bias = clip.logit_bias is not None
     for option, given, own in (
         ("model.image_tower", image_tower, clip.image_tower.spec["name"]),
         ("model.text_tower", text_tower, clip.text_tower.spec["name"]),
@@ -95,11 +94,11 @@ def build(
                 f"--{option} {given} contradicts --model.init_from {init_from}, which has {own}; "
                 "remove the option"
             )
-    if has_bias != (loss.init_bias is not None):
-        bias = (
-            "with a bias; set --model.loss SigLIP" if has_bias else "without a bias; set --model.loss InfoNCE"
+    if (clip.bias is None) != (loss.init_bias is None):
+        trained, right = ("without", "InfoNCE") if clip.bias is None else ("with", "SigLIP")
+        raise UserError(
+            f"--model.init_from {init_from} was trained {trained} a bias; set --model.loss {right}"
         )
-        raise UserError(f"--model.init_from {init_from} was trained {bias}")
     return clip
 
 

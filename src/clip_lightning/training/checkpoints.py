@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,8 +21,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
-from clip_lightning.model.checkpoint import check_fixed_towers, fixed_towers, preprocessing
+from clip_lightning.files import complete_file
+from clip_lightning.model.checkpoint import fixed_towers, put_back_fixed_towers
 from clip_lightning.run_folder import LAST, PREVIOUS, RunFolder
+from clip_lightning.terminal import note
 from clip_lightning.training.optim import param_groups
 
 
@@ -102,20 +102,19 @@ class SafeCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Write the file; existing files do not change if the disk is full."""
         path = Path(path)
-        draft, link = (path.with_name(f".{name}.{os.getpid()}.tmp") for name in (path.name, PREVIOUS))
+        link = path.with_name(f".{PREVIOUS}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             for leftover in path.parent.glob(".*.ckpt.*.tmp"):  # of a process that was killed
                 leftover.unlink()
-            with draft.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if path.name == LAST and path.exists():
-                with contextlib.suppress(OSError):  # a file system without links has no `previous.ckpt`
-                    os.link(path, link)
-                    os.replace(link, path.with_name(PREVIOUS))
-            os.replace(draft, path)
+            with complete_file(path) as draft:
+                with draft.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if path.name == LAST and path.exists():
+                    with contextlib.suppress(OSError):  # a file system without links has no `previous.ckpt`
+                        os.link(path, link)
+                        os.replace(link, path.with_name(PREVIOUS))
         except (OSError, RuntimeError) as error:  # torch wraps the errors of the file system
             reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
             raise RunFailed(
@@ -123,7 +122,6 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 "disk space, and resume with --ckpt_path last"
             ) from error
         finally:
-            draft.unlink(missing_ok=True)
             link.unlink(missing_ok=True)
 
 
@@ -168,7 +166,7 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
             f"--ckpt_path {given}: {file} is damaged ({reason}); choose another checkpoint, or start again "
             "without --ckpt_path"
         )
-    print(f"{file} is damaged ({reason}); using {previous.name} instead", file=sys.stderr)
+    note(f"{file} is damaged ({reason}); using {previous.name} instead")
     return previous
 
 
@@ -182,16 +180,14 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_fits(file: str | Path, checkpoint: Mapping[str, Any], model: LightningModule) -> None:
-    """Reject the checkpoint of a different model, and name the first difference."""
-    frozen, fixed = checkpoint["frozen_towers"], fixed_towers(model.clip)
-    prefixes = tuple(f"{tower}." for tower in fixed)
-    stored, own = (
-        {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith(prefixes)}
-        for state in (checkpoint["state_dict"], model.state_dict())
+def check_fits(file: str | Path, checkpoint: dict[str, Any], model: LightningModule) -> None:
+    """Reject the checkpoint of a different model, and complete one that fits by its fixed towers."""
+    put_back_fixed_towers(checkpoint, model.clip, model.lora)
+    stored, own = checkpoint["frozen_towers"], fixed_towers(model.clip)
+    there, here = (
+        {"frozen": sorted(fixed), **{name: tuple(tensor.shape) for name, tensor in state.items()}}
+        for fixed, state in ((stored, checkpoint["state_dict"]), (own, model.state_dict()))
     )
-    there = {"frozen": sorted(frozen), **stored, **checkpoint["preprocessing"]}
-    here = {"frozen": sorted(fixed), **own, **preprocessing(model.clip, model.lora)}
     for name in {**there, **here}:
         then, now = there.get(name, "absent"), here.get(name, "absent")
         if then != now:
@@ -199,7 +195,6 @@ def check_fits(file: str | Path, checkpoint: Mapping[str, Any], model: Lightning
                 f"{file} is of a different model ({name} is {then} there and {now} here); set the same "
                 "--model options as in training"
             )
-    check_fixed_towers(frozen, model.clip)
 
 
 def check_resumes(file: Path, model: LightningModule, data: LightningDataModule, ranks: int) -> None:

@@ -36,7 +36,7 @@ from clip_lightning.errors import RunFailed, UserError, as_user_error, reason_of
 from clip_lightning.evaluation.metrics import DIRECTIONS, MEASURES, METRICS
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import LAST, RunFolder
-from clip_lightning.terminal import public
+from clip_lightning.terminal import note, public
 from clip_lightning.tracking import zero_shot_panel
 from clip_lightning.tracking.lineage import Alerts, Lineage
 from clip_lightning.tracking.logger import RunLogger, finished_run, go_back, history_file
@@ -202,7 +202,7 @@ class RunCLI(LightningCLI):
         # without AVX-512 or an equivalent, convolutions in bf16 take up to a hundred times as long as in fp32
         is_slow = on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if config.precision == "bf16-mixed" and is_slow:
-            print("this CPU has no fast bf16 kernels: training in fp32", file=sys.stderr)
+            note("this CPU has no fast bf16 kernels: training in fp32")
             config.precision = "32-true"
         if config.strategy == "fsdp":
             config.strategy = ShardedStrategy()
@@ -260,16 +260,13 @@ class RunCLI(LightningCLI):
         self.run.path.mkdir(parents=True, exist_ok=True)  # W&B expects it to exist
         if is_alone:
             counts = parameter_counts(self.model.clip)
-            print(
-                "training {parameters_trained:,} of {parameters:,} parameters".format_map(counts),
-                file=sys.stderr,
-            )
-            print(f"run folder: {self.run.path}", file=sys.stderr)
+            note("training {parameters_trained:,} of {parameters:,} parameters".format_map(counts))
+            note(f"run folder: {self.run.path}")
         if checkpoint:
-            print(f"resuming from {checkpoint}", file=sys.stderr)
+            note(f"resuming from {checkpoint}")
             if self.run.is_run():  # else the checkpoint was moved, and starts a new run
                 for line in changed_options(self.run.config.read_text(), self.config_to_save):
-                    print(f"changed: {line}", file=sys.stderr)
+                    note(f"changed: {line}")
                 if Path(checkpoint).name != LAST:
                     go_back(history_file(self.run.path, self.run.path.name))
 
@@ -280,7 +277,7 @@ class RunCLI(LightningCLI):
         if recorder.metrics:
             print_metrics(recorder.metrics, f"best epoch: {recorder.metrics['epoch']:.0f}")
         else:
-            print("no epoch was validated, so model/ has the last weights", file=sys.stderr)
+            note("no epoch was validated, so model/ has the last weights")
         print("run folder:", self.run.path)
         parts = (f"{name} {spent:.0f} s" for name, spent in recorder.stopwatch.seconds.items())
         print("time:", ", ".join(parts).replace("_", " "))
@@ -341,11 +338,10 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
     table = Table("", *columns, title=title, title_justify="left")
     for direction, name in DIRECTIONS.items():
         table.add_row(name, *(f"{metrics[f'{direction}_{measure}']:.1f}" for measure in MEASURES))
-    console = Console()
-    console.print(table)
-    console.print(f"rsum {metrics['rsum']:.1f}")
+    Console().print(table)  # the progress bar makes rich's own console write to stderr
+    print(f"rsum {metrics['rsum']:.1f}")
     if "zero_shot_top1" in metrics:
-        console.print("zero-shot top-1 {zero_shot_top1:.1f}, top-5 {zero_shot_top5:.1f}".format_map(metrics))
+        print("zero-shot top-1 {zero_shot_top1:.1f}, top-5 {zero_shot_top5:.1f}".format_map(metrics))
 
 
 def place_logger(logger: Namespace, folder: Path) -> None:

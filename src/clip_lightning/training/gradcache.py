@@ -8,7 +8,6 @@ one graph, so clipping, bf16 and data-parallel training work as usual.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clip_lightning.model.clip import CLIP
+from clip_lightning.terminal import note
 
 SMALLEST = 8  # smaller micro-batches are not worth their overhead
 
@@ -98,7 +98,7 @@ def largest_micro_batch(clip: CLIP, batch: dict[str, Tensor], trainer: Trainer) 
         size = -(-size // 2)
     size = int(trainer.strategy.reduce(torch.tensor(size, device=device), reduce_op="min"))
     if trainer.is_global_zero:
-        print(f"--model.micro_batch_size auto: {size:,} of {rows:,} rows at a time", file=sys.stderr)
+        note(f"--model.micro_batch_size auto: {size:,} of {rows:,} rows at a time")
     return size
 
 
@@ -106,12 +106,12 @@ def saved_bytes(encode: Callable[..., Tensor], inputs: Iterable[Tensor], module:
     """Return the bytes that autograd saves for the backward pass of `encode(*inputs)`, without weights."""
     held = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def hold(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         graph = encode(*inputs)  # kept alive, since freed memory would be reused and counted once
     del graph
     weights = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}

@@ -133,7 +133,6 @@ class CLIPModule(LightningModule):
             parsed = parser.instantiate(parser.parse_object(kept)).model  # as on the command line
         module = cls(**parsed, **options)
         checkpoints.check_fits(file, checkpoint, module)
-        module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
         loss = type(module.loss).__name__
         module.clip.metadata = checkpoint_content.bundle_metadata(file, checkpoint, loss)

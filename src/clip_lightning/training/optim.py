@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.model.clip import CLIP
+from clip_lightning.terminal import note
 
 Schedule = Literal["cosine", "constant", "cooldown"]
 
@@ -73,8 +74,7 @@ def build_optimizer(clip: CLIP, config: OptimizerConfig, *, fused: bool) -> torc
     has_betas = get_optimizer_info(config.name).num_betas == 2
     betas: dict[str, Any] = {"betas": config.betas} if has_betas else {}
     with as_user_error(f"--model.optimizer.name {config.name} cannot be used here", "choose another"):
-        optimizer = create_optimizer_v2(groups, config.name, lr=config.lr, **betas)
-    return optimizer
+        return create_optimizer_v2(groups, config.name, lr=config.lr, **betas)
 
 
 def freeze_lower_layers(clip: CLIP, config: OptimizerConfig) -> None:
@@ -156,8 +156,8 @@ class WarmupSchedule(LambdaLR):
             group["lr"] = rate
         before, now = max(state_dict["_last_lr"]), max(self._last_lr)
         if before != now:
-            message = f"the learning rate of step {self.last_epoch} is now {now:.3g} instead of {before:.3g}"
-            rank_zero_only(print)(message, file=sys.stderr)
+            change = f"is now {now:.3g} instead of {before:.3g}"
+            rank_zero_only(note)(f"the learning rate of step {self.last_epoch} {change}")
 
 
 def keep_own_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from clip_lightning.errors import RunFailed
 from clip_lightning.files import write_atomically
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import BEST, RunFolder
+from clip_lightning.terminal import note
 from clip_lightning.timing import Stopwatch
 from clip_lightning.tracking.logger import RunLogger
 from clip_lightning.training.checkpoints import all_ranks_save
@@ -132,7 +132,7 @@ class RunRecorder(Callback):
             try:
                 self._write(trainer, pl_module, model=all_ranks_save(trainer, exception))
             except RunFailed as error:  # printed, so that the first exception is raised
-                print(error, file=sys.stderr)
+                note(str(error))
 
     def _progress(self) -> tuple[float, float, float]:
         """Return the samples so far, and the seconds spent waiting for data and in steps."""
@@ -140,10 +140,13 @@ class RunRecorder(Callback):
 
     def _note_memory(self) -> None:
         """Measure the memory; that of workers once per minute, since it takes 20 ms per gigabyte."""
+        process = psutil.Process()
         if time.perf_counter() - self._memory_noted > 60:
-            self._memory_noted = time.perf_counter()
-            self._memory_of_workers = memory_of_workers()
-        used = psutil.Process().memory_info().rss + self._memory_of_workers
+            self._memory_noted, self._memory_of_workers = time.perf_counter(), 0
+            for worker in process.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    self._memory_of_workers += worker.memory_full_info().uss  # without shared pages
+        used = process.memory_info().rss + self._memory_of_workers
         self._costs["peak_memory"] = max(self._costs["peak_memory"], used)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, *, model: bool = True) -> None:
@@ -208,9 +211,10 @@ def _data(trainer: Trainer) -> dict[str, str]:
     return {"data_digest": data.digest, **artifact}
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Replace the content of a JSON file."""
-    write_atomically(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def write_json(file: Path, content: Any) -> None:
+    """Replace the content of a JSON file, and in it characters that are invalid in UTF-8."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(file, text.encode(errors="replace"))
 
 
 def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -221,12 +225,3 @@ def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[st
             # frozen towers are not in the checkpoint, and have not changed
             weights = weights | checkpoint["state_dict"] | checkpoint.get("adapters", {})
     return {name.removeprefix("clip."): weights[name] for name in weights if name.startswith("clip.")}
-
-
-def memory_of_workers() -> int:
-    """Return the resident bytes of the processes that load data, without pages that they share."""
-    total = 0
-    for worker in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            total += worker.memory_full_info().uss
-    return total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import math
 import os
 import shutil
@@ -27,9 +26,10 @@ from torch import Tensor
 from torch.utils.data._utils import signal_handling
 
 from clip_lightning.errors import AgreedStop, Diverged
-from clip_lightning.files import write_atomically
 from clip_lightning.run_folder import RunFolder
+from clip_lightning.terminal import note
 from clip_lightning.training.checkpoints import all_ranks_save, is_accumulating, within_a_step
+from clip_lightning.training.recorder import write_json
 
 CHECKED = 10
 """Steps after which the norms of their gradients are read."""
@@ -87,7 +87,7 @@ class GracefulStop(Callback):
             saved = all_ranks_save(trainer, exception) and not within_a_step(trainer)
             place = f"step {trainer.global_step}" if saved else "the last checkpoint"
             resumes = f"; the same command with --ckpt_path last resumes from {place}"
-            print(f"stopped{resumes if trainer.global_step else ' before the first step'}", file=sys.stderr)
+            note(f"stopped{resumes if trainer.global_step else ' before the first step'}")
 
     def _handle(self, *numbers: signal.Signals) -> None:
         """Install the handler in the main thread; W&B's agents train in another thread."""
@@ -108,7 +108,7 @@ def requeue() -> None:
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
     failed = not shutil.which("scontrol") or subprocess.run(["scontrol", "requeue", job]).returncode
-    print(f"the job {job} {'could not be' if failed else 'was'} requeued", file=sys.stderr)
+    note(f"the job {job} {'could not be' if failed else 'was'} requeued")
 
 
 class EarlyStopping(callbacks.EarlyStopping):
@@ -118,16 +118,13 @@ class EarlyStopping(callbacks.EarlyStopping):
         super().load_state_dict({**state_dict, "patience": self.patience})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before the first step if the resumed run has stopped early."""
+        """Stop before the first step if the resumed run has stopped early, and has no more patience now."""
         out_of_patience = self.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
-        is_more_patient = out_of_patience and self.wait_count < self.patience
-        if self.stopping_reason != EarlyStoppingReason.NOT_STOPPED and not is_more_patient:
+        if out_of_patience and self.wait_count >= self.patience:
             trainer.should_stop = True
             reason = self.stopping_reason_message
-            message = (
-                f"the run has stopped early ({reason}); increase --early_stopping.patience to continue it"
-            )
-            rank_zero_only(print)(message, file=sys.stderr)
+            remedy = "increase --early_stopping.patience to continue it"
+            rank_zero_only(note)(f"the run has stopped early ({reason}); {remedy}")
 
 
 class NonFinite(Callback):
@@ -187,20 +184,13 @@ class NonFinite(Callback):
         if self.row < self.in_a_row:
             return
         batches = [about for _, about in self._batches]
-        wanted = {row for batch in batches if "text_id" in batch for row in batch["text_id"].tolist()}
-        images = trainer.datamodule.images("train")
-        captions = ((image, text) for image in images for text in image.captions)
-        samples = {
-            row: {"image": str(image.path), "caption": text}
-            for row, (image, text) in enumerate(captions)
-            if row in wanted
-        }
+        captions = [(image, text) for image in trainer.datamodule.images("train") for text in image.captions]
         for batch in batches:
             if "text_id" in batch:  # read only now, in order not to wait for a GPU in every step
-                batch["captions"] = [samples[row] for row in batch.pop("text_id").tolist()]
+                samples = [captions[row] for row in batch.pop("text_id").tolist()]
+                batch["captions"] = [{"image": str(image.path), "caption": text} for image, text in samples]
         file = self.run.non_finite(trainer.global_rank)
-        content = json.dumps(batches, indent=2, ensure_ascii=False)
-        write_atomically(file, content.encode(errors="replace"))
+        write_json(file, batches)
         raise Diverged(
             f"{self.row} steps in a row had a gradient that is not finite, up to step {trainer.global_step}; "
             f"{file} lists their images and captions; lower --model.optimizer.lr, use --trainer.precision "
@@ -231,7 +221,7 @@ def _watch(children: Sequence[subprocess.Popen[Any]]) -> None:
             break
     for rank, status in failed.items():
         reason = signal.Signals(-status).name if status < 0 else f"status {status}"
-        print(f"the process of rank {rank} has ended ({reason})", file=sys.stderr)
+        note(f"the process of rank {rank} has ended ({reason})")
     if failed:
         time.sleep(60)  # the others fail at their next exchange, save and exit
         for child in children:

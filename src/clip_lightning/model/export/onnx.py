@@ -44,9 +44,8 @@ def write_onnx(clip: CLIP, folder: Path) -> dict[str, float]:
     `image.onnx` accepts `pixel_values` (B, 3, H, W) uint8 from the transform in config.json, and `text.onnx`
     accepts `input_ids` and `attention_mask` (N, L) int64 from the tokenizer. Both return unit-length
     `embeddings` (B or N, D) fp32. B, N and L are dynamic. Return the largest absolute difference from
-    PyTorch's embeddings for each file.
+    PyTorch's embeddings for each file. The model is in eval mode on the CPU.
     """
-    clip = _on_cpu(clip)
     chance = torch.Generator().manual_seed(0)
     size = (3, *clip.transform.size)
     noise = torch.randint(256, (5, *size), dtype=torch.uint8, generator=chance)
@@ -62,7 +61,7 @@ def write_onnx(clip: CLIP, folder: Path) -> dict[str, float]:
 
 def write_text_tower(clip: CLIP, folder: Path) -> float:
     """Write `text.onnx` and `tokenizer.json`; return the largest difference from PyTorch's embeddings."""
-    clip = _on_cpu(clip)
+    clip = (clip if clip.device.type == "cpu" else copy.deepcopy(clip).cpu()).eval()
     tokenizer = clip.tokenize.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     unsupported = UserError(f"{type(tokenizer).__name__} cannot be exported with the same tokens")
@@ -135,7 +134,3 @@ def _export(
 def _logits(clip: CLIP) -> dict[str, float]:
     """Return the scale of the similarities, and the bias if the model has one."""
     return {"scale": clip.scale.item()} | ({} if clip.bias is None else {"bias": clip.bias})
-
-
-def _on_cpu(clip: CLIP) -> CLIP:
-    return (clip if clip.device.type == "cpu" else copy.deepcopy(clip).cpu()).eval()

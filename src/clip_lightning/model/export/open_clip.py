@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from clip_lightning.model.clip import CLIP
 from clip_lightning.model.export.onnx import EXAMPLES, TOLERANCE
 from clip_lightning.model.towers.base import plain_config
 from clip_lightning.model.towers.open_clip import open_clip_package
+from clip_lightning.terminal import note
 
 # Prefixes of weights → those of open_clip
 PARTS = {
@@ -59,10 +59,9 @@ def write_open_clip(clip: CLIP, folder: Path, final: Path) -> float:
     _write_config(clip, folder, on_hub or str(folder))
     difference = _check(clip, folder)
     if not on_hub:
-        print(
+        note(
             "open_clip finds the text tower by the absolute path of the folder: if you move it, set "
-            "hf_model_name in open_clip_config.json to its new path",
-            file=sys.stderr,
+            "hf_model_name in open_clip_config.json to its new path"
         )
     _write_config(clip, folder, on_hub or str(final.absolute()))
     return difference

@@ -149,11 +149,14 @@ def without_weight_bars() -> Iterator[None]:
         set_tqdm_hook(previous)
 
 
+def optional_module(module: str, package: str, user: str) -> Any:
+    """Import a module of a package that may not be installed and that `user` needs."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{user} needs the package {package}; pip install {package}") from error
+
+
 def pypi_folder(package: str) -> Path:
     """Return the folder of an installed package."""
-    try:
-        module = importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        name = package.replace("_", "-")
-        raise UserError(f"the tower needs the package {name}; pip install {name}") from error
-    return Path(str(module.__file__)).parent
+    return Path(optional_module(package, package.replace("_", "-"), "the tower").__file__).parent

@@ -5,22 +5,18 @@ B images, N texts, H, W pixels, L tokens.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from clip_lightning.errors import UserError
+from clip_lightning.model.towers.base import optional_module
 
 WORDS = "+words"
 
 
 def open_clip_package(part: str = "open_clip") -> Any:
     """Import open_clip, or one of its modules."""
-    try:
-        return importlib.import_module(part)
-    except ModuleNotFoundError as error:
-        raise UserError("this needs the package open_clip_torch; pip install open_clip_torch") from error
+    return optional_module(part, "open_clip_torch", "this")
 
 
 def clean_text(text: str, name: str) -> str:
