@@ -37,11 +37,11 @@ def leave_out_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRACon
 def put_back_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConfig | None) -> None:
     """Undo `leave_out_fixed_towers` after checking that the towers and their preprocessing are the same."""
     remedy = "use the towers and --model options of that run"
-    stored = checkpoint["preprocessing"]
+    stored = checkpoint.get("preprocessing", {})
     for name, own in preprocessing(clip, lora).items():
         if stored.get(name) != own:
             raise UserError(f"the checkpoint was trained with {name} {stored.get(name)}, got {own}; {remedy}")
-    for name, digest in checkpoint["frozen_towers"].items():
+    for name, digest in checkpoint.get("frozen_towers", {}).items():
         own = name.removeprefix("clip.")
         tower = getattr(clip, own)
         if tower.digest() != digest:

@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,16 @@ SideHeadKind = Literal["linear", "mlp", "affine", "gelu", "none"]
 Freeze = Literal["none", "image", "text", "both"]
 Errors = Literal["raise", "skip"]
 _log = logging.getLogger(__name__)
+
+
+class NewModelOptions(TypedDict, total=False):
+    """Options of the heads and of the loss, which `CLIP` documents."""
+
+    embed_dim: int
+    head: HeadKind | dict[str, SideHeadKind]
+    dropout: float
+    init_scale: float
+    init_bias: float | None
 
 
 class Dropout(nn.Dropout):
@@ -139,7 +149,7 @@ class CLIP(nn.Module):
         *,
         image_size: int | None = None,
         max_length: int | None = None,
-        **options: Any,
+        **options: Unpack[NewModelOptions],
     ) -> CLIP:
         """Build a model with new heads from the names of towers, or from your own modules.
 

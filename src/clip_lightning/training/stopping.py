@@ -184,11 +184,17 @@ class NonFinite(Callback):
         if self.row < self.in_a_row:
             return
         batches = [about for _, about in self._batches]
-        captions = [(image, text) for image in trainer.datamodule.images("train") for text in image.captions]
+        wanted = {row for batch in batches if "text_id" in batch for row in batch["text_id"].tolist()}
+        images = trainer.datamodule.images("train")
+        captions = ((image, text) for image in images for text in image.captions)
+        samples = {
+            row: {"image": str(image.path), "caption": text}
+            for row, (image, text) in enumerate(captions)
+            if row in wanted
+        }
         for batch in batches:
             if "text_id" in batch:  # read only now, in order not to wait for a GPU in every step
-                samples = [captions[row] for row in batch.pop("text_id").tolist()]
-                batch["captions"] = [{"image": str(image.path), "caption": text} for image, text in samples]
+                batch["captions"] = [samples[row] for row in batch.pop("text_id").tolist()]
         file = self.run.non_finite(trainer.global_rank)
         write_json(file, batches)
         raise Diverged(
