@@ -6,13 +6,14 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from clip_lightning.evaluation.predictions import Answer, Query
 from clip_lightning.files import write_atomically
-from clip_lightning.reports.pages import Report, write_page
+from clip_lightning.reports.pages import write_page
 from clip_lightning.reports.plots import Plot
 
 STRANGE = ("", "<script>alert(1)</script> & 🐶👩‍👩‍👧 日本語 \0 \ud83d", "كلب على الشاطئ", "x" * 10_000)
@@ -52,12 +53,21 @@ class Page(HTMLParser):
         self.text += data
 
 
+def written(
+    folder: Path, epoch: int, captions: list[Query], images: list[Query], ranks: Any = ({}, {}), **rest: Any
+) -> str:
+    """Write the page, and return it."""
+    history = dict(zip(("text_to_image", "image_to_text"), ranks, strict=True))
+    content = {"epoch": epoch, "captions": captions, "images": images, "history": history}
+    write_page(folder / "p.html", **content, **rest)
+    return (folder / "p.html").read_text(encoding="utf-8")
+
+
 def test_page_stands_alone_and_is_escaped(tmp_path: Path) -> None:
     sentences, pictures = strange_queries(tmp_path)
     ranks = {0: {"1": 57}, 1: {"1": 12, "9": 1}, 2: {"1": 30}}, {1: {"7": 5}, 2: {"7": 2}}
-    rest = [Plot(b"png", "mean <0.5> & more")], sentences[1:2]
-    write_page(Report(2, sentences, ranks[0], pictures, ranks[1], *rest), tmp_path / "p.html")
-    page = Page((tmp_path / "p.html").read_text(encoding="utf-8"))
+    rest = {"plots": [Plot(b"png", "mean <0.5> & more")], "misses": sentences[1:2]}
+    page = Page(written(tmp_path, 2, sentences, pictures, ranks, **rest))
     assert "script" not in page.tags
     assert page.text.count("<script>alert(1)</script> & 🐶👩‍👩‍👧 日本語") == 1 + 2 + 1 + 1
     assert page.text.count("كلب على الشاطئ") == 3
@@ -73,8 +83,7 @@ def test_page_stands_alone_and_is_escaped(tmp_path: Path) -> None:
 
 def test_right_captions_are_marked_and_missed_ones_shown(tmp_path: Path) -> None:
     _, pictures = strange_queries(tmp_path)
-    write_page(Report(0, [], {}, pictures, {}), tmp_path / "p.html")
-    html = (tmp_path / "p.html").read_text(encoding="utf-8")
+    html = written(tmp_path, 0, [], pictures)
     assert html.count('<li class="right">') == html.count("0.500 ✓") == 1
     assert html.count('<li class="own muted">') == 1  # of the second picture only
     assert "No queries" in html
@@ -84,8 +93,7 @@ def test_right_captions_are_marked_and_missed_ones_shown(tmp_path: Path) -> None
 def test_long_histories_are_thinned(tmp_path: Path) -> None:
     sentences, _ = strange_queries(tmp_path)
     history = {epoch: {"0": 100 - epoch} for epoch in range(100)}
-    write_page(Report(99, sentences[:1], history, [], {}), tmp_path / "p.html")
-    text = Page((tmp_path / "p.html").read_text(encoding="utf-8")).text
+    text = Page(written(tmp_path, 99, sentences[:1], [], (history, {}))).text
     (moves,) = re.findall("epoch 0: 100.*", text)
     assert moves.count("→") == 7 and moves.rstrip().endswith("99: 1")
 

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from small_runs import trainer
+from small_splits import perfect, records
 
 from clip_lightning.data.captions import CaptionedImage, content_groups
 from clip_lightning.evaluation.retrieval import Embeddings
@@ -29,15 +30,7 @@ def draw_pictures(folder: Path, count: int) -> list[CaptionedImage]:
     """Images of one color each, with two captions that say whose they are."""
     for n in range(count):
         Image.new("RGB", (60, 40), (200, 12 * n, 40)).save(folder / f"{n}.png")
-    captions = [(f"picture {n} first", f"picture {n} second") for n in range(count)]
-    return [CaptionedImage(folder / f"{n}.png", both) for n, both in enumerate(captions)]
-
-
-def perfect(count: int) -> Embeddings:
-    """Every picture on an axis of its own, with its two captions."""
-    axes, pictures = torch.eye(count), torch.arange(count)
-    owner = pictures.repeat_interleave(2)
-    return Embeddings(axes, axes[owner], pictures, owner, torch.arange(2 * count))
+    return records([2] * count, folder)
 
 
 class Stub(LightningModule):
@@ -93,7 +86,7 @@ def stub_trainer(
 
 def test_nothing_is_written_outside_a_fit_and_on_other_ranks(tmp_path: Path) -> None:
     images = draw_pictures(tmp_path, 3)
-    module = SimpleNamespace(validation_embeddings=perfect(3))
+    module = SimpleNamespace(validation_embeddings=perfect([2] * 3))
     root = tmp_path / "run"
     changes = {"sanity_checking": True, "is_global_zero": False, "datamodule": None}
     for name, value in (changes | {"state": SimpleNamespace(fn="validate")}).items():
@@ -107,7 +100,7 @@ def test_nothing_is_written_outside_a_fit_and_on_other_ranks(tmp_path: Path) -> 
 
 def test_history_survives_a_resume(tmp_path: Path) -> None:
     images = draw_pictures(tmp_path, 3)
-    module = SimpleNamespace(validation_embeddings=perfect(3))
+    module = SimpleNamespace(validation_embeddings=perfect([2] * 3))
     folder = tmp_path / "run"
     for epoch in (0, 1, 2, 3, 2):  # stopped after epoch 3, gone on from the checkpoint of epoch 1
         PredictionTable(folder=folder).on_validation_end(stub_trainer(images, tmp_path, epoch=epoch), module)
@@ -127,7 +120,7 @@ def test_history_survives_a_resume(tmp_path: Path) -> None:
 
 def shuffled(count: int) -> Embeddings:
     """Images on axes of their own, captions on those of others."""
-    whole = perfect(count)
+    whole = perfect([2] * count)
     return replace(whole, text=whole.text.roll(2, 0))
 
 
@@ -161,7 +154,7 @@ def test_one_picture_and_none(tmp_path: Path) -> None:
         folder.mkdir()
         images = draw_pictures(folder, count)
         callback = PredictionTable()
-        module = SimpleNamespace(validation_embeddings=perfect(count))
+        module = SimpleNamespace(validation_embeddings=perfect([2] * count))
         callback.on_validation_end(stub_trainer(images, folder), module)
         if count:
             callback.on_train_end(stub_trainer(images, folder), module)
@@ -174,7 +167,7 @@ def test_one_picture_and_none(tmp_path: Path) -> None:
 
 def test_what_cannot_be_shown_is_told_once(tmp_path: Path) -> None:
     images = draw_pictures(tmp_path, 3)
-    whole = perfect(3)
+    whole = perfect([2] * 3)
     wrong = replace(whole, text_image_id=whole.text_image_id.flip(0))
     module = SimpleNamespace(validation_embeddings=wrong)
     callback = PredictionTable()
@@ -183,7 +176,7 @@ def test_what_cannot_be_shown_is_told_once(tmp_path: Path) -> None:
             callback.on_validation_end(stub_trainer(images, tmp_path, epoch=epoch), module)
     assert len(caught) == 1
     (tmp_path / "predictions").write_text("a file where the folder should be")
-    module.validation_embeddings = perfect(3)
+    module.validation_embeddings = perfect([2] * 3)
     with pytest.warns(UserWarning, match="could not be shown: .*Error") as caught:
         PredictionTable().on_validation_end(stub_trainer(images, tmp_path), module)
     assert len(caught) == 1
@@ -195,7 +188,7 @@ def test_the_table_reaches_wandb_and_the_disk(tmp_path: Path, monkeypatch: pytes
     logger = WandbLogger(save_dir=tmp_path, mode="offline", project="tables")
     table = PredictionTable(queries=4, top_k=3, folder=tmp_path / "run")
     options = {"max_epochs": 2, "logger": logger, "num_sanity_val_steps": 1}
-    trainer(tmp_path, table, **options).fit(Stub(perfect(8)), datamodule=Pictures(images))
+    trainer(tmp_path, table, **options).fit(Stub(perfect([2] * 8)), datamodule=Pictures(images))
     logger.experiment.finish()
 
     assert [path.name for path in (tmp_path / "run" / "predictions").iterdir()] == ["history.json"]
@@ -227,7 +220,7 @@ def test_a_refusing_wandb_warns_once_and_stops_nothing(
             raise ConnectionError("server away")
 
     images = draw_pictures(tmp_path, 3)
-    module = SimpleNamespace(validation_embeddings=perfect(3))
+    module = SimpleNamespace(validation_embeddings=perfect([2] * 3))
     callback = PredictionTable()
     with pytest.warns(UserWarning, match="server away") as caught:
         for epoch in range(2):
@@ -267,7 +260,7 @@ def test_everything_reaches_the_server(wandb_server: WandbServer, tmp_path: Path
     assert len(table["data"]) == 2
     for epoch, _image, rank, hit, own, *found in table["data"]:
         number = int(own.split()[1])
-        assert own == f"picture {number} first\npicture {number} second"
+        assert own == f"picture {number} caption 0\npicture {number} caption 1"
         # The captions of the next image are on its axis; all others are tied with its own, and win.
         assert [answer.split()[2] for answer in found[:2]] == [str((number + 1) % 6)] * 2
         assert (epoch, rank, hit) == (1, 11, False)  # the last epoch

@@ -224,8 +224,8 @@ class EmbeddingCollector:
         if not parts:
             return None
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        image_id, image_rows = _distinct(joined["image_id"])
-        text_id, text_rows = _distinct(joined.get("text_id", torch.arange(len(joined["text"]))))
+        image_id, image_rows = distinct(joined["image_id"])
+        text_id, text_rows = distinct(joined.get("text_id", torch.arange(len(joined["text"]))))
         return Embeddings(
             image=joined["image"][image_rows],
             text=joined["text"][text_rows],
@@ -235,6 +235,6 @@ class EmbeddingCollector:
         )
 
 
-def _distinct(ids: Tensor) -> list[Tensor]:
+def distinct(ids: Tensor) -> list[Tensor]:
     """Return the distinct ids in ascending order, and the first row of each."""
     return [torch.from_numpy(found) for found in np.unique(ids.numpy(), return_index=True)]
