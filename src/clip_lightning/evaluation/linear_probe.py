@@ -5,6 +5,7 @@ Dimensions: I images, C classes, D width of the features.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -62,22 +63,18 @@ def logistic_regression(
     return weight.detach(), bias.detach()
 
 
-def count_right(train: Labelled, test: Labelled, classes: int, penalty: float) -> int:
+def count_right(train: Labelled, test: Labelled, penalty: float) -> int:
     """Train a classifier, and count the test images that it classifies correctly.
 
     Features are centered and divided by one common standard deviation, so that a penalty has the same effect
-    for every tower.
+    for every tower. Classes without training images take part in the softmax, too.
     """
+    classes = int(max(train[1].max(), test[1].max())) + 1
     mean = train[0].mean(0)
     deviation = (train[0] - mean).square().mean().sqrt().clamp(min=1e-12)
     weight, bias = logistic_regression((train[0] - mean) / deviation, train[1], classes, penalty)
     scores = F.linear((test[0] - mean) / deviation, weight, bias)
     return int((scores.argmax(1) == test[1]).sum())
-
-
-def count_classes(train: Labelled, test: Labelled) -> int:
-    """Return the number of classes; those without training images take part in the softmax, too."""
-    return int(max(train[1].max(), test[1].max())) + 1
 
 
 def linear_probe(train: Labelled, test: Labelled) -> dict[str, float]:
@@ -87,16 +84,16 @@ def linear_probe(train: Labelled, test: Labelled) -> dict[str, float]:
     """
     valid = held_out(train[1], 1 / 5)
     kept, chosen_on = ((train[0][rows], train[1][rows]) for rows in (~valid, valid))
-    chosen, classes = FEW_SHOT_REGULARIZER, count_classes(train, test)
+    chosen = FEW_SHOT_REGULARIZER
     if valid.any():  # of equals the first, which is the strongest
-        chosen = max(REGULARIZERS, key=lambda penalty: count_right(kept, chosen_on, classes, penalty))
-    right, count = count_right(train, test, classes, chosen), len(test[1])
+        chosen = max(REGULARIZERS, key=lambda penalty: count_right(kept, chosen_on, penalty))
+    right, count = count_right(train, test, chosen), len(test[1])
     low, high = wilson(right, count)
     return {
         "linear_probe_top1": 100 * right / count,
         "linear_probe_top1_low": low,
         "linear_probe_top1_high": high,
-        "log10_regulariser": torch.tensor(chosen).log10().item(),
+        "log10_regulariser": math.log10(chosen),
     }
 
 
@@ -108,14 +105,13 @@ def few_shot(train: Labelled, test: Labelled, *, shots: Sequence[int], seeds: in
     """
     features, labels = train
     present, counts = labels.unique(return_counts=True)
-    classes = count_classes(train, test)
     metrics: dict[str, float] = {}
     for k in (k for k in shots if k <= counts.min()):
         scores = []
         for seed in range(seeds):
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
             rows = torch.cat([order[labels[order] == label][:k] for label in present])
-            right = count_right((features[rows], labels[rows]), test, classes, FEW_SHOT_REGULARIZER)
+            right = count_right((features[rows], labels[rows]), test, FEW_SHOT_REGULARIZER)
             scores.append(100 * right / len(test[1]))
         metrics[f"few_shot_{k}"] = statistics.fmean(scores)
         if seeds > 1 and k < counts.max():

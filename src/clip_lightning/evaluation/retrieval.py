@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,6 @@ def retrieval_ranks(
     return text_rank, image_rank
 
 
-@torch.no_grad()
 def true_recall(
     image: Tensor, text: Tensor, owner: Tensor, *, ks: Sequence[int] = KS, chunk_size: int = 64
 ) -> dict[str, float]:
@@ -132,21 +132,14 @@ def true_recall(
     Return `image_to_text_true_recall@k` in percent, over the images that have captions. Ties count against
     the model.
     """
-    image, text = image.double(), text.double()
-    counts = torch.bincount(owner, minlength=len(image))
-    own = owner.argsort(stable=True).split(counts.tolist())
-    total = torch.zeros(len(ks), dtype=torch.float64)
-    for start in range(0, len(image), chunk_size):
-        scores = image[start : start + chunk_size] @ text.T
-        for row, captions in zip(scores, own[start : start + chunk_size], strict=True):
-            if len(captions):
-                best = row[captions].sort(descending=True).values
-                row[captions] = -torch.inf
-                wrong = (row >= best[:, None] - TIE).sum(1)
-                rank = wrong + torch.arange(1, len(captions) + 1, device=row.device)
-                total += torch.stack([(rank <= k).double().mean() for k in ks]).cpu()
-    percent = 100 * total / (counts > 0).sum().cpu()
-    return {f"image_to_text_true_recall@{k}": percent[i].item() for i, k in enumerate(ks)}
+    image, text, most = image.double(), text.double(), min(max(ks), len(text))
+    recalls = []  # R@1 ... R@most of each image
+    for rows in torch.arange(len(image), device=image.device).split(chunk_size):
+        own = owner == rows[:, None]
+        best = (image[rows] @ text.T - TIE * own).topk(most).indices
+        recalls.append(own.gather(1, best).cumsum(1).double() / own.sum(1, keepdim=True))
+    mean = torch.cat(recalls).nanmean(0)  # without images that have no captions
+    return {f"image_to_text_true_recall@{k}": 100 * mean[min(k, most) - 1].item() for k in ks}
 
 
 def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -> dict[str, float]:
@@ -156,14 +149,12 @@ def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -
     Arguments are those of `true_recall`; an incomplete fold at the end is left out. Return the metrics as
     `fold1000_...`, or nothing if there are fewer than two folds.
     """
-    folds = len(image) // fold
-    totals: dict[str, float] = {}
-    for start in range(0, folds * fold if folds > 1 else 0, fold):
+    folds = []
+    for start in range(0, len(image) - fold + 1, fold):
         captions = (owner >= start) & (owner < start + fold)
-        metrics = retrieval_metrics(image[start : start + fold], text[captions], owner[captions] - start)
-        for name, value in metrics.items():
-            totals[f"fold{fold}_{name}"] = totals.get(f"fold{fold}_{name}", 0.0) + value / folds
-    return totals
+        folds.append(retrieval_metrics(image[start : start + fold], text[captions], owner[captions] - start))
+    names = folds[0] if len(folds) > 1 else ()
+    return {f"fold{fold}_{name}": fmean(metrics[name] for metrics in folds) for name in names}
 
 
 def rows_of(wanted: Tensor, ids: Tensor) -> Tensor:
