@@ -38,7 +38,7 @@ from clip_lightning.data.shards.storage import call
 from clip_lightning.errors import UserError, as_user_error, reason_of
 from clip_lightning.files import cache_folder, make_once
 from clip_lightning.terminal import public
-from clip_lightning.wandb_fetch import ArtifactName, Fetched, fetch, fetched
+from clip_lightning.wandb_fetch import ArtifactName, fetch, fetched
 
 SCENES, SCENE_SIZE = 2500, 224
 MAX_RATIO, ALWAYS_ALLOWED, BLOCK = 20, 10_000_000_000, 4096
@@ -94,10 +94,10 @@ class Artifact:
         """Parse `wandb:ENTITY/PROJECT/NAME:ALIAS`."""
         return cls(ArtifactName.parse(text.removeprefix("wandb:"), "--data.root wandb:"))
 
-    def fetch(self) -> Fetched:
+    def fetch(self) -> ArtifactName:
         return fetch(self.name)
 
-    def fetched(self) -> Fetched:
+    def fetched(self) -> ArtifactName:
         """Return the version that was downloaded."""
         return fetched(self.name)
 
