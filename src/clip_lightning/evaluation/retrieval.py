@@ -186,44 +186,30 @@ def check_finite(embeddings: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{broken} of {len(values)} {name} embeddings contain NaN or infinity")
 
 
-class EmbeddingCollector:
-    """Collects the embeddings of each batch, and joins those of all ranks at the end."""
+def part_of_split(image: Tensor, text: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Return embeddings (B, D) and (N, D) with the ids of their batch, on the CPU."""
+    part: dict[str, Tensor] = {"image": image, "text": text}
+    part |= {name: batch[name] for name in ("image_id", "text_image_id", "text_id") if name in batch}
+    return {name: tensor.cpu() for name, tensor in part.items()}
 
-    def __init__(self) -> None:
-        self._parts: list[dict[str, Tensor]] = []
 
-    def add(self, image: Tensor, text: Tensor, batch: dict[str, Any]) -> None:
-        """Add embeddings (B, D) and (N, D) of a batch with its `image_id`, `text_image_id` and `text_id`.
+def join_parts(parts: list[dict[str, Tensor]], world_size: int) -> Embeddings | None:
+    """Return one row per image and per caption, in the order of the split, or None if there are no parts.
 
-        Without `text_id`, every text of a batch counts.
-        """
-        part: dict[str, Tensor] = {"image": image, "text": text}
-        part |= {name: batch[name] for name in ("image_id", "text_image_id", "text_id") if name in batch}
-        self._parts.append({name: tensor.cpu() for name, tensor in part.items()})
-
-    def join(self, world_size: int) -> Embeddings | None:
-        """Return one row per image and per caption, in the order of the split, or None if nothing was added.
-
-        Samplers repeat images so that all ranks have the same number; the repetitions are dropped here. All
-        ranks must call this together, and all get the same result.
-        """
-        parts, self._parts = self._parts, []
-        if world_size > 1:  # as objects, because their lengths may differ
-            all_parts: list[Any] = [None] * world_size
-            torch.distributed.all_gather_object(all_parts, parts)
-            parts = [part for rank in all_parts for part in rank]
-        if not parts:
-            return None
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        image_id, image_rows = distinct(joined["image_id"])
-        text_id, text_rows = distinct(joined.get("text_id", torch.arange(len(joined["text"]))))
-        return Embeddings(
-            image=joined["image"][image_rows],
-            text=joined["text"][text_rows],
-            image_id=image_id,
-            text_image_id=joined["text_image_id"][text_rows],
-            text_id=text_id,
-        )
+    Samplers repeat images so that all ranks have the same number; the repetitions are dropped here. Without
+    `text_id`, every text counts. All ranks must call this together, and all get the same result.
+    """
+    if world_size > 1:  # as objects, because their lengths may differ
+        all_parts: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(all_parts, parts)
+        parts = [part for rank in all_parts for part in rank]
+    if not parts:
+        return None
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    image_id, image_rows = distinct(joined["image_id"])
+    text_id, text_rows = distinct(joined.get("text_id", torch.arange(len(joined["text"]))))
+    owner = joined["text_image_id"][text_rows]
+    return Embeddings(joined["image"][image_rows], joined["text"][text_rows], image_id, owner, text_id)
 
 
 def distinct(ids: Tensor) -> list[Tensor]:
