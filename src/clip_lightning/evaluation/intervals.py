@@ -21,8 +21,6 @@ BEST = {f"{direction}_R@{k}": 100.0 for direction in DIRECTIONS for k in KS} | {
 
 def wilson(right: float, total: float) -> tuple[float, float]:
     """Return the 95 % interval, in percent, of the fraction `right / total` (Wilson 1927)."""
-    if not 0 <= right <= total or total <= 0:
-        raise ValueError(f"expected 0 <= right <= total and total > 0, got {right} and {total}")
     fraction, spread = right / total, Z95**2 / total
     center = fraction + spread / 2
     half = Z95 * math.sqrt(fraction * (1 - fraction) / total + Z95**2 / (4 * total**2))

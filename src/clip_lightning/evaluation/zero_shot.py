@@ -64,11 +64,6 @@ def classify(
     other class is the answer. `labels` (I,) int64 are the true classes; `scale` and `bias` are the model's.
     """
     classes = len(classifier)
-    if not len(image) or labels.shape != image.shape[:1] or image.shape[1:] != classifier.shape[1:]:
-        shapes = [tuple(tensor.shape) for tensor in (image, classifier, labels)]
-        raise ValueError(f"expected images (I, D), classes (C, D) and labels (I,), got {shapes}")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"expected labels between 0 and {classes - 1}, got {labels.min()} to {labels.max()}")
     check_finite({"image": image, "class": classifier})  # NaN would rank first
     scores = image.double() @ classifier.double().T
     rank = (scores >= scores.gather(1, labels[:, None]) - TIE).sum(1)  # from 1: it counts the true class
