@@ -127,13 +127,10 @@ def stays_offline(offline: bool | None) -> bool:
     import wandb
 
     mode = wandb.setup().settings.mode
-    if mode in ("disabled", "shared"):
-        return False
-    if offline is not None:
-        return offline
     # Online is also W&B's default, so it is the user's choice only if it is in the environment.
-    decided = mode != "online" or os.environ.get("WANDB_MODE") == "online"
-    return not decided and not has_api_key()
+    if offline is None and mode == "online" and os.environ.get("WANDB_MODE") != "online":
+        return not has_api_key()
+    return bool(offline) and mode not in ("disabled", "shared")
 
 
 def has_api_key() -> bool:
