@@ -44,11 +44,7 @@ def logistic_regression(
     weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=200,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-9,
-        line_search_fn="strong_wolfe",
+        [weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +51,8 @@ def choose_captions(images: Sequence[CaptionedImage], count: int, seed: int) -> 
     The choice depends only on the arguments, so that it is the same in every epoch and after a resume.
     """
     rng = random.Random(seed)
-    ids = defaultdict[int, list[int]](list)  # position of an image → ids of its captions
-    for text_id, (index, _) in enumerate(captions_of(images)):
-        ids[index].append(text_id)
-    captioned = list(ids.values())
+    ends = accumulate((len(image.captions) for image in images), initial=0)
+    captioned = [range(*ids) for ids in pairwise(ends) if ids[0] < ids[1]]  # ids of the captions of an image
     count = min(count, len(captioned))
     borders = [len(captioned) * part // max(count, 1) for part in range(count + 1)]
     return [rng.choice(rng.choice(captioned[start:stop])) for start, stop in pairwise(borders)]

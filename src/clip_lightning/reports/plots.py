@@ -29,7 +29,7 @@ COLOURS = {"text_to_image": GREEN, "image_to_text": BLUE}
 MOST_K = 100
 MOST_NAMES = 120  # class names; more would not be legible
 SIZE, DPI = (5.0, 3.5), 200  # inches; small, so that text is legible on a phone
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": MUTED,
@@ -41,6 +41,7 @@ STYLE = {
     "lines.linewidth": 1.8,
     "text.parse_math": False,  # names may contain dollar signs
 }
+History = Mapping[int, Mapping[str, float]]  # epoch → metric → value in percent
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,11 @@ class Plot:
 
 
 def plots_of_split(
-    embeddings: Embeddings,
-    pairs: tuple[Tensor, Tensor],
-    history: Mapping[int, Mapping[str, float]],
-    epoch: int,
+    embeddings: Embeddings, pairs: tuple[Tensor, Tensor], history: History, epoch: int
 ) -> dict[str, Plot]:
     """Draw `similarities`, `recall`, and `recall_history` if there is more than one epoch.
 
-    `pairs` are the cosines of matched and unmatched pairs, and `history` has the metrics of each epoch, such
-    as `text_to_image_R@1`, in percent.
+    `pairs` are the cosines of matched and unmatched pairs.
     """
     ranks = retrieval_ranks(
         embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id
@@ -119,7 +116,7 @@ def plot_recall(ranks: Mapping[str, Tensor], candidates: int, epoch: int) -> Plo
     return Plot(buffer.getvalue(), "; ".join(words))
 
 
-def plot_history(history: Mapping[int, Mapping[str, float]]) -> Plot:
+def plot_history(history: History) -> Plot:
     """Draw R@1, R@5 and R@10 over the epochs in both directions."""
     epochs = sorted(history)
     with styled_axes("Recall over the epochs", ncols=2, sharey=True) as (panels, buffer):
@@ -140,9 +137,8 @@ def plot_history(history: Mapping[int, Mapping[str, float]]) -> Plot:
 def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
     """Draw a histogram of one or more integers, with `counted` as label of the y-axis."""
     with styled_axes(title) as (axes, buffer):
-        low, high = min(values), max(values)
-        bins, span = min(40, high - low + 1), (low - 0.5, high + 0.5)
-        axes.hist(values, bins, range=span, color=GREEN, alpha=0.8)
+        low, high = min(values) - 0.5, max(values) + 0.5
+        axes.hist(values, min(40, int(high - low)), range=(low, high), color=GREEN, alpha=0.8)
         axes.set_ylabel(counted)
         axes.locator_params(axis="both", integer=True)
     return buffer.getvalue()
@@ -192,9 +188,8 @@ def styled_axes(title: str, size: tuple[float, float] = SIZE, **layout: Any) -> 
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: Any = STYLE
     buffer = BytesIO()
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # no font for some scripts
         figure = Figure(size, DPI, facecolor="white", layout="constrained")
         figure.suptitle(title, x=0.02, ha="left", fontsize="large", fontweight="bold")

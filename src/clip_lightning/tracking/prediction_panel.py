@@ -11,19 +11,8 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from clip_lightning.evaluation.predictions import (
-    EDGES,
-    Answer,
-    Query,
-    captions_of,
-    choose_captions,
-    find_captions,
-    find_images,
-    histogram,
-    merge_identical,
-    similarities,
-    worst_queries,
-)
+from clip_lightning.evaluation import predictions
+from clip_lightning.evaluation.predictions import EDGES, Answer, Query, find_images, histogram, similarities
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.pages import thumbnail, write_page
 from clip_lightning.reports.plots import Plot, plots_of_split
@@ -66,12 +55,13 @@ class PredictionTable(Panel):
             return
         with self.sparing("the predictions could not be shown"):
             images, content = data.images("val"), data.content_ids("val")
-            merged = merge_identical(embeddings, images, content)
-            text_ids, captions = choose_captions(images, self.queries, self.seed), captions_of(images)
+            merged = predictions.merge_identical(embeddings, images, content)
+            text_ids = predictions.choose_captions(images, self.queries, self.seed)
+            captions = predictions.captions_of(images)
             image_ids = [content[captions[text_id][0]] for text_id in text_ids]
             shown = {
                 "captions": find_images(merged, images, text_ids, self.top_k),
-                "images": find_captions(merged, images, image_ids, self.top_k),
+                "images": predictions.find_captions(merged, images, image_ids, self.top_k),
             }
             logged = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items()}
             epoch, run = trainer.current_epoch, self.run_folder(trainer)
@@ -97,7 +87,7 @@ class PredictionTable(Panel):
         with self.sparing("the plots could not be drawn"):
             plots = plots_of_split(embeddings, similarities(merged), page["history"]["recall"], epoch)
         with self.sparing("the worst misses could not be shown"):
-            worst = worst_queries(merged, min(self.queries, MOST_MISSES))
+            worst = predictions.worst_queries(merged, min(self.queries, MOST_MISSES))
             misses = find_images(merged, images, worst, self.top_k)
             file = self.run_folder(trainer).predictions_page
             write_page(file, **page, plots=list(plots.values()), misses=misses)

@@ -75,12 +75,7 @@ class ZeroShot(Panel):
         self._names = class_names(self._set.classes, self.names)
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         # At the first batch, since callbacks that average weights swap them when the epoch starts and ends,
         # before or after this callback.
