@@ -133,13 +133,9 @@ def test_queries_are_fixed_spread_and_one_per_image() -> None:
     assert choose_captions(records([0, 0]), 4, seed=0) == choose_captions([], 4, seed=0) == []
 
 
-def embed(image: list[list[float]], text: list[list[float]], owner: list[int]) -> Embeddings:
-    return embedded(torch.tensor(image), torch.tensor(text), torch.tensor(owner))
-
-
 def test_similarities_by_hand() -> None:
     # Cosines, pictures down and captions across: 1.0 0.6 0.0 / 0.0 0.8 1.0, the owners being 0, 0, 1.
-    pairs = similarities(embed([[1, 0], [0, 1]], [[1, 0], [0.6, 0.8], [0, 1]], [0, 0, 1]))
+    pairs = similarities(embedded([[1, 0], [0, 1]], [[1, 0], [0.6, 0.8], [0, 1]], [0, 0, 1]))
     matched, unmatched = map(histogram, pairs)
     assert matched.sum() == unmatched.sum() == 3
     assert matched[199] == 2 and matched[159:161].sum() == 1  # 0.6 and 0.8 lie on borders
@@ -151,7 +147,7 @@ def test_similarities_by_hand() -> None:
 
 
 def test_identical_pictures_are_no_unmatched_pair_and_missing_ones_no_matched_one() -> None:
-    whole = embed([[1, 0], [1, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]], [0, 1, 2])
+    whole = embedded([[1, 0], [1, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]], [0, 1, 2])
     for part in (whole, taken(whole, [0, 1], [0, 1, 2])):
         matched, unmatched = similarities(merge_identical(part, records([1] * 3), [0, 0, 2]))
         assert matched.tolist() == [1] * len(part.image)
@@ -204,7 +200,7 @@ def test_the_worst_queries_are_the_worst_one_a_picture() -> None:
 
 
 def test_identical_pictures_and_hits_are_no_misses() -> None:
-    embeddings = embed([[1, 0], [1, 0], [0, 1]], [[1, 0], [1, 0.1], [1, 0.9]], [0, 1, 2])
+    embeddings = embedded([[1, 0], [1, 0], [0, 1]], [[1, 0], [1, 0.1], [1, 0.9]], [0, 1, 2])
     assert worst_queries(embeddings, 9) == [2, 0, 1]  # a picture's twin outranks it
     merged = merge_identical(embeddings, records([1] * 3), [0, 0, 2])
     assert worst_queries(merged, 9) == [2]

@@ -28,6 +28,12 @@ def wilson(right: float, total: float) -> tuple[float, float]:
     return 100 * max(low, 0.0), 100 * min(high, 1.0)
 
 
+def accuracy(name: str, right: int, total: int) -> dict[str, float]:
+    """Return an accuracy in percent as `NAME`, with its interval as `NAME_low` and `NAME_high`."""
+    low, high = wilson(right, total)
+    return {name: 100 * right / total, f"{name}_low": low, f"{name}_high": high}
+
+
 @dataclass(frozen=True)
 class Hits:
     """The contribution of each image to the recalls of a split, the M metrics of `BEST` except rsum."""

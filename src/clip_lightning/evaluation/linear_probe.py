@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_lightning.evaluation.intervals import wilson
+from clip_lightning.evaluation.intervals import accuracy
 
 REGULARIZERS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 FEW_SHOT_REGULARIZER = 1e-2  # a few images per class are not enough to choose one
@@ -83,14 +83,8 @@ def linear_probe(train: Labelled, test: Labelled) -> dict[str, float]:
     chosen = FEW_SHOT_REGULARIZER
     if valid.any():  # of equals the first, which is the strongest
         chosen = max(REGULARIZERS, key=lambda penalty: count_right(kept, chosen_on, penalty))
-    right, count = count_right(train, test, chosen), len(test[1])
-    low, high = wilson(right, count)
-    return {
-        "linear_probe_top1": 100 * right / count,
-        "linear_probe_top1_low": low,
-        "linear_probe_top1_high": high,
-        "log10_regulariser": math.log10(chosen),
-    }
+    scores = accuracy("linear_probe_top1", count_right(train, test, chosen), len(test[1]))
+    return scores | {"log10_regulariser": math.log10(chosen)}
 
 
 def few_shot(train: Labelled, test: Labelled, *, shots: Sequence[int], seeds: int = 3) -> dict[str, float]:

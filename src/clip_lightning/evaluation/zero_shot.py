@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clip_lightning.evaluation.intervals import wilson
+from clip_lightning.evaluation.intervals import accuracy
 from clip_lightning.evaluation.retrieval import TIE, check_finite
 from clip_lightning.model.clip import probabilities
 
@@ -36,10 +36,8 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> Calibrat
     """Group answers into bins by their probabilities (I,); `right` (I,) marks the correct answers."""
     place = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
     images = torch.bincount(place, minlength=bins)
-    sums = torch.zeros(2, bins, dtype=torch.float64)
-    sums[0].index_add_(0, place, confidence.double())
-    sums[1].index_add_(0, place, right.double())
-    return Calibration(images, *(sums / images.clamp(min=1)))
+    sums = (torch.bincount(place, values.double(), bins) for values in (confidence, right))
+    return Calibration(images, *(total / images.clamp(min=1) for total in sums))
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,7 @@ def classify(
     confusion = torch.bincount(labels * classes + answer, minlength=classes**2).view(classes, classes)
     metrics = dict[str, float]()
     for k in (1, 5):
-        right = int((rank <= k).sum())
-        metrics[f"zero_shot_top{k}"] = 100 * right / len(rank)
-        metrics[f"zero_shot_top{k}_low"], metrics[f"zero_shot_top{k}_high"] = wilson(right, len(rank))
+        metrics |= accuracy(f"zero_shot_top{k}", int((rank <= k).sum()), len(rank))
     present = confusion.sum(1) > 0
     accuracies = confusion.diag()[present].double() / confusion.sum(1)[present]
     metrics["mean_per_class_accuracy"] = 100 * accuracies.mean().item()
