@@ -93,14 +93,12 @@ class Alerts(Callback):
         loss, scale = float(logged.get("train/loss", 0.0)), float(logged.get("train/scale", math.inf))
         if abs(float(logged.get("train/loss_over_ln_batch", 0.0)) - 1) > STALLED_RANGE:
             self._since = step
-        advice = "check that captions match their images"
+        advice, lower = "check that captions match their images", "lower the learning rate"
         found = {}  # title → text
         if not math.isfinite(loss):
-            found["the loss is not finite"] = f"at step {step}; lower the learning rate, or check the data"
+            found["the loss is not finite"] = f"at step {step}; {lower}, or check the data"
         if scale < COLLAPSED_SCALE:
-            found["the scale has collapsed"] = (
-                f"to {scale:.2f} at step {step}; lower the learning rate, or {advice}"
-            )
+            found["the scale has collapsed"] = f"to {scale:.2f} at step {step}; {lower}, or {advice}"
         if step - self._since >= STALLED_STEPS:
             found["the loss stays at ln(batch)"] = f"up to step {step}; check the learning rate, and {advice}"
         for title, text in found.items():
