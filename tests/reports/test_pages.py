@@ -42,8 +42,8 @@ def written(
     folder: Path, epoch: int, captions: list[Query], images: list[Query], ranks: Any = ({}, {}), **rest: Any
 ) -> str:
     """Write the page, and return it."""
-    history = dict(zip(("text_to_image", "image_to_text"), ranks, strict=True))
-    content = {"epoch": epoch, "captions": captions, "images": images, "history": history}
+    queries = {"text_to_image": captions, "image_to_text": images}
+    content = {"epoch": epoch, "queries": queries, "history": dict(zip(queries, ranks, strict=True))}
     write_page(folder / "p.html", **content, **rest)
     return (folder / "p.html").read_text(encoding="utf-8")
 

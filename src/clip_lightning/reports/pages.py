@@ -44,8 +44,8 @@ def write_html(path: Path, name: str, **content: Any) -> None:
 def write_page(path: Path, **content: Any) -> None:
     """Write what a model finds as a page.
 
-    The content is the `epoch`, the queries `captions` and `images`, and the `history` of their ranks; and at
-    the end of training `plots` and the worst `misses` of the complete split.
+    The content is the `epoch`, the `queries` of both directions, and the `history` of their ranks; and at the
+    end of training `plots` and the worst `misses` of the complete split.
     """
     content = {"plots": (), "misses": (), **content}
     write_html(path, "predictions", **content, shown=SHOWN, headline=headline, moves=_moves)

@@ -59,20 +59,16 @@ class PredictionTable(Panel):
             text_ids = predictions.choose_captions(images, self.queries, self.seed)
             captions = predictions.captions_of(images)
             image_ids = [content[captions[text_id][0]] for text_id in text_ids]
-            shown = {
-                "captions": find_images(merged, images, text_ids, self.top_k),
-                "images": predictions.find_captions(merged, images, image_ids, self.top_k),
+            queries = {
+                "text_to_image": find_images(merged, images, text_ids, self.top_k),
+                "image_to_text": predictions.find_captions(merged, images, image_ids, self.top_k),
             }
+            ranks = {way: {str(query.id): query.rank for query in queries[way]} for way in queries}
             logged = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items()}
+            recall = {name: value for name, value in logged.items() if "_R@" in name}
             epoch, run = trainer.current_epoch, self.run_folder(trainer)
-            history = _add_epoch(
-                run.predictions / "history.json",
-                epoch,
-                text_to_image={str(query.id): query.rank for query in shown["captions"]},
-                image_to_text={str(query.id): query.rank for query in shown["images"]},
-                recall={name: value for name, value in logged.items() if "_R@" in name},
-            )
-            page = {"epoch": epoch, **shown, "history": history}
+            history = _add_epoch(run.predictions / "history.json", epoch, {**ranks, "recall": recall})
+            page = {"epoch": epoch, "queries": queries, "history": history}
             step = trainer.global_step - 1  # as Lightning counts the metrics of this validation
             self._last = page, step, embeddings, merged, images
             write_page(run.predictions_page, **page)
@@ -92,8 +88,8 @@ class PredictionTable(Panel):
             file = self.run_folder(trainer).predictions_page
             write_page(file, **page, plots=list(plots.values()), misses=misses)
             tables = {
-                "predictions": page["captions"],
-                "predictions_image_to_text": page["images"],
+                "predictions": page["queries"]["text_to_image"],
+                "predictions_image_to_text": page["queries"]["image_to_text"],
                 "worst_misses": misses,
             }
             self.log_media(
@@ -106,7 +102,7 @@ class PredictionTable(Panel):
             )
 
 
-def _add_epoch(file: Path, epoch: int, **parts: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+def _add_epoch(file: Path, epoch: int, parts: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
     """Add an epoch to the file, without later ones of a run that was resumed, and return all epochs."""
     saved = json.loads(file.read_bytes()) if file.exists() else {}
     history = {
