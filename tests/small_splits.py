@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import normalize
@@ -19,10 +20,10 @@ def records(counts: list[int], folder: Path = Path()) -> list[CaptionedImage]:
     ]
 
 
-def embedded(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> Embeddings:
+def embedded(image: Any, text: Any, owner: Any) -> Embeddings:
     """All images and captions of a split, with normalized vectors."""
-    vectors = normalize(image.float()), normalize(text.float())
-    return Embeddings(*vectors, torch.arange(len(image)), owner, torch.arange(len(text)))
+    vectors = (normalize(torch.as_tensor(rows, dtype=torch.float32)) for rows in (image, text))
+    return Embeddings(*vectors, torch.arange(len(image)), torch.as_tensor(owner), torch.arange(len(text)))
 
 
 def perfect(counts: list[int]) -> Embeddings:
