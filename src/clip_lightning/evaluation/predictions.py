@@ -105,11 +105,12 @@ def find_captions(
     captions, vectors, queries = captions_of(images), embeddings.text.double(), []
     texts = [captions[text_id][1] for text_id in embeddings.text_id.tolist()]
     for image_id in image_ids:
-        image, row = images[image_id], embeddings.image_id == image_id
+        row = embeddings.image_id == image_id
         is_right = torch.isin(embeddings.text_image_id, embeddings.image_id[row])
         if is_right.any():
+            wanted = tuple(text for text, right in zip(texts, is_right.tolist(), strict=True) if right)
             found = _best(vectors, texts, embeddings.image[row][0], is_right, k)
-            queries.append(Query(image_id, image.path, image.captions, *found))
+            queries.append(Query(image_id, images[image_id].path, wanted, *found))
     return queries
 
 
