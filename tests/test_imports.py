@@ -18,16 +18,8 @@ PACKAGE = REPOSITORY / "src" / "clip_lightning"
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 
 PUBLIC_NAMES = {
-    "CLIP",
-    "CLIPModule",
-    "CaptionDataModule",
-    "ContrastiveLoss",
-    "ImageIndex",
-    "__version__",
-    "info_nce",
-    "retrieval_metrics",
-    "siglip_loss",
-    "zero_shot_classifier",
+    *"__version__ CLIP CLIPModule CaptionDataModule ContrastiveLoss ImageIndex".split(),
+    *"info_nce retrieval_metrics siglip_loss zero_shot_classifier".split(),
 }
 
 # A room may import from the rooms named before it; search stands beside tracking, which it does not import.

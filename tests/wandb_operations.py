@@ -15,16 +15,11 @@ if TYPE_CHECKING:
 
 ENTITY = "tester"
 ORGANIZATION = "test-organization"  # also the name of its entity, which registries belong to
-FEATURES = (
-    "ARTIFACT_COLLECTION_MEMBERSHIP_FILES",
-    "ARTIFACT_COLLECTION_MEMBERSHIP_FILE_DOWNLOAD_HANDLER",
-    "ARTIFACT_MEMBERSHIP_IN_LINK_ARTIFACT_RESPONSE",
-    "ARTIFACT_TAGS",
-    "CLIENT_IDS",
-    "LARGE_FILENAMES",
-    "PROJECT_ARTIFACT_COLLECTION_MEMBERSHIP",
-    "USE_ARTIFACT_WITH_ENTITY_AND_PROJECT_INFORMATION",
-)
+FEATURES = """
+ARTIFACT_COLLECTION_MEMBERSHIP_FILES ARTIFACT_COLLECTION_MEMBERSHIP_FILE_DOWNLOAD_HANDLER ARTIFACT_TAGS
+ARTIFACT_MEMBERSHIP_IN_LINK_ARTIFACT_RESPONSE CLIENT_IDS LARGE_FILENAMES
+PROJECT_ARTIFACT_COLLECTION_MEMBERSHIP USE_ARTIFACT_WITH_ENTITY_AND_PROJECT_INFORMATION
+""".split()
 
 Json = dict[str, Any]
 
@@ -158,18 +153,17 @@ def sweep_node(server: WandbServer, sweep: Sweep) -> Json:
     runs = [server.runs[key] for key in keys if key in server.runs]
     return (
         nothing("description bestLoss controller scheduler displayName runCountExpected")
-        | fields(
-            sweep,
-            "state created_at",
-            id=sweep.node_id,
-            name=sweep.id,
-            method=sweep.config["method"],
-            config=json.dumps(sweep.config),  # meant to be YAML, and JSON is YAML
-            updatedAt=sweep.created_at,
-            runCount=len(runs),
-            project=project_node(*sweep.key[:2]),
-            runs=page(runs, run_node),
-        )
+        | {
+            "id": node_id("Sweep", *sweep.key),
+            "name": sweep.id,
+            "state": "RUNNING",
+            "method": sweep.config["method"],
+            "config": json.dumps(sweep.config),  # meant to be YAML, and JSON is YAML
+            **dict.fromkeys(["createdAt", "updatedAt"], sweep.created_at),
+            "runCount": len(runs),
+            "project": project_node(*sweep.key[:2]),
+            "runs": page(runs, run_node),
+        }
     )
 
 
@@ -420,7 +414,7 @@ def create_agent(server: WandbServer, v: Json) -> Json:
 
 @answers("Heartbeat")
 def heartbeat(server: WandbServer, v: Json) -> Json:
-    """An agent without a run is told to start the next one, or that there are no more."""
+    """An agent without a run is told to start the next one."""
     is_idle = not any(json.loads(v["runState"]).values())
-    commands = [server.agents[int(v["id"])].next_run() or {"type": "exit"}] if is_idle else []
+    commands = [server.agents[int(v["id"])].next_run()] if is_idle else []
     return {"agentHeartbeat": {"agent": {"id": v["id"]}, "commands": json.dumps(commands)}}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from base64 import b64encode
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -137,41 +135,20 @@ class Collection:
 class Sweep:
     key: Key
     config: dict[str, Any]
-    state: str = "RUNNING"
     runs: list[str] = field(default_factory=list)
     """Ids of the runs that agents were told to start, in order."""
     created_at: str = field(default_factory=now)
-
-    def __post_init__(self) -> None:
-        self._points = grid(self.config)
 
     @property
     def id(self) -> str:
         return self.key[2]
 
-    @property
-    def node_id(self) -> str:
-        return node_id("Sweep", *self.key)
-
-    def next_run(self) -> dict[str, Any] | None:
-        """The command that starts the next run; None when there are no more."""
-        values = next(self._points, None)
-        if values is None:
-            self.state = "FINISHED"
-            return None
+    def next_run(self) -> dict[str, Any]:
+        """The command that starts a run, with the first values of a grid."""
         self.runs.append(f"{self.id}-{len(self.runs)}")
-        arguments = {name: {"value": value} for name, value in values.items()}
-        program = self.config.get("program")
-        return {"type": "run", "run_id": self.runs[-1], "program": program, "args": arguments}
-
-
-def grid(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The parameters of one run after another."""
-    if config["method"] != "grid":
-        raise Refused(f"the test server does not know the method {config['method']}")
-    parameters = config["parameters"]
-    values = [[spec["value"]] if "value" in spec else spec["values"] for spec in parameters.values()]
-    return (dict(zip(parameters, point, strict=True)) for point in itertools.product(*values))
+        specs = self.config["parameters"].items()
+        values = {name: {"value": spec.get("values", [spec.get("value")])[0]} for name, spec in specs}
+        return {"type": "run", "run_id": self.runs[-1], "program": self.config["program"], "args": values}
 
 
 class Store:

@@ -84,9 +84,7 @@ def check_folder(out: Path | None) -> None:
 
 def own_arguments(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Divide the arguments into those of the options with these names, and those to pass to `fit`."""
-    own: list[str] = []
-    others: list[str] = []
-    rest = iter(args)
+    own, others, rest = list[str](), list[str](), iter(args)
     for arg in rest:
         name = arg.partition("=")[0].removeprefix("--")
         if arg in ("-h", "--help"):
@@ -172,12 +170,10 @@ def _kind(expected: str) -> str:
 
 def suggestion(name: str, known: Sequence[str]) -> str:
     """Ask for the option that ends with `.NAME`, or for up to two that resemble the name."""
-    options = [option for option in known if option.endswith(f".{name}")][:1]
-    if not options:
-        options = [option for option in known if len(name) > 2 and option.startswith(name)]
-        options += [option for option in known if len(name) > 2 and option.endswith(f"_{name}")]
-        options += difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-    two = [f"--{option}" for option in dict.fromkeys(options)][:2]
+    exact = [option for option in known if option.endswith(f".{name}")][:1]
+    longer = [o for o in known if len(name) > 2 and (o.startswith(name) or o.endswith(f"_{name}"))]
+    similar = [*longer, *difflib.get_close_matches(name, known, n=2, cutoff=0.75)]
+    two = [f"--{option}" for option in dict.fromkeys(exact or similar)][:2]
     return f"did you mean {' or '.join(two)}?" if two else ""
 
 

@@ -62,17 +62,14 @@ def whole_folder(folder: Path, keep: Collection[str] = ()) -> Iterator[Path]:
         draft.chmod(0o755)  # mkdtemp creates a private folder
         if folder.exists():
             os.replace(folder, old)
-        try:
-            os.replace(draft, folder)
-        except BaseException:
-            if old.exists():
-                os.replace(old, folder)
-            raise
+        os.replace(draft, folder)
         for name in keep:
             if not (folder / name).exists():
                 os.replace(old / name, folder / name)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         shutil.rmtree(draft, ignore_errors=True)
 
 

@@ -11,7 +11,6 @@ import json
 import netrc
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,27 +50,27 @@ class ArtifactName:
         return cache_folder("artifacts") / self.entity / self.project / self.name
 
     @property
+    def folder(self) -> Path:
+        """The files of a version."""
+        return self.home / self.alias
+
+    @property
     def record(self) -> Path:
         """The file that describes a complete version."""
         return self.home / f"{self.alias}.json"
+
+    def about(self) -> Any:
+        """Return the digest, metadata and type of a complete version, and whether it is the user's own."""
+        return json.loads(self.record.read_text())
 
     def __str__(self) -> str:
         return f"{self.entity}/{self.project}/{self.name}:{self.alias}"
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """A complete version of an artifact on this machine, whose name has the version instead of an alias."""
-
-    name: ArtifactName
-    folder: Path
-    metadata: Mapping[str, Any]
-
-
-def fetch(name: ArtifactName) -> Fetched:
-    """Download what the name stands for; a complete copy of a version (`v3`) needs no network."""
+def fetch(name: ArtifactName) -> ArtifactName:
+    """Download what the name stands for, and return the version; a complete copy of it needs no network."""
     if re.fullmatch(r"v\d+", name.alias) and name.record.is_file():
-        return fetched(name)
+        return name
     import wandb
 
     problem = f"the artifact {name} cannot be downloaded from W&B"
@@ -84,7 +83,7 @@ def fetch(name: ArtifactName) -> Fetched:
     name.home.mkdir(parents=True, exist_ok=True)
     with FileLock(name.home / f"{version.alias}.lock"):
         if not version.record.is_file():
-            folder = str(name.home / version.alias)
+            folder = str(version.folder)
             problem = f"the artifact {artifact.name} could not be downloaded to {folder}"
             remedy = "run the same command again to resume, or remove the folder to start over"
             with as_user_error(problem, remedy):
@@ -99,16 +98,16 @@ def fetch(name: ArtifactName) -> Fetched:
             }
             write_atomically(version.record, json.dumps(about).encode())
     write_atomically(name.home / f"@{name.alias}.json", json.dumps({"version": version.alias}).encode())
-    return fetched(version)
+    return version
 
 
-def fetched(name: ArtifactName) -> Fetched:
-    """Return what `fetch` has downloaded, without using the network."""
+def fetched(name: ArtifactName) -> ArtifactName:
+    """Return the version that `fetch` has downloaded, without using the network."""
     if (pointer := name.home / f"@{name.alias}.json").is_file():
         name = replace(name, alias=json.loads(pointer.read_text())["version"])
     if not name.record.is_file():
         raise UserError(f"the artifact {name} is not on this machine; give a version in {name.home} as :vN")
-    return Fetched(name, name.home / name.alias, json.loads(name.record.read_text())["metadata"])
+    return name
 
 
 def why_unreachable() -> str:
@@ -128,13 +127,10 @@ def stays_offline(offline: bool | None) -> bool:
     import wandb
 
     mode = wandb.setup().settings.mode
-    if mode in ("disabled", "shared"):
-        return False
-    if offline is not None:
-        return offline
     # Online is also W&B's default, so it is the user's choice only if it is in the environment.
-    decided = mode != "online" or os.environ.get("WANDB_MODE") == "online"
-    return not decided and not has_api_key()
+    if offline is None and mode == "online" and os.environ.get("WANDB_MODE") != "online":
+        return not has_api_key()
+    return bool(offline) and mode not in ("disabled", "shared")
 
 
 def has_api_key() -> bool:

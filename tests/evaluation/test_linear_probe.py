@@ -33,7 +33,7 @@ def test_the_fit_is_an_optimum():
 def test_units_of_the_features_do_not_matter():
     (train, labels), (test, same) = clusters(10, spread=3.0), clusters(30, spread=3.0)
     counts = {
-        count_right((train * unit + 7, labels), (test * unit + 7, same), 3, 0.01) for unit in (1.0, 1000.0)
+        count_right((train * unit + 7, labels), (test * unit + 7, same), 0.01) for unit in (1.0, 1000.0)
     }
     assert len(counts) == 1
 

@@ -105,14 +105,6 @@ def test_calibration_by_hand():
     assert calibration(torch.tensor([0.0, 1.0]), torch.tensor([False, True])).error == 0.0
 
 
-@pytest.mark.parametrize(
-    ("image", "labels"), [((0, 3), []), ((2, 3), [0]), ((1, 4), [0]), ((1, 3), [3]), ((1, 3), [-1])]
-)
-def test_shapes_and_labels_that_do_not_fit(image: tuple[int, int], labels: list[int]):
-    with pytest.raises(ValueError, match=r"expected images|expected labels"):
-        classify(torch.ones(image), torch.eye(3), torch.tensor(labels, dtype=torch.long), scale=1.0)
-
-
 def test_template_sets():
     assert read_templates("simple") == ("a photo of a {}.",) and read_templates("none") == ("{}",)
     many = read_templates("imagenet")

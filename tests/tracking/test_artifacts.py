@@ -177,8 +177,8 @@ def test_a_download_resumes_and_damage_is_detected(
     found = fetch(name)
     assert found.folder == folder
     assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == wanted
-    assert str(fetched(name).name) == uploaded
-    assert found.metadata["splits"] == fetched(name).metadata["splits"]
+    assert str(fetched(name)) == str(found) == uploaded
+    assert found.about()["metadata"]["splits"] == {"train": 32, "val": 4, "test": 4}
 
 
 def test_a_reference_is_followed(wandb_server: WandbServer, scenes: Path, tmp_path: Path) -> None:

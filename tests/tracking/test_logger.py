@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,12 +35,9 @@ def mode_given(
     return RunLogger(save_dir=str(folder), offline=offline)._wandb_init.get("mode")
 
 
-@pytest.mark.parametrize("offline", [None, True, False])
-@pytest.mark.parametrize("setting", ["disabled", "shared"])
-def test_disabled_and_shared_take_precedence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, offline: bool | None
-) -> None:
-    assert mode_given(monkeypatch, tmp_path, setting, offline) is None
+def test_disabled_and_shared_take_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for setting, offline in itertools.product(("disabled", "shared"), (None, True, False)):
+        assert mode_given(monkeypatch, tmp_path, setting, offline) is None
 
 
 def test_without_a_key_the_run_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -37,19 +37,16 @@ COLOURS = {"red": (220, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 220), "yello
 COLOURS |= {"white": (250, 250, 250), "black": (5, 5, 5), "purple": (150, 0, 160)}
 
 
-def draw(root: Path) -> Path:
-    """Draw seven classes of plain colors, with three images each."""
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Seven classes of plain colors, with three images each."""
+    root = tmp_path / "colours"
     for name, colour in COLOURS.items():
         (root / name).mkdir(parents=True)
         for i in range(3):
             darker = tuple(max(value - 25 * i, 0) for value in colour)
             Image.new("RGB", (40, 32), darker).save(root / name / f"{i}.png")
     return root
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return draw(tmp_path / "colours")
 
 
 @pytest.fixture
@@ -67,14 +64,18 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class Note(Callback):
-    """Remembers the figures after each validation."""
+    """Remembers the figures after each validation, and writes the last ones of each rank to a folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: Path | None = None) -> None:
         self.seen: list[dict[str, float]] = []
+        self.out = out
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = trainer.callback_metrics
         self.seen.append({name: float(logged[f"val/{name}"]) for name in METRICS if f"val/{name}" in logged})
+        if self.out is not None:
+            file = self.out / f"{trainer.world_size}-{trainer.global_rank}.json"
+            file.write_text(json.dumps(self.seen[-1]))
 
 
 class Swap(Callback):
@@ -183,15 +184,8 @@ def validate_on_ranks(scenes: Path, bert: Path, pictures: Path, out: Path) -> No
         torch.manual_seed(0)
         small = {"heads": HeadOptions(embed_dim=16), "towers": TowerOptions(image_size=32)}
         module = CLIPModule("random:test_vit", f"random:{bert}", **small)
-
-        class Write(Callback):
-            def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-                logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-                file = out / f"{trainer.world_size}-{trainer.global_rank}.json"
-                file.write_text(json.dumps({name: logged[f"val/{name}"] for name in METRICS}))
-
         options = {"devices": devices, "strategy": "ddp_fork" if devices > 1 else "auto"}
-        ranks = trainer(out, ZeroShot(str(pictures)), Write(), **options)
+        ranks = trainer(out, ZeroShot(str(pictures)), Note(out), **options)
         ranks.validate(module, data(module, scenes), verbose=False)
 
 

@@ -36,7 +36,7 @@ from clip_lightning.data.sources import Artifact, Folder, Scenes, find_source, n
 from clip_lightning.errors import UserError, check_option
 from clip_lightning.files import cache_folder
 from clip_lightning.terminal import note, one_line
-from clip_lightning.wandb_fetch import Fetched, fetched
+from clip_lightning.wandb_fetch import ArtifactName, fetched
 
 EVAL_BATCH_SIZE = 64
 _note = rank_zero_only(note)
@@ -118,7 +118,7 @@ class CaptionDataModule(LightningDataModule):
         self.cache = None if cache == "off" else FeatureCache(folder, cache_options.gigabytes * 1e9)
         self.root = Path()
         """The folder or annotation file that is read; known after `setup`."""
-        self.fetched: Fetched | None = None
+        self.fetched: ArtifactName | None = None
         self.digest = ""
         self.broken: dict[str, str] = {}
         self.prints_summary = True
@@ -162,11 +162,11 @@ class CaptionDataModule(LightningDataModule):
         if self.prints_summary:
             for line in (captions.summary(), *(f"warning: {line}" for line in captions.warnings)):
                 _note(line)
-        uploaded = self.fetched.metadata.get("captions_digest") if self.fetched else None
+        uploaded = self.fetched.about()["metadata"].get("captions_digest") if self.fetched else None
         if self.fetched and uploaded is not None and uploaded != captions.digest():
             raise UserError(
                 f"the captions or images in {self.root} differ from the uploaded artifact "
-                f"{self.fetched.name}; remove the folder and {self.root.name}.json next to it to download "
+                f"{self.fetched}; remove the folder and {self.root.name}.json next to it to download "
                 "the artifact again"
             )
         self._images = split_by_image(captions, self.read.splits)

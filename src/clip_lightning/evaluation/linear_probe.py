@@ -5,6 +5,7 @@ Dimensions: I images, C classes, D width of the features.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_lightning.evaluation.intervals import wilson
+from clip_lightning.evaluation.intervals import accuracy
 
 REGULARIZERS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 FEW_SHOT_REGULARIZER = 1e-2  # a few images per class are not enough to choose one
@@ -43,11 +44,7 @@ def logistic_regression(
     weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=200,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-9,
-        line_search_fn="strong_wolfe",
+        [weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
@@ -62,22 +59,18 @@ def logistic_regression(
     return weight.detach(), bias.detach()
 
 
-def count_right(train: Labelled, test: Labelled, classes: int, penalty: float) -> int:
+def count_right(train: Labelled, test: Labelled, penalty: float) -> int:
     """Train a classifier, and count the test images that it classifies correctly.
 
     Features are centered and divided by one common standard deviation, so that a penalty has the same effect
-    for every tower.
+    for every tower. Classes without training images take part in the softmax, too.
     """
+    classes = int(max(train[1].max(), test[1].max())) + 1
     mean = train[0].mean(0)
     deviation = (train[0] - mean).square().mean().sqrt().clamp(min=1e-12)
     weight, bias = logistic_regression((train[0] - mean) / deviation, train[1], classes, penalty)
     scores = F.linear((test[0] - mean) / deviation, weight, bias)
     return int((scores.argmax(1) == test[1]).sum())
-
-
-def count_classes(train: Labelled, test: Labelled) -> int:
-    """Return the number of classes; those without training images take part in the softmax, too."""
-    return int(max(train[1].max(), test[1].max())) + 1
 
 
 def linear_probe(train: Labelled, test: Labelled) -> dict[str, float]:
@@ -87,17 +80,11 @@ def linear_probe(train: Labelled, test: Labelled) -> dict[str, float]:
     """
     valid = held_out(train[1], 1 / 5)
     kept, chosen_on = ((train[0][rows], train[1][rows]) for rows in (~valid, valid))
-    chosen, classes = FEW_SHOT_REGULARIZER, count_classes(train, test)
+    chosen = FEW_SHOT_REGULARIZER
     if valid.any():  # of equals the first, which is the strongest
-        chosen = max(REGULARIZERS, key=lambda penalty: count_right(kept, chosen_on, classes, penalty))
-    right, count = count_right(train, test, classes, chosen), len(test[1])
-    low, high = wilson(right, count)
-    return {
-        "linear_probe_top1": 100 * right / count,
-        "linear_probe_top1_low": low,
-        "linear_probe_top1_high": high,
-        "log10_regulariser": torch.tensor(chosen).log10().item(),
-    }
+        chosen = max(REGULARIZERS, key=lambda penalty: count_right(kept, chosen_on, penalty))
+    scores = accuracy("linear_probe_top1", count_right(train, test, chosen), len(test[1]))
+    return scores | {"log10_regulariser": math.log10(chosen)}
 
 
 def few_shot(train: Labelled, test: Labelled, *, shots: Sequence[int], seeds: int = 3) -> dict[str, float]:
@@ -108,14 +95,13 @@ def few_shot(train: Labelled, test: Labelled, *, shots: Sequence[int], seeds: in
     """
     features, labels = train
     present, counts = labels.unique(return_counts=True)
-    classes = count_classes(train, test)
     metrics: dict[str, float] = {}
     for k in (k for k in shots if k <= counts.min()):
         scores = []
         for seed in range(seeds):
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
             rows = torch.cat([order[labels[order] == label][:k] for label in present])
-            right = count_right((features[rows], labels[rows]), test, classes, FEW_SHOT_REGULARIZER)
+            right = count_right((features[rows], labels[rows]), test, FEW_SHOT_REGULARIZER)
             scores.append(100 * right / len(test[1]))
         metrics[f"few_shot_{k}"] = statistics.fmean(scores)
         if seeds > 1 and k < counts.max():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,6 @@ def retrieval_ranks(
     return text_rank, image_rank
 
 
-@torch.no_grad()
 def true_recall(
     image: Tensor, text: Tensor, owner: Tensor, *, ks: Sequence[int] = KS, chunk_size: int = 64
 ) -> dict[str, float]:
@@ -132,21 +132,14 @@ def true_recall(
     Return `image_to_text_true_recall@k` in percent, over the images that have captions. Ties count against
     the model.
     """
-    image, text = image.double(), text.double()
-    counts = torch.bincount(owner, minlength=len(image))
-    own = owner.argsort(stable=True).split(counts.tolist())
-    total = torch.zeros(len(ks), dtype=torch.float64)
-    for start in range(0, len(image), chunk_size):
-        scores = image[start : start + chunk_size] @ text.T
-        for row, captions in zip(scores, own[start : start + chunk_size], strict=True):
-            if len(captions):
-                best = row[captions].sort(descending=True).values
-                row[captions] = -torch.inf
-                wrong = (row >= best[:, None] - TIE).sum(1)
-                rank = wrong + torch.arange(1, len(captions) + 1, device=row.device)
-                total += torch.stack([(rank <= k).double().mean() for k in ks]).cpu()
-    percent = 100 * total / (counts > 0).sum().cpu()
-    return {f"image_to_text_true_recall@{k}": percent[i].item() for i, k in enumerate(ks)}
+    image, text, most = image.double(), text.double(), min(max(ks), len(text))
+    recalls = []  # R@1 ... R@most of each image
+    for rows in torch.arange(len(image), device=image.device).split(chunk_size):
+        own = owner == rows[:, None]
+        best = (image[rows] @ text.T - TIE * own).topk(most).indices
+        recalls.append(own.gather(1, best).cumsum(1).double() / own.sum(1, keepdim=True))
+    mean = torch.cat(recalls).nanmean(0)  # without images that have no captions
+    return {f"image_to_text_true_recall@{k}": 100 * mean[min(k, most) - 1].item() for k in ks}
 
 
 def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -> dict[str, float]:
@@ -156,14 +149,12 @@ def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -
     Arguments are those of `true_recall`; an incomplete fold at the end is left out. Return the metrics as
     `fold1000_...`, or nothing if there are fewer than two folds.
     """
-    folds = len(image) // fold
-    totals: dict[str, float] = {}
-    for start in range(0, folds * fold if folds > 1 else 0, fold):
+    folds = []
+    for start in range(0, len(image) - fold + 1, fold):
         captions = (owner >= start) & (owner < start + fold)
-        metrics = retrieval_metrics(image[start : start + fold], text[captions], owner[captions] - start)
-        for name, value in metrics.items():
-            totals[f"fold{fold}_{name}"] = totals.get(f"fold{fold}_{name}", 0.0) + value / folds
-    return totals
+        folds.append(retrieval_metrics(image[start : start + fold], text[captions], owner[captions] - start))
+    names = folds[0] if len(folds) > 1 else ()
+    return {f"fold{fold}_{name}": fmean(metrics[name] for metrics in folds) for name in names}
 
 
 def rows_of(wanted: Tensor, ids: Tensor) -> Tensor:
@@ -195,46 +186,32 @@ def check_finite(embeddings: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{broken} of {len(values)} {name} embeddings contain NaN or infinity")
 
 
-class EmbeddingCollector:
-    """Collects the embeddings of each batch, and joins those of all ranks at the end."""
-
-    def __init__(self) -> None:
-        self._parts: list[dict[str, Tensor]] = []
-
-    def add(self, image: Tensor, text: Tensor, batch: dict[str, Any]) -> None:
-        """Add embeddings (B, D) and (N, D) of a batch with its `image_id`, `text_image_id` and `text_id`.
-
-        Without `text_id`, every text of a batch counts.
-        """
-        part: dict[str, Tensor] = {"image": image, "text": text}
-        part |= {name: batch[name] for name in ("image_id", "text_image_id", "text_id") if name in batch}
-        self._parts.append({name: tensor.cpu() for name, tensor in part.items()})
-
-    def join(self, world_size: int) -> Embeddings | None:
-        """Return one row per image and per caption, in the order of the split, or None if nothing was added.
-
-        Samplers repeat images so that all ranks have the same number; the repetitions are dropped here. All
-        ranks must call this together, and all get the same result.
-        """
-        parts, self._parts = self._parts, []
-        if world_size > 1:  # as objects, because their lengths may differ
-            all_parts: list[Any] = [None] * world_size
-            torch.distributed.all_gather_object(all_parts, parts)
-            parts = [part for rank in all_parts for part in rank]
-        if not parts:
-            return None
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        image_id, image_rows = _distinct(joined["image_id"])
-        text_id, text_rows = _distinct(joined.get("text_id", torch.arange(len(joined["text"]))))
-        return Embeddings(
-            image=joined["image"][image_rows],
-            text=joined["text"][text_rows],
-            image_id=image_id,
-            text_image_id=joined["text_image_id"][text_rows],
-            text_id=text_id,
-        )
+def part_of_split(image: Tensor, text: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Return embeddings (B, D) and (N, D) with the ids of their batch, on the CPU."""
+    part: dict[str, Tensor] = {"image": image, "text": text}
+    part |= {name: batch[name] for name in ("image_id", "text_image_id", "text_id") if name in batch}
+    return {name: tensor.cpu() for name, tensor in part.items()}
 
 
-def _distinct(ids: Tensor) -> list[Tensor]:
+def join_parts(parts: list[dict[str, Tensor]], world_size: int) -> Embeddings | None:
+    """Return one row per image and per caption, in the order of the split, or None if there are no parts.
+
+    Samplers repeat images so that all ranks have the same number; the repetitions are dropped here. Without
+    `text_id`, every text counts. All ranks must call this together, and all get the same result.
+    """
+    if world_size > 1:  # as objects, because their lengths may differ
+        all_parts: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(all_parts, parts)
+        parts = [part for rank in all_parts for part in rank]
+    if not parts:
+        return None
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    image_id, image_rows = distinct(joined["image_id"])
+    text_id, text_rows = distinct(joined.get("text_id", torch.arange(len(joined["text"]))))
+    owner = joined["text_image_id"][text_rows]
+    return Embeddings(joined["image"][image_rows], joined["text"][text_rows], image_id, owner, text_id)
+
+
+def distinct(ids: Tensor) -> list[Tensor]:
     """Return the distinct ids in ascending order, and the first row of each."""
     return [torch.from_numpy(found) for found in np.unique(ids.numpy(), return_index=True)]

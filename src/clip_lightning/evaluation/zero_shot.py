@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clip_lightning.evaluation.intervals import wilson
+from clip_lightning.evaluation.intervals import accuracy
 from clip_lightning.evaluation.retrieval import TIE, check_finite
 from clip_lightning.model.clip import probabilities
 
@@ -36,10 +36,8 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> Calibrat
     """Group answers into bins by their probabilities (I,); `right` (I,) marks the correct answers."""
     place = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
     images = torch.bincount(place, minlength=bins)
-    sums = torch.zeros(2, bins, dtype=torch.float64)
-    sums[0].index_add_(0, place, confidence.double())
-    sums[1].index_add_(0, place, right.double())
-    return Calibration(images, *(sums / images.clamp(min=1)))
+    sums = (torch.bincount(place, values.double(), bins) for values in (confidence, right))
+    return Calibration(images, *(total / images.clamp(min=1) for total in sums))
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,6 @@ def classify(
     other class is the answer. `labels` (I,) int64 are the true classes; `scale` and `bias` are the model's.
     """
     classes = len(classifier)
-    if not len(image) or labels.shape != image.shape[:1] or image.shape[1:] != classifier.shape[1:]:
-        shapes = [tuple(tensor.shape) for tensor in (image, classifier, labels)]
-        raise ValueError(f"expected images (I, D), classes (C, D) and labels (I,), got {shapes}")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"expected labels between 0 and {classes - 1}, got {labels.min()} to {labels.max()}")
     check_finite({"image": image, "class": classifier})  # NaN would rank first
     scores = image.double() @ classifier.double().T
     rank = (scores >= scores.gather(1, labels[:, None]) - TIE).sum(1)  # from 1: it counts the true class
@@ -77,9 +70,7 @@ def classify(
     confusion = torch.bincount(labels * classes + answer, minlength=classes**2).view(classes, classes)
     metrics = dict[str, float]()
     for k in (1, 5):
-        right = int((rank <= k).sum())
-        metrics[f"zero_shot_top{k}"] = 100 * right / len(rank)
-        metrics[f"zero_shot_top{k}_low"], metrics[f"zero_shot_top{k}_high"] = wilson(right, len(rank))
+        metrics |= accuracy(f"zero_shot_top{k}", int((rank <= k).sum()), len(rank))
     present = confusion.sum(1) > 0
     accuracies = confusion.diag()[present].double() / confusion.sum(1)[present]
     metrics["mean_per_class_accuracy"] = 100 * accuracies.mean().item()

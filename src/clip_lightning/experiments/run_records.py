@@ -34,7 +34,7 @@ COSTS = {
     "feature_bytes_per_picture": "features of an image",
     "feature_bytes": "features in all",
 }
-VALUES = {name: METRICS[name].title for name in ("rsum", *RECALLS)} | COSTS
+VALUES = {name: METRICS[name] for name in ("rsum", *RECALLS)} | COSTS
 """The titles of the values that are compared, by their names in `metrics.json`."""
 COSTS_FILE = "costs.json"
 MAX_EPOCHS = 10_000  # W&B would return a sample of more epochs

@@ -7,7 +7,6 @@ import json
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image, ImageOps
 
 from clip_lightning.data import check
 from clip_lightning.data.images import BrokenImage, decode_image
-from clip_lightning.evaluation.predictions import Query
+from clip_lightning.evaluation.predictions import Query, spaced
 from clip_lightning.files import write_atomically
 from clip_lightning.reports.plots import LINE, Plot, plot_counts
 
@@ -26,8 +25,6 @@ SHOWN = 6  # queries of each kind above the fold
 MOST_MOVES = 8  # ranks of a query over the epochs
 MOST_CHECKED = 40  # groups of images of each kind
 SIDE, MOST_KEPT = 256, 256  # pixels of a thumbnail, and cached thumbnails
-Ranks = Mapping[int, Mapping[str, int]]
-"""Epoch → id of a query, as a string → rank."""
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parents[1]),
     autoescape=True,
@@ -38,31 +35,20 @@ PAGES = jinja2.Environment(
 """The templates of the package by their paths in it, such as `reports/check.html.j2`."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """The predictions of an epoch: fixed captions and images with the answers, and their ranks in all epochs.
-
-    The plots and the worst misses of the complete split are added when training ends.
-    """
-
-    epoch: int
-    captions: Sequence[Query]
-    caption_ranks: Ranks
-    images: Sequence[Query]
-    image_ranks: Ranks
-    plots: Sequence[Plot] = ()
-    misses: Sequence[Query] = ()
-
-
 def write_html(path: Path, name: str, **content: Any) -> None:
     """Render the template `reports/NAME.html.j2` to a file."""
     html = PAGES.get_template(f"reports/{name}.html.j2").render(content, embedded=embedded)
     write_atomically(path, html.encode(errors="replace"))
 
 
-def write_page(report: Report, path: Path) -> None:
-    """Write the predictions as a page."""
-    write_html(path, "predictions", report=report, shown=SHOWN, headline=headline, moves=_moves)
+def write_page(path: Path, **content: Any) -> None:
+    """Write what a model finds as a page.
+
+    The content is the `epoch`, the `queries` of both directions, and the `history` of their ranks; and at the
+    end of training `plots` and the worst `misses` of the complete split.
+    """
+    content = {"plots": (), "misses": (), **content}
+    write_html(path, "predictions", **content, shown=SHOWN, headline=headline, moves=_moves)
 
 
 def headline(queries: Sequence[Query]) -> str:
@@ -76,12 +62,11 @@ def headline(queries: Sequence[Query]) -> str:
     )
 
 
-def _moves(query: Query, ranks: Ranks) -> list[tuple[int, int]]:
-    """Return (epoch, rank) of evenly spaced epochs, including the first and the last one."""
+def _moves(query: Query, ranks: Mapping[int, Mapping[str, int]]) -> list[tuple[int, int]]:
+    """Return (epoch, rank) of evenly spaced epochs; in `ranks`, the ids of the queries are strings."""
     key = str(query.id)
     moves = [(epoch, by_id[key]) for epoch, by_id in sorted(ranks.items()) if key in by_id]
-    steps = range(min(len(moves), MOST_MOVES))
-    return [moves[round(step * (len(moves) - 1) / max(len(steps) - 1, 1))] for step in steps]
+    return [moves[n] for n in spaced(len(moves), MOST_MOVES).tolist()]
 
 
 @lru_cache(MOST_KEPT)

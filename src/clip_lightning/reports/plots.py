@@ -16,18 +16,20 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from clip_lightning.evaluation.diagnostics import MOST_K, Similarities, recall_curve, similarities
 from clip_lightning.evaluation.metrics import DIRECTIONS
+from clip_lightning.evaluation.predictions import EDGES, histogram, recall_curve, separation
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 from clip_lightning.evaluation.zero_shot import Calibration
 
 INK, MUTED, LINE, GREEN, BLUE = "#18181b", "#71717a", "#e4e4e7", "#16a34a", "#2563eb"
 COLOURS = {"text_to_image": GREEN, "image_to_text": BLUE}
+MOST_K = 100
 MOST_NAMES = 120  # class names; more would not be legible
 SIZE, DPI = (5.0, 3.5), 200  # inches; small, so that text is legible on a phone
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": MUTED,
@@ -39,6 +41,7 @@ STYLE = {
     "lines.linewidth": 1.8,
     "text.parse_math": False,  # names may contain dollar signs
 }
+History = Mapping[int, Mapping[str, float]]  # epoch → metric → value in percent
 
 
 @dataclass(frozen=True)
@@ -55,44 +58,39 @@ class Plot:
 
 
 def plots_of_split(
-    embeddings: Embeddings, content: Sequence[int], history: Mapping[int, Mapping[str, float]], epoch: int
+    embeddings: Embeddings, pairs: tuple[Tensor, Tensor], history: History, epoch: int
 ) -> dict[str, Plot]:
     """Draw `similarities`, `recall`, and `recall_history` if there is more than one epoch.
 
-    `content` has the group of byte-identical images that each image of the split belongs to, and `history`
-    the metrics of each epoch, such as `text_to_image_R@1`, in percent.
+    `pairs` are the cosines of matched and unmatched pairs.
     """
     ranks = retrieval_ranks(
         embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id
     )
     plots = {
-        "similarities": plot_similarities(similarities(embeddings, content), epoch),
+        "similarities": plot_similarities(*pairs, epoch),
         "recall": plot_recall(dict(zip(DIRECTIONS, ranks, strict=True)), len(embeddings.image), epoch),
     }
     return plots | ({"recall_history": plot_history(history)} if len(history) > 1 else {})
 
 
-def plot_similarities(found: Similarities, epoch: int) -> Plot:
+def plot_similarities(matched: Tensor, unmatched: Tensor, epoch: int) -> Plot:
     """Draw histograms of the cosines of matched and unmatched pairs."""
     with styled_axes(f"Similarity of pairs, epoch {epoch}") as (axes, buffer):
-        edges = found.edges.numpy()
-        for name, counts, mean, colour in (
-            ("matched", found.matched, found.matched_mean, GREEN),
-            ("unmatched", found.unmatched, found.unmatched_mean, MUTED),
-        ):
-            percent = 100 * counts.double().numpy() / max(int(counts.sum()), 1)
-            label = f"{name}, mean {mean:z.2f}" if counts.any() else f"no {name} pairs"
-            axes.stairs(percent, edges, fill=True, color=colour, alpha=0.4, label=label)
-        used = edges[:-1][(found.matched + found.unmatched).numpy() > 0]
+        for name, cosines, colour in (("matched", matched, GREEN), ("unmatched", unmatched, MUTED)):
+            percent = 100 * histogram(cosines).numpy() / max(len(cosines), 1)
+            label = f"{name}, mean {cosines.mean():z.2f}" if len(cosines) else f"no {name} pairs"
+            axes.stairs(percent, EDGES, fill=True, color=colour, alpha=0.4, label=label)
+        used = EDGES[:-1][histogram(torch.cat([matched, unmatched])).numpy() > 0]
         axes.set_xlim(used.min() - 0.02, used.max() + 0.03)
         axes.locator_params(axis="x", nbins=6)
         axes.set(xlabel="cosine similarity", ylabel="% of pairs per bin of 0.01")
         # between the title and the axes, where it covers nothing
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=3, handlelength=1.4)
     words = (
-        f"Cosine similarity: {found.matched_mean:z.2f} on average for matched pairs, "
-        f"{found.unmatched_mean:z.2f} for unmatched ones; a matched pair is more similar than an "
-        f"unmatched one in {found.separation:.1f} % of comparisons"
+        f"Cosine similarity: {matched.mean():z.2f} on average for matched pairs, {unmatched.mean():z.2f} for "
+        "unmatched ones; a matched pair is more similar than an unmatched one in "
+        f"{separation(matched, unmatched):.1f} % of comparisons"
     )
     return Plot(buffer.getvalue(), words)
 
@@ -118,7 +116,7 @@ def plot_recall(ranks: Mapping[str, Tensor], candidates: int, epoch: int) -> Plo
     return Plot(buffer.getvalue(), "; ".join(words))
 
 
-def plot_history(history: Mapping[int, Mapping[str, float]]) -> Plot:
+def plot_history(history: History) -> Plot:
     """Draw R@1, R@5 and R@10 over the epochs in both directions."""
     epochs = sorted(history)
     with styled_axes("Recall over the epochs", ncols=2, sharey=True) as (panels, buffer):
@@ -139,9 +137,8 @@ def plot_history(history: Mapping[int, Mapping[str, float]]) -> Plot:
 def plot_counts(values: Sequence[int], title: str, counted: str) -> bytes:
     """Draw a histogram of one or more integers, with `counted` as label of the y-axis."""
     with styled_axes(title) as (axes, buffer):
-        low, high = min(values), max(values)
-        bins, span = min(40, high - low + 1), (low - 0.5, high + 0.5)
-        axes.hist(values, bins, range=span, color=GREEN, alpha=0.8)
+        low, high = min(values) - 0.5, max(values) + 0.5
+        axes.hist(values, min(40, int(high - low)), range=(low, high), color=GREEN, alpha=0.8)
         axes.set_ylabel(counted)
         axes.locator_params(axis="both", integer=True)
     return buffer.getvalue()
@@ -191,9 +188,8 @@ def styled_axes(title: str, size: tuple[float, float] = SIZE, **layout: Any) -> 
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: Any = STYLE
     buffer = BytesIO()
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # no font for some scripts
         figure = Figure(size, DPI, facecolor="white", layout="constrained")
         figure.suptitle(title, x=0.02, ha="left", fontsize="large", fontweight="bold")

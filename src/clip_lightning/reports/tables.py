@@ -178,11 +178,8 @@ class ClassReport:
     def confused(self, most: int | None = None) -> list[tuple[str, str, int]]:
         """Return (true class, predicted class, images) of the most frequent mistakes, in that order."""
         wrong = self.result.confusion.clone().fill_diagonal_(0)
-        pairs = wrong.nonzero()
-        counts = wrong[pairs[:, 0], pairs[:, 1]]
-        order = counts.argsort(descending=True, stable=True)[:most]
-        found = zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
-        return [(self.names[true], self.names[taken], count) for (true, taken), count in found]
+        found = [(self.names[i], self.names[j], int(wrong[i, j])) for i, j in wrong.nonzero().tolist()]
+        return sorted(found, key=lambda mistake: -mistake[2])[:most]
 
     def summary(self) -> str:
         """Summarize the worst classes and mistakes in a few lines."""

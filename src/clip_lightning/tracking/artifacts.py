@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 from clip_lightning.errors import UserError, reason_of
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.wandb_fetch import PART, SERVER_SECONDS, Fetched, why_unreachable
+from clip_lightning.wandb_fetch import PART, SERVER_SECONDS, ArtifactName, why_unreachable
 
 DATA_TYPE, MODEL_TYPE, CHECKPOINT_TYPE = "dataset", "model", "checkpoint"
 REGISTRY = rf"(?:{PART}/)?{PART}/{PART}"
@@ -51,7 +50,7 @@ def upload_data(
         raise UserError(f"W&B rejected the data ({reason_of(error)})") from error
 
 
-def use_data(run: Any, data: Fetched) -> None:
+def use_data(run: Any, data: ArtifactName) -> None:
     """Record the version of the data that the run trains on, in the lineage of the run.
 
     An offline run stores a draft artifact with the same content, which the server recognizes at `wandb
@@ -60,13 +59,13 @@ def use_data(run: Any, data: Fetched) -> None:
     import wandb
 
     if not run.offline:
-        run.use_artifact(str(data.name))
+        run.use_artifact(str(data))
         return
-    about = json.loads(data.name.record.read_text())
-    same_entity = run.entity == data.name.entity if run.entity else about.get("own", False)
-    if run.project != data.name.project or not same_entity:
+    about = data.about()
+    same_entity = run.entity == data.entity if run.entity else about.get("own", False)
+    if run.project != data.project or not same_entity:
         return
-    draft = wandb.Artifact(data.name.name, about["type"], metadata=about["metadata"])
+    draft = wandb.Artifact(data.name, about["type"], metadata=about["metadata"])
     draft.add_dir(str(data.folder), policy="immutable", skip_cache=True)
     if draft.digest == about["digest"]:  # else the files are references, or were changed
         # the public `use_artifact` does not work offline, although it needs no server

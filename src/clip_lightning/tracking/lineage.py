@@ -77,31 +77,29 @@ class Alerts(Callback):
 
     def __init__(self) -> None:
         self._sent: set[str] = set()
-        self._chance_steps = 0
-        self._last_step = 0
+        self._since = 0  # the step since which the loss has been at chance
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check the loss as often as it is logged."""
         step = trainer.global_step
-        if step in (0, self._last_step) or step % max(trainer.log_every_n_steps, 1):
+        if step % max(trainer.log_every_n_steps, 1):
             return
-        self._last_step = step
         logged = trainer.callback_metrics
         loss, scale = float(logged.get("train/loss", 0.0)), float(logged.get("train/scale", math.inf))
-        relative = float(logged.get("train/loss_over_ln_batch", 0.0))
-        at_chance = abs(relative - 1) <= STALLED_RANGE
-        self._chance_steps = self._chance_steps + trainer.log_every_n_steps if at_chance else 0
-        advice = "check that captions match their images"
+        if abs(float(logged.get("train/loss_over_ln_batch", 0.0)) - 1) > STALLED_RANGE:
+            self._since = step
+        advice, lower = "check that captions match their images", "lower the learning rate"
         found = {}  # title → text
         if not math.isfinite(loss):
-            found["the loss is not finite"] = f"at step {step}; lower the learning rate, or check the data"
+            found["the loss is not finite"] = f"at step {step}; {lower}, or check the data"
         if scale < COLLAPSED_SCALE:
-            found["the scale has collapsed"] = (
-                f"to {scale:.2f} at step {step}; lower the learning rate, or {advice}"
-            )
-        if self._chance_steps >= STALLED_STEPS:
+            found["the scale has collapsed"] = f"to {scale:.2f} at step {step}; {lower}, or {advice}"
+        if step - self._since >= STALLED_STEPS:
             found["the loss stays at ln(batch)"] = f"up to step {step}; check the learning rate, and {advice}"
         for title, text in found.items():
             if title not in self._sent:

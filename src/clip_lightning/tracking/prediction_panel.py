@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
-from clip_lightning.evaluation.diagnostics import similarities, worst_queries
-from clip_lightning.evaluation.predictions import (
-    Answer,
-    Query,
-    captions_of,
-    choose_captions,
-    find_captions,
-    find_images,
-)
-from clip_lightning.evaluation.retrieval import Embeddings
+from clip_lightning.evaluation import predictions
+from clip_lightning.evaluation.predictions import EDGES, Answer, Query, find_images, histogram, similarities
 from clip_lightning.files import write_atomically
-from clip_lightning.reports.pages import Report, thumbnail, write_page
+from clip_lightning.reports.pages import thumbnail, write_page
 from clip_lightning.reports.plots import Plot, plots_of_split
 from clip_lightning.terminal import printable
 from clip_lightning.tracking.panel import Panel, png_image
@@ -63,54 +55,54 @@ class PredictionTable(Panel):
             return
         with self.sparing("the predictions could not be shown"):
             images, content = data.images("val"), data.content_ids("val")
-            text_ids, captions = choose_captions(images, self.queries, self.seed), captions_of(images)
-            image_ids = [captions[text_id][0] for text_id in text_ids]
-            of_captions = find_images(embeddings, images, content, text_ids, self.top_k)
-            of_images = find_captions(embeddings, images, content, image_ids, self.top_k)
+            merged = predictions.merge_identical(embeddings, images, content)
+            text_ids = predictions.choose_captions(images, self.queries, self.seed)
+            captions = predictions.captions_of(images)
+            image_ids = [content[captions[text_id][0]] for text_id in text_ids]
+            queries = {
+                "text_to_image": find_images(merged, images, text_ids, self.top_k),
+                "image_to_text": predictions.find_captions(merged, images, image_ids, self.top_k),
+            }
+            ranks = {way: {str(query.id): query.rank for query in queries[way]} for way in queries}
             logged = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items()}
+            recall = {name: value for name, value in logged.items() if "_R@" in name}
             epoch, run = trainer.current_epoch, self.run_folder(trainer)
-            history = _add_epoch(
-                run.predictions / "history.json",
-                epoch,
-                text_to_image={str(query.id): query.rank for query in of_captions},
-                image_to_text={str(query.id): query.rank for query in of_images},
-                recall={name: value for name, value in logged.items() if "_R@" in name},
-            )
-            report = Report(epoch, of_captions, history["text_to_image"], of_images, history["image_to_text"])
+            history = _add_epoch(run.predictions / "history.json", epoch, {**ranks, "recall": recall})
+            page = {"epoch": epoch, "queries": queries, "history": history}
             step = trainer.global_step - 1  # as Lightning counts the metrics of this validation
-            self._last = report, step, history["recall"], embeddings, images, content
-            write_page(report, run.predictions_page)
-            self.log_media(trainer, step, lambda: histograms(embeddings, content))
+            self._last = page, step, embeddings, merged, images
+            write_page(run.predictions_page, **page)
+            self.log_media(trainer, step, lambda: histograms(similarities(merged)))
 
     def show_rest(self, trainer: Trainer) -> None:
         """Add the plots and the worst misses of the last validation."""
         if self._last is None:
             return
-        (report, step, recall, embeddings, images, content), self._last = self._last, None
-        plots: dict[str, Plot] = {}
+        (page, step, embeddings, merged, images), self._last = self._last, None
+        epoch, plots = page["epoch"], dict[str, Plot]()
         with self.sparing("the plots could not be drawn"):
-            plots = plots_of_split(embeddings, content, recall, report.epoch)
+            plots = plots_of_split(embeddings, similarities(merged), page["history"]["recall"], epoch)
         with self.sparing("the worst misses could not be shown"):
-            worst = worst_queries(embeddings, content, min(self.queries, MOST_MISSES))
-            misses = find_images(embeddings, images, content, worst, self.top_k)
-            page = self.run_folder(trainer).predictions_page
-            write_page(replace(report, plots=list(plots.values()), misses=misses), page)
+            worst = predictions.worst_queries(merged, min(self.queries, MOST_MISSES))
+            misses = find_images(merged, images, worst, self.top_k)
+            file = self.run_folder(trainer).predictions_page
+            write_page(file, **page, plots=list(plots.values()), misses=misses)
             tables = {
-                "predictions": report.captions,
-                "predictions_image_to_text": report.images,
+                "predictions": page["queries"]["text_to_image"],
+                "predictions_image_to_text": page["queries"]["image_to_text"],
                 "worst_misses": misses,
             }
             self.log_media(
                 trainer,
                 step,
                 lambda: {
-                    **{f"val/{name}": prediction_table(part, report.epoch) for name, part in tables.items()},
+                    **{f"val/{name}": prediction_table(part, epoch) for name, part in tables.items()},
                     **{f"val/{name}": png_image(plot.png, plot.words) for name, plot in plots.items()},
                 },
             )
 
 
-def _add_epoch(file: Path, epoch: int, **parts: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+def _add_epoch(file: Path, epoch: int, parts: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
     """Add an epoch to the file, without later ones of a run that was resumed, and return all epochs."""
     saved = json.loads(file.read_bytes()) if file.exists() else {}
     history = {
@@ -147,12 +139,11 @@ def _cell(item: Path | str, answer: Answer | None = None) -> Any:
     return f"{similarity} {'✓ ' if answer.right else ''}{printable(item)}" if answer else printable(item)
 
 
-def histograms(embeddings: Embeddings, content: Sequence[int]) -> dict[str, Any]:
+def histograms(pairs: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """Return `wandb.Histogram`s of the cosines of matched and unmatched pairs."""
     import wandb
 
-    found = similarities(embeddings, content)
     return {
-        f"val/similarity_{name}": wandb.Histogram(np_histogram=(counts.numpy(), found.edges.numpy()))
-        for name, counts in (("matched", found.matched), ("unmatched", found.unmatched))
+        f"val/similarity_{name}": wandb.Histogram(np_histogram=(histogram(cosines).numpy(), EDGES))
+        for name, cosines in zip(("matched", "unmatched"), pairs, strict=True)
     }

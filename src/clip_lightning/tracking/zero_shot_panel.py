@@ -60,7 +60,6 @@ class ZeroShot(Panel):
         self._rows: list[int] = []
         self._names: list[list[str]] = []
         self._kept: tuple[Tensor, Tensor] | None = None
-        self._now: Classification | None = None
         self._last: tuple[ClassReport, int] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -76,33 +75,23 @@ class ZeroShot(Panel):
         self._names = class_names(self._set.classes, self.names)
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         # At the first batch, since callbacks that average weights swap them when the epoch starts and ends,
         # before or after this callback.
+        if self._set is None or batch_idx or trainer.sanity_checking:
+            return
+        for name in METRICS:  # else the previous accuracy would be recorded for an epoch that is skipped
+            trainer.callback_metrics.pop(f"val/{name}", None)
         epoch = trainer.current_epoch + 1
-        is_due = epoch % self.every == 0 or epoch == trainer.max_epochs or trainer.state.fn != "fit"
-        if is_due and self._set is not None and not batch_idx and not trainer.sanity_checking:
-            self._now = self._classify(trainer, pl_module.clip, self._set)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._set is None or trainer.sanity_checking:
-            return
-        result, self._now = self._now, None
-        if result is None:  # else the previous accuracy would be recorded for this epoch
-            for name in METRICS:
-                trainer.callback_metrics.pop(f"val/{name}", None)
-            return
-        # the values are equal on all ranks; sync_dist only avoids Lightning's warning
-        pl_module.log_dict({f"val/{name}": result.metrics[name] for name in METRICS}, sync_dist=True)
-        title = f"{self.data}, epoch {trainer.current_epoch}"
-        report = ClassReport(title, [entry[0] for entry in self._names], result)
-        self._last = report, trainer.global_step - 1  # as Lightning counts the metrics of this validation
+        if epoch % self.every == 0 or epoch == trainer.max_epochs or trainer.state.fn != "fit":
+            result = self._classify(trainer, pl_module.clip, self._set)
+            # the values are equal on all ranks; sync_dist only avoids Lightning's warning
+            scores = {f"val/{name}": result.metrics[name] for name in METRICS}
+            pl_module.log_dict(scores, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+            title = f"{self.data}, epoch {trainer.current_epoch}"
+            report = ClassReport(title, [entry[0] for entry in self._names], result)
+            self._last = report, trainer.global_step - 1  # as Lightning counts the metrics of a validation
 
     def _classify(self, trainer: Trainer, clip: Any, data: ClassSet) -> Classification:
         """Embed a part of the images on each rank, and classify all of them on every rank."""

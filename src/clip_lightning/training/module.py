@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import Diverged, UserError, as_user_error
-from clip_lightning.evaluation.retrieval import EmbeddingCollector, Embeddings, retrieval_metrics
+from clip_lightning.evaluation.retrieval import Embeddings, join_parts, part_of_split, retrieval_metrics
 from clip_lightning.model import checkpoint as checkpoint_content
 from clip_lightning.model.clip import Freeze
 from clip_lightning.model.lora import LoRAConfig
@@ -108,7 +108,7 @@ class CLIPModule(LightningModule):
         self.gradient_norm = torch.zeros(())
         self._statistics: list[Tensor] = []
         self._good_statistics: list[Tensor] = []
-        self._collector = EmbeddingCollector()
+        self._parts: list[dict[str, Tensor]] = []  # embeddings of the batches of an evaluation
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:
@@ -196,17 +196,18 @@ class CLIPModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the embeddings of this rank's part of the split."""
         if len(batch["image_id"]):  # else no image of the batch could be read
-            self._collector.add(*self._encode(batch), batch)
+            self._parts.append(part_of_split(*self._encode(batch), batch))
 
     def on_validation_epoch_start(self) -> None:
         """Discard the embeddings of an interrupted evaluation."""
-        self._collector = EmbeddingCollector()
+        self._parts.clear()
         sharding.gather_towers(self.clip, gathered=True)
 
     def on_validation_epoch_end(self) -> None:
         """Evaluate retrieval over the complete split, and log the metrics under `val/` or `test/`."""
         sharding.gather_towers(self.clip, gathered=False)
-        embeddings = self._collector.join(self.trainer.world_size)
+        embeddings = join_parts(self._parts, self.trainer.world_size)
+        self._parts.clear()
         if embeddings is None or self.trainer.sanity_checking:
             return
         for kind, rows in (("image", embeddings.image), ("text", embeddings.text)):

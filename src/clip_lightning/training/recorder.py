@@ -207,7 +207,7 @@ class RunRecorder(Callback):
 def _data(trainer: Trainer) -> dict[str, str]:
     """Return the digest of the data, and the name of its W&B artifact if there is one."""
     data: Any = trainer.datamodule
-    artifact = {"data_artifact": str(data.fetched.name)} if data.fetched else {}
+    artifact = {"data_artifact": str(data.fetched)} if data.fetched else {}
     return {"data_digest": data.digest, **artifact}
 
 
