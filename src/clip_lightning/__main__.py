@@ -63,6 +63,9 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # such as a pipe to `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a full disk, for example
+        file = f"{error.filename} cannot be read or written" if error.filename else "a file operation failed"
+        return _fail(f"{file} ({error.strerror or error}); check the path, its permissions and the disk", 1)
     except SystemExit as stop:
         return _fail(stop.code) if isinstance(stop.code, str) else _status(stop)
     return 0

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -77,9 +78,16 @@ def print_result(record: Any, text: str, as_json: bool) -> None:
 
 
 def check_folder(out: Path | None) -> None:
-    """Refuse a file where a folder is to be written, before anything is computed."""
-    if out is not None and out.exists() and not out.is_dir():
+    """Refuse a file, or a folder that cannot be written, before anything is computed."""
+    if out is None:
+        return
+    if out.is_file():
         raise UserError(f"--out {out} is a file; give a folder")
+    existing = next(filter(Path.exists, (out.absolute(), *out.absolute().parents)))
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); give another folder") from error
 
 
 def own_arguments(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -230,7 +230,7 @@ def test_classify(make_clip: Make, pictures: Path, tmp_path: Path, capsys: Print
         ("linear-probe M D --shots 1,x", "--shots 1,x"),
         ("linear-probe M D --seeds 0", "--seeds: expected a whole number of 1 or more"),
         ("classify M P --labels ,", "has no label"),
-        ("classify M nothing.jpg --labels a", "the file nothing.jpg does not exist"),
+        ("classify M nothing.jpg --labels a", "nothing.jpg does not exist; give image files"),
         ("classify M P", "labels"),
         ("classify M --labels a", "images"),
         ("zero-shot M", "data"),

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from clip_lightning.data.classes import find_classes
 from clip_lightning.data.formats import read_captions
+from clip_lightning.data.images import BrokenImage
 from clip_lightning.data.readers import ReadOptions
 from clip_lightning.data.sources import HubDataset
 from clip_lightning.errors import UserError
@@ -275,6 +277,13 @@ def test_a_hub_data_set_cannot_read_local_images(hub: Callable[[Any], list[Any]]
     assert read(folder) == {B: (("x",), None)}
     assert "train row 0 (its image is not in the data set)" in read_captions(folder).left_out
     assert len(read_captions(folder).left_out) == 3
+    labels = datasets.ClassLabel(names=["a", "b"])
+    rows = table([{"bytes": None, "path": str(path)} for path in paths[:2]], label=[0, 1])
+    hub(rows.cast_column("label", labels))
+    refused, allowed = find_classes("hf:owner/name").images
+    with pytest.raises(BrokenImage, match="its image is not in the data set"):
+        refused.read()
+    assert allowed.read() == B
 
 
 def test_unreadable_data_sets_are_one_line(save: Callable[..., str], tmp_path: Path):

@@ -38,7 +38,8 @@ def classify(
 
     names, sentences = _read_labels(labels), read_templates(templates)
     if missing := [name for name in images if not Path(name).is_file()]:
-        raise UserError(f"the file {missing[0]} does not exist; give image files after the model")
+        problem = "is a folder" if Path(missing[0]).is_dir() else "does not exist"
+        raise UserError(f"{missing[0]} {problem}; give image files after the model")
     from clip_lightning.model.clip import CLIP, probabilities
     from clip_lightning.model.encode import Encoded, best_device, encode_images
 

@@ -281,11 +281,11 @@ def _warn_of_each(what: str, reasons: Mapping[str, str]) -> None:
 def _finish(
     rows: list[Row], out: Path | None, json: bool, wandb: str | None, reports: Sequence[ClassReport] = ()
 ) -> None:
-    """Write, print and track the rows, each with its class report if there is one."""
+    """Print, write and track the rows, each with its class report if there is one."""
+    print_results(rows, as_json=json)  # before the disk or W&B may fail
     if out is not None:
         write_results(rows, out)
         note(f"results: {out}")
-    print_results(rows, as_json=json)  # before the upload to W&B, which may fail
     if wandb is not None:
         from clip_lightning.tracking.panel import track_evaluation
 

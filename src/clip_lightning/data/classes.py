@@ -154,15 +154,16 @@ class StoredImage:
     row: int
     column: str | int
     lock: contextlib.AbstractContextManager[Any]
+    source: HubDataset | None = None
 
     def read(self) -> Any:
         """Return a PIL image or the bytes of a file; several threads may call this."""
         with self.lock:
             value = self.data[self.row][self.column]
-        if isinstance(value, dict):
-            value = value["bytes"] or (value["path"] and Path(value["path"]).read_bytes())
-        if value is None:
-            raise BrokenImage("it has no image")
+        if self.source is not None:
+            value = self.source.content(value)
+            if isinstance(value, str):
+                raise BrokenImage(value)
         return value
 
 
@@ -205,14 +206,15 @@ def _read_hub(text: str, left_out: dict[str, str]) -> tuple[list[ClassRow], list
     """Read a Hugging Face data set with a column of the type Image and one of the type ClassLabel."""
     rows: list[ClassRow] = []
     classes: list[str] = []
-    for name, data, split in HubDataset.parse(text).splits():
+    source = HubDataset.parse(text)
+    for name, data, split in source.splits():
         image, label = _column(text, data.features, "Image"), _column(text, data.features, "ClassLabel")
         classes = data.features[label].names
         images, lock = undecoded(data, image).select_columns([image]), threading.Lock()
         before = len(rows)
         for row, number in enumerate(data[label]):
             if number is not None and number >= 0:  # -1 stands for a hidden label
-                stored = StoredImage(f"{text} {name} {row}", images, row, image, lock)
+                stored = StoredImage(f"{text} {name} {row}", images, row, image, lock, source)
                 rows.append((stored, classes[number], split))
         if hidden := len(data) - len(rows) + before:
             left_out[f"{hidden} images of {name}"] = "they have no class"

@@ -194,14 +194,6 @@ class HubDataset:
 
     def _rows(self) -> Iterator[WrittenRow]:
         source = f"hf:{self.name}"
-        # A data set from the hub must not make us copy other images of this machine than those it downloaded.
-        trusted: list[Path] | None = None
-        if not os.path.isabs(self.name):
-            from datasets import config
-            from huggingface_hub import constants
-
-            caches = constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH
-            trusted = [Path(os.path.realpath(folder)) for folder in caches]
         for name, rows, split in self.splits():
             typed = [column for column, kind in rows.features.items() if type(kind).__name__ == "Image"]
             usual = find_names(IMAGE_NAMES, typed) or (typed if len(typed) == 1 else [])
@@ -212,7 +204,32 @@ class HubDataset:
             read = read_records(source, records, options, (dict, bytes))
             for number, (content, texts, own_split) in enumerate(read):
                 part = parse_split(own_split, source) if own else split
-                yield f"{name} row {number}", _content(content, trusted), texts, part
+                yield f"{name} row {number}", self.content(content), texts, part
+
+    @cached_property
+    def _trusted(self) -> list[Path]:
+        from datasets import config
+        from huggingface_hub import constants
+
+        caches = constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH
+        return [Path(os.path.realpath(folder)) for folder in caches]
+
+    def content(self, value: Any) -> bytes | str:
+        """Return an encoded image of a row, or the reason why there is none.
+
+        A data set from the hub must not make us read other files of this machine than those it downloaded.
+        """
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if data is not None:
+            return bytes(data)
+        if not path:
+            return "it has no image"
+        file = Path(path).resolve()
+        is_local = os.path.isabs(self.name)
+        if not (is_local or any(file.is_relative_to(folder) for folder in self._trusted)):
+            return "its image is not in the data set"
+        with reading(file):
+            return file.read_bytes() if file.is_file() else "No such file or directory"
 
     def splits(self) -> list[tuple[str, Any, str | None]]:
         """Return name, rows and `train`, `val`, `test` or None of the usual splits, or of the only one."""
@@ -249,20 +266,6 @@ def undecoded(rows: Any, column: str) -> Any:
     """Return the rows with the encoded images of a column."""
     kind = type(rows.features[column])
     return rows.cast_column(column, kind(decode=False)) if kind.__name__ == "Image" else rows
-
-
-def _content(value: Any, trusted: list[Path] | None) -> bytes | str:
-    """Return an encoded image, or the reason why there is none."""
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if data is not None:
-        return bytes(data)
-    if not path:
-        return "it has no image"
-    resolved = Path(path).resolve()
-    if trusted is not None and not any(resolved.is_relative_to(folder) for folder in trusted):
-        return "its image is not in the data set"
-    with reading(resolved):
-        return resolved.read_bytes() if resolved.is_file() else "No such file or directory"
 
 
 class Records:
