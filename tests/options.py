@@ -35,7 +35,7 @@ OWN_HELP = {
     "trainer.strategy": "ddp, fsdp (sharded), auto, or another of Lightning's.",
     "trainer.devices": "number of devices, or a list of them; auto takes all.",
     "trainer.num_nodes": "number of machines.",
-    "trainer.precision": "32-true, bf16-mixed, 16-mixed.",
+    "trainer.precision": "32-true, bf16-mixed, 16-mixed; by default bf16-mixed on a GPU that has it.",
     "trainer.callbacks": "class paths of further callbacks.",
     "trainer.max_epochs": "epochs to train.",
     "trainer.max_time": "time to train, as DD:HH:MM:SS.",

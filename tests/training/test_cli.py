@@ -16,6 +16,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from processes import assert_same_state, checkpoint, clip_lightning, ends_at, the_run
 
@@ -24,7 +25,7 @@ from clip_lightning.__main__ import main
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
-from clip_lightning.training.cli import RunCLI, changed_options, plain_errors, rehearse
+from clip_lightning.training.cli import RunCLI, changed_options, plain_errors, rehearse, set_gpu_defaults
 
 # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -171,6 +172,27 @@ def test_a_cpu_without_fast_bf16_trains_in_fp32(
         ran = RunCLI(words)
     assert ran.trainer.precision == precision
     assert yaml.safe_load(ran.config_to_save)["trainer"]["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "products"),
+    [
+        ({}, ("bf16-mixed", True), "high"),
+        ({"precision": "32-true", "benchmark": False}, ("32-true", False), "high"),
+        ({"deterministic": True}, ("bf16-mixed", None), "highest"),
+    ],
+)
+def test_a_gpu_trains_in_bf16_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], expected: tuple[Any, ...], products: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    config = Namespace(**{"precision": None, "benchmark": None, "deterministic": None} | given)
+    try:
+        set_gpu_defaults(config)
+        assert torch.get_float32_matmul_precision() == products
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (config.precision, config.benchmark) == expected
 
 
 def test_validate_and_test_print_scores_and_create_no_run(

@@ -204,6 +204,8 @@ class RunCLI(LightningCLI):
         if config.precision == "bf16-mixed" and is_slow:
             note("this CPU has no fast bf16 kernels: training in fp32")
             config.precision = "32-true"
+        if config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+            set_gpu_defaults(config)
         if config.strategy == "fsdp":
             config.strategy = ShardedStrategy()
         elif "fsdp" in str(config.strategy).lower():
@@ -312,6 +314,15 @@ class RunCLI(LightningCLI):
 def as_list(value: Any) -> list[Any]:
     """Return the value of an option that accepts one item, several or none as a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def set_gpu_defaults(config: Namespace) -> None:
+    """Train in bf16, with TF32 and cuDNN's fastest algorithms, unless the trainer's options say otherwise."""
+    if config.precision is None and torch.cuda.is_bf16_supported(including_emulation=False):
+        config.precision = "bf16-mixed"
+    if not config.deterministic:
+        torch.set_float32_matmul_precision("high")
+        config.benchmark = True if config.benchmark is None else config.benchmark
 
 
 def check_numbers(config: Any) -> None:
