@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -44,6 +46,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace the content of a file completely or not at all."""
     with complete_file(path) as draft:
         draft.write_bytes(data)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON like `write_atomically`; characters that are invalid in UTF-8 are replaced."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_atomically(path, text.encode(errors="replace"))
 
 
 @contextlib.contextmanager

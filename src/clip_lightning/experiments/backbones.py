@@ -16,7 +16,7 @@ from clip_lightning.arguments import flat
 from clip_lightning.errors import UserError
 from clip_lightning.experiments.compare import settings_of, short_tower
 from clip_lightning.experiments.run_records import COSTS_FILE, CostRecorder, RunRecord, read_folder
-from clip_lightning.files import write_atomically
+from clip_lightning.files import write_json
 from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.reports.tables import short_names
 from clip_lightning.run_folder import RunFolder
@@ -105,7 +105,7 @@ def _train(folder: Path, arguments: list[str], recorder: CostRecorder) -> Path:
             resumed = [f"--ckpt_path={run.last}"]  # of the newest run
     # the result that `fit` prints is in the run's folder, too
     finished = fit([*arguments, *resumed], [recorder])
-    write_atomically(finished / COSTS_FILE, json.dumps(recorder.costs, indent=2).encode())
+    write_json(finished / COSTS_FILE, recorder.costs)
     return finished
 
 

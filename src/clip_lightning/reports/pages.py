@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from PIL import Image, ImageOps
 from clip_lightning.data import check
 from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.evaluation.predictions import Query, spaced
-from clip_lightning.files import write_atomically
+from clip_lightning.files import write_atomically, write_json
 from clip_lightning.reports.plots import LINE, Plot, plot_counts
 
 SHOWN = 6  # queries of each kind above the fold
@@ -92,7 +91,7 @@ def embedded(path: Path) -> str:
 
 def write_check(found: check.Report, entries: Sequence[check.Entry], folder: Path) -> None:
     """Write the results of `data check` as `check.json` and `check.html` into the folder."""
-    write_atomically(folder / "check.json", json.dumps(found, indent=2).encode() + b"\n")
+    write_json(folder / "check.json", found)
     readable = [entry for entry in entries if entry.broken is None]
     sides = [entry.short_side for entry in readable]
     words = [len(caption.split()) for entry in entries for caption in entry.image.captions]

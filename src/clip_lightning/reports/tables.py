@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_lightning.evaluation.zero_shot import Classification
-from clip_lightning.files import write_atomically
+from clip_lightning.files import write_atomically, write_json
 from clip_lightning.reports.plots import plot_calibration, plot_confusion
 from clip_lightning.terminal import json_line, one_line, printable
 
@@ -142,9 +142,9 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def write_tables(folder: Path, name: str, markdown: str, csv: str, record: Any) -> None:
     """Write NAME.md, NAME.csv and NAME.json into the folder."""
-    json_text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
-    for kind, text in (("md", markdown), ("csv", csv), ("json", json_text)):
+    for kind, text in (("md", markdown), ("csv", csv)):
         write_atomically(folder / f"{name}.{kind}", text.encode(errors="replace"))
+    write_json(folder / f"{name}.json", record)
 
 
 def write_results(rows: Sequence[Row], folder: Path) -> None:

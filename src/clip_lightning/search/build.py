@@ -21,7 +21,7 @@ from clip_lightning.data.formats import NothingFound, read_captions
 from clip_lightning.data.image_formats import READ_SUFFIXES, counted, is_image, walk
 from clip_lightning.data.images import UnreadableFile, decode_bytes, read_file
 from clip_lightning.errors import UserError
-from clip_lightning.files import complete_file, whole_folder
+from clip_lightning.files import complete_file, whole_folder, write_json
 from clip_lightning.model.checkpoint import model_identity
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import best_device, encode_images, encode_texts
@@ -63,7 +63,7 @@ def build_index(
         if not embeddings_only:
             new = _with_faiss(folder, new, options.type)
             new, text_tower = _with_text_tower(clip, folder, new, options.onnx)
-        folder.write_json("broken.json", embedder.broken)
+        write_json(out / "broken.json", embedder.broken)
         folder.publish(new)
     before, after = embedder.digests(old.parts), embedder.digests(new.parts)
     added, unchanged = len(after.keys() - before.keys()), len(after.items() & before.items())
@@ -128,7 +128,8 @@ def _manifests(
             f"({old.model or 'unnamed'}, {old.precision}); give the same, or another --out"
         )
     if old is first:
-        folder.write_json("manifest.json", asdict(old))  # its parts are never taken for another model's
+        # its parts are never taken for another model's
+        write_json(folder.root / "manifest.json", asdict(old))
     return old, new
 
 

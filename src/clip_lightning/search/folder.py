@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from jsonargparse.typing import PositiveInt
 
 from clip_lightning.errors import UserError, as_user_error
-from clip_lightning.files import write_atomically
+from clip_lightning.files import write_atomically, write_json
 
 Format = Literal["npy", "parquet"]
 Row = dict[str, Any]
@@ -215,14 +215,9 @@ class EmbeddingsFolder:
                 write_atomically(file, content)
         return f"{name}.{format}"
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write manifest.json or broken.json."""
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.root / name, text.encode())
-
     def publish(self, manifest: Manifest) -> None:
         """Make this the current version, and remove the files of other versions."""
-        self.write_json("manifest.json", asdict(manifest))
+        write_json(self.root / "manifest.json", asdict(manifest))
         kept = {self.root / part for part in manifest.parts}
         kept |= {part.with_suffix(".jsonl") for part in kept} | {self.root / ".lock"}
         kept |= {self.faiss_file(manifest.parts)} if manifest.faiss_bytes else set()

@@ -34,6 +34,7 @@ from clip_lightning import arguments
 from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import RunFailed, UserError, as_user_error, reason_of
 from clip_lightning.evaluation.metrics import DIRECTIONS, MEASURES, METRICS
+from clip_lightning.files import write_json
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import LAST, RunFolder
 from clip_lightning.terminal import note, public
@@ -43,7 +44,7 @@ from clip_lightning.tracking.logger import RunLogger, finished_run, go_back, his
 from clip_lightning.tracking.prediction_panel import PredictionTable
 from clip_lightning.training import checkpoints, stopping
 from clip_lightning.training.module import CLIPModule
-from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder, write_json
+from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder
 from clip_lightning.training.sharding import ShardedStrategy, check_shardable
 from clip_lightning.wandb_fetch import default_project, stays_offline
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 
 import clip_lightning
 from clip_lightning.errors import RunFailed
-from clip_lightning.files import write_atomically
+from clip_lightning.files import write_atomically, write_json
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import BEST, RunFolder
 from clip_lightning.terminal import note
@@ -209,12 +208,6 @@ def _data(trainer: Trainer) -> dict[str, str]:
     data: Any = trainer.datamodule
     artifact = {"data_artifact": str(data.fetched)} if data.fetched else {}
     return {"data_digest": data.digest, **artifact}
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Replace the content of a JSON file, and in it characters that are invalid in UTF-8."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(file, text.encode(errors="replace"))
 
 
 def _best_weights(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils.data._utils import signal_handling
 
 from clip_lightning.errors import AgreedStop, Diverged
+from clip_lightning.files import write_json
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import note
 from clip_lightning.training.checkpoints import all_ranks_save, is_accumulating, within_a_step
-from clip_lightning.training.recorder import write_json
 
 CHECKED = 10
 """Steps after which the norms of their gradients are read."""
