@@ -146,6 +146,8 @@ WRONG: dict[str, tuple[Any, str]] = {
         f"{LR}.distribution: expected .* q_uniform .*, got normal",
     ),
     "upside down": (varying(min=2, max=1), f"parameters.{LR}: .*2"),
+    "no number": (varying(min="low", max=1), f"parameters.{LR}: min: expected a number, got 'low'"),
+    "no step": (varying(min=0, max=1, q=0), f"parameters.{LR}: q: expected a number above 0, got 0"),
     "log of 0": (varying(**spec("log_uniform_values", 0, 1)), "optimizer.lr: .*> 0"),
     "parts of whole numbers": (varying(**spec("int_uniform", 0.5, 1)), "requires whole numbers"),
     "a range as logarithms": (varying(**spec("log_uniform", 1, 1000)), f"parameters.{LR}: math range"),
