@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from clip_lightning.training.module import CLIPModule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+TESTS = REPOSITORY / "tests"
+# Child processes find the package, what tests share, such as the W&B server, and the callbacks of tests.
+CODE = [REPOSITORY / "src", TESTS, *filter(Path.is_dir, TESTS.iterdir())]
 
 for name in ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "TORCH_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
     os.environ.pop(name, None)
@@ -46,10 +49,7 @@ os.environ |= {
     # pytest-xdist already has a worker for each core.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    # Child processes find the package, and what tests share, such as the W&B server.
-    "PYTHONPATH": os.pathsep.join(
-        filter(None, [f"{REPOSITORY}/src", f"{REPOSITORY}/tests", os.environ.get("PYTHONPATH")])
-    ),
+    "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, CODE), os.environ.get("PYTHONPATH")])),
 }
 
 # The process that starts the workers makes the home; they inherit it and leave its removal to that process.
@@ -77,6 +77,12 @@ def refuse_the_network(event: str, arguments: tuple[object, ...]) -> None:
 sys.addaudithook(refuse_the_network)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Lightning 2.6 calls jsonargparse by names that its newest versions deprecate."""
+    theirs = "jsonargparse._deprecated.JsonargparseDeprecationWarning"
+    config.addinivalue_line("filterwarnings", f"ignore::{theirs}")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets: $CLIP_LIGHTNING_DATA, else ../shared/data beside the repository."""
@@ -97,10 +103,8 @@ def write_bert(folder: Path, **options: Any) -> Path:
 
     from clip_lightning.data.scenes import describe
 
-    words = sorted(
-        {word for i in range(200) for line in describe(0, i) for word in re.findall(r"\w+|,", line)}
-    )
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, "##s"]
+    words = {word for i in range(200) for line in describe(0, i) for word in re.findall(r"\w+|,", line)}
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words), "##s"]
     BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     settings = {"vocab_size": len(vocabulary), "max_position_embeddings": 64, **shape, **options}

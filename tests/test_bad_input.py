@@ -22,7 +22,6 @@ def place() -> Iterator[Place]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_said_in_one_line(place: Place, case: str) -> None:
     command, line = CASES[case]

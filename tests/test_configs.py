@@ -13,9 +13,6 @@ from clip_lightning.__main__ import main
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
-# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-
 
 def test_there_are_some() -> None:
     assert {"quickstart", "heads"} <= {config.stem for config in CONFIGS}

@@ -23,22 +23,16 @@ NAMES = ("search", "zero_shot")
 @pytest.mark.parametrize("trained", [True, pytest.param(False, marks=pytest.mark.real)])
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode:UserWarning")  # frozen towers are meant to be
 def test_the_library_example(
-    make_clip: Any,
-    scenes: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    trained: bool,
+    bundle: Path, scenes: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, trained: bool
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     main = importlib.import_module("library").main
     if trained:
-        main(str(make_clip().save_pretrained(tmp_path / "model")), [str(next(scenes.glob("*.jpg")))])
+        main(str(bundle), [str(next(scenes.glob("*.jpg")))])
     else:
         main(None, [])
-    lines = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith(("CLIP", "torch", "{", "["))
-    ]
+    printed, shown = capsys.readouterr().out.splitlines(), ("CLIP", "torch", "{", "[")
+    lines = [line for line in printed if line.startswith(shown)]
     width = re.search(r"embed_dim=(\d+)", lines[0])[1]
     assert lines[1:3] == [
         f"torch.Size([1, {width}]) torch.Size([3, {width}])",

@@ -24,9 +24,6 @@ PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extend.md").read_text(en
 Load = Callable[[str], ModuleType]
 Printed = pytest.CaptureFixture[str]
 
-# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:

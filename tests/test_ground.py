@@ -17,6 +17,7 @@ from clip_lightning.run_folder import RunFolder
 from clip_lightning.search.index import FoundImage, ImageIndex
 from clip_lightning.terminal import json_line, one_line, printable
 
+Printed = pytest.CaptureFixture[str]
 FREED = """
 import resource, torch
 from clip_lightning.cpu import keep_freed_memory
@@ -70,9 +71,7 @@ def test_the_newest_run_is_last_and_other_programs_configurations_are_not_runs(t
         os.utime(run.config, (1000 - age, 1000 - age))
     assert [run.path.name for run in RunFolder.runs(tmp_path)] == ["oldest", "older", "newest"]
     assert RunFolder.of_checkpoint(run.last) == RunFolder.of_checkpoint(run.best) == run
-
-
-def test_new_runs_have_names_of_their_own_in_order_of_time(tmp_path: Path) -> None:
+    # new ones have names of their own in the order of time
     runs = [RunFolder.new(tmp_path) for _ in range(50)]
     assert len({run.path for run in runs}) == 50
     assert [run.path.name[:15] for run in runs] == sorted(run.path.name[:15] for run in runs)
@@ -84,9 +83,7 @@ def test_control_characters_are_replaced() -> None:
     assert printable("\ud83d") == "?"
 
 
-def test_search_prints_harmless_lines(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_search_output_is_harmless(capsys: Printed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     image = FoundImage(Path(HARMFUL), 0.5, (HARMFUL,), 1, 1, missing=True)
     index = MagicMock(search=lambda queries, k: [[image]])
     monkeypatch.setattr(ImageIndex, "load", lambda *_: index)

@@ -25,9 +25,6 @@ MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 LIGHTNING_COMMANDS = ("fit", "validate", "test")
 HAND_TO_FIT = ("sweep", "compare-backbones")  # they take its options too
 
-# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-
 
 def blocks(text: str, language: str) -> list[str]:
     """The content of the fenced blocks of a language."""

@@ -25,6 +25,8 @@ from clip_lightning.data.shards import storage
 from clip_lightning.data.sources import Archive
 from clip_lightning.errors import UserError
 
+Fetch = Callable[[bytes], Path]
+Patch = pytest.MonkeyPatch
 FILES = {
     "captions.csv": b"image,caption,split\na.jpg,one,train\nb.jpg,two,test\n",
     "images/a.jpg": os.urandom(300_000),  # so that it is sent in many pieces
@@ -84,7 +86,7 @@ def fetch(url: str, data: bytes) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: Patch) -> Path:
     """An empty cache folder, and no waiting between attempts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
@@ -92,7 +94,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> Callable[[bytes], Path]:
+def local(tmp_path: Path) -> Fetch:
     """Fetches these bytes as a file of this machine."""
 
     def fetch_file(data: bytes) -> Path:
@@ -128,9 +130,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "status":
             return self.send_error(int(value))
         self.send_response(302 if fault == "to" else 200)
-        self.send_header(
-            *(("Location", value) if fault == "to" else ("Content-Length", str(len(self.server.data))))
-        )
+        size = ("Content-Length", str(len(self.server.data)))
+        self.send_header(*(("Location", value) if fault == "to" else size))
         self.end_headers()
         if fault == "wait":
             self.wfile.write(self.server.data[: len(self.server.data) // 2])
@@ -178,7 +179,7 @@ def test_archives_are_unpacked_and_read(kind: str, server: Server, cache: Path):
     assert {path.name for path in cache.iterdir()} == {folder.name, f".{folder.name}.lock"}
 
 
-def test_a_local_archive_is_not_moved(tmp_path: Path, local: Callable[[bytes], Path]):
+def test_a_local_archive_is_not_moved(tmp_path: Path, local: Fetch):
     assert content(local(zipped(FILES))) == FILES
     archive = tmp_path / "my data"
     with pytest.raises(UserError, match="has the SHA-256"):
@@ -210,9 +211,7 @@ def test_an_invalid_url_is_one_line_without_credentials(url: str):
 
 
 @pytest.mark.parametrize("faults", [["status 503", "cut 1000", "wait"], ["cut 0"]])
-def test_a_broken_or_stalled_download_is_retried(
-    faults: list[str], server: Server, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_broken_or_stalled_download_is_retried(faults: list[str], server: Server, monkeypatch: Patch):
     monkeypatch.setattr(storage, "SILENCE", 0.5)
     server.faults = [*faults]
     assert content(fetch(server.url, server.data)) == FILES
@@ -229,9 +228,7 @@ def test_a_broken_or_stalled_download_is_retried(
         ("gone", 0, "http://127.* cannot be read: Cannot connect"),
     ],
 )
-def test_a_failed_download_is_one_line_and_leaves_no_files(
-    fault: str, requests: int, reason: str, server: Server, cache: Path
-):
+def test_failed_downloads_leave_no_files(fault: str, requests: int, reason: str, server: Server, cache: Path):
     server.faults = [fault] * 4
     if fault == "gone":
         server.shutdown()
@@ -320,9 +317,7 @@ HARMFUL: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("attack", HARMFUL)
-def test_harmful_archives_are_refused(
-    attack: str, tmp_path: Path, local: Callable[[bytes], Path], cache: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_harmful_archives(attack: str, tmp_path: Path, local: Fetch, cache: Path, monkeypatch: Patch):
     monkeypatch.setattr(sources, "ALWAYS_ALLOWED", 2_000_000)
     data, message = HARMFUL[attack]
     with pytest.raises(UserError, match=rf"--data\.root .*{message}") as raised:
@@ -334,13 +329,13 @@ def test_harmful_archives_are_refused(
 
 
 @pytest.mark.parametrize("name", ["../escaped", "a/../../escaped", "/tmp/escaped", "..\\escaped"])
-def test_names_in_a_zip_stay_within_the_folder(name: str, tmp_path: Path, local: Callable[[bytes], Path]):
+def test_names_in_a_zip_stay_within_the_folder(name: str, tmp_path: Path, local: Fetch):
     folder = local(unix_zip(name, stat.S_IFREG, "x", other=b"x"))
     (escaped,) = tmp_path.rglob("*escaped")
     assert escaped.is_relative_to(folder) and not Path("/tmp/escaped").exists()
 
 
-def test_links_within_an_archive_become_files(local: Callable[[bytes], Path]):
+def test_links_within_an_archive_become_files(local: Fetch):
     links = ("train/1.jpg", LINK, "all/../../all/a.jpg"), ("h", HARD, "./all/a.jpg")
     folder = local(tar_of(*links, ("all/a.jpg", b"picture")))
     assert content(folder) == dict.fromkeys(("train/1.jpg", "all/a.jpg", "h"), b"picture")
@@ -350,9 +345,7 @@ def test_links_within_an_archive_become_files(local: Callable[[bytes], Path]):
 # Kills and rivals ---------------------------------------------------------------------------------------
 
 
-def test_concurrent_processes_download_once_and_a_killed_one_leaves_no_folder(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_rivals_download_once_and_a_kill_leaves_no_folder(server: Server, cache: Path, monkeypatch: Patch):
     context, unpack = multiprocessing.get_context("fork"), sources.unpack
     unpacked, may_end = context.Semaphore(0), context.Semaphore(0)  # a kill would break an event
 

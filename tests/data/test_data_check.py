@@ -18,6 +18,7 @@ from clip_lightning.__main__ import main
 from clip_lightning.data import check as check_module
 from clip_lightning.data.check import MOST_DIFFERENT, PLAIN, alike, groups, perceptual_hash
 
+Printed = pytest.CaptureFixture[str]
 Row = tuple[str, ...]
 
 
@@ -37,7 +38,7 @@ def rows(tmp_path: Path) -> list[Row]:
 
 
 @pytest.fixture
-def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+def check(tmp_path: Path, capsys: Printed) -> Any:
     """Writes a table of rows, or takes a path, and gives the status and what is found."""
 
     def run(data: Path | list[Row], *options: str) -> tuple[int, dict[str, Any]]:
@@ -124,9 +125,7 @@ def test_every_kind_of_problem_is_reported(rows: list[Row], check: Any, tmp_path
     ]
 
 
-def test_fix_writes_a_table_that_has_no_errors(
-    rows: list[Row], check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fix_writes_a_clean_table(rows: list[Row], check: Any, tmp_path: Path, capsys: Printed) -> None:
     root = tmp_path / "data"
     (root / "3.jpg").write_bytes(b"")
     shutil.copy(root / "0.jpg", root / "copy.jpg")
@@ -161,9 +160,7 @@ def test_fixed_random_splits_have_no_leaks(rows: list[Row], check: Any, tmp_path
     assert (status, found["alike_leaks"], found["official_splits"]) == (0, [], True)
 
 
-def test_text_and_page_show_the_report(
-    rows: list[Row], check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_and_page_show_the_report(rows: list[Row], check: Any, tmp_path: Path, capsys: Printed) -> None:
     assert check(rows)[0] == 0
     assert main(["data", "check", str(tmp_path / "data")]) == 0
     printed = capsys.readouterr().out
@@ -190,9 +187,7 @@ def test_truncated_and_unknown_captions_are_counted(rows: list[Row], bert: Path,
         assert any(warning.startswith(line) for warning in found["warnings"])
 
 
-def test_too_few_images_to_split_are_checked(
-    tmp_path: Path, check: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_few_images_to_split_are_checked(tmp_path: Path, check: Any, capsys: Printed) -> None:
     write_pairs(tmp_path, 1)
     assert main(["data", "check", str(tmp_path)]) == 0
     assert "too few to hold out" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from clip_lightning.data.sampler import TrainSampler
 from clip_lightning.data.scenes import draw
 from clip_lightning.errors import UserError
 
+Printed = pytest.CaptureFixture[str]
 TRANSFORM = ImageTransform((16, 16), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -62,9 +63,8 @@ def train_dataset(
 
 
 def cached(folder: Path, values: np.ndarray) -> Features:
-    return FeatureCache(folder / "cache").get(
-        {"sum": repr(values.sum())}, len(values), lambda rows: values[rows.start : rows.stop], "rows"
-    )
+    key, cache = {"sum": repr(values.sum())}, FeatureCache(folder / "cache")
+    return cache.get(key, len(values), lambda rows: values[rows.start : rows.stop], "rows")
 
 
 def two_views(folder: Path, count: int, broken: set[int] = frozenset()) -> list[Features]:  # type: ignore[assignment]
@@ -76,9 +76,8 @@ def two_views(folder: Path, count: int, broken: set[int] = frozenset()) -> list[
 
 def same(one: Samples, other: Samples) -> bool:
     names = ("captions", "image_id", "counts", "caption_rows")
-    return torch.equal(torch.stack([*one.images]), torch.stack([*other.images])) and all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in names
-    )
+    images = torch.equal(torch.stack([*one.images]), torch.stack([*other.images]))
+    return images and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def test_a_batch_consists_of_samples_that_are_functions_of_seed_epoch_and_index(tmp_path: Path) -> None:
@@ -122,7 +121,6 @@ def test_views_and_captions_are_drawn_uniformly(tmp_path: Path) -> None:
 
 def test_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     dataset = train_dataset(pictures(tmp_path, [5] * 12))
-
     sampler = TrainSampler(12, 3, seed=0)
     sampler.set_epoch(2)
     how: dict[str, Any] = {"batch_size": 3, "sampler": sampler, "collate_fn": Collate(tokenize)}
@@ -207,16 +205,11 @@ def test_a_small_training_set_is_one_batch(scenes: Path) -> None:
     assert len(data.train_dataloader()) == 1
 
 
-def test_fit_warns_about_shared_captions(
-    make_clip: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fit_warns_about_shared_captions(make_clip: Any, tmp_path: Path, capsys: Printed) -> None:
     """Captions that the tokenizer cuts or does not know, and one caption for all images of a class."""
     clip = make_clip()
-    texts = ["a red circle"] * 4 + [
-        "\u732b \u72ac",
-        "red square " * 40,
-        *map("a red circle {}".format, range(6)),
-    ]
+    texts = ["a red circle"] * 4 + ["\u732b \u72ac", "red square " * 40]
+    texts += map("a red circle {}".format, range(6))
     pictures(tmp_path, [1] * 12)
     rows = [f"{number}.jpg,{text}" for number, text in enumerate(texts)]
     (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))

@@ -177,9 +177,8 @@ def test_an_image_in_two_splits_is_refused(second: str, tmp_path: Path) -> None:
 
 def test_unusable_rows_are_named(tmp_path: Path) -> None:
     token = "a.jpg#0\tone\na.jpg#1\t \n2258277193_586949ec62.jpg.1#0\tA man\nblank.jpg#0\t\nno tab\n"
-    write(
-        tmp_path, {"Flickr8k.token.txt": token, **{f"Images/{name}.jpg": "" for name in ("a", "blank", "c")}}
-    )
+    images = {f"Images/{name}.jpg": "" for name in ("a", "blank", "c")}
+    write(tmp_path, images | {"Flickr8k.token.txt": token})
     captions = read_captions(tmp_path)
     assert content(captions) == {"Images/a.jpg": (("one",), None)}
     assert captions.left_out == {
@@ -300,9 +299,8 @@ def test_columns_can_be_given(tmp_path: Path) -> None:
 
 def test_probable_mistakes_are_reported(tmp_path: Path) -> None:
     write(tmp_path, {"x.csv": "image,caption\na.jpg,NaN\na.jpg,a dog\n", "a.jpg": ""})
-    write(
-        tmp_path, {"photo.cr2": "", "photo2.CR2": "", "._x.jpg": "", "labels.csv": "image,label\na.jpg,3\n"}
-    )
+    write(tmp_path, dict.fromkeys(("photo.cr2", "photo2.CR2", "._x.jpg"), ""))
+    write(tmp_path, {"labels.csv": "image,label\na.jpg,3\n"})
     assert read_captions(tmp_path).warnings == (
         "1 captions look like missing values (NaN) but are used as captions; remove these rows",
         "skipped: 2 .cr2 files, an unsupported format, 1 hidden files, 1 table without images and "

@@ -20,6 +20,7 @@ from clip_lightning.data.readers import ReadOptions
 from clip_lightning.data.sources import HubDataset
 from clip_lightning.errors import UserError
 
+Patch = pytest.MonkeyPatch
 datasets = pytest.importorskip("datasets")
 
 Captions = dict[bytes, tuple[tuple[str, ...], str | None]]
@@ -62,7 +63,7 @@ def fetch_hub(name: str, image: str | None = None, captions: str | None = None) 
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: Patch) -> Path:
     """Caches of its own for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
@@ -86,9 +87,7 @@ def save(tmp_path: Path) -> Callable[..., str]:
 # What is read -------------------------------------------------------------------------------------------
 
 
-def test_lists_of_captions_in_official_splits(
-    save: Callable[..., str], cache: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_lists_of_captions_in_official_splits(save: Callable[..., str], cache: Path, monkeypatch: Patch):
     images = {split: table(cells(data), caption=[[split, "two"]]) for split, data in PARTS.items()}
     name = save(**images)
     before = named(name).folder()
@@ -203,9 +202,8 @@ def test_images_are_stored_unchanged_and_rows_are_grouped(save: Callable[..., st
     written = {path.suffix: path for path in (folder / "images").rglob("*.*")}
     assert {suffix: path.read_bytes() for suffix, path in written.items()} == KINDS
     assert {path.parent for path in written.values()} == {folder / "images" / "all"}
-    name = save(
-        train=table(cells(A, B, A), caption=["one", "two", "three"]), test=table(cells(A), caption=["four"])
-    )
+    train = table(cells(A, B, A), caption=["one", "two", "three"])
+    name = save(train=train, test=table(cells(A), caption=["four"]))
     images = read_captions(fetch_hub(name)).images
     assert [(image.path.read_bytes(), image.captions, image.split) for image in images] == [
         (A, ("one", "three"), "train"),
@@ -236,7 +234,7 @@ def test_rows_without_an_image_or_caption_are_counted(hub: Callable[[Any], list[
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
+def hub(monkeypatch: Patch) -> Callable[[Any], list[Any]]:
     """Answers `load_dataset` with a data set, and notes what was asked for."""
 
     def answer(data: Any) -> list[Any]:
@@ -301,12 +299,12 @@ def test_unreadable_data_sets_are_one_line(save: Callable[..., str], tmp_path: P
 
 
 def test_unusable_data_sets_are_one_line(save: Callable[..., str]):
-    no_image = table([None, None], caption=["one", "two"])
-    with pytest.raises(UserError, match=r"no usable image with a caption \(first train row 0 \(it has no"):
-        read(fetch_hub(save(no_image)))
-    name = save(table(cells(A), caption=["one"], split=["Fold 1"]))
-    with pytest.raises(UserError, match="saved has a split 'Fold 1'; expected"):
-        fetch_hub(name)
-    name = save(one=table(cells(A), caption=["one"]), two=table(cells(A), caption=["one"]))
-    with pytest.raises(UserError, match="has no split named train"):
-        fetch_hub(name)
+    one = table(cells(A), caption=["one"])
+    no_image = r"no usable image with a caption \(first train row 0 \(it has no"
+    for data, message in (
+        (table([None, None], caption=["one", "two"]), no_image),
+        (table(cells(A), caption=["one"], split=["Fold 1"]), "saved has a split 'Fold 1'; expected"),
+        (datasets.DatasetDict(one=one, two=one), "has no split named train"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(fetch_hub(save(data)))

@@ -27,6 +27,7 @@ from clip_lightning.data.images import BrokenImage, to_pixels
 from clip_lightning.errors import UserError
 from clip_lightning.model.encode import Encoded, encode_images
 
+Printed = pytest.CaptureFixture[str]
 CLASSES = ["airplane", "big_cat", "ship"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
 
@@ -77,7 +78,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
 
 
 def test_a_torchvision_data_set(
-    cifar: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cifar: list[str], tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patched:
         patched.setattr(torchvision.datasets.CIFAR10, "tgz_md5", "0" * 32)
@@ -100,10 +101,7 @@ def test_a_torchvision_data_set(
     assert len(cifar) == asked > 0, "it was downloaded again"
 
 
-def test_evaluated_by_name(
-    cifar: list[str], make_clip: Callable[..., CLIP], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    bundle = make_clip().save_pretrained(tmp_path / "model")
+def test_evaluated_by_name(cifar: list[str], bundle: Path, tmp_path: Path, capsys: Printed):
     words = [str(bundle), "torchvision:CIFAR10", "--data_cache", str(tmp_path / "cache"), "--json"]
     assert main(["evaluate", "zero-shot", *words]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -190,9 +188,8 @@ def test_hidden_labels_and_broken_images(tmp_path: Path):
 def test_missing_columns(tmp_path: Path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(str(tmp_path / "texts"))
-    with pytest.raises(
-        UserError, match=r"has the columns .*'text': 'Value'.*expected one column of the type Image"
-    ):
+    said = r"has the columns .*'text': 'Value'.*expected one column of the type Image"
+    with pytest.raises(UserError, match=said):
         find_classes(f"hf:{tmp_path / 'texts'}")
     with pytest.raises(UserError, match="has 1 classes with images; expected two or more"):
         find_classes(f"hf:{hub_folder(tmp_path / 'one', {'train': [1, 1]})}")

@@ -12,9 +12,7 @@ from clip_lightning.data.sampler import EvalSampler, TrainSampler
     world_size=st.integers(1, 5),
     epoch=st.integers(0, 3),
 )
-def test_global_batches_are_the_same_for_every_number_of_ranks(
-    size: int, batch_size: int, world_size: int, epoch: int
-) -> None:
+def test_batches_are_the_same_for_any_ranks(size: int, batch_size: int, world_size: int, epoch: int) -> None:
     global_size = batch_size * world_size
     if size < global_size:
         return

@@ -15,27 +15,16 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from lightning.pytorch import Callback, Trainer
+from processes import assert_same_state, checkpoint, clip_lightning, the_run
 
 from clip_lightning.data.shards.index import FILE
 
+Command = Callable[..., list[str]]
 pytestmark = pytest.mark.faults
 
 KILLS = 20
 EPOCH, EPOCHS = 8, 2  # 32 images in batches of 4
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    line = [sys.executable, "-m", "clip_lightning", *arguments]
-    env = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
-
-
-def last(folder: Path) -> dict[str, Any]:
-    (file,) = folder.glob("*/checkpoints/last.ckpt")
-    return torch.load(file, weights_only=True)
 
 
 def test_a_killed_conversion_resumes_to_the_same_result(tmp_path: Path) -> None:
@@ -45,7 +34,7 @@ def test_a_killed_conversion_resumes_to_the_same_result(tmp_path: Path) -> None:
     options = ["--samples_per_shard", "40", "--short_side", "48", "--out"]
     arguments = ["data", "convert", str(tmp_path / "scenes"), *options]
     began = time.monotonic()
-    assert run([*arguments, str(tmp_path / "undisturbed")]).returncode == 0
+    assert clip_lightning(*arguments, tmp_path / "undisturbed").returncode == 0
     seconds = time.monotonic() - began
     chance, killed = random.Random(0), 0
     for _ in range(KILLS):
@@ -60,7 +49,7 @@ def test_a_killed_conversion_resumes_to_the_same_result(tmp_path: Path) -> None:
         if (tmp_path / "killed" / FILE).exists():
             break
     assert killed >= 2
-    done = run([*arguments, str(tmp_path / "killed")])
+    done = clip_lightning(*arguments, tmp_path / "killed")
     assert done.returncode == 0, done.stderr
     contents = [
         {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
@@ -92,31 +81,24 @@ def seen(folder: Path) -> dict[int, list[str]]:
     return steps
 
 
-def test_resuming_on_fewer_ranks_loses_and_repeats_no_sample(
-    command: Callable[..., list[str]], scenes: Path, tmp_path: Path
-) -> None:
-    tars = str(tmp_path / "tars")
-    assert run(["data", "convert", str(scenes), "--samples_per_shard", "5", "--out", tars]).returncode == 0
+def test_resuming_on_fewer_ranks_loses_no_sample(command: Command, scenes: Path, tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    words = ("data", "convert", scenes, "--samples_per_shard", 5, "--out", tars)
+    assert clip_lightning(*words).returncode == 0
 
     def fit(name: str, *more: str, **changes: Any) -> subprocess.CompletedProcess[str]:
         (tmp_path / name).mkdir(exist_ok=True)
-        options = {
-            "data__root": tars,
-            "data__shards__window": 2,
-            "data__captions_per_image": 2,
-            "data__cache": "off",
-            "model__freeze": "none",
-            "trainer__max_epochs": EPOCHS,
-            "trainer__callbacks+": "test_shard_faults.NotesNames",
-            "trainer__callbacks__folder": tmp_path / name,
-        }
-        return run([*command("fit", tmp_path / name / "runs", **options | changes), *more])
+        options = {"data__root": tars, "data__shards__window": 2, "data__captions_per_image": 2}
+        options |= {"data__cache": "off", "model__freeze": "none", "trainer__max_epochs": EPOCHS}
+        options |= {"trainer__callbacks+": "test_shard_faults.NotesNames"}
+        options |= {"trainer__callbacks__folder": tmp_path / name}
+        return clip_lightning(*command("fit", tmp_path / name / "runs", **options | changes), *more)
 
     two = {"trainer__devices": 2, "trainer__strategy": "ddp", "data__batch_size": 2, "data__num_workers": 1}
     assert fit("undisturbed").returncode == 0
     ended = fit("resumed", trainer__callbacks__step=5, **two)
     assert ended.returncode == 143, ended.stderr
-    reached = last(tmp_path / "resumed" / "runs")["global_step"]
+    reached = checkpoint(the_run(tmp_path / "resumed" / "runs"))["global_step"]
     before = {step: keys for step, keys in seen(tmp_path / "resumed").items() if step < reached}
     for file in (tmp_path / "resumed").glob("names-*"):
         file.unlink()
@@ -138,11 +120,11 @@ class KillsWorker(Callback):
             loaders[0].send_signal(signal.SIGKILL)
 
 
-def test_a_loader_process_is_killed(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_loader_process_is_killed(command: Command, tmp_path: Path) -> None:
     def fit(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
         options = {"data__cache": "off", "model__freeze": "none", "data__num_workers": 2}
         options |= {"predictions__queries": 0, "trainer__max_epochs": 3}
-        return run([*command("fit", folder, **options), *more])
+        return clip_lightning(*command("fit", folder, **options), *more)
 
     whole = fit(tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
@@ -152,9 +134,9 @@ def test_a_loader_process_is_killed(command: Callable[..., list[str]], tmp_path:
     message = killed.stderr.splitlines()[-1]
     assert "another process of this run has ended" in message and "exited unexpectedly" in message
     assert "--ckpt_path last" in message
-    assert EPOCH <= last(tmp_path / "killed")["global_step"] <= 16
+    assert EPOCH <= checkpoint(the_run(tmp_path / "killed"))["global_step"] <= 16
     again = fit(tmp_path / "killed", "--ckpt_path=last")
     assert again.returncode == 0, again.stderr
-    one, other = last(tmp_path / "whole"), last(tmp_path / "killed")
-    assert one["global_step"] == other["global_step"] == 3 * EPOCH
-    assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
+    one, other = (checkpoint(the_run(tmp_path / name)) for name in ("whole", "killed"))
+    assert one["global_step"] == 3 * EPOCH
+    assert_same_state(one, other)

@@ -26,6 +26,8 @@ from clip_lightning.errors import UserError
 from clip_lightning.files import make_once
 from clip_lightning.wandb_fetch import ArtifactName
 
+MakeClip = Callable[..., CLIP]
+
 
 def test_names_of_sources_unless_the_path_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -66,9 +68,7 @@ def test_invalid_options_are_one_line(make: Callable[[], object], line: str) -> 
 
 
 @pytest.fixture
-def data(
-    make_clip: Callable[..., CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Any]:
+def data(make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Reads data as `fit` does, with a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     clip = make_clip()

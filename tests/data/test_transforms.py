@@ -150,9 +150,8 @@ def test_damaged_images_decode_or_are_broken(data: st.DataObject, tmp_path_facto
     suffix = data.draw(st.sampled_from(["jpg", "png", "webp", "gif", "tif", "bmp"]))
     path = save(tmp_path_factory.getbasetemp() / f"damaged.{suffix}", photograph(size=(16, 16)))
     content = bytearray(path.read_bytes())
-    for position, byte in data.draw(
-        st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)))
-    ):
+    change = st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255))
+    for position, byte in data.draw(st.lists(change)):
         content[position] = byte
     with contextlib.suppress(BrokenImage):
         assert decode_bytes(bytes(content), max_pixels=10**6).dtype == torch.uint8

@@ -30,9 +30,8 @@ COUNTS = [1, 5, 0, 2, 7, 3]
 
 def taken(whole: Embeddings, images: list[int], captions: list[int]) -> Embeddings:
     """Return only these rows."""
-    rows = {"image": images, "image_id": images} | dict.fromkeys(
-        ("text", "text_image_id", "text_id"), captions
-    )
+    rows = {"image": images, "image_id": images}
+    rows |= dict.fromkeys(("text", "text_image_id", "text_id"), captions)
     return Embeddings(**{name: getattr(whole, name)[chosen] for name, chosen in rows.items()})
 
 
@@ -151,9 +150,6 @@ def test_identical_pictures_are_no_unmatched_pair_and_missing_ones_no_matched_on
         matched, unmatched = similarities(merge_identical(part, records([1] * 3), [0, 0, 2]))
         assert matched.tolist() == [1] * len(part.image)
         assert unmatched.tolist() == ([0, 0, 0] if part is whole else [0])
-
-
-def test_one_picture_has_no_unmatched_pair() -> None:
     pairs = similarities(perfect([1]))
     assert len(pairs[1]) == 0 and math.isnan(separation(*pairs))
 
@@ -202,5 +198,4 @@ def test_identical_pictures_and_hits_are_no_misses() -> None:
     embeddings = embedded([[1, 0], [1, 0], [0, 1]], [[1, 0], [1, 0.1], [1, 0.9]], [0, 1, 2])
     assert worst_queries(embeddings, 9) == [2, 0, 1]  # a picture's twin outranks it
     merged = merge_identical(embeddings, records([1] * 3), [0, 0, 2])
-    assert worst_queries(merged, 9) == [2]
-    assert worst_queries(merged, 0) == []
+    assert (worst_queries(merged, 9), worst_queries(merged, 0)) == ([2], [])

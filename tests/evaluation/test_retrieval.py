@@ -81,9 +81,7 @@ def test_equals_brute_force_at_any_chunk_size(case: Case, data: st.DataObject) -
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 60), st.integers(1, 7), st.integers(1, 61))
-def test_neither_order_nor_chunk_size_changes_a_bit(
-    seed: int, count: int, each: int, chunk_size: int
-) -> None:
+def test_neither_order_nor_chunks_change_a_bit(seed: int, count: int, each: int, chunk_size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(count, 33, generator=generator)
     image[count // 2] = image[0]  # two pictures alike: a tie that rounding could break

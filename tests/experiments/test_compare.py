@@ -22,9 +22,8 @@ from clip_lightning.experiments import backbones, run_records
 from clip_lightning.experiments.run_records import RECALLS, image_latency
 from clip_lightning.model.clip import CLIP
 
-# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-
+Printed = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 Words = Callable[..., list[str]]
 IMAGES = "random:test_resnet,random:test_vit"
 FILES = {"comparison.md", "comparison.csv", "comparison.json", "index.html"}
@@ -35,19 +34,10 @@ def words(bert: Path, command: Words) -> Words:
     """Builds the options of a small comparison of 2 × 2 towers; keywords with two underscores for dots."""
 
     def build(out: Path | None, **changes: Any) -> list[str]:
-        options = {
-            "model__image_tower": ...,
-            "model__text_tower": ...,
-            "image_towers": IMAGES,
-            "text_towers": f"{bert},{bert}@cls",
-            "data__batch_size": 8,
-            "data__captions_per_image": 1,
-            "trainer__precision": 32,
-            "trainer__max_epochs": 1,
-            "trainer__check_val_every_n_epoch": 1,
-            "trainer__default_root_dir": "runs",
-            "predictions__queries": 0,
-        }
+        options = {"model__image_tower": ..., "model__text_tower": ..., "image_towers": IMAGES}
+        options |= {"text_towers": f"{bert},{bert}@cls", "data__batch_size": 8, "data__captions_per_image": 1}
+        options |= {"trainer__precision": 32, "trainer__max_epochs": 1, "predictions__queries": 0}
+        options |= {"trainer__check_val_every_n_epoch": 1, "trainer__default_root_dir": "runs"}
         options |= {} if out is None else {"out": out, "data__cache": out.parent / "features"}
         return command("compare-backbones", Path(), **(options | changes))
 
@@ -58,7 +48,7 @@ def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "comparison.json").read_text())
 
 
-def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def complaint(arguments: list[str], capsys: Printed) -> str:
     """The one line that refuses the arguments."""
     assert main(arguments) == 2
     *_, line = capsys.readouterr().err.splitlines()
@@ -115,9 +105,7 @@ def test_the_table_matches_the_runs(finished: Path) -> None:
     assert result(finished)["latency_conditions"] == ["one image, fp32, CPU with 1 threads"]
 
 
-def test_the_same_command_again_trains_nothing(
-    finished: Path, words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_trained_twice(finished: Path, words: Words, monkeypatch: Patch, capsys: Printed) -> None:
     monkeypatch.setattr(backbones, "fit", lambda *_: pytest.fail("trained again"))
     before = result(finished)
     assert main([*words(finished), "--json"]) == 0
@@ -127,7 +115,7 @@ def test_the_same_command_again_trains_nothing(
 
 
 def test_other_settings_or_data_are_trained_again(
-    finished: Path, words: Words, monkeypatch: pytest.MonkeyPatch, scenes: Path, tmp_path: Path
+    finished: Path, words: Words, monkeypatch: Patch, scenes: Path, tmp_path: Path
 ) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(backbones, "fit", lambda words, *_: asked.append(words))
@@ -148,9 +136,7 @@ def test_other_settings_or_data_are_trained_again(
         assert len(asked) == trainings, changes
 
 
-def test_without_out_the_same_command_finds_its_folder(
-    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_is_found_again(words: Words, tmp_path: Path, monkeypatch: Patch, capsys: Printed) -> None:
     """And two lines per pair, besides the progress of features, are all that is printed."""
     monkeypatch.chdir(tmp_path)
     given = words(None, image_towers="random:test_resnet", data__cache=tmp_path / "features")
@@ -166,7 +152,7 @@ def test_without_out_the_same_command_finds_its_folder(
 
 
 def test_failed_pairs_are_listed_and_retried(
-    words: Words, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    words: Words, bert: Path, tmp_path: Path, monkeypatch: Patch, capsys: Any
 ) -> None:
     fit, asked = backbones.fit, []
 
@@ -190,9 +176,7 @@ def test_failed_pairs_are_listed_and_retried(
     assert len(result(tmp_path / "c")["rows"]) == 2
 
 
-def test_ctrl_c_saves_the_pair_and_the_same_command_resumes_it(
-    words: Words, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_saves_and_is_resumed(words: Words, bert: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     fit, asked = backbones.fit, []
 
     def interrupted_second(words: list[str], callbacks: list[Callback]) -> Path:
@@ -212,7 +196,7 @@ def test_ctrl_c_saves_the_pair_and_the_same_command_resumes_it(
 
 
 def test_a_file_of_options_and_precedence_of_the_command_line(
-    words: Words, bert: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: Words, bert: Path, scenes: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(backbones, "fit", lambda words, *_: asked.append(words))
@@ -258,7 +242,7 @@ def test_a_file_of_options_and_precedence_of_the_command_line(
     ],
 )
 def test_invalid_options_print_one_line(
-    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], expected: str
+    words: Words, tmp_path: Path, capsys: Printed, changes: dict[str, Any], expected: str
 ) -> None:
     assert expected in complaint(words(tmp_path / "c", **changes), capsys)
 
@@ -271,9 +255,7 @@ def test_invalid_options_print_one_line(
         (["a"], "expected a mapping from options to values"),
     ],
 )
-def test_invalid_values_in_a_file_print_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, expected: str
-) -> None:
+def test_invalid_values_in_a_file(tmp_path: Path, capsys: Printed, content: Any, expected: str) -> None:
     if isinstance(content, dict):
         content = {"image_towers": "random:test_vit", "text_towers": "x"} | content
     (tmp_path / "towers.yaml").write_text(yaml.safe_dump(content))
@@ -314,7 +296,7 @@ def test_finished_runs_are_measured_and_compared(finished: Path, tmp_path: Path)
 
 
 def test_options_and_data_that_differ_are_shown_and_runs_without_results_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     for n, dropout in ((1, 0.1), (2, 0.3)):
         loss = {"class_path": "b.SigLIP", "init_args": {}}
@@ -338,8 +320,8 @@ def test_options_and_data_that_differ_are_shown_and_runs_without_results_are_lef
     assert "model.heads.dropout" in (tmp_path / "c" / "comparison.md").read_text()
 
 
-def test_an_interrupted_run_is_marked(
-    words: Words, bert: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_interrupted_runs_are_marked(
+    words: Words, bert: Path, finished: Path, tmp_path: Path, capsys: Printed
 ) -> None:
     pair = {"image_towers": ..., "text_towers": ..., "model__image_tower": "random:test_vit"}
     pair |= {"model__text_tower": bert, "trainer__max_epochs": 2, "data__cache": tmp_path}
@@ -369,7 +351,7 @@ def test_an_interrupted_run_is_marked(
     ],
 )
 def test_invalid_runs_print_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, given: list[str], expected: str
+    tmp_path: Path, monkeypatch: Patch, capsys: Any, given: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
@@ -416,9 +398,7 @@ def test_pairs_are_runs_of_one_group_which_can_be_compared(
 # costs
 
 
-def test_measuring_the_latency_does_not_change_the_model(
-    make_clip: Callable[..., CLIP], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measuring_does_not_change_the_model(make_clip: Callable[..., CLIP], monkeypatch: Patch) -> None:
     monkeypatch.setattr(run_records, "_latencies", {})  # those that other tests have measured
     clip = make_clip().train()
     before = {name: value.clone() for name, value in clip.state_dict().items()}

@@ -60,6 +60,8 @@ def test_rows_are_ranked_by_rsum_and_equal_rows_have_the_same_rank() -> None:
     comparison = compared([record(rsum, *pair) for pair, rsum in pairs.items()], "t")
     assert ranks(comparison) == [(1, "a × y"), (1, "b × x"), (3, "a × x"), (4, "b × y")]
     assert comparison.warnings == []
+    comparison = compared([record(1), record(2, "b", latency_conditions="one image, fp32, GPU")], "t")
+    assert "measured under different conditions" in comparison.warnings[0]
 
 
 def test_seeds_are_one_row_with_mean_and_sample_deviation() -> None:
@@ -122,9 +124,8 @@ def test_differences_of_versions_and_wandb_are_ignored(one: Any, other: Any) -> 
 def test_an_option_is_a_column_if_it_differs_on_the_same_data() -> None:
     def comparison(digest: str) -> Comparison:
         others = record(3, options={"a": 2, "b": 1}, data_digest=digest)
-        return compared(
-            [record(1, options={"a": 1, "b": 1}), record(2, options={"a": 1, "b": 2}), others], "t"
-        )
+        records = [record(n, options={"a": 1, "b": n}) for n in (1, 2)]
+        return compared([*records, others], "t")
 
     assert [*comparison("d" * 64).rows[0].options] == ["a", "b"]
     assert [*comparison("e" * 64).rows[0].options] == ["b"]
@@ -133,10 +134,8 @@ def test_an_option_is_a_column_if_it_differs_on_the_same_data() -> None:
 def test_unfinished_runs_are_separate_marked_rows() -> None:
     records = [record(100), record(120), *(record(300 + n, unfinished="interrupted") for n in range(4))]
     comparison = compared(records, "t")
-    assert [(row.means["rsum"], row.first.unfinished) for row in comparison.rows] == [
-        (301.5, "interrupted"),
-        (110, ""),
-    ]
+    found = [(row.means["rsum"], row.first.unfinished) for row in comparison.rows]
+    assert found == [(301.5, "interrupted"), (110, "")]
     (warning,) = comparison.warnings
     assert "runs/a-x-300 (interrupted), runs/a-x-301 (interrupted)" in warning
     assert table(comparison)["state"] == ["interrupted", "–"]
@@ -161,11 +160,6 @@ def test_different_data_are_ranked_separately_with_a_warning() -> None:
     text = markdown(comparison)
     assert warning in text
     assert re.findall("^## (.*)$", text, re.MULTILINE) == ["Data dddddddd", "Data eeeeeeee", "Unknown data"]
-
-
-def test_latencies_of_different_machines_warn() -> None:
-    comparison = compared([record(1), record(2, "b", latency_conditions="one image, fp32, GPU")], "t")
-    assert "measured under different conditions" in comparison.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -267,9 +261,7 @@ def test_plots_are_in_the_page_and_without_latencies_there_is_no_scatter_plot(tm
             with Image.open(io.BytesIO(base64.b64decode(plot))) as image:
                 image.load()
     assert "image latency" not in (tmp_path / "comparison.md").read_text()
-
-
-def test_a_comparison_with_only_failures(tmp_path: Path) -> None:
+    # only failures
     write_comparison(compared([], "t", failed={"a × x": "no such tower"}), tmp_path)
     assert "a × x" in (tmp_path / "index.html").read_text()
     assert "- a × x: no such tower" in (tmp_path / "comparison.md").read_text()

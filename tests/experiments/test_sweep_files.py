@@ -23,9 +23,6 @@ SWEEPS = sorted((Path(__file__).resolve().parents[2] / "configs" / "sweeps").glo
 LR, DROPOUT = "model.optimizer.lr", "model.heads.dropout"
 MINIMAL: dict[str, Any] = {"method": "random", "parameters": {LR: {"min": 0.1, "max": 0.2}}}
 
-# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-
 
 def log(low: float, high: float) -> FloatDistribution:
     return FloatDistribution(low, high, log=True)

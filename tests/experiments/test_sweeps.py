@@ -23,16 +23,13 @@ from clip_lightning.__main__ import main
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.errors import Diverged
 
+Patch = pytest.MonkeyPatch
 LR, DROPOUT = "model.optimizer.lr", "model.heads.dropout"
 HALVING = {"early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 2}}
 INFINITE: dict[str, Any] = {"method": "random", "parameters": {LR: {"min": 0.001, "max": 0.01}}}
 
-pytestmark = [
-    # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
-    # Optuna calls heartbeats experimental.
-    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
-]
+# Optuna calls heartbeats experimental.
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
 class Touches(Callback):
@@ -152,9 +149,7 @@ def test_the_files_of_a_search(search: Search, folder: Path, tmp_path: Path, cap
     assert json.loads((run / "metrics.json").read_text())["rsum"] == more["best"]["value"]
 
 
-def test_a_finite_space_ends_and_trials_print_their_warnings(
-    search: Search, folder: Path, capsys: Printed
-) -> None:
+def test_a_finite_space_ends_and_trials_print_warnings(search: Search, folder: Path, capsys: Printed) -> None:
     content = {**grid(lr=[0.001, 0.01], dropout=[0.0]), "method": "bayes"}
     assert main(search(content, "--trials", "9", "--model.towers.max_length=4")) == 0
     errors = capsys.readouterr().err
@@ -164,9 +159,7 @@ def test_a_finite_space_ends_and_trials_print_their_warnings(
     assert sorted(trial.params[LR] for trial in study_of(folder).trials) == [0.001, 0.01]
 
 
-def test_a_failed_trial_is_printed_and_retried_by_the_next_command(
-    search: Search, folder: Path, capsys: Printed
-) -> None:
+def test_a_failed_trial_is_printed_and_retried(search: Search, folder: Path, capsys: Printed) -> None:
     """As is one that was interrupted any number of times."""
     arguments = search(grid(lr=[0.01]))
     touches = "--trainer.callbacks=test_sweeps.Touches"
@@ -224,9 +217,7 @@ def test_a_diverged_trial_is_the_worst_result(search: Search, folder: Path, caps
     assert "0 of 1 trials finished; trial 0 diverged: " in said.err.splitlines()[-1]
 
 
-def test_other_data_or_options_are_another_study(
-    search: Search, folder: Path, tmp_path: Path, capsys: Printed
-) -> None:
+def test_what_makes_another_study(search: Search, folder: Path, tmp_path: Path, capsys: Printed) -> None:
     """Else trials that cannot be compared would be ranked, and best.yaml would contain what never ran."""
     content = grid(lr=[0.01])
     assert main(search(content)) == 0
@@ -240,10 +231,8 @@ def test_other_data_or_options_are_another_study(
         (content | {"method": "random", "run_cap": 2}, "--json", "method"),
     ):
         assert main(search(changed, option)) == 2
-        said = capsys.readouterr().err
-        assert (
-            f"the study 'tiny' was started with different {named}; set --study NAME to start another" in said
-        )
+        said = f"the study 'tiny' was started with different {named}; set --study NAME to start another"
+        assert said in capsys.readouterr().err
     assert (folder / "best.yaml").read_text() == before
     assert main(search(content, "--model.heads.dropout=0.5", "--study=other one")) == 0
     assert "dropout: 0.5" in (tmp_path / "runs" / "sweep-other-one" / "best.yaml").read_text()
@@ -263,9 +252,7 @@ def test_bad_trials_are_stopped_early(search: Search, folder: Path, capsys: Prin
 
 
 @pytest.mark.slow
-def test_a_killed_search_is_resumed(
-    search: Search, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_search_is_resumed(search: Search, folder: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """So is that of a machine that was lost, as the others see it in their database."""
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     arguments = search({**INFINITE, "run_cap": 2}, "--storage", url)
@@ -275,8 +262,7 @@ def test_a_killed_search_is_resumed(
     note = tmp_path / "note"
     stuck = ["--trainer.callbacks=test_sweeps.Touches", "--trainer.callbacks.step=1"]
     command = [sys.executable, "-m", "clip_lightning", *arguments, *stuck, f"--trainer.callbacks.note={note}"]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while not note.exists():
         assert process.poll() is None
@@ -356,19 +342,14 @@ def test_trials_are_runs_of_one_group(wandb_server: WandbServer, search: Search,
 
 
 @pytest.mark.slow
-def test_the_same_file_works_with_wandb_sweep_and_wandb_agent(
-    wandb_server: WandbServer, search: Search, tmp_path: Path
-) -> None:
+def test_the_same_file_works_with_wandb(wandb_server: WandbServer, search: Search, tmp_path: Path) -> None:
     parameters = {LR: {"values": [0.001, 0.01]}, "model.heads.embed_dim": {"value": 8}}
     content = {"method": "grid", "project": "p", "program": "clip-lightning", "parameters": parameters}
     search(content, trainer__logger=..., trainer__max_epochs=1, model__heads__embed_dim=...)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for arguments in (["sweep", "tiny.yaml"], ["agent", "--count", "1", "tester/p/sweep000"]):
-        command = [sys.executable, "-m", "wandb", *arguments]
-        environment = os.environ | {"PATH": path}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
-        )
+        command, where = [sys.executable, "-m", "wandb", *arguments], {"cwd": tmp_path, "env": environment}
+        done = subprocess.run(command, **where, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout + done.stderr
     (run,) = [run for run in wandb_server.runs.values() if run.sweep]
     assert (run.state, run.config[LR], run.config["model.heads.embed_dim"]) == ("finished", 0.001, 8)

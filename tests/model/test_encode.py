@@ -17,7 +17,7 @@ from clip_lightning.model.encode import Encoded, encode_images, encode_texts
 MakeClip = Callable[..., CLIP]
 
 
-def test_features_are_those_of_the_tower_in_the_order_of_the_images(
+def test_features_are_the_towers_in_the_order_of_the_images(
     make_clip: MakeClip, scenes: Path, tmp_path: Path
 ):
     clip = make_clip().eval()

@@ -70,13 +70,7 @@ def trained(command: Callable[..., list[str]], bert: Path, tmp_path_factory: pyt
     return run_folder
 
 
-LIGHTNING = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-
-
-@LIGHTNING
-def test_a_checkpoint_becomes_the_bundle_that_its_run_wrote(
-    trained: Path, tmp_path: Path, capsys: Printed
-) -> None:
+def test_a_checkpoint_becomes_the_bundle_of_its_run(trained: Path, tmp_path: Path, capsys: Printed) -> None:
     answer = export(capsys, trained / "checkpoints" / "best.ckpt", "--to", "bundle", "--out", tmp_path / "b")
     assert answer == {"to": "bundle", "out": str(tmp_path / "b"), "max_difference": None}
     for name in ("config.json", "README.md"):
@@ -92,7 +86,6 @@ def test_a_checkpoint_becomes_the_bundle_that_its_run_wrote(
     assert torch.equal(of_last.heads["image"][1].weight, last["clip.heads.image.1.weight"])
 
 
-@LIGHTNING
 def test_a_checkpoint_that_does_not_belong_is_refused(trained: Path, tmp_path: Path) -> None:
     run_folder = shutil.copytree(trained, tmp_path / "run")
     best, moved = run_folder / "checkpoints" / "best.ckpt", tmp_path / "moved.ckpt"
@@ -134,13 +127,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(trained: Path, tmp_path: P
     ids=["vit", "resnet"],
 )
 def test_onnx_gives_the_same_embeddings(
-    make_clip: MakeClip,
-    bert: Path,
-    tmp_path: Path,
-    capsys: Printed,
-    image: str,
-    pooling: str,
-    options: dict[str, Any],
+    make_clip: MakeClip, bert: Path, tmp_path: Path, capsys: Printed, image: str, pooling: str, options: Any
 ) -> None:
     clip = make_clip(image, f"random:{bert}@{pooling}", **options)
     answer = export(capsys, bundle(clip, tmp_path), "--to", "onnx", "--out", tmp_path / "onnx")
@@ -175,9 +162,7 @@ def test_onnx_gives_the_same_embeddings(
     assert config["license"] == "mit"
 
 
-def test_what_onnx_does_not_give_exactly_is_refused(
-    make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_inexact_onnx_is_refused(make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch) -> None:
     model = bundle(make_clip("random:test_resnet"), tmp_path)
     words = ["export", str(model), "--to", "onnx", "--out", str(tmp_path / "onnx")]
     monkeypatch.setattr(onnx_towers, "TOLERANCE", 0.0)
@@ -262,13 +247,10 @@ def test_open_clip_finds_a_text_tower_of_the_hub_by_its_name_wherever_the_folder
     torch.testing.assert_close(texts, clip.embed_texts(SENTENCES), atol=EXACT, rtol=0)
 
 
-def test_open_clip_that_gives_other_embeddings_is_refused(
-    make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_inexact_open_clip_is_refused(make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch) -> None:
     def damaged(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        save_file(
-            {**state, "text.proj.weight": state["text.proj.weight"].flip(0).contiguous()}, path, metadata
-        )
+        flipped = {"text.proj.weight": state["text.proj.weight"].flip(0).contiguous()}
+        save_file(state | flipped, path, metadata)
 
     model = bundle(make_clip("random:test_resnet"), tmp_path)
     monkeypatch.setattr(open_clip_folder, "save_file", damaged)

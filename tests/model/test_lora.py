@@ -21,12 +21,8 @@ from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.optim import OptimizerConfig
 
-pytestmark = [
-    # Lightning's advice about towers that are frozen, and so meant to be in eval mode.
-    pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning"),
-    # Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
-]
+# Lightning's advice about towers that are frozen, and so meant to be in eval mode.
+pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning")
 MakeClip = Callable[..., CLIP]
 MakeModule = Callable[..., CLIPModule]
 FAST = OptimizerConfig(lr=1e-2, image_lr=1e-2, text_lr=1e-2, warmup=0.0)
@@ -82,9 +78,7 @@ def embeddings(clip: CLIP) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("image", IMAGE_TOWERS)
-def test_adapters_start_at_nothing_are_all_used_and_merge_into_the_bundle(
-    make_clip: MakeClip, tmp_path: Path, image: str
-) -> None:
+def test_adapters_start_at_nothing_and_are_merged(make_clip: MakeClip, tmp_path: Path, image: str) -> None:
     plain, clip = make_clip(f"random:{image}"), make_clip(f"random:{image}")
     waken(plain)
     waken(clip)
@@ -121,9 +115,8 @@ def test_only_adapters_of_an_adapted_tower_change(
     make_module: MakeModule, scenes: Path, tmp_path: Path, towers: Any, freeze: str, fixed: set, mixed: bool
 ) -> None:
     """Whatever `freeze` says of it; batch-norm statistics stay too."""
-    module = make_module(
-        freeze=freeze, lora=LoRAConfig(towers, rank=2), image_tower=CONVOLUTIONS, optimizer=FAST
-    )
+    options = {"freeze": freeze, "image_tower": CONVOLUTIONS, "optimizer": FAST}
+    module = make_module(lora=LoRAConfig(towers, rank=2), **options)
     before = weights(module.clip)
     run = fit(module, scenes, tmp_path, precision="bf16-mixed" if mixed else "32-true")
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in module.parameters())
@@ -179,26 +172,20 @@ def test_micro_batches_take_the_same_step(make_module: MakeModule, scenes: Path,
 
 def test_only_a_frozen_tower_is_cached(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
     fit(make_module(lora=LoRAConfig()), scenes, tmp_path, cache=str(tmp_path / "cache"), max_steps=1)
-    kinds = {
-        json.loads(file.read_text())["key"]["kind"] for file in (tmp_path / "cache").glob("*/manifest.json")
-    }
-    assert kinds == {"image"}
+    entries = map(Path.read_text, (tmp_path / "cache").glob("*/manifest.json"))
+    assert {json.loads(entry)["key"]["kind"] for entry in entries} == {"image"}
 
 
-def test_a_checkpoint_holds_the_adapters_and_names_the_rest(
-    make_module: MakeModule, scenes: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_holds_the_adapters(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
     module = make_module(lora=BOTH, image_tower=CONVOLUTIONS, optimizer=FAST)
     path = tmp_path / "one.ckpt"
     fit(module, scenes, tmp_path, max_steps=1).save_checkpoint(path)
     checkpoint = torch.load(path, weights_only=True)
     assert not [name for name in checkpoint["state_dict"] if "tower" in name]
     assert checkpoint["adapters"].keys() == {name for name in module.state_dict() if is_adapter(name)}
-    plain = make_module(image_tower=CONVOLUTIONS).clip
-    assert checkpoint["frozen_towers"] == {
-        "clip.image_tower": plain.image_tower.digest(),
-        "clip.text_tower": plain.text_tower.digest(),
-    }
+    plain, names = make_module(image_tower=CONVOLUTIONS).clip, ("image_tower", "text_tower")
+    digests = {f"clip.{name}": getattr(plain, name).digest() for name in names}
+    assert checkpoint["frozen_towers"] == digests
 
     for lora in (None, LoRAConfig("both", rank=2, alpha=4.0), LoRAConfig("text", rank=2)):
         other = make_module(lora=lora, image_tower=CONVOLUTIONS)
@@ -236,16 +223,15 @@ def test_impossible_adapters(make_clip: MakeClip, options: dict[str, Any], says:
         make_clip().add_lora(LoRAConfig(**options))
 
 
-def test_a_tower_without_a_layer_to_adapt(make_clip: MakeClip) -> None:
+def test_without_a_layer_to_adapt_and_without_peft(
+    make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clip = make_clip()
     for module in clip.text_tower.modules():
         if type(module) is nn.Linear:
             module.__class__ = type("Special", (nn.Linear,), {})
     with pytest.raises(UserError, match=r"end in \(there are none\)"):
         clip.add_lora(LoRAConfig())
-
-
-def test_without_peft(make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"needs the package peft; pip install peft"):
         make_clip().add_lora(LoRAConfig())

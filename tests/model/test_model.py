@@ -25,6 +25,8 @@ from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP, Dropout, ResidualMLPHead
 from clip_lightning.training.losses import info_nce
 
+Logged = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
 MakeClip = Callable[..., CLIP]
 TEXTS = ["a large red circle left of a small blue square", "a star", "", "🦆"]
 
@@ -44,9 +46,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
-def test_embeddings_have_unit_length(make_clip: MakeClip, pictures: list[Path], head: str) -> None:
+def test_embeddings_have_unit_length_in_fp32(make_clip: MakeClip, pictures: list[Path], head: str) -> None:
     clip = make_clip(head=head)
-    for embeddings, count in ((clip.embed_images(pictures), 5), (clip.embed_texts(TEXTS), 4)):
+    with torch.autocast("cpu", torch.bfloat16):
+        in_autocast = clip.encode_text(**clip.tokenize(TEXTS))
+    embedded = (clip.embed_images(pictures), 5), (clip.embed_texts(TEXTS), 4), (in_autocast, 4)
+    for embeddings, count in embedded:
         assert embeddings.shape == (count, 16)
         assert embeddings.dtype == torch.float32
         torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(count), rtol=1e-5, atol=0)
@@ -57,18 +62,7 @@ def test_embeddings_do_not_depend_on_the_batch(make_clip: MakeClip, pictures: li
     clip = make_clip(image="random:test_resnet", dropout=0.5).train()
     torch.testing.assert_close(clip.embed_images(pictures, batch_size=2), clip.embed_images(pictures))
     torch.testing.assert_close(clip.embed_texts(TEXTS, batch_size=1), clip.embed_texts(TEXTS))
-
-
-def test_embeddings_stay_fp32_in_autocast(make_clip: MakeClip) -> None:
-    clip = make_clip()
-    with torch.autocast("cpu", torch.bfloat16):
-        embeddings = clip.encode_text(**clip.tokenize(TEXTS))
-    assert embeddings.dtype == torch.float32
-    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(4), rtol=1e-5, atol=0)
-
-
-def test_a_single_text_is_one_item(make_clip: MakeClip) -> None:
-    clip = make_clip()
+    # a single text is one item
     assert torch.equal(clip.embed_texts("a star"), clip.embed_texts(["a star"]))
     assert torch.equal(clip.embed_texts(text for text in TEXTS), clip.embed_texts(TEXTS))
     assert clip.tokenize("a star")["input_ids"].shape[0] == 1
@@ -100,8 +94,8 @@ def test_images_in_any_form_one_or_several(make_clip: MakeClip, tmp_path: Path, 
     assert torch.equal(clip.transform(make(paths[1])), clip.transform(decode_image(paths[1])))
 
 
-def test_what_cannot_be_read_is_named_or_skipped(
-    make_clip: MakeClip, pictures: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_what_cannot_be_read(
+    make_clip: MakeClip, pictures: list[Path], tmp_path: Path, caplog: Logged
 ) -> None:
     clip, missing = make_clip(), tmp_path / "missing.jpg"
     with pytest.raises(BrokenImage, match=r"missing\.jpg cannot be read: No such file"):
@@ -186,9 +180,7 @@ def test_a_bundle_gives_the_same_embeddings(
         assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()
 
 
-def test_a_bundle_needs_no_trainer_and_no_network(
-    bundle: Path, make_clip: MakeClip, pictures: list[Path]
-) -> None:
+def test_bundles_need_no_trainer_or_network(bundle: Path, make_clip: MakeClip, pictures: list[Path]) -> None:
     program = """
         import socket, sys
         for name in ("lightning", "pytorch_lightning", "lightning_fabric", "wandb"):
@@ -212,16 +204,11 @@ def test_a_bundle_needs_no_trainer_and_no_network(
 
 
 def test_a_bundle_is_plain_files(make_clip: MakeClip, tmp_path: Path) -> None:
-    metadata = {
-        "metrics": {"text_to_image_R@1": 21.375, "rsum": 240.0},
-        "loss": "InfoNCE",
-        "license": "apache-2.0",
-        "training_data": {"dataset": "scenes", "digest": "abc"},
-    }
+    metadata = {"metrics": {"text_to_image_R@1": 21.375, "rsum": 240.0}, "loss": "InfoNCE"}
+    metadata |= {"license": "apache-2.0", "training_data": {"dataset": "scenes", "digest": "abc"}}
     folder = make_clip().save_pretrained(tmp_path / "model", metadata=metadata)
     assert (folder.stat().st_mode & 0o777) == 0o755
-    names = set(files(folder))
-    assert names >= {"model.safetensors", "config.json", "README.md", "tokenizer.json"}
+    assert files(folder).keys() >= {"model.safetensors", "config.json", "README.md", "tokenizer.json"}
     for name, content in files(folder).items():
         assert Path(name).suffix in (".json", ".md", ".txt", ".safetensors"), name
         with pytest.raises((pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError)):
@@ -233,13 +220,10 @@ def test_a_bundle_is_plain_files(make_clip: MakeClip, tmp_path: Path) -> None:
     words = "text_to_image_R@1 | 21.38", "InfoNCE", "license: apache-2.0", "scenes", "32×32", "test_vit"
     assert all(word in card for word in words)
     assert "_name_or_path" not in config["text_tower"]["config"], "a folder of this machine"
-    head = card.split("---")[1]
-    assert "library_name: clip-lightning" in head
+    assert "library_name: clip-lightning" in card.split("---")[1]
 
 
-def test_given_weights_are_written_in_place_of_the_present_ones(
-    make_clip: MakeClip, tmp_path: Path, pictures: list[Path]
-) -> None:
+def test_given_weights_are_written(make_clip: MakeClip, tmp_path: Path, pictures: list[Path]) -> None:
     clip = make_clip()
     best = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     expected = clip.embed_images(pictures)
@@ -305,9 +289,7 @@ def forget_the_tokenizer(bundle: Path) -> None:
         (lambda b: flip_a_bit(b / "model.safetensors"), "its weights do not match their checksum"),
     ],
 )
-def test_a_bundle_that_was_changed_is_refused(
-    bundle: Path, spoil: Callable[[Path], object], message: str
-) -> None:
+def test_a_changed_bundle_is_refused(bundle: Path, spoil: Callable[[Path], object], message: str) -> None:
     spoil(bundle)
     with pytest.raises(UserError, match=message):
         CLIP.from_pretrained(bundle)
@@ -320,20 +302,15 @@ def huge(bundle: Path) -> dict[str, object]:
 
 
 def test_what_a_bundle_may_carry_besides(bundle: Path) -> None:
-    (bundle / "README.md").write_text("my own words")
-    (bundle / ".gitattributes").write_text("*.safetensors filter=lfs")
     (bundle / "onnx").mkdir()
-    (bundle / "onnx" / "image.onnx").write_bytes(b"1")
-    (bundle / "picture.png").write_bytes(b"1")
-    for name in ("notes.txt", "eval_results.json", "LICENSE.txt"):
+    names = ("README.md", ".gitattributes", "onnx/image.onnx", "picture.png", "notes.txt", "LICENSE.txt")
+    for name in (*names, "eval_results.json"):
         (bundle / name).write_text("{}")
     CLIP.from_pretrained(bundle)
 
 
 @pytest.mark.parametrize("step", ["save_file", "_model_card", "os.replace"])
-def test_a_failure_leaves_the_old_bundle_whole(
-    bundle: Path, make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_failures_keep_the_old_one(bundle: Path, make_clip: MakeClip, monkeypatch: Patch, step: str) -> None:
     before = files(bundle)
     replace, calls = os.replace, []
 
@@ -344,8 +321,7 @@ def test_a_failure_leaves_the_old_bundle_whole(
         raise OSError("no space left on device")
 
     owner = os if step == "os.replace" else bundle_module
-    name = step.removeprefix("os.")
-    monkeypatch.setattr(owner, name, fail)
+    monkeypatch.setattr(owner, step.removeprefix("os."), fail)
     with pytest.raises(OSError, match="no space"):
         make_clip(head="mlp").save_pretrained(bundle)
     monkeypatch.undo()
@@ -357,10 +333,10 @@ def test_a_failure_leaves_the_old_bundle_whole(
 
 
 def test_nothing_but_a_bundle_is_replaced(make_clip: MakeClip, tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
+    for name in ("thesis", "empty"):
+        (tmp_path / name).mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     (tmp_path / "notes").write_text("more")
-    (tmp_path / "empty").mkdir()
     clip = make_clip()
     for name in ("thesis", "notes"):
         with pytest.raises(UserError, match="new or an empty folder"):
@@ -402,9 +378,7 @@ class Words(nn.Module):
         return (self.table(input_ids) * attention_mask[..., None]).sum(1)
 
 
-def test_towers_by_name_and_of_ones_own(
-    make_clip: MakeClip, bert: Path, pictures: list[Path], tmp_path: Path
-) -> None:
+def test_named_and_own_towers(make_clip: MakeClip, bert: Path, pictures: list[Path], tmp_path: Path) -> None:
     torch.manual_seed(0)
     named = CLIP.from_towers("random:test_vit", f"random:{bert}", image_size=32, embed_dim=16)
     assert torch.equal(named.embed_texts(TEXTS), make_clip().embed_texts(TEXTS))
@@ -419,9 +393,7 @@ def test_towers_by_name_and_of_ones_own(
     torch.testing.assert_close(image, own.embed_images(pictures))
     torch.testing.assert_close(text, own.embed_texts(TEXTS))
     (image.sum() + text.sum()).backward()
-    assert all(
-        parameter.grad is not None for name, parameter in own.named_parameters() if "logit" not in name
-    )
+    assert all(p.grad is not None for name, p in own.named_parameters() if "logit" not in name)
     folder = own.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"a tower of .* is a custom module"):
         CLIP.from_pretrained(folder)

@@ -125,9 +125,8 @@ def test_programs_get_what_the_index_says(served: Page) -> None:
     assert [{name: value for name, value in hit.items() if name != "id"} for hit in found] == plain
     image, secret = served.photos / "3.png", str(served.run / "secret.txt")
     found = served.api(served.image(3), k=4)["results"]
-    assert paths(found) == paths(served.index.search_by_image([image], 4)[0]) and paths(found)[0] == str(
-        image
-    )
+    assert paths(found) == paths(served.index.search_by_image([image], 4)[0])
+    assert paths(found)[0] == str(image)
     assert served.api(image=found[0]["id"], k=4)["results"] == found, "similar to a result"
     answer = served.api(served.image(3), labels=f"a star,  a red   circle , a star,{secret}")
     assert answer["reading"] == "softmax"
@@ -143,9 +142,8 @@ def test_fifty_at_once_get_their_own_answers(served: Page) -> None:
 
 
 def test_a_model_with_a_bias_judges_each_label(make_clip: MakeClip, served: Page, tmp_path: Path) -> None:
-    with serving(
-        ImageIndex.build(make_clip(init_bias=-1.0), served.photos, tmp_path / "index", Options(onnx=False))
-    ) as page:
+    clip, options = make_clip(init_bias=-1.0), Options(onnx=False)
+    with serving(ImageIndex.build(clip, served.photos, tmp_path / "index", options)) as page:
         answer = page.api(served.image(1), labels="a star,a heart", templates="none")
         assert "Sigmoid: " in page.ask("/?labels=a+star", served.image(1)).text
     assert answer["reading"] == "sigmoid"
@@ -426,9 +424,7 @@ def test_from_a_sentence_by_keyboard_to_similar_images(page: Any, served: Page) 
 
 
 @pytest.mark.browser
-def test_images_chosen_dropped_and_pasted_and_sentences_replace_each_other(
-    page: Any, served: Page, tmp_path: Path
-) -> None:
+def test_images_chosen_dropped_and_pasted_replace_sentences(page: Any, served: Page, tmp_path: Path) -> None:
     page.get_by_role("searchbox").fill("a star")
     page.locator("#file").set_input_files(served.photos / "4.png")
     page.get_by_text("most similar to this image").wait_for()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from clip_lightning.search.build import build_index, tower_digest
 from clip_lightning.search.folder import EmbeddingsFolder, Manifest, Options
 from clip_lightning.search.index import FoundImage
 
+Patch = pytest.MonkeyPatch
 SENTENCES = ["a red circle", "two blue squares", "a star"]
 WRITER = "clip_lightning.search.build.write_text_tower"
 
@@ -101,9 +103,7 @@ def test_flat_finds_what_brute_force_finds(clip: CLIP, photos: Path, tmp_path: P
     assert files(index.search(SENTENCES[0], 5)[0]) == files(texts[0])  # without the others' padding
 
 
-def test_an_index_may_have_more_files_than_a_process_may_open(
-    clip: CLIP, scenes: Path, tmp_path: Path
-) -> None:
+def test_an_index_has_more_files_than_a_process_may_open(clip: CLIP, scenes: Path, tmp_path: Path) -> None:
     free, limits = os.dup(0), resource.getrlimit(resource.RLIMIT_NOFILE)
     os.close(free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free + 30, limits[1]))
@@ -160,7 +160,7 @@ def test_captions_are_found_for_images(clip: CLIP, scenes: Path, tmp_path: Path)
 
 
 def test_an_approximate_index_embeds_nothing_again_and_is_repaired(
-    clip: CLIP, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: CLIP, scenes: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(vectors, "FEWEST_IVFPQ", 40)
     out = tmp_path / "idx"
@@ -220,7 +220,7 @@ def test_new_changed_and_deleted_files(clip: CLIP, photos: Path, tmp_path: Path)
 
 
 def test_broken_and_unreadable_images_are_left_out_and_tried_again(
-    clip: CLIP, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: CLIP, photos: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     (photos / "empty.png").touch()
     (photos / "text.jpg").write_text("not an image")
@@ -293,9 +293,7 @@ def test_only_one_writes_while_many_read(clip: CLIP, photos: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["notes", "manifest.json", "images-1.npy", ".lecture.tmp", "1.png.npy"])
-def test_a_folder_of_something_else_is_left_alone(
-    clip: CLIP, photos: Path, tmp_path: Path, name: str
-) -> None:
+def test_folders_of_something_else_stay(clip: CLIP, photos: Path, tmp_path: Path, name: str) -> None:
     theirs = tmp_path / "theirs" / name
     theirs.parent.mkdir(parents=True)
     theirs.write_text('{"format": 1}')
@@ -376,7 +374,7 @@ def tower_of(out: Path) -> Path:
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "update"])
 def test_killed_anywhere_the_index_is_the_old_or_the_new_one(
-    clip: CLIP, scenes: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+    clip: CLIP, scenes: Path, photos: Path, tmp_path: Path, monkeypatch: Patch, first: bool
 ) -> None:
     monkeypatch.setattr(WRITER, stand_in)
     captions = (scenes / "captions.csv").read_text()
@@ -446,7 +444,7 @@ QUERIES = [*SENTENCES, "a", LONG, "Ünknown wörds"] * 20
 
 
 def test_the_text_tower_finds_what_the_model_finds(
-    exported: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    exported: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Patch
 ) -> None:
     light = ImageIndex.load(exported / "idx")
     found = light.search(QUERIES, 6)
@@ -478,9 +476,7 @@ print("LOADED", *[name for name in heavy if name in sys.modules])
     assert (len(lines), loaded) == (2, "LOADED")
 
 
-def test_an_update_keeps_the_text_tower_and_repairs_it(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_updates_keep_and_repair_the_text_tower(exported: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     index = shutil.copytree(exported / "idx", tmp_path / "idx")
     model, photos = exported / "model", exported / "photos"
     file = tower_of(index) / "text.onnx"
@@ -500,13 +496,8 @@ def test_an_update_keeps_the_text_tower_and_repairs_it(
     assert not file.parent.exists() and not manifest_of(index).text_tower
 
 
-def test_a_tower_that_cannot_be_exported_is_left_out(
-    clip: CLIP, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(clip: CLIP, folder: Path) -> float:
-        raise UserError("not this one")
-
-    monkeypatch.setattr(WRITER, refuse)
+def test_a_tower_without_an_export(clip: CLIP, photos: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(WRITER, Mock(side_effect=UserError("not this one")))
     assert update(clip, photos, tmp_path / "idx", onnx=None)["text_tower"] == "not this one"
     with pytest.raises(UserError, match="--onnx true: not this one"):
         update(clip, photos, tmp_path / "idx", onnx=True)

@@ -33,9 +33,7 @@ def printed(capsys: Printed, *words: object) -> dict[str, object]:
     return found
 
 
-def test_index_and_search_print_one_object(
-    index: Path, bundle: Path, scenes: Path, tmp_path: Path, capsys: Printed
-) -> None:
+def test_each_prints_json(index: Path, bundle: Path, scenes: Path, tmp_path: Path, capsys: Printed) -> None:
     done = printed(capsys, "index", bundle, scenes, "--out", index, "--json", "--onnx", "false")
     assert (done["images"], done["captions"], done["unchanged"], done["embedded"]) == (40, 200, 40, 0)
     assert done["out"] == str(index)
@@ -67,9 +65,7 @@ def test_people_read_a_line_per_image_and_what_was_left_out(
     assert "gone.png: No such file or directory; the next run retries it\n" in said.err
 
 
-def test_by_image_by_file_and_the_other_way(
-    index: Path, scenes: Path, tmp_path: Path, capsys: Printed
-) -> None:
+def test_by_image_by_file_and_captions(index: Path, scenes: Path, tmp_path: Path, capsys: Printed) -> None:
     image = next(path for path in sorted(scenes.iterdir()) if path.suffix != ".csv")
     [query] = printed(capsys, "search", index, "--image", image, "--json")["queries"]
     assert query["results"][0]["path"] == str(image)

@@ -12,6 +12,7 @@ import pytest
 from clip_lightning.errors import UserError
 from clip_lightning.search import vectors
 
+Patch = pytest.MonkeyPatch
 Hits = list[list[tuple[int, float]]]
 
 
@@ -82,9 +83,7 @@ def test_many_queries_find_what_each_finds_alone() -> None:
     assert vectors.search(index, queries[:0], 5) == vectors.search(stored, queries[:0], 5) == []
 
 
-def test_more_than_a_query_scans_are_divided_into_lists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_than_a_query_scans_are_divided_into_lists(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(vectors, "MOST_SCANNED", 1000)
     stored, queries = clustered(4000, 1), clustered(50, 2)
     index = on_disk(stored, tmp_path)

@@ -114,9 +114,8 @@ def test_only_a_better_validated_model_is_the_best(wandb_server: WandbServer, tm
         (tmp_path / "model" / "weights").write_text(str(metadata))
         with wandb.init(project="p", dir=tmp_path) as run:
             reason = why_not_best(run, metadata, shared)
-            log_model(
-                run, RunFolder(tmp_path), name=shared or "own", metadata=metadata, is_best=reason is None
-            )
+            how = {"name": shared or "own", "metadata": metadata, "is_best": reason is None}
+            log_model(run, RunFolder(tmp_path), **how)
         return reason
 
     def best() -> float:
@@ -138,9 +137,7 @@ def test_only_a_better_validated_model_is_the_best(wandb_server: WandbServer, tm
 
 
 @pytest.mark.slow
-def test_offline_and_synced_later_it_is_the_same(
-    wandb_server: WandbServer, uploaded: str, fit: Fit, tmp_path: Path
-) -> None:
+def test_offline_and_synced_later(wandb_server: WandbServer, uploaded: str, fit: Fit, tmp_path: Path) -> None:
     fetch(ArtifactName.parse(uploaded, "wandb:"))
     cache = Path(os.environ["XDG_CACHE_HOME"]) / "clip-lightning" / "artifacts"
     shutil.copytree(cache, tmp_path / "trainer" / "clip-lightning" / "artifacts")

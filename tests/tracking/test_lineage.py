@@ -59,8 +59,7 @@ def start_fixture(command: Callable[..., list[str]], tmp_path: Path) -> Start:
         if at is not None:
             options |= {"trainer__callbacks+": "test_lineage.Linger", "trainer__callbacks__step": at}
             options |= {"trainer__callbacks__note": root / f"at-{at}"}
-        path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-        own = {"PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
+        own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
         line = [sys.executable, "-m", "clip_lightning", *command("fit", root, **options), *more]
         return subprocess.Popen(line, env=os.environ | own, stderr=subprocess.PIPE, text=True)
 
@@ -102,9 +101,7 @@ def folder_of(root: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twice_and_resumed_is_one_run(
-    wandb_server: WandbServer, start: Start, tmp_path: Path
-) -> None:
+def test_a_run_killed_twice_is_one_run(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
     finish(start, tmp_path / "undisturbed")
     kill_at(start, tmp_path / "runs", 2 * STEPS + 2)
     kill_at(start, tmp_path / "runs", 4 * STEPS + 1, "--ckpt_path=last")
@@ -134,9 +131,7 @@ def sync(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["torn, offline", "torn, online", "synced, offline", "finished, offline"])
-def test_a_run_started_offline_becomes_one_run(
-    wandb_server: WandbServer, start: Start, tmp_path: Path, case: str
-) -> None:
+def test_an_offline_run_is_one(wandb_server: WandbServer, start: Start, tmp_path: Path, case: str) -> None:
     before, after = case.split(", ")
     if before == "finished":
         finish(start, tmp_path / "runs", "--trainer.max_epochs=3", WANDB_MODE="offline")
@@ -169,9 +164,7 @@ def test_two_ranks_are_one_run(wandb_server: WandbServer, start: Start, tmp_path
 
 
 @pytest.mark.slow
-def test_a_preempted_run_is_marked_and_logs_its_model(
-    wandb_server: WandbServer, start: Start, tmp_path: Path
-) -> None:
+def test_a_preempted_run_logs_its_model(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     registry = "--trainer.logger.link_to=wandb-registry-model/retrieval"
     with start(root, registry, at=STEPS + 2) as process:
@@ -195,9 +188,7 @@ def test_a_preempted_run_is_marked_and_logs_its_model(
 
 
 @pytest.mark.slow
-def test_a_run_online_then_disconnected_then_offline_then_online(
-    wandb_server: WandbServer, start: Start, tmp_path: Path
-) -> None:
+def test_online_then_offline_then_online(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
     """The server lacks the end of an online part; an offline part must not take its place."""
     root = tmp_path / "runs"
     with start(root, at=STEPS + 2, WANDB_FINISH_TIMEOUT="5") as process:
@@ -257,7 +248,6 @@ def online(wandb_server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path:
     return wandb_server
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_the_summary_is_the_best_epoch_and_every_row_arrives(
     online: WandbServer, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,9 +15,11 @@ from jsonargparse import Namespace
 from clip_lightning.tracking.logger import WAITS, RunLogger
 from clip_lightning.training.cli import place_logger
 
+Patch = pytest.MonkeyPatch
+
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def own_environment(monkeypatch: Patch, tmp_path: Path) -> None:
     """Neither a key nor a folder is set; what the logger sets is taken back."""
     for name in ("WANDB_DATA_DIR", "WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.setenv(name, "")
@@ -26,21 +28,19 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(RunLogger, "_data_dir", None)
 
 
-def mode_given(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, setting: str, offline: bool | None = None
-) -> str | None:
+def mode_given(monkeypatch: Patch, folder: Path, setting: str, offline: bool | None = None) -> str | None:
     """Return the mode that `wandb.init` gets if W&B's settings have `setting`; None for theirs."""
     settings = SimpleNamespace(mode=setting, base_url="https://api.wandb.ai")
     monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
     return RunLogger(save_dir=str(folder), offline=offline)._wandb_init.get("mode")
 
 
-def test_disabled_and_shared_take_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_disabled_and_shared_take_precedence(monkeypatch: Patch, tmp_path: Path) -> None:
     for setting, offline in itertools.product(("disabled", "shared"), (None, True, False)):
         assert mode_given(monkeypatch, tmp_path, setting, offline) is None
 
 
-def test_without_a_key_the_run_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_key_the_run_is_offline(monkeypatch: Patch, tmp_path: Path) -> None:
     assert mode_given(monkeypatch, tmp_path, "online") == "offline"
     assert mode_given(monkeypatch, tmp_path, "online", offline=False) is None
     assert mode_given(monkeypatch, tmp_path, "offline") is None  # as in the settings
@@ -55,9 +55,7 @@ def test_without_a_key_the_run_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert mode_given(monkeypatch, tmp_path, "online") is None
 
 
-def test_environment_variables_apply_if_no_argument_is_given(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_environment_variables_apply_if_no_argument_is_given(monkeypatch: Patch, tmp_path: Path) -> None:
     def made(**given: str) -> dict[str, Any]:
         return RunLogger(save_dir=str(tmp_path), id="one", offline=True, **given)._wandb_init
 
@@ -73,9 +71,7 @@ def test_environment_variables_apply_if_no_argument_is_given(
     assert settings.init_args.id == "mine"
 
 
-def test_rows_are_on_disk_after_a_second_if_wandb_was_used_before(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_rows_are_on_disk_after_a_second_if_wandb_was_used_before(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setitem(WAITS, "x_of_another_version", 1.0)
     wandb.setup()
@@ -87,9 +83,7 @@ def test_rows_are_on_disk_after_a_second_if_wandb_was_used_before(
     assert given == {"x_transaction_log_flush_interval": 1}
 
 
-def test_lightnings_logger_without_a_key_stays_offline(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_lightnings_logger_without_a_key_stays_offline(monkeypatch: Patch, tmp_path: Path) -> None:
     settings = SimpleNamespace(mode="online", base_url="https://api.wandb.ai")
     monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
     logger = Namespace(class_path="a.WandbLogger", init_args=Namespace(log_model=True, project=None))
@@ -101,7 +95,7 @@ def test_lightnings_logger_without_a_key_stays_offline(
     assert (logger.init_args.get("mode"), logger.init_args.log_model) == (None, True)
 
 
-def test_each_run_of_a_process_has_its_own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_run_of_a_process_has_its_own_folder(monkeypatch: Patch, tmp_path: Path) -> None:
     for name in ("one", "two"):
         RunLogger(save_dir=str(tmp_path / name), offline=True)
         assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / name / "wandb")

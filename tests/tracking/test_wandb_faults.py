@@ -64,9 +64,7 @@ def assert_arrived(server: WandbServer, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["500 for a minute", "hangs up for a minute", "slow by 10 s"])
-def test_an_outage_ends_and_nothing_is_lost(
-    wandb_server: WandbServer, start: Start, tmp_path: Path, fault: str
-) -> None:
+def test_an_outage_loses_nothing(wandb_server: WandbServer, start: Start, tmp_path: Path, fault: str) -> None:
     begin: dict[str, Callable[[], object]] = {
         "500 for a minute": lambda: wandb_server.fail(60),
         "hangs up for a minute": lambda: wandb_server.fail(60, status=None),
@@ -77,9 +75,7 @@ def test_an_outage_ends_and_nothing_is_lost(
     assert_arrived(wandb_server, folder_of(tmp_path / "runs"))
 
 
-def test_missing_rows_are_sent_after_an_outage(
-    wandb_server: WandbServer, start: Start, tmp_path: Path
-) -> None:
+def test_missing_rows_are_sent_afterwards(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
     said = finish_with(wandb_server.stop, start, tmp_path / "runs", seconds=0.2, WANDB_FINISH_TIMEOUT="20")
     folder = folder_of(tmp_path / "runs")
     assert_whole_on_disk(folder)

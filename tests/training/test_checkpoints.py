@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.training import checkpoints
 from clip_lightning.training.checkpoints import CheckpointOptions, SafeCheckpointIO, damage, find_checkpoint
 from clip_lightning.training.sharding import ShardedStrategy
+
+Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 
 
 def content(step: int) -> dict[str, Any]:
@@ -38,12 +41,6 @@ def run(tmp_path: Path) -> Path:
         SafeCheckpointIO().save_checkpoint(content(step), folder / "last.ckpt")
     SafeCheckpointIO().save_checkpoint(content(1), folder / "best.ckpt")
     return folder
-
-
-def test_the_previous_checkpoint_is_kept(run: Path) -> None:
-    assert sorted(path.name for path in run.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
-    assert (step_of(run / "last.ckpt"), step_of(run / "previous.ckpt")) == (2, 1)
-    assert damage(run / "last.ckpt") is None
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "link"])
@@ -72,11 +69,9 @@ def test_a_kill_at_any_moment_leaves_a_last_checkpoint(run: Path, call: str) -> 
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_loses_nothing(run: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoints.os, call, full)
+def test_a_full_disk_loses_nothing(run: Path, monkeypatch: Patch, call: str) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(checkpoints.os, call, Mock(side_effect=full))
     with pytest.raises(RunFailed, match=r"cannot be written \(No space left on device\).*--ckpt_path last"):
         SafeCheckpointIO().save_checkpoint(content(3), run / "last.ckpt")
     monkeypatch.undo()
@@ -84,10 +79,10 @@ def test_a_full_disk_loses_nothing(run: Path, monkeypatch: pytest.MonkeyPatch, c
     assert not [path for path in run.iterdir() if path.suffix == ".tmp"]
 
 
-def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(run: Path, capsys: Printed) -> None:
     last = run / "last.ckpt"
+    assert sorted(path.name for path in run.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert (step_of(last), step_of(run / "previous.ckpt"), damage(last)) == (2, 1, None)
     whole = last.read_bytes()
     assert find_checkpoint("last", run.parents[1]) == last
     at = whole.index(torch.full((8,), 2.0).numpy().tobytes())
@@ -117,20 +112,14 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(
     ],
 )
 def test_half_a_step_never_replaces_a_complete_checkpoint(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    processed: int,
-    accumulated: int,
-    there: bool,
-    saved: bool,
+    tmp_path: Path, monkeypatch: Patch, processed: int, accumulated: int, there: bool, saved: bool
 ) -> None:
     asked: list[object] = []
     monkeypatch.setattr(ModelCheckpoint, "on_exception", lambda *given: asked.append(given))
     if there:
         (tmp_path / "last.ckpt").touch()
-    checkpoints.LastCheckpoint(tmp_path, "last").on_exception(
-        Loop(3, processed, accumulated), None, MemoryError()
-    )
+    last, loop = checkpoints.LastCheckpoint(tmp_path, "last"), Loop(3, processed, accumulated)
+    last.on_exception(loop, None, MemoryError())
     assert bool(asked) == saved
 
 

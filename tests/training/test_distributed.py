@@ -289,9 +289,7 @@ def test_every_rank_has_the_statistics_of_rank_0(results: Path) -> None:
         ({"strategy": ModelParallelStrategy()}, "needs Trainer"),
     ],
 )
-def test_options_that_cannot_be_combined_with_sharding(
-    make_module: Callable[..., Any], changes: dict[str, Any], message: str
-) -> None:
+def test_impossible_sharding(make_module: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
     module = make_module(freeze=changes.get("freeze", "none"))
     if "scalar" in changes:
         module.clip.image_tower.backbone.gain = nn.Parameter(torch.tensor(1.0))

@@ -14,8 +14,6 @@ from clip_lightning.__main__ import main
 from clip_lightning.data.features import FeatureCache
 from clip_lightning.model.clip import CLIP
 
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-
 ARCHIVE = Path(__file__).resolve().parents[1] / "fixtures" / "written-by-0.1.tar.xz"
 
 
@@ -38,9 +36,7 @@ def test_a_bundle_gives_the_same_embeddings(written: Path) -> None:
     torch.testing.assert_close(torch.as_tensor(images), torch.tensor(expected["images"]), atol=1e-4, rtol=0)
 
 
-def test_a_stopped_run_resumes_to_the_same_weights_from_the_same_cached_texts(
-    written: Path, command: Callable[..., list[str]]
-) -> None:
+def test_a_stopped_run_resumes_to_the_same_weights(written: Path, command: Callable[..., list[str]]) -> None:
     expected = json.loads((written / "expected.json").read_text())
     cache = FeatureCache(written / "cache", 1e9)
     texts = {entry.path for entry in cache.entries() if entry.key["kind"] == "text"}
@@ -63,6 +59,5 @@ def test_a_checkpoint_is_exported_by_the_configuration_of_its_run(written: Path)
     file = written / "runs" / "interrupted" / "checkpoints" / "last.ckpt"
     weights = torch.load(file, weights_only=True)["state_dict"]
     exported = CLIP.from_pretrained(file).state_dict()
-    assert weights and all(
-        torch.equal(exported[name.removeprefix("clip.")], weights[name]) for name in weights
-    )
+    assert weights
+    assert all(torch.equal(exported[name.removeprefix("clip.")], weights[name]) for name in weights)

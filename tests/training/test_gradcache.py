@@ -23,6 +23,8 @@ from clip_lightning.training.gradcache import encode_in_micro_batches, largest_m
 from clip_lightning.training.losses import info_nce
 from clip_lightning.training.module import CLIPModule
 
+Printed = pytest.CaptureFixture[str]
+MakeModule = Callable[..., CLIPModule]
 MakeClip = Callable[..., CLIP]
 ROWS, LENGTH = 10, 7
 NAMES = ("pixel_values", "input_ids", "attention_mask")
@@ -76,9 +78,7 @@ def largest_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("tower", ["test_vit", "test_resnet", "test_efficientnet"])
 @pytest.mark.parametrize("size", [1, 4, 5])
-def test_gradients_match_the_same_micro_batches_in_one_graph(
-    make_clip: MakeClip, tower: str, size: int
-) -> None:
+def test_gradients_match_micro_batches_in_one_graph(make_clip: MakeClip, tower: str, size: int) -> None:
     if size == 1 and tower != "test_vit":
         size = 2  # one image has no statistics
     options = {"image": f"random:{tower}", "dropout": 0.3, "head": "mlp"}
@@ -184,9 +184,7 @@ def test_auto_halves_the_batch_until_it_fits_and_changes_nothing(
     assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
 
 
-def test_auto_in_training(
-    make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_in_training(make_module: MakeModule, scenes: Path, tmp_path: Path, capsys: Printed) -> None:
     steps = []
     for size in ("auto", 8):
         module = make_module(freeze="none", micro_batch_size=size, heads=HeadOptions(16, dropout=0.2))
@@ -198,7 +196,7 @@ def test_auto_in_training(
 
 
 @pytest.mark.parametrize("size", [0, -3])
-def test_invalid_sizes(make_module: Callable[..., CLIPModule], size: int) -> None:
+def test_invalid_sizes(make_module: MakeModule, size: int) -> None:
     with pytest.raises(UserError, match=rf"--model\.micro_batch_size {size}: expected 1 or more, or auto"):
         make_module(micro_batch_size=size)
 
@@ -241,7 +239,7 @@ def test_activation_checkpointing_of_open_clip_towers(make_clip: Callable[..., C
 
 
 def test_batch_norms_cannot_be_recomputed_unless_they_are_fixed(
-    make_module: Callable[..., CLIPModule],
+    make_module: MakeModule,
 ) -> None:
     towers = TowerOptions(image_size=32, activation_checkpointing=True)
     with pytest.raises(UserError, match=r"batch-norm statistics of .*test_resnet.* twice per batch"):

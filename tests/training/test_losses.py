@@ -19,6 +19,8 @@ from clip_lightning import info_nce, siglip_loss
 from clip_lightning.training import losses
 from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, MaxViolation, Pairs, SigLIP
 
+Case = tuple[Tensor, Tensor, list[int], list[int]]
+Patch = pytest.MonkeyPatch
 SIZES = {"count": st.integers(1, 17), "width": st.integers(1, 20), "seed": st.integers(0, 2**32 - 1)}
 
 
@@ -95,7 +97,7 @@ def siglip_by_hand(
 
 
 @st.composite
-def multi_positive(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[int], list[int]]:
+def multi_positive(draw: st.DrawFn) -> Case:
     """Draw images that repeat, with any number of captions, and captions of absent images."""
     ids = draw(st.lists(st.integers(0, 5), min_size=1, max_size=8))
     text_ids = draw(st.lists(st.integers(0, 7), min_size=1, max_size=12))
@@ -105,9 +107,7 @@ def multi_positive(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[int], list[int
 
 @given(case=multi_positive(), scale=st.floats(0.5, 100))
 @settings(max_examples=60, deadline=None)
-def test_several_positives_against_loops(
-    case: tuple[Tensor, Tensor, list[int], list[int]], scale: float
-) -> None:
+def test_several_positives_against_loops(case: Case, scale: float) -> None:
     image, text, ids, text_ids = case
     options = {"image_id": torch.tensor(ids), "text_image_id": torch.tensor(text_ids)}
     ours = info_nce(image, text, scale, **options).item()
@@ -118,9 +118,7 @@ def test_several_positives_against_loops(
 
 @given(case=multi_positive(), seed=st.integers(0, 100))
 @settings(max_examples=40, deadline=None)
-def test_the_order_of_a_batch_does_not_matter(
-    case: tuple[Tensor, Tensor, list[int], list[int]], seed: int
-) -> None:
+def test_the_order_of_a_batch_does_not_matter(case: Case, seed: int) -> None:
     image, text, ids, text_ids = case[0], case[1], torch.tensor(case[2]), torch.tensor(case[3])
     torch.manual_seed(seed)
     i, j = torch.randperm(len(image)), torch.randperm(len(text))
@@ -135,7 +133,7 @@ def in_blocks(loss: Callable[..., Tensor], block: int) -> Callable[..., Tensor]:
     """The loss with at most so many similarities held at a time."""
 
     def wrapped(*args: Any, **options: Any) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch:
+        with Patch.context() as patch:
             patch.setattr(losses, "BLOCK", block)
             return loss(*args, **options)
 
@@ -162,9 +160,7 @@ def test_values_and_gradients_match_open_clip_in_one_block_and_in_several(
 
 @given(case=multi_positive(), block=st.integers(1, 60), smoothing=st.sampled_from([0.0, 0.1]))
 @settings(max_examples=60, deadline=None)
-def test_blocks_match_with_several_positives(
-    case: tuple[Tensor, Tensor, list[int], list[int]], block: int, smoothing: float
-) -> None:
+def test_blocks_match_with_several_positives(case: Case, block: int, smoothing: float) -> None:
     image, text, ids, text_ids = case
     options = {"image_id": torch.tensor(ids), "text_image_id": torch.tensor(text_ids)}
     smooth = options | {"label_smoothing": smoothing}
@@ -296,9 +292,7 @@ def test_label_smoothing_matches_torch(count: int, width: int, seed: int, smooth
 
 @pytest.mark.parametrize("block", [losses.BLOCK, 1000])
 @pytest.mark.parametrize("loss", [InfoNCE(), InfoNCE(0.1), SigLIP()])
-def test_bf16_rounds_the_embeddings_and_nothing_else(
-    loss: ContrastiveLoss, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bf16_rounds_nothing_but_embeddings(loss: ContrastiveLoss, block: int, monkeypatch: Patch) -> None:
     monkeypatch.setattr(losses, "BLOCK", block)
     image, text, ids = unit(64, 32, 0), unit(64, 32, 1), torch.arange(64)
     image = F.normalize(0.5 * image + 0.5 * text, dim=-1)
@@ -346,9 +340,7 @@ def test_losses_start_at_the_values_of_the_papers() -> None:
         ((3, 4), (5, 4), {"image_id": torch.arange(3), "text_image_id": torch.arange(3)}),
     ],
 )
-def test_shapes_that_do_not_match(
-    image: tuple[int, ...], text: tuple[int, ...], options: dict[str, Tensor]
-) -> None:
+def test_mismatched_shapes(image: tuple[int, ...], text: tuple[int, ...], options: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"expected image \(B, D\)"):
         info_nce(torch.zeros(image), torch.zeros(text), 1.0, **options)
 

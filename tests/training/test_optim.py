@@ -73,9 +73,8 @@ def test_layers_below_the_threshold_are_frozen(make_clip: MakeClip) -> None:
     image = {".".join(name.split(".")[2:4]) for name in trained if name.startswith("image_tower")}
     assert image == {"layer3.1", "layer4.0", "layer4.1"}  # fractions of 1/4, 1/2 and 1
     assert "text_tower.backbone.embeddings.word_embeddings.weight" in trained  # 1/4
-    assert {id(p) for g in param_groups(clip, config) for p in g["params"]} == {
-        id(p) for p in clip.parameters() if p.requires_grad
-    }
+    grouped = {id(p) for group in param_groups(clip, config) for p in group["params"]}
+    assert grouped == {id(p) for p in clip.parameters() if p.requires_grad}
 
 
 def test_weights_after_one_step_by_hand(make_clip: MakeClip) -> None:
@@ -92,9 +91,8 @@ def test_weights_after_one_step_by_hand(make_clip: MakeClip) -> None:
         expected[name] = weights * (1 - rate * decay) - rate * gradient / (gradient.abs() + 1e-8)
     torch.optim.AdamW(param_groups(clip, CONFIG), betas=CONFIG.betas).step()
     for name, parameter in clip.named_parameters():
-        torch.testing.assert_close(
-            parameter.detach().double(), expected[name], rtol=1e-5, atol=2e-7, msg=name
-        )
+        found = parameter.detach().double()
+        torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=2e-7, msg=name)
 
 
 @given(total=st.integers(1, 60), fraction=st.floats(0, 1))

@@ -27,11 +27,13 @@ from clip_lightning.training.cli import plain_errors
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.stopping import GracefulStop, NonFinite, requeue
 
+Printed = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning")
 
 
 @pytest.fixture
-def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
+def scontrol(tmp_path: Path, monkeypatch: Patch) -> Callable[[int], Path]:
     """Puts a program of that name on the path, which notes its arguments and ends with a status."""
 
     def install(status: int) -> Path:
@@ -49,7 +51,7 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "417", "SLURM_ARRAY_TASK_ID": "3"}
 
 @pytest.mark.parametrize(("environment", "job"), [({}, "418"), (ARRAY, "417_3")])
 def test_a_job_is_requeued(
-    scontrol: Callable[[int], Path], capfd: pytest.CaptureFixture[str], environment: dict[str, str], job: str
+    scontrol: Callable[[int], Path], capfd: Printed, environment: dict[str, str], job: str
 ) -> None:
     with mock.patch.dict(os.environ, {"SLURM_JOB_ID": "418", **environment}):
         notes = scontrol(0)
@@ -210,9 +212,7 @@ def test_skipped_steps_do_not_change_batch_norms(fit: Fit) -> None:
     assert all(statistic.isfinite().all() for statistic in statistics)
 
 
-def test_several_skipped_steps_in_a_row_end_the_run_and_list_their_samples(
-    fit: Fit, tmp_path: Path, scenes: Path
-) -> None:
+def test_skipped_steps_in_a_row_end_the_run_and_are_listed(fit: Fit, tmp_path: Path, scenes: Path) -> None:
     with pytest.warns(UserWarning, match=r"skipped step 2, whose gradient is not finite \(nan\)") as said:
         with pytest.raises(RunFailed, match=r"3 steps in a row .* not finite, up to step 4"):
             fit(Poison({1, 2, 3}))
@@ -227,9 +227,7 @@ def test_several_skipped_steps_in_a_row_end_the_run_and_list_their_samples(
 
 
 @pytest.mark.filterwarnings("ignore:skipped step .")
-def test_samples_of_shards_are_listed(
-    fit: Fit, tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_of_shards_are_listed(fit: Fit, tmp_path: Path, scenes: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     convert(captioned(scenes, 5), Settings(5), tmp_path / "shards", 1)
     with pytest.raises(RunFailed, match="3 steps in a row"):
@@ -260,21 +258,13 @@ def test_separate_skipped_steps_are_counted_in_the_checkpoint(fit: Fit, tmp_path
     assert again.left_out == guard.left_out == 3
 
 
-# Lightning 2.6 calls jsonargparse by names that its newest versions deprecate.
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
 @pytest.mark.filterwarnings("ignore:the scale has collapsed:UserWarning")
-def test_the_command_ends_with_status_1_and_a_checkpoint(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_ends_with_status_1(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: Printed
 ) -> None:
-    options = {
-        "model__freeze": "none",
-        "model__optimizer.lr": 1e38,
-        "model__optimizer.warmup": 0.0,
-        "data__cache": "off",
-        "trainer__max_epochs": 20,
-        "trainer__limit_val_batches": 0,
-    }
+    options = {"model__freeze": "none", "model__optimizer.lr": 1e38, "model__optimizer.warmup": 0.0}
+    options |= {"data__cache": "off", "trainer__max_epochs": 20, "trainer__limit_val_batches": 0}
     with pytest.warns(UserWarning, match="not finite"):
         assert main(command("fit", tmp_path / "runs", **options)) == 1
     assert "20 steps in a row had a gradient that is not finite" in capsys.readouterr().err

@@ -13,11 +13,8 @@ from lightning.pytorch import Callback, Trainer
 
 
 def clip_lightning(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a command, which finds the callbacks of the tests beside this file."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     line = [sys.executable, "-m", "clip_lightning", *map(str, words)]
-    env = os.environ | {"PYTHONPATH": path}
-    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout)
 
 
 def the_run(root: Path) -> Path:
