@@ -41,6 +41,12 @@ def parquet(**columns: list[Any]) -> bytes:
     return data.getvalue()
 
 
+TWICE = io.BytesIO()
+pyarrow.parquet.write_table(
+    pyarrow.Table.from_arrays([pyarrow.array(["a.jpg"])] * 3, ["image", "caption", "caption"]), TWICE
+)
+
+
 def content(captions: CaptionSet) -> dict[str, tuple[tuple[str, ...], str | None]]:
     return {
         image.path.relative_to(captions.root).as_posix(): (image.captions, image.split)
@@ -86,6 +92,7 @@ LAYOUTS: dict[str, Files] = {
     "JSON lists": {"x.tsv": 'image\tcaptions\na.jpg\t["one", "two"]\nb.jpg\t["three"]\n'},
     "NumPy": {"x.csv": "image,captions\na.jpg,['one' 'two']\nb.jpg,three\n"},
     "numbered": {"x.csv": "image,caption_0,caption_1\na.jpg,one,two\nb.jpg,three,\n"},
+    "a name twice, as pandas reads it": {"x.csv": "image,caption,caption.1\na.jpg,one,two\nb.jpg,three,\n"},
     "Excel": {"x.csv": "\ufeffsep=;\nimage;caption\na.jpg;one\na.jpg;two\nb.jpg;three\n"},
     "a list in data": {"x.json": json.dumps({"data": [A_RECORD, B_RECORD]})},
     "semicolons": {"x.csv": "image;caption;a, b\na.jpg;one;\na.jpg;two;\nb.jpg;three;\n"},
@@ -366,6 +373,9 @@ WRONG: dict[str, tuple[Files, str]] = {
     "broken line": ({"x.jsonl": "{"}, "line 1 is not a JSON object"),
     "no object": ({"x.jsonl": "\n3"}, "line 2 is not a JSON object"),
     "two images in a row": ({"x.csv": "a.jpg,b.jpg,a dog"}, "no caption column: found image, 2, 3"),
+    "a column twice": ({"x.csv": "image,caption,caption\na.jpg,x,y"}, "several columns caption; give them"),
+    "a split twice": ({"x.csv": "image,caption,split,split\na.jpg,x,val,test"}, "several columns split"),
+    "twice in Parquet": ({"x.parquet": TWICE.getvalue()}, "several columns caption"),
     "open quote": ({"x.csv": 'image,caption\na.jpg,"x'}, "broken at line 2.*quotes"),
     "too many fields": ({"x.csv": "caption,image\nx,y,a.jpg"}, "3 fields for 2 columns"),
     "unknown split": ({"x.csv": "image,caption,split\na.jpg,x,holdout"}, "'holdout'; expected train"),
