@@ -77,10 +77,15 @@ def print_result(record: Any, text: str, as_json: bool) -> None:
     print(json_line(record) if as_json else text)
 
 
-def check_folder(out: Path | None) -> None:
-    """Refuse a file, or a folder that cannot be written, before anything is computed."""
+def check_folder(out: Path | None, data: str) -> None:
+    """Refuse a file, the folder of the data, or one that cannot be written, before anything is computed."""
     if out is None:
         return
+    if out.exists() and any(os.path.exists(name) and out.samefile(name) for name in (data, *data.split(","))):
+        raise UserError(
+            f"--out {out} is the folder of the data, where the results could be taken for a table of "
+            "captions; give another folder"
+        )
     if out.is_file():
         raise UserError(f"--out {out} is a file; give a folder")
     existing = next(filter(Path.exists, (out.absolute(), *out.absolute().parents)))

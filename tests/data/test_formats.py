@@ -106,6 +106,10 @@ LAYOUTS: dict[str, Files] = {
         **{"a.txt": "one\ntwo", "b.txt": "three", "._a.jpg": "", "._a.txt": "\0", "._x.csv": "\0"},
         **{".ipynb_checkpoints/a-checkpoint.jpg": "", "@eaDir/a.jpg": ""},
     },
+    "numbers beside it": {
+        "x.csv": TAB_TABLE,
+        "check.json": '{"images": 2, "captions": 3, "source": "x.csv"}',
+    },
     "Illinois 30k": {"results_20130124.token": TOKENS},
     "Kaggle 30k": {
         "flickr30k_images/results.csv": "image_name| comment_number| comment\n"

@@ -193,7 +193,7 @@ def has_captions(path: Path, options: ReadOptions, known: re.Pattern[str]) -> bo
     """
     if suffix_of(path) == ".json" and not known.fullmatch(path.name):
         head = file_head(path)
-        keys = re.findall(r'"(\w+)"\s*:', head)
+        keys = re.findall(r'"(\w+)"\s*:\s*["\[{]', head)  # not numbers, as `data check` and `evaluate` write
         named = find_names(IMAGE_NAMES, keys) and find_names(CAPTION_NAMES, keys)
         return bool(named or re.search(r'\.(jpe?g|png|webp)"\s*:', head))
     try:
