@@ -134,6 +134,8 @@ def test_layouts_are_recognized(layout: str, tmp_path: Path) -> None:
 def test_the_annotation_file_itself_can_be_given(tmp_path: Path) -> None:
     write(tmp_path, {"x.csv": "image,caption\na.jpg,x", "y.csv": "image,caption\na.jpg,y", "a.jpg": ""})
     assert content(read_captions(tmp_path / "y.csv")) == {"a.jpg": (("y",), None)}
+    twice = Path(f"{tmp_path}/y.csv,{tmp_path}/./y.csv")
+    assert content(read_captions(twice)) == {"a.jpg": (("y",), None)}
     with pytest.raises(UserError, match=r"several annotation files \(x\.csv, y\.csv\)"):
         read_captions(tmp_path)
     write(tmp_path, {"Flickr8k_text/Flickr8k.token.txt": "b.jpg#0\tone\n", "Flickr8k_Dataset/b.jpg": ""})
@@ -259,6 +261,8 @@ def test_one_folder_per_split(tmp_path: Path) -> None:
         write(tmp_path / "pairs" / word, {"a.jpg": "", "a.txt": word})
     with pytest.raises(UserError, match=r"test/captions\.csv, train/captions\.csv, .* and also pairs"):
         read_captions(tmp_path)
+    above = read_captions(tmp_path, ReadOptions("folder"))
+    assert content(above) == {f"pairs/{word}/a.jpg": ((word,), word) for word in ("train", "val", "test")}
     tables = read_captions(tmp_path, ReadOptions("captions"))
     expected = {word: ((word,), word) for word in ("train", "val", "test")}
     assert content(tables) == {f"{word}/images/a.jpg": value for word, value in expected.items()}
