@@ -61,6 +61,8 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
     skipped: Counter[str] = Counter()
     content = _Content()
     folders: list[Path] = []
+    if (root / "shards.json").is_file():
+        raise UserError(f"{root} has tars, which only fit reads as --data.root; give their original data")
     if len(paths) == 1 and root.is_dir():
         files = dict(walk(root, skipped))
         annotations = _find_annotations(root, files, options, skipped)
