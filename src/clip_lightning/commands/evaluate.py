@@ -189,7 +189,7 @@ def linear_probe(
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
-    counts = [int(word) for word in shots.split(",") if word.strip().isdigit() and int(word) > 0]
+    counts = [int(word) for word in shots.split(",") if word.strip().isdecimal() and int(word) > 0]
     if len(counts) != len(shots.split(",")):
         raise UserError(f"--shots {shots}: expected numbers of images separated by commas, such as 1,2,4")
     models = _listed(model)
