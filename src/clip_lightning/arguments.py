@@ -77,10 +77,15 @@ def print_result(record: Any, text: str, as_json: bool) -> None:
     print(json_line(record) if as_json else text)
 
 
-def check_folder(out: Path | None) -> None:
-    """Refuse a file, or a folder that cannot be written, before anything is computed."""
+def check_folder(out: Path | None, data: str) -> None:
+    """Refuse a file, the folder of the data, or one that cannot be written, before anything is computed."""
     if out is None:
         return
+    if out.exists() and any(os.path.exists(name) and out.samefile(name) for name in (data, *data.split(","))):
+        raise UserError(
+            f"--out {out} is the folder of the data, where the results could be taken for a table of "
+            "captions; give another folder"
+        )
     if out.is_file():
         raise UserError(f"--out {out} is a file; give a folder")
     existing = next(filter(Path.exists, (out.absolute(), *out.absolute().parents)))
@@ -112,13 +117,15 @@ def with_home(text: str) -> str:
 
 
 def checked_arguments(args: list[str]) -> list[str]:
-    """Expand home folders, give `--json` its value, and refuse empty arguments, which mean the folder `.`."""
+    """Expand home folders, give `--json` its value, and refuse empty arguments and broken text."""
     result: list[str] = []
     for before, arg in zip(["", *args], args, strict=False):
         name, equals, value = arg.partition("=")
         if not arg or (name.startswith("--") and equals and not value):
             given = name or f"the argument after {before}"
             raise UserError(f"{given} is empty; give a value, or leave it out (is a shell variable unset?)")
+        if arg.encode(errors="replace").decode() != arg and not os.path.exists(value or arg):
+            raise UserError(f"the argument {arg!r} is not UTF-8 text; write it in a UTF-8 terminal")
         if arg in ("true", "false") and before in ("--json", "--open"):
             result[-1] = f"{before}={arg}"
         else:
@@ -195,7 +202,9 @@ def with_full_values(args: list[str]) -> list[str]:
         if option in ("--config", "-c"):
             value = packaged_config(value)
             with as_user_error(f"--config {value} is not valid YAML", "correct the file"):
-                yaml.safe_load(Path(value).read_text())
+                content = yaml.safe_load(Path(value).read_text())
+            if not isinstance(content, dict):
+                raise UserError(f"--config {value} has no options; give a YAML file with options of fit")
         elif option == "--trainer.logger" and value.endswith(("CSVLogger", "TensorBoardLogger")):
             value = json.dumps({"class_path": value, "init_args": {"save_dir": "."}})
         result.append(f"{option}={value}" if equals else value)

@@ -41,6 +41,12 @@ def parquet(**columns: list[Any]) -> bytes:
     return data.getvalue()
 
 
+TWICE = io.BytesIO()
+pyarrow.parquet.write_table(
+    pyarrow.Table.from_arrays([pyarrow.array(["a.jpg"])] * 3, ["image", "caption", "caption"]), TWICE
+)
+
+
 def content(captions: CaptionSet) -> dict[str, tuple[tuple[str, ...], str | None]]:
     return {
         image.path.relative_to(captions.root).as_posix(): (image.captions, image.split)
@@ -86,6 +92,7 @@ LAYOUTS: dict[str, Files] = {
     "JSON lists": {"x.tsv": 'image\tcaptions\na.jpg\t["one", "two"]\nb.jpg\t["three"]\n'},
     "NumPy": {"x.csv": "image,captions\na.jpg,['one' 'two']\nb.jpg,three\n"},
     "numbered": {"x.csv": "image,caption_0,caption_1\na.jpg,one,two\nb.jpg,three,\n"},
+    "a name twice, as pandas reads it": {"x.csv": "image,caption,caption.1\na.jpg,one,two\nb.jpg,three,\n"},
     "Excel": {"x.csv": "\ufeffsep=;\nimage;caption\na.jpg;one\na.jpg;two\nb.jpg;three\n"},
     "a list in data": {"x.json": json.dumps({"data": [A_RECORD, B_RECORD]})},
     "semicolons": {"x.csv": "image;caption;a, b\na.jpg;one;\na.jpg;two;\nb.jpg;three;\n"},
@@ -98,6 +105,10 @@ LAYOUTS: dict[str, Files] = {
     "droppings": {
         **{"a.txt": "one\ntwo", "b.txt": "three", "._a.jpg": "", "._a.txt": "\0", "._x.csv": "\0"},
         **{".ipynb_checkpoints/a-checkpoint.jpg": "", "@eaDir/a.jpg": ""},
+    },
+    "numbers beside it": {
+        "x.csv": TAB_TABLE,
+        "check.json": '{"images": 2, "captions": 3, "source": "x.csv"}',
     },
     "Illinois 30k": {"results_20130124.token": TOKENS},
     "Kaggle 30k": {
@@ -123,6 +134,8 @@ def test_layouts_are_recognized(layout: str, tmp_path: Path) -> None:
 def test_the_annotation_file_itself_can_be_given(tmp_path: Path) -> None:
     write(tmp_path, {"x.csv": "image,caption\na.jpg,x", "y.csv": "image,caption\na.jpg,y", "a.jpg": ""})
     assert content(read_captions(tmp_path / "y.csv")) == {"a.jpg": (("y",), None)}
+    twice = Path(f"{tmp_path}/y.csv,{tmp_path}/./y.csv")
+    assert content(read_captions(twice)) == {"a.jpg": (("y",), None)}
     with pytest.raises(UserError, match=r"several annotation files \(x\.csv, y\.csv\)"):
         read_captions(tmp_path)
     write(tmp_path, {"Flickr8k_text/Flickr8k.token.txt": "b.jpg#0\tone\n", "Flickr8k_Dataset/b.jpg": ""})
@@ -247,6 +260,8 @@ def test_one_folder_per_split(tmp_path: Path) -> None:
         write(tmp_path / "pairs" / word, {"a.jpg": "", "a.txt": word})
     with pytest.raises(UserError, match=r"test/captions\.csv, train/captions\.csv, .* and also pairs"):
         read_captions(tmp_path)
+    above = read_captions(tmp_path, ReadOptions("folder"))
+    assert content(above) == {f"pairs/{word}/a.jpg": ((word,), word) for word in ("train", "val", "test")}
     tables = read_captions(tmp_path, ReadOptions("captions"))
     expected = {word: ((word,), word) for word in ("train", "val", "test")}
     assert content(tables) == {f"{word}/images/a.jpg": value for word, value in expected.items()}
@@ -364,6 +379,9 @@ WRONG: dict[str, tuple[Files, str]] = {
     "broken line": ({"x.jsonl": "{"}, "line 1 is not a JSON object"),
     "no object": ({"x.jsonl": "\n3"}, "line 2 is not a JSON object"),
     "two images in a row": ({"x.csv": "a.jpg,b.jpg,a dog"}, "no caption column: found image, 2, 3"),
+    "a column twice": ({"x.csv": "image,caption,caption\na.jpg,x,y"}, "several columns caption; give them"),
+    "a split twice": ({"x.csv": "image,caption,split,split\na.jpg,x,val,test"}, "several columns split"),
+    "twice in Parquet": ({"x.parquet": TWICE.getvalue()}, "several columns caption"),
     "open quote": ({"x.csv": 'image,caption\na.jpg,"x'}, "broken at line 2.*quotes"),
     "too many fields": ({"x.csv": "caption,image\nx,y,a.jpg"}, "3 fields for 2 columns"),
     "unknown split": ({"x.csv": "image,caption,split\na.jpg,x,holdout"}, "'holdout'; expected train"),

@@ -239,11 +239,15 @@ def test_names_as_imagenet_writes_them(tmp_path: Path, capsys: Printed):
         ("n.txt", None, "does not exist; give a JSON file"),
     ],
 )
-def test_names_of_a_file(tmp_path: Path, name: str, text: str | None, expected: list[list[str]] | str):
+def test_names_of_a_file(
+    tmp_path: Path, name: str, text: str | None, expected: list[list[str]] | str, capsys: Printed
+):
     if text is not None:
         (tmp_path / name).write_text(text)
     if isinstance(expected, list):
         assert class_names(["cat_x", "dog_y"], tmp_path / name) == expected
+        kept = "has no names for 1 of 2 classes (dog_y), which keep the names of their folders"
+        assert (kept in capsys.readouterr().err) == ("dog y" in str(expected))
     else:
         with pytest.raises(UserError, match=expected):
             class_names(["cat_x", "dog_y"], tmp_path / name)

@@ -101,9 +101,10 @@ def test_what_cannot_be_read(
     with pytest.raises(BrokenImage, match=r"missing\.jpg cannot be read: No such file"):
         clip.embed_images([*pictures[:3], missing], batch_size=2)
     several = [pictures[0], missing, b"", pictures[1], torch.rand(3, 8, 8), 7]
+    several.append(np.zeros((0, 4, 3), np.uint8))
     torch.testing.assert_close(clip.embed_images(several, errors="skip"), clip.embed_images(pictures[:2]))
     skipped = [record.message.partition(" cannot")[0] for record in caplog.records]
-    assert skipped == [f"skipped: {name}" for name in (missing, "image 2", "image 4", "image 5")]
+    assert skipped == [f"skipped: {name}" for name in (missing, "image 2", "image 4", "image 5", "image 6")]
     assert "it is torch.float32 values of shape (3, 8, 8); expected" in caplog.text
     caplog.clear()
     texts: list[Any] = ["a star", float("nan"), "a dog"]

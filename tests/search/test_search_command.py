@@ -110,6 +110,7 @@ def test_help_imports_no_torch() -> None:
         ("search INDEX a --image MODEL", "got 2"),
         ("search INDEX a dog", "dog"),
         ("search INDEX EMPTY", "empty"),
+        ("search INDEX caf\udce9", r"the argument 'caf\udce9' is not UTF-8 text"),
         ("search INDEX --image nothing.png", "nothing.png cannot be read: No such file"),
         ("search INDEX --image a.png", "a.png cannot be read: not a"),
         ("search INDEX a --captions true", "give --image"),

@@ -145,6 +145,8 @@ def test_the_newest_run_is_resumed_and_other_folders_are_ignored(tmp_path: Path)
     for given in ("last", "best"):
         with pytest.raises(UserError, match=rf"--ckpt_path {given}: there is no .*/{given}\.ckpt; set"):
             find_checkpoint(given, tmp_path)
+    with pytest.raises(UserError, match=r"stray is a folder; set"):
+        find_checkpoint(tmp_path / "stray", tmp_path)
     for place in (tmp_path, tmp_path / "absent"):
         assert find_checkpoint("auto", place) is None
     newer, older = (tmp_path / name / "checkpoints" / "last.ckpt" for name in ("newer", "older"))

@@ -74,6 +74,8 @@ def _read_labels(given: str) -> list[str]:
     if os.path.isfile(given):  # Path.is_file raises if the list is longer than a file name may be
         with as_user_error(f"--labels {given} cannot be read as text", "save it as UTF-8"):
             labels = Path(given).read_text(encoding="utf-8-sig").splitlines()
+    elif len(labels) == 1 and (os.path.isdir(given) or re.search(r"/|\.\w{2,4}$", given)):
+        raise UserError(f"--labels {given}: there is no such file; give it, or labels separated by commas")
     names = list(dict.fromkeys(" ".join(label.split()) for label in labels if label.strip()))
     if not names:
         raise UserError(f"--labels {given!r} has no label; give labels separated by commas, or a file")

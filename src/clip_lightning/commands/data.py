@@ -48,7 +48,7 @@ def check(
     from clip_lightning.data.sources import find_source, read_source
     from clip_lightning.reports.pages import write_check
 
-    check_folder(out)
+    check_folder(out, root)
     if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
         raise UserError(f"--fix {fix}: expected the name of a new .csv file; existing files are kept")
     source = find_source(root, read)
@@ -118,7 +118,7 @@ def convert(
     from clip_lightning.data.shards.storage import holds_tars
     from clip_lightning.data.shards.tars import Filter
 
-    check_folder(out)
+    check_folder(out, root)
     conditions = [*map(Filter.parse, filters or ())]
     settings = conversion.Settings(samples_per_shard, short_side, quality, conditions)
     if holds_tars(root):

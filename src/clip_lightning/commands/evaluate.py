@@ -60,7 +60,7 @@ def retrieval(
         json: print one JSON object instead, or a list for several models or data sets.
     """
     models = _listed(model)
-    check_folder(out)
+    check_folder(out, data)
     sets = {place: _captioned(place, split) for place in _listed(data)}
     rows: list[Row] = []
     first: dict[str, Any] = {}
@@ -122,7 +122,7 @@ def zero_shot(
         json: print one JSON object instead, or a list for several models or data sets.
     """
     models = _listed(model)
-    check_folder(out)
+    check_folder(out, data)
     sentences = read_templates(templates)
     sets = _class_sets(data, data_cache)
     chosen = {place: _choose_split(place, split, class_set.splits) for place, class_set in sets.items()}
@@ -189,11 +189,11 @@ def linear_probe(
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
-    counts = [int(word) for word in shots.split(",") if word.strip().isdigit() and int(word) > 0]
+    counts = [int(word) for word in shots.split(",") if word.strip().isdecimal() and int(word) > 0]
     if len(counts) != len(shots.split(",")):
         raise UserError(f"--shots {shots}: expected numbers of images separated by commas, such as 1,2,4")
     models = _listed(model)
-    check_folder(out)
+    check_folder(out, data)
     sets = _class_sets(data, data_cache)
     rows = []
     images = {place: class_set.images for place, class_set in sets.items()}

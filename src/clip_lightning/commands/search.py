@@ -47,6 +47,8 @@ def search(
         json: print one JSON object instead.
     """
     queries = _queries(sentence, query, image, file)
+    if grid is not None and grid.suffix.lower() != ".png":  # it may be a photograph
+        raise UserError(f"--grid {grid}: expected the name of a .png file")
     if captions and (image is None or grid is not None):
         raise UserError("--captions true finds captions for an image; give --image FILE, and omit --grid")
     from clip_lightning.search.index import ImageIndex

@@ -272,6 +272,11 @@ def class_names(classes: Sequence[str], file: Path | None = None) -> list[list[s
             f"the {len(classes)} classes ({classes[0]}, ...); give one entry per class, in order, or an "
             "object from class to name"
         )
+    if lacking := [name for name in classes if name not in given]:
+        note(
+            f"warning: --names {file} has no names for {len(lacking)} of {len(classes)} classes "
+            f"({', '.join(lacking[:3])}), which keep the names of their folders"
+        )
     return [given.get(name) or [clean_name(name)] for name in classes]
 
 

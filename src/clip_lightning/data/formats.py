@@ -55,12 +55,14 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
     if lacking := [path for path in paths if not os.path.exists(path)]:
         raise UserError(f"the folder or file {lacking[0]} does not exist; check --data.root")
     # Only the root is resolved, as names are relative to it and links below it may lead elsewhere.
-    paths = [path.resolve() for path in paths]
+    paths = [*dict.fromkeys(path.resolve() for path in paths)]
     root = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.parent for path in paths]))
     base = root if root.is_dir() else root.parent
     skipped: Counter[str] = Counter()
     content = _Content()
     folders: list[Path] = []
+    if (root / "shards.json").is_file():
+        raise UserError(f"{root} has tars, which only fit reads as --data.root; give their original data")
     if len(paths) == 1 and root.is_dir():
         files = dict(walk(root, skipped))
         annotations = _find_annotations(root, files, options, skipped)
@@ -207,10 +209,11 @@ class _Content:
         self.sources.append(f"{source} ({number:,} rows)")
 
     def add_pairs(self, root: Path, files: Mapping[str, list[str]]) -> None:
-        """Add the images next to texts, with splits if all are in folders below `root` named like splits."""
+        """Add the images next to texts, with splits if all are in folders side by side named like splits."""
         rows = read_pairs(root, files, self.left_out)
         self.add(rows, "pairs of an image and a text", Finder([root], root))
-        top_folders = {path: path.relative_to(root).parts[0].lower() for path in self.captions}
+        top = os.path.commonpath([path.parent for path in self.captions] or [root])
+        top_folders = {path: path.relative_to(top).parts[0].lower() for path in self.captions}
         splits = {path: SPLIT_WORDS.get(folder, "") for path, folder in top_folders.items()}
         if all(splits.values()) and len({*splits.values()}) > 1:
             self.splits = splits

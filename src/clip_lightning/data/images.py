@@ -116,7 +116,7 @@ def to_pixels(image: Any) -> Tensor:
         dtype, shape = str(getattr(image, "dtype", "")), tuple(getattr(image, "shape", ()))
         if isinstance(image, np.ndarray) and dtype == "uint8" and shape[2:] in ((), (3,), (4,)):
             image = Image.fromarray(image)
-        if isinstance(image, Image.Image):
+        if isinstance(image, Image.Image) and all(image.size):
             return _to_tensor(image.copy())
         if isinstance(image, Tensor) and dtype == "torch.uint8" and shape[:-2] == (3,) and all(shape):
             return image.cpu()

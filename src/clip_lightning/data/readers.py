@@ -13,7 +13,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -31,7 +31,7 @@ CAPTION_NAMES = (
     *("caption", "captions", "text", "title", "comment", "texts", "sentences", "sentence", "raw", "txt"),
     *("description", "prompt"),
 )
-_NUMBERED = re.compile(r"(caption|sentence|text)s?[ _-]?\d+", re.IGNORECASE)
+_NUMBERED = re.compile(r"(caption|sentence|text)s?[ ._-]?\d+", re.IGNORECASE)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _TEXT_SUFFIXES = (".txt", ".caption", ".json")
 
@@ -77,8 +77,11 @@ class ReadOptions:
         is_fraction = 0 <= self.max_broken <= 1
         check_option("data.read.max_broken", self.max_broken, is_fraction, "a fraction from 0 to 1")
 
-    def find(self, source: object, record: Record) -> Columns:
-        """Choose the columns of a record; of several usual ones for images, the first with a file name."""
+    def find(self, source: object, record: Record, header: Sequence[str] = ()) -> Columns:
+        """Choose the columns of a record; of several usual ones for images, the first with a file name.
+
+        No name that is used may occur twice in `header`, the names of all columns of a file.
+        """
         usual = find_names(IMAGE_NAMES, record)
         image = [name for name in usual if is_image(str(record[name]))] or usual
         if self.image_column:
@@ -97,7 +100,13 @@ class ReadOptions:
                     f"{', '.join(record) or 'nothing'}, expected one of {', '.join(names[:7])}; give "
                     f"--data.read.{kind}_column COLUMN, or another --data.root"
                 )
-        return image[0], captions, next(iter(find_names(("split",), record)), None)
+        split = next(iter(find_names(("split",), record)), None)
+        if twice := [name for name in (image[0], *captions, split) if header.count(name) > 1]:
+            raise UserError(
+                f"{source} has several columns {twice[0]}; give them different names (several captions of an "
+                "image may be in caption_0, caption_1, ...), or give another --data.root"
+            )
+        return image[0], captions, split
 
 
 RECOGNIZED = ReadOptions()
@@ -184,7 +193,7 @@ def has_captions(path: Path, options: ReadOptions, known: re.Pattern[str]) -> bo
     """
     if suffix_of(path) == ".json" and not known.fullmatch(path.name):
         head = file_head(path)
-        keys = re.findall(r'"(\w+)"\s*:', head)
+        keys = re.findall(r'"(\w+)"\s*:\s*["\[{]', head)  # not numbers, as `data check` and `evaluate` write
         named = find_names(IMAGE_NAMES, keys) and find_names(CAPTION_NAMES, keys)
         return bool(named or re.search(r'\.(jpe?g|png|webp)"\s*:', head))
     try:
@@ -247,7 +256,7 @@ def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
         start = reader.line_num
         for row in rows:
             record = dict(zip(names, row + [""] * (len(names) - len(row)), strict=False))
-            columns = columns or options.find(path, record)
+            columns = columns or options.find(path, record, names)
             if len(row) > len(names):
                 if columns[1][-1] != names[-1]:
                     raise csv.Error(f"{len(row)} fields for {len(names)} columns")
@@ -257,7 +266,7 @@ def read_table(path: Path, options: ReadOptions) -> Iterator[Record]:
             start = reader.line_num
             yield record
         if columns is None:
-            options.find(path, dict.fromkeys(names, ""))
+            options.find(path, dict.fromkeys(names, ""), names)
     except csv.Error as error:
         raise UserError(
             f"{path} is broken at line {start + 1} ({error}); put quotes around captions with quotes or "
@@ -354,7 +363,7 @@ def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Record]:
     with as_user_error(f"{path} is not a valid Parquet file", "check --data.root"):
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        image, captions, split = options.find(path, dict.fromkeys(names))
+        image, captions, split = options.find(path, dict.fromkeys(names), names)
         # include all columns with usual names for images; their values decide
         wanted = {image, *captions, split, *find_names(IMAGE_NAMES, names)}
         for batch in file.iter_batches(columns=[name for name in names if name in wanted]):

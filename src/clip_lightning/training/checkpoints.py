@@ -154,8 +154,9 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
     else:
         file = Path(given)
     if not file.is_file():
+        problem = f"{file} is a folder" if file.is_dir() else f"there is no {file}"
         raise UserError(
-            f"--ckpt_path {given}: there is no {file}; set --trainer.default_root_dir to the folder of the "
+            f"--ckpt_path {given}: {problem}; set --trainer.default_root_dir to the folder of the "
             "runs, or --ckpt_path to a file, `last`, `best` or `auto`, or remove it to start a run"
         )
     reason, previous = damage(file), file.with_name(PREVIOUS)

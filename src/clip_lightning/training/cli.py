@@ -182,7 +182,7 @@ class RunCLI(LightningCLI):
         """Ignore the hyperparameters in the checkpoint: the configuration is complete."""
 
     def _set_seed(self) -> None:
-        with as_user_error("--seed_everything is invalid", "use a number of 0 or more"):
+        with as_user_error("--seed_everything is invalid", "use a number from 0 to 4294967295"):
             super()._set_seed()
 
     def instantiate_classes(self) -> None:
@@ -218,7 +218,8 @@ class RunCLI(LightningCLI):
             plugins.append(SLURMEnvironment(auto_requeue=False))  # `GracefulStop` requeues jobs
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, ModuleNotFoundError) as error:  # such as an unknown accelerator or strategy
+        # such as half a device, or an unknown accelerator or strategy
+        except (TypeError, ValueError, ModuleNotFoundError) as error:
             raise UserError(f"--trainer: {error}") from error
 
     def _own_callbacks(self, trainer_config: Any) -> list[Callback]:
