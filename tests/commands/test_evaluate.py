@@ -256,5 +256,5 @@ def test_markdown_has_a_table_for_each_data_set():
     ]
     assert markdown(rows) == (
         "## x\n\n|  | a\\|b |\n| :-- | --: |\n| images | 1,000 |\n| top1 | 50.0 (40.0 to 60.0) |\n"
-        "\n## y\n\n|  | c |\n| :-- | --: |\n| gain | -1.2, p 0.040 |\n"
+        "\n## y\n\n|  | c |\n| :-- | --: |\n| gain | -1.2, p = 0.040 |\n"
     )

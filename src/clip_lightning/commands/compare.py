@@ -16,9 +16,7 @@ from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, own_arguments
 from clip_lightning.errors import UserError, as_user_error
-from clip_lightning.experiments.compare import Comparison, compared, print_tables, write_comparison
-from clip_lightning.experiments.run_records import add_latencies, read_runs
-from clip_lightning.terminal import json_line, note
+from clip_lightning.terminal import note
 
 USAGE = {
     "compare": "%(prog)s RUN [RUN ...] [options]",
@@ -62,6 +60,9 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
         raise UserError("there is nothing to compare; give run folders or wandb:ENTITY/PROJECT")
     if group is not None and not any(place.startswith("wandb:") for place in runs):
         raise UserError("--group selects runs of a W&B project; also give wandb:ENTITY/PROJECT")
+    from clip_lightning.experiments.compare import compared, report_comparison
+    from clip_lightning.experiments.run_records import add_latencies, read_runs
+
     records, left_out = read_runs(runs, group)
     for place, reason in left_out.items():
         note(f"left out {place}: {reason}")
@@ -70,7 +71,7 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
         raise UserError(f"there is nothing to compare; left out {place}: {reason}")
     out = _create(out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S"))
     add_latencies(records)
-    _finish(compared(records, "Runs compared", left_out=left_out), out, json)
+    report_comparison(compared(records, "Runs compared", left_out=left_out), out, json)
 
 
 def compare_backbones(
@@ -103,6 +104,7 @@ def compare_backbones(
     if not any(re.match(r"(--config|-c)(=|$)", option) for option in options):
         options = ["--config=heads", *options]
     from clip_lightning.experiments.backbones import Backbones
+    from clip_lightning.experiments.compare import compared, report_comparison
 
     backbones = Backbones(images, texts, options, seeds, out and _create(out))
     try:
@@ -111,7 +113,7 @@ def compare_backbones(
         if backbones.records or backbones.failed:
             title = f"{len(images)} image towers × {len(texts)} text towers"
             comparison = compared(backbones.records, title, failed=backbones.failed)
-            _finish(comparison, backbones.folder, json)
+            report_comparison(comparison, backbones.folder, json)
     if backbones.failed:
         pairs = f"{len(backbones.failed)} of {len(backbones.pairs)} pairs"
         note(f"{pairs} failed; run the same command again to retry them")
@@ -144,15 +146,3 @@ def _create(folder: Path) -> Path:
     with as_user_error(f"--out {folder} cannot be created", "give another one"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _finish(comparison: Comparison, out: Path, json: bool) -> None:
-    """Write everything, warn, and print the table."""
-    write_comparison(comparison, out)
-    for warning in comparison.warnings:
-        note(f"WARNING: {warning}")
-    if json:
-        print(json_line(comparison.as_dict() | {"folder": str(out)}))
-    else:
-        print_tables(comparison)
-        print(f"comparison: {out / 'index.html'}")

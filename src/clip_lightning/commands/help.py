@@ -53,8 +53,9 @@ def print_help(command: str, *, everything: bool) -> None:
             and name not in RARE
             and f"{name.removesuffix(last)}*" not in options  # options of a class
         ):
-            text = textwrap.shorten(text, max(width - 46, 30), placeholder=" …")
-            print(f"  --{f'{name} [{default}]' if 0 < len(default) < 10 else name:<42}{text}")
+            option = f"{name} [{default}]" if 0 < len(default) < 10 else name
+            text = textwrap.shorten(text, max(width - 4 - max(len(option) + 1, 42), 30), placeholder=" …")
+            print(f"  --{option:<41} {text}")
     if not everything:
         print(f"\nclip-lightning {command} --help all prints all options in full, including the Trainer's.")
 

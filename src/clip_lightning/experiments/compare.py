@@ -18,7 +18,7 @@ from clip_lightning.experiments.run_records import COSTS, VALUES, RunRecord
 from clip_lightning.reports import tables
 from clip_lightning.reports.pages import write_html
 from clip_lightning.reports.plots import GREEN, MUTED, Plot, styled_axes
-from clip_lightning.terminal import one_line
+from clip_lightning.terminal import json_line, note, one_line
 
 # Options that may differ between runs of the same experiment. Data are compared by their digests.
 BOOKKEEPING = re.compile(
@@ -251,6 +251,18 @@ def csv_table(comparison: Comparison) -> str:
         row |= {name: v if isinstance(v, float) else tables.option_text(v) for name, v in options.items()}
         lines.append(row | {"places": " ".join(places)})
     return tables.csv_of_records(lines)
+
+
+def report_comparison(comparison: Comparison, out: Path, as_json: bool) -> None:
+    """Write all files of a comparison, warn, and print its table."""
+    write_comparison(comparison, out)
+    for warning in comparison.warnings:
+        note(f"WARNING: {warning}")
+    if as_json:
+        print(json_line(comparison.as_dict() | {"folder": str(out)}))
+    else:
+        print_tables(comparison)
+        print(f"comparison: {out / 'index.html'}")
 
 
 def print_tables(comparison: Comparison) -> None:

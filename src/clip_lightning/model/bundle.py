@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def write_bundle(
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
         metadata = {"format": "pt", "weights": weights_digest(tensors), **_companions(draft, config)}
         save_file(tensors, draft / WEIGHTS, metadata=metadata)
+        shutil.copymode(draft / "config.json", draft / WEIGHTS)  # safetensors creates a private file
     return folder
 
 
@@ -104,7 +106,8 @@ def _model_card(config: dict[str, Any], place: str) -> str:
     size = "×".join(map(str, transform["size"]))
     license_line = f"license: {config['license']}\n" if config.get("license") else ""
     data = ", ".join(f"{key} {value}" for key, value in (config.get("training_data") or {}).items())
-    rows = [f"| {name} | {value:.2f} |\n" for name, value in (config.get("metrics") or {}).items()]
+    metrics = config.get("metrics") or {}
+    rows = [f"| {name} | {metrics[name]:.2f} |\n" for name in metrics if name not in ("epoch", "step")]
     table = ["On the validation split:\n\n| metric | value |\n|---|---|\n", *rows] if rows else []
     return f"""---
 library_name: clip-lightning

@@ -131,7 +131,8 @@ def _cell(row: Row, name: str) -> str:
     text = f"{value:.1f}"
     if f"{name}_low" in row:
         text += f" ({row[f'{name}_low']:.1f} to {row[f'{name}_high']:.1f})"
-    return text + (f", p {row[f'{name}_p']:.3f}" if f"{name}_p" in row else "")
+    p = row.get(f"{name}_p")
+    return text if p is None else f"{text}, p < 0.001" if p < 0.001 else f"{text}, p = {p:.3f}"
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,11 @@ def write_open_clip(clip: CLIP, folder: Path, final: Path) -> float:
     for name, tensor in clip.state_dict().items():
         part = next(part for part in PARTS if name.startswith(part))
         state[PARTS[part] + name.removeprefix(part)] = tensor.clone().contiguous()
-    save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    weights = folder / "open_clip_model.safetensors"
+    save_file(state, weights, metadata={"format": "pt"})
     on_hub = _name_on_hub(clip)
     _write_config(clip, folder, on_hub or str(folder))
+    shutil.copymode(folder / "open_clip_config.json", weights)  # safetensors creates a private file
     difference = _check(clip, folder)
     if not on_hub:
         note(
