@@ -136,7 +136,7 @@ class Archive:
         if self.url.startswith("file:"):
             archive = Path(urllib.request.url2pathname(urlsplit(self.url).path))
         else:
-            call(self.url, "get_file", str(archive), callback=TqdmCallback({"desc": "download"}))
+            call(self.url, "get_file", archive, TqdmCallback({"desc": "download"}))
         if not archive.is_file():
             raise UserError(f"{shown} does not exist; give the archive's file or URL")
         with archive.open("rb") as file:

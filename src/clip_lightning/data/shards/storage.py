@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import aiohttp
 import fsspec
 from filelock import FileLock
+from fsspec.callbacks import Callback
 
 from clip_lightning.errors import RunFailed, UserError, reason_of
 from clip_lightning.files import cache_folder
@@ -33,8 +34,13 @@ def is_url(source: str) -> bool:
     return "://" in source
 
 
-def call(source: str, method: str, *arguments: Any, **options: Any) -> Any:
-    """Call a method of fsspec for a path or URL; calls for URLs are retried after a pause if they fail."""
+def call(source: str, method: str, target: Path | None = None, progress: Callback | None = None) -> Any:
+    """Call a method of fsspec for a path or URL; calls for URLs are retried after a pause if they fail.
+
+    `get_file` copies to `target` and reports its `progress`.
+    """
+    details = [] if target is None else [str(target)]
+    options = {} if progress is None else {"callback": progress}
     # aiohttp's default limit is five minutes per file, regardless of its size.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
     client = {"client_kwargs": {"timeout": timeout}} if source.startswith(("http://", "https://")) else {}
@@ -44,7 +50,7 @@ def call(source: str, method: str, *arguments: Any, **options: Any) -> Any:
         raise UserError(f"{public(source)} cannot be read: {reason_of(error)}") from error
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return getattr(system, method)(path, *arguments, **options)
+            return getattr(system, method)(path, *details, **options)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingFile(f"{public(source)} does not exist") from error
         except Exception as error:  # stores also raise the errors of their own libraries
@@ -115,7 +121,7 @@ def open_copy(url: str, key: str, sha256: str, budget: float) -> BinaryIO:
 
 def _fetch(url: str, path: Path, sha256: str, budget: float) -> None:
     draft = path.with_name(f"{path.name}.tmp")  # the writer holds the lock
-    call(url, "get_file", str(draft))
+    call(url, "get_file", draft)
     with draft.open("rb") as content:
         if sha256 and hashlib.file_digest(content, "sha256").hexdigest() != sha256:
             raise RunFailed(f"{public(url)} has changed since the conversion: its checksum differs")
