@@ -374,6 +374,7 @@ WRONG: dict[str, tuple[Files, str]] = {
     "LLaVA": ({"x.json": '[{"image": "a.jpg", "conversations": []}]'}, "begins with .*expected COCO"),
     "regions": ({"x.json": '[{"id": 1, "regions": []}]'}, "begins with .*expected COCO"),
     "texts apart": ({"images/a.jpg": "", "text/a.txt": "x"}, "no a.txt next to it.*expected"),
+    "an id twice": ({"captions_x.json": coco(a=["x"], b=["y"]).replace('"id": 1', '"id": 0')}, "the same id"),
     "list": ({"dataset_coco.json": "[3]"}, r"begins with '\[3\]' .*; expected COCO"),
     "broken JSON": ({"dataset_coco.json": "{"}, "begins with .*JSONDecodeError"),
     "broken line": ({"x.jsonl": "{"}, "line 1 is not a JSON object"),

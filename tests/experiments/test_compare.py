@@ -342,7 +342,7 @@ def test_interrupted_runs_are_marked(
     ("given", "expected"),
     [
         ([], "there is nothing to compare; give run folders"),
-        (["unfinished"], "left out unfinished: its results cannot be read (FileNotFoundError: "),
+        (["unfinished"], "left out unfinished: it has no results, as it has just begun or"),
         (["run", "--group=g"], "--group selects runs of a W&B project"),
         (["run", "--out=file"], "--out file cannot be created"),
         (["--out", "--json", "run"], "--out"),

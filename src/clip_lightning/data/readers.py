@@ -336,6 +336,8 @@ def _json_records(content: Any) -> Iterator[Record]:
     match content:
         case {"images": list(images), "annotations": list(annotations)}:  # COCO
             captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
+            if len(captions) < len(images):
+                raise ValueError("several images have the same id")
             for annotation in annotations:
                 captions[annotation["image_id"]].append(annotation["caption"])
             yield from ({"image": image["file_name"], "caption": captions[image["id"]]} for image in images)

@@ -92,6 +92,8 @@ def read_runs(places: Sequence[str], group: str | None) -> tuple[list[RunRecord]
 def read_folder(folder: Path) -> RunRecord:
     """Read a run from its folder; raise a UserError if it has no results."""
     run, costs = RunFolder(folder), folder / COSTS_FILE
+    if not run.metrics.is_file():
+        raise UserError("it has no results, as it has just begun or ended before its first validation")
     values = json.loads(run.metrics.read_text())
     options = flat(yaml.safe_load(run.config.read_text()))
     values |= json.loads(costs.read_text()) if costs.is_file() else {}
