@@ -220,6 +220,7 @@ def test_a_bundle_is_plain_files(make_clip: MakeClip, tmp_path: Path) -> None:
     }
     folder = make_clip().save_pretrained(tmp_path / "model", metadata=metadata)
     assert (folder.stat().st_mode & 0o777) == 0o755
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1, "all can be read by the same people"
     names = set(files(folder))
     assert names >= {"model.safetensors", "config.json", "README.md", "tokenizer.json"}
     for name, content in files(folder).items():
