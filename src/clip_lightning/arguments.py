@@ -161,7 +161,7 @@ def plain_message(line: str) -> str:
     """Rewrite a message of jsonargparse without names of Python types."""
     if found := re.fullmatch(r"the following arguments are required: (.*)", line):
         names = (re.sub(r"^[\w-]+\.", "", name.strip()) for name in found[1].split(","))  # of a subcommand
-        return f"missing: {', '.join(f'--{name}' for name in names)}; give it, or a --config that sets it"
+        return f"missing: {', '.join(names)}; --help shows the arguments of each command"
     line = re.sub(r'^Parser key "([^"]+)":', r"--\1:", line)
     subject, _, rest = line.partition(": ")
     if found := re.search(r"Problem with given class_path '([^']+)': (.*?) - Expected ", rest):

@@ -65,7 +65,7 @@ def test_quiet_commands_print_results_and_errors_only(tmp_path: Path, capfd: Pri
     assert main(["--quiet", "data", "check", str(tmp_path / "nothing")]) == 2
     assert capfd.readouterr().err.startswith("clip-lightning: error: ")
     assert main(["-q", "data", "check"]) == 2
-    assert capfd.readouterr().err.startswith("clip-lightning: error: missing: --root")
+    assert capfd.readouterr().err.startswith("clip-lightning: error: missing: root")
 
 
 def test_configs_env_and_completion(capsys: Printed) -> None:

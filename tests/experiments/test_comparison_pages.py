@@ -45,7 +45,7 @@ def record(rsum: float, image: str = "a", text: str = "x", **changes: Any) -> Ru
 
 def table(comparison: Comparison) -> dict[str, list[str]]:
     """The texts of the first data set's columns, by their titles."""
-    return {column.title: column.texts for column in columns_of(comparison.data_sets[0])}
+    return {column.title: column.texts for column in columns_of(comparison.data_sets[0], comparison)}
 
 
 def ranks(comparison: Comparison) -> list[tuple[int, str]]:

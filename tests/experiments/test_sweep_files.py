@@ -134,7 +134,7 @@ def varying(**spec: Any) -> dict[str, Any]:
 PROBABLE = {"values": [1, 2], "probabilities": [0.1, 0.9]}
 WRONG: dict[str, tuple[Any, str]] = {
     "no YAML": ("a: [", "is not valid YAML"),
-    "no method": ({"parameters": MINIMAL["parameters"]}, "missing: --method"),
+    "no method": ({"parameters": MINIMAL["parameters"]}, "missing: method"),
     "another method": (MINIMAL | {"method": "bayse"}, "method: expected grid or random or bayes, got bayse"),
     "another key": (MINIMAL | {"early_stop": 1}, "'early_stop'"),
     "nothing": (varying(), "expected `value`, `values`, or `min` and `max`"),

@@ -209,6 +209,7 @@ def test_a_bundle_is_plain_files(make_clip: MakeClip, tmp_path: Path) -> None:
     metadata |= {"license": "apache-2.0", "training_data": {"dataset": "scenes", "digest": "abc"}}
     folder = make_clip().save_pretrained(tmp_path / "model", metadata=metadata)
     assert (folder.stat().st_mode & 0o777) == 0o755
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1, "all can be read by the same people"
     assert files(folder).keys() >= {"model.safetensors", "config.json", "README.md", "tokenizer.json"}
     for name, content in files(folder).items():
         assert Path(name).suffix in (".json", ".md", ".txt", ".safetensors"), name

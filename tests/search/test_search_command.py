@@ -106,7 +106,7 @@ def test_help_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("search", "missing: --index"),
+        ("search", "missing: index"),
         ("search INDEX a --image MODEL", "got 2"),
         ("search INDEX a dog", "dog"),
         ("search INDEX EMPTY", "empty"),
@@ -118,7 +118,7 @@ def test_help_imports_no_torch() -> None:
         ("search INDEX a --model OTHER", "is not the model that the index was built with"),
         (f"search {'long' * 70} a", "File name too long"),
         ("search OLD a", "was written by another program or version"),
-        ("index MODEL SCENES", "--out"),
+        ("index MODEL SCENES", "missing: out"),
         ("index MODEL SCENES --out new --type best", "auto or flat or ivfpq"),
         ("index MODEL SCENES --out new --type ivfpq", "give --type flat"),
         (

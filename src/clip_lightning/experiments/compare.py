@@ -181,18 +181,18 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         folder / "index.html",
         "comparison",
         comparison=comparison,
-        tables=[(rows[0].data, columns_of(rows)) for rows in comparison.data_sets],
+        tables=[(rows[0].data, columns_of(rows, comparison)) for rows in comparison.data_sets],
         notes=notes(comparison),
         plots=plots_of(comparison),
     )
 
 
-def columns_of(rows: Sequence[Row]) -> list[tables.Column]:
+def columns_of(rows: Sequence[Row], comparison: Comparison) -> list[tables.Column]:
     """Return the columns of a data set: rank, towers, run, options, values and state, without empty ones."""
     columns = [tables.column("rank", [row.rank for row in rows])]
     columns.append(tables.column("towers", [row.name for row in rows], is_text=True))
     several = any(len(row.records) > 1 for row in rows)
-    if several or len({row.first.towers for row in rows}) < len(rows):
+    if several or len(comparison.data_sets) > 1 or len({row.first.towers for row in rows}) < len(rows):
         singles = (row.first.place for row in rows if len(row.records) == 1)
         names = tables.short_names(singles, lambda place: PurePath(place).name)
         runs = [names.get(row.first.place) or _count_seeds(row) for row in rows]
@@ -234,7 +234,7 @@ def markdown(comparison: Comparison) -> str:
     parts += [f"> **Warning:** {tables.escaped(warning)}" for warning in comparison.warnings]
     for rows in comparison.data_sets:
         heading = f"## {rows[0].data.capitalize()}\n\n" if len(comparison.data_sets) > 1 else ""
-        parts.append(heading + tables.markdown_table(columns_of(rows)))
+        parts.append(heading + tables.markdown_table(columns_of(rows, comparison)))
     parts.append(tables.escaped(notes(comparison)))
     for title, reasons in (("Failed", comparison.failed), ("Left out", comparison.left_out)):
         listed = [f"- {tables.escaped(name)}: {tables.escaped(reason)}" for name, reason in reasons.items()]
@@ -268,7 +268,7 @@ def report_comparison(comparison: Comparison, out: Path, as_json: bool) -> None:
 def print_tables(comparison: Comparison) -> None:
     """Print a table of each data set, with as many columns that differ as fit into the terminal."""
     for rows in comparison.data_sets:
-        columns = columns_of(rows)
+        columns = columns_of(rows, comparison)
         differing = [c for c in columns if len(rows) == 1 or len({*c.texts}) > 1]
         always = [c for c in columns if c.name in ALWAYS and (c in differing or c.name != "towers")]
         options = [c for c in differing if c.name in rows[0].options]
