@@ -377,6 +377,7 @@ WRONG: dict[str, tuple[Files, str]] = {
     "an id twice": ({"captions_x.json": coco(a=["x"], b=["y"]).replace('"id": 1', '"id": 0')}, "the same id"),
     "list": ({"dataset_coco.json": "[3]"}, r"begins with '\[3\]' .*; expected COCO"),
     "broken JSON": ({"dataset_coco.json": "{"}, "begins with .*JSONDecodeError"),
+    "a name twice": ({"captions.json": '{"a.jpg": "x", "a.jpg": "y"}'}, "'a.jpg' is in an object 2 times"),
     "broken line": ({"x.jsonl": "{"}, "line 1 is not a JSON object"),
     "no object": ({"x.jsonl": "\n3"}, "line 2 is not a JSON object"),
     "two images in a row": ({"x.csv": "a.jpg,b.jpg,a dog"}, "no caption column: found image, 2, 3"),

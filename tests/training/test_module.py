@@ -237,8 +237,11 @@ def test_a_checkpoint_has_the_logged_options(make_module: MakeModule, scenes: Pa
     with pytest.raises(UserError, match="set image_tower and text_tower"):
         CLIPModule()
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    (tmp_path / "config.yaml").write_text("model: {}")
     with pytest.raises(UserError, match=r"other\.ckpt is not a checkpoint of"):
         CLIPModule.load_from_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match=r"config\.yaml is not a checkpoint of"):
+        CLIP.from_pretrained(tmp_path / "config.yaml")
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"]["model"] |= {"removed_option": 1}
     torch.save(checkpoint, tmp_path / "old.ckpt")

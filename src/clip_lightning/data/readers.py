@@ -13,6 +13,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -315,7 +316,7 @@ def _read_jsonl(path: Path, options: ReadOptions) -> Iterator[Record]:
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
             with as_user_error(f"{path} line {number} is not a JSON object", "give another --data.root"):
-                yield {**json.loads(line)}
+                yield {**json.loads(line, object_pairs_hook=_without_repetition)}
 
 
 def _read_json(path: Path, options: ReadOptions) -> Iterator[Record]:
@@ -328,7 +329,16 @@ def _read_json(path: Path, options: ReadOptions) -> Iterator[Record]:
         "expected COCO's captions, Karpathy's images with filename and sentences, a list of objects with "
         "image and caption, or an object from image to captions; give another --data.root",
     ):
-        yield from _json_records(json.loads(text))
+        yield from _json_records(json.loads(text, object_pairs_hook=_without_repetition))
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, or raise ValueError if a name repeats, as only its last value would be kept."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name!r} is in an object {count} times")
+    return content
 
 
 def _json_records(content: Any) -> Iterator[Record]:

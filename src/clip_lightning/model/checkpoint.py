@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -80,13 +81,25 @@ def fixed_towers(clip: CLIP) -> dict[str, Tower]:
     return {name: tower for name, tower in towers.items() if tower.frozen or tower.adapted}
 
 
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Map a checkpoint of a `CLIPModule` into memory, without executing code from it."""
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        _ = [checkpoint[name] for name in ("state_dict", "frozen_towers", "preprocessing")]
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{file} is not a checkpoint of `clip-lightning fit`, such as RUN/checkpoints/best.ckpt; give one"
+        ) from error
+    return checkpoint
+
+
 def load_checkpoint(clip_class: type[CLIP], file: Path) -> CLIP:
     """Load the model in a checkpoint, with the metadata of its bundle.
 
     Towers that were fixed in training are not in the checkpoint. They are built by name, and their digests
     must match.
     """
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(file)
     weights, options = checkpoint["state_dict"], options_of(checkpoint, file)
     lora = LoRAConfig(**options["lora"]) if options["lora"] else None
     if options["init_from"]:

@@ -177,7 +177,8 @@ class Embedder:
                 path.encode()  # names that are not UTF-8 cannot be stored
                 status = os.stat(path)
             except (OSError, UnicodeError) as error:
-                self.unreadable[printable(path)] = getattr(error, "strerror", None) or str(error)
+                reason = getattr(error, "strerror", None) or "its name is not UTF-8; rename it"
+                self.unreadable[printable(path)] = reason
             else:
                 about = {"file_size": status.st_size, "modified_ns": status.st_mtime_ns}
                 images.append({"path": path, "captions": list(texts), **about})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_lightning.errors import AgreedStop, RunFailed, UserError
 from clip_lightning.files import complete_file
-from clip_lightning.model.checkpoint import fixed_towers, put_back_fixed_towers
+from clip_lightning.model.checkpoint import fixed_towers, put_back_fixed_towers, read_checkpoint
 from clip_lightning.run_folder import LAST, PREVIOUS, RunFolder
 from clip_lightning.terminal import note
 from clip_lightning.training.optim import param_groups
@@ -169,16 +168,6 @@ def find_checkpoint(given: Any, root: Path) -> Path | None:
         )
     note(f"{file} is damaged ({reason}); using {previous.name} instead")
     return previous
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Map a checkpoint of a `CLIPModule` into memory, without executing code from it."""
-    try:
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        _ = [checkpoint[name] for name in ("state_dict", "frozen_towers", "preprocessing")]
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
-        raise UserError(f"{file} is not a checkpoint of `clip-lightning fit`") from error
-    return checkpoint
 
 
 def check_fits(file: str | Path, checkpoint: dict[str, Any], model: LightningModule) -> None:

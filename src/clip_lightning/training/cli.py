@@ -35,6 +35,7 @@ from clip_lightning.data.datamodule import CaptionDataModule
 from clip_lightning.errors import RunFailed, UserError, as_user_error, reason_of
 from clip_lightning.evaluation.metrics import DIRECTIONS, MEASURES, METRICS
 from clip_lightning.files import write_json
+from clip_lightning.model.checkpoint import read_checkpoint
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import LAST, RunFolder
 from clip_lightning.terminal import note, public
@@ -192,7 +193,7 @@ class RunCLI(LightningCLI):
             check_shardable(self.model.clip, self.model.micro_batch_size, self.trainer)
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint is not None:
-            checkpoints.check_fits(checkpoint, checkpoints.read_checkpoint(Path(checkpoint)), self.model)
+            checkpoints.check_fits(checkpoint, read_checkpoint(Path(checkpoint)), self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")

@@ -123,7 +123,7 @@ class CLIPModule(LightningModule):
             UserError: the file is not such a checkpoint, or a frozen tower differs from that in training.
         """
         file = Path(checkpoint_path)
-        checkpoint = checkpoints.read_checkpoint(file)
+        checkpoint = checkpoint_content.read_checkpoint(file)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "model", skip=set(options), instantiate=False)
         remedy = "give a checkpoint of this version, in the folder of its run"

@@ -23,9 +23,9 @@ from torch.nn.utils import vector_to_parameters
 from torch.optim import Optimizer
 
 from clip_lightning.errors import RunFailed, UserError
+from clip_lightning.model.checkpoint import read_checkpoint
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.towers import Tower
-from clip_lightning.training.checkpoints import read_checkpoint
 from clip_lightning.training.gradcache import training_norms
 
 
