@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from jsonargparse.typing import PositiveInt
@@ -75,7 +76,7 @@ def check(
     if fix is not None:
         report["fixed"] = fixed = write_cleaned(report, entries, fix)
         text += f"\nwrote {fix} with {fixed['images']:,} images and {fixed['captions']:,} captions; "
-        text += f"next: clip-lightning fit --data.root {fix}"
+        text += f"next: clip-lightning fit --data.root {quote(str(fix))}"
     print_result(report, text, json)
     if report["errors"]:
         raise SystemExit(1)
@@ -132,7 +133,7 @@ def convert(
     counts = {part: sum(shard["samples"] for shard in shards) for part, shards in splits.items()}
     written = ", ".join(f"{count:,} samples for {part}" for part, count in counts.items())
     record = {"out": str(out), "samples": counts, "left_out": left_out}
-    print_result(record, f"wrote {written}; next: clip-lightning fit --data.root {out}", json)
+    print_result(record, f"wrote {written}; next: clip-lightning fit --data.root {quote(str(out))}", json)
 
 
 def upload(

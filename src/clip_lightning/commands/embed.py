@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from clip_lightning.arguments import Parser, print_result
@@ -43,7 +44,7 @@ def run(args: list[str]) -> None:
     from clip_lightning.search.build import build_index
 
     done = build_index(given.model, given.source, given.out, options, embeddings_only=embeds)
-    result = f'{done["type"]}: clip-lightning search {given.out} "..."'
+    result = f'{done["type"]}: clip-lightning search {quote(str(given.out))} "..."'
     if embeds:
         result = f"in {done['shards']} shards: {given.out}"
     elif done["text_tower"] != "onnx" and options.onnx is None:
@@ -60,5 +61,5 @@ def summary(done: dict[str, Any]) -> str:
     made = ", ".join(f"{done[kind]:,} {kind}" for kind in ("images", "captions") if done[kind]) or "nothing"
     counts = {name: done[name] for name in ("added", "changed", "unchanged", "removed")}
     counts |= {kind: len(done[kind]) for kind in ("broken", "unreadable")}
-    listed = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    listed = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "no images"
     return f"{made} ({listed}) in {done['seconds']:.1f} s"
