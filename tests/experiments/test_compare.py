@@ -315,7 +315,7 @@ def test_options_and_data_that_differ_are_shown_and_runs_without_results_are_lef
     assert {row["training_seconds"] for row in table["rows"]} == {20}
     assert "WARNING: these runs were scored on 2 different data sets" in err
     reasons = [each["reason"] for each in table["left_out"]]
-    assert [reason.split()[0] for reason in reasons] == ["its", "it", "its", "its"]
+    assert [reason.split()[0] for reason in reasons] == ["it", "it", "its", "its"]
     assert err.count("left out") == 4 and {row["runs"] for row in table["rows"]} == {1}
     assert "model.heads.dropout" in (tmp_path / "c" / "comparison.md").read_text()
 
