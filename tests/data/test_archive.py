@@ -6,11 +6,14 @@ import base64
 import gzip
 import hashlib
 import io
-import multiprocessing
 import os
+import signal
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -344,38 +347,47 @@ def test_links_within_an_archive_become_files(local: Fetch):
 
 # Kills and rivals ---------------------------------------------------------------------------------------
 
+FETCH = """
+import sys
+from clip_lightning.data import sources
+if "stop" in sys.argv:
+    unpack = sources.unpack
+    def stop(*arguments):  # everything is written but not yet in place
+        unpacked = unpack(*arguments)
+        print("unpacked", flush=True)
+        sys.stdin.read()
+        return unpacked
+    sources.unpack = stop
+print("begun", flush=True)
+source = sources.Archive.parse(sys.argv[1])
+source.fetch()
+print(source.folder())
+"""
 
-def test_rivals_download_once_and_a_kill_leaves_no_folder(server: Server, cache: Path, monkeypatch: Patch):
-    context, unpack = multiprocessing.get_context("fork"), sources.unpack
-    unpacked, may_end = context.Semaphore(0), context.Semaphore(0)  # a kill would break an event
 
-    def stop(*arguments: Any) -> Path:
-        """Everything is written but not yet in place."""
-        folder = unpack(*arguments)
-        unpacked.release()
-        assert may_end.acquire(timeout=60)
-        return folder
+def fetching(server: Server, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", FETCH, f"{server.url}#sha256={digest(server.data)}", *words]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, text=True, **pipes)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in ["begun", *words]] == [
+        "begun\n",
+        *["unpacked\n" for _ in words],
+    ]
+    return process
 
-    def start() -> Any:
-        process = context.Process(target=fetch, args=(server.url, server.data))
-        process.start()
-        return process
 
-    monkeypatch.setattr(sources, "unpack", stop)
-    killed = start()
-    assert unpacked.acquire(timeout=60)
-    killed.kill()
-    killed.join()
+def test_concurrent_processes_download_once_and_a_killed_one_leaves_no_folder(server: Server, cache: Path):
+    with fetching(server, "stop") as killed:
+        killed.send_signal(signal.SIGKILL)
     folder = cache / digest(server.data)[:16]
     assert not folder.exists()
-    first = start()
-    assert unpacked.acquire(timeout=60)
-    second = start()
-    second.join(0.5)
-    assert second.exitcode is None, "it waits"
-    may_end.release()
-    for process in (first, second):
-        process.join(60)
-        assert process.exitcode == 0
-    assert content(folder) == FILES and len(server.credentials) == 2
+    first = fetching(server, "stop")
+    second = fetching(server)
+    time.sleep(0.1)  # until it waits, or, if it does not, downloads
+    first.communicate(timeout=60)
+    printed, _ = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert Path(printed.strip()) == folder and content(folder) == FILES
+    assert len(server.credentials) == 2
     assert {path.name for path in cache.iterdir()} == {folder.name, f".{folder.name}.lock"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import pickle
-import random
 import shutil
-import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -334,47 +334,65 @@ def test_a_damaged_manifest_is_written_again(cache: FeatureCache) -> None:
         assert manifest.read_bytes() == intact
 
 
-def start(folder: Path, count: int, seconds: float = 0.0) -> Any:
-    """Start a process that fills an entry, and logs where each shard that it computes begins."""
+PREAMBLE = """
+    import os, random, signal, sys, time
+    from pathlib import Path
+    import numpy as np
+    from clip_lightning.data.features import SHARD_ROWS, FeatureCache
 
-    def compute(rows: range) -> np.ndarray:
-        with (folder / "log").open("a") as log:
-            log.write(f"{rows.start}\n")
+    ROOT, COUNT = Path(sys.argv[1]), int(sys.argv[2])
+
+    def compute(rows):
+        with open(ROOT / "log", "a") as log:
+            log.write(f"{rows.start}\\n")
         time.sleep(0.005)
-        return noise(rows)
+        return np.stack([np.random.default_rng(row).standard_normal(16) for row in rows]).astype(np.float32)
 
-    def fill() -> None:
-        time.sleep(seconds)
-        FeatureCache(folder / "cache").get({"kind": "noise"}, count, compute, "rows")
+    def child(seconds=0.0):
+        process = os.fork()
+        if process == 0:
+            time.sleep(seconds)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # of the progress bar
+            FeatureCache(ROOT / "cache").get({"kind": "noise"}, COUNT, compute, "rows")
+            os._exit(0)
+        return process
+"""
+KILLED = """
+    random.seed(0)
+    log = ROOT / "log"
+    log.touch()
+    for _ in range(20):
+        size = log.stat().st_size + random.randrange(20)
+        process = child()
+        deadline = time.monotonic() + 10
+        while log.stat().st_size <= size and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0.0, 0.05))
+        os.kill(process, signal.SIGKILL)
+        assert os.waitpid(process, 0)[1] == signal.SIGKILL
+"""
+TOGETHER = """
+    processes = [child(), child(0.02)]
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+"""
 
-    process = multiprocessing.get_context("fork").Process(target=fill)
-    process.start()
-    return process
 
-
-def began(folder: Path) -> list[int]:
-    """The shards that processes began to compute, in order."""
+def in_process(script: str, folder: Path, count: int) -> list[int]:
+    """Run the script, and say which shards it began to compute, in that order."""
+    source = textwrap.dedent(PREAMBLE) + textwrap.dedent(script)
+    subprocess.run([sys.executable, "-c", source, str(folder), str(count)], check=True, timeout=120)
     return [int(line) // SHARD_ROWS for line in (folder / "log").read_text().split()]
 
 
 def test_an_entry_is_bit_identical_after_twenty_kills(tmp_path: Path) -> None:
-    count, chance, log = 150 * SHARD_ROWS - 7, random.Random(0), tmp_path / "log"
-    log.touch()
-    for _ in range(20):
-        size = log.stat().st_size + chance.randrange(20)
-        process = start(tmp_path, count)
-        deadline = time.monotonic() + 10
-        while log.stat().st_size <= size and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0.0, 0.05))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    count = 150 * SHARD_ROWS - 7
+    began = in_process(KILLED, tmp_path, count)
     cache = FeatureCache(tmp_path / "cache")
     (entry,) = cache.entries()
     done = len(list(entry.path.glob("*.npy")))
     assert 0 < done < 150  # the kills came while it was written
-    assert 0 < len(began(tmp_path)) - done <= 20  # a kill costs no more than the shard in hand
+    assert len(began) > done
+    assert len(began) - done <= 20  # a kill costs no more than the shard in hand
     stored = cache.get({"kind": "noise"}, count, noise, "rows")
     undisturbed = FeatureCache(tmp_path / "undisturbed")
     expected = undisturbed.get({"kind": "noise"}, count, noise, "rows")
@@ -387,10 +405,8 @@ def test_an_entry_is_bit_identical_after_twenty_kills(tmp_path: Path) -> None:
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     count = 40 * SHARD_ROWS
-    for process in [start(tmp_path, count), start(tmp_path, count, seconds=0.02)]:
-        process.join()
-        assert process.exitcode == 0
-    assert sorted(began(tmp_path)) == list(range(40))  # each shard once
+    began = in_process(TOGETHER, tmp_path, count)
+    assert sorted(began) == list(range(40))  # each shard once
     stored = FeatureCache(tmp_path / "cache").get({"kind": "noise"}, count, pytest.fail, "rows")
     assert torch.equal(stored.rows(range(count)), torch.from_numpy(noise(range(count))).half().float())
 
