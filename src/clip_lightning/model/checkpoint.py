@@ -88,7 +88,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         _ = [checkpoint[name] for name in ("state_dict", "frozen_towers", "preprocessing")]
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError) as error:
         raise UserError(
-            f"{file} is not a checkpoint of `clip-lightning fit`, such as RUN/checkpoints/best.ckpt; give one"
+            f"{file} is not a checkpoint of `clip-lightning fit`, or is damaged; give a complete one"
         ) from error
     return checkpoint
 
