@@ -97,7 +97,9 @@ def check_folder(out: Path | None, data: str) -> None:
 
 def own_arguments(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Divide the arguments into those of the options with these names, and those to pass to `fit`."""
-    own, others, rest = list[str](), list[str](), iter(args)
+    own: list[str] = []
+    others: list[str] = []
+    rest = iter(args)
     for arg in rest:
         name = arg.partition("=")[0].removeprefix("--")
         if arg in ("-h", "--help"):

@@ -48,9 +48,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         draft.write_bytes(data)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON like `write_atomically`; characters that are invalid in UTF-8 are replaced."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+def write_json(path: Path, content: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Write JSON like `write_atomically`, with `default` for other types; invalid characters are replaced."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=default) + "\n"
     write_atomically(path, text.encode(errors="replace"))
 
 

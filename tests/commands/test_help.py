@@ -80,3 +80,17 @@ def test_configs_env_and_completion(capsys: Printed) -> None:
         typed = f"{script}\nCOMP_WORDS=(clip-lightning {words}) COMP_CWORD={number}; _clip_lightning"
         shell = ["bash", "-c", f"{typed}; echo ${{COMPREPLY[@]}}"]
         assert expected in subprocess.run(shell, check=True, capture_output=True, text=True).stdout
+
+
+def test_an_error_of_the_file_system_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(args: list[str]) -> None:
+        raise OSError(28, "No space left on device", "results.csv")
+
+    monkeypatch.setattr("clip_lightning.__main__._run", full)
+    assert main(["cache", "list"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "clip-lightning: error: results.csv cannot be read or written (No space left on device);"
+    )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
+from tqdm import tqdm
 
 from clip_lightning.arguments import check_folder, run_functions
 from clip_lightning.data.captions import CaptionedImage, Splits, split_by_image
@@ -212,8 +213,11 @@ def linear_probe(
         parts = [(encoded.features[rows], labels[rows]) for rows in (train, test)]
         row |= {"classes": len(class_set.classes), "broken": len(encoded.broken)}
         row |= {"train_images": int(train.sum()), "test_images": int(test.sum())}
+        note(f"training linear classifiers on {len(encoded.rows):,} images")
         row |= probe.linear_probe(*parts)
-        rows.append(row | probe.few_shot(*parts, shots=counts, seeds=seeds))
+        for k in tqdm(counts, "images per class"):
+            row |= probe.few_shot(*parts, shots=[k], seeds=seeds)
+        rows.append(row)
     _finish(rows, out, json, wandb)
 
 

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
+
 from clip_lightning.arguments import print_result, run_functions
 from clip_lightning.errors import UserError, as_user_error
 
@@ -55,7 +57,7 @@ def export(
     if to != "bundle" and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} already exists; give a new or empty folder")
     clip, difference, text = CLIP.from_pretrained(model), None, f"wrote {out}"
-    with as_user_error(f"--out {out} cannot be written", "free some space there, or give another --out"):
+    try:
         if to == "bundle":
             clip.save_pretrained(out, metadata=clip.metadata)
         else:
@@ -65,6 +67,10 @@ def export(
                 else:
                     difference = write_open_clip(clip, draft, out)
             text += f"; its embeddings differ from PyTorch's by {difference:.1e} or less"
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--out {out} cannot be written ({error}); free some space there, or give another --out"
+        ) from error
     print_result({"to": to, "out": str(out.resolve()), "max_difference": difference}, text, json)
 
 

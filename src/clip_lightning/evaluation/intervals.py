@@ -13,10 +13,9 @@ from statistics import NormalDist
 import numpy as np
 from torch import Tensor
 
-from clip_lightning.evaluation.metrics import DIRECTIONS, KS
+from clip_lightning.evaluation.metrics import BEST, KS
 
 Z95 = 1.959963984540054
-BEST = {f"{direction}_R@{k}": 100.0 for direction in DIRECTIONS for k in KS} | {"rsum": 600.0}
 
 
 def wilson(right: float, total: float) -> tuple[float, float]:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from clip_lightning.evaluation.intervals import accuracy
 
@@ -83,8 +82,7 @@ def linear_probe(train: Labelled, test: Labelled) -> dict[str, float]:
     kept, chosen_on = ((train[0][rows], train[1][rows]) for rows in (~valid, valid))
     chosen = FEW_SHOT_REGULARIZER
     if valid.any():  # of equals the first, which is the strongest
-        penalties = tqdm(REGULARIZERS, "linear probe, penalties")
-        chosen = max(penalties, key=lambda penalty: count_right(kept, chosen_on, penalty))
+        chosen = max(REGULARIZERS, key=lambda penalty: count_right(kept, chosen_on, penalty))
     scores = accuracy("linear_probe_top1", count_right(train, test, chosen), len(test[1]))
     return scores | {"log10_regulariser": math.log10(chosen)}
 
@@ -98,7 +96,7 @@ def few_shot(train: Labelled, test: Labelled, *, shots: Sequence[int], seeds: in
     features, labels = train
     present, counts = labels.unique(return_counts=True)
     metrics: dict[str, float] = {}
-    for k in tqdm([k for k in shots if k <= counts.min()], "linear probe, images per class"):
+    for k in (k for k in shots if k <= counts.min()):
         scores = []
         for seed in range(seeds):
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))

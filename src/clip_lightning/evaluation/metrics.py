@@ -35,3 +35,6 @@ METRICS = {"rsum": "rsum"} | {
     for name, measure in MEASURES.items()
 }
 """The titles of all metrics by their names."""
+RECALLS = [f"{direction}_R@{k}" for direction in DIRECTIONS for k in KS]
+BEST = dict.fromkeys(RECALLS, 100.0) | {"rsum": 100.0 * len(RECALLS)}
+"""The best possible values of the recalls and of their sum."""

@@ -150,10 +150,10 @@ def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -
     `fold1000_...`, or nothing if there are fewer than two folds.
     """
     folds = []
-    for start in range(0, len(image) - fold + 1, fold):
+    for start in range(0, len(image) - fold + 1, fold) if len(image) >= 2 * fold else ():
         captions = (owner >= start) & (owner < start + fold)
         folds.append(retrieval_metrics(image[start : start + fold], text[captions], owner[captions] - start))
-    names = folds[0] if len(folds) > 1 else ()
+    names = folds[0] if folds else ()
     return {f"fold{fold}_{name}": fmean(metrics[name] for metrics in folds) for name in names}
 
 

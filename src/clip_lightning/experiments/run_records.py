@@ -19,13 +19,12 @@ from torch.utils.benchmark import Timer
 from clip_lightning.arguments import flat
 from clip_lightning.data.features import DTYPE
 from clip_lightning.errors import UserError, as_user_error
-from clip_lightning.evaluation.metrics import METRICS
+from clip_lightning.evaluation.metrics import METRICS, RECALLS
 from clip_lightning.model.clip import CLIP, parameter_counts
 from clip_lightning.model.encode import best_device
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.wandb_fetch import has_api_key
 
-RECALLS = tuple(name for name in METRICS if "_R@" in name)
 COSTS = {
     "parameters": "parameters",
     "parameters_trained": "trained",

@@ -66,17 +66,19 @@ class Parameter:
     distribution: Kind | None = None
     values: list | None = None  # of list[Any], jsonargparse would parse the items
     probabilities: list[NonNegativeFloat] | None = None
-    # of int | float, whose order `typing` may swap, jsonargparse would read 1 as 1.0
+    # numbers, checked below: as int | float, jsonargparse may read 1 as 1.0
     min: Any = None
     max: Any = None
     q: Any = None
 
     def __post_init__(self) -> None:
-        for name, value in (("min", self.min), ("max", self.max), ("q", self.q)):
-            is_number = value is None or type(value) in (int, float)
-            if not is_number or (name == "q" and value is not None and not value > 0):
-                expected = "a number above 0" if name == "q" else "a number"
-                raise UserError(f"{name}: expected {expected}, got {value!r}")
+        for name, value, least in (
+            ("min", self.min, -math.inf),
+            ("max", self.max, -math.inf),
+            ("q", self.q, 0),
+        ):
+            if value is not None and not (type(value) in (int, float) and value > least):
+                raise UserError(f"{name}: expected a number{' above 0' * (least == 0)}, got {value!r}")
         self.space: CategoricalDistribution | FloatDistribution
         self.quantum: float | None = None  # the option's value is the multiple of it that is nearest
         self.weights: list[float] | None = None  # of each choice, if they are not equally likely

@@ -43,11 +43,11 @@ def put_back_fixed_towers(checkpoint: dict[str, Any], clip: CLIP, lora: LoRAConf
         if stored.get(name) != own:
             raise UserError(f"the checkpoint was trained with {name} {stored.get(name)}, got {own}; {remedy}")
     for name, digest in checkpoint.get("frozen_towers", {}).items():
-        own = name.removeprefix("clip.")
-        tower = getattr(clip, own)
+        side = name.removeprefix("clip.")
+        tower = getattr(clip, side)
         if tower.digest() != digest:
             raise UserError(
-                f"the checkpoint was trained with another frozen {own} than {tower.spec['name']!r}; {remedy}"
+                f"the checkpoint was trained with another frozen {side} than {tower.spec['name']!r}; {remedy}"
             )
         weights = tower.state_dict()
         checkpoint["state_dict"] |= {f"{name}.{key}": value for key, value in weights.items()}

@@ -40,13 +40,25 @@ def write_html(path: Path, name: str, **content: Any) -> None:
     write_atomically(path, html.encode(errors="replace"))
 
 
-def write_page(path: Path, **content: Any) -> None:
+def write_page(
+    path: Path,
+    epoch: int,
+    queries: Mapping[str, Sequence[Query]],
+    history: Mapping[str, Any],
+    plots: Sequence[Plot] = (),
+    misses: Sequence[Query] = (),
+) -> None:
     """Write what a model finds as a page.
 
-    The content is the `epoch`, the `queries` of both directions, and the `history` of their ranks; and at the
-    end of training `plots` and the worst `misses` of the complete split.
+    Args:
+        path: the file to write.
+        epoch: the epoch of the model.
+        queries: the queries of each direction.
+        history: the ranks of the queries in each epoch, by direction.
+        plots: plots of the complete split, which are added when training ends.
+        misses: the worst misses of the complete split, which are added then, too.
     """
-    content = {"plots": (), "misses": (), **content}
+    content = {"epoch": epoch, "queries": queries, "history": history, "plots": plots, "misses": misses}
     write_html(path, "predictions", **content, shown=SHOWN, headline=headline, moves=_moves)
 
 

@@ -145,7 +145,7 @@ def write_tables(folder: Path, name: str, markdown: str, csv: str, record: Any) 
     """Write NAME.md, NAME.csv and NAME.json into the folder."""
     for kind, text in (("md", markdown), ("csv", csv)):
         write_atomically(folder / f"{name}.{kind}", text.encode(errors="replace"))
-    write_json(folder / f"{name}.json", record)
+    write_json(folder / f"{name}.json", record, default=str)
 
 
 def write_results(rows: Sequence[Row], folder: Path) -> None:
