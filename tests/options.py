@@ -32,7 +32,7 @@ OWN_HELP = {
     "verbose": "print the scores (validate and test).",
     "trainer.logger": "where metrics go: RunLogger (W&B), CSVLogger, another class path, or false.",
     "trainer.accelerator": "cpu, gpu, mps, tpu; auto takes what is there.",
-    "trainer.strategy": "ddp, fsdp (sharded), auto, or another of Lightning's.",
+    "trainer.strategy": "ddp, auto, or another of Lightning's.",
     "trainer.devices": "number of devices, or a list of them; auto takes all.",
     "trainer.num_nodes": "number of machines.",
     "trainer.precision": "32-true, bf16-mixed, 16-mixed; by default bf16-mixed on a GPU that has it.",

@@ -31,10 +31,6 @@ class Diverged(RunFailed):
     """Training has diverged, which a search takes for a result."""
 
 
-class AgreedStop(KeyboardInterrupt):
-    """Ctrl-C, raised once every rank has finished the same batch."""
-
-
 def check_option(name: str, value: object, is_valid: bool, expected: str) -> None:
     """Raise UserError unless the value of an option is valid."""
     if not is_valid:

@@ -237,7 +237,6 @@ def test_a_file_of_options_and_precedence_of_the_command_line(
         ({"model__init_from": "bundle"}, "remove --model.init_from"),
         ({"ckpt_path": "last"}, "--ckpt_path last"),
         ({"trainer__devices": 2}, "on one device; remove --trainer.devices"),
-        ({"trainer__strategy": "fsdp"}, "remove --trainer.strategy"),
         ({"file": "nowhere.yaml"}, "--file nowhere.yaml cannot be read"),
     ],
 )

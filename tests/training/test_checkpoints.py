@@ -12,13 +12,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from processes import Loop
 
-from clip_lightning.errors import AgreedStop, RunFailed, UserError
+from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.training import checkpoints
 from clip_lightning.training.checkpoints import CheckpointOptions, SafeCheckpointIO, damage, find_checkpoint
-from clip_lightning.training.sharding import ShardedStrategy
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 
@@ -121,23 +119,6 @@ def test_half_a_step_never_replaces_a_complete_checkpoint(
     last, loop = checkpoints.LastCheckpoint(tmp_path, "last"), Loop(3, processed, accumulated)
     last.on_exception(loop, None, MemoryError())
     assert bool(asked) == saved
-
-
-@pytest.mark.parametrize(
-    ("exception", "saved"),
-    [
-        (AgreedStop(), True),
-        (SIGTERMException(), True),
-        (KeyboardInterrupt(), False),
-        (MemoryError(), False),
-        (RunFailed("too many steps"), False),
-    ],
-)
-def test_sharded_weights_are_saved_when_all_ranks_have_agreed(exception: BaseException, saved: bool) -> None:
-    trainer = Loop()
-    assert checkpoints.all_ranks_save(trainer, exception)
-    trainer.strategy = ShardedStrategy()
-    assert checkpoints.all_ranks_save(trainer, exception) == saved
 
 
 def test_the_newest_run_is_resumed_and_other_folders_are_ignored(tmp_path: Path) -> None:

@@ -125,13 +125,11 @@ def test_a_resume_is_bit_identical(
 STEP, TIMEOUT = 11, 120
 
 
-@pytest.fixture(params=["ddp", "fsdp"])
-def fit_on_two(
-    command: Command, tmp_path: Path, request: pytest.FixtureRequest
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+@pytest.fixture
+def fit_on_two(command: Command, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*more: str, root: str = "runs", **ends: Any) -> subprocess.CompletedProcess[str]:
         options = {"data__augmentation__min_scale": 0.5, "data__batch_size": 2, "data__num_workers": 1}
-        options |= {"model__heads__dropout": 0.2, "trainer__devices": 2, "trainer__strategy": request.param}
+        options |= {"model__heads__dropout": 0.2, "trainer__devices": 2, "trainer__strategy": "ddp"}
         options |= ends_at(tmp_path / "processes", **({"step": STEP, **ends} if ends else {}))
         return clip_lightning(*command("fit", tmp_path / root, **TRAINED | options), *more, timeout=TIMEOUT)
 
@@ -224,15 +222,12 @@ class Fills(Callback):
                     assert error.errno == errno.ENOSPC
 
 
-@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_full_disk_while_saving(
-    command: Command, disk: Callable[[int], Path], tmp_path: Path, moment: str, strategy: str
+    command: Command, disk: Callable[[int], Path], tmp_path: Path, moment: str
 ) -> None:
     small = disk(64)
     options = TRAINED | {"checkpoint__every_n_steps": 3}
-    if strategy == "fsdp":
-        options |= {"trainer__strategy": strategy, "trainer__devices": 2, "data__batch_size": 2}
     whole = clip_lightning(*command("fit", tmp_path / "runs", **options))
     assert whole.returncode == 0, whole.stderr
     fills = {"trainer__callbacks+": "test_faults.Fills", "trainer__callbacks__file": small / "filler"}

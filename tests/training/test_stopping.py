@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from clip_lightning.__main__ import _status, main
 from clip_lightning.data.shards.convert import Settings, captioned, convert
-from clip_lightning.errors import AgreedStop, RunFailed
+from clip_lightning.errors import RunFailed
 from clip_lightning.training.cli import plain_errors
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.stopping import GracefulStop, NonFinite, requeue
@@ -77,7 +77,7 @@ def test_signals_stop_after_the_batch(number: signal.Signals, last: bool) -> Non
         stop.on_train_batch_end(trainer, None)
         signal.raise_signal(number)
         if number == signal.SIGINT and not last:
-            with pytest.raises(AgreedStop):
+            with pytest.raises(KeyboardInterrupt):
                 stop.on_train_batch_end(trainer, None)
         else:
             stop.on_train_batch_end(trainer, None)

@@ -39,7 +39,6 @@ class Backbones:
             "--model.init_from": config.model.init_from,
             "--trainer.devices": str(trainer.devices) not in ("auto", "1"),
             "--trainer.num_nodes": trainer.num_nodes > 1,
-            "--trainer.strategy": "fsdp" in str(trainer.strategy),
         }
         if given := [option for option, value in refused.items() if value]:
             start = "compare-backbones: each pair is trained from its own towers on one device"

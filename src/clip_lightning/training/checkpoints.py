@@ -16,10 +16,8 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from clip_lightning.errors import AgreedStop, RunFailed, UserError
+from clip_lightning.errors import RunFailed, UserError
 from clip_lightning.files import complete_file
 from clip_lightning.model.checkpoint import fixed_towers, put_back_fixed_towers, read_checkpoint
 from clip_lightning.run_folder import LAST, PREVIOUS, RunFolder
@@ -41,15 +39,6 @@ def is_accumulating(trainer: Trainer) -> bool:
     return bool(done % trainer.accumulate_grad_batches) and not at_end
 
 
-def all_ranks_save(trainer: Trainer, exception: BaseException) -> bool:
-    """Return whether all ranks save their weights after this exception, as sharded weights require.
-
-    If one rank has failed, the others would wait for it forever.
-    """
-    agreed = isinstance(exception, AgreedStop | SIGTERMException)
-    return agreed or not isinstance(trainer.strategy, ModelParallelStrategy)
-
-
 class LastCheckpoint(ModelCheckpoint):
     """Writes `last.ckpt` after an epoch, between steps, or when an exception ends training.
 
@@ -59,7 +48,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         replaces = Path(str(self.dirpath), LAST).is_file()
-        if not (replaces and within_a_step(trainer)) and all_ranks_save(trainer, exception):
+        if not (replaces and within_a_step(trainer)):
             super().on_exception(trainer, pl_module, exception)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

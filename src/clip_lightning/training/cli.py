@@ -25,7 +25,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Column, Table
@@ -46,7 +45,6 @@ from clip_lightning.tracking.prediction_panel import PredictionTable
 from clip_lightning.training import checkpoints, stopping
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.recorder import MONITOR, BestCheckpoint, RunRecorder
-from clip_lightning.training.sharding import ShardedStrategy, check_shardable
 from clip_lightning.wandb_fetch import default_project, stays_offline
 
 TRAINER_DEFAULTS = {
@@ -71,9 +69,7 @@ QUIET = (
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.15
     ".*all_gather is deprecated.*",  # Lightning 2.6 with torch 2.15
     ".*callbacks used to create the checkpoint need to be provided.*",  # scoring needs none
-    ".*WeightAveraging doesn't support sharding.*",  # we reject the combination
     ".*fan_in_fan_out is set to False.*",  # PEFT corrects this for GPT-2
-    ".*returned a view tensor.*",  # sharded towers; nothing changes their features in place
     ".*ended before the epoch ended and your dataloader is not resumable.*",  # our samplers are
 )
 
@@ -189,8 +185,6 @@ class RunCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Reject incompatible options before ranks start and frozen towers run for minutes."""
         super().instantiate_classes()
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            check_shardable(self.model.clip, self.model.micro_batch_size, self.trainer)
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint is not None:
             checkpoints.check_fits(checkpoint, read_checkpoint(Path(checkpoint)), self.model)
@@ -208,10 +202,12 @@ class RunCLI(LightningCLI):
             config.precision = "32-true"
         if config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
             set_gpu_defaults(config)
-        if config.strategy == "fsdp":
-            config.strategy = ShardedStrategy()
-        elif "fsdp" in str(config.strategy).lower():
-            raise UserError(f"--trainer.strategy {config.strategy}: expected fsdp without further settings")
+        if "fsdp" in str(config.strategy).lower():
+            raise UserError(
+                f"--trainer.strategy {config.strategy}: sharded weights are not supported; use ddp, and "
+                "--model.micro_batch_size, --model.towers.activation_checkpointing or --model.lora if memory "
+                "is short"
+            )
         plugins = config.plugins = as_list(config.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(checkpoints.SafeCheckpointIO())

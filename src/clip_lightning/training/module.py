@@ -26,7 +26,7 @@ from clip_lightning.model.clip import Freeze
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.model.towers import Tokenize, Tower
 from clip_lightning.timing import Stopwatch
-from clip_lightning.training import build, checkpoints, optim, sharding
+from clip_lightning.training import build, checkpoints, optim
 from clip_lightning.training.build import HeadOptions, TowerOptions
 from clip_lightning.training.extract import Extractor
 from clip_lightning.training.gradcache import encode_in_micro_batches, largest_micro_batch
@@ -161,12 +161,6 @@ class CLIPModule(LightningModule):
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             extractor.cache_frozen_towers(self.clip, data, split)
 
-    def configure_model(self) -> None:
-        """Shard the trained towers, if the strategy has set up a mesh of ranks."""
-        if self.device_mesh is not None and not sharding.sharded_modules(self.clip):
-            sharding.check_shardable(self.clip, self.micro_batch_size, self.trainer)
-            sharding.shard_towers(self.clip, self.device_mesh["data_parallel"])
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of this rank's pairs against the pairs of all ranks."""
         if self.micro_batch_size == "auto":
@@ -201,11 +195,9 @@ class CLIPModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Discard the embeddings of an interrupted evaluation."""
         self._parts.clear()
-        sharding.gather_towers(self.clip, gathered=True)
 
     def on_validation_epoch_end(self) -> None:
         """Evaluate retrieval over the complete split, and log the metrics under `val/` or `test/`."""
-        sharding.gather_towers(self.clip, gathered=False)
         embeddings = join_parts(self._parts, self.trainer.world_size)
         self._parts.clear()
         if embeddings is None or self.trainer.sanity_checking:
@@ -229,9 +221,6 @@ class CLIPModule(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_after_backward(self) -> None:
-        """Average the gradients that are not sharded over the ranks."""
-        if self.device_mesh is not None:
-            sharding.average_replicated(self.clip)
         self.stopwatch.lap("towers")
 
     def configure_gradient_clipping(
@@ -297,8 +286,6 @@ class CLIPModule(LightningModule):
         number = int(np.random.SeedSequence(key).generate_state(1)[0])
         # without a GPU, `manual_seed` takes a hundred times as long
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(number)
-        if self.device_mesh is not None:
-            sharding.broadcast_statistics(self.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clamp the scale after each step."""

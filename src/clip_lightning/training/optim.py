@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -125,23 +124,17 @@ def _layer_fractions(clip: CLIP, config: OptimizerConfig) -> dict[str, float]:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: bool = False) -> Tensor:
-    """Clip gradients in place, whether they are sharded or not, and return their 2-norm before.
+    """Clip gradients in place, and return their 2-norm before.
 
     `limit` is for the 2-norm of all gradients together, or for each absolute value, and may be infinite.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    complete = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
-    norm = get_total_norm(complete)
-    if shards:
-        squares = get_total_norm(shards).square()
-        torch.distributed.all_reduce(squares)
-        norm = (norm.square() + squares).sqrt()
+    norm = get_total_norm(gradients)
     if by_value:
-        torch._foreach_clamp_min_(complete + shards, -limit)
-        torch._foreach_clamp_max_(complete + shards, limit)
+        torch._foreach_clamp_min_(gradients, -limit)
+        torch._foreach_clamp_max_(gradients, limit)
     else:
-        torch._foreach_mul_(complete + shards, (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

@@ -24,8 +24,6 @@ from clip_lightning.run_folder import BEST, RunFolder
 from clip_lightning.terminal import note
 from clip_lightning.timing import Stopwatch
 from clip_lightning.tracking.logger import RunLogger
-from clip_lightning.training.checkpoints import all_ranks_save
-from clip_lightning.training.sharding import gather_on_first_rank
 
 MONITOR = "val/rsum"
 VERSIONED = ("torch", "lightning", "timm", "transformers", "wandb")
@@ -129,7 +127,7 @@ class RunRecorder(Callback):
         """Write the results so far when the run is interrupted."""
         if trainer.global_step > 0:
             try:
-                self._write(trainer, pl_module, model=all_ranks_save(trainer, exception))
+                self._write(trainer, pl_module)
             except RunFailed as error:  # printed, so that the first exception is raised
                 note(str(error))
 
@@ -148,12 +146,9 @@ class RunRecorder(Callback):
         used = process.memory_info().rss + self._memory_of_workers
         self._costs["peak_memory"] = max(self._costs["peak_memory"], used)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, *, model: bool = True) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `metrics.json`, `broken.json`, and the bundle of the best epoch."""
-        if trainer.fast_dev_run:
-            return
-        weights = gather_on_first_rank(pl_module.state_dict()) if model else None
-        if not trainer.is_global_zero:
+        if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         self.stopwatch.lap("other")
         data = _data(trainer)
@@ -165,16 +160,15 @@ class RunRecorder(Callback):
             self._summarize(trainer, costs)
             if trainer.datamodule.broken:
                 write_json(self.run.broken, trainer.datamodule.broken)
-            if weights is not None:
-                pl_module.clip.save_pretrained(
-                    self.run.model,
-                    weights=_best_weights(trainer, weights),
-                    metadata={
-                        "metrics": self.metrics,
-                        "loss": type(pl_module.loss).__name__,
-                        "training_data": {name.removeprefix("data_"): data[name] for name in data},
-                    },
-                )
+            pl_module.clip.save_pretrained(
+                self.run.model,
+                weights=_best_weights(trainer, pl_module.state_dict()),
+                metadata={
+                    "metrics": self.metrics,
+                    "loss": type(pl_module.loss).__name__,
+                    "training_data": {name.removeprefix("data_"): data[name] for name in data},
+                },
+            )
         except (OSError, SafetensorError) as error:
             raise RunFailed(
                 f"metrics and model cannot be written to {self.run.path} ({error}); the checkpoints are "

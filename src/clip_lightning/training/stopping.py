@@ -25,11 +25,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.data._utils import signal_handling
 
-from clip_lightning.errors import AgreedStop, Diverged
+from clip_lightning.errors import Diverged
 from clip_lightning.files import write_json
 from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import note
-from clip_lightning.training.checkpoints import all_ranks_save, is_accumulating, within_a_step
+from clip_lightning.training.checkpoints import is_accumulating, within_a_step
 
 CHECKED = 10
 """Steps after which the norms of their gradients are read."""
@@ -71,7 +71,7 @@ class GracefulStop(Callback):
             # Lightning raises after it has counted the batch, so that a resumed run does not repeat it
             trainer._signal_connector.received_sigterm = True
         elif self._received and not trainer.is_last_batch:
-            raise AgreedStop
+            raise KeyboardInterrupt
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         while self._handlers:
@@ -84,8 +84,7 @@ class GracefulStop(Callback):
         if self._received == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
             atexit.register(requeue)  # after everything is saved
         if self._prints_remedy:
-            saved = all_ranks_save(trainer, exception) and not within_a_step(trainer)
-            place = f"step {trainer.global_step}" if saved else "the last checkpoint"
+            place = "the last checkpoint" if within_a_step(trainer) else f"step {trainer.global_step}"
             resumes = f"; the same command with --ckpt_path last resumes from {place}"
             note(f"stopped{resumes if trainer.global_step else ' before the first step'}")
 
