@@ -94,7 +94,6 @@ def zero_shot(
     templates: str = "simple",
     names: Path | None = None,
     split: Split | None = None,
-    data_cache: Path | None = None,
     out: Path | None = None,
     wandb: str | None = None,
     json: bool = False,
@@ -107,15 +106,14 @@ def zero_shot(
         model: a bundle, a run folder, a checkpoint, a Hugging Face hub id, or
             wandb:ENTITY/PROJECT/NAME:ALIAS; or several, separated by commas.
         data: a folder with one folder per class (or with train, val and test folders of such folders), a CSV
-            file with the columns image and label, a torchvision data set such as torchvision:CIFAR10, or
-            hf:OWNER/NAME; or several, separated by commas.
+            file with the columns image and label, or a Hugging Face data set such as hf:uoft-cs/cifar10; or
+            several, separated by commas.
         templates: simple, imagenet, none, or a file with one template per line in which {} stands for the
             class name.
         names: file with the names of the classes, including synonyms: a JSON object from class to name or
             names, or one line per class, in order, with names separated by commas.
         split: all, train, val or test. By default the data's own test split (val if there is no test), or all
             if the data has no splits.
-        data_cache: folder for data that torchvision downloads; by default in the user's cache folder.
         out: folder for the table as Markdown, CSV and JSON, and for accuracies per class (classes.csv),
             confusions (confused.csv, confusion.png) and calibration (calibration.csv, reliability.png).
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set and tables of
@@ -125,7 +123,7 @@ def zero_shot(
     models = _listed(model)
     check_folder(out, data)
     sentences = read_templates(templates)
-    sets = _class_sets(data, data_cache)
+    sets = _class_sets(data)
     chosen = {place: _choose_split(place, split, class_set.splits) for place, class_set in sets.items()}
     named = {place: class_names(class_set.classes, names) for place, class_set in sets.items()}
     for entries in named.values():
@@ -166,7 +164,6 @@ def linear_probe(
     test_share: OpenUnitInterval = 0.4,
     shots: str = "1,2,4,8,16",
     seeds: PositiveInt = 3,
-    data_cache: Path | None = None,
     out: Path | None = None,
     wandb: str | None = None,
     json: bool = False,
@@ -185,7 +182,6 @@ def linear_probe(
         shots: numbers of training images per class, separated by commas; a number is skipped if a class has
             fewer images.
         seeds: number of random draws of these images, over which mean and standard deviation are computed.
-        data_cache: folder for data that torchvision downloads; by default in the user's cache folder.
         out: folder for the table as Markdown, CSV and JSON.
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
@@ -195,7 +191,7 @@ def linear_probe(
         raise UserError(f"--shots {shots}: expected numbers of images separated by commas, such as 1,2,4")
     models = _listed(model)
     check_folder(out, data)
-    sets = _class_sets(data, data_cache)
+    sets = _class_sets(data)
     rows = []
     images = {place: class_set.images for place, class_set in sets.items()}
     for _, row, encoded in _encoded(models, images, projects=False):
@@ -250,8 +246,8 @@ def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]
     return chosen, split_by_image(captions, Splits())[chosen] if chosen != "all" else list(captions.images)
 
 
-def _class_sets(places: str, cache: Path | None) -> dict[str, ClassSet]:
-    sets = {place: find_classes(place, cache) for place in _listed(places)}
+def _class_sets(places: str) -> dict[str, ClassSet]:
+    sets = {place: find_classes(place) for place in _listed(places)}
     for class_set in sets.values():
         _warn_of_each("left out", class_set.left_out)
     return sets

@@ -22,7 +22,7 @@ OF_LIGHTNING = (
 )
 RARE = (
     *("verbose", "weights_only", "print_config", "data.records"),
-    *("predictions.seed", "predictions.folder", "zero_shot.data_cache"),
+    *("predictions.seed", "predictions.folder"),
 )
 
 

@@ -1,11 +1,9 @@
-"""Read images with classes from folders, tables, torchvision and Hugging Face, and the classes' names."""
+"""Read images with classes from folders, tables and Hugging Face data sets, and the classes' names."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,31 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip_lightning.data.captions import SPLIT_WORDS, SPLITS
+from clip_lightning.data.captions import SPLIT_WORDS
 from clip_lightning.data.formats import NothingFound, read_captions
 from clip_lightning.data.image_formats import is_image, walk
 from clip_lightning.data.images import BrokenImage
 from clip_lightning.data.readers import NoColumn, ReadOptions, file_head, find_names, read_lines
 from clip_lightning.data.sources import HubDataset, undecoded
 from clip_lightning.errors import UserError, as_user_error
-from clip_lightning.files import cache_folder, make_once
 from clip_lightning.terminal import note
 
 _CLASS_NAMES = ("label", "class", "class_name", "category", "target")
 # Caltech-101's folder of arbitrary search results is not a class, and its authors' protocol leaves it out.
 _NO_CLASS = "BACKGROUND_Google"
-
-_SPLITS: dict[str, dict[Any, dict[str, Any]]] = {
-    "CIFAR10 CIFAR100 FashionMNIST MNIST": {"train": {"train": True}, "test": {"train": False}},
-    "Caltech101 Caltech256 EuroSAT SUN397": {None: {}},
-    "DTD FGVCAircraft Flowers102 RenderedSST2": {split: {"split": split} for split in SPLITS},
-    "Food101 STL10": {split: {"split": split} for split in ("train", "test")},
-    "Country211": {split: {"split": split.replace("val", "valid")} for split in SPLITS},
-    "OxfordIIITPet": {"train": {"split": "trainval"}, "test": {"split": "test"}},
-}
-TORCHVISION = {name: splits for names, splits in _SPLITS.items() for name in names.split()}
-"""Data set → our split (None if it has no splits) → the arguments that select it."""
-_LABELS = ("targets", "labels", "_labels", "y")
 
 ClassRow = tuple[Any, str, str | None]
 """A file or anything else that `to_pixels` accepts, its class, and `train`, `val`, `test` or None."""
@@ -65,32 +50,28 @@ class ClassSet:
 
 
 def check_name(place: str) -> None:
-    """Raise UserError if a place is neither a file or folder nor a name with a known prefix."""
-    if not Path(place).exists() and place.partition(":")[0] not in ("torchvision", "hf"):
+    """Raise UserError if a place is neither a file or folder nor the name of a Hugging Face data set."""
+    if not Path(place).exists() and not place.startswith("hf:"):
         raise UserError(
             f"the folder or file {place} does not exist; give a folder with one folder per class, a CSV file "
-            "with the columns image and label, torchvision:NAME or hf:OWNER/NAME"
+            "with the columns image and label, or hf:OWNER/NAME, such as hf:uoft-cs/cifar10"
         )
 
 
-def find_classes(place: str | Path, cache: Path | None = None) -> ClassSet:
+def find_classes(place: str | Path) -> ClassSet:
     """Read images and their classes; data that is downloaded by name is cached on this machine.
 
     Args:
         place: a folder of class folders, also in train, val and test; a table with the columns `image`
-            (relative to its folder), `label` and optionally `split`; `torchvision:NAME`; or
-            `hf:OWNER/NAME[:SUBSET]`, also with a local folder of the package `datasets`.
-        cache: folder for data sets of torchvision; by default in the user's cache folder.
+            (relative to its folder), `label` and optionally `split`; or `hf:OWNER/NAME[:SUBSET]`, also with
+            a local folder of the package `datasets`.
     """
     check_name(str(place))
-    kind, _, name = str(place).partition(":")
     root = Path(place)
     left_out: dict[str, str] = {}
     classes: Sequence[str] = ()
     if root.exists():
         rows = (_folder_rows if root.is_dir() else _table_rows)(root, left_out)
-    elif kind == "torchvision":
-        rows, classes = _read_torchvision(name, cache)
     else:
         rows, classes = _read_hub(str(place), left_out)
     used = {label for _, label, _ in rows}
@@ -142,7 +123,7 @@ def _table_rows(path: Path, left_out: dict[str, str]) -> list[ClassRow]:
     return [(image.path, name, image.split) for image in data.images for name in image.captions]
 
 
-# Data sets by name, whose images are read on demand --------------------------------------------------------
+# Hugging Face data sets, whose images are read on demand ---------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,56 +131,20 @@ class StoredImage:
     """An image in a data set, with a name for messages."""
 
     name: str
+    source: HubDataset
     data: Any
     row: int
-    column: str | int
-    lock: contextlib.AbstractContextManager[Any]
-    source: HubDataset | None = None
+    column: str
+    lock: threading.Lock
 
-    def read(self) -> Any:
-        """Return a PIL image or the bytes of a file; several threads may call this."""
+    def read(self) -> bytes:
+        """Return the encoded image; several threads may call this."""
         with self.lock:
             value = self.data[self.row][self.column]
-        if self.source is not None:
-            value = self.source.content(value)
-            if isinstance(value, str):
-                raise BrokenImage(value)
-        return value
-
-
-def _read_torchvision(name: str, cache: Path | None) -> tuple[list[ClassRow], list[str]]:
-    """Read a data set with its own splits, which torchvision downloads once and completely."""
-    if name not in TORCHVISION:
-        raise UserError(f"torchvision:{name} is unknown; expected one of {', '.join(sorted(TORCHVISION))}")
-    from torchvision import datasets
-
-    folder = (cache or cache_folder("data")) / f"torchvision-{name}"
-    parts: dict[str | None, Any] = {}
-
-    def load(folder: Path, download: bool) -> Path:
-        # `make_once` would take an error of the network, which is an OSError, for one of the disk.
-        with as_user_error(
-            f"torchvision:{name} cannot be downloaded or read",
-            f"check the network and the disk, remove {folder}, or give a folder with one folder per class",
-        ):
-            for split, options in TORCHVISION[name].items():
-                parts[split] = getattr(datasets, name)(folder, download=download, **options)
-        return folder
-
-    with contextlib.redirect_stdout(sys.stderr):  # torchvision prints
-        make_once(folder, lambda draft: load(draft, download=True))
-        load(folder, download=False)
-    first = next(iter(parts.values()))
-    classes = [*map(str, getattr(first, "classes", None) or first.categories)]
-    rows: list[ClassRow] = []
-    for split, part in parts.items():
-        # torchvision has several names for labels, and reading them image by image would decode all images.
-        labels = next(getattr(part, name) for name in _LABELS if hasattr(part, name))
-        for row, label in enumerate(labels):
-            title = f"torchvision:{name} {split or 'image'} {row}"
-            stored = StoredImage(title, part, row, 0, contextlib.nullcontext())
-            rows.append((stored, classes[int(label)], split))
-    return rows, classes
+        content = self.source.content(value)
+        if isinstance(content, str):
+            raise BrokenImage(content)
+        return content
 
 
 def _read_hub(text: str, left_out: dict[str, str]) -> tuple[list[ClassRow], list[str]]:
@@ -214,7 +159,7 @@ def _read_hub(text: str, left_out: dict[str, str]) -> tuple[list[ClassRow], list
         before = len(rows)
         for row, number in enumerate(data[label]):
             if number is not None and number >= 0:  # -1 stands for a hidden label
-                stored = StoredImage(f"{text} {name} {row}", images, row, image, lock, source)
+                stored = StoredImage(f"{text} {name} {row}", source, images, row, image, lock)
                 rows.append((stored, classes[number], split))
         if hidden := len(data) - len(rows) + before:
             left_out[f"{hidden} images of {name}"] = "they have no class"

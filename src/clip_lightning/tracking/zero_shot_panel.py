@@ -32,14 +32,13 @@ class ZeroShot(Panel):
     image tower are computed once.
 
     Args:
-        data: a folder of class folders, a CSV with the columns image and label, a torchvision data set such
-            as torchvision:CIFAR10, or hf:OWNER/NAME; without it, nothing is classified.
+        data: a folder of class folders, a CSV with the columns image and label, or a Hugging Face data set
+            such as hf:uoft-cs/cifar10; without it, nothing is classified.
         templates: simple, imagenet, none, or a file with one template per line, in which {} stands for the
             name of the class.
         names: file with the names of the classes, as in evaluate zero-shot.
         split: all, train, val or test; by default the val split of the data, else its test split, else all.
         every: classify in each n-th epoch, and always in the last one.
-        data_cache: folder for downloads of torchvision; by default the user's cache folder.
     """
 
     def __init__(
@@ -49,11 +48,10 @@ class ZeroShot(Panel):
         names: Path | None = None,
         split: str | None = None,
         every: PositiveInt = 1,
-        data_cache: Path | None = None,
     ) -> None:
         super().__init__()
         self.data, self.names, self.split, self.every = data, names, split, every
-        self.data_cache, self.templates = data_cache, read_templates(templates)
+        self.templates = read_templates(templates)
         if data is not None:
             check_name(data)
         self._set: ClassSet | None = None
@@ -65,7 +63,7 @@ class ZeroShot(Panel):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.data is None or self._set is not None or stage not in ("fit", "validate"):
             return
-        self._set = find_classes(self.data, self.data_cache)
+        self._set = find_classes(self.data)
         split = self.split or next((name for name in ("val", "test") if name in self._set.splits), "all")
         self._rows = self._set.rows(split)
         if not self._rows:
