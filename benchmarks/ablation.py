@@ -32,7 +32,7 @@ from clip_lightning.data.features import CacheOptions
 from clip_lightning.files import cache_folder
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.training.build import HeadOptions
-from clip_lightning.training.losses import InfoNCE, MaxViolation, SigLIP
+from clip_lightning.training.losses import InfoNCE, SigLIP
 from clip_lightning.training.optim import OptimizerConfig
 
 HELD_OUT = 1000
@@ -51,7 +51,6 @@ HEAD_CHANGES: dict[str, dict[str, object]] = {
     "baseline": {},
     "SigLIP": {"loss": "SigLIP"},
     "SigLIP, lr 3e-3": {"loss": "SigLIP", "lr": 3e-3},
-    "max violation": {"loss": "MaxViolation"},
     "label smoothing 0.1": {"smoothing": 0.1},
     "mlp": {"head": "mlp"},
     "width 256": {"embed_dim": 256},
@@ -153,13 +152,13 @@ def held_out_root(root: Path, folder: Path) -> Path:
 def train(root: Path, s: dict, seed: int, save: Path | None = None) -> dict[str, float]:
     """Train once, score the held-out pictures at the end, and keep the bundle if asked to."""
     seed_everything(seed, verbose=False)
-    losses = {"InfoNCE": lambda: InfoNCE(s["smoothing"]), "SigLIP": SigLIP, "MaxViolation": MaxViolation}
+    loss = InfoNCE(s["smoothing"]) if s["loss"] == "InfoNCE" else SigLIP()
     towers = {} if s["start"] else {"image_tower": "pypi:efficientnet-lite0", "text_tower": "pypi:minilm-l6"}
     module = CLIPModule(
         **towers,
         init_from=s["start"],
         heads=HeadOptions(s["embed_dim"], s["head"], s["dropout"]),
-        loss=losses[s["loss"]](),
+        loss=loss,
         freeze=s["freeze"],
         lora=LoRAConfig("text", rank=s["lora_rank"]) if s["lora_rank"] else None,
         optimizer=OptimizerConfig(

@@ -32,7 +32,7 @@ from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.training import losses
 from clip_lightning.training.build import TowerOptions
 from clip_lightning.training.extract import Extractor
-from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, MaxViolation, SigLIP
+from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, SigLIP
 from clip_lightning.training.optim import OptimizerConfig
 
 BATCH, PIXELS, TOKENS = 16, 160, 12
@@ -83,8 +83,7 @@ class Checks:
             finally:
                 losses.BLOCK = before
             results.append((value.detach(), image.grad, text.grad))
-        tolerance = 1e-2 if isinstance(loss, MaxViolation) else 2e-4
-        return " ".join(near(ours, exact, tolerance) for exact, ours in zip(*results, strict=True))
+        return " ".join(near(ours, exact, 2e-4) for exact, ours in zip(*results, strict=True))
 
     def fp32_against_cpu(self) -> str:
         if DEVICE == "cpu":
@@ -207,7 +206,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         checks = Checks(bert(Path(folder, "bert"), **tiny))
-        for loss, bias in ((InfoNCE(0.1), None), (SigLIP(), -10.0), (MaxViolation(), None)):
+        for loss, bias in ((InfoNCE(0.1), None), (SigLIP(), -10.0)):
             for block in (2**22, 2**10):
                 name = f"{type(loss).__name__} in blocks of {block}, against one block in fp64 on the CPU"
                 checks.run(name, checks.loss_in_blocks, loss, bias, block)

@@ -54,9 +54,12 @@ def fit(command: Callable[..., list[str]]) -> Callable[..., Path]:
 
 
 def test_a_loss(load: Load, fit: Callable[..., Path]) -> None:
-    load("losses_of_mine")
-    run = fit(model__loss="losses_of_mine.Focal", model__loss__gamma="1")
-    assert json.loads((run / "model" / "config.json").read_text())["loss"] == "Focal"
+    loss = load("losses_of_mine").MaxViolation()
+    ids = torch.tensor([0, 0, 1])
+    value = loss(torch.eye(3), torch.eye(3).roll(1, 0), torch.tensor(9.0), None, ids, ids)
+    assert value.item() == pytest.approx((1.4 + 0 + 2.4 + 1.4 + 2.4) / 5)  # computed by hand
+    run = fit(model__loss="losses_of_mine.MaxViolation", model__loss__margin="0.1")
+    assert json.loads((run / "model" / "config.json").read_text())["loss"] == "MaxViolation"
 
 
 def test_a_tower(load: Load, bert: Path) -> None:

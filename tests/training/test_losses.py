@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clip_lightning import info_nce, siglip_loss
 from clip_lightning.training import losses
-from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, MaxViolation, Pairs, SigLIP
+from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs, SigLIP
 
 Case = tuple[Tensor, Tensor, list[int], list[int]]
 Patch = pytest.MonkeyPatch
@@ -27,12 +27,6 @@ SIZES = {"count": st.integers(1, 17), "width": st.integers(1, 20), "seed": st.in
 def unit(count: int, width: int, seed: int) -> Tensor:
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
     return F.normalize(rows, dim=-1)
-
-
-def max_violation(
-    image: Tensor, text: Tensor, *, image_id: Tensor, text_image_id: Tensor, margin: float = 0.3
-) -> Tensor:
-    return MaxViolation(margin)(image, text, torch.tensor(9.0), None, image_id, text_image_id)
 
 
 def kept_sizes(loss: Callable[..., Tensor], *arguments: Any) -> list[int]:
@@ -168,7 +162,6 @@ def test_blocks_match_with_several_positives(case: Case, block: int, smoothing: 
     for loss, rest, given_ids in (
         (info_nce, (scale,), smooth),
         (siglip_loss, (scale, bias), options),
-        (max_violation, (), options),
     ):
         plain, blocks = (
             value_and_gradients(partial(form, **given_ids), image, text, *rest)
@@ -177,7 +170,7 @@ def test_blocks_match_with_several_positives(case: Case, block: int, smoothing: 
         assert_equal_but_for_rounding(blocks, plain, size=5)
 
 
-@pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP(), MaxViolation()])
+@pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP()])
 def test_blocks_under_autocast_have_the_same_gradients(loss: ContrastiveLoss) -> None:
     ids = torch.arange(64) % 50
 
@@ -196,7 +189,7 @@ def test_blocks_under_autocast_have_the_same_gradients(loss: ContrastiveLoss) ->
         assert (one - other).norm() <= 2**-9 * other.norm()
 
 
-@pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP(), MaxViolation()])
+@pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP()])
 def test_only_a_block_or_the_rows_of_a_rank_are_kept(loss: ContrastiveLoss) -> None:
     image, text, ids = unit(64, 4, 0).requires_grad_(), unit(48, 4, 1), torch.arange(64)
     arguments = image, text, torch.tensor(10.0), torch.tensor(-3.0), ids, ids[:48]
@@ -247,7 +240,7 @@ def test_the_mean_over_ranks_is_the_loss(
         own = [Pairs(*part) for part in zip(*parts, strict=True)]
         return torch.stack([loss.share(each, everyone, scale, None) for each in own]).mean()
 
-    for loss in (InfoNCE(), InfoNCE(0.1), SigLIP(), MaxViolation(0.3), Custom(), Squared()):
+    for loss in (InfoNCE(), InfoNCE(0.1), SigLIP(), Custom(), Squared()):
         whole = value_and_gradients(lambda *x, loss=loss: loss(*x, None, ids, text_ids), *inputs)
         shares = value_and_gradients(in_blocks(partial(joined, loss), block), *inputs)
         assert_equal_but_for_rounding(shares, whole, size=5)
@@ -343,36 +336,3 @@ def test_losses_start_at_the_values_of_the_papers() -> None:
 def test_mismatched_shapes(image: tuple[int, ...], text: tuple[int, ...], options: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"expected image \(B, D\)"):
         info_nce(torch.zeros(image), torch.zeros(text), 1.0, **options)
-
-
-def test_max_violation_follows_its_definition() -> None:
-    torch.manual_seed(0)
-    image, text = unit(4, 8, 0), unit(6, 8, 1)
-    image_id, text_image_id = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 3, 0])
-    cosine = (image @ text.T).tolist()
-    costs = []
-    for i in range(4):
-        for j in range(6):
-            if image_id[i] != text_image_id[j]:
-                continue
-            texts = [cosine[i][k] for k in range(6) if image_id[i] != text_image_id[k]]
-            images = [cosine[k][j] for k in range(4) if image_id[k] != text_image_id[j]]
-            costs.append(max(0, 0.3 - cosine[i][j] + max(texts)) + max(0, 0.3 - cosine[i][j] + max(images)))
-    loss = max_violation(image, text, image_id=image_id, text_image_id=text_image_id)
-    assert loss.item() == pytest.approx(sum(costs) / len(costs), rel=1e-5)
-
-
-def test_max_violation_needs_a_negative() -> None:
-    """Without a negative, the loss and its gradient are 0."""
-    image, ids = unit(1, 8, 0).requires_grad_(), torch.zeros(4, dtype=torch.long)
-    text = -image.detach().expand(4, -1)
-    loss = max_violation(image, text, image_id=ids[:1], text_image_id=ids)
-    loss.backward()
-    assert loss == 0
-    assert image.grad is not None and not image.grad.any()
-    # the row has a negative, the columns of its positives have none
-    text = torch.cat([text, image.detach()])
-    loss = max_violation(image, text, image_id=ids[:1], text_image_id=torch.tensor([0, 0, 0, 0, 1]))
-    assert loss.item() == pytest.approx(0.3 + 1 + 1)
-    nothing = max_violation(image, text, image_id=ids[:1], text_image_id=torch.ones(5))
-    assert nothing == 0

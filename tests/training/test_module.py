@@ -29,7 +29,7 @@ from clip_lightning.evaluation.retrieval import retrieval_metrics
 from clip_lightning.model.clip import CLIP
 from clip_lightning.training.build import HeadOptions, TowerOptions, check_batch_norms
 from clip_lightning.training.cli import fit
-from clip_lightning.training.losses import InfoNCE, MaxViolation, SigLIP
+from clip_lightning.training.losses import InfoNCE, SigLIP
 from clip_lightning.training.module import CLIPModule
 from clip_lightning.training.optim import OptimizerConfig, rate_factor
 
@@ -223,15 +223,15 @@ def test_frozen_towers_are_named_and_not_stored(
 
 def test_a_checkpoint_has_the_logged_options(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
     heads = HeadOptions(16, "mlp", dropout=0.1)
-    module = make_module(freeze="none", loss=MaxViolation(0.3), heads=heads, optimizer=FAST)
+    module = make_module(freeze="none", loss=InfoNCE(0.3), heads=heads, optimizer=FAST)
     logger = CSVLogger(tmp_path, "logs", version="")
     path = saved(module, scenes, tmp_path, logger=logger, log_every_n_steps=1)
     logged = yaml.safe_load((tmp_path / "logs" / "hparams.yaml").read_text())["model"]
-    assert (logged["heads"]["dropout"], logged["loss"]["init_args"]) == (0.1, {"margin": 0.3})
+    assert (logged["heads"]["dropout"], logged["loss"]["init_args"]) == (0.1, {"label_smoothing": 0.3})
     again = CLIPModule.load_from_checkpoint(path)
     assert not changed(again, weights(module)) and not again.clip.training
-    assert (again.loss.margin, again.optimizer, again.hparams) == (0.3, FAST, module.hparams)
-    assert isinstance(CLIPModule.load_from_checkpoint(path, loss=InfoNCE()).loss, InfoNCE)
+    assert (again.loss.label_smoothing, again.optimizer, again.hparams) == (0.3, FAST, module.hparams)
+    assert CLIPModule.load_from_checkpoint(path, loss=InfoNCE()).loss.label_smoothing == 0
     with pytest.raises(UserError, match=r"is of a different model \(clip\.heads.* is \(16, 64\) there"):
         CLIPModule.load_from_checkpoint(path, heads=HeadOptions(8, "mlp"))
     with pytest.raises(UserError, match="set image_tower and text_tower"):

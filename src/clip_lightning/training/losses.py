@@ -9,7 +9,7 @@ is ever in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,48 +222,18 @@ class SigLIP(ContrastiveLoss):
     init_bias = -10.0
 
     def rows(self, own: Pairs, everyone: Pairs, scale: Scalar, bias: Scalar | None) -> Tensor:
-        def block(image: Tensor, image_id: Tensor) -> Tensor:
+        def total(image: Tensor, image_id: Tensor) -> Tensor:
             logits = _similarities(image, everyone.text) * scale + (0.0 if bias is None else bias)
             sign = (image_id[:, None] == everyone.text_image_id).to(logits.dtype) * 2 - 1
             return -F.logsigmoid(sign * logits).sum()
 
-        return _sum_of_blocks(block, own, everyone) / len(own.image)
-
-
-class MaxViolation(ContrastiveLoss):
-    """The hinge loss of each pair against its hardest negatives (VSE++, Faghri et al. 2018).
-
-    It is the mean over all positive pairs in both directions, and uses cosines without the scale. A row or
-    column without a negative has a loss of 0.
-
-    Args:
-        margin: how much the cosine of a pair should exceed that of its hardest negative.
-    """
-
-    def __init__(self, margin: float = 0.2) -> None:
-        super().__init__()
-        if not 0 < margin <= 2:
-            raise UserError(f"--model.loss.margin {margin}: expected a number greater than 0 and at most 2")
-        self.margin = margin
-
-    def rows(self, own: Pairs, everyone: Pairs, scale: Scalar, bias: Scalar | None) -> Tensor:
-        both = self._violations(own, everyone) + self._violations(own.swapped(), everyone.swapped())
-        ids = everyone.text_image_id.sort().values  # the positive pairs are counted without a (B, N) array
-        first, last = (torch.searchsorted(ids, everyone.image_id, right=right) for right in (False, True))
-        pairs = (last - first).sum().clamp(min=1)
-        # data-parallel training expects a gradient of every parameter
-        return both / pairs * (len(everyone.image) / len(own.image)) + 0 * scale
-
-    def _violations(self, own: Pairs, everyone: Pairs) -> Tensor:
-        """Return the sum over all positive pairs of own images of the hinge against the hardest negative."""
-
-        def block(rows: Tensor, row_id: Tensor) -> Tensor:
-            positive = row_id[:, None] == everyone.text_image_id
-            cosine = _similarities(rows, everyone.text)
-            hardest = cosine.masked_fill(positive, -torch.inf).amax(dim=1, keepdim=True)
-            return (self.margin - cosine + hardest).relu()[positive].sum()
-
-        return _sum_of_blocks(block, own, everyone)
+        size = max(1, BLOCK // max(1, len(everyone.text)))
+        if len(own.image) <= size:
+            return total(own.image, own.image_id) / len(own.image)
+        # the backward pass computes each block again instead of storing its activations
+        blocks = zip(own.image.split(size), own.image_id.split(size), strict=True)
+        sums = [checkpoint(total, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+        return torch.stack(sums).sum() / len(own.image)
 
 
 def _similarities(rows: Tensor, columns: Tensor) -> Tensor:
@@ -274,19 +244,6 @@ def _similarities(rows: Tensor, columns: Tensor) -> Tensor:
 
 def _is_one_block(rows: Tensor, columns: Tensor) -> bool:
     return len(rows) * len(columns) <= BLOCK
-
-
-def _sum_of_blocks(block: Callable[[Tensor, Tensor], Tensor], own: Pairs, everyone: Pairs) -> Tensor:
-    """Add up `block` of as many own images and their ids at a time as make `BLOCK` similarities.
-
-    With several blocks, the backward pass calls it again instead of storing the activations.
-    """
-    size = max(1, BLOCK // max(1, len(everyone.text)))
-    if len(own.image) <= size:
-        return block(own.image, own.image_id)
-    parts = zip(own.image.split(size), own.image_id.split(size), strict=True)
-    sums = [checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return torch.stack(sums).sum()
 
 
 def _log_sum_exp(rows: Tensor, columns: Tensor) -> Tensor:

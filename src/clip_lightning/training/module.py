@@ -85,7 +85,7 @@ class CLIPModule(LightningModule):
                 trained.
             towers: the size of the towers' inputs, and how trained towers run.
             heads: the projections from the towers' features into the shared embedding space.
-            loss: `InfoNCE` (default), `SigLIP`, `MaxViolation`, or the class path of your own loss.
+            loss: `InfoNCE` (default), `SigLIP`, or the class path of your own loss.
             optimizer: learning rates, weight decay, warm-up and schedule.
             micro_batch_size: the number of images or captions whose activations a trained tower keeps in
                 memory at a time (gradient caching); `auto` for as many as fit; by default the complete batch.
