@@ -149,9 +149,6 @@ def test_retrieval_of_two_models(
     assert second["rsum_difference"] == pytest.approx(second["rsum"] - first["rsum"])
     assert 0 < second["rsum_difference_p"] <= 1
     assert "fold1000_rsum" not in first
-    for k in (1, 5, 10):  # of five captions each
-        assert first[f"image_to_text_true_recall@{k}"] <= first[f"image_to_text_R@{k}"]
-        assert first[f"image_to_text_true_recall@{k}"] >= first[f"image_to_text_R@{k}"] / 5
     rows = table(tmp_path / "out" / "results.csv")
     assert float(rows[1]["rsum"]) == second["rsum"]
     monkeypatch.delenv("COLUMNS", raising=False)

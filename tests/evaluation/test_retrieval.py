@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_lightning.evaluation.retrieval import retrieval_metrics, retrieval_ranks, true_recall
+from clip_lightning.evaluation.retrieval import retrieval_metrics, retrieval_ranks
 
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -151,29 +151,3 @@ def test_wrong_input_is_named(change: dict[str, object], message: str) -> None:
     given = {"image": torch.eye(3, 2), "text": torch.ones(4, 2), "text_image_id": torch.tensor([0, 1, 2, 0])}
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(**(given | change))
-
-
-def test_ties_count_against_the_model_in_true_recall():
-    image, text = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
-    # the first picture's two captions tie with one of the other's: ranks 2 and 3; images without captions
-    # are not asked
-    found = true_recall(torch.cat([image, image[:1]]), text, torch.tensor([0, 0, 1]), ks=(1, 2, 3))
-    assert list(found.values()) == [100 * (0 + 1) / 2, 100 * (0.5 + 1) / 2, 100.0]
-
-
-@pytest.mark.parametrize("captions", [1, 4])
-def test_true_recall_equals_a_loop(captions: int):
-    generator = torch.Generator().manual_seed(0)
-    image = F.normalize(torch.randn(30, 6, generator=generator), dim=1)
-    text = F.normalize(torch.randn(30 * captions, 6, generator=generator), dim=1)
-    owner = torch.arange(30).repeat_interleave(captions)[torch.randperm(len(text), generator=generator)]
-    found = true_recall(image, text, owner, chunk_size=7)
-    for k in (1, 5, 10):
-        shares = []
-        for row in range(30):
-            order = (text @ image[row]).argsort(descending=True)[:k]
-            shares.append((owner[order] == row).sum().item() / captions)
-        assert found[f"image_to_text_true_recall@{k}"] == pytest.approx(100 * sum(shares) / 30)
-    hits = retrieval_metrics(image, text, owner)
-    names = {f"image_to_text_true_recall@{k}": f"image_to_text_R@{k}" for k in (1, 5, 10)}
-    assert all(found[a] == pytest.approx(hits[b]) for a, b in names.items()) == (captions == 1)

@@ -23,7 +23,7 @@ from clip_lightning.errors import UserError
 from clip_lightning.evaluation import linear_probe as probe
 from clip_lightning.evaluation.intervals import hits, paired_differences, recall_intervals
 from clip_lightning.evaluation.prompts import read_templates
-from clip_lightning.evaluation.retrieval import fold_metrics, retrieval_metrics, retrieval_ranks, true_recall
+from clip_lightning.evaluation.retrieval import fold_metrics, retrieval_metrics, retrieval_ranks
 from clip_lightning.evaluation.zero_shot import classify
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import Encoded, best_device, encode_images
@@ -45,10 +45,9 @@ def retrieval(
     """Retrieve images by their captions, and captions by their images, among all images of a split.
 
     R@k is the percentage of queries with a right answer among the first k results (hit@k); for an image, each
-    of its captions is right. True recall is the fraction of an image's captions among the results.
-    fold1000_... are means over folds of 1,000 images, which is an easier task. The 95 % intervals take into
-    account that the captions of an image are not independent. Every model after the first is also compared
-    with the first, image by image.
+    of its captions is right. fold1000_... are means over folds of 1,000 images, which is an easier task. The
+    95 % intervals take into account that the captions of an image are not independent. Every model after the
+    first is also compared with the first, image by image.
 
     Args:
         model: a bundle, a run folder, a checkpoint, a Hugging Face hub id, or
@@ -76,7 +75,7 @@ def retrieval(
         row |= retrieval_metrics(*embedded)
         for metric, (low, high) in recall_intervals(answers).items():
             row |= {f"{metric}_low": low, f"{metric}_high": high}
-        row |= true_recall(*embedded) | fold_metrics(*embedded)
+        row |= fold_metrics(*embedded)
         name, reference = first.setdefault(row["data"], (row["model"], answers))
         if reference is not answers:
             row["compared_with"] = name

@@ -120,34 +120,12 @@ def retrieval_ranks(
     return text_rank, image_rank
 
 
-def true_recall(
-    image: Tensor, text: Tensor, owner: Tensor, *, ks: Sequence[int] = KS, chunk_size: int = 64
-) -> dict[str, float]:
-    """Compute the mean over images of (own captions among the k best) / (own captions).
-
-    With c captions per image, it cannot exceed k / c. R@k, as computed by `retrieval_metrics`, is a hit rate
-    instead: one of the captions among the k best is enough. With one caption per image, and therefore for
-    text→image, the two are the same. `owner` (N,) is the row of each caption's image.
-
-    Return `image_to_text_true_recall@k` in percent, over the images that have captions. Ties count against
-    the model.
-    """
-    image, text, most = image.double(), text.double(), min(max(ks), len(text))
-    recalls = []  # R@1 ... R@most of each image
-    for rows in torch.arange(len(image), device=image.device).split(chunk_size):
-        own = owner == rows[:, None]
-        best = (image[rows] @ text.T - TIE * own).topk(most).indices
-        recalls.append(own.gather(1, best).cumsum(1).double() / own.sum(1, keepdim=True))
-    mean = torch.cat(recalls).nanmean(0)  # without images that have no captions
-    return {f"image_to_text_true_recall@{k}": 100 * mean[min(k, most) - 1].item() for k in ks}
-
-
 def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -> dict[str, float]:
     """Compute the mean of `retrieval_metrics` over consecutive folds of images that are searched separately.
 
     Fewer candidates make the task easier: the metrics are not comparable with those of the complete split.
-    Arguments are those of `true_recall`; an incomplete fold at the end is left out. Return the metrics as
-    `fold1000_...`, or nothing if there are fewer than two folds.
+    `owner` (N,) is the row of each caption's image. An incomplete fold at the end is left out. Return the
+    metrics as `fold1000_...`, or nothing if there are fewer than two folds.
     """
     folds = []
     for start in range(0, len(image) - fold + 1, fold) if len(image) >= 2 * fold else ():
