@@ -49,7 +49,3 @@ class RunFolder:
     def is_run(self) -> bool:
         """Return whether the folder has a run's configuration; other programs also write `config.yaml`."""
         return self.config.is_file() and bool(re.search(rb"(?m)^trainer:", self.config.read_bytes()))
-
-    def non_finite(self, rank: int) -> Path:
-        """Return the file of batches with non-finite gradients of one rank."""
-        return self.path / ("non-finite.json" if rank == 0 else f"non-finite-rank{rank}.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -21,7 +20,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from clip_lightning.__main__ import _status, main
-from clip_lightning.data.shards.convert import Settings, captioned, convert
 from clip_lightning.errors import RunFailed
 from clip_lightning.training.cli import plain_errors
 from clip_lightning.training.module import CLIPModule
@@ -170,12 +168,12 @@ class Weights(Callback):
 @pytest.fixture
 def fit(make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path) -> Fit:
     def run(
-        *callbacks: Callback, image_tower: str = "random:test_vit", root: Path = scenes, **options: Any
+        *callbacks: Callback, image_tower: str = "random:test_vit", **options: Any
     ) -> tuple[CLIPModule, NonFinite]:
         module = make_module(freeze="none", image_tower=image_tower)
-        guard = NonFinite(tmp_path, in_a_row=3)
+        guard = NonFinite(in_a_row=3)
         settings: dict[str, Any] = {"limit_val_batches": 0, "gradient_clip_val": 1.0, **options}
-        trainer(tmp_path, *callbacks, guard, **settings).fit(module, data(module, root))
+        trainer(tmp_path, *callbacks, guard, **settings).fit(module, data(module, scenes))
         return module, guard
 
     return run
@@ -212,29 +210,11 @@ def test_skipped_steps_do_not_change_batch_norms(fit: Fit) -> None:
     assert all(statistic.isfinite().all() for statistic in statistics)
 
 
-def test_skipped_steps_in_a_row_end_the_run_and_are_listed(fit: Fit, tmp_path: Path, scenes: Path) -> None:
+def test_skipped_steps_in_a_row_end_the_run(fit: Fit) -> None:
     with pytest.warns(UserWarning, match=r"skipped step 2, whose gradient is not finite \(nan\)") as said:
         with pytest.raises(RunFailed, match=r"3 steps in a row .* not finite, up to step 4"):
             fit(Poison({1, 2, 3}))
     assert sum("skipped step" in str(warning.message) for warning in said) == 1
-    batches = json.loads((tmp_path / "non-finite.json").read_text())
-    assert [batch["batch"] for batch in batches] == [1, 2, 3]
-    for batch in batches:
-        assert len(batch["captions"]) == 8
-        for sample in batch["captions"]:
-            assert Path(sample["image"]).is_file()
-            assert sample["caption"] in (scenes / "captions.csv").read_text()
-
-
-@pytest.mark.filterwarnings("ignore:skipped step .")
-def test_samples_of_shards_are_listed(fit: Fit, tmp_path: Path, scenes: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    convert(captioned(scenes, 5), Settings(5), tmp_path / "shards", 1)
-    with pytest.raises(RunFailed, match="3 steps in a row"):
-        fit(Poison({1, 2, 3}), root=tmp_path / "shards")
-    batches = json.loads((tmp_path / "non-finite.json").read_text())
-    names = [name for batch in batches for name in batch["names"]]
-    assert len(set(names)) == 24 and all(".tar#" in name for name in names)
 
 
 @pytest.mark.filterwarnings("ignore:skipped step .")
@@ -250,10 +230,9 @@ def test_accumulated_gradients_are_one_step(fit: Fit) -> None:
 @pytest.mark.filterwarnings("ignore:skipped step .")
 def test_separate_skipped_steps_are_counted_in_the_checkpoint(fit: Fit, tmp_path: Path) -> None:
     module, guard = fit(Poison({0, 1, 3}))
-    assert not (tmp_path / "non-finite.json").exists(), "the run goes on"
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["NonFinite"]
-    again = NonFinite(tmp_path)
+    again = NonFinite()
     again.load_state_dict(stored)
     assert again.left_out == guard.left_out == 3
 
@@ -269,7 +248,6 @@ def test_the_command_ends_with_status_1(
         assert main(command("fit", tmp_path / "runs", **options)) == 1
     assert "20 steps in a row had a gradient that is not finite" in capsys.readouterr().err
     (run,) = (tmp_path / "runs").iterdir()
-    assert (run / "non-finite.json").is_file()
     assert (run / "checkpoints" / "last.ckpt").is_file()
 
 
@@ -301,7 +279,7 @@ def test_a_step_does_not_wait_for_the_device_unless_it_is_logged(
 ) -> None:
     module, waits = make_module(freeze=freeze), Waits()
     options = {"max_epochs": 2, "limit_val_batches": 0, "gradient_clip_val": 1.0, "log_every_n_steps": 3}
-    fitting = trainer(tmp_path, NonFinite(tmp_path), waits, **options)
+    fitting = trainer(tmp_path, NonFinite(), waits, **options)
     batches = data(module, scenes, batch_size=4, cache=str(tmp_path / "cache"))
     with waits:
         fitting.fit(module, batches)

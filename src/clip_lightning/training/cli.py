@@ -232,7 +232,7 @@ class RunCLI(LightningCLI):
             *([LearningRateMonitor(logging_interval="step")] if trainer_config.logger else []),
             RunRecorder(self.run.path, self.config_to_save),
             Alerts(),
-            stopping.NonFinite(self.run.path),
+            stopping.NonFinite(),
             stopping.GracefulStop(prints_remedy=not self.callers_callbacks),
             BestCheckpoint(self.run.checkpoints, "best", MONITOR, mode="max", enable_version_counter=False),
             *self._get(self.config_init, "checkpoint").callbacks(self.run.checkpoints),

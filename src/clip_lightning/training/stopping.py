@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,8 +25,6 @@ from torch import Tensor
 from torch.utils.data._utils import signal_handling
 
 from clip_lightning.errors import Diverged
-from clip_lightning.files import write_json
-from clip_lightning.run_folder import RunFolder
 from clip_lightning.terminal import note
 from clip_lightning.training.checkpoints import is_accumulating, within_a_step
 
@@ -129,14 +126,12 @@ class EarlyStopping(callbacks.EarlyStopping):
 class NonFinite(Callback):
     """Counts the steps that `CLIPModule` has skipped, and ends the run after several in a row.
 
-    `non-finite.json` in the run's folder lists the samples of their batches. Mixed precision in fp16 skips
-    a few steps at the start, until its loss scale has settled.
+    Mixed precision in fp16 skips a few steps at the start, until its loss scale has settled.
     """
 
-    def __init__(self, folder: Path, in_a_row: int = 20) -> None:
-        self.run, self.in_a_row = RunFolder(folder), in_a_row
+    def __init__(self, in_a_row: int = 20) -> None:
+        self.in_a_row = in_a_row
         self.left_out = self.row = 0
-        self._batches: list[tuple[int, dict[str, Any]]] = []
         self._norms: dict[int, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,13 +141,6 @@ class NonFinite(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.left_out = state_dict["left_out"]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Remember the samples of this rank's batch: their names in tars, or the rows of their captions."""
-        kind = "names" if "names" in batch else "text_id"
-        about = {"epoch": trainer.current_epoch, "batch": batch_idx, kind: batch[kind]}
-        self._batches.append((trainer.global_step + 1, about))
-        del self._batches[:-100]
-
     def _count(self) -> None:
         """Read the norms of the last steps, which waits for a GPU, and count the skipped steps."""
         steps, norms = [*self._norms], [*self._norms.values()]
@@ -160,9 +148,7 @@ class NonFinite(Callback):
         for step, norm in zip(steps, torch.stack(norms).tolist() if norms else [], strict=True):
             self.row = 0 if math.isfinite(norm) else self.row + 1
             self.left_out += self.row > 0
-            if self.row == 0:
-                self._batches = [(later, about) for later, about in self._batches if later > step]
-            elif self.row == 1:
+            if self.row == 1:
                 rank_zero_warn(
                     f"skipped step {step}, whose gradient is not finite ({norm}); {self.in_a_row} skipped "
                     "steps in a row end the run"
@@ -180,27 +166,12 @@ class NonFinite(Callback):
         self._count()
         if self.left_out:
             pl_module.log("train/steps_left_out", float(self.left_out))
-        if self.row < self.in_a_row:
-            return
-        batches = [about for _, about in self._batches]
-        wanted = {row for batch in batches if "text_id" in batch for row in batch["text_id"].tolist()}
-        images = trainer.datamodule.images("train")
-        captions = ((image, text) for image in images for text in image.captions)
-        samples = {
-            row: {"image": str(image.path), "caption": text}
-            for row, (image, text) in enumerate(captions)
-            if row in wanted
-        }
-        for batch in batches:
-            if "text_id" in batch:  # read only now, in order not to wait for a GPU in every step
-                batch["captions"] = [samples[row] for row in batch.pop("text_id").tolist()]
-        file = self.run.non_finite(trainer.global_rank)
-        write_json(file, batches)
-        raise Diverged(
-            f"{self.row} steps in a row had a gradient that is not finite, up to step {trainer.global_step}; "
-            f"{file} lists their images and captions; lower --model.optimizer.lr, use --trainer.precision "
-            "bf16-mixed instead of 16-mixed, or check the data with clip-lightning data check"
-        )
+        if self.row >= self.in_a_row:
+            raise Diverged(
+                f"{self.row} steps in a row had a gradient that is not finite, up to step "
+                f"{trainer.global_step}; lower --model.optimizer.lr, use --trainer.precision bf16-mixed "
+                "instead of 16-mixed, or check the data with clip-lightning data check"
+            )
 
 
 def watch_children() -> None:
