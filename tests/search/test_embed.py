@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pyarrow import parquet
 
 from clip_lightning import CLIP, ImageIndex
 from clip_lightning.commands.embed import run
@@ -67,22 +66,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def stored(out: Path, kind: str) -> tuple[list[dict[str, Any]], np.ndarray]:
     """The rows and the vectors of one kind, as other programs read them."""
-    if tables := [parquet.read_table(file) for file in sorted(out.glob(f"{kind}-*.parquet"))]:
-        assert all(table.schema.equals(tables[0].schema) for table in tables)
-        rows = [row for table in tables for row in table.to_pylist()]
-        return rows, np.array([row.pop("embedding") for row in rows], np.float32)
     lines = [line for file in sorted(out.glob(f"{kind}-*.jsonl")) for line in file.read_bytes().splitlines()]
     vectors = np.concatenate([np.load(file) for file in sorted(out.glob(f"{kind}-*.npy"))])
     assert vectors.dtype == np.float32
     return [json.loads(line) for line in lines], vectors
 
 
-@pytest.mark.parametrize("format", ["npy", "parquet"])
-def test_embeddings_are_the_models_own(
-    bundle: Path, images: Path, tmp_path: Path, capsys: Printed, format: str
-) -> None:
+def test_embeddings_are_the_models_own(bundle: Path, images: Path, tmp_path: Path, capsys: Printed) -> None:
     out = tmp_path / "out"
-    words = (bundle, images, "--out", out, "--what", "both", "--batch_size", 5, "--format", format)
+    words = (bundle, images, "--out", out, "--what", "both", "--batch_size", 5)
     found = embedded(capsys, *words, "--shard_size", 16)
     data = read_captions(images).images
     assert (found["images"], found["captions"], found["shards"], found["width"]) == (39, 200, 3 + 13, 16)

@@ -325,6 +325,23 @@ def test_a_damaged_index_is_named_and_repaired(clip: CLIP, photos: Path, tmp_pat
             ImageIndex.load(out)
 
 
+def test_the_format_that_a_manifest_named(clip: CLIP, photos: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "idx" / "manifest.json", tmp_path / "idx"
+    expected = built(clip, photos, out).search("a star", 12)
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"format": "npy"}))
+    assert ImageIndex.load(out, clip).search("a star", 12) == expected
+    draw(0, 20, 32).save(photos / "new.png")
+    assert {"unchanged": 12, "embedded": 1}.items() <= update(clip, photos, out).items()
+    assert len(ImageIndex.load(out, clip)) == 13
+    file.write_text(json.dumps(manifest | {"format": "parquet"}))
+    for attempt in (lambda: ImageIndex.load(out), lambda: update(clip, photos, out)):
+        with pytest.raises(
+            UserError, match=r"idx contains embeddings as Parquet, .* write them again to a new"
+        ):
+            attempt()
+
+
 # being killed
 
 

@@ -31,7 +31,7 @@ def run(args: list[str]) -> None:
     parser.add_argument("model", type=str, help=MODEL)
     parser.add_argument("source", type=Path, help=source)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write or update")
-    skipped = {"type", "onnx"} if embeds else {"what", "format", "shard_size", "precision"}
+    skipped = {"type", "onnx"} if embeds else {"what", "shard_size", "precision"}
     if not embeds:
         captions = "also embed the captions, for search --captions true; an update keeps this setting"
         parser.add_argument("--captions", type=bool | None, help=captions)

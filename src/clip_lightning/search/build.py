@@ -117,7 +117,7 @@ def _manifests(
     folder: EmbeddingsFolder, clip: CLIP, options: Options, settings: dict[str, Any]
 ) -> tuple[Manifest, Manifest]:
     """Return the manifest of the folder, which is written if it is new, and the one to be completed."""
-    names = ("what", "format", "shard_size", "precision")
+    names = ("what", "shard_size", "precision")
     settings |= {name: value for name in names if (value := getattr(options, name)) is not None}
     first = Manifest(model_identity(clip), width=clip.embed_images([]).shape[1], **settings)
     old = folder.manifest() or first
@@ -208,7 +208,7 @@ class Embedder:
                     old, number = self._known[_key(row)]
                     row |= self._rows[old][number] | row | {"embedding": self._read(old)[1][number]}
             complete = [row for row in rows if "embedding" in row]
-            part = self.folder.write_part(stem, self.manifest.format, complete, self.manifest.width)
+            part = self.folder.write_part(stem, complete, self.manifest.width)
             self._learn(part)
         return part
 

@@ -8,9 +8,9 @@
     OUT/text_tower-DIGEST/                  the text tower as ONNX, if there is one
     OUT/broken.json                         reasons for which images cannot be decoded, by path
 
-With Parquet, a part is one file, with the vectors in the column `embedding`. Parts are named by the digest of
-their content and never change, and the manifest is replaced last: if a process is killed, the folder has the
-old or the new version, the next process reuses every complete part, and readers need no lock.
+Parts are named by the digest of their content and never change, and the manifest is replaced last: if a
+process is killed, the folder has the old or the new version, the next process reuses every complete part, and
+readers need no lock.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ from jsonargparse.typing import PositiveInt
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.files import write_atomically, write_json
 
-Format = Literal["npy", "parquet"]
 Row = dict[str, Any]
 MADE_BY = "clip-lightning embeddings 2"
 _DIGEST = "[0-9a-f]{16}"
 _STEM = rf"(images|captions)-\d{{5,}}-of-\d{{5,}}-{_DIGEST}"
-_PART = re.compile(rf"{_STEM}\.(npy|parquet)")
+_PART = re.compile(rf"{_STEM}\.npy")
 _OURS = re.compile(
-    rf"{_STEM}\.(npy|jsonl|parquet)|images-{_DIGEST}\.faiss|\.?text_tower-{_DIGEST}(-.+)?|\.lock"
+    rf"{_STEM}\.(npy|jsonl)|images-{_DIGEST}\.faiss|\.?text_tower-{_DIGEST}(-.+)?|\.lock"
     r"|\..+\.\d+\.tmp"  # a draft of `complete_file`
 )
 
@@ -58,8 +57,6 @@ class Options:
         batch_size: number of images or captions per forward pass.
         num_workers: number of threads that read and decode images; by default one per core.
         what: images, captions, or both; by default what the folder has, or images for a new folder.
-        format: npy, with a JSON lines file for the rows, or parquet, with everything in one file; by default
-            the format of the folder, or npy for a new folder.
         shard_size: number of rows per file; by default as in the folder, or 1024.
         precision: precision of the towers; by default as in the folder, or 32-true.
     """
@@ -69,7 +66,6 @@ class Options:
     batch_size: PositiveInt = 64
     num_workers: PositiveInt | None = None
     what: Literal["images", "captions", "both"] | None = None
-    format: Format | None = None
     shard_size: PositiveInt | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None
 
@@ -84,7 +80,6 @@ class Manifest:
     width: int = 0
     precision: str = "32-true"
     what: str = "images"
-    format: Format = "npy"
     shard_size: int = 1024
     images: int = 0  # number of rows
     captions: int = 0
@@ -99,8 +94,7 @@ class Manifest:
         for name, value in vars(self).items():
             if not isinstance(value, list if name == "parts" else type(vars(Manifest)[name])):
                 raise ValueError(f"{name} is {value!r}")
-        in_range = self.format in ("npy", "parquet") and min(self.width, self.shard_size) > 0
-        if not in_range or not all(map(_PART.fullmatch, self.parts)):
+        if min(self.width, self.shard_size) <= 0 or not all(map(_PART.fullmatch, self.parts)):
             raise ValueError("a value is out of range, or names another file")
 
 
@@ -118,6 +112,13 @@ class EmbeddingsFolder:
                 return None
             content = json.loads(file.read_bytes())
             if isinstance(content, dict) and content.get("made_by") == MADE_BY:
+                if content.get("format") == "npy":  # until 0.2.0, there was another format
+                    del content["format"]
+                elif content.get("format") == "parquet":
+                    raise UserError(
+                        f"{self.root} contains embeddings as Parquet, which is no longer read; write them "
+                        "again to a new folder"
+                    )
                 return Manifest(**content)
         raise UserError(f"{file} was written by another program or version; give another folder")
 
@@ -137,7 +138,7 @@ class EmbeddingsFolder:
             raise UserError(f"--out {root} cannot be written ({error}); give another --out") from error
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Replace the exceptions that NumPy, Arrow and FAISS raise for damaged files by a `UserError`."""
+        """Replace the exceptions that NumPy and FAISS raise for damaged files by a `UserError`."""
         return as_user_error(
             f"{self.root} is damaged", "repair it by running the command that wrote it again"
         )
@@ -146,24 +147,15 @@ class EmbeddingsFolder:
         """Yield the parts whose content matches the digest in their name, whether or not they are current."""
         for file in sorted(filter(lambda file: _PART.fullmatch(file.name), self.root.iterdir())):
             with contextlib.suppress(FileNotFoundError):  # half a part
-                contents = [file.read_bytes()]
-                if file.suffix == ".npy":
-                    contents.insert(0, file.with_suffix(".jsonl").read_bytes())
+                contents = file.with_suffix(".jsonl").read_bytes(), file.read_bytes()
                 if file.stem.endswith(digest(contents)):
                     yield file.name
 
     def read(self, part: str) -> tuple[list[bytes], np.ndarray]:
         """Return the rows of a part as JSON, and their embeddings, (rows, D) fp32."""
         file = self.root / part
-        if file.suffix == ".npy":
-            lines = file.with_suffix(".jsonl").read_bytes().splitlines()
-            return lines, np.load(file, "r", allow_pickle=False)
-        from pyarrow import parquet
-
-        table = parquet.read_table(file)
-        column = table["embedding"].combine_chunks()
-        lines = [json.dumps(row).encode() for row in table.drop_columns("embedding").to_pylist()]
-        return lines, column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+        lines = file.with_suffix(".jsonl").read_bytes().splitlines()
+        return lines, np.load(file, "r", allow_pickle=False)
 
     def read_embeddings(self, parts: Sequence[str], count: int, width: int) -> np.ndarray:
         """Return the embeddings of all these parts, (count, width) fp32, with one file open at a time."""
@@ -188,32 +180,19 @@ class EmbeddingsFolder:
         """Return the folder of a model's text tower, which may not exist."""
         return self.root / f"text_tower-{identity[:16]}"
 
-    def write_part(self, stem: str, format: Format, rows: Sequence[Row], width: int) -> str:
+    def write_part(self, stem: str, rows: Sequence[Row], width: int) -> str:
         """Write a part of rows with their `embedding`, and return its name."""
         buffer = BytesIO()
-        if format == "npy":
-            np.save(buffer, np.array([row["embedding"] for row in rows], np.float32).reshape(-1, width))
-            plain = ({name: value for name, value in row.items() if name != "embedding"} for row in rows)
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain)
-            contents = {"jsonl": lines.encode(), "npy": buffer.getvalue()}
-        else:
-            import pyarrow
-            from pyarrow import parquet
-
-            text, number = pyarrow.string(), pyarrow.int64()
-            fields = {"path": text, "caption": text}
-            if stem.startswith("images"):
-                fields = {"path": text, "captions": pyarrow.list_(text), "sha256": text}
-                fields |= dict.fromkeys(("width", "height", "file_size", "modified_ns"), number)
-            fields["embedding"] = pyarrow.list_(pyarrow.float32(), width)
-            parquet.write_table(pyarrow.Table.from_pylist(list(rows), pyarrow.schema(fields)), buffer)
-            contents = {"parquet": buffer.getvalue()}
+        np.save(buffer, np.array([row["embedding"] for row in rows], np.float32).reshape(-1, width))
+        plain = ({name: value for name, value in row.items() if name != "embedding"} for row in rows)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain)
+        contents = {"jsonl": lines.encode(), "npy": buffer.getvalue()}
         name = f"{stem}-{digest(contents.values())}"
         for suffix, content in contents.items():
             file = self.root / f"{name}.{suffix}"
             if not file.exists() or file.read_bytes() != content:
                 write_atomically(file, content)
-        return f"{name}.{format}"
+        return f"{name}.npy"
 
     def publish(self, manifest: Manifest) -> None:
         """Make this the current version, and remove the files of other versions."""
