@@ -42,8 +42,7 @@ def app(
     """Search images by sentence, by image or with labels, on a page that this machine serves until Ctrl-C.
 
     `clip-lightning app INDEX` serves an index that `clip-lightning index` wrote. `clip-lightning app MODEL
-    FOLDER` first indexes the folder or updates its index. The page loads nothing from other machines. It also
-    shows the run that trained the model if the model is still in its run folder.
+    FOLDER` first indexes the folder or updates its index. The page loads nothing from other machines.
 
     Args:
         out: folder for the index that MODEL FOLDER builds; by default a folder in the cache, which is
@@ -83,7 +82,7 @@ def app(
         index = ImageIndex.load(source, model)
         address, bound, *_ = listener.getsockname()
         allowed = _names(host, address, allowed_hosts)
-        server = page_server(index, model or index.manifest.model, allowed, path)
+        server = page_server(index, allowed, path)
         url = f"http://{f'[{host}]' if ':' in host else host}:{bound}{path}/"
         note(f"serving {len(index):,} images at {url} (press Ctrl-C to stop)")
         if open:

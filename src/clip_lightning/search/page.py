@@ -7,7 +7,6 @@ encoded again without their metadata, and only after a search has returned them.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import sys
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.staticfiles import StaticFiles
 from torch import Tensor
@@ -34,7 +33,6 @@ from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import TEMPLATES
 from clip_lightning.model.clip import probabilities
 from clip_lightning.reports.pages import PAGES
-from clip_lightning.run_folder import RunFolder
 from clip_lightning.search.index import ImageIndex
 from clip_lightning.terminal import one_line
 
@@ -46,31 +44,23 @@ UPLOAD_SECONDS = 60
 MOST_UPLOADS = 8  # uploads in memory at the same time; further requests wait before they are read
 
 _DEFAULTS = {"q": "", "k": "12", "image": "", "labels": "", "templates": "simple"}
-_POLICY = "Content-Security-Policy"
 _HEADERS = {
-    _POLICY: "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'self'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_SANDBOX = {_POLICY: "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"}
 _decoders = BoundedSemaphore(4)  # an image of 100 megapixels takes 300 MB
 
 
-def page_server(
-    index: ImageIndex, model: str | Path | None, hosts: frozenset[str] | None, root_path: str = ""
-) -> uvicorn.Server:
+def page_server(index: ImageIndex, hosts: frozenset[str] | None, root_path: str = "") -> uvicorn.Server:
     """Create the server of an index's page, without starting it.
 
-    The page shows recall and predictions of the run that trained the model if `model` is in its folder.
     Requests may use the `hosts` as names (to prevent DNS rebinding), or any name if it is None, and begin
     with `root_path`.
     """
-    run = RunFolder(Path(model or "nowhere").resolve().parent)
-    metrics = json.loads(run.metrics.read_bytes()) if run.is_run() and run.metrics.is_file() else {}
-    report = run.predictions_page
-    page = _Page(index, metrics, has_report=bool(metrics) and report.is_file())
+    page = _Page(index)
     routes: list[BaseRoute] = [
         Route("/", page.answer, methods=["GET", "POST"]),
         Route("/api", page.answer, methods=["GET", "POST"]),
@@ -78,16 +68,13 @@ def page_server(
         Route("/thumbnail/{id}", lambda request: page.image(request, 480)),
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
     ]
-    if page.about["has_report"]:
-        routes.append(Route("/predictions.html", lambda _: FileResponse(report, headers=_SANDBOX)))
     if root_path:
         home = RedirectResponse(f"{root_path}/")
         routes = [Route(root_path, lambda _: home), Mount(root_path, routes=routes), *routes]
 
     async def guard(request: Request, answer: RequestResponseEndpoint) -> Response:
         response = await page.guarded(request, answer, hosts)
-        for name, value in _HEADERS.items():
-            response.headers.setdefault(name, value)
+        response.headers.update(_HEADERS)
         return response
 
     config = uvicorn.Config(
@@ -103,7 +90,7 @@ def page_server(
 
 
 class _Page:
-    def __init__(self, index: ImageIndex, metrics: dict[str, Any], *, has_report: bool) -> None:
+    def __init__(self, index: ImageIndex) -> None:
         self.index, self.clip = index, index.clip
         self.lock = Lock()  # fast tokenizers are not thread-safe, and one query uses all cores anyway
         self.paths: dict[str, Path] = {}
@@ -117,8 +104,6 @@ class _Page:
             "total": f"{len(index):,}",
             "source": Path(index.manifest.source).name,
             "towers": " × ".join(Path(name).name.removeprefix("pypi:") for name in towers),
-            "metrics": metrics,
-            "has_report": has_report,
             "examples": examples or ["a dog running on grass", "people at a table"],
             "most": MOST_FOUND,
         }
