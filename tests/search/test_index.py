@@ -113,7 +113,6 @@ def test_an_index_has_more_files_than_a_process_may_open(clip: CLIP, scenes: Pat
         assert len(index.manifest.parts) == 240
         image = Path(index.search("a star", 1)[0][0].path)
         assert index.search_by_image(image, 1)[0][0].path == image
-        assert len(index.captions(image)[0]) == 9
         assert update(clip, scenes, tmp_path / "idx", **options)["embedded"] == 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -134,27 +133,14 @@ def test_an_image_finds_itself_and_k_may_be_larger(clip: CLIP, photos: Path, tmp
     assert {hit.path.name for hit in index.search("a", 12)[0] if hit.missing} == {"0.png"}
 
 
-def test_captions_are_found_for_images(clip: CLIP, scenes: Path, tmp_path: Path) -> None:
+def test_embedded_captions_stay_until_they_are_no_longer_wanted(
+    clip: CLIP, scenes: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(scenes, tmp_path / "data")
     lines = (folder / "captions.csv").read_text().splitlines()
-    lines.append(lines[1].split(",", 1)[0] + "," + lines[9].split(",", 1)[1])  # two images share a caption
-    (folder / "captions.csv").write_text("\n".join(lines))
-    index = built(clip, folder, tmp_path / "idx", what="both")
-    image = next(hit for hit in index.search("a star", 40)[0] if len(hit.captions) == 6)
-    texts = list(dict.fromkeys(text for hit in index.search("a", 40)[0] for text in hit.captions))
-    assert index.manifest.captions == 201 > len(texts)
-    scores = (clip.embed_images([image.path]) @ clip.embed_texts(texts).T)[0]
-    found = index.captions(image.path, 7)[0]
-    best = scores.sort(descending=True).values[:7].tolist()
-    assert [hit.score for hit in found] == pytest.approx(best, abs=1e-5)
-    everything = index.captions([image.path], 1000)[0]
-    assert sorted(hit.caption for hit in everything) == sorted(texts)
-    assert {hit.caption for hit in everything if image.path in hit.paths} == {*image.captions}
-    # they stay without being asked for again, and go when they are no longer wanted
-    assert update(clip, folder, tmp_path / "idx")["captions"] == 201
-    without = built(clip, folder, tmp_path / "idx", what="images")
-    with pytest.raises(UserError, match="--captions true"):
-        without.captions([image.path])
+    assert built(clip, folder, tmp_path / "idx", what="both").manifest.captions == len(lines) - 1
+    assert update(clip, folder, tmp_path / "idx")["captions"] == len(lines) - 1
+    assert built(clip, folder, tmp_path / "idx", what="images").manifest.captions == 0
     (folder / "some.csv").write_text("\n".join(lines[:11]) + "\n")
     assert update(clip, folder / "some.csv", tmp_path / "some")["images"] == 2, "those of the file only"
 
@@ -431,7 +417,7 @@ def test_killed_anywhere_the_index_is_the_old_or_the_new_one(
             states.append("old" if rows == old else "new")
             assert rows in (old, new)
             index = ImageIndex.load(out, clip)
-            assert len(index.search("a star", 50)[0]) == len(rows) and index.captions(photos / "0.png")
+            assert len(index.search("a star", 50)[0]) == len(rows)
         if number % 4 == 0 or states[-1] == "new":
             build(out)
             assert_same(out, tmp_path / "new")

@@ -22,7 +22,7 @@ Printed = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def index(bundle: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("index") / "an index é"
-    words = ["--captions", "true", "--onnx", "false"]  # to write it takes seconds
+    words = ["--onnx", "false"]  # to write it takes seconds
     assert main(["index", str(bundle), str(scenes), "--out", str(out), *words]) == 0
     return out
 
@@ -35,7 +35,7 @@ def printed(capsys: Printed, *words: object) -> dict[str, object]:
 
 def test_each_prints_json(index: Path, bundle: Path, scenes: Path, tmp_path: Path, capsys: Printed) -> None:
     done = printed(capsys, "index", bundle, scenes, "--out", index, "--json", "--onnx", "false")
-    assert (done["images"], done["captions"], done["unchanged"], done["embedded"]) == (40, 200, 40, 0)
+    assert (done["images"], done["captions"], done["unchanged"], done["embedded"]) == (40, 0, 40, 0)
     assert done["out"] == str(index)
     found = printed(capsys, "search", index, "a red circle", "--k", 3, "--json")
     assert found == printed(capsys, "search", "--json", index, "--k=3", "--query", "a red circle")
@@ -65,19 +65,14 @@ def test_people_read_a_line_per_image_and_what_was_left_out(
     assert "gone.png: No such file or directory; the next run retries it\n" in said.err
 
 
-def test_by_image_by_file_and_captions(index: Path, scenes: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_by_image_and_by_file(index: Path, scenes: Path, tmp_path: Path, capsys: Printed) -> None:
     image = next(path for path in sorted(scenes.iterdir()) if path.suffix != ".csv")
     [query] = printed(capsys, "search", index, "--image", image, "--json")["queries"]
     assert query["results"][0]["path"] == str(image)
-    [query] = printed(capsys, "search", index, "--image", image, "--captions", "true", "--json")["queries"]
-    assert len(query["results"]) == 9
-    assert all(result["caption"] and result["paths"] for result in query["results"])
     (tmp_path / "queries").write_text("a star\n\n  a: {red} circle 🐶\n", encoding="utf-8")
     found = printed(capsys, "search", index, "--file", tmp_path / "queries", "--k", 100, "--json")
     assert [query["query"] for query in found["queries"]] == ["a star", "a: {red} circle 🐶"]
     assert [len(query["results"]) for query in found["queries"]] == [40, 40]
-    assert main(["search", str(index), "--image", str(image), "--captions=true", "--k=2"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_the_grid_shows_images(index: Path, scenes: Path, tmp_path: Path, capsys: Printed) -> None:
@@ -113,7 +108,6 @@ def test_help_imports_no_torch() -> None:
         ("search INDEX caf\udce9", r"the argument 'caf\udce9' is not UTF-8 text"),
         ("search INDEX --image nothing.png", "nothing.png cannot be read: No such file"),
         ("search INDEX --image a.png", "a.png cannot be read: not a"),
-        ("search INDEX a --captions true", "give --image"),
         ("search INDEX a --gird x.png", "did you mean --grid"),
         ("search INDEX a --model OTHER", "is not the model that the index was built with"),
         (f"search {'long' * 70} a", "File name too long"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -32,15 +31,10 @@ def run(args: list[str]) -> None:
     parser.add_argument("source", type=Path, help=source)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write or update")
     skipped = {"type", "onnx"} if embeds else {"what", "shard_size", "precision"}
-    if not embeds:
-        captions = "also embed the captions, for search --captions true; an update keeps this setting"
-        parser.add_argument("--captions", type=bool | None, help=captions)
     parser.add_class_arguments(Options, as_group=False, skip=skipped)
     parser.add_argument("--json", type=bool, default=False, help="print one JSON object instead")
     given = parser.parse_args(args[1:])
     options = Options(**{name: value for name, value in vars(given).items() if name in vars(Options())})
-    if not embeds and given.captions is not None:
-        options = replace(options, what="both" if given.captions else "images")
     from clip_lightning.search.build import build_index
 
     done = build_index(given.model, given.source, given.out, options, embeddings_only=embeds)

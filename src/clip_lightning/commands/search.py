@@ -30,7 +30,6 @@ def search(
     file: Path | None = None,
     k: int = 9,
     grid: Path | None = None,
-    captions: bool = False,
     model: str | None = None,
     json: bool = False,
 ) -> None:
@@ -42,19 +41,16 @@ def search(
         file: search with each line of this UTF-8 file.
         k: number of results, the best first; scores are cosine similarities.
         grid: PNG file to which the results are drawn as a grid.
-        captions: find captions for --image instead; the index must have been built with --captions true.
         model: location of the index's model if it has moved since the index was built.
         json: print one JSON object instead.
     """
     queries = _queries(sentence, query, image, file)
     if grid is not None and grid.suffix.lower() != ".png":  # it may be a photograph
         raise UserError(f"--grid {grid}: expected the name of a .png file")
-    if captions and (image is None or grid is not None):
-        raise UserError("--captions true finds captions for an image; give --image FILE, and omit --grid")
     from clip_lightning.search.index import ImageIndex
 
     loaded = ImageIndex.load(index, model)
-    find: Any = loaded.search if image is None else loaded.captions if captions else loaded.search_by_image
+    find: Any = loaded.search if image is None else loaded.search_by_image
     try:
         results = list(zip(queries, find(queries, k), strict=True))
     except ValueError as error:  # an image that cannot be read
@@ -69,8 +65,8 @@ def search(
         if len(queries) > 1:
             lines.append(one_line(str(title)))
         for hit in hits:
-            texts = [] if captions else [f"{hit.path}{' (missing)' * hit.missing}", *hit.captions[:1]]
-            lines.append("  ".join([f"{hit.score:.3f}", *map(one_line, texts or [hit.caption])]))
+            texts = [f"{hit.path}{' (missing)' * hit.missing}", *hit.captions[:1]]
+            lines.append("  ".join([f"{hit.score:.3f}", *map(one_line, texts)]))
     answers = [{"query": query, "results": [asdict(hit) for hit in hits]} for query, hits in results]
     about = {"index": index.resolve(), "model": loaded.manifest.model, "type": loaded.manifest.type}
     print_result({**about, "images": len(loaded), "queries": answers}, "\n".join(lines), json)

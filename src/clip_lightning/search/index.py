@@ -1,4 +1,4 @@
-"""Searches images by sentences, images or embeddings, and captions by images.
+"""Searches images by sentences, images or embeddings.
 
 Q queries, N sentences, D the width of the embeddings.
 """
@@ -44,15 +44,6 @@ class FoundImage:
     missing: bool  # whether the file no longer exists
 
 
-@dataclass(frozen=True, slots=True)
-class FoundCaption:
-    """A caption in the results of a query, with its cosine similarity and the images that it belongs to."""
-
-    caption: str
-    score: float
-    paths: tuple[Path, ...]
-
-
 class ImageIndex:
     """The embeddings of images, as they were when the index was loaded."""
 
@@ -62,7 +53,7 @@ class ImageIndex:
         self.manifest = manifest
         self._folder, self._model = folder, model
         # read now, as a writer may replace the files later
-        self._lines, self._index = self._read("images")
+        self._lines, self._index = self._read()
 
     @classmethod
     def build(
@@ -142,46 +133,19 @@ class ImageIndex:
         """
         return self.search(self.clip.embed_images(images), k)
 
-    def captions(self, images: Any, k: int = 9) -> list[list[FoundCaption]]:
-        """Find the k captions of the data set that match each of one or several images best.
-
-        The images may be embeddings (Q, D), or have any form that `CLIP.embed_images` accepts.
-        """
-        if not self.manifest.captions:
-            raise UserError("the index contains no captions; build it with --captions true")
-        embeddings = images if getattr(images, "ndim", 0) == 2 else self.clip.embed_images(images)
-        images_of, stored = self._captions
-        texts = list(images_of)
-        return [
-            [FoundCaption(texts[row], score, tuple(images_of[texts[row]])) for row, score in hits]
-            for hits in vectors.search(stored, embeddings, k)
-        ]
-
-    def _read(self, kind: str) -> tuple[list[bytes], Any]:
-        """Return the rows of `images` or `captions` as JSON, and their FAISS index or their embeddings."""
-        parts = [part for part in self.manifest.parts if part.startswith(kind)]
+    def _read(self) -> tuple[list[bytes], Any]:
+        """Return the rows of the images as JSON, and their FAISS index or their embeddings."""
+        parts = [part for part in self.manifest.parts if part.startswith("images")]
         lines = [line for part in parts for line in self._folder.read(part)[0]]
-        if len(lines) != getattr(self.manifest, kind):
+        if len(lines) != self.manifest.images:
             raise ValueError("its parts do not match")
-        if kind == "images" and self.manifest.faiss_bytes:
+        if self.manifest.faiss_bytes:
             file = self._folder.faiss_file(self.manifest.parts)
             index = vectors.read_index(file, self.manifest.faiss_bytes)
             if (index.ntotal, index.d) != (len(lines), self.manifest.width):
                 raise ValueError("its parts do not match")
             return lines, index
         return lines, self._folder.read_embeddings(parts, len(lines), self.manifest.width)
-
-    @cached_property
-    def _captions(self) -> tuple[dict[str, list[Path]], np.ndarray]:
-        """The images of each distinct caption, and the embeddings of these captions."""
-        images_of, first = dict[str, list[Path]](), []
-        with self._folder.reading():
-            lines, stored = self._read("captions")
-            for number, row in enumerate(map(json.loads, lines)):
-                if row["caption"] not in images_of:
-                    first.append(number)
-                images_of.setdefault(row["caption"], []).append(Path(row["path"]))
-        return images_of, stored[first]
 
     def _embed_texts(self, sentences: list[str]) -> Any:
         """Return unit-length embeddings (N, D); those of ONNX equal those of the model up to rounding."""
