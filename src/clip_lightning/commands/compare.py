@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json as json_format
 import re
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
 from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import Parser, own_arguments
@@ -30,17 +27,12 @@ def run(args: list[str]) -> None:
     command: Callable[..., None] = compare if args[0] == "compare" else compare_backbones
     rest_name, *names = inspect.signature(command).parameters
     parser = Parser.of_function(args[0], command, skip={rest_name}, usage=USAGE[args[0]])
-    own, rest = own_arguments(args[1:], [*names, "file"])
+    own, rest = own_arguments(args[1:], names)
     if command is compare:  # which passes nothing to `fit`
         parser.add_argument("runs", nargs="*", metavar="RUN", help="the runs to compare")
         compare(**vars(parser.parse_args([*rest, *own])))
-        return
-    parser.add_argument("--file", type=Path, help="YAML file with these options and options of `fit`")
-    if file := parser.parse_args(own).file:  # the command line takes precedence
-        own, rest = own_arguments([*_arguments_of_file(file), *args[1:]], [*names, "file"])
-    given = vars(parser.parse_args(own))
-    del given["file"]
-    compare_backbones(rest, **given)
+    else:
+        compare_backbones(rest, **vars(parser.parse_args(own)))
 
 
 def compare(runs: list[str], out: Path | None = None, group: str | None = None, json: bool = False) -> None:
@@ -118,28 +110,6 @@ def compare_backbones(
         pairs = f"{len(backbones.failed)} of {len(backbones.pairs)} pairs"
         note(f"{pairs} failed; run the same command again to retry them")
         sys.exit(1)
-
-
-def _arguments_of_file(file: Path) -> list[str]:
-    """Return the options in a YAML file, nested or dotted, as arguments."""
-    with as_user_error(f"--file {file} cannot be read", "give a YAML file with options"):
-        content = yaml.safe_load(file.read_text())
-    if not isinstance(content, dict):
-        raise UserError(f"--file {file}: expected a mapping from options to values, got {content!r}")
-    arguments = []
-    options = deque(sorted(content.items(), key=lambda option: option[0] != "config"))  # others override it
-    while options:
-        name, value = options.popleft()
-        if isinstance(value, dict) and "class_path" not in value:
-            options += [(f"{name}.{inner}", one) for inner, one in value.items()]
-        elif isinstance(value, list) and name == "config":
-            arguments += [f"--config={one}" for one in value]
-        elif isinstance(value, list) and name in EXAMPLES:
-            arguments.append(f"--{name}={','.join(map(str, value))}")
-        else:  # a class with its arguments is one value
-            text = value if isinstance(value, str) else json_format.dumps(value, default=str)
-            arguments.append(f"--{name}={text}")
-    return arguments
 
 
 def _create(folder: Path) -> Path:
