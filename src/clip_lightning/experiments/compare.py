@@ -180,10 +180,13 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     write_html(
         folder / "index.html",
         "comparison",
-        comparison=comparison,
+        title=comparison.title,
+        text=[("warning", warning) for warning in comparison.warnings],
+        rows=comparison.rows,
         tables=[(rows[0].data, columns_of(rows, comparison)) for rows in comparison.data_sets],
         notes=notes(comparison),
         plots=plots_of(comparison),
+        lists={"Failed": comparison.failed, "Left out": comparison.left_out},
     )
 
 
@@ -200,8 +203,7 @@ def columns_of(rows: Sequence[Row], comparison: Comparison) -> list[tables.Colum
     columns += [tables.column(name, [row.options[name] for row in rows]) for name in rows[0].options]
     for name, title in VALUES.items():
         if any(name in row.means for row in rows):
-            values, texts = [row.means.get(name) for row in rows], [row.shown(name) for row in rows]
-            columns.append(tables.Column(name, title, values, texts))
+            columns.append(tables.Column(name, title, [row.shown(name) for row in rows]))
     if any(row.first.unfinished for row in rows):
         columns.append(tables.column("state", [row.first.unfinished for row in rows], is_text=True))
     return columns

@@ -320,16 +320,17 @@ def summarize(file: SweepFile, study: optuna.Study, folder: Path) -> dict[str, A
 def show_report(file: SweepFile, report: dict[str, Any], as_json: bool) -> None:
     """Write `trials.json`, `trials.csv` and `trials.md`, and print the best trials, or the report as JSON."""
     rows, folder, metric = report["trials"], Path(report["folder"]), file.metric.name.removeprefix("val/")
-    columns = [
-        column("trial", [row["trial"] for row in rows]),
-        column("state", [row["state"] for row in rows], is_text=True),
-        column(metric, [row["value"] for row in rows]),
-        column("seconds", [row["seconds"] for row in rows]),
-        *(column(name, [row["parameters"].get(name) for row in rows]) for name in file.varied),
-        *(column(n, [row["metrics"].get(n) for row in rows]) for n in SHOWN_METRICS if n != metric),
-    ]
-    complete = [*columns, *(column(name, [row[name] for row in rows]) for name in ("run", "error"))]
-    csv = csv_text([c.name for c in complete], zip(*(c.values for c in complete), strict=True))
+    shown = {
+        "trial": [row["trial"] for row in rows],
+        "state": [row["state"] for row in rows],
+        metric: [row["value"] for row in rows],
+        "seconds": [row["seconds"] for row in rows],
+        **{name: [row["parameters"].get(name) for row in rows] for name in file.varied},
+        **{n: [row["metrics"].get(n) for row in rows] for n in SHOWN_METRICS if n != metric},
+    }
+    columns = [column(name, values, is_text=name == "state") for name, values in shown.items()]
+    complete = shown | {name: [row[name] for row in rows] for name in ("run", "error")}
+    csv = csv_text([*complete], zip(*complete.values(), strict=True))
     how = f"{file.method}, {file.metric.name} ({'more' if file.maximize else 'less'} is better)"
     markdown = f"# Search {report['study']}\n\n{how}\n\n{markdown_table(columns)}\n"
     write_tables(folder, "trials", markdown, csv, report)

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from clip_lightning.reports.plots import LINE, Plot, plot_counts
 
 SHOWN = 6  # queries of each kind above the fold
 MOST_MOVES = 8  # ranks of a query over the epochs
-MOST_CHECKED = 40  # groups of images of each kind
+MOST_CHECKED, MOST_LISTED = 40, 200  # groups of images of each kind, and images that cannot be used
 SIDE, MOST_KEPT = 256, 256  # pixels of a thumbnail, and cached thumbnails
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parents[1]),
@@ -58,8 +59,9 @@ def write_page(
         plots: plots of the complete split, which are added when training ends.
         misses: the worst misses of the complete split, which are added then, too.
     """
-    content = {"epoch": epoch, "queries": queries, "history": history, "plots": plots, "misses": misses}
-    write_html(path, "predictions", **content, shown=SHOWN, headline=headline, moves=_moves)
+    content = {"queries": queries, "history": history, "plots": plots, "misses": misses}
+    title = f"Predictions, epoch {epoch}"
+    write_html(path, "predictions", title=title, **content, shown=SHOWN, headline=headline, moves=_moves)
 
 
 def headline(queries: Sequence[Query]) -> str:
@@ -108,13 +110,13 @@ def write_check(found: check.Report, entries: Sequence[check.Entry], folder: Pat
     sides = [entry.short_side for entry in readable]
     words = [len(caption.split()) for entry in entries for caption in entry.image.captions]
     counted = (sides, "Short side in pixels", "images"), (words, "Words per caption", "captions")
-    leaks = found["leaks"] + found["alike_leaks"]
+    leaks, unusable = found["leaks"] + found["alike_leaks"], found["broken"] | found["left_out"]
     sample = random.Random(0).sample(readable, min(MOST_CHECKED, len(readable)))
     write_html(
         folder / "check.html",
         "check",
-        root=found["root"],
-        text=check.as_text(found).splitlines(),
+        title=f"Data check: {found['root']}",
+        text=[(line.partition(":")[0], line.strip()) for line in check.as_text(found).splitlines()[1:]],
         plots=[Plot(plot_counts(*arguments), arguments[1]) for arguments in counted if arguments[0]],
         galleries={
             "Identical files in different splits": found["leaks"],
@@ -122,8 +124,8 @@ def write_check(found: check.Report, entries: Sequence[check.Entry], folder: Pat
             "Near duplicates in one split": [group for group in found["alike"] if group not in leaks],
             "Random sample": [[entry.name] for entry in sample],
         },
-        tables={
-            "Images that cannot be used": found["broken"] | found["left_out"],
+        lists={
+            "Images that cannot be used": dict(islice(unusable.items(), MOST_LISTED)),
             "Captions shared by several images": found["most_shared"],
         },
         entries={entry.name: entry for entry in entries},

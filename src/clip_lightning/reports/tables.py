@@ -27,18 +27,17 @@ Row = dict[str, Any]
 
 
 class Column(NamedTuple):
-    """A column of a table: the texts are shown, and the values are sorted by."""
+    """A column of a table."""
 
     name: str
     title: str
-    values: Sequence[Any]
     texts: Sequence[str]
     is_text: bool = False  # aligned to the left
 
 
 def column(name: str, values: Sequence[Any], *, is_text: bool = False) -> Column:
     """Return a column of options or other values as they are."""
-    return Column(name, name, values, [option_text(value) for value in values], is_text)
+    return Column(name, name, [option_text(value) for value in values], is_text)
 
 
 def option_text(value: Any) -> str:
@@ -117,8 +116,8 @@ def tables_of_results(rows: Sequence[Row]) -> dict[str, list[Column]]:
         names = dict.fromkeys(name for row in group for name in row if name not in ("model", "data"))
         shown = [name for name in names if not name.endswith(("_low", "_high", "_p"))]
         titles = [name.replace("_", " ") for name in shown]
-        models = (Column("", row["model"], shown, [_cell(row, name) for name in shown]) for row in group)
-        tables[data] = [Column("", "", titles, titles, is_text=True), *models]
+        models = (Column("", row["model"], [_cell(row, name) for name in shown]) for row in group)
+        tables[data] = [Column("", "", titles, is_text=True), *models]
     return tables
 
 
