@@ -313,7 +313,7 @@ def test_interrupted_runs_are_marked(
         ([], "there is nothing to compare; give run folders"),
         (["unfinished"], "left out unfinished: it has no results, as it has just begun or"),
         (["run", "--group=g"], "--group selects runs of a W&B project"),
-        (["run", "--out=file"], "--out file cannot be created"),
+        (["run", "--out=file"], "--out file is a file; give a folder"),
         (["--out", "--json", "run"], "--out"),
         (["wandb:project"], "expected wandb:ENTITY/PROJECT"),
         (["wandb:entity/project"], "no W&B API key is configured"),

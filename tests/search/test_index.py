@@ -304,7 +304,7 @@ def test_a_damaged_index_is_named_and_repaired(clip: CLIP, photos: Path, tmp_pat
         update(clip, photos, out)
         assert file.read_bytes() == complete
     manifest = json.loads((out / "manifest.json").read_text())
-    changes = {"source": 5, "format": "tree", "width": -1, "parts": ["../../etc/passwd"], "faiss_bytes": 0.5}
+    changes = {"source": 5, "shard_size": "1", "width": -1, "parts": ["../../etc/passwd"], "faiss_bytes": 0.5}
     for name, value in changes.items():
         (out / "manifest.json").write_text(json.dumps(manifest | {name: value}))
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
@@ -322,9 +322,7 @@ def test_the_format_that_a_manifest_named(clip: CLIP, photos: Path, tmp_path: Pa
     assert len(ImageIndex.load(out, clip)) == 13
     file.write_text(json.dumps(manifest | {"format": "parquet"}))
     for attempt in (lambda: ImageIndex.load(out), lambda: update(clip, photos, out)):
-        with pytest.raises(
-            UserError, match=r"idx contains embeddings as Parquet, .* write them again to a new"
-        ):
+        with pytest.raises(UserError, match="was written by another program or version"):
             attempt()
 
 

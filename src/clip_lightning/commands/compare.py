@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
-from clip_lightning.arguments import Parser, own_arguments
-from clip_lightning.errors import UserError, as_user_error
+from clip_lightning.arguments import Parser, check_folder, own_arguments
+from clip_lightning.errors import UserError
 from clip_lightning.terminal import note
 
 USAGE = {
@@ -61,7 +61,8 @@ def compare(runs: list[str], out: Path | None = None, group: str | None = None, 
     if not records:
         place, reason = next(iter(left_out.items()))
         raise UserError(f"there is nothing to compare; left out {place}: {reason}")
-    out = _create(out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S"))
+    out = out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
+    check_folder(out, "")
     add_latencies(records)
     report_comparison(compared(records, "Runs compared", left_out=left_out), out, json)
 
@@ -95,10 +96,11 @@ def compare_backbones(
             raise UserError(f"--{option}: expected names separated by commas, for example {EXAMPLES[option]}")
     if not any(re.match(r"(--config|-c)(=|$)", option) for option in options):
         options = ["--config=heads", *options]
+    check_folder(out, "")
     from clip_lightning.experiments.backbones import Backbones
     from clip_lightning.experiments.compare import compared, report_comparison
 
-    backbones = Backbones(images, texts, options, seeds, out and _create(out))
+    backbones = Backbones(images, texts, options, seeds, out)
     try:
         backbones.train()
     finally:  # also after Ctrl-C
@@ -110,9 +112,3 @@ def compare_backbones(
         pairs = f"{len(backbones.failed)} of {len(backbones.pairs)} pairs"
         note(f"{pairs} failed; run the same command again to retry them")
         sys.exit(1)
-
-
-def _create(folder: Path) -> Path:
-    with as_user_error(f"--out {folder} cannot be created", "give another one"):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder

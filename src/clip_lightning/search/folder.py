@@ -111,14 +111,8 @@ class EmbeddingsFolder:
             if not file.is_file():
                 return None
             content = json.loads(file.read_bytes())
-            if isinstance(content, dict) and content.get("made_by") == MADE_BY:
-                if content.get("format") == "npy":  # until 0.2.0, there was another format
-                    del content["format"]
-                elif content.get("format") == "parquet":
-                    raise UserError(
-                        f"{self.root} contains embeddings as Parquet, which is no longer read; write them "
-                        "again to a new folder"
-                    )
+            is_ours = isinstance(content, dict) and content.get("made_by") == MADE_BY
+            if is_ours and content.pop("format", "npy") == "npy":  # 0.2.0 could also write Parquet
                 return Manifest(**content)
         raise UserError(f"{file} was written by another program or version; give another folder")
 

@@ -57,8 +57,6 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # our samplers divide the data among ranks
     "logger": {"class_path": "clip_lightning.tracking.logger.RunLogger"},
 }
-
-
 BAR_STEPS = 10
 # Warnings that do not concern the user of a command.
 QUIET = (
@@ -72,8 +70,6 @@ QUIET = (
     ".*fan_in_fan_out is set to False.*",  # PEFT corrects this for GPT-2
     ".*ended before the epoch ended and your dataloader is not resumable.*",  # our samplers are
 )
-
-
 # Messages of gloo, NCCL and the rendezvous store about a lost rank, and of torch about a lost loader process.
 LOST = re.compile(
     "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|before timing out|"
