@@ -22,7 +22,7 @@ from pathlib import Path
 
 import report
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from trainer import plain_trainer
 
@@ -39,7 +39,7 @@ HELD_OUT = 1000
 BASELINE = {
     "loss": "InfoNCE", "smoothing": 0.0, "head": "linear", "embed_dim": 512, "dropout": 0.3, "views": 2,
     "captions": 1, "batch": 256, "epochs": 20, "lr": 1e-3, "decay": 0.1, "ema": 0.0,
-    "freeze": "both", "text_lr": 0.0, "layer_decay": 1.0, "lora_rank": 0, "start": None,
+    "freeze": "both", "text_lr": 0.0, "layer_decay": 1.0, "lora_rank": 0, "start": None, "matryoshka": None,
 }  # fmt: skip
 START = (
     "3 captions, smoothing 0.1, width 1024, 12 epochs, lr 2e-3"  # what the text tower's training starts from
@@ -151,6 +151,16 @@ def held_out_root(root: Path, folder: Path) -> Path:
 
 def train(root: Path, s: dict, seed: int, save: Path | None = None) -> dict[str, float]:
     """Train once, score the held-out pictures at the end, and keep the bundle if asked to."""
+    module, trainer = fitted(root, s, seed)
+    if save:
+        module.clip.save_pretrained(save)
+    return {
+        name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items() if "val/" in name
+    }
+
+
+def fitted(root: Path, s: dict, seed: int) -> tuple[CLIPModule, Trainer]:
+    """Train once, and validate at the end."""
     seed_everything(seed, verbose=False)
     loss = InfoNCE(s["smoothing"]) if s["loss"] == "InfoNCE" else SigLIP()
     towers = {} if s["start"] else {"image_tower": "pypi:efficientnet-lite0", "text_tower": "pypi:minilm-l6"}
@@ -164,6 +174,7 @@ def train(root: Path, s: dict, seed: int, save: Path | None = None) -> dict[str,
         optimizer=OptimizerConfig(
             lr=s["lr"], text_lr=s["text_lr"], weight_decay=s["decay"], layer_decay=s["layer_decay"]
         ),
+        matryoshka=s["matryoshka"],
     )
     data = CaptionDataModule(
         module.transform,
@@ -184,11 +195,7 @@ def train(root: Path, s: dict, seed: int, save: Path | None = None) -> dict[str,
         callbacks=callbacks,
     )
     trainer.fit(module, datamodule=data)
-    if save:
-        module.clip.save_pretrained(save)
-    return {
-        name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items() if "val/" in name
-    }
+    return module, trainer
 
 
 def main() -> None:

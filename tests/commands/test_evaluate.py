@@ -162,6 +162,15 @@ def test_retrieval_of_two_models(
         assert (max(map(len, lines)) <= 80) == narrow
 
 
+def test_retrieval_with_short_vectors(bundle: Path, scenes: Path, tmp_path: Path, capsys: Printed):
+    cut = CLIP.from_pretrained(bundle).with_dims(4).save_pretrained(tmp_path / "cut")
+    words = ("evaluate", "retrieval", f"{bundle},{cut}", scenes, "--split", "all", "--dims", "4")
+    (first, second), _ = printed_json(capsys, *words)
+    assert first["dims"] == 4 and second["rsum_difference"] == 0 and second["rsum_difference_p"] == 1
+    whole, _ = printed_json(capsys, "evaluate", "retrieval", bundle, scenes, "--split", "all")
+    assert "dims" not in whole and whole["rsum"] != first["rsum"]
+
+
 def test_linear_probe(bundle: Path, pictures: Path, capsys: Printed):
     found, _ = printed_json(capsys, "evaluate", "linear-probe", bundle, pictures, "--shots", "1,2,16")
     assert found["train_images"] == 6 and found["test_images"] == 6
@@ -215,6 +224,7 @@ def test_classify(make_clip: Make, pictures: Path, tmp_path: Path, capsys: Print
         ("zero-shot M D --out FILE", "is a file"),
         ("retrieval M D", "has no usable image with a caption"),
         ("retrieval , D", "has no model"),
+        ("retrieval M D --dims 0", "--dims: expected a whole number of 1 or more"),
         ("linear-probe M D --test_share 1", "--test_share: expected a fraction above 0 and below 1, got 1"),
         ("linear-probe M D --shots 1,x", "--shots 1,x"),
         ("linear-probe M D --seeds 0", "--seeds: expected a whole number of 1 or more"),

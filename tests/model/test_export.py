@@ -62,7 +62,12 @@ def assert_nothing_left(folder: Path, *expected: str) -> None:
 def trained(command: Callable[..., list[str]], bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose text tower was frozen and whose image tower was trained."""
     root = tmp_path_factory.mktemp("runs")
-    options = {"model__text_tower": bert, "model__freeze": "text", "data__cache": "off"}
+    options = {
+        "model__text_tower": bert,
+        "model__freeze": "text",
+        "data__cache": "off",
+        "model__matryoshka": "[8,4]",
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["clip-lightning"])
         assert main(command("fit", root, **options)) == 0
@@ -84,6 +89,24 @@ def test_a_checkpoint_becomes_the_bundle_of_its_run(trained: Path, tmp_path: Pat
     last = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     of_last = CLIP.from_pretrained(trained / "checkpoints" / "last.ckpt")
     assert torch.equal(of_last.heads["image"][1].weight, last["clip.heads.image.1.weight"])
+
+
+def test_a_short_bundle_tells_what_it_costs(trained: Path, tmp_path: Path, capsys: Printed) -> None:
+    all_of = CLIP.from_pretrained(trained)
+    metrics = all_of.metadata["metrics"]
+    assert all_of.metadata["matryoshka"] == [4, 8]
+    run(["export", str(trained), "--to", "bundle", "--out", str(tmp_path / "short"), "--dims", "4"])
+    said = f"4 of 16 dimensions: rsum {metrics['dims4_rsum']:.1f} instead of {metrics['rsum']:.1f}"
+    assert said in capsys.readouterr().err
+    short = CLIP.from_pretrained(tmp_path / "short")
+    assert short.metadata["metrics"]["rsum"] == metrics["dims4_rsum"]
+    long = all_of.embed_texts(SENTENCES)[:, :4]
+    torch.testing.assert_close(short.embed_texts(SENTENCES), long / long.norm(dim=1, keepdim=True))
+    run(["export", str(trained), "--to", "bundle", "--out", str(tmp_path / "other"), "--dims", "5"])
+    assert "dimensions" not in capsys.readouterr().err  # nobody measured it
+    for to, width in (("onnx", 4), ("open_clip", 4)):
+        export(capsys, trained, "--to", to, "--out", tmp_path / to, "--dims", width)  # checks the embeddings
+    assert json.loads((tmp_path / "onnx" / "config.json").read_text())["embed_dim"] == 4
 
 
 def test_a_checkpoint_that_does_not_belong_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -319,6 +342,7 @@ def test_a_hub_that_refuses_is_one_line(make_clip: MakeClip, tmp_path: Path, mon
         (["MODEL", "--to", "bundle", "--out", "full"], "something other than a bundle"),
         (["MODEL", "--to", "onnx", "--out", "full/mine/new"], "cannot be written"),
         (["MODEL", "--to", "bundle", "--out", "full/mine/new"], "cannot be written"),
+        (["MODEL", "--to", "bundle", "--out", "new", "--dims", "17"], "expected a number from 1 to 16"),
         (["nowhere", "--to", "onnx", "--out", "new"], "no model 'nowhere'"),
     ],
 )

@@ -22,6 +22,7 @@ from torch import nn
 import clip_lightning.model.bundle as bundle_module
 from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.errors import UserError
+from clip_lightning.model.checkpoint import model_identity
 from clip_lightning.model.clip import CLIP, Dropout, ResidualMLPHead
 from clip_lightning.training.losses import info_nce
 
@@ -223,6 +224,38 @@ def test_a_bundle_is_plain_files(make_clip: MakeClip, tmp_path: Path) -> None:
     assert all(word in card for word in words)
     assert "_name_or_path" not in config["text_tower"]["config"], "a folder of this machine"
     assert "library_name: clip-lightning" in card.split("---")[1]
+
+
+@pytest.mark.parametrize(
+    "head", ["linear", "mlp", {"image": "affine", "text": "linear"}, {"image": "gelu", "text": "affine"}]
+)
+def test_short_embeddings_are_normalized_prefixes(
+    make_clip: MakeClip, tmp_path: Path, pictures: list[Path], head: Any
+) -> None:
+    clip = make_clip(head=head)
+    clip.metadata = {"metrics": {"rsum": 400.0, "dims4_rsum": 300.0}, "matryoshka": [2, 4, 8], "loss": "mine"}
+    long, short = clip.eval(), clip.with_dims(4)
+    for before, after in (
+        (long.embed_images(pictures), short.embed_images(pictures)),
+        (long.embed_texts(TEXTS), short.embed_texts(TEXTS)),
+    ):
+        assert before.shape[1] == 16
+        torch.testing.assert_close(after, before[:, :4] / before[:, :4].norm(dim=1, keepdim=True))
+    assert short.metadata == {"metrics": {"rsum": 300.0}, "matryoshka": [2], "loss": "mine"}
+    assert long.with_dims(16) is long and short.config() == {**long.config(), "embed_dim": 4}
+    assert short.with_dims(4) is short and clip.with_dims(6).metadata["metrics"] == {}
+    for wrong in (0, 5):
+        with pytest.raises(UserError, match=f"--dims {wrong}: expected a number from 1 to 4"):
+            short.with_dims(wrong)
+    if "mlp" in head or "gelu" in str(head):
+        with pytest.raises(UserError, match="--dims 4: expected a model with linear heads"):
+            short.save_pretrained(tmp_path / "short")
+        return
+    again = CLIP.from_pretrained(short.save_pretrained(tmp_path / "short", metadata=short.metadata))
+    assert again.heads["image"][1].weight.shape[0] == 4 and model_identity(again) == model_identity(short)
+    assert torch.equal(again.embed_texts(TEXTS), short.embed_texts(TEXTS))
+    assert again.metadata == short.metadata
+    assert "; also trained at 2 dimensions |" in (tmp_path / "short" / "README.md").read_text()
 
 
 def test_given_weights_are_written(make_clip: MakeClip, tmp_path: Path, pictures: list[Path]) -> None:

@@ -16,6 +16,7 @@ from clip_lightning.data.formats import read_captions
 from clip_lightning.errors import UserError
 from clip_lightning.model import encode
 from clip_lightning.search import build
+from clip_lightning.search.folder import as_int8, from_int8
 
 Printed = pytest.CaptureFixture[str]
 
@@ -68,7 +69,7 @@ def stored(out: Path, kind: str) -> tuple[list[dict[str, Any]], np.ndarray]:
     """The rows and the vectors of one kind, as other programs read them."""
     lines = [line for file in sorted(out.glob(f"{kind}-*.jsonl")) for line in file.read_bytes().splitlines()]
     vectors = np.concatenate([np.load(file) for file in sorted(out.glob(f"{kind}-*.npy"))])
-    assert vectors.dtype == np.float32
+    assert vectors.dtype in (np.float32, np.int8)
     return [json.loads(line) for line in lines], vectors
 
 
@@ -133,7 +134,75 @@ def test_another_precision_is_refused(bundle: Path, images: Path, tmp_path: Path
     embedded(capsys, bundle, images, "--out", out)
     before = files(out)
     near = ("--precision", "bf16-mixed")
-    with pytest.raises(UserError, match=r"another model or precision \(.*, 32-true\)"):
-        embedded(capsys, bundle, images, "--out", out, *near)
+    for other in (near, ("--dims", 8), ("--dtype", "int8")):
+        with pytest.raises(
+            UserError, match=r"another model, precision, dims or dtype \(.*, 32-true, 16, float"
+        ):
+            embedded(capsys, bundle, images, "--out", out, *other)
     assert files(out) == before
     assert embedded(capsys, bundle, images, "--out", tmp_path / "bf16", *near)["images"] == 39
+
+
+def test_short_vectors_and_int8_take_less_space(
+    bundle: Path, images: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    words = (bundle, images, "--what", "both", "--shard_size", 16, "--out")
+    for dims, dtype in ((4, "float32"), (16, "int8"), (4, "int8")):
+        out = tmp_path / f"{dims}-{dtype}"
+        assert embedded(capsys, *words, out, "--dims", dims, "--dtype", dtype)["width"] == dims
+        sizes = sum(np.load(file).nbytes for file in out.glob("*.npy"))
+        assert sizes == (39 + 200) * dims * (4 if dtype == "float32" else 1)
+        before = files(out)
+        # the folder remembers both, and what is embedded is reused exactly
+        assert embedded(capsys, bundle, images, "--out", out, "--shard_size", 1)["embedded"] == 0
+        assert embedded(capsys, *words, out)["embedded"] == 0 and files(out) == before
+        with pytest.raises(UserError, match=rf"\(.*, 32-true, {dims}, {dtype}\)"):
+            embedded(capsys, *words, out, "--dims", 2)
+        clip = CLIP.from_pretrained(bundle).with_dims(dims)
+        index, path = ImageIndex.load(out), stored(out, "images")[0][0]["path"]
+        for query in ("a star", clip.embed_texts("a star")):
+            scores = {hit.path: hit.score for hit in index.search(query, 39)[0]}
+            exact = (clip.embed_images([*scores]) @ clip.embed_texts("a star").T).flatten().tolist()
+            assert [*scores.values()] == pytest.approx(exact, abs=1e-5 if dtype == "float32" else 0.02)
+        assert index.search_by_image(path, 1)[0][0].score > 0.999 and index.captions(path, 200)
+        with pytest.raises(UserError, match=rf"expected \(queries, {dims}\)"):
+            index.search(np.zeros((1, 3)))
+
+
+def test_a_cut_model_is_the_model_of_its_short_index(
+    bundle: Path, images: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    cut = CLIP.from_pretrained(bundle).with_dims(4).save_pretrained(tmp_path / "cut")
+    embedded(capsys, bundle, images, "--out", tmp_path / "out", "--dims", 4)
+    assert embedded(capsys, cut, images, "--out", tmp_path / "out")["embedded"] == 0
+    found = ImageIndex.load(tmp_path / "out", cut).search("a star")
+    assert found == ImageIndex.load(tmp_path / "out", bundle).search("a star")
+    with pytest.raises(UserError, match="--dims 5: expected a number from 1 to 4"):
+        embedded(capsys, cut, images, "--out", tmp_path / "new", "--dims", 5)
+
+
+def test_int8_rounds_to_the_nearest_and_is_read_as_unit_vectors() -> None:
+    rows = np.random.default_rng(0).normal(size=(200, 7)).astype(np.float32)
+    rows[:3] = np.eye(7)[:3]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    integers, largest = as_int8(rows), np.abs(rows).max(axis=1, keepdims=True)
+    assert integers.dtype == np.int8 and (np.abs(integers).max(axis=1) == 127).all()
+    assert (np.abs(integers / 127 * largest - rows) <= largest / 254 + 1e-7).all()
+    again = from_int8(integers)
+    assert np.linalg.norm(again, axis=1) == pytest.approx(np.ones(200))
+    assert np.array_equal(as_int8(again), integers)
+
+
+def test_a_manifest_without_a_dtype_is_of_float32(
+    bundle: Path, images: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    out = tmp_path / "out"
+    embedded(capsys, bundle, images, "--out", out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest.pop("dtype") == "float32"
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert len(ImageIndex.load(out).search("a star", 50)[0]) == 39
+    assert embedded(capsys, bundle, images, "--out", out)["embedded"] == 0
+    (out / "manifest.json").write_text(json.dumps(manifest | {"dtype": "int4"}))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        ImageIndex.load(out)

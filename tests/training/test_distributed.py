@@ -34,14 +34,14 @@ STEPS, HALF = 20, 10
 # what each way trains, and how
 WAYS: dict[str, dict[str, Any]] = {
     "transformer": {},
-    "micro-batches": {"micro_batch_size": 3},
+    "micro-batches": {"micro_batch_size": 3, "matryoshka": [4, 8]},
     "activation checkpointing": {"towers": {"activation_checkpointing": True}},
     "one tower": {"freeze": "image"},
     "lower layers frozen": {"layer_decay": 0.5, "freeze_below": 0.4},
     "clipped by value": {"clip": "value"},
     "one tower, adapters in the other": {"lora": {"rank": 2, "towers": "text"}},
     "bf16": {"precision": "bf16-mixed"},
-    "SigLIP": {"loss": "SigLIP"},
+    "SigLIP": {"loss": "SigLIP", "matryoshka": [4]},
     "convolutions, micro-batches": {
         "image_tower": "random:test_resnet",
         "towers": {"fix_statistics": True},

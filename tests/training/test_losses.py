@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clip_lightning import info_nce, siglip_loss
 from clip_lightning.training import losses
-from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs, SigLIP
+from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs, SigLIP, share_of_prefixes
 
 Case = tuple[Tensor, Tensor, list[int], list[int]]
 Patch = pytest.MonkeyPatch
@@ -244,6 +244,32 @@ def test_the_mean_over_ranks_is_the_loss(
         whole = value_and_gradients(lambda *x, loss=loss: loss(*x, None, ids, text_ids), *inputs)
         shares = value_and_gradients(in_blocks(partial(joined, loss), block), *inputs)
         assert_equal_but_for_rounding(shares, whole, size=5)
+
+
+@given(case=multi_positive(), ranks=st.integers(1, 3), block=st.sampled_from([3, 2**22]))
+@settings(max_examples=40, deadline=None)
+def test_the_loss_of_prefixes_is_the_mean_of_the_losses(case: Case, ranks: int, block: int) -> None:
+    """Each prefix is normalized again, and the mean over the ranks is the mean over the prefixes."""
+    ids, text_ids = (torch.tensor(each * ranks) for each in case[2:])
+    inputs = *(unit(len(each), 4, seed) for seed, each in enumerate((ids, text_ids))), torch.tensor(5.0)
+
+    def by_hand(loss: ContrastiveLoss, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        pairs = [(image, text)]
+        pairs += [tuple(x[:, :d] / x[:, :d].norm(dim=1, keepdim=True) for x in (image, text)) for d in (2, 3)]
+        return sum(loss(*pair, scale, torch.tensor(-3.0), ids, text_ids) for pair in pairs) / 3
+
+    def joined(loss: ContrastiveLoss, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        everyone = Pairs(image, text, ids, text_ids)
+        parts = zip(*(each.chunk(ranks) for each in (image, text, ids, text_ids)), strict=True)
+        own = [everyone] if ranks == 1 else [Pairs(*part) for part in parts]
+        bias = torch.tensor(-3.0)
+        shares = [share_of_prefixes(loss, [2, 3], each, everyone, scale, bias) for each in own]
+        return torch.stack(shares).mean()
+
+    for loss in (InfoNCE(0.1), SigLIP(), Custom(), Squared()):
+        wanted = value_and_gradients(partial(by_hand, loss), *inputs)
+        found = value_and_gradients(in_blocks(partial(joined, loss), block), *inputs)
+        assert_equal_but_for_rounding(found, wanted, size=100)
 
 
 def test_ranks_under_autocast_keep_the_small_gradients_of_a_good_model() -> None:

@@ -146,6 +146,31 @@ def test_a_limit_of_0_or_less_clips_nothing(
     assert weight.grad.eq(5.0).all()
 
 
+def test_prefixes_are_trained_and_scored(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
+    module = make_module(freeze="none", optimizer=FAST, matryoshka=[8, 4])
+    fit = trainer(tmp_path, max_epochs=2)
+    fit.fit(module, datamodule=data(module, scenes))
+    embeddings = module.validation_embeddings
+    assert embeddings is not None
+    for dims in (4, 8):
+        image, text = (
+            x[:, :dims] / x[:, :dims].norm(dim=1)[:, None] for x in (embeddings.image, embeddings.text)
+        )
+        expected = retrieval_metrics(image, text, embeddings.text_image_id, image_id=embeddings.image_id)
+        for name in ("text_to_image_R@1", "image_to_text_R@1", "rsum"):
+            found = fit.callback_metrics[f"val/dims{dims}_{name}"].item()
+            assert found == pytest.approx(expected[name], abs=1e-3)
+    fit.save_checkpoint(tmp_path / "one.ckpt")
+    assert CLIPModule.load_from_checkpoint(tmp_path / "one.ckpt").matryoshka == [4, 8]
+    assert CLIP.from_pretrained(tmp_path / "one.ckpt").metadata["matryoshka"] == [4, 8]
+
+
+@pytest.mark.parametrize("prefixes", [[16], [0, 4], [4, 4], [-1]])
+def test_prefixes_are_below_the_width(make_module: MakeModule, prefixes: list[int]) -> None:
+    with pytest.raises(UserError, match=r"--model\.matryoshka \[.*\]: expected different .* from 1 to 15"):
+        make_module(matryoshka=prefixes)
+
+
 def test_metrics_match_the_model_in_any_order(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
     module = make_module()
     found = []

@@ -38,6 +38,7 @@ def retrieval(
     data: str,
     *,
     split: Split | None = None,
+    dims: PositiveInt | None = None,
     out: Path | None = None,
     wandb: str | None = None,
     json: bool = False,
@@ -55,6 +56,8 @@ def retrieval(
         data: captioned images, as for `fit --data.root`; or several data sets, separated by commas.
         split: all, train, val or test. By default the data's own test split (val if there is no test), or all
             if the data has no splits. For such data, val and test are the splits that `fit` draws by default.
+        dims: use only the first numbers of each embedding, normalized again, as a short vector of a model
+            trained with --model.matryoshka; by default all.
         out: folder for the table as Markdown, CSV and JSON.
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
@@ -65,7 +68,7 @@ def retrieval(
     rows: list[Row] = []
     first: dict[str, Any] = {}
     paths = {place: [image.path for image in images] for place, (_, images) in sets.items()}
-    for clip, row, encoded in _encoded(models, paths):
+    for clip, row, encoded in _encoded(models, paths, dims=dims):
         row["split"], images = sets[row["data"]]
         captions = [(at, text) for at, i in enumerate(encoded.rows) for text in images[i].captions]
         owner = torch.tensor([at for at, _ in captions])
@@ -217,11 +220,12 @@ def linear_probe(
 
 
 def _encoded(
-    models: Sequence[str], sets: Mapping[str, Sequence[Any]], projects: bool = True
+    models: Sequence[str], sets: Mapping[str, Sequence[Any]], projects: bool = True, dims: int | None = None
 ) -> Iterator[tuple[CLIP, Row, Encoded]]:
     """Yield each model, the beginning of its row for each data set, and its features of the images."""
     for name in models:
         clip = CLIP.from_pretrained(name).to(best_device())
+        clip = clip.with_dims(dims or clip.dims)
         project = clip.project_image if projects else None
         for place, images in sets.items():
             parts = encode_images(clip.image_tower, images, project=project, progress=f"{name} on {place}")
@@ -231,7 +235,7 @@ def _encoded(
                 path, reason = next(iter(broken.items()), ("the split", "it has no images"))
                 raise UserError(f"no image can be read ({path}: {reason}); give other data")
             _warn_of_each("skipped", broken)
-            yield clip, {"model": name, "data": place}, encoded
+            yield clip, {"model": name, "data": place} | ({"dims": dims} if dims else {}), encoded
 
 
 def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]]:

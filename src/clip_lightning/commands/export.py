@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from jsonargparse.typing import PositiveInt
 from safetensors import SafetensorError
 
 from clip_lightning.arguments import print_result, run_functions
 from clip_lightning.errors import UserError, as_user_error
+from clip_lightning.terminal import note
+
+if TYPE_CHECKING:
+    from clip_lightning.model.clip import CLIP
 
 
 def export(
@@ -19,6 +24,7 @@ def export(
     out: Path | None = None,
     repo: str | None = None,
     private: bool | None = None,
+    dims: PositiveInt | None = None,
     json: bool = False,
 ) -> None:
     """Export a model to another format, or upload it to the Hugging Face hub.
@@ -35,6 +41,8 @@ def export(
         out: new or empty folder to write; --to bundle may also replace a bundle.
         repo: repository for --to hub, OWNER/NAME; it is created if it does not exist.
         private: whether --to hub creates a private repository; by default the owner's settings decide.
+        dims: write a model whose embeddings are only the first numbers, normalized again; needs linear heads
+            unless you export to onnx.
         json: print one JSON object instead.
     """
     from clip_lightning.files import whole_folder
@@ -45,7 +53,7 @@ def export(
     if to == "hub":
         if repo is None or out is not None:
             raise UserError("--to hub uploads a bundle and writes no folder; give --repo, and omit --out")
-        clip = CLIP.from_pretrained(model)
+        clip = _short(CLIP.from_pretrained(model), dims)
         remedy = "check the name, the connection, and that your token may write (`hf auth login`, HF_TOKEN)"
         with as_user_error(f"--repo {repo}: the upload to the Hugging Face hub failed", remedy):
             url = clip.push_to_hub(repo, private=private)
@@ -56,7 +64,7 @@ def export(
         raise UserError(f"--to {to} writes a folder; give --out FOLDER, and omit --repo and --private")
     if to != "bundle" and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} already exists; give a new or empty folder")
-    clip, difference, text = CLIP.from_pretrained(model), None, f"wrote {out}"
+    clip, difference, text = _short(CLIP.from_pretrained(model), dims), None, f"wrote {out}"
     try:
         if to == "bundle":
             clip.save_pretrained(out, metadata=clip.metadata)
@@ -72,6 +80,16 @@ def export(
             f"--out {out} cannot be written ({error}); free some space there, or give another --out"
         ) from error
     print_result({"to": to, "out": str(out.resolve()), "max_difference": difference}, text, json)
+
+
+def _short(clip: CLIP, dims: int | None) -> CLIP:
+    """Return the model with so many dimensions, and report what this costs if its training measured it."""
+    short = clip.with_dims(dims or clip.dims)
+    all_of, left = (model.metadata.get("metrics", {}).get("rsum") for model in (clip, short))
+    if short is not clip and all_of and left:
+        lost = f"rsum {left:.1f} instead of {all_of:.1f} ({left / all_of:.1%}) on the validation split"
+        note(f"{dims} of {clip.dims} dimensions: {lost}")
+    return short
 
 
 run = partial(run_functions, export)

@@ -5,13 +5,14 @@ Dimensions: I images, N captions, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip_lightning.evaluation.metrics import DIRECTIONS, KS, MEASURES, recall_at
@@ -133,6 +134,19 @@ def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -
         folds.append(retrieval_metrics(image[start : start + fold], text[captions], owner[captions] - start))
     names = folds[0] if folds else ()
     return {f"fold{fold}_{name}": fmean(metrics[name] for metrics in folds) for name in names}
+
+
+def prefix_metrics(embeddings: Embeddings, prefixes: Iterable[int]) -> dict[str, float]:
+    """Compute R@1 in both directions and rsum with the first numbers of the embeddings, normalized again.
+
+    Return them as `dims128_rsum` and so on for each of the prefixes.
+    """
+    found: dict[str, float] = {}
+    for dims in prefixes:
+        image, text = (F.normalize(rows[:, :dims], dim=-1) for rows in (embeddings.image, embeddings.text))
+        metrics = retrieval_metrics(image, text, embeddings.text_image_id, image_id=embeddings.image_id)
+        found |= {f"dims{dims}_{name}": metrics[name] for name in (*(f"{d}_R@1" for d in DIRECTIONS), "rsum")}
+    return found
 
 
 def rows_of(wanted: Tensor, ids: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ def read_bundle(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     metrics, data = config.get("metrics") or {}, config.get("training_data") or {}
     if not isinstance(data, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
         raise ValueError("its training_data is not an object, or its metrics are not numbers")
+    if not all(isinstance(value, int) for value in config.get("matryoshka") or []):
+        raise ValueError("its matryoshka is not a list of whole numbers")
     for part, digest in _companions(folder, config).items():
         if recorded.get(part) != digest:
             raise ValueError(f"the {part} is not the one that the weights were trained with")
@@ -107,6 +109,8 @@ def _model_card(config: dict[str, Any], place: str) -> str:
     license_line = f"license: {config['license']}\n" if config.get("license") else ""
     data = ", ".join(f"{key} {value}" for key, value in (config.get("training_data") or {}).items())
     metrics = config.get("metrics") or {}
+    prefixes = config.get("matryoshka") or []
+    short = f"; also trained at {', '.join(map(str, prefixes))} dimensions" if prefixes else ""
     rows = [f"| {name} | {metrics[name]:.2f} |\n" for name in metrics if name not in ("epoch", "step")]
     table = ["On the validation split:\n\n| metric | value |\n|---|---|\n", *rows] if rows else []
     return f"""---
@@ -123,7 +127,7 @@ A contrastive image-text model trained with clip-lightning.
 |---|---|
 | image tower | `{image["name"]}` |
 | text tower | `{text["name"]}` |
-| embedding | {config["embed_dim"]}, heads: {config["head"]} |
+| embedding | {config["embed_dim"]}, heads: {config["head"]}{short} |
 | loss | {config.get("loss", "not recorded")} |
 | trained on | {data or "not recorded"} |
 

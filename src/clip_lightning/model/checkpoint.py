@@ -157,5 +157,6 @@ def bundle_metadata(file: Path, checkpoint: Mapping[str, Any], loss: str) -> dic
     return {
         "metrics": metrics if metrics.get("step") == checkpoint["global_step"] else {},
         "loss": loss,
+        "matryoshka": sorted(options_of(checkpoint, file).get("matryoshka") or []),
         "training_data": {ours: record[theirs] for ours, theirs in names.items() if record.get(theirs)},
     }

@@ -5,6 +5,7 @@ B images, N texts, H, W pixels, L tokens, D the width of the shared embedding.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import tempfile
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_lightning.data.images import BrokenImage, ImageTransform
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, check_option
 from clip_lightning.model.bundle import BUNDLE_FORMAT, write_bundle
 from clip_lightning.model.encode import BATCH_SIZE, TEXT_BATCH_SIZE, encode_images, encode_texts, one_or_many
 from clip_lightning.model.lora import LoRAConfig, add_lora, merged_state
@@ -92,6 +93,7 @@ class CLIP(nn.Module):
         transform: turns an image into the pixels that the image tower expects.
         tokenize: turns texts into `input_ids` and `attention_mask`.
         metadata: further values of the bundle, such as metrics and training data.
+        dims: width of the embeddings.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class CLIP(nn.Module):
         self.transform = image_tower.transform
         self.tokenize = text_tower.tokenize
         self.metadata: dict[str, Any] = {}
+        self.dims = embed_dim
         self._head_config: dict[str, Any] = {"embed_dim": embed_dim, "head": head, "dropout": dropout}
 
     @classmethod
@@ -177,8 +180,7 @@ class CLIP(nn.Module):
     def __repr__(self) -> str:
         towers = f"image_tower={self.image_tower.spec['name']!r}, text_tower={self.text_tower.spec['name']!r}"
         millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
-        width = self._head_config["embed_dim"]
-        return f"CLIP({towers}, embed_dim={width}, {millions:.1f}M parameters, {self.device})"
+        return f"CLIP({towers}, embed_dim={self.dims}, {millions:.1f}M parameters, {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -236,11 +238,41 @@ class CLIP(nn.Module):
 
     def project_image(self, features: Tensor) -> Tensor:
         """Return unit-length embeddings (B, D) fp32 of the image tower's features (B, width)."""
-        return F.normalize(self.heads["image"](features).float(), dim=-1)
+        return F.normalize(self.heads["image"](features).float()[..., : self.dims], dim=-1)
 
     def project_text(self, features: Tensor) -> Tensor:
         """Return unit-length embeddings (N, D) fp32 of the text tower's features (N, width)."""
-        return F.normalize(self.heads["text"](features).float(), dim=-1)
+        return F.normalize(self.heads["text"](features).float()[..., : self.dims], dim=-1)
+
+    def with_dims(self, dims: int) -> CLIP:
+        """Return this model with the first `dims` numbers of its embeddings, normalized again.
+
+        The result shares the towers and the scale. Linear heads are cut, so what is saved is narrower, too.
+        Its metrics are those of `dims` if the model was trained and evaluated with this width.
+
+        Raises:
+            UserError: `dims` is not from 1 to the width of the embeddings.
+        """
+        expected = f"a number from 1 to {self.dims}, the width of the embeddings"
+        check_option("dims", dims, 1 <= dims <= self.dims, expected)
+        if dims == self.dims:
+            return self
+        short = copy.copy(self)
+        short.dims = dims
+        metrics = self.metadata.get("metrics") or {}
+        known = {name: metrics[name] for name in metrics if name.startswith(f"dims{dims}_")}
+        short.metadata = self.metadata | {
+            "metrics": {name.partition("_")[2]: value for name, value in known.items()},
+            "matryoshka": [prefix for prefix in self.metadata.get("matryoshka") or [] if prefix < dims],
+        }
+        heads: Any = copy.deepcopy(self.heads)
+        if all(isinstance(head, nn.Sequential) and len(head) == 2 for head in heads.values()):
+            for linear in (head[1] for head in heads.values()):
+                for name, parameter in linear.named_parameters():
+                    setattr(linear, name, nn.Parameter(parameter[:dims].detach().clone()))
+            short._modules = self._modules | {"heads": heads}
+            short._head_config = self._head_config | {"embed_dim": dims}
+        return short
 
     def embed_images(
         self,
@@ -353,6 +385,7 @@ class CLIP(nn.Module):
             "text_tower": self.text_tower.spec,
             "transform": self.transform.as_dict(),
             **self._head_config,
+            "embed_dim": self.dims,
             "logit_bias": self.logit_bias is not None,
         }
 
@@ -390,6 +423,8 @@ class CLIP(nn.Module):
             UserError: the folder contains something other than a bundle.
             ValueError: `weights` do not match this model.
         """
+        is_cut = self.dims == self._head_config["embed_dim"]
+        check_option("dims", self.dims, is_cut, f"a model with linear heads, got {self._head_config['head']}")
         state = self.state_dict() if weights is None else weights
         if wrong := state.keys() ^ self.state_dict().keys():
             raise ValueError(f"{len(wrong)} weights are missing or unexpected, such as {min(wrong)}")

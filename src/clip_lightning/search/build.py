@@ -53,6 +53,8 @@ def build_index(
         settings["model"] = str(Path(model).resolve() if Path(model).exists() else model)
     folder, text_tower = EmbeddingsFolder(out), ""
     with folder.writing():
+        stored = folder.manifest()
+        clip = clip.with_dims(options.dims or min(stored.width if stored else clip.dims, clip.dims))
         old, new = _manifests(folder, clip, options, settings)
         if not embeddings_only and new.what == "captions":
             new = replace(new, what="both")
@@ -117,15 +119,16 @@ def _manifests(
     folder: EmbeddingsFolder, clip: CLIP, options: Options, settings: dict[str, Any]
 ) -> tuple[Manifest, Manifest]:
     """Return the manifest of the folder, which is written if it is new, and the one to be completed."""
-    names = ("what", "shard_size", "precision")
+    names = ("what", "shard_size", "precision", "dtype")
     settings |= {name: value for name in names if (value := getattr(options, name)) is not None}
-    first = Manifest(model_identity(clip), width=clip.embed_images([]).shape[1], **settings)
+    first = Manifest(model_identity(clip), width=clip.dims, **settings)
     old = folder.manifest() or first
-    new = replace(old, **settings)
-    if (old.identity, old.precision) != (first.identity, new.precision):
+    new = replace(old, identity=first.identity, width=clip.dims, **settings)
+    if any(getattr(old, name) != getattr(new, name) for name in ("identity", "width", "precision", "dtype")):
         raise UserError(
-            f"--out {folder.root} contains embeddings of another model or precision "
-            f"({old.model or 'unnamed'}, {old.precision}); give the same, or another --out"
+            f"--out {folder.root} contains embeddings of another model, precision, dims or dtype "
+            f"({old.model or 'unnamed'}, {old.precision}, {old.width}, {old.dtype}); give the same, or "
+            "another --out"
         )
     if old is first:
         # its parts are never taken for another model's
@@ -208,7 +211,8 @@ class Embedder:
                     old, number = self._known[_key(row)]
                     row |= self._rows[old][number] | row | {"embedding": self._read(old)[1][number]}
             complete = [row for row in rows if "embedding" in row]
-            part = self.folder.write_part(stem, complete, self.manifest.width)
+            about = self.manifest
+            part = self.folder.write_part(stem, complete, about.width, about.dtype)
             self._learn(part)
         return part
 

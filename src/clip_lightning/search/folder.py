@@ -1,7 +1,7 @@
 """Stores embeddings: `embed` writes them, `index` adds a FAISS file, and `search` reads them.
 
     OUT/manifest.json                       model, data, settings, and the files of the current version
-    OUT/images-00000-of-00012-DIGEST.npy    float32 (rows, D), unit length
+    OUT/images-00000-of-00012-DIGEST.npy    float32 (rows, D), unit length; or int8 (see `as_int8`)
     OUT/images-00000-of-00012-DIGEST.jsonl  one line per row: {"path": ..., "captions": [...], ...}
     OUT/captions-00000-of-00060-DIGEST.npy  the same of captions; a line is {"path": ..., "caption": ...}
     OUT/images-DIGEST.faiss                 an approximate index of all images, if there is one
@@ -33,6 +33,7 @@ from jsonargparse.typing import PositiveInt
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.files import write_atomically, write_json
 
+Dtype = Literal["float32", "int8"]
 Row = dict[str, Any]
 MADE_BY = "clip-lightning embeddings 2"
 _DIGEST = "[0-9a-f]{16}"
@@ -59,6 +60,9 @@ class Options:
         what: images, captions, or both; by default what the folder has, or images for a new folder.
         shard_size: number of rows per file; by default as in the folder, or 1024.
         precision: precision of the towers; by default as in the folder, or 32-true.
+        dims: keep only the first numbers of each embedding, normalized again; by default as in the folder, or
+            all.
+        dtype: float32, or int8, which takes a quarter of the space; by default as in the folder, or float32.
     """
 
     type: Literal["auto", "flat", "ivfpq"] = "auto"
@@ -68,6 +72,8 @@ class Options:
     what: Literal["images", "captions", "both"] | None = None
     shard_size: PositiveInt | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None
+    dims: PositiveInt | None = None
+    dtype: Dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Manifest:
     source: str = ""  # folder or annotation file of the data
     width: int = 0
     precision: str = "32-true"
+    dtype: Dtype = "float32"
     what: str = "images"
     shard_size: int = 1024
     images: int = 0  # number of rows
@@ -94,7 +101,8 @@ class Manifest:
         for name, value in vars(self).items():
             if not isinstance(value, list if name == "parts" else type(vars(Manifest)[name])):
                 raise ValueError(f"{name} is {value!r}")
-        if min(self.width, self.shard_size) <= 0 or not all(map(_PART.fullmatch, self.parts)):
+        in_range = min(self.width, self.shard_size) > 0 and self.dtype in ("float32", "int8")
+        if not in_range or not all(map(_PART.fullmatch, self.parts)):
             raise ValueError("a value is out of range, or names another file")
 
 
@@ -149,7 +157,8 @@ class EmbeddingsFolder:
         """Return the rows of a part as JSON, and their embeddings, (rows, D) fp32."""
         file = self.root / part
         lines = file.with_suffix(".jsonl").read_bytes().splitlines()
-        return lines, np.load(file, "r", allow_pickle=False)
+        rows = np.load(file, "r", allow_pickle=False)
+        return lines, from_int8(rows) if rows.dtype == np.int8 else rows
 
     def read_embeddings(self, parts: Sequence[str], count: int, width: int) -> np.ndarray:
         """Return the embeddings of all these parts, (count, width) fp32, with one file open at a time."""
@@ -174,10 +183,11 @@ class EmbeddingsFolder:
         """Return the folder of a model's text tower, which may not exist."""
         return self.root / f"text_tower-{identity[:16]}"
 
-    def write_part(self, stem: str, rows: Sequence[Row], width: int) -> str:
+    def write_part(self, stem: str, rows: Sequence[Row], width: int, dtype: Dtype) -> str:
         """Write a part of rows with their `embedding`, and return its name."""
         buffer = BytesIO()
-        np.save(buffer, np.array([row["embedding"] for row in rows], np.float32).reshape(-1, width))
+        embeddings = np.array([row["embedding"] for row in rows], np.float32).reshape(-1, width)
+        np.save(buffer, as_int8(embeddings) if dtype == "int8" else embeddings)
         plain = ({name: value for name, value in row.items() if name != "embedding"} for row in rows)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain)
         contents = {"jsonl": lines.encode(), "npy": buffer.getvalue()}
@@ -200,6 +210,22 @@ class EmbeddingsFolder:
                 shutil.rmtree(entry)
             elif entry.is_file():
                 entry.unlink(missing_ok=True)
+
+
+def as_int8(embeddings: np.ndarray) -> np.ndarray:
+    """Round embeddings (N, D) of unit length to int8; 127 stands for the largest number of each row.
+
+    The factors of the rows need not be stored, because the length of an embedding is known.
+    """
+    largest = np.abs(embeddings).max(axis=1, keepdims=True, initial=1e-12)
+    return np.rint(embeddings * (127 / largest)).astype(np.int8)
+
+
+def from_int8(rows: np.ndarray) -> np.ndarray:
+    """Return embeddings (N, D) fp32 of unit length; `as_int8` of them gives the same rows again."""
+    embeddings = rows.astype(np.float32)
+    lengths: np.ndarray = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return embeddings / lengths.clip(min=1)
 
 
 def digest(contents: Iterable[bytes]) -> str:

@@ -105,6 +105,7 @@ class ImageIndex:
         if not model or (model == stored and os.path.isabs(stored) and not os.path.exists(stored)):
             raise UserError(f"the model of the index is not in {stored or 'a folder'}; give it as --model")
         clip = model if isinstance(model, CLIP) else CLIP.from_pretrained(model).to(best_device())
+        clip = clip.with_dims(min(self.manifest.width, clip.dims))
         if model_identity(clip) != self.manifest.identity:
             raise UserError(
                 f"{'this' if isinstance(model, CLIP) else model} is not the model that the index was built "

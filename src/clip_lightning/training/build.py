@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
-from clip_lightning.errors import UserError
+from clip_lightning.errors import UserError, check_option
 from clip_lightning.model.clip import CLIP, Freeze, HeadKind
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.training.gradcache import training_norms
@@ -117,6 +117,15 @@ def prepare_towers(
             tower.checkpoint_activations()
         if towers.compile and not tower.frozen:
             tower.compile_backbone()
+
+
+def checked_prefixes(prefixes: list[int] | None, clip: CLIP) -> list[int]:
+    """Return the given widths in ascending order; they must differ and be below that of the embeddings."""
+    checked = sorted({*(prefixes or [])})
+    is_valid = len(checked) == len(prefixes or []) and all(0 < dims < clip.dims for dims in checked)
+    expected = f"different numbers from 1 to {clip.dims - 1}, below the width of the embeddings"
+    check_option("model.matryoshka", prefixes, is_valid, expected)
+    return checked
 
 
 def check_batch_norms(clip: CLIP, batch_size: int, micro_batch_size: int | str | None) -> None:

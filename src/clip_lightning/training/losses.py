@@ -9,8 +9,8 @@ is ever in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ class Pairs:
     def swapped(self) -> Pairs:
         """Swap images and texts."""
         return Pairs(self.text, self.image, self.text_image_id, self.image_id)
+
+    def shortened(self, dims: int) -> Pairs:
+        """Keep the first `dims` numbers of each embedding, with unit length."""
+        image, text = (F.normalize(rows[:, :dims], dim=-1) for rows in (self.image, self.text))
+        return replace(self, image=image, text=text)
 
 
 def info_nce(
@@ -160,6 +165,27 @@ class ContrastiveLoss(nn.Module):
     def rows(self, own: Pairs, everyone: Pairs, scale: Scalar, bias: Scalar | None) -> Tensor:
         """Return the part of own rows, as `share` defines it."""
         raise NotImplementedError
+
+
+def share_of_prefixes(
+    loss: ContrastiveLoss,
+    prefixes: Sequence[int],
+    own: Pairs,
+    everyone: Pairs,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return the mean of `loss.share` over prefixes of the embeddings and the complete embeddings.
+
+    This is Matryoshka representation learning with equal weights (Kusupati et al. 2022, equation 1). Every
+    prefix is normalized again. The other arguments are those of `ContrastiveLoss.share`.
+    """
+    shares = [loss.share(own, everyone, scale, bias)]
+    for dims in prefixes:
+        short = own.shortened(dims)
+        all_short = short if everyone is own else everyone.shortened(dims)
+        shares.append(loss.share(short, all_short, scale, bias))
+    return torch.stack(shares).mean()
 
 
 class InfoNCE(ContrastiveLoss):

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import Diverged, UserError, as_user_error
-from clip_lightning.evaluation.retrieval import Embeddings, join_parts, part_of_split, retrieval_metrics
+from clip_lightning.evaluation.retrieval import (
+    Embeddings,
+    join_parts,
+    part_of_split,
+    prefix_metrics,
+    retrieval_metrics,
+)
 from clip_lightning.model import checkpoint as checkpoint_content
 from clip_lightning.model.clip import Freeze
 from clip_lightning.model.lora import LoRAConfig
@@ -30,7 +36,7 @@ from clip_lightning.training import build, checkpoints, optim
 from clip_lightning.training.build import HeadOptions, TowerOptions
 from clip_lightning.training.extract import Extractor
 from clip_lightning.training.gradcache import encode_in_micro_batches, largest_micro_batch
-from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs
+from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs, share_of_prefixes
 from clip_lightning.training.optim import OptimizerConfig
 
 Batch = dict[str, Any]
@@ -68,6 +74,7 @@ class CLIPModule(LightningModule):
         loss: ContrastiveLoss | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         micro_batch_size: int | Literal["auto"] | None = None,
+        matryoshka: list[int] | None = None,
     ) -> None:
         """Build the towers and their heads, or load a trained model.
 
@@ -89,6 +96,8 @@ class CLIPModule(LightningModule):
             optimizer: learning rates, weight decay, warm-up and schedule.
             micro_batch_size: the number of images or captions whose activations a trained tower keeps in
                 memory at a time (gradient caching); `auto` for as many as fit; by default the complete batch.
+            matryoshka: numbers of dimensions, such as [64, 128, 256]: the loss is the mean over these first
+                parts of the embeddings and the complete embeddings, so that each part can be used alone.
         """
         super().__init__()
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -103,6 +112,7 @@ class CLIPModule(LightningModule):
             image_tower, text_tower, init_from, towers=towers, heads=heads, loss=self.loss
         )
         build.prepare_towers(self.clip, freeze, lora, towers, optimizer)
+        self.matryoshka = build.checked_prefixes(matryoshka, self.clip)
         self.stopwatch = Stopwatch()
         self.validation_embeddings: Embeddings | None = None
         self.gradient_norm = torch.zeros(())
@@ -171,7 +181,8 @@ class CLIPModule(LightningModule):
         everyone = self._of_all_ranks(own)
         if everyone.text.requires_grad:  # its gradient ends the backward pass of the loss
             everyone.text.register_hook(lambda _: self.stopwatch.lap("loss"))
-        loss = self.loss.share(own, everyone, self.clip.scale, self.clip.logit_bias)
+        scale, bias = self.clip.scale, self.clip.logit_bias
+        loss = share_of_prefixes(self.loss, self.matryoshka, own, everyone, scale, bias)
         if self._logs_step():
             # a loss that stays at the value at chance, the logarithm, does not learn
             chance = math.log(max(2, len(everyone.text)))
@@ -212,6 +223,7 @@ class CLIPModule(LightningModule):
         metrics = retrieval_metrics(
             embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id
         )
+        metrics |= prefix_metrics(embeddings, self.matryoshka)
         split = "test" if self.trainer.testing else "val"
         # the values are equal on all ranks; sync_dist only avoids Lightning's warning
         self.log_dict({f"{split}/{name}": value for name, value in metrics.items()}, sync_dist=True)

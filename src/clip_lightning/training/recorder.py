@@ -166,6 +166,7 @@ class RunRecorder(Callback):
                 metadata={
                     "metrics": self.metrics,
                     "loss": type(pl_module.loss).__name__,
+                    "matryoshka": pl_module.matryoshka,
                     "training_data": {name.removeprefix("data_"): data[name] for name in data},
                 },
             )
