@@ -171,6 +171,143 @@ def test_retrieval_with_short_vectors(bundle: Path, scenes: Path, tmp_path: Path
     assert "dims" not in whole and whole["rsum"] != first["rsum"]
 
 
+def write_images(folder: Path, names: list[str]) -> None:
+    """Pictures that differ in their colour."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, name in enumerate(names):
+        Image.new("RGB", (32, 32), (8 * n % 256, 255 - 9 * n % 256, 31 * n % 256)).save(folder / name)
+
+
+@pytest.fixture
+def sugarcrepe(tmp_path: Path) -> Path:
+    """Files in SugarCrepe's layout, and the images of COCO, of which one is broken and one is missing."""
+    root, names = tmp_path / "crepe", [f"{n:012d}.jpg" for n in range(8)]
+    write_images(root / "val2017", names[:6])
+    (root / "val2017" / names[6]).write_bytes(b"nothing")
+    (root / "data").mkdir()
+    for file, nouns in {"swap_att": ("red", "blue"), "replace_obj": ("circle", "square")}.items():
+        entries = {
+            str(n): {
+                "filename": name,
+                "caption": f"a {nouns[0]} {n}",
+                "negative_caption": f"a  {nouns[1]}\n{n}",
+            }
+            for n, name in enumerate(names)
+        }
+        (root / "data" / f"{file}.json").write_text(json.dumps(entries))
+    (root / "data" / "other.json").write_text(json.dumps([{"filename": "a.jpg", "caption": "no benchmark"}]))
+    return root
+
+
+def test_sugarcrepe(bundle: Path, make_clip: Make, sugarcrepe: Path, tmp_path: Path, capsys: Printed):
+    other = make_clip(embed_dim=8).save_pretrained(tmp_path / "two")
+    words = ("evaluate", "compositional", f"{bundle},{other}", sugarcrepe, "--out", tmp_path / "out")
+    (found, second), err = printed_json(capsys, *words)
+    assert second["model"] == str(other)
+    assert (found["entries"], found["missing"], found["broken"]) == (12, 1, 1)
+    assert "left out 000000000007.jpg: there is no such image" in err
+    assert "000000000006.jpg: not an image" in err
+    clip = CLIP.from_pretrained(bundle)
+    images = clip.embed_images([sugarcrepe / "val2017" / f"{n:012d}.jpg" for n in range(6)])
+    for file, nouns in {"swap_att": ("red", "blue"), "replace_obj": ("circle", "square")}.items():
+        right, wrong = (clip.embed_texts([f"a {noun} {n}" for n in range(6)]) for noun in nouns)
+        expected = 100 * ((images * right).sum(1) > (images * wrong).sum(1)).double().mean().item()
+        assert found[f"{file}_accuracy"] == pytest.approx(expected)
+        assert found[f"{file}_accuracy_low"] <= expected <= found[f"{file}_accuracy_high"]
+    assert "other_accuracy" not in found
+    names = {"results.md", "results.csv", "results.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    (sugarcrepe / "val2017").rename(tmp_path / "elsewhere")
+    words = ("evaluate", "compositional", bundle, sugarcrepe / "data" / "swap_att.json")
+    one, _ = printed_json(capsys, *words, "--images", tmp_path / "elsewhere")
+    assert one["swap_att_accuracy"] == one["accuracy"] == one["mean_accuracy"] == found["swap_att_accuracy"]
+
+
+def test_winoground(bundle: Path, tmp_path: Path, capsys: Printed):
+    names = [f"ex_{n}_img_{i}" for n in range(3) for i in (0, 1)]  # without a suffix, as in the original
+    write_images(tmp_path / "wino" / "images", [f"{name}.png" for name in names])
+    texts = [("a red circle left of a blue square", "a blue circle left of a red square")] * 3
+    entries = [
+        {"id": n, "image_0": names[2 * n], "image_1": names[2 * n + 1], "caption_0": a, "caption_1": b}
+        | {"tag": "Adjective", "collapsed_tag": ("Object", "Relation", "Object")[n]}
+        for n, (a, b) in enumerate(texts)
+    ]
+    lines = "\n".join(map(json.dumps, entries))
+    (tmp_path / "wino" / "examples.jsonl").write_text(f"{lines}\n\n")
+    found, _ = printed_json(capsys, "evaluate", "compositional", bundle, tmp_path / "wino")
+    assert (found["entries"], found["missing"], found["broken"]) == (3, 0, 0)
+    clip = CLIP.from_pretrained(bundle)
+    images = clip.embed_images([tmp_path / "wino" / "images" / f"{name}.png" for name in names]).view(
+        3, 2, -1
+    )
+    s = images @ clip.embed_texts(texts[0]).T  # entry, image, caption
+    text = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
+    image = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
+    for name, right in (("text", text), ("image", image), ("group", text & image)):
+        assert found[f"{name}_score"] == pytest.approx(100 * right.double().mean().item())
+        assert found[f"Relation_{name}_score"] == 100 * right[1].item()
+    (tmp_path / "wino" / "examples.jsonl").unlink()
+    (tmp_path / "wino" / "examples.json").write_text(json.dumps(entries))
+    again, _ = printed_json(capsys, "evaluate", "compositional", bundle, tmp_path / "wino")
+    assert again == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no entry with its images; expected JSON or JSON lines"),
+        ('[{"filename": "a", "caption": "b"', "has no entry with its images; expected"),
+        ('[{"filename": "a", "caption": "b", "negative_caption": "c"', "bad.json cannot be read"),
+        ('{"filename": "a", "caption": "b", "negative_caption": "c"}', "entry 1 of "),
+        ('[{"filename": "a", "caption": 1, "negative_caption": "c"}]', "entry 1 of "),
+        ('[{"filename": "a", "caption": "\\ud800", "negative_caption": "c"}]', "entry 1 of "),
+        ('[{"filename": "a", "caption": "b", "negative_caption": "c"}]', "first a: there is no such image"),
+    ],
+)
+def test_a_broken_benchmark_is_one_line(
+    bundle: Path, tmp_path: Path, capsys: Printed, content: str | None, message: str
+):
+    (tmp_path / "bad").mkdir()
+    if content:
+        (tmp_path / "bad" / "bad.json").write_text(content)
+    assert main(["evaluate", "compositional", str(bundle), str(tmp_path / "bad")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("clip-lightning: error: ") and message in line
+
+
+@pytest.mark.parametrize("name", ["coco", "flickr30k"])
+def test_retrieval_by_the_protocol_of_papers(bundle: Path, tmp_path: Path, capsys: Printed, name: str):
+    """Karpathy's test split, beside other annotations, and five captions of images that have more."""
+    root, parts = tmp_path / name, ["train", "restval", "val", "test", "test", "test"]
+    folder = "val2014" if name == "coco" else "flickr30k-images"
+    files = [f"{n}.jpg" for n in range(6)]
+    write_images(root / folder, files)
+    entries = [
+        {
+            "filename": file,
+            "split": part,
+            "sentences": [{"raw": f"a {part} {n} {c}"} for c in range(5 + n % 3)],
+        }
+        | ({"filepath": folder} if name == "coco" else {})
+        for n, (file, part) in enumerate(zip(files, parts, strict=True))
+    ]
+    (root / f"dataset_{name}.json").write_text(json.dumps({"images": entries, "dataset": name}))
+    (root / "results.csv").write_text("image_name| comment_number| comment\n0.jpg| 0| one\n")
+    found, _ = printed_json(capsys, "evaluate", "retrieval", bundle, f"{name}:{root}")
+    assert (found["split"], found["images"], found["captions"]) == ("test", 3, 15)
+    assert found["data"] == f"{name}:{root}"
+    clip = CLIP.from_pretrained(bundle)
+    texts = [f"a test {n} {c}" for n in (3, 4, 5) for c in range(5)]
+    expected = retrieval_metrics(
+        clip.embed_images([root / folder / file for file in files[3:]]),
+        clip.embed_texts(texts),
+        torch.arange(3).repeat_interleave(5),
+    )
+    assert {metric: found[metric] for metric in expected} == pytest.approx(expected)
+    every, _ = printed_json(capsys, "evaluate", "retrieval", bundle, root / f"dataset_{name}.json")
+    assert every["captions"] == 5 + 6 + 7
+
+
 def test_linear_probe(bundle: Path, pictures: Path, capsys: Printed):
     found, _ = printed_json(capsys, "evaluate", "linear-probe", bundle, pictures, "--shots", "1,2,16")
     assert found["train_images"] == 6 and found["test_images"] == 6
@@ -223,6 +360,8 @@ def test_classify(make_clip: Make, pictures: Path, tmp_path: Path, capsys: Print
         ("zero-shot D D", "is not a clip-lightning bundle"),
         ("zero-shot M D --out FILE", "is a file"),
         ("retrieval M D", "has no usable image with a caption"),
+        ("retrieval M coco:D", "dataset_coco.json does not exist"),
+        ("compositional M nothing", "nothing has no entry with its images"),
         ("retrieval , D", "has no model"),
         ("retrieval M D --dims 0", "--dims: expected a whole number of 1 or more"),
         ("linear-probe M D --test_share 1", "--test_share: expected a fraction above 0 and below 1, got 1"),
@@ -248,7 +387,8 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.parametrize(
     "command",
-    "evaluate retrieval,evaluate zero-shot,evaluate linear-probe,classify,export,index,app".split(","),
+    ["classify", "export", "index", "app"]
+    + [f"evaluate {kind}" for kind in ("retrieval", "compositional", "zero-shot", "linear-probe")],
 )
 def test_help_describes_the_model_in_the_same_way(command: str, capsys: Printed):
     assert main([*command.split(), "--help"]) == 0

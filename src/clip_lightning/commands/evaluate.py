@@ -1,10 +1,11 @@
-"""`clip-lightning evaluate retrieval|zero-shot|linear-probe` measures models on data."""
+"""`clip-lightning evaluate retrieval|compositional|zero-shot|linear-probe` measures models on data."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -17,10 +18,12 @@ from tqdm import tqdm
 from clip_lightning.arguments import check_folder, run_functions
 from clip_lightning.data.captions import CaptionedImage, Splits, split_by_image
 from clip_lightning.data.classes import ClassSet, class_names, find_classes
+from clip_lightning.data.compositional import read_choices
 from clip_lightning.data.readers import RECOGNIZED
 from clip_lightning.data.sources import find_source, read_source
 from clip_lightning.errors import UserError
 from clip_lightning.evaluation import linear_probe as probe
+from clip_lightning.evaluation.compositional import compositional_metrics
 from clip_lightning.evaluation.intervals import hits, paired_differences, recall_intervals
 from clip_lightning.evaluation.prompts import read_templates
 from clip_lightning.evaluation.retrieval import fold_metrics, retrieval_metrics, retrieval_ranks
@@ -31,6 +34,7 @@ from clip_lightning.reports.tables import ClassReport, Row, print_results, write
 from clip_lightning.terminal import note, printable
 
 Split = Literal["all", "train", "val", "test"]
+BENCHMARKS, CAPTIONS = ("coco", "flickr30k", "flickr8k"), 5  # some images of COCO have more than five
 
 
 def retrieval(
@@ -53,7 +57,9 @@ def retrieval(
     Args:
         model: a bundle, a run folder, a checkpoint, a Hugging Face hub id, or
             wandb:ENTITY/PROJECT/NAME:ALIAS; or several, separated by commas.
-        data: captioned images, as for `fit --data.root`; or several data sets, separated by commas.
+        data: captioned images, as for `fit --data.root`; coco:FOLDER, flickr30k:FOLDER or flickr8k:FOLDER for
+            the test images of Karpathy's dataset_NAME.json and the first five captions of each, as in papers;
+            or several data sets, separated by commas.
         split: all, train, val or test. By default the data's own test split (val if there is no test), or all
             if the data has no splits. For such data, val and test are the splits that `fit` draws by default.
         dims: use only the first numbers of each embedding, normalized again, as a short vector of a model
@@ -85,6 +91,55 @@ def retrieval(
             for metric, values in paired_differences(answers, reference).items():
                 names = (f"{metric}_difference{end}" for end in ("", "_low", "_high", "_p"))
                 row |= zip(names, values, strict=True)
+        rows.append(row)
+    _finish(rows, out, json, wandb)
+
+
+def compositional(
+    model: str,
+    data: str,
+    *,
+    images: Path | None = None,
+    out: Path | None = None,
+    wandb: str | None = None,
+    json: bool = False,
+) -> None:
+    """Choose between captions that differ in a word or in their order.
+
+    SugarCrepe has one image and two captions; the result is the accuracy, in all, for each file, and their
+    mean. Winoground has two images and two captions; the results are the text, image and group scores, in all
+    and by tag. The 95 % intervals are Wilson intervals.
+
+    Args:
+        model: a bundle, a run folder, a checkpoint, a Hugging Face hub id, or
+            wandb:ENTITY/PROJECT/NAME:ALIAS; or several, separated by commas.
+        data: a folder with files of SugarCrepe or Winoground, or a file; or several, separated by commas.
+        images: folder with the images, such as COCO's val2017, if they are not next to the files.
+        out: folder for the table as Markdown, CSV and JSON.
+        wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
+        json: print one JSON object instead, or a list for several models or data sets.
+    """
+    models = _listed(model)
+    check_folder(out, data)
+    sets = {place: read_choices(Path(place), images) for place in _listed(data)}
+    paths: dict[str, list[Path]] = {}
+    for place, (choices, missing) in sets.items():
+        _warn_of_each("left out", missing)
+        paths[place] = list(dict.fromkeys(path for choice in choices for path in choice.images))
+    rows: list[Row] = []
+    for clip, row, encoded in _encoded(models, paths):
+        choices, missing = sets[row["data"]]
+        at = {paths[row["data"]][i]: position for position, i in enumerate(encoded.rows)}
+        usable = [choice for choice in choices if at.keys() >= {*choice.images}]
+        row |= {"entries": len(usable), "missing": len(missing), "broken": len(encoded.broken)}
+        for number in (1, 2):
+            if part := [choice for choice in usable if len(choice.images) == number]:
+                places = torch.tensor([[at[path] for path in choice.images] for choice in part])
+                text = clip.embed_texts([caption for choice in part for caption in choice.captions])
+                categories = [choice.category for choice in part]
+                row |= compositional_metrics(
+                    encoded.features[places], text.view(len(part), 2, -1), categories
+                )
         rows.append(row)
     _finish(rows, out, json, wandb)
 
@@ -240,13 +295,17 @@ def _encoded(
 
 def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]]:
     """Return the split that was chosen, and its images."""
+    name, _, folder = place.partition(":")
+    most = CAPTIONS if folder and name in BENCHMARKS else None
+    place = f"{folder}/dataset_{name}.json" if most else place
     source = find_source(place)
     source.fetch()
     captions = read_source(source, RECOGNIZED)
     own = {image.split for image in captions.images if image.split} if captions.has_official_splits else set()
     drawn = {"train", "val", "test"} if split else set()  # as `fit` draws them by default
     chosen = _choose_split(place, split, own or drawn)
-    return chosen, split_by_image(captions, Splits())[chosen] if chosen != "all" else list(captions.images)
+    images = split_by_image(captions, Splits())[chosen] if chosen != "all" else captions.images
+    return chosen, [replace(image, captions=image.captions[:most]) for image in images]
 
 
 def _class_sets(places: str) -> dict[str, ClassSet]:
@@ -296,4 +355,5 @@ def _finish(
             note(f"W&B run: {track_evaluation(wandb, row, out or Path('runs'), report)}")
 
 
-run = partial(run_functions, {"retrieval": retrieval, "zero-shot": zero_shot, "linear-probe": linear_probe})
+ON_CLASSES = {"zero-shot": zero_shot, "linear-probe": linear_probe}
+run = partial(run_functions, {"retrieval": retrieval, "compositional": compositional, **ON_CLASSES})
