@@ -1,8 +1,9 @@
-"""Hugging Face data sets become folders of the same pictures, captions and splits."""
+"""Hugging Face data sets: folders of the same pictures, captions and splits, and images with classes."""
 
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from clip_lightning import CLIP
+from clip_lightning.__main__ import main
 from clip_lightning.data.classes import find_classes
 from clip_lightning.data.formats import read_captions
-from clip_lightning.data.images import BrokenImage
+from clip_lightning.data.images import BrokenImage, to_pixels
 from clip_lightning.data.readers import ReadOptions
 from clip_lightning.data.sources import HubDataset
 from clip_lightning.errors import UserError
+from clip_lightning.model.encode import Encoded, encode_images
 
 Patch = pytest.MonkeyPatch
 datasets = pytest.importorskip("datasets")
@@ -308,3 +313,78 @@ def test_unusable_data_sets_are_one_line(save: Callable[..., str]):
     ):
         with pytest.raises(UserError, match=message):
             read(fetch_hub(save(data)))
+
+
+# Classes ------------------------------------------------------------------------------------------------
+
+CLASSES = ["airplane", "big_cat", "ship"]
+
+
+def labelled(**parts: list[int]) -> dict[str, Any]:
+    """Splits whose row i has picture i and the class given for it."""
+    splits = {}
+    for name, labels in parts.items():
+        pictures = cells(*(picture(i, "PNG") for i in range(len(labels))))
+        rows = table(pictures, "photo", kind=labels, note=["x"] * len(labels))
+        rows = rows.cast_column("kind", datasets.ClassLabel(names=CLASSES))
+        splits[name] = rows.cast_column("photo", datasets.Image())
+    return splits
+
+
+def test_images_with_classes(
+    save: Callable[..., str], tmp_path: Path, make_clip: Callable[..., CLIP], capsys: Any
+):
+    name = save(**labelled(train=[0, 1, 2], validation=[2, 1], extra=[0]))
+    found = find_classes(f"hf:{name}")
+    assert "left out the splits extra" in capsys.readouterr().err
+    assert found.classes == tuple(CLASSES) and found.labels == (0, 1, 2, 2, 1)
+    assert found.splits == ("train",) * 3 + ("val",) * 2
+    pixels = to_pixels(found.images[4])
+    assert pixels.shape == (3, 8, 9) and pixels[:, 0, 0].tolist() == [40, 0, 0]
+    assert found.images[4].name == f"hf:{name} validation 1"
+    clip = make_clip().eval()
+    (tmp_path / "one.png").write_bytes(picture(1, "PNG"))
+    images = [found.images[4], tmp_path / "one.png"]
+    features = Encoded.join(encode_images(clip.image_tower, images)).features
+    assert torch.equal(features[0], features[1])
+
+
+def test_classes_are_evaluated_by_name(save: Callable[..., str], bundle: Path, tmp_path: Path, capsys: Any):
+    labels = [0, 1, 2, 1]
+    place = f"hf:{save(**labelled(train=[0, 1, 2, 0, 1, 2], test=labels))}"
+    for row, label in enumerate(labels):
+        file = tmp_path / "as_files" / CLASSES[label] / f"{row}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture(row, "PNG"))
+
+    def printed(name: str, data: str, *options: str) -> dict[str, Any]:
+        assert main(["evaluate", name, str(bundle), data, *options, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    found, same = printed("zero-shot", place), printed("zero-shot", str(tmp_path / "as_files"))
+    assert (found["split"], found["images"], found["classes"]) == ("test", 4, 3)
+    for name in ("zero_shot_top1", "zero_shot_top5", "expected_calibration_error"):
+        assert same[name] == pytest.approx(found[name], abs=1e-4)
+    probed = printed("linear-probe", place, "--shots", "1")
+    assert (probed["train_images"], probed["test_images"]) == (6, 4)
+
+
+def test_hidden_labels_and_broken_images(save: Callable[..., str]):
+    found = find_classes(f"hf:{save(**labelled(train=[0, 1, 2], test=[-1, -1]))}")
+    assert found.splits == ("train",) * 3 and found.left_out == {"2 images of test": "they have no class"}
+    rows = table([*cells(b"nothing"), None, *cells(A)], label=[0, 1, 1])
+    rows = rows.cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    found = find_classes(f"hf:{save(rows.cast_column('image', datasets.Image()))}")
+    assert found.splits == (None,) * 3, "all in train means not split"
+    for row, reason in enumerate(("not an image", "it has no image")):
+        with pytest.raises(BrokenImage, match=reason):
+            to_pixels(found.images[row])
+
+
+def test_missing_columns_of_classes(save: Callable[..., str]):
+    name = save(datasets.Dataset.from_dict({"text": ["a"], "label": [0]}))
+    said = r"has the columns .*'text': 'Value'.*expected one column of the type Image"
+    with pytest.raises(UserError, match=said):
+        find_classes(f"hf:{name}")
+    with pytest.raises(UserError, match="has 1 classes with images; expected two or more"):
+        find_classes(f"hf:{save(**labelled(train=[1, 1]))}")
