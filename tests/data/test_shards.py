@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 import http.server
 import io
@@ -21,7 +20,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -351,9 +349,6 @@ def test_damaged_tars_and_samples_are_skipped_and_named(tmp_path: Path, monkeypa
     assert read >= {0, 1, 2, 3, 4, 5, 10, 24, 27} and not read & {20, 21, 22, 23, 25, 26}
     later = {name.rpartition("#")[2]: reason for samples in drawn for name, reason in samples.broken.items()}
     assert set(later) == {"20", "23"} and later["23"] == "no caption in captions, txt, caption"
-    (tmp_path / "odd.tar").write_bytes(gzip.compress((tmp_path / "odd.tar").read_bytes()))
-    with pytest.raises(UserError, match=r"odd\.tar is compressed.*convert it to \.tar"):
-        dataset(tmp_path)
     none = write_tar(tmp_path / "a.tar", {str(n): {"jpg": b"none", "txt": b"x"} for n in range(5)})
     with pytest.raises(UserError, match="100 consecutive samples cannot be used"):
         dataset(none).__getitems__([(0, 0)])
@@ -553,29 +548,6 @@ def test_a_changed_remote_tar_is_refused(scenes: Path, tmp_path: Path) -> None:
         data.index.read(0)
 
 
-def test_network_errors_are_retried(tmp_path: Path, monkeypatch: Patch) -> None:
-    laion(tmp_path / "0.tar", range(3))
-    failing: list[Exception] = [OSError("reset"), TimeoutError(), ValueError("what a store's library raises")]
-    copy = LocalFileSystem.get_file
-
-    def get_file(*arguments: Any) -> None:
-        if failing:
-            raise failing.pop()
-        copy(*arguments)
-
-    monkeypatch.setattr(LocalFileSystem, "get_file", get_file)
-    url = f"file://{tmp_path}/0.tar"
-    data = dataset(url, samples_per_epoch=3)
-    assert sorted(names(data, 1)) == [f"{number:09d}" for number in range(3)] and not failing
-    with pytest.raises(RunFailed, match=r"1\.tar does not exist"):
-        names(dataset(f"file://{tmp_path}/{{0..1}}.tar", samples_per_epoch=3), 1)
-    laion(tmp_path / "0.tar", range(3, 7))
-    failing += [OSError("reset by peer")] * 4
-    with pytest.raises(RunFailed, match=r"0\.tar cannot be read: reset by peer"):
-        dataset(url, samples_per_epoch=3).index.count(0)
-    assert len(names(dataset(url, samples_per_epoch=4), 1)) == 4, "nothing of the fault is kept"
-
-
 def test_patterns_match_files_in_order(tmp_path: Path) -> None:
     files = [str(tmp_path / f"{number:05d}.tar") for number in range(3)]
     for file in files:
@@ -584,8 +556,6 @@ def test_patterns_match_files_in_order(tmp_path: Path) -> None:
         assert storage.expand(f"{tmp_path}{source}") == files
     for url in (f"file://{tmp_path}", f"file://{tmp_path}/*.tar"):
         assert storage.expand(url) == [f"file://{file}" for file in files]
-    with pytest.raises(UserError, match="cannot be read: Protocol not known: nope"):
-        storage.expand("nope://x/*.tar")
     for source in (f"{tmp_path}/no*.tar", f"{tmp_path}/absent", f"{tmp_path}/{{00000..00003}}.tar"):
         with pytest.raises(UserError, match="matches no file"):
             storage.expand(source)
@@ -618,10 +588,6 @@ def test_tars_must_match_the_manifest(scenes: Path, tmp_path: Path) -> None:
     assert names(dataset(out), 4) == whole, "these tars are scanned"
     with mock.patch.object(manifest, "scan", side_effect=AssertionError("scanned again")):
         assert names(dataset(out), 4) == whole
-    file = out / "train" / "00002.tar"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"00002\.tar does not have .* bytes; convert the data again"):
-        dataset(out)
     content = json.loads((out / manifest.FILE).read_bytes())
     (out / manifest.FILE).write_text(json.dumps(content | {"splits": {"val": content["splits"]["val"]}}))
     with pytest.raises(UserError, match="has no train split"):

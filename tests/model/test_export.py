@@ -336,14 +336,12 @@ def test_a_hub_that_refuses_is_one_line(make_clip: MakeClip, tmp_path: Path, mon
     [
         (["MODEL", "--to", "onnx"], "give --out FOLDER"),
         (["MODEL", "--to", "bundle", "--out", "new", "--repo", "a/b"], "omit --repo"),
-        (["MODEL", "--to", "hub"], "give --repo"),
         (["MODEL", "--to", "hub", "--repo", "a/b", "--out", "new"], "omit --out"),
         (["MODEL", "--to", "onnx", "--out", "full"], "already exists"),
         (["MODEL", "--to", "bundle", "--out", "full"], "something other than a bundle"),
         (["MODEL", "--to", "onnx", "--out", "full/mine/new"], "cannot be written"),
         (["MODEL", "--to", "bundle", "--out", "full/mine/new"], "cannot be written"),
         (["MODEL", "--to", "bundle", "--out", "new", "--dims", "17"], "expected a number from 1 to 16"),
-        (["nowhere", "--to", "onnx", "--out", "new"], "no model 'nowhere'"),
     ],
 )
 def test_a_mistake_is_one_line(

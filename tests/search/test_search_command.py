@@ -7,14 +7,12 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from clip_lightning.__main__ import main
-from clip_lightning.model.clip import CLIP
 
 Printed = pytest.CaptureFixture[str]
 
@@ -107,14 +105,10 @@ def test_help_imports_no_torch() -> None:
         ("search INDEX EMPTY", "empty"),
         ("search INDEX caf\udce9", r"the argument 'caf\udce9' is not UTF-8 text"),
         ("search INDEX --image nothing.png", "nothing.png cannot be read: No such file"),
-        ("search INDEX --image a.png", "a.png cannot be read: not a"),
         ("search INDEX a --gird x.png", "did you mean --grid"),
-        ("search INDEX a --model OTHER", "is not the model that the index was built with"),
         (f"search {'long' * 70} a", "File name too long"),
-        ("search OLD a", "was written by another program or version"),
         ("index MODEL SCENES", "missing: out"),
         ("index MODEL SCENES --out new --type best", "auto or flat or ivfpq"),
-        ("index MODEL SCENES --out new --type ivfpq", "give --type flat"),
         (
             "index MODEL SCENES --out new --num_workers 0",
             "--num_workers: expected a whole number of 1 or more",
@@ -122,7 +116,6 @@ def test_help_imports_no_torch() -> None:
         ("embed MODEL SCENES --out new --shard_size 0", "--shard_size: expected a whole number of 1 or more"),
         ("embed MODEL SCENES --out SCENES/captions.csv/new", "cannot be written"),
         ("embed MODEL BARE --out new --what captions", "has no readable captions"),
-        ("embed SCENES SCENES --out new", "is not a clip-lightning bundle"),
         ("app MODEL", "is a model; also give a folder: clip-lightning app "),
         ("app INDEX --out x", "--out is only for"),
         ("app MODEL SCENES --model x", "--model only for"),
@@ -136,23 +129,17 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     index: Path,
     bundle: Path,
     scenes: Path,
-    make_clip: Callable[..., CLIP],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Printed,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    for folder in ("bare", "old"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "bare").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "bare" / "a.png")
-    (tmp_path / "old" / "manifest.json").write_text('{"made_by": "clip-lightning embeddings 1"}')
-    (tmp_path / "a.png").write_text("not an image")
-    if "OTHER" in words:
-        make_clip(image="random:test_resnet").save_pretrained(tmp_path / "other")
     with socket.create_server(("127.0.0.1", 0)) as busy:
         places = {"INDEX": index, "MODEL": bundle, "SCENES": scenes, "PORT": busy.getsockname()[1]}
-        places |= {"EMPTY": "", "BARE": "bare", "OLD": "old", "OTHER": "other"}
+        places |= {"EMPTY": "", "BARE": "bare"}
         pattern = "|".join(places)
         given = [re.sub(pattern, lambda found: str(places[found[0]]), word) for word in words.split()]
         assert main(given) == 2
