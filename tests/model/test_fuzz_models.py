@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -44,6 +44,18 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(inner, (*path, key))
 
 
+def check_copies(examples: settings, folder: Path, check: Callable[..., None], **drawn: Any) -> None:
+    """Check copies of a folder, each with other draws."""
+
+    @examples
+    @given(**drawn)
+    def check_copy(**values: Any) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            check(shutil.copytree(folder, Path(place) / "copy"), **values)
+
+    check_copy()
+
+
 def loaded(folder: Path) -> dict[str, torch.Tensor] | None:
     """The weights of what lies there; None where it is refused in one line."""
     with warnings.catch_warnings():
@@ -65,20 +77,15 @@ def test_a_bundle_with_another_configuration(bundle: Path, examples: settings) -
     others = st.sampled_from(["", "x", "../x", "hf-hub:a/b", None, [], {}])
     values = st.integers(-3, 40) | st.floats(-3, 40) | others
 
-    @examples
-    @given(path=st.sampled_from([*places(config)]), new=values)
-    def check(path: tuple[Any, ...], new: Any) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            copied = Path(folder) / "model"
-            shutil.copytree(bundle, copied)
-            changed = copy.deepcopy(config)
-            reduce(getitem, path[:-1], changed)[path[-1]] = new
-            (copied / "config.json").write_text(json.dumps(changed))
-            if (found := loaded(copied)) is not None:
-                assert found.keys() == weights.keys()
-                assert all(torch.equal(value, found[name]) for name, value in weights.items())
+    def check(copied: Path, path: tuple[Any, ...], new: Any) -> None:
+        changed = copy.deepcopy(config)
+        reduce(getitem, path[:-1], changed)[path[-1]] = new
+        (copied / "config.json").write_text(json.dumps(changed))
+        if (found := loaded(copied)) is not None:
+            assert found.keys() == weights.keys()
+            assert all(torch.equal(value, found[name]) for name, value in weights.items())
 
-    check()
+    check_copies(examples, bundle, check, path=st.sampled_from([*places(config)]), new=values)
 
 
 @pytest.mark.parametrize("examples", BOTH)
@@ -87,19 +94,14 @@ def test_a_bundle_with_other_bytes(bundle: Path, examples: settings, name: str) 
     content, weights = (bundle / name).read_bytes(), loaded(bundle)
     assert weights is not None
 
-    @examples
-    @given(edits=EDITS)
-    def check(edits: Edits) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            copied = Path(folder) / "model"
-            shutil.copytree(bundle, copied)
-            (copied / name).write_bytes(edited(content, edits))
-            if (found := loaded(copied)) is not None and name != "model.safetensors":
-                assert all(torch.equal(value, found[key]) for key, value in weights.items())
-            if found is not None and name == "tokenizer.json":
-                assert edited(content, edits) == content, "another tokenizer is refused"
+    def check(copied: Path, edits: Edits) -> None:
+        (copied / name).write_bytes(edited(content, edits))
+        if (found := loaded(copied)) is not None and name != "model.safetensors":
+            assert all(torch.equal(value, found[key]) for key, value in weights.items())
+        if found is not None and name == "tokenizer.json":
+            assert edited(content, edits) == content, "another tokenizer is refused"
 
-    check()
+    check_copies(examples, bundle, check, edits=EDITS)
 
 
 @pytest.mark.parametrize(
@@ -162,20 +164,15 @@ def test_a_cache_with_other_bytes_gives_what_was_computed(examples: settings, tm
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix in (".npy", ".json")]
     assert {path.suffix for path in files} == {".npy", ".json"}
 
-    @examples
-    @given(file=st.sampled_from(files), edits=EDITS, value=JSON)
-    def check(file: Path, edits: Edits, value: Any) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            copied = Path(folder) / "cache"
-            shutil.copytree(tmp_path, copied)
-            target = copied / file.relative_to(tmp_path)
-            target.write_bytes(edited(file.read_bytes(), edits))
+    def check(copied: Path, file: Path, edits: Edits, value: Any) -> None:
+        target = copied / file.relative_to(tmp_path)
+        target.write_bytes(edited(file.read_bytes(), edits))
+        assert torch.equal(rows(copied), truth)
+        if file.suffix == ".json":
+            target.write_text(json.dumps(value))
             assert torch.equal(rows(copied), truth)
-            if file.suffix == ".json":
-                target.write_text(json.dumps(value))
-                assert torch.equal(rows(copied), truth)
 
-    check()
+    check_copies(examples, tmp_path, check, file=st.sampled_from(files), edits=EDITS, value=JSON)
 
 
 # Checkpoints --------------------------------------------------------------------------------------------
@@ -216,21 +213,16 @@ def test_an_index_with_other_bytes(
     files = [path for path in root.iterdir() if path.suffix in (".json", ".npy", ".jsonl")]
     known = {path.name for path in scenes.rglob("*.jpg")}
 
-    @examples
-    @given(file=st.sampled_from(sorted(files)), edits=EDITS)
-    def check(file: Path, edits: Edits) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            copied = Path(folder) / "index"
-            shutil.copytree(root, copied)
-            (copied / file.relative_to(root)).write_bytes(edited(file.read_bytes(), edits))
-            try:
-                index = ImageIndex.load(copied)
-                hits = index.search(query, 3)
-            except UserError as error:
-                assert "\n" not in str(error)
-                return
-            assert len(hits) == 1 and len(hits[0]) == 3
-            if file.suffix != ".jsonl":
-                assert {Path(hit.path).name for hit in hits[0]} <= known
+    def check(copied: Path, file: Path, edits: Edits) -> None:
+        (copied / file.relative_to(root)).write_bytes(edited(file.read_bytes(), edits))
+        try:
+            index = ImageIndex.load(copied)
+            hits = index.search(query, 3)
+        except UserError as error:
+            assert "\n" not in str(error)
+            return
+        assert len(hits) == 1 and len(hits[0]) == 3
+        if file.suffix != ".jsonl":
+            assert {Path(hit.path).name for hit in hits[0]} <= known
 
-    check()
+    check_copies(examples, root, check, file=st.sampled_from(sorted(files)), edits=EDITS)
