@@ -44,15 +44,11 @@ def save_timm(folder: Path, architecture: str, **options: Any) -> nn.Module:
     ("kind", "name", "answer"),
     [
         (ImageTower, "resnet181", "'resnet181' is not an architecture of timm"),
-        (ImageTower, "random:test_vitt", "'test_vitt' is not an architecture of timm"),
         (ImageTower, "pypi:efficientnet-lite9", "pypi:efficientnet-lite0"),
-        (ImageTower, "resnet18=no/such/file.pth", "ARCHITECTURE=FILE"),
         (ImageTower, "resnet18", "connect once"),
         (ImageTower, "hf-hub:nobody/nothing", "hub"),
-        (ImageTower, "random:test_resnet@map", "pooling"),
         (TextTower, "bert-base-uncase", r"connect once.*pypi:minilm-l6"),
         (TextTower, "no/such/folder/here", "a folder with config"),
-        (TextTower, "random:bert-base-uncased", "connect once"),
         (TextTower, "pypi:minilm", "pypi:minilm-l6"),
     ],
 )
