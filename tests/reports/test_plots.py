@@ -45,10 +45,3 @@ def test_words_say_what_the_plot_shows() -> None:
         "a matched pair is more similar than an unmatched one in 100.0 % of comparisons"
     )
     assert drawn["recall"].words == "text → image: R@1 100.0; image → text: R@1 100.0"
-
-
-def test_what_cannot_be_scored_is_an_error() -> None:
-    embeddings = noisy(3, 1)
-    embeddings.image[0, 0] = math.nan
-    with pytest.raises(ValueError, match="NaN"):
-        plots(embeddings, {}, epoch=0)
