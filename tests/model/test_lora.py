@@ -211,7 +211,6 @@ def test_a_layer_that_is_never_called_gets_none(make_clip: MakeClip) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"rank": 0}, r"lora\.rank 0, alpha 16\.0 and dropout 0\.0: expected a rank of 1 or more"),
         ({"alpha": 0.0}, r"alpha 0\.0 .*expected .* an alpha above 0"),
         ({"dropout": 1.0}, r"dropout 1\.0: expected .* a dropout of at least 0 and below 1"),
         ({"layers": ["query", "valu"]}, r"'valu'\] does not fit .* end in dense, key, query, value"),

@@ -152,24 +152,6 @@ def test_values_and_gradients_match_open_clip_in_one_block_and_in_several(
         assert_equal_but_for_rounding(value_and_gradients(loss, *inputs), wanted, size=max(1, scale))
 
 
-@given(case=multi_positive(), block=st.integers(1, 60), smoothing=st.sampled_from([0.0, 0.1]))
-@settings(max_examples=60, deadline=None)
-def test_blocks_match_with_several_positives(case: Case, block: int, smoothing: float) -> None:
-    image, text, ids, text_ids = case
-    options = {"image_id": torch.tensor(ids), "text_image_id": torch.tensor(text_ids)}
-    smooth = options | {"label_smoothing": smoothing}
-    scale, bias = torch.tensor(5.0), torch.tensor(-5.0)
-    for loss, rest, given_ids in (
-        (info_nce, (scale,), smooth),
-        (siglip_loss, (scale, bias), options),
-    ):
-        plain, blocks = (
-            value_and_gradients(partial(form, **given_ids), image, text, *rest)
-            for form in (loss, in_blocks(loss, block))
-        )
-        assert_equal_but_for_rounding(blocks, plain, size=5)
-
-
 @pytest.mark.parametrize("loss", [InfoNCE(0.1), SigLIP()])
 def test_blocks_under_autocast_have_the_same_gradients(loss: ContrastiveLoss) -> None:
     ids = torch.arange(64) % 50

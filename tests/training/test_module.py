@@ -180,7 +180,6 @@ def test_metrics_match_the_model_in_any_order(make_module: MakeModule, scenes: P
         (metrics,) = trainer(tmp_path).validate(module, datamodule=source, verbose=False)
         found.append(metrics)
         embeddings = module.validation_embeddings
-        assert embeddings is not None
         images = source.images("val")
         captions = [caption for image in images for caption in image.captions]
         owner = torch.tensor([i for i, image in enumerate(images) for _ in image.captions])
@@ -208,7 +207,6 @@ def test_a_broken_image_is_not_scored_but_counted(
         trainer(tmp_path).validate(module, datamodule=source, verbose=False)
     assert list(source.broken) == [str(root / "00012.jpg")]
     embeddings = module.validation_embeddings
-    assert embeddings is not None
     assert sorted({*embeddings.text_image_id.tolist()}) == embeddings.image_id.tolist()
     assert len(embeddings.image) == 31 and 4 not in embeddings.image_id
     for name in ("00020.jpg", "00021.jpg"):
@@ -259,8 +257,6 @@ def test_a_checkpoint_has_the_logged_options(make_module: MakeModule, scenes: Pa
     assert CLIPModule.load_from_checkpoint(path, loss=InfoNCE()).loss.label_smoothing == 0
     with pytest.raises(UserError, match=r"is of a different model \(clip\.heads.* is \(16, 64\) there"):
         CLIPModule.load_from_checkpoint(path, heads=HeadOptions(8, "mlp"))
-    with pytest.raises(UserError, match="set image_tower and text_tower"):
-        CLIPModule()
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
     (tmp_path / "config.yaml").write_text("model: {}")
     with pytest.raises(UserError, match=r"other\.ckpt is not a checkpoint of"):
@@ -283,7 +279,6 @@ def test_a_batch_needs_no_text_id(make_module: MakeModule, tmp_path: Path) -> No
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     trainer(tmp_path).fit(module, loader, loader)
     embeddings = module.validation_embeddings
-    assert embeddings is not None
     assert (len(embeddings.image), embeddings.text_image_id.tolist()) == (6, [0, 1, 2, 0, 3, 4, 5, 3])
 
 
@@ -305,13 +300,11 @@ def test_batch_norms_need_more_than_one_value(
         check_batch_norms(module.clip, batch, module.micro_batch_size)
 
 
-def test_training_starts_from_a_bundle_which_options_may_not_contradict(bundle: Path) -> None:
+def test_training_starts_from_a_bundle(bundle: Path) -> None:
     module = CLIPModule(init_from=str(bundle), freeze="image")
     assert module.clip.text_tower.training and not module.clip.image_tower.training
     texts, before = ["a small red circle", "two stars"], CLIP.from_pretrained(bundle)
     torch.testing.assert_close(module.clip.embed_texts(texts), before.embed_texts(texts), rtol=0, atol=0)
-    with pytest.raises(UserError, match=r"--model\.image_tower resnet18 contradicts --model"):
-        CLIPModule(image_tower="resnet18", init_from=str(bundle))
 
 
 @pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-5), ("norm", None)])
