@@ -37,15 +37,6 @@ def test_features_are_the_towers_in_the_order_of_the_images(
     torch.testing.assert_close(torch.cat([b.features for b in batches]), clip.embed_images(paths))
 
 
-def test_nothing_readable_is_an_array_without_rows(make_clip: MakeClip, tmp_path: Path):
-    clip = make_clip().eval()
-    for images in ([tmp_path / "missing.png"], []):
-        encoded = Encoded.join(encode_images(clip.image_tower, images))
-        assert encoded.rows == [] and encoded.features.shape == (0, clip.image_tower.width)
-        (batch,) = encode_images(clip.image_tower, images, project=clip.project_image)
-        assert batch.features.shape == (0, 16)
-
-
 def test_a_decoder_may_leave_images_out_and_end_everything(make_clip: MakeClip, scenes: Path):
     clip, started = make_clip().eval(), threading.Event()
     paths = sorted(scenes.glob("*.jpg"))[:3]

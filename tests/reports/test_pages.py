@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from html import unescape
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 
 from clip_lightning.evaluation.predictions import Answer, Query
-from clip_lightning.files import write_atomically
 from clip_lightning.reports.pages import write_page
 from clip_lightning.reports.plots import Plot
 
@@ -82,21 +79,3 @@ def test_long_histories_are_thinned(tmp_path: Path) -> None:
     text = text_of(written(tmp_path, 99, sentences[:1], [], (history, {})))
     (moves,) = re.findall("epoch 0: 100.*", text)
     assert moves.count("→") == 7 and moves.rstrip().endswith("99: 1")
-
-
-def test_a_file_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "new" / "folder" / "a.json"
-    write_atomically(file, b"old")
-
-    def full(*_: object) -> None:
-        raise OSError("No space left on device")
-
-    for step in ("fsync", "replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, step, full)
-            with pytest.raises(OSError, match="No space"):
-                write_atomically(file, b"new")
-        assert file.read_bytes() == b"old"
-    write_atomically(file, b"new")
-    assert file.read_bytes() == b"new"
-    assert list(file.parent.iterdir()) == [file]
