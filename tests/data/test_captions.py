@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,8 +69,6 @@ def test_a_missing_val_split_is_drawn_from_train(tmp_path: Path) -> None:
     for splits, sizes in ((["train"] * 15 + ["test"] * 5, [12, 3, 5]), (["test"] * 20, [0, 0, 20])):
         parts = split_by_image(caption_set(tmp_path, contents, splits), Splits(0.2, 0.5))
         assert [len(parts[name]) for name in SPLITS] == sizes
-    with pytest.raises(UserError, match=r"too few.*--data\.read\.splits\.val_fraction"):
-        split_by_image(caption_set(tmp_path, [b"a", b"b"]), Splits(0.5, 0.5))
 
 
 def test_splits_and_digest_do_not_depend_on_order_or_folder(tmp_path: Path) -> None:
