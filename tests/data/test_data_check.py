@@ -125,7 +125,7 @@ def test_every_kind_of_problem_is_reported(rows: list[Row], check: Any, tmp_path
     ]
 
 
-def test_fix_writes_a_clean_table(rows: list[Row], check: Any, tmp_path: Path, capsys: Printed) -> None:
+def test_fix_writes_a_clean_table(rows: list[Row], check: Any, tmp_path: Path) -> None:
     root = tmp_path / "data"
     (root / "3.jpg").write_bytes(b"")
     shutil.copy(root / "0.jpg", root / "copy.jpg")
@@ -144,8 +144,6 @@ def test_fix_writes_a_clean_table(rows: list[Row], check: Any, tmp_path: Path, c
     assert (status, found["errors"], found["warnings"]) == (0, [], [])
     sizes = {name: split["images"] for name, split in found["splits"].items()}
     assert sizes == {"train": 7, "val": 3, "test": 1}
-    assert main(["data", "check", str(root), f"--fix={fixed}"]) == 2
-    assert "expected the name of a new .csv file" in capsys.readouterr().err
 
 
 def test_fixed_random_splits_have_no_leaks(rows: list[Row], check: Any, tmp_path: Path) -> None:

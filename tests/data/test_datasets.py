@@ -44,22 +44,10 @@ def pictures(folder: Path, captions: list[int], broken: set[int] = frozenset()) 
     return images
 
 
-def train_dataset(
-    images: list[CaptionedImage],
-    captions_per_image: int = 2,
-    image_ids: list[int] | None = None,
-    views: list[Features] | None = None,
-    seed: int = 0,
-) -> TrainDataset:
-    return TrainDataset(
-        images,
-        range(len(images)) if image_ids is None else image_ids,
-        TRANSFORM,
-        Augmentation(min_scale=0.5, colour=0.2),
-        captions_per_image=captions_per_image,
-        seed=seed,
-        views=views or (),
-    )
+def train_dataset(images: list[CaptionedImage], captions_per_image: int = 2, **options: Any) -> TrainDataset:
+    ids, augmentation = options.pop("image_ids", range(len(images))), Augmentation(min_scale=0.5, colour=0.2)
+    options = {"captions_per_image": captions_per_image, "seed": 0, **options}
+    return TrainDataset(images, ids, TRANSFORM, augmentation, **options)
 
 
 def cached(folder: Path, values: np.ndarray) -> Features:
@@ -150,7 +138,7 @@ def test_captions_of_an_image_are_drawn_without_repetition(tmp_path: Path) -> No
 
 def test_a_broken_image_is_replaced_by_the_next(tmp_path: Path) -> None:
     images = pictures(tmp_path, [2] * 5, broken={1, 2, 4})
-    for views in (None, two_views(tmp_path, 5, broken={1, 2, 4})):
+    for views in ([], two_views(tmp_path, 5, broken={1, 2, 4})):
         dataset = train_dataset(images, views=views)
         samples = dataset.__getitems__([(3, 1), (3, 3), (3, 4)])
         assert same(samples, dataset.__getitems__([(3, 3), (3, 3), (3, 0)]))

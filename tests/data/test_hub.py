@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -217,7 +218,7 @@ def test_images_are_stored_unchanged_and_rows_are_grouped(save: Callable[..., st
     ]
 
 
-def test_rows_without_an_image_or_caption_are_counted(hub: Callable[[Any], list[Any]], tmp_path: Path):
+def test_rows_without_an_image_or_caption_are_counted(hub: Callable[[Any], Mock], tmp_path: Path):
     gone = {"bytes": None, "path": str(tmp_path / "hf" / "gone.jpg")}
     postscript = {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0", "path": None}
     pictures = [*cells(A), None, gone, *cells(b"<html>", b""), postscript, *cells(B)]
@@ -239,36 +240,31 @@ def test_rows_without_an_image_or_caption_are_counted(hub: Callable[[Any], list[
 
 
 @pytest.fixture
-def hub(monkeypatch: Patch) -> Callable[[Any], list[Any]]:
+def hub(monkeypatch: Patch) -> Callable[[Any], Mock]:
     """Answers `load_dataset` with a data set, and notes what was asked for."""
 
-    def answer(data: Any) -> list[Any]:
-        asked: list[Any] = []
-
-        def load(*arguments: Any, **options: Any) -> Any:
-            asked.append((*arguments, options))
-            return data
-
+    def answer(data: Any) -> Mock:
+        load = Mock(return_value=data)
         monkeypatch.setattr(datasets, "load_dataset", load)
-        return asked
+        return load
 
     return answer
 
 
-def test_subset_and_revision_are_part_of_the_name(hub: Callable[[Any], list[Any]]):
+def test_subset_and_revision_are_part_of_the_name(hub: Callable[[Any], Mock]):
     asked = hub(table(cells(A), caption=["one"]))
     names = ["owner/name", "owner/name:sub", "owner/name@refs/convert/parquet", "owner/name:sub@v1.0", "name"]
     assert len({fetch_hub(name) for name in names}) == len(names)
-    assert asked == [
-        ("owner/name", None, {"revision": None}),
-        ("owner/name", "sub", {"revision": None}),
-        ("owner/name", None, {"revision": "refs/convert/parquet"}),
-        ("owner/name", "sub", {"revision": "v1.0"}),
-        ("name", None, {"revision": None}),
+    assert asked.mock_calls == [
+        call("owner/name", None, revision=None),
+        call("owner/name", "sub", revision=None),
+        call("owner/name", None, revision="refs/convert/parquet"),
+        call("owner/name", "sub", revision="v1.0"),
+        call("name", None, revision=None),
     ]
 
 
-def test_a_hub_data_set_cannot_read_local_images(hub: Callable[[Any], list[Any]], tmp_path: Path):
+def test_a_hub_data_set_cannot_read_local_images(hub: Callable[[Any], Mock], tmp_path: Path):
     private, fetched = tmp_path / "private.jpg", tmp_path / "hf" / "downloads" / "fetched.png"
     fetched.parent.mkdir(parents=True)
     private.write_bytes(A)
