@@ -64,13 +64,6 @@ def pictures(tmp_path: Path) -> list[CaptionedImage]:
     return images
 
 
-def data_of(clip: CLIP, root: Path, cache: FeatureCache, **options: Any) -> CaptionDataModule:
-    options |= {"batch_size": 8, "num_workers": 0, "cache": str(cache.root)}
-    data = CaptionDataModule(clip.transform, clip.tokenize, root, **options)
-    data.setup()
-    return data
-
-
 def extractor(cache: FeatureCache, precision: torch.dtype | None = None) -> Extractor:
     return Extractor(cache, torch.device("cpu"), precision)
 
@@ -148,7 +141,9 @@ def test_no_view_is_computed_twice(
 ) -> None:
     """Without crops and colours there is a plain view and its mirror image, however many are asked for."""
     clip.text_tower.frozen = False
-    data = data_of(clip, scenes, cache, cache_options=CacheOptions(views=4), augmentation=augmentation)
+    options = {"cache": str(cache.root), "cache_options": CacheOptions(views=4), "augmentation": augmentation}
+    data = CaptionDataModule(clip.transform, clip.tokenize, scenes, batch_size=8, num_workers=0, **options)
+    data.setup()
     extractor(cache).cache_frozen_towers(clip, data, "train")
     assert sorted(entry.key["view"] for entry in cache.entries()) == list(range(views))
 
@@ -309,14 +304,9 @@ def test_damaged_shards_are_computed_again(cache: FeatureCache, damage: Callable
     (entry,) = cache.entries()
     before = {file.name: file.read_bytes() for file in entry.path.glob("*.npy")}
     damage(sorted(entry.path.glob("*.npy"))[1])
-    asked = []
-
-    def compute(rows: range) -> np.ndarray:
-        asked.append(rows)
-        return noise(rows)
-
+    compute = Mock(wraps=noise)
     stored = FeatureCache(cache.root).get({"kind": "noise"}, count, compute, "rows")
-    assert asked == [range(SHARD_ROWS, 2 * SHARD_ROWS)]
+    compute.assert_called_once_with(range(SHARD_ROWS, 2 * SHARD_ROWS))
     assert {file.name: file.read_bytes() for file in entry.path.glob("*.npy")} == before
     assert torch.equal(stored.rows(range(count)), torch.from_numpy(noise(range(count))).half().float())
 
