@@ -184,35 +184,3 @@ FUZZ: dict[str, tuple[Callable[..., None], dict[str, st.SearchStrategy[Any]]]] =
 def test_bad_bytes_are_read_right_or_refused(what: str, effort: settings) -> None:
     check, arguments = FUZZ[what]
     effort(given(**arguments)(check))()
-
-
-REFUSED = {
-    "a split that is a number": ("x.jsonl", b'{"image": "a.jpg", "caption": "x", "split": 1}'),
-    "deep JSON": ("x.jsonl", b"[" * 100_000),
-    "a long number": ("x.jsonl", b"1" * 5000),
-    "half a character": ("x.jsonl", b'{"image": "a.jpg", "caption": "\\ud800"}'),
-    "NUL in a folder's name": ("x.csv", b"image,caption\nx\0/a.jpg,y\n"),
-    "deep Karpathy JSON": ("dataset_coco.json", b'{"images": ' + b"[" * 100_000),
-    "a number": ("dataset_coco.json", b'{"images": [{"filename": "a.jpg", "sentences": [{"raw": 1}]}]}'),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_is_refused_with_one_line(what: str) -> None:
-    name, content = REFUSED[what]
-    assert read({name: content}) is None
-
-
-def test_folders_called_like_tables_are_no_tables(tmp_path: Path) -> None:
-    for name in ("captions.txt", "x.csv", "y.json"):
-        (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="has no usable image with a caption"):
-        read_captions(tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
-        read_captions(tmp_path / ("x" * 5000))
-
-
-def test_an_archive_with_a_nameless_member_is_broken(tmp_path: Path) -> None:
-    (tmp_path / "archive").write_bytes(zipped([("", "file", "x")]))
-    with pytest.raises(UserError, match="this: the archive is broken"):
-        unpack(tmp_path / "archive", tmp_path / "files", "this")

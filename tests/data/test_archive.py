@@ -304,6 +304,7 @@ HARMFUL: dict[str, tuple[bytes, str]] = {
     "zip through a link": (unix_zip("d", stat.S_IFLNK, "/tmp", **{"d/escaped": b"x"}), "the link 'd'"),
     "zip file and folder": (zipped({"a": b"x", "a/b": b"y"}), "unsafe .*Not a directory"),
     "zip bomb": (zipped({"zeros": bytes(3_000_000)}), "unpacks to more than"),
+    "zip nameless": (unix_zip("", stat.S_IFREG, "x"), "the archive is broken"),
     "zip of many": (zipped({str(i): b"" for i in range(600)}), "unpacks to more than"),
     "zip encrypted": (encrypted_zip(), "broken .*encrypted"),
     "zip damaged": (unix_zip("a.jpg", 0, "picture").replace(b"picture", b"pasture", 1), "broken .*CRC"),
@@ -369,7 +370,6 @@ def fetching(server: Server, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", FETCH, f"{server.url}#sha256={digest(server.data)}", *words]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, text=True, **pipes)
-    assert process.stdout is not None
     assert [process.stdout.readline() for _ in ["begun", *words]] == [
         "begun\n",
         *["unpacked\n" for _ in words],

@@ -381,6 +381,23 @@ WRONG: dict[str, tuple[Files, str]] = {
     "a column twice": ({"x.csv": "image,caption,caption\na.jpg,x,y"}, "several columns caption; give them"),
     "a split twice": ({"x.csv": "image,caption,split,split\na.jpg,x,val,test"}, "several columns split"),
     "twice in Parquet": ({"x.parquet": TWICE.getvalue()}, "several columns caption"),
+    "a split that is a number": (
+        {"x.jsonl": '{"image": "a.jpg", "caption": "x", "split": 1}'},
+        "has values of the types str, str, int",
+    ),
+    "deep JSON": ({"x.jsonl": b"[" * 100_000}, "line 1 is not a JSON object .*RecursionError"),
+    "a long number": ({"x.jsonl": b"1" * 5000}, "line 1 is not a JSON object .*5000 digits"),
+    "half a character": ({"x.jsonl": '{"image": "a.jpg", "caption": "\\ud800"}'}, "row 1: it has invalid"),
+    "NUL in a folder's name": ({"x.csv": "image,caption\nx\0/a.jpg,y\n"}, "row 1: it has invalid"),
+    "deep Karpathy": ({"dataset_coco.json": b'{"images": ' + b"[" * 100_000}, "begins with .*RecursionError"),
+    "a number as a sentence": (
+        {"dataset_coco.json": '{"images": [{"filename": "a.jpg", "sentences": [{"raw": 1}]}]}'},
+        "has values of the types str, list, NoneType",
+    ),
+    "folders called like tables": (
+        dict.fromkeys(("captions.txt/x", "x.csv/x", "y.json/x"), ""),
+        "has no usable image with a caption",
+    ),
     "open quote": ({"x.csv": 'image,caption\na.jpg,"x'}, "broken at line 2.*quotes"),
     "too many fields": ({"x.csv": "caption,image\nx,y,a.jpg"}, "3 fields for 2 columns"),
     "no table": ({"a.jpg": "", "a.txt": "x"}, "has no CSV, TSV"),
@@ -416,6 +433,8 @@ def test_folders_in_a_list_and_unknown_formats(tmp_path: Path) -> None:
     write(tmp_path, {"train/a.jpg": "", "train/a.txt": "a dog", "val.csv": TABLE})
     with pytest.raises(UserError, match=r"train is not a file"):
         read_captions(Path(f"{tmp_path / 'train'},{tmp_path / 'val.csv'}"))
+    with pytest.raises(UserError, match="does not exist"):
+        read_captions(tmp_path / ("x" * 5000))
     write(tmp_path, {"x.bin": b"\0\1"})
     with pytest.raises(UserError, match="has an unknown format; expected Parquet"):
         read_captions(tmp_path / "x.bin")
