@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import options
 import pytest
@@ -39,20 +40,22 @@ def test_the_help_of_fit_is_short_and_begins_with_our_own_options(capsys: Printe
         (["fit", "--epochs=3"], "did you mean --trainer.max_epochs"),
         (["fit", "--model.optimiser.lr", "1"], "did you mean --model.optimizer.lr"),
         (["fit", "--nothing.like.it", "1"], "fit --help all lists the options"),
+        (["fit", "--model.loss", "InfoNCE", "--model.loss.nothing", "1"], "'nothing' is not accepted"),
+        (["sweep"], "FILE is missing; give it before the options of fit: a W&B sweep file, or the name of"),
+        (["sweep", "heads", "--trial", "4"], "unknown option --trial; did you mean --trials?"),
+        (["fit", "--data.root", ""], "--data.root is empty; give a value"),
+        (["fit", "--data.root="], "--data.root is empty; give a value"),
+        (["fit", "--data.cache="], "--data.cache is empty; give a value"),
+        (["cache", "list", "--folder", "/none"], "--folder /none does not exist"),
         (["nothing"], "--help lists the commands"),
         (["--versoin"], "did you mean --version?"),
         (["search", "x", "y", "--kk", "3"], "unrecognized"),
     ],
 )
-def test_misspelled_names_get_a_suggestion(words: list[str], said: str, capsys: Printed) -> None:
+def test_misspelled_names_and_missing_values(words: list[str], said: str, capsys: Printed) -> None:
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("clip-lightning: error: ") and said.lower() in line.lower()
-
-
-def test_options_of_chosen_classes_are_left_to_the_parser(capsys: Printed) -> None:
-    assert main(["fit", "--model.loss", "InfoNCE", "--model.loss.nothing", "1"]) == 2
-    assert "'nothing' is not accepted" in capsys.readouterr().err
 
 
 def test_quiet_commands_print_results_and_errors_only(tmp_path: Path, capfd: Printed) -> None:
@@ -82,13 +85,9 @@ def test_configs_env_and_completion(capsys: Printed) -> None:
         assert expected in subprocess.run(shell, check=True, capture_output=True, text=True).stdout
 
 
-def test_an_error_of_the_file_system_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(args: list[str]) -> None:
-        raise OSError(28, "No space left on device", "results.csv")
-
-    monkeypatch.setattr("clip_lightning.__main__._run", full)
+def test_an_error_of_the_file_system_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
+    full = OSError(28, "No space left on device", "results.csv")
+    monkeypatch.setattr("clip_lightning.__main__._run", Mock(side_effect=full))
     assert main(["cache", "list"]) == 1
     err = capsys.readouterr().err
     assert err.startswith(

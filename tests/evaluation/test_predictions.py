@@ -113,13 +113,6 @@ def test_the_captions_of_an_identical_image_are_its_own() -> None:
     assert (query.rank, query.wanted) == (1, images[1].captions + images[2].captions)
 
 
-def test_disagreement_is_an_error_not_a_wrong_image() -> None:
-    whole = perfect([2, 2])
-    shifted = replace(whole, text_image_id=whole.text_image_id.flip(0))
-    with pytest.raises(ValueError, match="assign a caption to another image than the records"):
-        merge_identical(shifted, records([2, 2]), range(2))
-
-
 def test_queries_are_fixed_spread_and_one_per_image() -> None:
     images = records([index % 4 for index in range(400)])
     chosen = choose_captions(images, 16, seed=3)

@@ -13,7 +13,6 @@ from hypothesis import given as drawn_from
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from clip_lightning.__main__ import main
 from clip_lightning.errors import UserError
 from clip_lightning.experiments.sweep import base_point
 from clip_lightning.experiments.sweep_file import Parameter, SweepFile, UntriedSampler, argument, read_sweep
@@ -181,21 +180,6 @@ def test_shipped_files(path: Path, tmp_path: Path) -> None:
     point = base_point(file, arguments)
     assert point is not None
     assert rehearse([*arguments, *file.arguments(point)]).config_to_save == rehearse(arguments).config_to_save
-
-
-# arguments
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "FILE is missing; give it before the options of fit: a W&B sweep file, or the name of"),
-        (["heads", "--trial", "4"], "unknown option --trial; did you mean --trials?"),
-    ],
-)
-def test_invalid_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", *arguments]) == 2
-    assert message in capsys.readouterr().err
 
 
 # draws

@@ -13,7 +13,6 @@ import torch
 from small_runs import data, trainer
 from torch import Tensor, nn
 
-from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.towers import Tower
 from clip_lightning.model.towers.open_clip import OpenCLIPImage, OpenCLIPText, build_tower
@@ -141,11 +140,6 @@ def test_memory_holds_the_activations_of_one_micro_batch() -> None:
     assert micro < saved_bytes(layer, [rows], layer) * 0.7
 
 
-def has_memory(patch: pytest.MonkeyPatch, available: int) -> None:
-    patch.setattr(gradcache.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    patch.setattr(torch.cuda, "mem_get_info", lambda device: (available, available))
-
-
 ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
@@ -162,7 +156,8 @@ def test_auto_halves_the_batch_until_it_fits_and_changes_nothing(
     strategy = SimpleNamespace(root_device=torch.device(device), reduce=lambda size, reduce_op: size)
 
     def found(available: int, ranks: int = 1) -> int | None:
-        has_memory(monkeypatch, available)
+        monkeypatch.setattr(gradcache.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (available, available))
         trainer: Any = SimpleNamespace(strategy=strategy, num_devices=ranks, is_global_zero=False)
         with torch.autocast(device, precision, enabled=precision is not None):
             return largest_micro_batch(clip, rows, trainer)
@@ -195,12 +190,6 @@ def test_auto_in_training(make_module: MakeModule, scenes: Path, tmp_path: Path,
     assert all(torch.equal(tensor, steps[1][name]) for name, tensor in steps[0].items())
 
 
-@pytest.mark.parametrize("size", [0, -3])
-def test_invalid_sizes(make_module: MakeModule, size: int) -> None:
-    with pytest.raises(UserError, match=rf"--model\.micro_batch_size {size}: expected 1 or more, or auto"):
-        make_module(micro_batch_size=size)
-
-
 # activation checkpointing
 
 
@@ -218,7 +207,7 @@ def test_the_same_gradients_with_less_in_memory(make_clip: MakeClip, image: str)
         assert little < 0.7 * much
 
 
-def test_activation_checkpointing_of_open_clip_towers(make_clip: Callable[..., CLIP]) -> None:
+def test_activation_checkpointing_of_open_clip_towers() -> None:
     vision = {"layers": 2, "width": 32, "patch_size": 16, "image_size": 32, "head_width": 16}
     text = {"context_length": 16, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
     pixels, tokens = torch.randn(2, 3, 32, 32), torch.randint(1, 50, (2, 16))
@@ -238,12 +227,8 @@ def test_activation_checkpointing_of_open_clip_towers(make_clip: Callable[..., C
         assert plain and all(torch.equal(plain[n], p.grad) for n, p in tower.named_parameters() if n in plain)
 
 
-def test_batch_norms_cannot_be_recomputed_unless_they_are_fixed(
-    make_module: MakeModule,
-) -> None:
+def test_fixed_batch_norms_can_be_recomputed(make_module: MakeModule) -> None:
     towers = TowerOptions(image_size=32, activation_checkpointing=True)
-    with pytest.raises(UserError, match=r"batch-norm statistics of .*test_resnet.* twice per batch"):
-        make_module(image_tower="random:test_resnet", freeze="none", towers=towers)
     fixed = replace(towers, fix_statistics=True)
     make_module(image_tower="random:test_resnet", freeze="none", towers=fixed)
     module = make_module(freeze="image", towers=towers)
