@@ -183,7 +183,6 @@ def fitted(root: Path, s: dict, seed: int) -> tuple[CLIPModule, Trainer]:
         batch_size=s["batch"],
         captions_per_image=s["captions"],
         cache_options=CacheOptions(views=s["views"]),
-        seed=seed,
     )
     callbacks: list[Callback] = [EMAWeightAveraging(decay=s["ema"])] if s["ema"] else []
     trainer = plain_trainer(

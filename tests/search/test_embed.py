@@ -135,9 +135,7 @@ def test_another_precision_is_refused(bundle: Path, images: Path, tmp_path: Path
     before = files(out)
     near = ("--precision", "bf16-mixed")
     for other in (near, ("--dims", 8), ("--dtype", "int8")):
-        with pytest.raises(
-            UserError, match=r"another model, precision, dims or dtype \(.*, 32-true, 16, float"
-        ):
+        with pytest.raises(UserError, match=r"another model, .*dims or dtype \(.*, 32-true, 16, float32\)"):
             embedded(capsys, bundle, images, "--out", out, *other)
     assert files(out) == before
     assert embedded(capsys, bundle, images, "--out", tmp_path / "bf16", *near)["images"] == 39
@@ -164,7 +162,7 @@ def test_short_vectors_and_int8_take_less_space(
             scores = {hit.path: hit.score for hit in index.search(query, 39)[0]}
             exact = (clip.embed_images([*scores]) @ clip.embed_texts("a star").T).flatten().tolist()
             assert [*scores.values()] == pytest.approx(exact, abs=1e-5 if dtype == "float32" else 0.02)
-        assert index.search_by_image(path, 1)[0][0].score > 0.999 and index.captions(path, 200)
+        assert index.search_by_image(path, 1)[0][0].score > 0.999
         with pytest.raises(UserError, match=rf"expected \(queries, {dims}\)"):
             index.search(np.zeros((1, 3)))
 

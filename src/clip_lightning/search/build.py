@@ -54,7 +54,7 @@ def build_index(
     folder, text_tower = EmbeddingsFolder(out), ""
     with folder.writing():
         stored = folder.manifest()
-        clip = clip.with_dims(options.dims or min(stored.width if stored else clip.dims, clip.dims))
+        clip = clip.with_dims(options.dims or min(stored.width if stored else clip.dims, clip.dims)).eval()
         old, new = _manifests(folder, clip, options, settings)
         if not embeddings_only and new.what == "captions":
             new = replace(new, what="both")

@@ -346,6 +346,9 @@ def print_metrics(metrics: dict[str, float], title: str) -> None:
         table.add_row(name, *(f"{metrics[f'{direction}_{measure}']:.1f}" for measure in MEASURES))
     Console().print(table)  # the progress bar makes rich's own console write to stderr
     print(f"rsum {metrics['rsum']:.1f}")
+    for name in metrics:
+        if name.startswith("dims") and name.endswith("_rsum"):  # of a prefix of the embeddings
+            print(f"rsum {metrics[name]:.1f} with {name[len('dims') : -len('_rsum')]} dimensions")
     if "zero_shot_top1" in metrics:
         print("zero-shot top-1 {zero_shot_top1:.1f}, top-5 {zero_shot_top5:.1f}".format_map(metrics))
 
