@@ -17,9 +17,13 @@ from wandb_server import WandbServer
 
 from clip_lightning.__main__ import main
 from clip_lightning.data.features import FeatureCache
+from clip_lightning.data.formats import read_captions
+from clip_lightning.evaluation.predictions import spaced
 from clip_lightning.experiments import backbones, run_records
 from clip_lightning.experiments.run_records import RECALLS, image_latency
 from clip_lightning.model.clip import CLIP
+from clip_lightning.model.encode import encode_texts
+from clip_lightning.model.towers import TextTower
 from clip_lightning.training.cli import rehearse
 
 Printed = pytest.CaptureFixture[str]
@@ -195,6 +199,52 @@ def test_ctrl_c_saves_and_is_resumed(words: Words, bert: Path, tmp_path: Path, m
     assert len(result(tmp_path / "c")["rows"]) == 2
 
 
+def test_scores_without_training(
+    words: Words, finished: Path, tmp_path: Path, monkeypatch: Patch, capsys: Printed
+) -> None:
+    monkeypatch.setattr(backbones, "fit", lambda *_: pytest.fail("trained"))
+    cache = finished.parent / "features"
+    before = {entry.path for entry in FeatureCache(cache).entries()}
+    images = "random:test_resnet,random:test_vit"
+    given = [*words(tmp_path / "s", data__cache=cache, image_towers=images), "--score=true"]
+    assert main([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 32 and found["seconds_per_pair"] >= 0
+    shares = [row["mutual_neighbors"] for row in found["rows"]]
+    assert len(shares) == 4 and shares == sorted(shares, reverse=True)
+    assert all(0 <= row["cka"] <= 1 and 0 <= row["mutual_neighbors"] <= 100 for row in found["rows"])
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"scores.md", "scores.csv", "scores.json"}
+    assert json.loads((tmp_path / "s" / "scores.json").read_text()) == found
+    entries = FeatureCache(cache).entries()
+    assert {entry.key["kind"] for entry in entries if entry.path not in before} <= {"image"}
+    assert main(given) == 0
+    assert "32 images" in capsys.readouterr().out
+    assert {entry.path for entry in FeatureCache(cache).entries()} == {entry.path for entry in entries}
+
+
+def test_scores_are_those_of_the_features(
+    words: Words, bert: Path, scenes: Path, tmp_path: Path, monkeypatch: Patch, capsys: Printed
+) -> None:
+    """With a broken image, and more images than are scored."""
+    monkeypatch.setattr(backbones, "MOST_IMAGES", 20)
+    root = shutil.copytree(scenes, tmp_path / "scenes")
+    train = [image for image in read_captions(root).images if image.split == "train"]
+    chosen = [train[row] for row in spaced(32, 20).tolist()]
+    chosen.pop(3).path.write_bytes(b"nothing")
+    towers = {"image_towers": "random:test_vit", "text_towers": bert, "data__root": root}
+    given = [*words(tmp_path / "s", **towers), "--score=true", "--seed_everything=5", "--json"]
+    assert main(given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 19
+    captions = [caption for image in chosen for caption in image.captions]
+    features = encode_texts(TextTower.from_name(str(bert)), captions).view(19, 5, -1).mean(1)
+    monkeypatch.setattr(backbones, "linear_cka", lambda one, other: seen.extend((one, other)) or 0.5)
+    seen: list[torch.Tensor] = []
+    assert main(given) == 0
+    assert torch.allclose(seen[1], features, atol=2e-3)  # half precision
+    assert len(seen[0]) == 19 and seen[0].isfinite().all()
+
+
 def test_a_configuration_and_precedence_of_the_command_line(
     words: Words, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -223,6 +273,8 @@ def test_a_configuration_and_precedence_of_the_command_line(
         ({"model__init_from": "bundle"}, "remove --model.init_from"),
         ({"ckpt_path": "last"}, "--ckpt_path last"),
         ({"trainer__devices": 2}, "on one device; remove --trainer.devices"),
+        ({"score": "perhaps"}, "--score: expected true or false, got perhaps"),
+        ({"score": "true", "data__cache": "off"}, "remove --data.cache off"),
     ],
 )
 def test_invalid_options_print_one_line(

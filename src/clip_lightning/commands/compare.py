@@ -72,6 +72,7 @@ def compare_backbones(
     image_towers: str = "",
     text_towers: str = "",
     seeds: PositiveInt = 1,
+    score: bool = False,
     out: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -86,8 +87,10 @@ def compare_backbones(
         image_towers: names as in --model.image_tower, separated by commas.
         text_towers: names as in --model.text_tower, separated by commas.
         seeds: number of runs per pair, each with its own seed.
+        score: `true` to train nothing, and to rank the pairs by how alike their towers see the training
+            images and their captions: neighbors that they have in common, and linear CKA.
         out: folder for the runs, the table, the plots and the page; by default a folder in `runs` that
-            depends only on the command.
+            depends only on the command. With --score, folder for the table of scores; by default none.
         json: print the table as one JSON object instead.
     """
     images, texts = ([*dict.fromkeys(map(str.strip, t.split(",")))] for t in (image_towers, text_towers))
@@ -97,9 +100,12 @@ def compare_backbones(
     if not any(re.match(r"(--config|-c)(=|$)", option) for option in options):
         options = ["--config=heads", *options]
     check_folder(out, "")
-    from clip_lightning.experiments.backbones import Backbones
+    from clip_lightning.experiments.backbones import Backbones, report_scores, score_pairs
     from clip_lightning.experiments.compare import compared, report_comparison
 
+    if score:
+        report_scores(score_pairs(images, texts, options), out, json)
+        return
     backbones = Backbones(images, texts, options, seeds, out)
     try:
         backbones.train()

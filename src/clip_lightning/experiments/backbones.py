@@ -1,27 +1,34 @@
-"""Trains every pair of an image tower and a text tower, and resumes interrupted pairs."""
+"""Trains every pair of an image tower and a text tower, resuming if interrupted, or scores them untrained."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+import time
 import traceback
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from clip_lightning.arguments import flat
 from clip_lightning.errors import UserError
+from clip_lightning.evaluation.alignment import NEIGHBORS, linear_cka, mutual_neighbors, nearest_neighbors
+from clip_lightning.evaluation.predictions import spaced
 from clip_lightning.experiments.compare import settings_of, short_tower
 from clip_lightning.experiments.run_records import COSTS_FILE, CostRecorder, RunRecord, read_folder
 from clip_lightning.files import write_json
 from clip_lightning.model.towers import ImageTower, TextTower
-from clip_lightning.reports.tables import short_names
+from clip_lightning.reports import tables
 from clip_lightning.run_folder import RunFolder
-from clip_lightning.terminal import note, one_line
+from clip_lightning.terminal import json_line, note, one_line
 from clip_lightning.training.cli import fit, rehearse
+from clip_lightning.training.extract import Extractor
+
+MOST_IMAGES = 6000  # to score a pair with; for larger data, a sample
 
 
 class Backbones:
@@ -55,7 +62,7 @@ class Backbones:
             TextTower.from_name(text, config.model.towers.max_length)
         settings = settings_of(flat(yaml.safe_load(rehearsal.config_to_save)))
         settings["data_digest"] = rehearsal.read_data(images[0], texts[0])
-        short = short_names([*images, *texts], short_tower)
+        short = tables.short_names([*images, *texts], short_tower)
         self.pairs: dict[str, tuple[Path, list[str]]] = {}  # name → folder of its runs, arguments of `fit`
         for image, text, n in product(images, texts, range(seeds)):
             seed = int(config.seed_everything) + n
@@ -122,3 +129,57 @@ def reason_of_failure(error: Exception) -> str:
         return one_line(str(error))
     traceback.print_exc()
     return f"{type(error).__name__}: {one_line(str(error))}"
+
+
+def score_pairs(images: list[str], texts: list[str], options: list[str]) -> dict[str, Any]:
+    """Return JSON values with the scores of all pairs, the best first, which need no training.
+
+    Each tower runs once over the train split. An image is compared with the mean of its captions.
+    """
+    rehearsal = rehearse(options)
+    limits = rehearsal.config["fit"].model.towers
+    image_towers = {name: ImageTower.from_name(name, limits.image_size).freeze() for name in images}
+    text_towers = {name: TextTower.from_name(name, limits.max_length).freeze() for name in texts}
+    rehearsal.read_data(images[0], texts[0])
+    data: Any = rehearsal.datamodule
+    if data.cache is None:
+        raise UserError("--score needs the feature cache; remove --data.cache off")
+    seen: dict[str, torch.Tensor] = {}
+    split, extractor = data.images("train"), Extractor.of_trainer(data.cache, rehearsal.trainer)
+    chosen = [split[row] for row in spaced(len(split), MOST_IMAGES).tolist()]
+    for name, tower in image_towers.items():
+        features = extractor.image_features(tower, chosen, 0, data.augmentation, f"images, {name}")
+        seen[name] = features.rows(range(len(chosen)))
+    readable = ~torch.stack([features.isnan().any(1) for features in seen.values()]).any(0)
+    if (count := int(readable.sum())) <= NEIGHBORS:
+        raise UserError(f"--score: {data.root} has {count} readable training images; give more (and no tars)")
+    captions = [caption for image in chosen for caption in image.captions]
+    for name, text_tower in text_towers.items():
+        features = extractor.text_features(text_tower, captions, f"captions, {name}")
+        parts = features.rows(range(len(captions))).split([len(image.captions) for image in chosen])
+        seen[name] = torch.stack([part.mean(0) for part in parts])
+    rows: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    seen = {name: features[readable] for name, features in seen.items()}
+    neighbors = {name: nearest_neighbors(features) for name, features in seen.items()}
+    for image, text in product(images, texts):
+        mutual = mutual_neighbors(neighbors[image], neighbors[text])
+        cka = linear_cka(seen[image], seen[text])
+        rows.append({"image_tower": image, "text_tower": text, "mutual_neighbors": mutual, "cka": cka})
+    seconds = (time.perf_counter() - start) / len(rows)
+    rows.sort(key=lambda row: -row["mutual_neighbors"])
+    return {"images": count, "seconds_per_pair": round(seconds, 3), "rows": rows}
+
+
+def report_scores(record: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    """Print the scores, and write them to `scores.md`, `.csv` and `.json` in the folder, if there is one."""
+    rows = record["rows"]
+    columns = [tables.column(n, [row[n] for row in rows], is_text=n.endswith("_tower")) for n in rows[0]]
+    if as_json:
+        print(json_line(record))
+    else:
+        tables.print_table(columns, len(columns))
+        print("{images:,} images, {seconds_per_pair:.1f} s per pair on cached features".format_map(record))
+    if out is not None:
+        table = tables.markdown_table(columns) + "\n"
+        tables.write_tables(out, "scores", table, tables.csv_of_records(rows), record)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -39,6 +39,12 @@ class Extractor:
     cache: FeatureCache
     device: torch.device
     precision: torch.dtype | None
+
+    @classmethod
+    def of_trainer(cls, cache: FeatureCache, trainer: Any) -> Self:
+        """Run the towers on the device of a Lightning trainer, and in its precision, in fp32 by default."""
+        autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
+        return cls(cache, trainer.strategy.root_device, autocast)
 
     def cache_frozen_towers(self, clip: CLIP, data: Any, split: str) -> None:
         """Pass the features of a split from each frozen tower to a `CaptionDataModule` after its `setup`."""

@@ -165,9 +165,7 @@ class CLIPModule(LightningModule):
             build.check_batch_norms(self.clip, getattr(data, "batch_size", 0), self.micro_batch_size)
         if getattr(data, "cache", None) is None:
             return
-        # as Lightning does in training, and in fp32 otherwise
-        autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision)
-        extractor = Extractor(data.cache, self.trainer.strategy.root_device, autocast)
+        extractor = Extractor.of_trainer(data.cache, self.trainer)
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             extractor.cache_frozen_towers(self.clip, data, split)
 
