@@ -17,6 +17,7 @@ COMMANDS = {
     "classify": ("commands.classify", "choose the label that fits an image"),
     "embed": ("commands.embed", "write embeddings of images and captions to sharded files"),
     "export": ("commands.export", "export a model as a bundle, to ONNX, to open_clip, or to the hub"),
+    "merge": ("commands.merge", "average a model and what was trained from it, to forget less"),
     "configs": ("commands.info", "list the packaged configurations with their times and scores"),
     "env": ("commands.info", "print versions, devices and folders for bug reports"),
     "completion": ("commands.info", "print a completion script for bash or zsh"),

@@ -24,15 +24,11 @@ TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 TOKENIZER_NAMES = {"added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
 
 
-def write_bundle(
-    folder: Path, tokenizer: Any, config: dict[str, Any], state: dict[str, Tensor], place: str
-) -> Path:
-    """Write a bundle; an existing one is replaced when the new one is complete, and its other files are kept.
+def files_to_keep(folder: Path) -> set[str]:
+    """Return the names in the folder that a new bundle does not replace; refuse all folders but bundles.
 
-    `config` is the content of config.json without `tokenizer_files`, and `place` the name from which the
-    example on the model card loads the model.
+    A folder that is empty or does not exist is accepted as well.
     """
-    folder = folder.absolute()
     remedy = "give a new or an empty folder"
     with as_user_error(f"the config.json in {folder} cannot be read", remedy):
         existing = read_json(folder / "config.json")
@@ -42,7 +38,19 @@ def write_bundle(
     if folder.is_file() or (present and not is_bundle):
         raise UserError(f"{folder} is a file, or contains something other than a bundle; {remedy}")
     own = {WEIGHTS, "config.json", "README.md", *TOKENIZER_NAMES, *existing.get("tokenizer_files", [])}
-    with whole_folder(folder, keep=present - own) as draft:
+    return present - own
+
+
+def write_bundle(
+    folder: Path, tokenizer: Any, config: dict[str, Any], state: dict[str, Tensor], place: str
+) -> Path:
+    """Write a bundle; an existing one is replaced when the new one is complete, and its other files are kept.
+
+    `config` is the content of config.json without `tokenizer_files`, and `place` the name from which the
+    example on the model card loads the model.
+    """
+    folder = folder.absolute()
+    with whole_folder(folder, keep=files_to_keep(folder)) as draft:
         tokenizer.save_pretrained(draft)
         names = (file.name for file in draft.iterdir() if file.suffix in TOKENIZER_SUFFIXES)
         config = config | {"tokenizer_files": sorted(names)}

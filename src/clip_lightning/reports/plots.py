@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_lightning.evaluation.metrics import DIRECTIONS
+from clip_lightning.evaluation.metrics import BEST, DIRECTIONS
 from clip_lightning.evaluation.predictions import EDGES, histogram, recall_curve, separation
 from clip_lightning.evaluation.retrieval import Embeddings, retrieval_ranks
 from clip_lightning.evaluation.zero_shot import Calibration
@@ -179,6 +179,18 @@ def plot_calibration(found: Calibration, title: str) -> bytes:
         upper.legend(loc="upper left")
         lower.bar(middles, images, width, color=MUTED)
         lower.set(xlabel="probability of the answer, %", ylabel="images")
+    return buffer.getvalue()
+
+
+def plot_merge(points: Sequence[Mapping[str, float]], metrics: Mapping[str, str], chosen: float) -> bytes:
+    """Draw the scores of averaged models over `alpha`, in percent of the best possible ones."""
+    with styled_axes(f"Merged model, alpha {chosen:g}") as (axes, buffer):
+        for name, metric in metrics.items():
+            values = [100 * point[name] / BEST.get(metric, 100) for point in points]
+            axes.plot([point["alpha"] for point in points], values, "o-", label=f"--{name}: {metric}")
+        axes.axvline(chosen, linestyle="--", color=MUTED, linewidth=1)
+        axes.set(xlabel="alpha (0: BASE, 1: TUNED)", ylabel="% of the best possible")
+        axes.legend()
     return buffer.getvalue()
 
 
