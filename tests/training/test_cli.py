@@ -294,6 +294,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "image tower cached": {"model__freeze": "image"},
     "accumulated gradients": {"trainer__accumulate_grad_batches": 2},
     "three accumulated gradients": {"trainer__accumulate_grad_batches": 3},
+    "teacher": {},
     "adapters": TRAINED | {"model__freeze": "both", "model__lora__towers": "both"},
 }
 
@@ -311,10 +312,17 @@ MOMENTS += [("cached features", 0, "validation", EPOCH)]
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
 @pytest.mark.parametrize(("way", "step", "press", "saved"), MOMENTS)
 def test_resuming_is_bit_identical(
-    command: Command, undisturbed: Undisturbed, tmp_path: Path, way: str, step: int, press: str, saved: int
+    command: Command,
+    undisturbed: Undisturbed,
+    bundle: Path,
+    tmp_path: Path,
+    way: str,
+    step: int,
+    press: str,
+    saved: int,
 ) -> None:
     """The run is stopped within the first epoch, within the second, or at its start."""
-    options = WAYS[way]
+    options = WAYS[way] | ({"model__teacher": bundle} if way == "teacher" else {})
     words = command("fit", tmp_path, **WHOLE, **options)
     assert main([*words, *at(step, press=press)]) == 130
     folder = the_run(tmp_path)

@@ -1,6 +1,6 @@
 """Training on two processes is that of one: weights, moments, metrics, checkpoints.
 
-Run as a program (`python tests/training/test_distributed.py SCENES BERT OUT`, or by torchrun with two
+Run as a program (`python tests/training/test_distributed.py SCENES BERT BUNDLE OUT`, or by torchrun with two
 processes) this file trains each way and leaves the results in OUT, where the tests read them.
 """
 
@@ -42,6 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "one tower, adapters in the other": {"lora": {"rank": 2, "towers": "text"}},
     "bf16": {"precision": "bf16-mixed"},
     "SigLIP": {"loss": "SigLIP", "matryoshka": [4]},
+    "teacher": {"freeze": "image", "teacher": True},
     "convolutions, micro-batches": {
         "image_tower": "random:test_resnet",
         "towers": {"fix_statistics": True},
@@ -62,7 +63,7 @@ TWO: dict[str, dict[str, Any]] = {
 }
 
 
-def run_everything(scenes: Path, bert: Path, out: Path) -> None:
+def run_everything(scenes: Path, bert: Path, bundle: Path, out: Path) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
 
     class Record(Callback):
@@ -110,6 +111,9 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
         options["loss"] = SigLIP() if "loss" in options else InfoNCE()
         if "lora" in options:
             options["lora"] = LoRAConfig(**options["lora"])
+        cache = str(out / "cache") if "teacher" in options else "off"
+        if "teacher" in options:
+            options["teacher"] = str(bundle)
         if way == "dropout in one graph":
             patch.setattr(gradcache, "checkpoint", lambda encode, *rows, **_: encode(*rows))
         patch.setattr(gradcache, "SMALLEST", (4, 2)[rank])
@@ -125,7 +129,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
                 part.p = 0.0
         if way == "bf16" and ranks == 1:
             torch.save({n: p.detach().clone() for n, p in module.named_parameters()}, out / f"{way}-start.pt")
-        source = data(module, scenes, batch_size=8 // ranks, captions_per_image=2)
+        source = data(module, scenes, batch_size=8 // ranks, captions_per_image=2, cache=cache)
         fit = trainer(
             out,
             Record(way),
@@ -144,7 +148,7 @@ def run_everything(scenes: Path, bert: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(scenes: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(scenes: Path, bert: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run for all tests: 7 images with 1 to 3 captions for validation, the others for training."""
     out = tmp_path_factory.mktemp("distributed")
 
@@ -152,7 +156,7 @@ def results(scenes: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) 
         return "train" if image >= 7 else "val" if caption <= image % 3 else ""
 
     root = other_split(scenes, out / "scenes", split)
-    words = [__file__, str(root), str(bert), str(out)]
+    words = [__file__, str(root), str(bert), str(bundle), str(out)]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
     two = subprocess.run(line, capture_output=True, text=True, timeout=900)
     assert two.returncode == 0, two.stderr

@@ -20,7 +20,10 @@ OF_LIGHTNING = (
     *("max_epochs", "max_time", "devices", "num_nodes", "strategy", "accelerator", "precision", "logger"),
     *("accumulate_grad_batches", "default_root_dir", "callbacks", "monitor", "patience"),
 )
-RARE = ("verbose", "weights_only", "print_config", "data.records", "predictions.seed", "predictions.folder")
+RARE = (
+    *("verbose", "weights_only", "print_config", "data.records", "predictions.seed", "predictions.folder"),
+    *("model.teacher_options.weight", "model.teacher_options.temperature"),
+)
 
 
 def read_options() -> dict[str, tuple[str, str]]:

@@ -130,6 +130,7 @@ class CaptionDataModule(LightningDataModule):
         self._content: dict[str, list[int]] = {}
         self._features: dict[str, tuple[list[Features], Features | None]] = dict.fromkeys(SPLITS, ([], None))
         """The cached views of the images of a split, and its cached captions."""
+        self._teacher: tuple[Features, Features] | None = None
 
     def prepare_data(self) -> None:
         """Download or generate the data, unless it is on this machine."""
@@ -254,6 +255,10 @@ class CaptionDataModule(LightningDataModule):
         """
         self._features[split] = images or [], texts
 
+    def use_teacher(self, images: Features, texts: Features) -> None:
+        """Add embeddings of a teacher to training batches; see `use_features` for the order of the rows."""
+        self._teacher = images, texts
+
     def content_ids(self, split: str) -> list[int]:
         """Return, for each image of a split, the position of the first image with the same bytes."""
         if split not in self._content:
@@ -311,7 +316,8 @@ class CaptionDataModule(LightningDataModule):
         size = self.batch_size if is_cached or split == "train" else min(self.batch_size, EVAL_BATCH_SIZE)
         # Reading cached rows is too little work for another process.
         workers = 0 if is_cached else self.num_workers
-        collate: Any = Collate(self.tokenize, texts)  # its input is the result of __getitems__
+        teacher = self._teacher if split == "train" else None
+        collate: Any = Collate(self.tokenize, texts, teacher)  # its input is the result of __getitems__
         return DataLoader(
             dataset,
             batch_size=size,

@@ -203,18 +203,20 @@ class Collate:
     Attributes:
         tokenize: maps N captions to `input_ids` and `attention_mask` (N, L), padded to the longest caption.
         text_features: cached features of all captions of the split, which replace tokens.
+        teacher: cached embeddings of a teacher of all images and of all captions of the training split.
     """
 
     tokenize: Callable[[list[str]], dict[str, Tensor]]
     text_features: Features | None = None
+    teacher: tuple[Features, Features] | None = None
 
     def __call__(self, samples: Samples) -> dict[str, Any]:
         """Return the batch.
 
         It has `pixel_values` uint8 (B, 3, H, W) or `image_features` (B, D); `input_ids` and `attention_mask`
         (N, L) or `text_features` (N, D); `image_id` (B,), `text_image_id` (N,) and `text_id` (N,), the rows
-        of the captions, all int64; `broken`, path → reason; and for tars B `names`. If every image is broken,
-        B and N are 0.
+        of the captions, all int64; `broken`, path → reason; for tars B `names`; and with a teacher
+        `teacher_image` (B, D) and `teacher_text` (N, D). If every image is broken, B and N are 0.
         """
         images = samples.images
         if not len(images):  # nothing can be stacked or tokenized, so add an image and drop it
@@ -227,6 +229,11 @@ class Collate:
         }
         if samples.names is not None:
             batch["names"] = samples.names
+        if self.teacher is not None:
+            images_of_teacher, texts_of_teacher = self.teacher
+            # in training, `image_id` is the row of an image with the same bytes
+            batch["teacher_image"] = images_of_teacher.rows(samples.image_id)
+            batch["teacher_text"] = texts_of_teacher.rows(samples.caption_rows)
         if images[0].ndim == 1:
             batch["image_features"] = images if isinstance(images, Tensor) else torch.stack(list(images))
         else:  # channels last in memory, as in decoded images

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
@@ -52,6 +53,25 @@ class TowerOptions:
     fix_statistics: bool = False
     activation_checkpointing: bool = False
     compile: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """Options of the teacher, whose similarities a model also learns from.
+
+    Args:
+        weight: weight of the teacher's loss, which is added to the contrastive loss.
+        temperature: temperature of the softmax over the teacher's similarities; by default the one that the
+            teacher was trained with.
+    """
+
+    weight: float = 1.0
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            option = f"model.teacher_options.{name}"
+            check_option(option, value, value is None or 0 < value < math.inf, "a number greater than 0")
 
 
 def build(

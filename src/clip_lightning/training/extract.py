@@ -17,8 +17,10 @@ from torch import Tensor
 from clip_lightning.data.captions import CaptionedImage, reading
 from clip_lightning.data.features import Compute, FeatureCache, Features
 from clip_lightning.data.images import Augmentation, augment, decode_image
+from clip_lightning.errors import UserError
+from clip_lightning.model.checkpoint import model_identity
 from clip_lightning.model.clip import CLIP
-from clip_lightning.model.encode import encode_images, encode_texts
+from clip_lightning.model.encode import Project, encode_images, encode_texts
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
 
 # Part of every key. Raise it whenever decode_image, augment, ImageTransform, `image_features` or the pooling
@@ -64,6 +66,39 @@ class Extractor:
         if clip.text_tower.frozen:
             text_features = self.text_features(clip.text_tower, data.captions(split), f"{split} captions")
         data.use_features(split, images=image_features, texts=text_features)
+
+    def cache_teacher(self, teacher: CLIP, data: Any) -> None:
+        """Pass a teacher's embeddings of all training images and captions to a `CaptionDataModule`.
+
+        The images are not augmented, whatever the student's images are. The features of the teacher's towers
+        are cached as those of frozen towers, with which they may be shared.
+        """
+        images, captions = data.images("train"), data.captions("train")
+        if not images:
+            raise UserError(
+                "--model.teacher needs image files, since tars have no cached embeddings; give --data.root a "
+                "folder or a table, or remove --model.teacher"
+            )
+        titles = "train images, teacher", "train captions, teacher"
+        image_features = self.image_features(teacher.image_tower, images, 0, Augmentation(), titles[0])
+        text_features = self.text_features(teacher.text_tower, captions, titles[1])
+        teacher.to(self.device).eval()
+        about = {"version": VERSION, "model": model_identity(teacher), "precision": str(self.precision)}
+
+        def embeddings(kind: str, project: Project, features: Features, names: Iterable[str]) -> Features:
+            rows = [*names]
+
+            @torch.inference_mode()
+            def compute(part: range) -> np.ndarray:
+                return project(features.rows(part).to(self.device)).cpu().numpy()
+
+            key = {"kind": f"{kind} embedding", "name": "teacher", "data": _digest(rows), **about}
+            return self.cache.get(key, len(rows), compute, f"{kind} embeddings of the teacher")
+
+        data.use_teacher(
+            embeddings("image", teacher.project_image, image_features, map(_identity, images)),
+            embeddings("text", teacher.project_text, text_features, captions),
+        )
 
     def image_features(
         self,

@@ -262,6 +262,39 @@ class SigLIP(ContrastiveLoss):
         return torch.stack(sums).sum() / len(own.image)
 
 
+def affinity_mimicking(
+    own: Pairs,
+    everyone: Pairs,
+    teacher_own: Pairs,
+    teacher_everyone: Pairs,
+    scale: Scalar,
+    teacher_scale: Scalar,
+) -> Tensor:
+    """Compute how far a student's affinities are from those of a teacher, as this rank's part.
+
+    For each image, the affinities are the softmax over all texts, and for each text the one over all images.
+    The loss is the mean over rows of their Kullback-Leibler divergence KL(teacher ‖ student), averaged over
+    the directions; but for the entropy of the teacher, it is the affinity mimicking of TinyCLIP (Wu et al.
+    2023) and the contrastive relational distillation of CLIP-KD (Yang et al. 2024).
+
+    Args:
+        own: the student's pairs of this rank.
+        everyone: the student's pairs of all ranks, which have equally many.
+        teacher_own: the teacher's embeddings of `own`, which may have another width.
+        teacher_everyone: the teacher's embeddings of `everyone`.
+        scale: inverse temperature of the student.
+        teacher_scale: inverse temperature of the teacher.
+    """
+
+    def divergence(own: Pairs, everyone: Pairs, teacher_own: Pairs, teacher_everyone: Pairs) -> Tensor:
+        student = (_similarities(own.image, everyone.text) * scale).log_softmax(dim=1)
+        target = (_similarities(teacher_own.image, teacher_everyone.text) * teacher_scale).log_softmax(dim=1)
+        return F.kl_div(student, target, reduction="batchmean", log_target=True)
+
+    pairs = own, everyone, teacher_own, teacher_everyone
+    return (divergence(*pairs) + divergence(*(part.swapped() for part in pairs))) / 2
+
+
 def _similarities(rows: Tensor, columns: Tensor) -> Tensor:
     """Return the products (B, N) of (B, D) and (N, D), in fp32 also under autocast."""
     with torch.autocast(rows.device.type, enabled=False):

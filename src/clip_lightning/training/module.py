@@ -28,15 +28,21 @@ from clip_lightning.evaluation.retrieval import (
     retrieval_metrics,
 )
 from clip_lightning.model import checkpoint as checkpoint_content
-from clip_lightning.model.clip import Freeze
+from clip_lightning.model.clip import CLIP, Freeze
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.model.towers import Tokenize, Tower
 from clip_lightning.timing import Stopwatch
 from clip_lightning.training import build, checkpoints, optim
-from clip_lightning.training.build import HeadOptions, TowerOptions
+from clip_lightning.training.build import HeadOptions, TeacherOptions, TowerOptions
 from clip_lightning.training.extract import Extractor
 from clip_lightning.training.gradcache import encode_in_micro_batches, largest_micro_batch
-from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs, share_of_prefixes
+from clip_lightning.training.losses import (
+    ContrastiveLoss,
+    InfoNCE,
+    Pairs,
+    affinity_mimicking,
+    share_of_prefixes,
+)
 from clip_lightning.training.optim import OptimizerConfig
 
 Batch = dict[str, Any]
@@ -54,6 +60,7 @@ class CLIPModule(LightningModule):
     (N, L), or as cached `text_features` (N, width). `image_id` (B,) identifies the images, and
     `text_image_id` (N,) the image that each text describes. `text_id` (N,) is optional and identifies the
     texts of an evaluation: a text that a sampler repeats, so that all ranks have equally many, counts once.
+    With a teacher, `teacher_image` (B, D') and `teacher_text` (N, D') are its embeddings.
 
     Attributes:
         clip: the model.
@@ -72,6 +79,8 @@ class CLIPModule(LightningModule):
         towers: TowerOptions = TowerOptions(),  # noqa: B008 (frozen, and shown by --help)
         heads: HeadOptions = HeadOptions(),  # noqa: B008
         loss: ContrastiveLoss | None = None,
+        teacher: str | None = None,
+        teacher_options: TeacherOptions = TeacherOptions(),  # noqa: B008
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         micro_batch_size: int | Literal["auto"] | None = None,
         matryoshka: list[int] | None = None,
@@ -93,6 +102,10 @@ class CLIPModule(LightningModule):
             towers: the size of the towers' inputs, and how trained towers run.
             heads: the projections from the towers' features into the shared embedding space.
             loss: `InfoNCE` (default), `SigLIP`, or the class path of your own loss.
+            teacher: a trained model, as in `init_from`, whose similarities of the training images and
+                captions the model also learns from (distillation). Its embeddings are computed once and
+                cached. It does not become part of the model.
+            teacher_options: weight of the teacher's loss, and temperature of its similarities.
             optimizer: learning rates, weight decay, warm-up and schedule.
             micro_batch_size: the number of images or captions whose activations a trained tower keeps in
                 memory at a time (gradient caching); `auto` for as many as fit; by default the complete batch.
@@ -106,6 +119,8 @@ class CLIPModule(LightningModule):
             raise UserError(f"--model.micro_batch_size {micro_batch_size}: expected 1 or more, or auto")
         self.micro_batch_size = micro_batch_size
         self.loss = loss or InfoNCE()
+        self.teacher, self.teacher_options = teacher, teacher_options
+        self._teacher_scale = 0.0  # known after `setup`
         self.optimizer = optimizer
         self.lora = lora
         self.clip = build.build(
@@ -159,13 +174,22 @@ class CLIPModule(LightningModule):
         return self.clip.tokenize
 
     def setup(self, stage: str) -> None:
-        """Run frozen towers once over the splits of this stage, if the data module has a cache."""
+        """Run frozen towers and the teacher once over the data, if the data module has a cache."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit":
             build.check_batch_norms(self.clip, getattr(data, "batch_size", 0), self.micro_batch_size)
+        teacher = self.teacher if stage == "fit" else None
         if getattr(data, "cache", None) is None:
+            if teacher is not None:
+                raise UserError(
+                    f"--model.teacher {teacher} needs the feature cache; set --data.cache auto or a folder"
+                )
             return
         extractor = Extractor.of_trainer(data.cache, self.trainer)
+        if teacher is not None:
+            model, temperature = CLIP.from_pretrained(teacher), self.teacher_options.temperature
+            self._teacher_scale = model.scale.item() if temperature is None else 1 / temperature
+            extractor.cache_teacher(model, data)
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             extractor.cache_frozen_towers(self.clip, data, split)
 
@@ -180,15 +204,26 @@ class CLIPModule(LightningModule):
         if everyone.text.requires_grad:  # its gradient ends the backward pass of the loss
             everyone.text.register_hook(lambda _: self.stopwatch.lap("loss"))
         scale, bias = self.clip.scale, self.clip.logit_bias
-        loss = share_of_prefixes(self.loss, self.matryoshka, own, everyone, scale, bias)
+        loss = contrastive = share_of_prefixes(self.loss, self.matryoshka, own, everyone, scale, bias)
+        values: dict[str, Tensor] = {}
+        if self.teacher is not None:
+            values["teacher_loss"] = self._teacher_loss(batch, own, everyone)
+            loss = contrastive + self.teacher_options.weight * values["teacher_loss"]
         if self._logs_step():
             # a loss that stays at the value at chance, the logarithm, does not learn
             chance = math.log(max(2, len(everyone.text)))
-            values = {"loss_over_ln_batch": loss.detach() / chance, "scale": self.clip.scale.detach()}
+            values |= {"loss_over_ln_batch": contrastive / chance, "scale": self.clip.scale}
             several = everyone is not own
             self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=several)
-            self.log_dict({f"train/{name}": value for name, value in values.items()}, sync_dist=several)
+            logged = {f"train/{name}": value.detach() for name, value in values.items()}
+            self.log_dict(logged, sync_dist=several)
         return loss
+
+    def _teacher_loss(self, batch: Batch, own: Pairs, everyone: Pairs) -> Tensor:
+        """Return how far the similarities of this rank's pairs are from those of the teacher."""
+        teacher = Pairs(batch["teacher_image"], batch["teacher_text"], own.image_id, own.text_image_id)
+        teachers = self._of_all_ranks(teacher)
+        return affinity_mimicking(own, everyone, teacher, teachers, self.clip.scale, self._teacher_scale)
 
     def _logs_step(self) -> bool:
         """Whether loggers receive this step, or a validation may follow that reads what was logged last."""
