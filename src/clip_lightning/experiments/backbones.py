@@ -7,7 +7,7 @@ import json
 import re
 import time
 import traceback
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def reason_of_failure(error: Exception) -> str:
 def score_pairs(images: list[str], texts: list[str], options: list[str]) -> dict[str, Any]:
     """Return JSON values with the scores of all pairs, the best first, which need no training.
 
-    Each tower runs once over the train split. An image is compared with the mean of its captions.
+    Each tower runs once over the train split. An image is compared with its first caption.
     """
     rehearsal = rehearse(options)
     limits = rehearsal.config["fit"].model.towers
@@ -153,11 +153,10 @@ def score_pairs(images: list[str], texts: list[str], options: list[str]) -> dict
     readable = ~torch.stack([features.isnan().any(1) for features in seen.values()]).any(0)
     if (count := int(readable.sum())) <= NEIGHBORS:
         raise UserError(f"--score: {data.root} has {count} readable training images; give more (and no tars)")
-    captions = [caption for image in chosen for caption in image.captions]
+    captions = [caption for image in chosen for caption in image.captions]  # all, as `fit` caches them
+    *firsts, _ = accumulate((len(image.captions) for image in chosen), initial=0)
     for name, text_tower in text_towers.items():
-        features = extractor.text_features(text_tower, captions, f"captions, {name}")
-        parts = features.rows(range(len(captions))).split([len(image.captions) for image in chosen])
-        seen[name] = torch.stack([part.mean(0) for part in parts])
+        seen[name] = extractor.text_features(text_tower, captions, f"captions, {name}").rows(firsts)
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
     seen = {name: features[readable] for name, features in seen.items()}
