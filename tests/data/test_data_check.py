@@ -16,7 +16,16 @@ from PIL import Image, ImageFilter
 
 from clip_lightning.__main__ import main
 from clip_lightning.data import check as check_module
-from clip_lightning.data.check import MOST_DIFFERENT, PLAIN, alike, groups, perceptual_hash
+from clip_lightning.data.captions import CaptionedImage
+from clip_lightning.data.check import (
+    MOST_DIFFERENT,
+    PLAIN,
+    Entry,
+    alike,
+    find_copies,
+    groups,
+    perceptual_hash,
+)
 
 Printed = pytest.CaptureFixture[str]
 Row = tuple[str, ...]
@@ -137,7 +146,7 @@ def test_fix_writes_a_clean_table(rows: list[Row], check: Any, tmp_path: Path) -
     assert status == 1, "of what was checked"
     assert found["fixed"] == {
         "path": str(fixed), "images": 11, "captions": 11,
-        "without_broken": 1, "without_leaks": 2, "without_repeats": 1,
+        "without_broken": 1, "without_leaks": 2, "without_copies": 0, "without_repeats": 1,
     }  # fmt: skip
     assert {file.name: file.read_bytes() for file in root.iterdir()} == before
     status, found = check(fixed)
@@ -213,3 +222,72 @@ def test_a_name_that_is_not_utf8_is_left_out(tmp_path: Path, check: Any) -> None
     status, found = check(tmp_path)
     assert (status, found["images"]) == (1, 3)
     assert found["left_out"] == {"3?.jpg": "its name is not UTF-8; rename it"}
+
+
+def test_copies_in_other_data_are_found_and_left_out(
+    rows: list[Row], check: Any, tmp_path: Path, capsys: Printed
+) -> None:
+    root, other = tmp_path / "data", tmp_path / "other"
+    other.mkdir()
+    for number in range(200, 230):
+        blobs(number).save(other / f"{number}.jpg")
+    kinds = {
+        "0": lambda image: image.resize((48, 36)),
+        "1": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        "2": lambda image: image.crop((3, 5, 3 + 86, 5 + 65)),
+        "3": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).crop((9, 0, 96, 65)),
+    }
+    for name, change in kinds.items():
+        change(Image.open(root / f"{name}.jpg")).save(other / f"copy-{name}.jpg", quality=70)
+    Image.open(root / "4.jpg").crop((5, 3, 92, 69)).save(root / "cropped.jpg")  # the copy has more than ours
+    shutil.move(root / "4.jpg", other / "copy-cropped.jpg")
+    shutil.copy(root / "5.jpg", other / "the-same.jpg")
+    (other / "broken.jpg").write_bytes(b"")
+    for file in other.glob("*.jpg"):
+        file.with_suffix(".txt").write_text("a caption")
+    fixed = tmp_path / "clean.csv"
+    ours = [*(row for row in rows if row[0] != "4.jpg"), ("cropped.jpg", "more", "train")]
+    options = f"--against={other}", f"--fix={fixed}", f"--out={tmp_path / 'out'}"
+    status, found = check(ours, *options, "--read.max_broken=0.5")
+    assert status == 1
+    assert found["against"] == str(other)
+    assert found["against_same"] == {"5.jpg": "the-same.jpg"}
+    assert found["against_alike"] == {f"{name}.jpg": f"copy-{name}.jpg" for name in [*kinds, "cropped"]}
+    assert found["errors"] == [
+        "1 image byte-identical to one in the other data (leakage): 5.jpg (the-same.jpg)"
+    ]
+    assert found["warnings"][0].startswith(
+        "5 images similar to one in the other data (leakage): 0.jpg (copy-0.jpg)"
+    )
+    assert found["fixed"]["without_copies"] == 6
+    kept = {line["image"] for line in csv.DictReader(fixed.read_text().splitlines())}
+    assert kept == {f"data/{number}.jpg" for number in range(6, 12)}
+    page = (tmp_path / "out" / "check.html").read_text()
+    assert page.count("<figure>") == 2 * 6 + 12 and "copy-cropped.jpg" in page
+    assert main(["data", "check", str(root), "--against", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_the_closest_copy_equals_that_of_a_brute_force_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "FEW", 3)
+    monkeypatch.setattr(check_module, "MOST_DIFFERENT_VIEWS", 127)
+    rng = np.random.default_rng(0)
+
+    def entries(count: int) -> list[Entry]:
+        views = rng.choice(np.array([-1, 1], np.int8), (count, 4, 256))
+        image = CaptionedImage(Path(), ())
+        return [
+            Entry(image, f"{n}", "", sha256=f"{rng.random()}", looks=v[0], views=v)
+            for n, v in enumerate(views)
+        ]
+
+    ours, theirs = entries(7), entries(8)
+    expected = {}
+    for one in ours:
+        bits = [
+            min([(one.looks != v).sum() for v in other.views] + [(v != other.looks).sum() for v in one.views])
+            for other in theirs
+        ]
+        expected[one.name] = theirs[int(np.argmin(bits))].name
+    assert find_copies(ours, theirs) == {"against_same": {}, "against_alike": expected}
+    assert find_copies(ours, []) == {"against_same": {}, "against_alike": {}}

@@ -1,4 +1,4 @@
-"""`clip-lightning data check|convert|upload` checks captioned images, writes tars, or uploads to W&B."""
+"""`clip-lightning data check|convert|upload` checks data, writes tars, or uploads to W&B."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import check_folder, print_result, run_functions
-from clip_lightning.data.captions import count_lost, split_by_image
+from clip_lightning.data.captions import CaptionSet, count_lost, split_by_image
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import note
@@ -21,6 +21,7 @@ def check(
     root: str,
     *,
     read: ReadOptions = RECOGNIZED,
+    against: str | None = None,
     text_tower: str | None = None,
     max_length: int | None = None,
     num_workers: PositiveInt | None = None,
@@ -31,30 +32,29 @@ def check(
     """Open every image as training would, and print what is wrong with the data; errors exit with status 1.
 
     Errors are images that cannot be read, rows that cannot be used, and byte-identical images in more than
-    one split. Warnings are about images that look the same, and about captions that are repeated, shared by
-    several images, or too long.
+    one split or in the data of --against. Warnings are about images that look the same, and about captions
+    that are repeated, shared by several images, or too long.
 
     Args:
         root: the data, as for `fit --data.root`: a folder, an annotation file, hf:OWNER/NAME, ...
         read: layout, columns and splits, as for `fit`.
+        against: other data, such as a benchmark; reports images that it contains, too, also if they are
+            re-encoded, cropped by a tenth or mirrored.
         text_tower: name of a text tower; counts the captions that its tokenizer truncates or does not know.
         max_length: number of tokens at which captions are truncated; by default 77 or the tower's own limit.
         num_workers: number of threads that open images; by default one per core.
         out: folder for check.html and check.json.
         fix: name of a new CSV file to write, without unreadable images, repeated captions, and copies of
-            images in other splits; train on it with `fit --data.root FILE`.
+            images in other splits or in the data of --against; train on it with `fit --data.root FILE`.
         json: print one JSON object instead.
     """
-    from clip_lightning.data.check import as_text, find, open_all, write_cleaned
-    from clip_lightning.data.sources import find_source, read_source
+    from clip_lightning.data.check import as_text, check_new_table, find, find_copies, open_all, write_cleaned
     from clip_lightning.reports.pages import write_check
 
     check_folder(out, root)
-    if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
-        raise UserError(f"--fix {fix}: expected the name of a new .csv file; existing files are kept")
-    source = find_source(root, read)
-    source.fetch()
-    captions = read_source(source, read)
+    check_new_table(fix)
+    captions = _read(root, read)
+    other_data = None if against is None else _read(against, RECOGNIZED)
     try:
         parts = split_by_image(captions, read.splits)
     except UserError as error:  # there are too few images to split, but they can still be checked
@@ -67,19 +67,33 @@ def check(
         tokenize = TextTower.from_name(text_tower, max_length).tokenize
         texts = [caption for image in captions.images for caption in image.captions]
         lost = {"text_tower": text_tower, **count_lost(tokenize, texts)}
-    entries = open_all(captions, parts, num_workers)
-    report = find(captions, entries, lost)
+    entries = open_all(captions, parts, num_workers, views=against is not None)
+    others = open_all(other_data, {}, num_workers, views=True) if other_data else []
+    report = find(captions, entries, lost, find_copies(entries, others) | {"against": against})
     if out is not None:
-        write_check(report, entries, out)
+        write_check(report, entries, out, others)
         note(f"page: {out / 'check.html'}")
     text = as_text(report)
     if fix is not None:
-        report["fixed"] = fixed = write_cleaned(report, entries, fix)
-        text += f"\nwrote {fix} with {fixed['images']:,} images and {fixed['captions']:,} captions; "
-        text += f"next: clip-lightning fit --data.root {quote(str(fix))}"
+        report["fixed"] = write_cleaned(report, entries, fix)
+        text += _next(report["fixed"])
     print_result(report, text, json)
     if report["errors"]:
         raise SystemExit(1)
+
+
+def _read(root: str, read: ReadOptions) -> CaptionSet:
+    from clip_lightning.data.sources import find_source, read_source
+
+    source = find_source(root, read)
+    source.fetch()
+    return read_source(source, read)
+
+
+def _next(fixed: dict[str, Any]) -> str:
+    """Describe the table that `--fix` has written."""
+    written = f"wrote {fixed['path']} with {fixed['images']:,} images and {fixed['captions']:,} captions"
+    return f"\n{written}; next: clip-lightning fit --data.root {quote(fixed['path'])}"
 
 
 def convert(

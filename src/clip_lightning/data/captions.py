@@ -77,15 +77,15 @@ class CaptionSet:
     def digest(self) -> str:
         """Return the SHA-256 (hex) of names, captions, splits and file sizes, equal on every machine."""
         sha = hashlib.sha256()
-        named = ((_name(image.path, self.root), image) for image in self.images)
+        named = ((relative_name(image.path, self.root), image) for image in self.images)
         for name, image in sorted(named, key=lambda pair: pair[0]):
             row = name, str(_size(image.path)), image.split or "", *image.captions
             sha.update("\0".join(row).encode() + b"\n")
         return sha.hexdigest()
 
 
-def _name(path: Path, root: Path) -> str:
-    # annotation files may name images outside of the root
+def relative_name(path: Path, root: Path) -> str:
+    """Return the path of an image relative to a folder, which it may be outside of."""
     return Path(os.path.relpath(path, root)).as_posix()
 
 
@@ -163,7 +163,7 @@ def _draw(
         groups.setdefault(group, []).append(place)
 
     def rank(places: Iterable[int]) -> bytes:
-        name = min(_name(images[place].path, root) for place in places)
+        name = min(relative_name(images[place].path, root) for place in places)
         return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
 
     queue = deque(sorted(groups.values(), key=rank))

@@ -1,6 +1,7 @@
 """Check a data set: open every image once, report problems, and write a table without them.
 
-The original files are never changed. N images; every perceptual hash has 256 bits, stored as 1 and -1.
+The original files are never changed. N images, V views of an image; every perceptual hash has 256 bits,
+stored as 1 and -1.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from clip_lightning.cpu import cores
-from clip_lightning.data.captions import SPLITS, CaptionedImage, CaptionSet, lost_lines, shared_captions
+from clip_lightning.data.captions import (
+    SPLITS,
+    CaptionedImage,
+    CaptionSet,
+    lost_lines,
+    relative_name,
+    shared_captions,
+)
 from clip_lightning.data.images import BrokenImage, decode_bytes, read_file
 from clip_lightning.errors import UserError
 from clip_lightning.files import write_atomically
@@ -38,20 +46,27 @@ SIDE, KEPT = 32, 16
 MOST_DIFFERENT = 40
 PLAINEST = 2.0
 BLOCK = 4096
+# Views of a copy of 80 pixels: side and number of places per axis of square crops, so that one of them is
+# close to any crop that keeps 90 % of each side or more.
+COPY, CROPS = 80, ((80, 1), (76, 3), (72, 4), (64, 1))
+MOST_DIFFERENT_VIEWS = 60
 GROUPS = ("same", "alike", "leaks", "alike_leaks")
 ERRORS = {
     "broken": ("image", "cannot be read"),
     "left_out": ("annotation", "cannot be used"),
     "leaks": ("group", "of byte-identical images in more than one split (leakage)"),
+    "against_same": ("image", "byte-identical to one in the other data (leakage)"),
 }
 WARNINGS = {
     "alike_leaks": ("group", "of images that look the same in more than one split (leakage)"),
+    "against_alike": ("image", "similar to one in the other data (leakage)"),
     "within": ("group", "of images that look the same within a split"),
     "repeats": ("image", "with repeated captions"),
     "shared": ("caption", "shared by several images"),
     "small": ("image", f"with a side of less than {SMALLEST} pixels"),
     "unused": ("image", "in no split, which training does not use"),
 }
+FEW = 256  # images whose views are compared at a time
 PLAIN = np.zeros(KEPT**2, np.int8)  # the hash of an image that is so plain that any other would be noise
 _DCT = np.cos(np.pi / SIDE * (np.arange(SIDE) + 0.5) * np.arange(KEPT)[:, None])
 
@@ -67,35 +82,45 @@ class Entry:
     short_side: int = 0  # pixels
     sha256: str = ""  # of the file
     looks: np.ndarray = field(default_factory=lambda: PLAIN)
+    views: np.ndarray | None = None  # hashes (V, 256) of crops and mirror images
 
 
 Report = dict[str, Any]
 
 
 def open_all(
-    captions: CaptionSet, parts: Mapping[str, Sequence[CaptionedImage]], workers: int | None = None
+    captions: CaptionSet,
+    parts: Mapping[str, Sequence[CaptionedImage]],
+    workers: int | None = None,
+    views: bool = False,
 ) -> list[Entry]:
-    """Open every image in `workers` threads (by default one per core), with a progress bar on stderr."""
+    """Open every image in `workers` threads (by default one per core), with a progress bar on stderr.
+
+    `views` are for `find_copies`.
+    """
     split_of = {image.path: name for name, images in parts.items() for image in images}
 
     def opened(image: CaptionedImage) -> Entry:
-        name = Path(os.path.relpath(image.path, captions.root)).as_posix()
+        name = relative_name(image.path, captions.root)
         entry = partial(Entry, image, name, split_of.get(image.path, "none"))
         try:
             content = read_file(image.path, pauses=())
             pixels = decode_bytes(content)
         except BrokenImage as error:
             return entry(str(error))
-        return entry(
-            None, min(pixels.shape[1:]), hashlib.sha256(content).hexdigest(), perceptual_hash(pixels)
-        )
+        hashes = perceptual_hash(pixels), view_hashes(pixels) if views else None
+        return entry(None, min(pixels.shape[1:]), hashlib.sha256(content).hexdigest(), *hashes)
 
     images, threads = captions.images, workers or cores()
     return list(thread_map(opened, images, max_workers=threads, desc="open", unit=" images"))
 
 
-def find(captions: CaptionSet, entries: Sequence[Entry], lost: dict[str, Any] | None = None) -> Report:
+def find(
+    captions: CaptionSet, entries: Sequence[Entry], lost: Report | None, copies: Mapping[str, Any]
+) -> Report:
     """Compare all images with each other, and return a report as plain JSON values.
+
+    `copies` has the name of other data, `against`, and what `find_copies` found there.
 
     It has `errors` and `warnings`, one line per kind of problem; groups of images with the `same` bytes, and
     of images that look `alike`; those in several splits, `leaks` and `alike_leaks`; and counts.
@@ -128,6 +153,7 @@ def find(captions: CaptionSet, entries: Sequence[Entry], lost: dict[str, Any] | 
         "captions_shared": len(shared),
         "most_shared": dict(shared.most_common(MOST_SHARED)),
         "captions_cut": lost,
+        **copies,
     }
     within = [group for group in looking if not _crosses(group)]
     found = report | {
@@ -196,29 +222,44 @@ def write_cleaned(report: Report, entries: Sequence[Entry], path: Path) -> dict[
     that scores keep their meaning. Images are named relative to the table.
     """
     split_of = {entry.name: entry.split for entry in entries}
+    copied = {*report["against_same"], *report["against_alike"]}
     leaked: set[str] = set()
     for group in report["leaks"] + report["alike_leaks"]:
         kept = next(split for split in reversed(SPLITS) if split in map(split_of.get, group))
         leaked |= {name for name in group if split_of[name] not in (kept, "none")}
-    kept_entries = [e for e in entries if e.broken is None and e.name not in leaked and e.split != "none"]
-    if not kept_entries:
-        raise UserError(f"--fix {path}: no image would be left; fix the errors above first")
+    kept_entries = [
+        entry
+        for entry in entries
+        if entry.broken is None and entry.name not in leaked | copied and entry.split != "none"
+    ]
     rows = [
-        (Path(os.path.relpath(entry.image.path, path.absolute().parent)).as_posix(), text, entry.split)
+        (entry.image.path, text, entry.split)
         for entry in kept_entries
         for text in dict.fromkeys(entry.image.captions)
     ]
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("image", "caption", "split"), *rows])
-    write_atomically(path, table.getvalue().encode())
-    return {
-        "path": str(path),
-        "images": len(kept_entries),
-        "captions": len(rows),
+    return write_table(path, rows) | {
         "without_broken": len(report["broken"]),
         "without_leaks": len(leaked),
+        "without_copies": len(copied),
         "without_repeats": _captions(kept_entries) - len(rows),
     }
+
+
+def check_new_table(fix: Path | None) -> None:
+    """Refuse a table to write that exists or has another format."""
+    if fix is not None and (fix.suffix.lower() != ".csv" or fix.exists()):
+        raise UserError(f"--fix {fix}: expected the name of a new .csv file; existing files are kept")
+
+
+def write_table(path: Path, rows: Sequence[tuple[Path, str, str]]) -> dict[str, Any]:
+    """Write images (named relative to the table), captions and splits as CSV, and return counts."""
+    if not rows:
+        raise UserError(f"--fix {path}: no image would be left; fix the errors above first")
+    folder, table = path.absolute().parent, io.StringIO()
+    named = ((relative_name(image, folder), text, split) for image, text, split in rows)
+    csv.writer(table, lineterminator="\n").writerows([("image", "caption", "split"), *named])
+    write_atomically(path, table.getvalue().encode())
+    return {"path": str(path), "images": len({image for image, _, _ in rows}), "captions": len(rows)}
 
 
 def _grouped(entries: Sequence[Entry]) -> list[list[list[Entry]]]:
@@ -237,14 +278,67 @@ def _grouped(entries: Sequence[Entry]) -> list[list[list[Entry]]]:
 
 def perceptual_hash(pixels: Tensor) -> np.ndarray:
     """Compare the 16 × 16 lowest frequencies of a small copy of uint8 (3, H, W) with their median (pHash)."""
+    return _hashes(_gray_copy(pixels, SIDE)[None])[0]
+
+
+def view_hashes(pixels: Tensor) -> np.ndarray:
+    """Return the hashes (V, 256) of crops of uint8 (3, H, W) and of their mirror images."""
+    copy, views = _gray_copy(pixels, COPY), []
+    for side, count in CROPS:
+        places = np.linspace(0, COPY - side, count).round().astype(int)
+        crops = [copy[None, None, y : y + side, x : x + side] for y in places for x in places]
+        views.append(functional.interpolate(torch.cat(crops), (SIDE, SIDE), mode="bilinear", antialias=True))
+    small = torch.cat(views)[:, 0]
+    return _hashes(torch.cat([small, small.flip(-1)]))
+
+
+def _gray_copy(pixels: Tensor, side: int) -> Tensor:
     red, green, blue = pixels.to(torch.float32)
     gray = 0.299 * red + 0.587 * green + 0.114 * blue
-    small = functional.interpolate(gray[None, None], (SIDE, SIDE), mode="bilinear", antialias=True)
-    copy = small[0, 0].numpy()
-    if copy.std() < PLAINEST:
-        return PLAIN
-    frequencies = (_DCT @ copy @ _DCT.T).ravel()
-    return np.where(frequencies > np.median(frequencies), 1, -1).astype(np.int8)
+    return functional.interpolate(gray[None, None], (side, side), mode="bilinear", antialias=True)[0, 0]
+
+
+def _hashes(small: Tensor) -> np.ndarray:
+    """Return the hashes (V, 256) of gray copies (V, 32, 32)."""
+    copies = small.numpy()
+    frequencies = (_DCT @ copies @ _DCT.T).reshape(len(copies), -1)
+    hashes = np.where(frequencies > np.median(frequencies, axis=1, keepdims=True), 1, -1).astype(np.int8)
+    return np.where(copies.std((1, 2))[:, None] < PLAINEST, PLAIN, hashes)
+
+
+def find_copies(entries: Sequence[Entry], others: Sequence[Entry]) -> dict[str, Any]:
+    """Return the images that other data contains, too: the name of each, and of its closest copy there.
+
+    They have the same bytes (`against_same`), or one looks like a view of the other (`against_alike`). A pair
+    of images takes 2 × V × 512 operations.
+    """
+    ours, theirs = ([one for one in images if one.broken is None] for images in (entries, others))
+    digests = {other.sha256: other.name for other in reversed(theirs)}
+    same = {entry.name: digests[entry.sha256] for entry in ours if entry.sha256 in digests}
+    similar = {}
+    for start in tqdm(range(0, len(ours) if theirs else 0, FEW), "compare", disable=not theirs):
+        block = ours[start : start + FEW]
+        chunks = (theirs[other : other + FEW] for other in range(0, len(theirs), FEW))
+        products, places = torch.cat([_view_products(block, chunk) for chunk in chunks], 1).max(1)
+        for entry, product, place in zip(block, products.tolist(), places.tolist(), strict=True):
+            if product >= KEPT**2 - 2 * MOST_DIFFERENT_VIEWS and entry.name not in same:
+                similar[entry.name] = theirs[place].name
+    return {"against_same": same, "against_alike": similar}
+
+
+def _view_products(ours: Sequence[Entry], theirs: Sequence[Entry]) -> Tensor:
+    """Return the largest product (N, M) of the hash of one image and a view of the other."""
+    looks, views = (
+        [
+            torch.from_numpy(np.stack([getattr(entry, name) for entry in part])).float()
+            for part in (ours, theirs)
+        ]
+        for name in ("looks", "views")
+    )
+    return torch.maximum(
+        (views[0].flatten(0, 1) @ looks[1].T).unflatten(0, (len(ours), -1)).amax(1),
+        (looks[0] @ views[1].flatten(0, 1).T).unflatten(1, (len(theirs), -1)).amax(2),
+    )
 
 
 def alike(hashes: Sequence[np.ndarray]) -> list[tuple[int, int]]:

@@ -103,14 +103,18 @@ def embedded(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def write_check(found: check.Report, entries: Sequence[check.Entry], folder: Path) -> None:
-    """Write the results of `data check` as `check.json` and `check.html` into the folder."""
+def write_check(
+    found: check.Report, entries: Sequence[check.Entry], folder: Path, others: Sequence[check.Entry] = ()
+) -> None:
+    """Write the results of `data check`, also against other images, as `check.json` and `check.html`."""
     write_json(folder / "check.json", found)
     readable = [entry for entry in entries if entry.broken is None]
     sides = [entry.short_side for entry in readable]
     words = [len(caption.split()) for entry in entries for caption in entry.image.captions]
     counted = (sides, "Short side in pixels", "images"), (words, "Words per caption", "captions")
     leaks, unusable = found["leaks"] + found["alike_leaks"], found["broken"] | found["left_out"]
+    copies = {f"{found['against']}: {other.name}": other for other in others}
+    copied = (found["against_same"] | found["against_alike"]).items()
     sample = random.Random(0).sample(readable, min(MOST_CHECKED, len(readable)))
     write_html(
         folder / "check.html",
@@ -121,6 +125,7 @@ def write_check(found: check.Report, entries: Sequence[check.Entry], folder: Pat
         galleries={
             "Identical files in different splits": found["leaks"],
             "Near duplicates in different splits": found["alike_leaks"],
+            "Copies in the other data": [[name, f"{found['against']}: {copy}"] for name, copy in copied],
             "Near duplicates in one split": [group for group in found["alike"] if group not in leaks],
             "Random sample": [[entry.name] for entry in sample],
         },
@@ -128,6 +133,6 @@ def write_check(found: check.Report, entries: Sequence[check.Entry], folder: Pat
             "Images that cannot be used": dict(islice(unusable.items(), MOST_LISTED)),
             "Captions shared by several images": found["most_shared"],
         },
-        entries={entry.name: entry for entry in entries},
+        entries={entry.name: entry for entry in entries} | copies,
         most=MOST_CHECKED,
     )
