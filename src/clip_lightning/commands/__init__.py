@@ -6,7 +6,7 @@ COMMANDS = {
     "fit": ("training.cli", "train a model, or resume a run (--ckpt_path last)"),
     "validate": ("training.cli", "score a checkpoint on the validation split"),
     "test": ("training.cli", "score a checkpoint on the test split"),
-    "data": ("commands.data", "check captioned images, convert them to tars, or upload them to W&B"),
+    "data": ("commands.data", "check or audit captioned images, write tars, or upload to W&B"),
     "compare": ("commands.compare", "rank finished runs from their folders or a W&B project"),
     "compare-backbones": ("commands.compare", "train and rank every pair of image and text towers"),
     "sweep": ("commands.sweep", "search hyperparameters with a W&B sweep file"),

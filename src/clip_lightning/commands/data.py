@@ -1,4 +1,4 @@
-"""`clip-lightning data check|convert|upload` checks data, writes tars, or uploads to W&B."""
+"""`clip-lightning data check|audit|convert|upload` checks data, writes tars, or uploads to W&B."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import check_folder, print_result, run_functions
-from clip_lightning.data.captions import CaptionSet, count_lost, split_by_image
+from clip_lightning.data.captions import CaptionSet, count_lost, relative_name, split_by_image
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import note
@@ -80,6 +80,66 @@ def check(
     print_result(report, text, json)
     if report["errors"]:
         raise SystemExit(1)
+
+
+def audit(
+    root: str,
+    *,
+    read: ReadOptions = RECOGNIZED,
+    model: str | None = None,
+    cache: Path | None = None,
+    out: Path | None = None,
+    fix: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Find captions that do not describe their image, such as swapped ones.
+
+    Frozen towers encode all images and captions once. Each caption is judged by heads that were fitted on
+    other images: by its similarity to the image, and to the image's other captions. A comparison with
+    captions of random other images estimates how many are wrong, and which can be accused with a precision of
+    90 %.
+
+    Args:
+        root: the data, as for `fit --data.root`, with 100 images or more; all splits take part.
+        read: layout, columns and splits, as for `fit`.
+        model: a bundle, a run folder, a checkpoint, a Hugging Face hub id, or
+            wandb:ENTITY/PROJECT/NAME:ALIAS, whose towers are used; by default those of `fit --config heads`.
+        cache: folder of the feature cache; by default the one of `fit`.
+        out: folder for audit.html, which shows the surest suspects with their images, and audit.json.
+        fix: name of a new CSV file to write, without the accused captions; train on it with
+            `fit --data.root FILE`.
+        json: print one JSON object instead, with all accused captions as `suspects`, the surest first.
+    """
+    from clip_lightning.data.check import check_new_table, write_table
+    from clip_lightning.data.features import FeatureCache
+    from clip_lightning.experiments import audit as auditing
+    from clip_lightning.files import cache_folder
+    from clip_lightning.reports.pages import write_audit
+
+    check_folder(out, root)
+    check_new_table(fix)
+    data = _read(root, read)
+    parts = split_by_image(data, read.splits)
+    used = {image.path for part in parts.values() for image in part}
+    unused = [image for image in data.images if image.path not in used]
+    cached = FeatureCache(cache or cache_folder("features"))
+    report = auditing.audit(data, parts | {"unused": unused}, model, cached)
+    text = auditing.as_text(report)
+    if out is not None:
+        write_audit(report, data, out)
+        note(f"page: {out / 'audit.html'}")
+    if fix is not None:
+        accused = {(one["image"], one["caption"]) for one in report["suspects"]}
+        rows = [
+            (image.path, caption, split)
+            for split, part in parts.items()
+            for image in part
+            for caption in image.captions
+            if (relative_name(image.path, data.root), caption) not in accused
+        ]
+        report["fixed"] = write_table(fix, rows)
+        text += _next(report["fixed"])
+    print_result(report, text, json)
 
 
 def _read(root: str, read: ReadOptions) -> CaptionSet:
@@ -195,4 +255,4 @@ def upload(
     print_result({"artifact": name, **metadata}, text, json)
 
 
-run = partial(run_functions, {"check": check, "convert": convert, "upload": upload})
+run = partial(run_functions, {"check": check, "audit": audit, "convert": convert, "upload": upload})

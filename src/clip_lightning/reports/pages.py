@@ -16,6 +16,7 @@ import jinja2
 from PIL import Image, ImageOps
 
 from clip_lightning.data import check
+from clip_lightning.data.captions import CaptionSet, relative_name
 from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.evaluation.predictions import Query, spaced
 from clip_lightning.files import write_atomically, write_json
@@ -24,6 +25,7 @@ from clip_lightning.reports.plots import LINE, Plot, plot_counts
 SHOWN = 6  # queries of each kind above the fold
 MOST_MOVES = 8  # ranks of a query over the epochs
 MOST_CHECKED, MOST_LISTED = 40, 200  # groups of images of each kind, and images that cannot be used
+MOST_AUDITED = 200  # accused captions
 SIDE, MOST_KEPT = 256, 256  # pixels of a thumbnail, and cached thumbnails
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parents[1]),
@@ -101,6 +103,14 @@ def embedded(path: Path) -> str:
     buffer = BytesIO()
     thumbnail(path).save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_audit(found: Mapping[str, Any], data: CaptionSet, folder: Path) -> None:
+    """Write the results of `data audit` as `audit.json` and `audit.html` into the folder."""
+    write_json(folder / "audit.json", found)
+    images = {relative_name(image.path, data.root): image for image in data.images}
+    title = f"Data audit: {found['root']}"
+    write_html(folder / "audit.html", "audit", title=title, found=found, images=images, most=MOST_AUDITED)
 
 
 def write_check(
