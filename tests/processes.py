@@ -1,10 +1,13 @@
-"""Runs of `clip-lightning` in processes of their own, and what they leave."""
+"""Runs of `clip-lightning` in processes of their own, what ends them, and what they leave."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 
-def clip_lightning(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def clip_lightning(
+    *words: object, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "clip_lightning", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(line, env=os.environ | environment, capture_output=True, text=True, timeout=timeout)
 
 
 def the_run(root: Path) -> Path:
@@ -38,6 +43,35 @@ def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert all(torch.equal(value, second["state"][key][name]) for name, value in state.items())
 
 
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Do the work in a child that is killed at the given one of all changes to the disk; whether it was."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        changes = 0
+
+        def counted(change: Callable[..., object]) -> Callable[..., object]:
+            def counting(*args: object, **options: object) -> object:
+                nonlocal changes
+                changes += 1
+                if changes == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return change(*args, **options)
+
+            return counting
+
+        for name in ("fsync", "replace", "link", "mkdir", "unlink", "rmdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
 class EndsAt(Callback):
     """Notes process and step when a step begins, and sends a signal to one rank or all at a step."""
 
@@ -54,6 +88,47 @@ class EndsAt(Callback):
             os.kill(os.getpid(), self.signum)
 
 
+class At(Callback):
+    """At a step, stops now, or presses Ctrl-C.
+
+    Ctrl-C may also come within a validation, or while the gradients of that step are accumulated.
+    """
+
+    def __init__(self, step: int, press: str = "now") -> None:
+        self.step, self.press = step, press
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step != self.step or self.press in ("validation", "window"):
+            return
+        if self.press == "step":
+            signal.raise_signal(signal.SIGINT)
+        else:
+            raise KeyboardInterrupt
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if self.press == "window" and trainer.global_step == self.step and ready == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if self.press == "validation":
+            raise KeyboardInterrupt
+
+
+class Linger(Callback):
+    """Once a step is reached, says so in a file, and waits to be killed, or for the file to be removed."""
+
+    def __init__(self, step: int, note: str) -> None:
+        self.step, self.note = step, note
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            time.sleep(2)  # what was logged is on its way
+            Path(self.note).touch()
+            while Path(self.note).exists():
+                time.sleep(0.05)
+
+
 def ends_at(notes: Path, **options: Any) -> dict[str, Any]:
     """Return the options of `fit` for this callback."""
     given = {"notes": notes, **options}
@@ -65,7 +140,6 @@ class Loop:
     """As much of a trainer as the callbacks for signals and checkpoints ask for."""
 
     is_global_zero, global_step, world_size, received_sigterm = True, 3, 1, False
-    strategy: object = None
 
     def __init__(
         self, started: int = 3, processed: int = 3, accumulated: int = 1, last: bool = False

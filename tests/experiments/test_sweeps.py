@@ -32,21 +32,6 @@ INFINITE: dict[str, Any] = {"method": "random", "parameters": {LR: {"min": 0.001
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
-class Touches(Callback):
-    """At a step, writes a file and is slow from then on; without a file it presses Ctrl-C."""
-
-    def __init__(self, step: int, note: str | None = None) -> None:
-        self.step, self.note = step, note
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step < self.step:
-            return
-        if self.note is None:
-            raise KeyboardInterrupt
-        Path(self.note).touch()
-        time.sleep(60)
-
-
 class Meets(Callback):
     """Waits until a second process trains, too."""
 
@@ -162,8 +147,7 @@ def test_a_finite_space_ends_and_trials_print_warnings(search: Search, folder: P
 def test_a_failed_trial_is_printed_and_retried(search: Search, folder: Path, capsys: Printed) -> None:
     """As is one that was interrupted any number of times."""
     arguments = search(grid(lr=[0.01]))
-    touches = "--trainer.callbacks=test_sweeps.Touches"
-    failing = [touches, "--trainer.callbacks.step=0", "--trainer.callbacks.note=/none/there"]
+    failing = [f"--trainer.callbacks{end}" for end in ("=processes.Linger", ".step=0", ".note=/none/there")]
     assert main([*arguments, *failing, "--json"]) == 1
     said = capsys.readouterr()
     (row,) = json.loads(said.out)["trials"]
@@ -173,7 +157,7 @@ def test_a_failed_trial_is_printed_and_retried(search: Search, folder: Path, cap
     assert "0 of 1 trials finished; trial 0 failed: FileNotFoundError" in said.err.splitlines()[-1]
     assert "exhausted" not in said.err
     for _ in range(2):
-        assert main([*arguments, touches, "--trainer.callbacks.step=2"]) == 130
+        assert main([*arguments, "--trainer.callbacks=processes.At", "--trainer.callbacks.step=2"]) == 130
         said = capsys.readouterr()
         assert "repeat the same command to resume the search" in said.err
         assert "--ckpt_path last" not in said.err, "which is of a run alone"
@@ -260,7 +244,7 @@ def test_a_killed_search_is_resumed(search: Search, folder: Path, tmp_path: Path
     study = optuna.load_study(study_name="tiny", storage=url)
     before = study.trials
     note = tmp_path / "note"
-    stuck = ["--trainer.callbacks=test_sweeps.Touches", "--trainer.callbacks.step=1"]
+    stuck = ["--trainer.callbacks=processes.Linger", "--trainer.callbacks.step=1"]
     command = [sys.executable, "-m", "clip_lightning", *arguments, *stuck, f"--trainer.callbacks.note={note}"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100

@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from processes import killed_at
 
 from clip_lightning import CLIP, ImageIndex
 from clip_lightning.data.images import BrokenImage
@@ -59,9 +59,7 @@ def built(clip: CLIP, source: Path, out: Path, **options: Any) -> ImageIndex:
 
 
 def manifest_of(out: Path) -> Manifest:
-    manifest = EmbeddingsFolder(out).manifest()
-    assert manifest is not None
-    return manifest
+    return EmbeddingsFolder(out).manifest()
 
 
 def contents(out: Path) -> tuple[list[tuple[object, ...]], np.ndarray, str]:
@@ -327,35 +325,6 @@ def test_the_format_that_a_manifest_named(clip: CLIP, photos: Path, tmp_path: Pa
 
 
 # being killed
-
-
-def killed_at(number: int, work: Callable[[], object]) -> bool:
-    """Do the work in a child that is killed at the given one of all changes to the disk; whether it was."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        changes = 0
-
-        def counted(change: Callable[..., object]) -> Callable[..., object]:
-            def counting(*args: object, **options: object) -> object:
-                nonlocal changes
-                changes += 1
-                if changes == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return change(*args, **options)
-
-            return counting
-
-        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
-            setattr(os, name, counted(getattr(os, name)))
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL)
-    return status != 0
 
 
 def stand_in(clip: CLIP, folder: Path) -> float:

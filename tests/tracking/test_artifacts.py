@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
+from processes import clip_lightning
+from test_lineage import sync
 from wandb_server import API_KEY, WandbServer
 
 from clip_lightning.errors import UserError
@@ -27,13 +28,10 @@ Patch = pytest.MonkeyPatch
 DATA = "tester/clip-lightning/scenes"
 
 
-def clip_lightning(*words: object, cache: Path, expect: int = 0, **environment: str) -> str:
+def run_command(*words: object, cache: Path, **environment: str) -> str:
     """The command in a process of its own, on a machine with this cache folder."""
-    command = [sys.executable, "-m", "clip_lightning", *map(str, words)]
-    own = {"XDG_CACHE_HOME": str(cache), **environment}
-    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=300)
-    assert done.returncode == expect, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
+    done = clip_lightning(*words, XDG_CACHE_HOME=str(cache), **environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -45,7 +43,7 @@ def fit(command: Callable[..., list[str]], tmp_path: Path) -> Fit:
         options = {"data__root": root, "data__batch_size": 8, "trainer__logger": ...}
         options |= {"trainer__max_epochs": 1, "trainer__log_every_n_steps": 1}
         words = command("fit", tmp_path / "runs", **options)
-        clip_lightning(*words, *more, cache=tmp_path / "trainer", **environment)
+        run_command(*words, *more, cache=tmp_path / "trainer", **environment)
         (folder,) = (tmp_path / "runs").iterdir()
         return folder
 
@@ -56,7 +54,7 @@ def fit(command: Callable[..., list[str]], tmp_path: Path) -> Fit:
 def uploaded(wandb_server: WandbServer, scenes: Path, tmp_path: Path) -> str:
     """The scenes as an artifact: the name of its version."""
     words = ("data", "upload", scenes, "--artifact=scenes", "--json")
-    said = clip_lightning(*words, cache=tmp_path / "uploader")
+    said = run_command(*words, cache=tmp_path / "uploader")
     answer = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
     assert (answer["artifact"], answer["images"], answer["captions"]) == (f"{DATA}:v0", 40, 200)
     return str(answer["artifact"])
@@ -106,8 +104,6 @@ def test_from_data_to_a_model_on_another_machine(
 
 def test_only_a_better_validated_model_is_the_best(wandb_server: WandbServer, tmp_path: Path) -> None:
     """The alias `best` of a name that several runs use, and of a run's own name."""
-    import wandb
-
     (tmp_path / "model").mkdir()
 
     def log(shared: str | None = "shared", **metadata: Any) -> str | None:
@@ -144,9 +140,7 @@ def test_offline_and_synced_later(wandb_server: WandbServer, uploaded: str, fit:
     asked = len(wandb_server.operations)
     run = fit(f"wandb:{uploaded}", WANDB_MODE="offline")
     assert len(wandb_server.operations) == asked  # the server was not contacted
-    (offline,) = run.glob("wandb/offline-run-*")
-    command = [sys.executable, "-m", "wandb", "sync", str(offline)]
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    sync(run)
     online = wandb_server.runs["tester", "clip-lightning", run.name]
     data = wandb_server.artifact(uploaded)
     assert data.used_by == [online.key]
@@ -179,7 +173,7 @@ def test_a_download_resumes_and_damage_is_detected(
 
 
 def test_a_reference_is_followed(wandb_server: WandbServer, scenes: Path, tmp_path: Path) -> None:
-    clip_lightning("data", "upload", scenes, "--artifact=there", "--reference=true", cache=tmp_path)
+    run_command("data", "upload", scenes, "--artifact=there", "--reference=true", cache=tmp_path)
     contents = wandb_server.artifact("tester/clip-lightning/there:v0").contents
     assert all(entry["ref"].startswith("file://") for entry in contents.values())
     folder = fetch(ArtifactName.parse("tester/clip-lightning/there:v0", "wandb:")).folder

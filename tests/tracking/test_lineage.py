@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from processes import the_run
 from small_runs import data, trainer
 from wandb_server import API_KEY, Run, WandbServer
 from wandb_store import content_path
@@ -32,20 +33,6 @@ STEPS = 4  # batches of 8 of the 32 training scenes
 EPOCHS = 5
 
 
-class Linger(Callback):
-    """Once a step is reached, says so in a file, and waits to be killed, or for the file to be removed."""
-
-    def __init__(self, step: int, note: str) -> None:
-        self.step, self.note = step, note
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            time.sleep(2)  # what was logged is on its way
-            Path(self.note).touch()
-            while Path(self.note).exists():
-                time.sleep(0.05)
-
-
 Start = Callable[..., subprocess.Popen[str]]
 
 
@@ -57,7 +44,7 @@ def start_fixture(command: Callable[..., list[str]], tmp_path: Path) -> Start:
         options = {"data__batch_size": 8, "predictions__queries": 0, "trainer__max_epochs": EPOCHS}
         options |= {"trainer__log_every_n_steps": 1, "trainer__logger": ...}
         if at is not None:
-            options |= {"trainer__callbacks+": "test_lineage.Linger", "trainer__callbacks__step": at}
+            options |= {"trainer__callbacks+": "processes.Linger", "trainer__callbacks__step": at}
             options |= {"trainer__callbacks__note": root / f"at-{at}"}
         own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
         line = [sys.executable, "-m", "clip_lightning", *command("fit", root, **options), *more]
@@ -95,11 +82,6 @@ def curve(run: Run, name: str) -> list[tuple[int, float]]:
     return [(row["trainer/global_step"], row[name]) for row in run.history if name in row]
 
 
-def folder_of(root: Path) -> Path:
-    (folder,) = (path for path in root.iterdir() if path.is_dir())
-    return folder
-
-
 @pytest.mark.slow
 def test_a_run_killed_twice_is_one_run(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
     finish(start, tmp_path / "undisturbed")
@@ -109,14 +91,14 @@ def test_a_run_killed_twice_is_one_run(wandb_server: WandbServer, start: Start, 
 
     runs = {key[2]: run for key, run in wandb_server.runs.items()}
     assert len(runs) == 2
-    whole, resumed = (runs[folder_of(tmp_path / root).name] for root in ("undisturbed", "runs"))
+    whole, resumed = (runs[the_run(tmp_path / root).name] for root in ("undisturbed", "runs"))
     assert resumed.state == "finished"
     for name in ("train/loss", "train/scale", "val/rsum", "val/text_to_image_R@1"):
         assert curve(resumed, name) == curve(whole, name), name
     assert len(curve(whole, "train/loss")) == EPOCHS * STEPS
     assert resumed.summary["val/rsum"] == whole.summary["val/rsum"]
     rsums = {
-        json.loads((folder_of(tmp_path / root) / "metrics.json").read_text())["rsum"]
+        json.loads((the_run(tmp_path / root) / "metrics.json").read_text())["rsum"]
         for root in ("undisturbed", "runs")
     }
     assert len(rsums) == 1
@@ -137,7 +119,7 @@ def test_an_offline_run_is_one(wandb_server: WandbServer, start: Start, tmp_path
         finish(start, tmp_path / "runs", "--trainer.max_epochs=3", WANDB_MODE="offline")
     else:
         kill_at(start, tmp_path / "runs", 3 * STEPS + 1, WANDB_MODE="offline")
-    folder = folder_of(tmp_path / "runs")
+    folder = the_run(tmp_path / "runs")
     (log,) = folder.glob("wandb/offline-run-*/*.wandb")
     if before == "synced":
         sync(folder)
@@ -196,7 +178,7 @@ def test_online_then_offline_then_online(wandb_server: WandbServer, start: Start
         wandb_server.stop()
         note.unlink()
         deadline = time.monotonic() + 60
-        history = folder_of(root) / "wandb" / f"history-{folder_of(root).name}.jsonl"
+        history = the_run(root) / "wandb" / f"history-{the_run(root).name}.jsonl"
         while f'"step": {3 * STEPS}' not in history.read_text():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
@@ -254,7 +236,7 @@ def test_the_summary_is_the_best_epoch_and_every_row_arrives(
     given = {"trainer__logger": ..., "trainer__log_every_n_steps": 8, "model__optimizer__lr": 0.05}
     with finished_run():
         assert main(command("fit", tmp_path / "runs", trainer__max_epochs=3, **given)) == 0
-    folder = folder_of(tmp_path / "runs")
+    folder = the_run(tmp_path / "runs")
     run = online.runs["tester", "mine", folder.name]
     assert (run.display_name, run.job_type, run.alerts) == (folder.name, "train", [])
     assert run.config["model"]["loss"] == "InfoNCE"
@@ -346,7 +328,7 @@ def test_without_a_server_the_run_is_offline(wandb_server: WandbServer, start: S
     wandb_server.stop()
     said = finish(start, tmp_path / "runs", "--trainer.max_epochs=1", WANDB_INIT_TIMEOUT="10")
     assert "W&B failed to start the run, which is offline instead" in " ".join(said.split())
-    folder = folder_of(tmp_path / "runs")
+    folder = the_run(tmp_path / "runs")
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     for file in folder.rglob("*"):
         assert not file.is_file() or API_KEY.encode() not in file.read_bytes(), file

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, Trainer
-from test_lineage import EPOCHS, STEPS, Start, curve, finish, folder_of, kill_at, start_fixture, sync  # noqa: F401
+from processes import the_run
+from test_lineage import EPOCHS, STEPS, Start, curve, finish, kill_at, start_fixture, sync  # noqa: F401
 from wandb_server import WandbServer
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
@@ -71,13 +72,13 @@ def test_an_outage_loses_nothing(wandb_server: WandbServer, start: Start, tmp_pa
         "slow by 10 s": lambda: setattr(wandb_server, "delay", 10.0),
     }
     finish_with(begin[fault], start, tmp_path / "runs", seconds=0.5)
-    assert_whole_on_disk(folder_of(tmp_path / "runs"))
-    assert_arrived(wandb_server, folder_of(tmp_path / "runs"))
+    assert_whole_on_disk(the_run(tmp_path / "runs"))
+    assert_arrived(wandb_server, the_run(tmp_path / "runs"))
 
 
 def test_missing_rows_are_sent_afterwards(wandb_server: WandbServer, start: Start, tmp_path: Path) -> None:
     said = finish_with(wandb_server.stop, start, tmp_path / "runs", seconds=0.2, WANDB_FINISH_TIMEOUT="20")
-    folder = folder_of(tmp_path / "runs")
+    folder = the_run(tmp_path / "runs")
     assert_whole_on_disk(folder)
     assert "W&B failed to log the model" in said
     assert "upload what is missing later with --ckpt_path last" in said
@@ -100,7 +101,7 @@ def test_a_full_disk_under_wandb_does_not_end_training(
 ) -> None:
     root, small_disk = tmp_path / "runs", disk(8)
     kill_at(start, root, STEPS + 1, WANDB_MODE=mode)
-    folder = folder_of(root)
+    folder = the_run(root)
     shutil.move(folder / "wandb", small_disk / "wandb")
     (folder / "wandb").symlink_to(small_disk / "wandb")
     given = {"WANDB_MODE": mode, "WANDB_FINISH_TIMEOUT": "20"}

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,12 @@ def undisturbed(
     fit: Callable[..., int], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], dict[str, Any]]:
     """The last checkpoint of a run of a way that was left alone."""
-    known: dict[str, dict[str, Any]] = {}
 
+    @cache
     def of(way: str) -> dict[str, Any]:
-        if way not in known:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            assert fit(way, folder) == 0, (folder / "said").read_text()
-            known[way] = last(folder)
-        return known[way]
+        folder = tmp_path_factory.mktemp("undisturbed")
+        assert fit(way, folder) == 0, (folder / "said").read_text()
+        return last(folder)
 
     return of
 
