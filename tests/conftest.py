@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import json
 import os
 import re
 import shutil
@@ -130,10 +129,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(options: dict[str, Any]) -> list[str]:
-    return [f"--{name}={json.dumps(v) if v is None else v}" for name, v in options.items() if v is not ...]
-
-
 @pytest.fixture(scope="session")
 def command(bert: Path, scenes: Path) -> Callable[..., list[str]]:
     """Builds the words of a small, quiet `fit`; keywords with two underscores for dots change them."""
@@ -153,7 +148,9 @@ def command(bert: Path, scenes: Path) -> Callable[..., list[str]]:
             "trainer.max_epochs": 2,
             "trainer.default_root_dir": folder,
         }
-        return [name, *words(options | {key.replace("__", "."): value for key, value in changes.items()})]
+        options |= {key.replace("__", "."): value for key, value in changes.items()}
+        given = {key: "null" if value is None else value for key, value in options.items()}
+        return [name, *(f"--{key}={value}" for key, value in given.items() if value is not ...)]
 
     return build
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ from PIL import Image
 
 from clip_lightning import CLIP, CaptionDataModule
 from clip_lightning.__main__ import main
-from clip_lightning.data.captions import Splits
 from clip_lightning.data.features import CacheOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.readers import ReadOptions
@@ -50,11 +46,6 @@ def test_names_of_sources_unless_the_path_exists(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda: find_source(None), "--data.root is missing; give a folder, hf:OWNER/NAME, wandb:"),
-        (lambda: find_source("hf:me/data/more"), "hf:me/data/more: expected hf:OWNER/NAME"),
-        (lambda: find_source("wandb:me"), "--data.root wandb: 'me': expected ENTITY/PROJECT/NAME:ALIAS"),
-        (lambda: find_source("file:///a.zip"), "sha256"),
-        (lambda: Splits(val_fraction=2), r"--data\.read\.splits\.val_fraction 2: expected a fraction"),
         (lambda: ReadOptions(max_broken=-1), r"--data\.read\.max_broken -1: expected a fraction"),
         (lambda: CacheOptions(gigabytes=-1), r"--data\.cache_options\.gigabytes -1: expected 0 or more"),
         (lambda: CacheOptions(views=0), r"--data\.cache_options\.views 0: expected 1 or more"),
@@ -81,15 +72,6 @@ def data(make_clip: MakeClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return module
 
     return read
-
-
-def test_an_archive_is_trained_on(scenes: Path, data: Callable[..., Any], tmp_path: Path) -> None:
-    """What the data module reads is what the folder that was packed holds."""
-    archive = Path(shutil.make_archive(str(tmp_path / "scenes"), "zip", scenes))
-    checksum = hashlib.sha256(archive.read_bytes()).hexdigest()
-    unpacked, folder = data(root=f"{archive.as_uri()}#sha256={checksum}"), data(root=scenes)
-    assert unpacked.digest == folder.digest and unpacked.root != folder.root == scenes
-    assert len(unpacked.images("train")) == len(folder.images("train")) == 32
 
 
 # Data from Python ---------------------------------------------------------------------------------------
@@ -175,35 +157,3 @@ def test_broken_and_missing_images_are_counted(rows: list[Any], data: Callable[.
 def test_an_annotation_file_is_not_uploaded_alone(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "upload", str(scenes / "captions.csv"), "--artifact=scenes"]) == 2
     assert "captions.csv is not a folder; give the folder of the data set" in capsys.readouterr().err
-
-
-# Once per machine, complete or not at all ---------------------------------------------------------------
-
-
-def test_a_folder_is_created_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, draft, seen = tmp_path / "data" / "wanted", tmp_path / "data" / ".wanted.draft", []
-    replace = os.replace
-
-    def look(made: Path, target: Path) -> None:
-        seen.append(([path.name for path in Path(made).iterdir()], Path(target).exists()))
-        replace(made, target)
-
-    def fill(draft: Path) -> Path:
-        (draft / "files").mkdir()
-        (draft / "files" / "a").touch()
-        return draft / "files"
-
-    def fail(draft: Path) -> Path:
-        fill(draft)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", look)
-    with pytest.raises(KeyboardInterrupt):
-        make_once(folder, fail)
-    assert not folder.exists() and not draft.exists()
-    (draft / "of a killed process").mkdir(parents=True)
-    make_once(folder, fill)
-    assert seen == [(["a"], False)]
-    make_once(folder, fail)  # it exists
-    assert [path.name for path in folder.iterdir()] == ["a"]
-    assert {path.name for path in folder.parent.iterdir()} == {"wanted", ".wanted.lock"}

@@ -196,6 +196,7 @@ def test_fine_tuning(models: Path, command: Command, tmp_path: Path, kind: str, 
     assert after.config() == before.config()
     assert not torch.equal(after.embed_texts(TEXTS[:2]), before.embed_texts(TEXTS[:2]))
     if kind == "siglip":
+        assert after.scale != before.scale and after.bias != before.bias
         weights = before.image_tower.state_dict()
         assert all(torch.equal(after.image_tower.state_dict()[name], weights[name]) for name in weights)
 

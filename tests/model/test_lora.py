@@ -63,14 +63,6 @@ def waken(clip: CLIP) -> None:
                 parameter.fill_(0.5)
 
 
-def stir(clip: CLIP) -> None:
-    """Give the adapters something to say."""
-    with torch.no_grad():
-        for name, parameter in clip.named_parameters():
-            if is_adapter(name):
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
-
-
 def embeddings(clip: CLIP) -> tuple[Tensor, Tensor]:
     pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -84,7 +76,10 @@ def test_adapters_start_at_nothing_and_are_merged(make_clip: MakeClip, tmp_path:
     waken(clip)
     clip.add_lora(BOTH)
     torch.testing.assert_close(embeddings(clip), embeddings(plain), rtol=0, atol=0)
-    stir(clip)
+    with torch.no_grad():
+        for name, parameter in clip.named_parameters():
+            if is_adapter(name):
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
     clip.train()
     pixels = torch.rand(3, 3, 32, 32)
     (clip.encode_image(pixels).sum() + clip.encode_text(**clip.tokenize(TEXTS)).sum()).backward()

@@ -29,27 +29,6 @@ def images(scenes: Path, tmp_path: Path) -> Path:
     return root
 
 
-class Batches(list[int]):
-    """The size of each batch that went through the image tower."""
-
-    stop_at = 0  # the batch at which the command is stopped
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
-    sizes = Batches()
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        for batch in encode.encode_images(*arguments, **options):
-            sizes.append(batch.size)
-            if len(sizes) == sizes.stop_at:
-                raise KeyboardInterrupt
-            yield batch
-
-    monkeypatch.setattr(build, "encode_images", counted)
-    return sizes
-
-
 def embedded(capsys: Printed, *words: str | Path | int) -> dict[str, Any]:
     capsys.readouterr()
     run(["embed", *map(str, words), "--num_workers", "1", "--json=true"])
@@ -104,16 +83,27 @@ def test_embeddings_are_the_models_own(bundle: Path, images: Path, tmp_path: Pat
 
 
 def test_a_stopped_command_resumes(
-    bundle: Path, images: Path, tmp_path: Path, capsys: Printed, batches: Batches
+    bundle: Path, images: Path, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    batches: list[int] = []
+    stop_at = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        for batch in encode.encode_images(*arguments, **options):
+            batches.append(batch.size)
+            if len(batches) == stop_at:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(build, "encode_images", counted)
     words = (bundle, images, "--shard_size", 8, "--batch_size", 4, "--out")
     embedded(capsys, *words, tmp_path / "whole")
     out = tmp_path / "out"
     batches.clear()
-    batches.stop_at = 6  # in the middle of the third of five parts
+    stop_at = 6  # in the middle of the third of five parts
     with pytest.raises(KeyboardInterrupt):
         embedded(capsys, *words, out)
-    batches.stop_at = 0
+    stop_at = 0
     assert not json.loads((out / "manifest.json").read_text())["finished"]
     with pytest.raises(UserError, match="no finished index"):
         ImageIndex.load(out)

@@ -100,18 +100,6 @@ def test_what_libraries_advertise_and_load_is_not_shown(
     assert transformers_logging.set_tqdm_hook(None) is None  # later bars of the user are shown
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
-def test_other_options_of_the_trainer(
-    make_module: MakeModule, scenes: Path, tmp_path: Path, options: dict[str, Any]
-) -> None:
-    module = make_module(freeze="none", loss=SigLIP(), micro_batch_size=3, heads=HeadOptions(16, "mlp", 0.1))
-    before = weights(module)
-    fit = trainer(tmp_path, gradient_clip_val=0.5, **options)
-    fit.fit(module, datamodule=data(module, scenes))
-    assert {"clip.logit_scale", "clip.logit_bias"} < changed(module, before)
-    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in module.parameters())
-
-
 def test_training_learns_by_the_schedule(make_module: MakeModule, scenes: Path, tmp_path: Path) -> None:
     notes, peaks = Notes(), (2e-3, 3e-3, 4e-3)
     config = OptimizerConfig(lr=4e-3, image_lr=3e-3, text_lr=2e-3, warmup=0.25)

@@ -30,38 +30,27 @@ Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode:UserWarning")
 
 
-@pytest.fixture
-def scontrol(tmp_path: Path, monkeypatch: Patch) -> Callable[[int], Path]:
-    """Puts a program of that name on the path, which notes its arguments and ends with a status."""
-
-    def install(status: int) -> Path:
-        program, notes = tmp_path / "scontrol", tmp_path / "notes"
-        program.write_text(f'#!/bin/sh\necho "$@" >> {notes}\necho refused >&2\nexit {status}\n')
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        return notes
-
-    return install
-
-
 ARRAY = {"SLURM_ARRAY_JOB_ID": "417", "SLURM_ARRAY_TASK_ID": "3"}
 
 
 @pytest.mark.parametrize(("environment", "job"), [({}, "418"), (ARRAY, "417_3")])
 def test_a_job_is_requeued(
-    scontrol: Callable[[int], Path], capfd: Printed, environment: dict[str, str], job: str
+    tmp_path: Path, monkeypatch: Patch, capfd: Printed, environment: dict[str, str], job: str
 ) -> None:
-    with mock.patch.dict(os.environ, {"SLURM_JOB_ID": "418", **environment}):
-        notes = scontrol(0)
+    program, notes = tmp_path / "scontrol", tmp_path / "notes"
+    given = {"SLURM_JOB_ID": "418", "PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    failed = f"the job {job} could not be requeued\n"
+    for status, said in ((0, f"{job} was requeued"), (1, f"refused\n{failed}")):
+        program.write_text(f'#!/bin/sh\necho "$@" >> {notes}\necho refused >&2\nexit {status}\n')
+        program.chmod(0o755)
         requeue()
-        assert notes.read_text() == f"requeue {job}\n"
-        assert f"{job} was requeued" in capfd.readouterr().err
-        scontrol(1)
-        requeue()
-        assert f"refused\nthe job {job} could not be requeued\n" in capfd.readouterr().err
-        os.environ["PATH"] = "/nowhere"
-        requeue()
-        assert f"the job {job} could not be requeued" in capfd.readouterr().err
+        assert said in capfd.readouterr().err
+    assert notes.read_text() == f"requeue {job}\n" * 2
+    monkeypatch.setenv("PATH", "/nowhere")
+    requeue()
+    assert failed in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -167,9 +156,7 @@ class Weights(Callback):
 
 @pytest.fixture
 def fit(make_module: Callable[..., CLIPModule], scenes: Path, tmp_path: Path) -> Fit:
-    def run(
-        *callbacks: Callback, image_tower: str = "random:test_vit", **options: Any
-    ) -> tuple[CLIPModule, NonFinite]:
+    def run(*callbacks: Callback, image_tower: str = "random:test_vit", **options: Any) -> Any:
         module = make_module(freeze="none", image_tower=image_tower)
         guard = NonFinite(in_a_row=3)
         settings: dict[str, Any] = {"limit_val_batches": 0, "gradient_clip_val": 1.0, **options}
