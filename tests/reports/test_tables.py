@@ -9,7 +9,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -19,14 +19,12 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from small_runs import trainer
 from small_splits import perfect, records
+from wandb_server import WandbServer
 
 from clip_lightning.data.captions import CaptionedImage, content_groups
 from clip_lightning.evaluation.retrieval import Embeddings
 from clip_lightning.reports.pages import thumbnail
 from clip_lightning.tracking.prediction_panel import PredictionTable
-
-if TYPE_CHECKING:
-    from wandb_server import WandbServer
 
 
 def draw_pictures(folder: Path, count: int) -> list[CaptionedImage]:

@@ -10,24 +10,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from small_runs import data, trainer
+from wandb_server import WandbServer
 
 from clip_lightning.__main__ import main
 from clip_lightning.errors import UserError
 from clip_lightning.tracking import zero_shot_panel as zero_shot
+from clip_lightning.tracking.logger import RunLogger
 from clip_lightning.tracking.zero_shot_panel import METRICS, ZeroShot
 from clip_lightning.training.build import HeadOptions, TowerOptions
 from clip_lightning.training.module import CLIPModule
-
-if TYPE_CHECKING:
-    from wandb_server import WandbServer
-
 
 MakeModule = Callable[..., CLIPModule]
 Printed = pytest.CaptureFixture[str]
@@ -48,17 +48,11 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the images of each pass through the image tower."""
-    counts: list[int] = []
-    encode = zero_shot.encode_images
-
-    def count(tower: Any, images: Any, **options: Any) -> Any:
-        counts.append(len(images))
-        return encode(tower, images, **options)
-
-    monkeypatch.setattr(zero_shot, "encode_images", count)
-    return counts
+def encoded(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Counts the passes through the image tower."""
+    spy = Mock(wraps=zero_shot.encode_images)
+    monkeypatch.setattr(zero_shot, "encode_images", spy)
+    return spy
 
 
 class Note(Callback):
@@ -91,13 +85,14 @@ class Swap(Callback):
 
 
 def test_fit_and_evaluate_agree(
-    command: Callable[..., list[str]], pictures: Path, tmp_path: Path, encoded: list[int], capsys: Printed
+    command: Callable[..., list[str]], pictures: Path, tmp_path: Path, encoded: Mock, capsys: Printed
 ):
     zero_shot = [f"--zero_shot.data={pictures}", "--zero_shot.templates=none"]
     words = command("fit", tmp_path / "runs", data__cache=tmp_path / "cache", trainer__max_epochs=3)
     assert main([*words, *zero_shot]) == 0
     assert "zero-shot top-1" in capsys.readouterr().out
-    assert encoded == [21], "the frozen tower ran once for all validations"
+    images = [len(call.args[1]) for call in encoded.mock_calls]
+    assert images == [21], "the frozen tower ran once for all validations"
     (run,) = (tmp_path / "runs").iterdir()
     metrics = json.loads((run / "metrics.json").read_text())
     words = [run / "model", pictures, "--templates", "none", "--json"]
@@ -114,13 +109,13 @@ def test_fit_and_evaluate_agree(
 
 
 def test_every_second_validation_and_a_trained_tower(
-    make_module: MakeModule, scenes: Path, pictures: Path, tmp_path: Path, encoded: list[int]
+    make_module: MakeModule, scenes: Path, pictures: Path, tmp_path: Path, encoded: Mock
 ):
     module, note = make_module(freeze="none"), Note()
     callback = ZeroShot(str(pictures), every=2)
     trainer(tmp_path, callback, note, max_epochs=3).fit(module, data(module, scenes))
     assert [sorted(seen) for seen in note.seen] == [[], sorted(METRICS), sorted(METRICS)]
-    assert encoded == [21, 21]
+    assert [len(call.args[1]) for call in encoded.mock_calls] == [21, 21]
 
 
 def test_the_weights_of_the_validation(make_module: MakeModule, scenes: Path, pictures: Path, tmp_path: Path):
@@ -137,10 +132,6 @@ def test_the_weights_of_the_validation(make_module: MakeModule, scenes: Path, pi
 def test_tables_in_wandb(
     wandb_server: WandbServer, make_module: MakeModule, scenes: Path, pictures: Path, tmp_path: Path
 ):
-    import wandb
-
-    from clip_lightning.tracking.logger import RunLogger
-
     module = make_module(freeze="none")
     logger = RunLogger(project="p", id="one", save_dir=str(tmp_path), log_model=False)
     trainer(tmp_path, ZeroShot(str(pictures)), logger=logger, max_epochs=1).fit(module, data(module, scenes))
