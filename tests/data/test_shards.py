@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -509,18 +510,16 @@ def test_filters_choose_samples_by_the_fields_of_any_type(tmp_path: Path) -> Non
 @pytest.fixture
 def served() -> Iterator[Serve]:
     """Serves a folder by HTTP and gives its URL."""
-    servers: list[http.server.ThreadingHTTPServer] = []
+    with contextlib.ExitStack() as at_end:
 
-    def serve(folder: Path) -> str:
-        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_address[1]}"
+        def serve(folder: Path) -> str:
+            handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+            server = at_end.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            at_end.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
 
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield serve
 
 
 @pytest.mark.parametrize("form", ["converted", "tars"])
