@@ -442,9 +442,6 @@ def contents(*folders: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for folder in folders for file in folder.rglob("*") if file.is_file()}
 
 
-NOTES = ["--trainer.callbacks", "test_cli.Notes"]
-
-
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
@@ -458,7 +455,8 @@ def test_the_last_step_is_validated(
     command: Command, tmp_path: Path, options: Options, steps: list[int]
 ) -> None:
     validated.clear()
-    assert main([*command("fit", tmp_path, predictions__queries=0, **options), *NOTES]) == 0
+    options = options | {"predictions__queries": 0, "trainer__callbacks": "test_cli.Notes"}
+    assert main(command("fit", tmp_path, **options)) == 0
     assert validated == steps
     assert metrics_of(the_run(tmp_path))["step"] in steps
     assert (the_run(tmp_path) / "checkpoints" / "best.ckpt").is_file()
