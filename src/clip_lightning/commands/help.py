@@ -22,7 +22,7 @@ OF_LIGHTNING = (
 )
 RARE = (
     *("verbose", "weights_only", "print_config", "data.records", "predictions.seed", "predictions.folder"),
-    *("model.teacher_options.weight", "model.teacher_options.temperature"),
+    *("model.teacher_options.weight", "model.teacher_options.temperature", "model.optimizer.betas"),
 )
 
 
