@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from wandb_store import Artifact, Collection, Key, Run, Sweep, content_path, manifest_path, md5, node_id
+from wandb_store import NOW, Artifact, Collection, Key, Run, Sweep, content_path, manifest_path, md5, node_id
 
 if TYPE_CHECKING:
     from wandb_server import WandbServer
@@ -70,7 +70,7 @@ def run_node(run: Run) -> Json:
     project = project_node(*run.key[:2])
     return nothing("description commit") | fields(
         run,
-        "display_name state tags notes group job_type created_at",
+        "display_name state tags notes group job_type",
         id=run.node_id,
         name=run.id,
         project=project,
@@ -78,7 +78,8 @@ def run_node(run: Run) -> Json:
         user={"name": ENTITY, "username": ENTITY},
         sweepName=run.sweep,
         readOnly=False,
-        heartbeatAt=run.created_at,
+        createdAt=NOW,
+        heartbeatAt=NOW,
         config=json.dumps(run.raw_config),
         summaryMetrics=json.dumps(run.summary),
         systemMetrics=json.dumps(run.events[-1] if run.events else {}),
@@ -100,7 +101,8 @@ def collection_node(collection: Collection) -> Json:
     latest = collection.find("latest")
     return nothing("description updatedAt") | fields(
         collection,
-        "id created_at",
+        "id",
+        createdAt=NOW,
         name=collection.key[2],
         project=project_node(*collection.key[:2]),
         type={"name": collection.type},
@@ -119,7 +121,8 @@ def alias_nodes(collection: Collection, artifact: Artifact) -> list[Json]:
 def artifact_node(server: WandbServer, artifact: Artifact) -> Json:
     return nothing("commitHash description historyStep updatedAt") | fields(
         artifact,
-        "id digest created_at",
+        "id digest",
+        createdAt=NOW,
         artifactSequence=collection_node(artifact.home),
         versionIndex=artifact.version,
         artifactType={"name": artifact.home.type},
@@ -141,7 +144,7 @@ def membership_node(server: WandbServer, collection: Collection, artifact: Artif
     return {
         "id": node_id("Membership", *collection.key, artifact.number),
         "versionIndex": collection.versions.index(artifact),
-        "createdAt": artifact.created_at,
+        "createdAt": NOW,
         "aliases": alias_nodes(collection, artifact),
         "artifactCollection": collection_node(collection),
         "artifact": artifact_node(server, artifact),
@@ -159,7 +162,7 @@ def sweep_node(server: WandbServer, sweep: Sweep) -> Json:
             "state": "RUNNING",
             "method": sweep.config["method"],
             "config": json.dumps(sweep.config),  # meant to be YAML, and JSON is YAML
-            **dict.fromkeys(["createdAt", "updatedAt"], sweep.created_at),
+            **dict.fromkeys(["createdAt", "updatedAt"], NOW),
             "runCount": len(runs),
             "project": project_node(*sweep.key[:2]),
             "runs": page(runs, run_node),

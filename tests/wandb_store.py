@@ -7,21 +7,17 @@ import json
 import re
 from base64 import b64encode
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import yaml
 
+NOW = "2026-01-01T00:00:00Z"
 Key = tuple[str, str, str]
 """Entity, project and the name of a run, a collection or a sweep."""
 
 
 class Refused(Exception):
     """A client asked for what cannot be; it is told the reason."""
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def node_id(kind: str, *parts: object) -> str:
@@ -53,7 +49,6 @@ class Run:
     """running, then finished or failed. Nobody declares a silent run crashed; a test may set it."""
     alerts: list[dict[str, Any]] = field(default_factory=list)
     preempting: bool = False
-    created_at: str = field(default_factory=now)
 
     @property
     def id(self) -> str:
@@ -84,7 +79,6 @@ class Artifact:
     used_by: list[Key] = field(default_factory=list)
     committed: bool = False
     manifest: dict[str, Any] = field(default_factory=dict)
-    created_at: str = field(default_factory=now)
 
     @property
     def id(self) -> str:
@@ -109,7 +103,6 @@ class Collection:
     portfolio: bool
     versions: list[Artifact] = field(default_factory=list)
     alias_owners: dict[str, Artifact] = field(default_factory=dict)
-    created_at: str = field(default_factory=now)
 
     @property
     def id(self) -> str:
@@ -137,7 +130,6 @@ class Sweep:
     config: dict[str, Any]
     runs: list[str] = field(default_factory=list)
     """Ids of the runs that agents were told to start, in order."""
-    created_at: str = field(default_factory=now)
 
     @property
     def id(self) -> str:
