@@ -4,8 +4,6 @@ To add a case, add a row with an empty last cell. `python tests/bad_input.py` ru
 last cells again; look at what they say before you keep them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io

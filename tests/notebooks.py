@@ -1,7 +1,5 @@
 """Run the notebooks of examples/ and store what they show, without progress bars: `make notebooks`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory

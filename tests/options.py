@@ -1,7 +1,5 @@
 """Generates the table of the options of `fit`, and docs/options.md: `python tests/options.py`."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

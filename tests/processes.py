@@ -1,7 +1,5 @@
 """Runs of `clip-lightning` in processes of their own, what ends them, and what they leave."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

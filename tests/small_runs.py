@@ -1,7 +1,5 @@
 """A trainer and data for steps of a second, without a command line."""
 
-from __future__ import annotations
-
 import csv
 import random
 import shutil

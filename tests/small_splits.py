@@ -1,7 +1,5 @@
 """Records and embeddings of small splits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every wrong input ends with one clear line: the one that docs/reliability.md shows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import bad_input

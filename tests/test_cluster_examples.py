@@ -1,7 +1,5 @@
 """The scripts for clusters, as far as one machine goes: torchrun on what it takes for two."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

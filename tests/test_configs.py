@@ -1,7 +1,5 @@
 """Every configuration that is shipped can be read, and runs."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The examples run from top to bottom, and the notebooks are stored with what they show."""
 
-from __future__ import annotations
-
 import base64
 import importlib
 import io

@@ -1,7 +1,5 @@
 """Every door in docs/extend.md opens with the code that stands there: one file, and at most one line."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

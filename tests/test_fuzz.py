@@ -1,7 +1,5 @@
 """Whatever bytes come in: a right answer or one line that says what is wrong; nothing written elsewhere."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

@@ -1,7 +1,5 @@
 """The flat modules: memory, cores, names of runs, and text for the terminal."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The architecture of docs/design.md, kept: who may import whom, and what importing the package costs."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

@@ -1,7 +1,5 @@
 """What README.md and the documents in docs/ say can be done: commands, code, targets, links and images."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

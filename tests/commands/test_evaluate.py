@@ -1,7 +1,5 @@
 """`evaluate` and `classify` on tiny bundles and drawn scenes, as a user calls them."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Help, suggestions and completion of the options of `fit` come at once from a table that fits the code."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

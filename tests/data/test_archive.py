@@ -1,7 +1,5 @@
 """Archives by URL: a server with faults, archives that are made to do harm, kills and rivals."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """`data check`: what is found, how it is shown, and the cleaned table."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

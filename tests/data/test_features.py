@@ -1,7 +1,5 @@
 """The feature cache: right values, never stale, never half, whatever happens while it is written."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Hugging Face data sets: folders of the same pictures, captions and splits, and images with classes."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

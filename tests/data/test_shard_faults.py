@@ -1,7 +1,5 @@
 """Kills: a conversion ends the same, training from tars loses no sample, a lost loader is one line."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

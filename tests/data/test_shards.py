@@ -1,7 +1,5 @@
 """Tars: what is written is what was there, and what is read of them is a function of seed and place."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Which data `--data.root` and `records` name, and what is refused before anything is fetched."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """How alike two towers are, against definitions written out in full."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

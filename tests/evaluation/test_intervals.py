@@ -1,7 +1,5 @@
 """Intervals against equations, the bootstrap, and simulations of how often they hold the true value."""
 
-from __future__ import annotations
-
 import math
 import re
 from statistics import NormalDist

@@ -1,7 +1,5 @@
 """Linear probes: the fit against the condition of its optimum, the draws by counting."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

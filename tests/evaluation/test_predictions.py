@@ -1,7 +1,5 @@
 """Queries have the right answers, and similarities, recall and misses are those of loops and by hand."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

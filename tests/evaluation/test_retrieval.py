@@ -1,7 +1,5 @@
 """Retrieval figures against a brute-force loop, by hand, and under everything that must not matter."""
 
-from __future__ import annotations
-
 import random
 import statistics
 

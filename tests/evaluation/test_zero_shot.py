@@ -1,7 +1,5 @@
 """Zero-shot classification against loops and values computed by hand; templates; names of classes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`data audit`: what is accused, at which precision, and what is written."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands `compare-backbones` and `compare`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The ranks and tables of a comparison, and its plots and page with any names."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import csv

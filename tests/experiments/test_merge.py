@@ -1,7 +1,5 @@
 """`merge`: averages computed by hand, curves as `evaluate` measures them, and models that do not fit."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

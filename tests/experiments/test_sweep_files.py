@@ -1,7 +1,5 @@
 """`sweep` before the first trial: the sweep file, its parameters, the command's arguments, and the draws."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

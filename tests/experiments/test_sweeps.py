@@ -1,7 +1,5 @@
 """`sweep`: trials, stopping and resuming, the files of a search, and the same file on W&B's agents."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

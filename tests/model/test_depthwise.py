@@ -1,7 +1,5 @@
 """Depthwise convolutions: the same forward pass, gradients nearer to the exact ones, nothing else touched."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import Mock
 

@@ -1,7 +1,5 @@
 """Images and texts to features: in their order, whatever the batches, and what cannot be read is named."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock

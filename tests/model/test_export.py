@@ -1,7 +1,5 @@
 """What is exported gives the same embeddings in the programs that it is for, or is refused and not there."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Models of transformers and open_clip as our CLIP: the same embeddings as theirs, in every command."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import string

@@ -1,7 +1,5 @@
 """Changed files of models, caches, checkpoints, indices: what they held, or one line; no other answer."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

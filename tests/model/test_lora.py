@@ -1,7 +1,5 @@
 """Adapters in towers: what they change, what checkpoints and bundles hold of them."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The model and its bundle: what is saved comes back bit for bit, and nothing else is taken for it."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

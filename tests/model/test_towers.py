@@ -1,7 +1,5 @@
 """Towers from every source: their width, their pooling, what freezing promises, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """The page takes any text and any image, needs no other file, and shows which answer is right."""
 
-from __future__ import annotations
-
 import re
 from html import unescape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The plots can be drawn of any split, and do not disturb the user's own matplotlib."""
 
-from __future__ import annotations
-
 import math
 from io import BytesIO
 

@@ -1,7 +1,5 @@
 """Pictures of every validation and of the end: on disk, in W&B, through a resume, never worth a run."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The page answers what the index answers, to many at the same time, and serves nothing else."""
 
-from __future__ import annotations
-
 import asyncio
 import http.client
 import json

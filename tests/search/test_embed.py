@@ -1,7 +1,5 @@
 """Embeddings on disk are the model's own, whoever wrote them and however often they were stopped."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

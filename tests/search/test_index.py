@@ -1,7 +1,5 @@
 """An index is exact if it says so, is brought up to date with little work, and survives being killed."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

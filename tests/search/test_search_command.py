@@ -1,7 +1,5 @@
 """What `index` and `search` print, and what they refuse in one line."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket

@@ -1,7 +1,5 @@
 """Search among embeddings against brute force: what is found, with which scores, in which batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Data and models as artifacts, through the real SDK: between machines, online, offline and synced later."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A W&B run that is killed, resumed or disconnected is one run, with every step once."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """The folder and the mode of a W&B run, by arguments, environment and settings."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What W&B's failures do to a run: nothing. Minutes long, so for `make test-faults` alone."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import threading

@@ -3,8 +3,6 @@
 Run as a program, this file validates with one process and with two, for the test of ranks.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

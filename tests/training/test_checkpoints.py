@@ -1,7 +1,5 @@
 """Checkpoint files through kills, full disks and damage."""
 
-from __future__ import annotations
-
 import errno
 import os
 import time

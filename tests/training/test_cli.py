@@ -1,7 +1,5 @@
 """`fit`, `validate` and `test`: the files of a run, stopping, resuming, and error messages."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

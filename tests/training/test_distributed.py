@@ -4,8 +4,6 @@ Run as a program (`python tests/training/test_distributed.py SCENES BERT BUNDLE 
 processes) this file trains each way and leaves the results in OUT, where the tests read them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

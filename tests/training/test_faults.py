@@ -5,8 +5,6 @@ several processes dies, the others stop with one line. A full disk loses no earl
 need no more memory than two thousand.
 """
 
-from __future__ import annotations
-
 import errno
 import gc
 import json

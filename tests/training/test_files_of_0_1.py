@@ -1,7 +1,5 @@
 """Files that version 0.1.0 wrote still mean the same: a bundle, a checkpoint, cached features."""
 
-from __future__ import annotations
-
 import json
 import tarfile
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Gradient caching and activation checkpointing have the gradients of one graph; which micro-batch fits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

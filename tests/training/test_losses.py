@@ -1,7 +1,5 @@
 """The losses match open_clip and loops that follow the definitions, and are finite at their limits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Training and evaluation through Lightning's Trainer, on tiny towers and synthetic scenes."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext

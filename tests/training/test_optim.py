@@ -1,7 +1,5 @@
 """Parameter groups, the schedule and one step, each against an independent reference."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

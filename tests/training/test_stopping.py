@@ -1,7 +1,5 @@
 """Stopping a run, by signals or because its gradients are not finite; test_faults covers kills."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal
