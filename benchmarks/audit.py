@@ -89,7 +89,7 @@ def trained(table: Path, seed: int, folder: Path, cache: list[str]) -> float:
 
 def fits(rows: list[Row], swapped: list[Row], seed: int, folder: Path, cache: list[str]) -> dict[str, float]:
     """Scores of training on clean, swapped and cleaned captions of train, on the clean ones of dev."""
-    fixed = folder / f"swapped-{seed}-fixed.csv"
+    fixed = folder / f"swapped-5-{seed}-fixed.csv"
     with fixed.open(newline="") as file:
         kept = {(str((folder / row["image"]).resolve()), row["caption"]) for row in csv.DictReader(file)}
     dev = [row for row in rows if row[2] != "train"]
@@ -125,7 +125,9 @@ def main() -> None:
                     new = swap(rows, fraction, rng, SPLITS)
                     wrong = {*new} - {*rows}
                     arm = f"{kind}, {per_image} per image"
-                    results.setdefault(arm, []).append(audited(f"{kind}-{seed}", new, wrong, folder, cache))
+                    results.setdefault(arm, []).append(
+                        audited(f"{kind}-{per_image}-{seed}", new, wrong, folder, cache)
+                    )
                     print(arm, seed, results[arm][-1], flush=True)
                     if given.fits and per_image == 5 and kind == "swapped":
                         results.setdefault("rsum", []).append(fits(rows, new, seed, folder, cache))
