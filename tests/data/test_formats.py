@@ -448,3 +448,14 @@ def test_flickr8k(shared_data: Path) -> None:
     copies = [captions.images[index], captions.images[first]]
     assert {i.path.name for i in copies} == {"2851198725_37b6027625.jpg", "3050606344_af711c726c.jpg"}
     assert {image.split for image in copies} == {"train"}
+
+
+def test_names_are_those_of_the_source_if_they_are_unique(tmp_path: Path) -> None:
+    for split, names in (("train", "ab"), ("test", "ac")):
+        (tmp_path / split / "images").mkdir(parents=True)
+        rows = [f"{name}.jpg,a {name}" for name in names]
+        (tmp_path / split / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+        for name in names:
+            (tmp_path / split / "images" / f"{name}.jpg").write_bytes(b"content")
+    found = {*read_captions(tmp_path).names().values()}
+    assert found == {"train/images/a.jpg", "test/images/a.jpg", "b.jpg", "c.jpg"}

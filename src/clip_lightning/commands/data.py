@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jsonargparse.typing import PositiveInt
 
 from clip_lightning.arguments import check_folder, print_result, run_functions
-from clip_lightning.data.captions import CaptionSet, count_lost, relative_name, split_by_image
+from clip_lightning.data.captions import CaptionSet, count_lost, split_by_image
 from clip_lightning.data.readers import RECOGNIZED, ReadOptions
 from clip_lightning.errors import UserError
 from clip_lightning.terminal import note
@@ -129,13 +129,13 @@ def audit(
         write_audit(report, data, out)
         note(f"page: {out / 'audit.html'}")
     if fix is not None:
-        accused = {(one["image"], one["caption"]) for one in report["suspects"]}
+        names, accused = data.names(), {(one["image"], one["caption"]) for one in report["suspects"]}
         rows = [
             (image.path, caption, split)
             for split, part in parts.items()
             for image in part
             for caption in image.captions
-            if (relative_name(image.path, data.root), caption) not in accused
+            if (names[image.path], caption) not in accused
         ]
         report["fixed"] = write_table(fix, rows)
         text += _next(report["fixed"])

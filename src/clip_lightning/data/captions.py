@@ -39,6 +39,8 @@ class CaptionedImage:
     captions: tuple[str, ...]
     split: str | None = None
     """`train`, `val` or `test` if the source names official splits."""
+    name: str = field(default="", compare=False)
+    """The name of the image in the source."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,14 @@ class CaptionSet:
             + (f" ({splits})" if self.has_official_splits else "")
             + f"; {len(self.left_out):,} rows or images left out"
         )
+
+    def names(self) -> dict[Path, str]:
+        """Return the name of each image in the source, or relative to `root` if several have the same."""
+        counts = Counter(image.name for image in self.images)
+        return {
+            image.path: image.name if counts[image.name] == 1 else relative_name(image.path, self.root)
+            for image in self.images
+        }
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of names, captions, splits and file sizes, equal on every machine."""

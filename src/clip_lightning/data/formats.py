@@ -95,7 +95,9 @@ def read_captions(root: Path, options: ReadOptions = RECOGNIZED) -> CaptionSet:
             "of name.jpg and name.txt; check --data.root"
         )
     splits, source = content.splits, ", ".join(content.sources)
-    images = (CaptionedImage(path, texts, splits.get(path)) for path, texts in captions.items())
+    images = (
+        CaptionedImage(path, texts, splits.get(path), content.names[path]) for path, texts in captions.items()
+    )
     return CaptionSet(base, tuple(images), bool(splits), content.left_out, source, tuple(warnings))
 
 
@@ -182,6 +184,7 @@ class _Content:
     def __init__(self) -> None:
         self.captions: dict[Path, list[str]] = {}
         self.splits: dict[Path, str] = {}
+        self.names: dict[Path, str] = {}
         self.left_out: dict[str, str] = {}
         self.sources: list[str] = []
 
@@ -204,6 +207,7 @@ class _Content:
                 self.left_out[name] = finder.explain(name)
                 continue
             self.captions.setdefault(path, []).extend(valid)
+            self.names.setdefault(path, name)
             if own_split:
                 _put(self.splits, path, own_split)
         self.sources.append(f"{source} ({number:,} rows)")

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from clip_lightning.arguments import packaged_config
-from clip_lightning.data.captions import CaptionedImage, CaptionSet, relative_name
+from clip_lightning.data.captions import CaptionedImage, CaptionSet
 from clip_lightning.data.features import FeatureCache
 from clip_lightning.data.images import Augmentation
 from clip_lightning.errors import UserError
@@ -60,12 +60,11 @@ def audit(
     log_odds, mismatched = suspicions(image[readable], text[judged], owner)
     fraction, threshold = choose_threshold(log_odds, mismatched)
     order = log_odds.argsort(descending=True, stable=True)
-    suspects = []
+    names, suspects = data.names(), []
     for place in order[log_odds[order] >= threshold].tolist():
         row, caption = pairs[judged[place]]
         score = float(log_odds[place].sigmoid())
-        name = relative_name(images[row].path, data.root)
-        suspects.append({"image": name, "caption": caption, "score": score})
+        suspects.append({"image": names[images[row].path], "caption": caption, "score": score})
     return {
         "root": str(data.root),
         "images": len(images),

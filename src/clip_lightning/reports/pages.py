@@ -16,7 +16,7 @@ import jinja2
 from PIL import Image, ImageOps
 
 from clip_lightning.data import check
-from clip_lightning.data.captions import CaptionSet, relative_name
+from clip_lightning.data.captions import CaptionSet
 from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.evaluation.predictions import Query, spaced
 from clip_lightning.files import write_atomically, write_json
@@ -108,7 +108,8 @@ def embedded(path: Path) -> str:
 def write_audit(found: Mapping[str, Any], data: CaptionSet, folder: Path) -> None:
     """Write the results of `data audit` as `audit.json` and `audit.html` into the folder."""
     write_json(folder / "audit.json", found)
-    images = {relative_name(image.path, data.root): image for image in data.images}
+    names = data.names()
+    images = {names[image.path]: image for image in data.images}
     title = f"Data audit: {found['root']}"
     write_html(folder / "audit.html", "audit", title=title, found=found, images=images, most=MOST_AUDITED)
 
