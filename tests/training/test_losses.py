@@ -1,7 +1,7 @@
 """The losses match open_clip and loops that follow the definitions, and are finite at their limits."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
 
-from clip_lightning import info_nce, siglip_loss
+from clip_lightning import ContrastiveLoss, info_nce, siglip_loss
 from clip_lightning.training import losses
-from clip_lightning.training.losses import ContrastiveLoss, InfoNCE, Pairs, SigLIP, share_of_prefixes
+from clip_lightning.training.losses import InfoNCE, Pairs, SigLIP, affinity_mimicking, share_of_prefixes
 
 Case = tuple[Tensor, Tensor, list[int], list[int]]
 Patch = pytest.MonkeyPatch
@@ -25,6 +26,12 @@ SIZES = {"count": st.integers(1, 17), "width": st.integers(1, 20), "seed": st.in
 def unit(count: int, width: int, seed: int) -> Tensor:
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
     return F.normalize(rows, dim=-1)
+
+
+def of_ranks(ranks: int, everyone: Pairs) -> list[Pairs]:
+    """Return the pairs of each rank."""
+    tensors = everyone.image, everyone.text, everyone.image_id, everyone.text_image_id
+    return [Pairs(*part) for part in zip(*(tensor.chunk(ranks) for tensor in tensors), strict=True)]
 
 
 def kept_sizes(loss: Callable[..., Tensor], *arguments: Any) -> list[int]:
@@ -216,9 +223,8 @@ def test_the_mean_over_ranks_is_the_loss(
 
     def joined(loss: ContrastiveLoss, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         everyone = Pairs(image, text, ids, text_ids)
-        parts = (image.chunk(ranks), text.chunk(ranks), ids.chunk(ranks), text_ids.chunk(ranks))
-        own = [Pairs(*part) for part in zip(*parts, strict=True)]
-        return torch.stack([loss.share(each, everyone, scale, None) for each in own]).mean()
+        shares = [loss.share(own, everyone, scale, None) for own in of_ranks(ranks, everyone)]
+        return torch.stack(shares).mean()
 
     for loss in (InfoNCE(), InfoNCE(0.1), SigLIP(), Custom(), Squared()):
         whole = value_and_gradients(lambda *x, loss=loss: loss(*x, None, ids, text_ids), *inputs)
@@ -240,8 +246,7 @@ def test_the_loss_of_prefixes_is_the_mean_of_the_losses(case: Case, ranks: int, 
 
     def joined(loss: ContrastiveLoss, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         everyone = Pairs(image, text, ids, text_ids)
-        parts = zip(*(each.chunk(ranks) for each in (image, text, ids, text_ids)), strict=True)
-        own = [everyone] if ranks == 1 else [Pairs(*part) for part in parts]
+        own = [everyone] if ranks == 1 else of_ranks(ranks, everyone)
         bias = torch.tensor(-3.0)
         shares = [share_of_prefixes(loss, [2, 3], each, everyone, scale, bias) for each in own]
         return torch.stack(shares).mean()
@@ -260,8 +265,7 @@ def test_ranks_under_autocast_keep_the_small_gradients_of_a_good_model() -> None
 
     def mean_over_ranks(image: Tensor, text: Tensor) -> Tensor:
         everyone = Pairs(image, text, ids, ids)
-        parts = zip(*(tensor.split(64) for tensor in (image, text, ids, ids)), strict=True)
-        return sum(InfoNCE().share(Pairs(*part), everyone, scale, None) for part in parts) / 2
+        return sum(InfoNCE().share(own, everyone, scale, None) for own in of_ranks(2, everyone)) / 2
 
     loss, *exact = value_and_gradients(mean_over_ranks, image, text)
     in_training = torch.autocast("cpu", torch.bfloat16)(mean_over_ranks)
@@ -269,6 +273,45 @@ def test_ranks_under_autocast_keep_the_small_gradients_of_a_good_model() -> None
     assert loss < 0.05
     for ours, theirs in zip(mixed, exact, strict=True):
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+def teacher_and_student(images: int, captions: int) -> Iterator[Pairs]:
+    ids = torch.arange(images)
+    owner = ids.repeat_interleave(captions)
+    for width in (9, 6):
+        yield Pairs(unit(images, width, width), unit(len(owner), width, width + 1), ids, owner)
+
+
+@pytest.mark.parametrize(("images", "captions", "scales"), [(1, 1, (5, 5)), (4, 1, (20, 5)), (5, 3, (3, 30))])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_affinity_mimicking_is_the_divergence_of_both_directions(
+    images: int, captions: int, scales: tuple[float, float], autocast: bool
+) -> None:
+    """Compare with the means of torch's divergences over the texts of an image and the images of a text."""
+    teacher, student = teacher_and_student(images, captions)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = affinity_mimicking(student, student, teacher, teacher, *scales)
+        same = affinity_mimicking(student, student, student, student, scales[0], scales[0])
+    parts = zip((student, teacher), scales, strict=True)
+    q, p = (each.image.double() @ each.text.double().T * scale for each, scale in parts)
+    ways = ((Categorical(logits=a), Categorical(logits=b)) for a, b in ((p, q), (p.T, q.T)))
+    expected = sum(kl_divergence(*way).mean().item() for way in ways) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_mean_over_ranks_is_the_affinity_mimicking_of_all_pairs() -> None:
+    teacher, student = teacher_and_student(6, 2)
+
+    def joined(ranks: int, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        everyone = Pairs(image, text, student.image_id, student.text_image_id)
+        parts = zip(of_ranks(ranks, everyone), of_ranks(ranks, teacher), strict=True)
+        losses = [affinity_mimicking(own, everyone, its, teacher, scale, 9.0) for own, its in parts]
+        return torch.stack(losses).mean()
+
+    inputs = student.image, student.text, torch.tensor(7.0)
+    one, three = (value_and_gradients(partial(joined, ranks), *inputs) for ranks in (1, 3))
+    torch.testing.assert_close(three, one, rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_without_positives_is_zero() -> None:
