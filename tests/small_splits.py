@@ -1,9 +1,10 @@
-"""Records and embeddings of small splits."""
+"""Records, embeddings and images of small splits."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 
 from clip_lightning.data.captions import CaptionedImage
@@ -37,3 +38,13 @@ def noisy(images: int, each: int) -> Embeddings:
     owner = torch.arange(images).repeat_interleave(each)
     image = normalize(torch.randn(images, 16, generator=generator))
     return embedded(image, image[owner] + torch.randn(len(owner), 16, generator=generator), owner)
+
+
+def write_classes(root: Path, colours: dict[str, tuple[int, int, int]], count: int) -> Path:
+    """Write a folder for each class, with images of its colour, each darker than the one before."""
+    for name, colour in colours.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            darker = tuple(max(value - 20 * i, 0) for value in colour)
+            Image.new("RGB", (40, 32), darker).save(root / name / f"{i}.png")
+    return root

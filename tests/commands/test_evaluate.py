@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from small_splits import write_classes
 from wandb_server import WandbServer
 
 from clip_lightning import CLIP, retrieval_metrics
 from clip_lightning.__main__ import main
 from clip_lightning.commands import MODEL
 from clip_lightning.data.formats import read_captions
+from clip_lightning.evaluation.compositional import compositional_metrics
 from clip_lightning.reports.tables import markdown
 
 Patch = pytest.MonkeyPatch
@@ -25,13 +27,8 @@ Make = Callable[..., CLIP]
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Three classes of plain colours, four pictures each; and one file that is no picture."""
-    root = tmp_path / "pictures"
     colours = {"red_square": (255, 0, 0), "blue_circle": (0, 0, 255), "green": (0, 200, 0)}
-    for name, colour in colours.items():
-        (root / name).mkdir(parents=True)
-        for i in range(4):
-            darker = tuple(max(value - 20 * i, 0) for value in colour)
-            Image.new("RGB", (40, 32), darker).save(root / name / f"{i}.png")
+    root = write_classes(tmp_path / "pictures", colours, 4)
     (root / "green" / "broken.jpg").write_bytes(b"nothing")
     return root
 
@@ -176,6 +173,9 @@ def write_images(folder: Path, names: list[str]) -> None:
         Image.new("RGB", (32, 32), (8 * n % 256, 255 - 9 * n % 256, 31 * n % 256)).save(folder / name)
 
 
+NOUNS = {"swap_att": ("red", "blue"), "replace_obj": ("circle", "square")}
+
+
 @pytest.fixture
 def sugarcrepe(tmp_path: Path) -> Path:
     """Files in SugarCrepe's layout, and the images of COCO, of which one is broken and one is missing."""
@@ -183,13 +183,9 @@ def sugarcrepe(tmp_path: Path) -> Path:
     write_images(root / "val2017", names[:6])
     (root / "val2017" / names[6]).write_bytes(b"nothing")
     (root / "data").mkdir()
-    for file, nouns in {"swap_att": ("red", "blue"), "replace_obj": ("circle", "square")}.items():
+    for file, (right, wrong) in NOUNS.items():
         entries = {
-            str(n): {
-                "filename": name,
-                "caption": f"a {nouns[0]} {n}",
-                "negative_caption": f"a  {nouns[1]}\n{n}",
-            }
+            str(n): {"filename": name, "caption": f"a {right} {n}", "negative_caption": f"a  {wrong}\n{n}"}
             for n, name in enumerate(names)
         }
         (root / "data" / f"{file}.json").write_text(json.dumps(entries))
@@ -207,11 +203,10 @@ def test_sugarcrepe(bundle: Path, make_clip: Make, sugarcrepe: Path, tmp_path: P
     assert "000000000006.jpg: not an image" in err
     clip = CLIP.from_pretrained(bundle)
     images = clip.embed_images([sugarcrepe / "val2017" / f"{n:012d}.jpg" for n in range(6)])
-    for file, nouns in {"swap_att": ("red", "blue"), "replace_obj": ("circle", "square")}.items():
-        right, wrong = (clip.embed_texts([f"a {noun} {n}" for n in range(6)]) for noun in nouns)
-        expected = 100 * ((images * right).sum(1) > (images * wrong).sum(1)).double().mean().item()
-        assert found[f"{file}_accuracy"] == pytest.approx(expected)
-        assert found[f"{file}_accuracy_low"] <= expected <= found[f"{file}_accuracy_high"]
+    texts = [f"a {noun} {n}" for nouns in NOUNS.values() for n in range(6) for noun in nouns]
+    pairs = images.repeat(2, 1)[:, None], clip.embed_texts(texts).view(12, 2, -1)
+    expected = compositional_metrics(*pairs, ["swap_att"] * 6 + ["replace_obj"] * 6)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert "other_accuracy" not in found
     names = {"results.md", "results.csv", "results.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
@@ -224,26 +219,22 @@ def test_sugarcrepe(bundle: Path, make_clip: Make, sugarcrepe: Path, tmp_path: P
 def test_winoground(bundle: Path, tmp_path: Path, capsys: Printed):
     names = [f"ex_{n}_img_{i}" for n in range(3) for i in (0, 1)]  # without a suffix, as in the original
     write_images(tmp_path / "wino" / "images", [f"{name}.png" for name in names])
-    texts = [("a red circle left of a blue square", "a blue circle left of a red square")] * 3
+    captions = ["a red circle left of a blue square", "a blue circle left of a red square"]
+    tags = ["Object", "Relation", "Object"]
     entries = [
-        {"id": n, "image_0": names[2 * n], "image_1": names[2 * n + 1], "caption_0": a, "caption_1": b}
-        | {"tag": "Adjective", "collapsed_tag": ("Object", "Relation", "Object")[n]}
-        for n, (a, b) in enumerate(texts)
+        {"id": n, "image_0": names[2 * n], "image_1": names[2 * n + 1], "tag": "Adjective"}
+        | {"caption_0": captions[0], "caption_1": captions[1], "collapsed_tag": tag}
+        for n, tag in enumerate(tags)
     ]
     lines = "\n".join(map(json.dumps, entries))
     (tmp_path / "wino" / "examples.jsonl").write_text(f"{lines}\n\n")
     found, _ = printed_json(capsys, "evaluate", "compositional", bundle, tmp_path / "wino")
     assert (found["entries"], found["missing"], found["broken"]) == (3, 0, 0)
     clip = CLIP.from_pretrained(bundle)
-    images = clip.embed_images([tmp_path / "wino" / "images" / f"{name}.png" for name in names]).view(
-        3, 2, -1
-    )
-    s = images @ clip.embed_texts(texts[0]).T  # entry, image, caption
-    text = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
-    image = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
-    for name, right in (("text", text), ("image", image), ("group", text & image)):
-        assert found[f"{name}_score"] == pytest.approx(100 * right.double().mean().item())
-        assert found[f"Relation_{name}_score"] == 100 * right[1].item()
+    images = clip.embed_images([tmp_path / "wino" / "images" / f"{name}.png" for name in names])
+    texts = clip.embed_texts(captions).expand(3, 2, -1)
+    expected = compositional_metrics(images.view(3, 2, -1), texts, tags)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
     (tmp_path / "wino" / "examples.jsonl").unlink()
     (tmp_path / "wino" / "examples.json").write_text(json.dumps(entries))
     again, _ = printed_json(capsys, "evaluate", "compositional", bundle, tmp_path / "wino")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from small_splits import write_classes
 
 import clip_lightning.experiments.merge as experiment
 from clip_lightning import CLIP
@@ -104,12 +105,9 @@ def test_the_curve_is_what_evaluate_measures(
 ) -> None:
     base = make_clip().save_pretrained(tmp_path / "base")
     tuned = changed(make_clip(), 1, parts).save_pretrained(tmp_path / "tuned")
-    for name, colour in {"red": (200, 0, 0), "blue": (0, 0, 200), "green": (0, 200, 0)}.items():
-        folder = tmp_path / "classes" / name
-        folder.mkdir(parents=True)
+    colours = {"red": (200, 0, 0), "blue": (0, 0, 200), "green": (0, 200, 0)}
+    for folder in write_classes(tmp_path / "classes", colours, 4).iterdir():
         (folder / "broken.png").write_bytes(b"nothing")
-        Image.new("RGB", (32, 32), colour).save(folder / "plain.png")
-        Image.effect_noise((32, 32), sum(colour)).convert("RGB").save(folder / "noise.png")
     calls: list[tuple] = []
     encode = experiment.encode_images
     monkeypatch.setattr(experiment, "encode_images", lambda *a, **k: (calls.append(a), encode(*a, **k))[1])

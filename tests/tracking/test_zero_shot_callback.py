@@ -15,8 +15,8 @@ import pytest
 import torch
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image
 from small_runs import data, trainer
+from small_splits import write_classes
 from wandb_server import WandbServer
 
 from clip_lightning.__main__ import main
@@ -36,13 +36,7 @@ COLOURS |= {"white": (250, 250, 250), "black": (5, 5, 5), "purple": (150, 0, 160
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Seven classes of plain colors, with three images each."""
-    root = tmp_path / "colours"
-    for name, colour in COLOURS.items():
-        (root / name).mkdir(parents=True)
-        for i in range(3):
-            darker = tuple(max(value - 25 * i, 0) for value in colour)
-            Image.new("RGB", (40, 32), darker).save(root / name / f"{i}.png")
-    return root
+    return write_classes(tmp_path / "colours", COLOURS, 3)
 
 
 @pytest.fixture
