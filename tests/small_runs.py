@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from clip_lightning.data.datamodule import CaptionDataModule
@@ -21,6 +21,26 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     small = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": folder}
     small |= {"log_every_n_steps": 1}
     return Trainer(callbacks=list(callbacks), **{**quiet, **small, **options})
+
+
+class Notes(Callback):
+    """Keeps the batches of training, and what one would otherwise read from a logger."""
+
+    def __init__(self) -> None:
+        self.rates: list[list[float]] = []
+        self.batches: list[dict[str, Any]] = []
+        self.losses: list[float] = []
+        self.logged: list[dict[str, float]] = []
+        self.scales: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        self.batches.append(batch)
+        self.losses.append(outputs["loss"].item())
+        self.logged.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+        self.scales.append(pl_module.clip.scale.item())
 
 
 def data(module: CLIPModule, root: Path, **options: Any) -> CaptionDataModule:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from small_runs import changed, trainer, weights
+from small_runs import Notes, changed, trainer, weights
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
@@ -49,24 +49,6 @@ def scenes_for_evaluation(source: Path, folder: Path, order: int | None = None) 
         return "" if caption > image % 5 else "val" if image >= 8 else "train"
 
     return small_runs.other_split(source, folder, split, order)
-
-
-class Notes(Callback):
-    """Batches that come, and what one would otherwise read from a logger."""
-
-    def __init__(self) -> None:
-        self.rates: list[list[float]] = []
-        self.batches: list[dict[str, Any]] = []
-        self.losses: list[float] = []
-        self.scales: list[float] = []
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        self.rates.append([group["lr"] for group in optimizer.param_groups])
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        self.batches.append(batch)
-        self.losses.append(outputs["loss"].item())
-        self.scales.append(pl_module.clip.scale.item())
 
 
 @pytest.mark.parametrize("freeze", ["none", "image", "both"])

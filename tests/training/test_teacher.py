@@ -10,8 +10,7 @@ import pytest
 import small_runs
 import torch
 import yaml
-from lightning.pytorch import Callback
-from small_runs import changed, trainer, weights
+from small_runs import Notes, changed, trainer, weights
 from torch import Tensor
 
 from clip_lightning import CLIP
@@ -56,18 +55,6 @@ def test_embeddings_are_those_of_the_model_and_cached(
     assert torch.equal(cached(teacher)[0], embedded[0])
 
 
-class Batches(Callback):
-    """Keeps the batches of training, and the losses that were logged."""
-
-    def __init__(self) -> None:
-        self.batches: list[dict[str, Any]] = []
-        self.losses: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        self.batches.append(batch)
-        self.losses.append(trainer.callback_metrics["train/teacher_loss"].item())
-
-
 FREE = {"freeze": "none", "image_tower": "random:test_resnet"}
 
 
@@ -79,10 +66,11 @@ def test_a_student_approaches_its_teacher(
     teacher_options = TeacherOptions(weight=20.0, temperature=0.1)
     module = make_module(teacher=str(bundle), teacher_options=teacher_options, optimizer=rates, **options)
     data = small_runs.data(module, scenes, captions_per_image=2, cache=str(tmp_path / "cache"))
-    notes, names = Batches(), {name for name, _ in module.named_parameters()}
+    notes, names = Notes(), {name for name, _ in module.named_parameters()}
     fit = trainer(tmp_path, notes, max_epochs=8)
     fit.fit(module, datamodule=data)
-    assert sum(notes.losses[-4:]) < 0.5 * sum(notes.losses[:4])
+    losses = [logged["train/teacher_loss"] for logged in notes.logged]
+    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
     assert {name for name, _ in module.named_parameters()} == names, "the teacher is not part of the module"
     teacher, batch, captions = CLIP.from_pretrained(bundle), notes.batches[-1], data.captions("train")
     files = [data.images("train")[row].path for row in batch["image_id"].tolist()]
