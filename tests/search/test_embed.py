@@ -177,18 +177,3 @@ def test_int8_rounds_to_the_nearest_and_is_read_as_unit_vectors() -> None:
     again = from_int8(integers)
     assert np.linalg.norm(again, axis=1) == pytest.approx(np.ones(200))
     assert np.array_equal(as_int8(again), integers)
-
-
-def test_a_manifest_without_a_dtype_is_of_float32(
-    bundle: Path, images: Path, tmp_path: Path, capsys: Printed
-) -> None:
-    out = tmp_path / "out"
-    embedded(capsys, bundle, images, "--out", out)
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest.pop("dtype") == "float32"
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    assert len(ImageIndex.load(out).search("a star", 50)[0]) == 39
-    assert embedded(capsys, bundle, images, "--out", out)["embedded"] == 0
-    (out / "manifest.json").write_text(json.dumps(manifest | {"dtype": "int4"}))
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-        ImageIndex.load(out)
