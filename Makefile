@@ -77,7 +77,7 @@ release: check docs test wheel  ## everything that a release needs: all checks, 
 	@ls -l dist
 
 notebooks: $(DEV)  ## run the notebooks and store what they show
-	$(VENV)/bin/python tests/notebooks.py
+	$(VENV)/bin/python examples/notebooks.py
 
 options: $(DEV)  ## generate the table of options for fit --help and docs/options.md
 	$(VENV)/bin/python tests/options.py

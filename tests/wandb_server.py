@@ -4,8 +4,6 @@
 how W&B's own server behaves. What it does not know it refuses by name, and records in `unknown`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -77,7 +75,7 @@ class WandbServer(Store):
             self._http.server_close()
             self._http = None
 
-    def __enter__(self) -> WandbServer:
+    def __enter__(self) -> "WandbServer":
         self.start()
         return self
 

@@ -1,7 +1,5 @@
 """What the W&B test server remembers: runs, artifacts and sweeps. Knows nothing of HTTP or GraphQL."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -68,7 +66,7 @@ class Run:
 class Artifact:
     """One version. It belongs to the collection that it was logged to; links put it into others as well."""
 
-    home: Collection
+    home: "Collection"
     digest: str
     number: int
     """Among all artifacts of the server; `version` counts within the collection."""

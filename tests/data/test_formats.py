@@ -164,6 +164,7 @@ def test_official_split_lists_may_be_incomplete(tmp_path: Path) -> None:
     captions = read_captions(tmp_path)
     assert [image.split for image in captions.images] == ["train", "val", None]
     assert captions.has_official_splits
+    assert [*captions.names().values()] == ["a.jpg", "b.jpg", "c.jpg"]
     write(tmp_path, {"Flickr_8k.testImages.txt": "a.jpg\n"})
     with pytest.raises(UserError, match=r"a\.jpg is in two splits, train and test"):
         read_captions(tmp_path)
@@ -263,6 +264,7 @@ def test_one_folder_per_split(tmp_path: Path) -> None:
     tables = read_captions(tmp_path, ReadOptions("captions"))
     expected = {word: ((word,), word) for word in ("train", "val", "test")}
     assert content(tables) == {f"{word}/images/a.jpg": value for word, value in expected.items()}
+    assert {*tables.names().values()} == {*content(tables)}, "a.jpg is the name of three images"
     pairs = read_captions(tmp_path / "pairs")
     assert content(pairs) == {f"{word}/a.jpg": value for word, value in expected.items()}
     parts = {f"{number:05}.csv": TABLE.format(name, name) for number, name in enumerate("ab")}
@@ -448,14 +450,3 @@ def test_flickr8k(shared_data: Path) -> None:
     copies = [captions.images[index], captions.images[first]]
     assert {i.path.name for i in copies} == {"2851198725_37b6027625.jpg", "3050606344_af711c726c.jpg"}
     assert {image.split for image in copies} == {"train"}
-
-
-def test_names_are_those_of_the_source_if_they_are_unique(tmp_path: Path) -> None:
-    for split, names in (("train", "ab"), ("test", "ac")):
-        (tmp_path / split / "images").mkdir(parents=True)
-        rows = [f"{name}.jpg,a {name}" for name in names]
-        (tmp_path / split / "captions.csv").write_text("\n".join(["image,caption", *rows]))
-        for name in names:
-            (tmp_path / split / "images" / f"{name}.jpg").write_bytes(b"content")
-    found = {*read_captions(tmp_path).names().values()}
-    assert found == {"train/images/a.jpg", "test/images/a.jpg", "b.jpg", "c.jpg"}

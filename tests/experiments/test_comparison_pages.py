@@ -50,9 +50,6 @@ def ranks(comparison: Comparison) -> list[tuple[int, str]]:
     return [(row.rank, row.name) for row in comparison.rows]
 
 
-# the table
-
-
 def test_rows_are_ranked_by_rsum_and_equal_rows_have_the_same_rank() -> None:
     pairs = {("a", "x"): 100, ("a", "y"): 200, ("b", "x"): 200, ("b", "y"): 50}
     comparison = compared([record(rsum, *pair) for pair, rsum in pairs.items()], "t")
@@ -193,9 +190,6 @@ def test_rows_of_the_same_towers_name_their_runs() -> None:
     assert "run" not in table(compared([record(100), record(90, "b")], "t"))
 
 
-# the terminal
-
-
 def printed(comparison: Comparison, width: int = 80) -> list[str]:
     out = io.StringIO()
     with mock.patch.dict(os.environ, COLUMNS=str(width)), contextlib.redirect_stdout(out):
@@ -243,9 +237,6 @@ def test_seeds_and_states_are_printed() -> None:
     lines = printed(compared([*records, record(90, unfinished="crashed")], "t"), 60)
     assert any("2 seeds 110.0 ± 14.1" in line for line in lines)
     assert any("90.0" in line and "crashed" in line for line in lines)
-
-
-# plots and the page
 
 
 def test_plots_are_in_the_page_and_without_latencies_there_is_no_scatter_plot(tmp_path: Path) -> None:

@@ -35,10 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "micro-batches": {"micro_batch_size": 3, "matryoshka": [4, 8]},
     "activation checkpointing": {"towers": {"activation_checkpointing": True}},
     "one tower": {"freeze": "image"},
-    "lower layers frozen": {"layer_decay": 0.5, "freeze_below": 0.4},
-    "clipped by value": {"clip": "value"},
     "one tower, adapters in the other": {"lora": {"rank": 2, "towers": "text"}},
-    "bf16": {"precision": "bf16-mixed"},
     "SigLIP": {"loss": "SigLIP", "matryoshka": [4]},
     "teacher": {"freeze": "image", "teacher": True},
     "convolutions, micro-batches": {
@@ -47,11 +44,6 @@ WAYS: dict[str, dict[str, Any]] = {
         "micro_batch_size": 3,
     },
 }
-HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-without_bf16 = pytest.mark.skipif(
-    not HAS_BF16, reason="a step in bf16 takes minutes on a CPU without AVX-512"
-)
-PARAMETERS = [pytest.param(way, marks=without_bf16) if way == "bf16" else way for way in WAYS]
 AGAIN = "one tower, resumed in the middle of an epoch from the checkpoint of two processes"
 # with two processes only: dropout in micro-batches against the same ones in one graph, and the automatic size
 TWO: dict[str, dict[str, Any]] = {
@@ -96,12 +88,8 @@ def run_everything(scenes: Path, bert: Path, bundle: Path, out: Path) -> None:
     ways = WAYS | {AGAIN: WAYS["one tower"]} | (TWO if ranks > 1 else {})
     patch = pytest.MonkeyPatch()
     for way, changes in ways.items():
-        if way == "bf16" and not HAS_BF16:
-            continue
         torch.manual_seed(0)
         options = dict(changes)
-        rates = {name: options.pop(name) for name in ("layer_decay", "freeze_below") if name in options}
-        clip, precision = options.pop("clip", "norm"), options.pop("precision", "32-true")
         dropout = options.pop("dropout", 0.0)
         if ranks == 1:
             options.pop("micro_batch_size", None)
@@ -120,13 +108,11 @@ def run_everything(scenes: Path, bert: Path, bundle: Path, out: Path) -> None:
             **{"image_tower": "random:test_vit", "freeze": "none"} | options,
             text_tower=f"random:{bert}",
             heads=HeadOptions(embed_dim=16, dropout=dropout),
-            optimizer=OptimizerConfig(image_lr=1e-4, text_lr=1e-4, **rates),
+            optimizer=OptimizerConfig(image_lr=1e-4, text_lr=1e-4),
         )
         for part in module.modules():
             if isinstance(part, nn.Dropout) and not dropout:
                 part.p = 0.0
-        if way == "bf16" and ranks == 1:
-            torch.save({n: p.detach().clone() for n, p in module.named_parameters()}, out / f"{way}-start.pt")
         source = data(module, scenes, batch_size=8 // ranks, captions_per_image=2, cache=cache)
         fit = trainer(
             out,
@@ -134,9 +120,7 @@ def run_everything(scenes: Path, bert: Path, bundle: Path, out: Path) -> None:
             devices=ranks,
             strategy="auto" if ranks == 1 else "ddp",
             plugins=[SafeCheckpointIO()],
-            precision=precision,
-            gradient_clip_val=0.01 if clip == "value" else 0.5,
-            gradient_clip_algorithm=clip,
+            gradient_clip_val=0.5,
             max_epochs=None,
             max_steps=STEPS,
         )
@@ -187,15 +171,9 @@ def assert_same(one: dict[str, Any], two: dict[str, Any], limit: float = 2e-6) -
         assert max(worst.values()) <= most, max(worst.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize("way", PARAMETERS)
+@pytest.mark.parametrize("way", WAYS)
 def test_twenty_steps_are_those_of_one_process(results: Path, way: str) -> None:
     one, two = (stored(results, way, ranks) for ranks in (1, 2))
-    if way == "bf16":  # rounding makes another end of the same way
-        start = torch.load(results / f"{way}-start.pt", weights_only=True)
-        moved = [torch.cat([(c["weights"][n] - start[n]).flatten() for n in start]) for c in (one, two)]
-        assert moved[0].norm() > 0.1
-        assert torch.cosine_similarity(*moved, dim=0) > 0.9995
-        return
     assert_same(one, two)
     assert ("clip.logit_bias" in one["weights"]) == (way == "SigLIP")
     norms = [record(results, way, ranks)["norms"] for ranks in (1, 2)]
@@ -203,10 +181,8 @@ def test_twenty_steps_are_those_of_one_process(results: Path, way: str) -> None:
     assert min(norms[0]) > 0.5, "they are clipped"
 
 
-@pytest.mark.parametrize("way", PARAMETERS)
+@pytest.mark.parametrize("way", WAYS)
 def test_metrics_are_those_of_one_process(results: Path, way: str) -> None:
-    if way == "bf16":
-        pytest.skip("ranks of similar images change with rounding")
     one = {k: v for k, v in record(results, way, 1)["metrics"].items() if k.startswith("val/")}
     for rank in range(2):
         two = {k: v for k, v in record(results, way, 2, rank)["metrics"].items() if k.startswith("val/")}

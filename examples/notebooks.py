@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 import nbformat
 from nbclient import NotebookClient
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's advice to install ipywidgets
