@@ -29,7 +29,7 @@ from clip_lightning.data.formats import read_captions
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.data.sources import SCENE_SIZE
 from clip_lightning.data.sources import SCENES as COUNT
-from clip_lightning.experiments.merge import held_out, score_averages
+from clip_lightning.experiments.merge import Merger, held_out
 from clip_lightning.model.merge import load_for_merge
 from clip_lightning.training.cli import fit
 
@@ -85,9 +85,8 @@ def merged(
         assert clip_lightning([*words, "--out", str(out), "--json"]) == 0
     found = json.loads(printed.getvalue())
     sets = {"data": held_out(data[1], classes=False), "keep": held_out(keep[1], classes=True)}
-    base, result, tuned = score_averages(
-        *load_for_merge(str(models[0]), [str(models[1])]), sets, [0, found["alpha"], 1]
-    )
+    both, one = (Merger(*load_for_merge(str(models[0]), [str(other)]), sets) for other in (models[1], out))
+    base, tuned, result = both.score(0), both.score(1), one.score(1)
     return {
         "alpha": found["alpha"],
         "curve": found["curve"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import json
 import os
 import re
 import shutil
@@ -111,6 +112,19 @@ def write_bert(folder: Path, **options: Any) -> Path:
         torch.manual_seed(1)
         BertModel(BertConfig(**settings)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Runs a command with `--json`, and returns what it prints."""
+    from clip_lightning.__main__ import main
+
+    def run(*words: object) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main([*map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
 
 
 @pytest.fixture(scope="session")

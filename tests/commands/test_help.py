@@ -1,8 +1,8 @@
 """Help, suggestions and completion of the options of `fit` come at once from a table that fits the code."""
 
-import json
 import subprocess
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import options
@@ -69,10 +69,8 @@ def test_quiet_commands_print_results_and_errors_only(tmp_path: Path, capfd: Pri
     assert capfd.readouterr().err.startswith("clip-lightning: error: missing: root")
 
 
-def test_configs_env_and_completion(capsys: Printed) -> None:
-    assert main(["configs", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["heads"].keys() == {"about", "command", "hardware", "time", "score"}
+def test_configs_env_and_completion(capsys: Printed, printed: Any) -> None:
+    assert printed("configs")["heads"].keys() == {"about", "command", "hardware", "time", "score"}
     assert main(["configs"]) == 0 and main(["env"]) == 0
     assert "torch           " in capsys.readouterr().out
     assert main(["completion"]) == 0

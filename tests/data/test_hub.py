@@ -1,7 +1,6 @@
 """Hugging Face data sets: folders of the same pictures, captions and splits, and images with classes."""
 
 import io
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 
 from clip_lightning import CLIP
-from clip_lightning.__main__ import main
 from clip_lightning.data.classes import find_classes
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.images import BrokenImage, to_pixels
@@ -343,7 +341,7 @@ def test_images_with_classes(
     assert torch.equal(features[0], features[1])
 
 
-def test_classes_are_evaluated_by_name(save: Callable[..., str], bundle: Path, tmp_path: Path, capsys: Any):
+def test_classes_are_evaluated_by_name(save: Callable[..., str], bundle: Path, tmp_path: Path, printed: Any):
     labels = [0, 1, 2, 1]
     place = f"hf:{save(**labelled(train=[0, 1, 2, 0, 1, 2], test=labels))}"
     for row, label in enumerate(labels):
@@ -351,15 +349,12 @@ def test_classes_are_evaluated_by_name(save: Callable[..., str], bundle: Path, t
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(picture(row, "PNG"))
 
-    def printed(name: str, data: str, *options: str) -> dict[str, Any]:
-        assert main(["evaluate", name, str(bundle), data, *options, "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    found, same = printed("zero-shot", place), printed("zero-shot", str(tmp_path / "as_files"))
+    folder = tmp_path / "as_files"
+    found, same = (printed("evaluate", "zero-shot", bundle, data) for data in (place, folder))
     assert (found["split"], found["images"], found["classes"]) == ("test", 4, 3)
     for name in ("zero_shot_top1", "zero_shot_top5", "expected_calibration_error"):
         assert same[name] == pytest.approx(found[name], abs=1e-4)
-    probed = printed("linear-probe", place, "--shots", "1")
+    probed = printed("evaluate", "linear-probe", bundle, place, "--shots", 1)
     assert (probed["train_images"], probed["test_images"]) == (6, 4)
 
 

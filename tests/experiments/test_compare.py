@@ -25,6 +25,7 @@ from clip_lightning.model.encode import encode_texts
 from clip_lightning.model.towers import TextTower
 from clip_lightning.training.cli import rehearse
 
+Run = Callable[..., dict]
 Printed = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 Words = Callable[..., list[str]]
@@ -192,14 +193,13 @@ def test_ctrl_c_saves_and_is_resumed(words: Words, bert: Path, tmp_path: Path, m
 
 
 def test_scores_without_training(
-    words: Words, finished: Path, tmp_path: Path, monkeypatch: Patch, capsys: Printed
+    words: Words, finished: Path, tmp_path: Path, monkeypatch: Patch, capsys: Printed, printed: Run
 ) -> None:
     monkeypatch.setattr(backbones, "fit", lambda *_: pytest.fail("trained"))
     cache = finished.parent / "features"
     before = {entry.path for entry in FeatureCache(cache).entries()}
     given = [*words(tmp_path / "s", data__cache=cache), "--score=true"]
-    assert main([*given, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = printed(*given)
     assert found["images"] == 32 and found["seconds_per_pair"] >= 0
     shares = [row["mutual_neighbors"] for row in found["rows"]]
     assert len(shares) == 4 and shares == sorted(shares, reverse=True)
@@ -214,7 +214,7 @@ def test_scores_without_training(
 
 
 def test_scores_are_those_of_the_features(
-    words: Words, bert: Path, scenes: Path, tmp_path: Path, monkeypatch: Patch, capsys: Printed
+    words: Words, bert: Path, scenes: Path, tmp_path: Path, monkeypatch: Patch, printed: Run
 ) -> None:
     """With a broken image, and more images than are scored."""
     monkeypatch.setattr(backbones, "MOST_IMAGES", 20)
@@ -225,8 +225,7 @@ def test_scores_are_those_of_the_features(
     towers = {"image_towers": "random:test_vit", "text_towers": bert, "data__root": root}
     cka = Mock(wraps=backbones.linear_cka)
     monkeypatch.setattr(backbones, "linear_cka", cka)
-    assert main([*words(tmp_path / "s", **towers), "--score=true", "--seed_everything=5", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 19
+    assert printed(*words(tmp_path / "s", **towers), "--score=true", "--seed_everything=5")["images"] == 19
     image, text = cka.call_args.args
     features = encode_texts(TextTower.from_name(str(bert)), [image.captions[0] for image in chosen])
     assert torch.allclose(text, features, atol=2e-3)  # half precision
@@ -372,31 +371,27 @@ def test_invalid_runs_print_one_line(
 
 
 def test_pairs_are_runs_of_one_group_which_can_be_compared(
-    words: Words, bert: Path, wandb_server: WandbServer, tmp_path: Path, capsys: Any
+    words: Words, bert: Path, wandb_server: WandbServer, tmp_path: Path, capsys: Any, printed: Run
 ) -> None:
     given = words(tmp_path / "ours", text_towers=bert, trainer__logger=..., trainer__max_epochs=2)
     assert main(given) == 0
     runs = list(wandb_server.runs.values())
     assert [run.display_name for run in runs] == ["random:test_resnet × bert", "random:test_vit × bert"]
     assert {(run.group, run.state) for run in runs} == {("ours", "finished")}
-    capsys.readouterr()
-    theirs = ["compare", "--json", f"--out={tmp_path / 'theirs'}"]
-    assert main([*theirs, "wandb:tester/clip-lightning", "--group=ours"]) == 0
-    table, local = json.loads(capsys.readouterr().out), result(tmp_path / "ours")
+    theirs = ["compare", f"--out={tmp_path / 'theirs'}"]
+    table = printed(*theirs, "wandb:tester/clip-lightning", "--group=ours")
+    local = result(tmp_path / "ours")
     for ours, online in zip(local["rows"], table["rows"], strict=True):
         same = ours.keys() - {"places", "training_seconds"}
         assert {name: online[name] for name in same} == {name: ours[name] for name in same}
         difference = online["training_seconds"] - ours["training_seconds"]
         assert difference > -0.11, "it is measured after it, and both are rounded to tenths"
-    assert main([*theirs, f"wandb:tester/clip-lightning/{runs[0].id}"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
-    together = [str(tmp_path / "ours"), "wandb:tester/clip-lightning"]
-    assert main([*theirs, *together]) == 0  # the same runs twice
-    mixed = json.loads(capsys.readouterr().out)["rows"]
+    (row,) = printed(*theirs, f"wandb:tester/clip-lightning/{runs[0].id}")["rows"]
+    mixed = printed(*theirs, tmp_path / "ours", "wandb:tester/clip-lightning")["rows"]  # the same runs twice
     assert [(row["runs"], row["seeds"], row["options"], row["std"]) for row in mixed] == [(2, 1, {}, {})] * 2
     wandb_server.runs["tester", "clip-lightning", runs[0].id].state = "crashed"
-    assert main([*theirs, f"wandb:tester/clip-lightning/{runs[0].id}"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][0]["unfinished"] == "crashed"
+    found = printed(*theirs, f"wandb:tester/clip-lightning/{runs[0].id}")
+    assert found["rows"][0]["unfinished"] == "crashed"
     assert row["places"] == [f"wandb:tester/clip-lightning/{runs[0].id}"]
     for place, group in (("tester/nosuch", []), ("tester/clip-lightning", ["--group=nosuch"])):
         assert main([*theirs, f"wandb:{place}", *group]) == 2

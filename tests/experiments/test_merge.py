@@ -14,11 +14,12 @@ from clip_lightning import CLIP
 from clip_lightning.__main__ import main
 from clip_lightning.experiments.merge import choose
 from clip_lightning.model.lora import LoRAConfig
-from clip_lightning.model.merge import average, load_for_merge
+from clip_lightning.model.merge import RIDGE, average, average_linear, load_for_merge
 
 Make = Callable[..., CLIP]
 Pair = tuple[Path, Path]
 Patch = pytest.MonkeyPatch
+Run = Callable[..., dict]
 Printed = pytest.CaptureFixture[str]
 
 
@@ -36,11 +37,6 @@ def pair(make_clip: Make, tmp_path: Path) -> Pair:
     """A model, and one with the same towers and other heads."""
     base = make_clip().save_pretrained(tmp_path / "base")
     return base, changed(make_clip(), 1).save_pretrained(tmp_path / "tuned")
-
-
-def printed(capsys: Printed, *words: object) -> dict:
-    assert main([*map(str, words), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def refused(capsys: Printed, *words: object) -> str:
@@ -63,11 +59,22 @@ def test_the_average_of_every_kind_of_tensor() -> None:
         assert torch.equal(average([one, other], fractions)["weight"], same["weight"])
 
 
-def test_a_fixed_alpha_and_several_models(
-    pair: Pair, make_clip: Make, tmp_path: Path, capsys: Printed
-) -> None:
+def test_the_regression_mean_is_found_by_least_squares() -> None:
+    torch.manual_seed(0)
+    layers = [torch.randn(5, 4) for _ in range(2)]
+    inputs = [torch.randn(n, 4).double() * torch.tensor([1, 1, scale, 0]) for n, scale in ((9, 3), (7, 0.1))]
+    rows = [torch.cat([x / x.square().sum().div(4).sqrt(), RIDGE**0.5 * torch.eye(4)]) for x in inputs]
+    rows = [0.3**0.5 * rows[0], 0.7**0.5 * rows[1]]
+    targets = torch.cat([x @ layer.double().T for x, layer in zip(rows, layers, strict=True)])
+    found = average_linear(layers, [0.3, 0.7], [x.T @ x for x in inputs])
+    torch.testing.assert_close(found, torch.linalg.lstsq(torch.cat(rows), targets).solution.T)
+    unknown = 0.3 * layers[0] + 0.7 * layers[1]
+    torch.testing.assert_close(found[:, 3].float(), unknown[:, 3])
+
+
+def test_a_fixed_alpha_and_several_models(pair: Pair, make_clip: Make, tmp_path: Path, printed: Run) -> None:
     third = changed(make_clip(), 2, "").save_pretrained(tmp_path / "third")
-    found = printed(capsys, "merge", *pair, third, "--alpha", "0.25", "--out", tmp_path / "out")
+    found = printed("merge", *pair, third, "--alpha", "0.25", "--out", tmp_path / "out")
     assert found["alpha"] == 0.25 and found["curve"] == []
     assert json.loads((tmp_path / "out" / "merge.json").read_text()) == found
     first, second, last, result = map(CLIP.from_pretrained, (*pair, third, found["out"]))
@@ -80,16 +87,16 @@ def test_a_fixed_alpha_and_several_models(
 
 
 def test_a_bundle_is_replaced_and_nothing_else(
-    pair: Pair, scenes: Path, tmp_path: Path, capsys: Printed
+    pair: Pair, scenes: Path, tmp_path: Path, capsys: Printed, printed: Run
 ) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
-    found = printed(capsys, "merge", *pair, "--alpha", "auto", "--data", scenes, "--out", out)
+    found = printed("merge", *pair, "--alpha", "auto", "--data", scenes, "--out", out)
     best = max(point["data"] for point in found["curve"])
     assert found["scores"]["data"] == best and f"{best:.1f}" in found["reason"]
     (out / "notes.txt").write_text("mine")
     with Image.open(out / "merge.png") as picture:
         assert picture.width > 500
-    found = printed(capsys, "merge", *pair, "--alpha", "1", "--out", out)
+    found = printed("merge", *pair, "--alpha", "1", "--out", out)
     assert (out / "notes.txt").read_text() == "mine"
     assert not (out / "merge.png").exists(), "it would show another model"
     other.mkdir()
@@ -101,7 +108,7 @@ def test_a_bundle_is_replaced_and_nothing_else(
 
 @pytest.mark.parametrize("parts", ["heads", ""], ids=["frozen towers", "trained towers"])
 def test_the_curve_is_what_evaluate_measures(
-    make_clip: Make, scenes: Path, tmp_path: Path, capsys: Printed, monkeypatch: Patch, parts: str
+    make_clip: Make, scenes: Path, tmp_path: Path, printed: Run, monkeypatch: Patch, parts: str
 ) -> None:
     base = make_clip().save_pretrained(tmp_path / "base")
     tuned = changed(make_clip(), 1, parts).save_pretrained(tmp_path / "tuned")
@@ -112,16 +119,20 @@ def test_the_curve_is_what_evaluate_measures(
     encode = experiment.encode_images
     monkeypatch.setattr(experiment, "encode_images", lambda *a, **k: (calls.append(a), encode(*a, **k))[1])
     options = ("--data", scenes, "--keep", tmp_path / "classes", "--out", tmp_path / "out")
-    found = printed(capsys, "merge", base, tuned, "--alpha", "auto", *options)
+    found = printed("merge", base, tuned, "--alpha", "auto", *options)
     assert len(calls) == (2 if parts else 22), "a frozen tower runs once for each data set"
     assert [point["alpha"] for point in found["curve"]] == [step / 10 for step in range(11)]
     assert found["scores"]["alpha"] == found["alpha"]
     points = found["curve"][0], found["curve"][10], found["scores"]
     for point, model in zip(points, (base, tuned, tmp_path / "out"), strict=True):
-        measured = printed(capsys, "evaluate", "retrieval", model, scenes, "--split", "val")
+        measured = printed("evaluate", "retrieval", model, scenes, "--split", "val")
         assert point["data"] == pytest.approx(measured["rsum"])
-        measured = printed(capsys, "evaluate", "zero-shot", model, tmp_path / "classes")
+        measured = printed("evaluate", "zero-shot", model, tmp_path / "classes")
         assert point["keep"] == pytest.approx(measured["zero_shot_top1"])
+    plain = printed("merge", base, tuned, "--alpha", "0.5", "--out", tmp_path / "plain")["out"]
+    fitted = printed("merge", base, tuned, "--alpha", "0.5", *options)["out"]
+    heads = [CLIP.from_pretrained(name).heads["text"][1].weight for name in (plain, fitted)]
+    assert torch.equal(*heads) == (parts == ""), "the heads of frozen towers are fitted to both data"
 
 
 def test_models_that_differ(pair: Pair, make_clip: Make, tmp_path: Path, capsys: Printed) -> None:

@@ -53,6 +53,7 @@ class Diverges(Callback):
             raise Diverged("training has diverged at step 4; lower the learning rate")
 
 
+Run = Callable[..., dict]
 Printed = pytest.CaptureFixture[str]
 Search = Callable[..., list[str]]
 
@@ -91,14 +92,13 @@ def states(folder: Path) -> list[str]:
     return [trial.state.name for trial in study_of(folder).trials]
 
 
-def test_the_files_of_a_search(search: Search, folder: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_the_files_of_a_search(search: Search, folder: Path, tmp_path: Path, printed: Run) -> None:
     parameters = {
         LR: {"distribution": "log_uniform_values", "min": 1e-4, "max": 0.1},
         "model.heads.embed_dim": {"distribution": "q_log_uniform_values", "min": 8, "max": 64, "q": 8},
     }
     content = {"method": "bayes", "run_cap": 2, "parameters": parameters}
-    assert main(search(content, "--json")) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = printed(*search(content))
     assert [trial["state"] for trial in found["trials"]] == ["finished"] * 2
     values = [trial["value"] for trial in found["trials"]]
     assert values == sorted(values, reverse=True)
@@ -120,8 +120,7 @@ def test_the_files_of_a_search(search: Search, folder: Path, tmp_path: Path, cap
     assert (folder / "trials.md").read_text().count("| finished |") == 2
 
     # one more trial repeats nothing
-    assert main(search(content, "--trials", "3", "--json")) == 0
-    more = json.loads(capsys.readouterr().out)
+    more = printed(*search(content, "--trials", "3"))
     assert len(more["trials"]) == 3
     assert [trial for trial in more["trials"] if trial["trial"] < 2] == found["trials"]
 
@@ -220,17 +219,15 @@ def test_what_makes_another_study(search: Search, folder: Path, tmp_path: Path, 
     assert "dropout: 0.5" in (tmp_path / "runs" / "sweep-other-one" / "best.yaml").read_text()
 
 
-def test_bad_trials_are_stopped_early(search: Search, folder: Path, capsys: Printed) -> None:
+def test_bad_trials_are_stopped_early(search: Search, folder: Path, printed: Run) -> None:
     """What does not learn at all is behind what does after the first validation."""
-    arguments = search({**grid(lr=[0.01, 0.0]), **HALVING}, "--json", "--trainer.max_epochs=3")
-    assert main(arguments) == 0
-    good, bad = json.loads(capsys.readouterr().out)["trials"]
+    arguments = search({**grid(lr=[0.01, 0.0]), **HALVING}, "--trainer.max_epochs=3")
+    good, bad = printed(*arguments)["trials"]
     assert (good["state"], bad["state"]) == ("finished", "stopped early")
     assert bad["metrics"]["epoch"] == 0
     assert [len(trial.intermediate_values) for trial in study_of(folder).trials] == [3, 1]
     assert (folder / bad["run"] / "model" / "model.safetensors").is_file()
-    assert main(arguments) == 0
-    assert len(json.loads(capsys.readouterr().out)["trials"]) == 2, "a trial that was stopped early counts"
+    assert len(printed(*arguments)["trials"]) == 2, "a trial that was stopped early counts"
 
 
 @pytest.mark.slow

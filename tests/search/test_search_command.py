@@ -1,10 +1,10 @@
 """What `index` and `search` print, and what they refuse in one line."""
 
-import json
 import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from PIL import Image
 
 from clip_lightning.__main__ import main
 
+Run = Callable[..., dict]
 Printed = pytest.CaptureFixture[str]
 
 
@@ -23,18 +24,12 @@ def index(bundle: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def printed(capsys: Printed, *words: object) -> dict[str, object]:
-    assert main([str(word) for word in words]) == 0
-    found: dict[str, object] = json.loads(capsys.readouterr().out)
-    return found
-
-
-def test_each_prints_json(index: Path, bundle: Path, scenes: Path, tmp_path: Path, capsys: Printed) -> None:
-    done = printed(capsys, "index", bundle, scenes, "--out", index, "--json", "--onnx", "false")
+def test_each_prints_json(index: Path, bundle: Path, scenes: Path, printed: Run) -> None:
+    done = printed("index", bundle, scenes, "--out", index, "--onnx", "false")
     assert (done["images"], done["captions"], done["unchanged"], done["embedded"]) == (40, 0, 40, 0)
     assert done["out"] == str(index)
-    found = printed(capsys, "search", index, "a red circle", "--k", 3, "--json")
-    assert found == printed(capsys, "search", "--json", index, "--k=3", "--query", "a red circle")
+    found = printed("search", index, "a red circle", "--k", 3)
+    assert found == printed("search", index, "--k=3", "--query", "a red circle")
     assert found["type"] == "flat"
     [query] = found["queries"]
     assert query["query"] == "a red circle" and len(query["results"]) == 3
@@ -61,12 +56,12 @@ def test_people_read_a_line_per_image_and_what_was_left_out(
     assert "gone.png: No such file or directory; the next run retries it\n" in said.err
 
 
-def test_by_image_and_by_file(index: Path, scenes: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_by_image_and_by_file(index: Path, scenes: Path, tmp_path: Path, printed: Run) -> None:
     image = next(path for path in sorted(scenes.iterdir()) if path.suffix != ".csv")
-    [query] = printed(capsys, "search", index, "--image", image, "--json")["queries"]
+    [query] = printed("search", index, "--image", image)["queries"]
     assert query["results"][0]["path"] == str(image)
     (tmp_path / "queries").write_text("a star\n\n  a: {red} circle 🐶\n", encoding="utf-8")
-    found = printed(capsys, "search", index, "--file", tmp_path / "queries", "--k", 100, "--json")
+    found = printed("search", index, "--file", tmp_path / "queries", "--k", 100)
     assert [query["query"] for query in found["queries"]] == ["a star", "a: {red} circle 🐶"]
     assert [len(query["results"]) for query in found["queries"]] == [40, 40]
 

@@ -77,7 +77,7 @@ class Swap(Callback):
 
 
 def test_fit_and_evaluate_agree(
-    command: Callable[..., list[str]], pictures: Path, tmp_path: Path, encoded: Mock, capsys: Printed
+    command: Callable[..., Any], pictures: Path, tmp_path: Path, encoded: Mock, capsys: Printed, printed: Any
 ):
     zero_shot = [f"--zero_shot.data={pictures}", "--zero_shot.templates=none"]
     words = command("fit", tmp_path / "runs", data__cache=tmp_path / "cache", trainer__max_epochs=3)
@@ -87,9 +87,7 @@ def test_fit_and_evaluate_agree(
     assert images == [21], "the frozen tower ran once for all validations"
     (run,) = (tmp_path / "runs").iterdir()
     metrics = json.loads((run / "metrics.json").read_text())
-    words = [run / "model", pictures, "--templates", "none", "--json"]
-    assert main(["evaluate", "zero-shot", *map(str, words)]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = printed("evaluate", "zero-shot", run / "model", pictures, "--templates", "none")
     assert {name: metrics[name] for name in METRICS} == pytest.approx({name: found[name] for name in METRICS})
     assert {path.name for path in (run / "zero_shot").iterdir()} == {
         *("classes.csv", "confused.csv", "confusion.png", "calibration.csv", "reliability.png")

@@ -32,8 +32,9 @@ def merge(
     """Average the weights of a model and of models that were trained from it.
 
     The result is (1 - alpha) * BASE + alpha * TUNED (WiSE-FT), where several TUNED are averaged first (a
-    model soup). It often keeps most of what was learned, and forgets less of what BASE could do. All models
-    need the same architecture, transform and tokenizer.
+    model soup). It often keeps most of what was learned, and forgets less of what BASE could do. With --data
+    and --keep, linear heads on towers that are the same are merged by regression (RegMean), which forgets
+    less still. All models need the same architecture, transform and tokenizer.
 
     Args:
         out: new or empty folder for the result, or a bundle, which is replaced.
@@ -49,11 +50,11 @@ def merge(
         raise UserError("--alpha auto and --keep score models on held-out images; give --data ROOT as well")
     if alpha != "auto" and not 0 <= alpha <= 1:
         raise UserError(f"--alpha {alpha}: expected auto, or a fraction from 0 to 1")
-    from clip_lightning.experiments.merge import ALPHAS, choose, held_out, score_averages
+    from clip_lightning.experiments.merge import ALPHAS, Merger, choose, held_out
     from clip_lightning.files import write_atomically, write_json
     from clip_lightning.model.bundle import files_to_keep
     from clip_lightning.model.encode import best_device
-    from clip_lightning.model.merge import average, load_for_merge
+    from clip_lightning.model.merge import load_for_merge
     from clip_lightning.reports.plots import plot_merge
 
     files_to_keep(out)  # refuse a folder before anything is computed
@@ -61,9 +62,10 @@ def merge(
     sets = {name: held_out(place, classes=name == "keep") for name, place in places.items()}
     clip, first, last = load_for_merge(base, tuned)
     alphas = ALPHAS if alpha == "auto" else sorted({0, alpha, 1})
-    points = score_averages(clip.to(best_device()), first, last, sets, alphas) if sets else []
+    merger = Merger(clip.to(best_device()), first, last, sets)
+    points = [merger.score(alpha) for alpha in alphas] if sets else []
     alpha, reason = choose(points) if alpha == "auto" else (alpha, f"alpha {alpha:g}, as given")
-    clip.load_state_dict(average((first, last), (1 - alpha, alpha)))
+    merger.load(alpha)
     record = {"base": base, "tuned": tuned, "alpha": alpha}
     clip.save_pretrained(out, metadata=record)
     scores = next((point for point in points if point["alpha"] == alpha), {})

@@ -1,4 +1,4 @@
-"""Scores averages of a model and a fine-tuned one on held-out data, and chooses one of them."""
+"""Merges a model and a fine-tuned one, scores the results on held-out data, and chooses one of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clip_lightning.evaluation.retrieval import retrieval_metrics
 from clip_lightning.evaluation.zero_shot import classify
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import Encoded, encode_images, encode_texts
-from clip_lightning.model.merge import Weights, average
+from clip_lightning.model.merge import Weights, average, average_linear
 
 ALPHAS = [step / 10 for step in range(11)]
 Point = dict[str, float]  # `alpha`, and the scores on `data` and, if given, on `keep`
@@ -67,35 +67,65 @@ def _held_out_classes(place: str) -> HeldOut:
     )
 
 
-@torch.no_grad()
-def score_averages(
-    clip: CLIP, base: Weights, tuned: Weights, sets: Mapping[str, HeldOut], alphas: Sequence[float]
-) -> list[Point]:
-    """Load (1 - alpha) * base + alpha * tuned into `clip`, and score it, for each alpha.
+class Merger:
+    """Averages BASE and TUNED in a model, and scores the result on held-out data.
 
-    A tower whose weights are the same in both runs only once, and its features are projected again.
+    A linear head on a tower that is the same in both becomes their regression mean for the features of
+    `keep` and `data`, if both are given. Everything else is (1 - alpha) * BASE + alpha * TUNED.
+
+    Args:
+        clip: a model with the weights of BASE, which are replaced.
+        base: weights of BASE.
+        tuned: weights of TUNED.
+        sets: held-out data, named `data` and `keep`.
     """
-    trained = {name.split(".")[0] for name in base if not torch.equal(base[name], tuned[name])}
-    images: dict[str, Encoded] = {}
-    texts: dict[str, Tensor] = {}
-    points = []
-    for alpha in alphas:
-        clip.load_state_dict(average((base, tuned), (1 - alpha, alpha)))
+
+    def __init__(self, clip: CLIP, base: Weights, tuned: Weights, sets: Mapping[str, HeldOut]) -> None:
+        self.clip, self.weights, self.sets = clip, (base, tuned), sets
+        trained = {name.split(".")[0] for name in base if not torch.equal(base[name], tuned[name])}
+        self.frozen = [side for side in ("image", "text") if f"{side}_tower" not in trained]
+        self._alpha = 0.0
+        self._rows: dict[str, Tensor] = {}
+        self._encoded: dict[tuple[str, str], Tensor] = {}
+        linear = [side for side in self.frozen if [*clip.heads[side].state_dict()] == ["1.weight"]]
+        self._grams = {side: self._gram_matrices(side) for side in linear if len(sets) == 2}
+
+    @torch.no_grad()
+    def load(self, alpha: float) -> None:
+        """Replace the weights of the model by an average."""
+        self._alpha, fractions = alpha, (1 - alpha, alpha)
+        weights = average(self.weights, fractions)
+        for side, grams in self._grams.items():
+            layers = [model[f"heads.{side}.1.weight"] for model in self.weights]
+            weights[f"heads.{side}.1.weight"] = average_linear(layers, fractions, grams)
+        self.clip.load_state_dict(weights)
+
+    @torch.no_grad()
+    def score(self, alpha: float) -> Point:
+        """Load an average and score it; a tower that is the same in both models runs only once."""
+        self.load(alpha)
         point = {"alpha": alpha}
-        for name, data in sets.items():
-            title = f"--{name}, alpha {alpha:g}"
-            if name not in images or "image_tower" in trained:
-                encoded = encode_images(clip.image_tower, data.images, progress=f"{title}, images")
-                images[name] = Encoded.join(encoded)
-            if name not in texts or "text_tower" in trained:
-                texts[name] = encode_texts(clip.text_tower, data.texts, progress=f"{title}, texts")
-            if not images[name].rows:
-                raise UserError(f"--{name} has no held-out image that can be read; give other data")
-            image = clip.project_image(images[name].features.to(clip.device)).cpu()
-            text = clip.project_text(texts[name].to(clip.device)).cpu()
-            point[name] = data.score(image, text, torch.tensor(images[name].rows))
-        points.append(point)
-    return points
+        for name, data in self.sets.items():
+            image = self.clip.project_image(self._features("image", name).to(self.clip.device)).cpu()
+            text = self.clip.project_text(self._features("text", name).to(self.clip.device)).cpu()
+            point[name] = data.score(image, text, self._rows[name])
+        return point
+
+    def _gram_matrices(self, side: str) -> list[Tensor]:
+        features = [self._features(side, name).double() for name in ("keep", "data")]
+        return [rows.T @ rows for rows in features]
+
+    def _features(self, side: str, name: str) -> Tensor:
+        if side not in self.frozen or (side, name) not in self._encoded:
+            data, title = self.sets[name], f"--{name}, alpha {self._alpha:g}, {side}s"
+            if side == "text":
+                self._encoded[side, name] = encode_texts(self.clip.text_tower, data.texts, progress=title)
+            else:
+                images = Encoded.join(encode_images(self.clip.image_tower, data.images, progress=title))
+                if not images.rows:
+                    raise UserError(f"--{name} has no held-out image that can be read; give other data")
+                self._encoded[side, name], self._rows[name] = images.features, torch.tensor(images.rows)
+        return self._encoded[side, name]
 
 
 def choose(points: Sequence[Point]) -> tuple[float, str]:

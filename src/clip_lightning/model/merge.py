@@ -1,4 +1,4 @@
-"""Averages the weights of models: WiSE-FT and model soups (both Wortsman et al. 2022)."""
+"""Averages models: WiSE-FT, model soups (both Wortsman et al. 2022) and RegMean (Jin et al. 2023)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clip_lightning.arguments import flat
 from clip_lightning.errors import UserError
 from clip_lightning.model.clip import CLIP
 
+RIDGE = 0.1
 Weights = Mapping[str, Tensor]
 MAY_DIFFER = re.compile(r"\w+_tower\.name|dropout|.*\.transformers_version")
 
@@ -30,6 +32,24 @@ def average(models: Sequence[Weights], fractions: Sequence[float]) -> dict[str, 
             parts = [f * model[name].double() for f, model in zip(fractions, models, strict=True)]
             tensor.copy_(sum(parts[1:], parts[0]))
     return mean
+
+
+def average_linear(layers: Sequence[Tensor], fractions: Sequence[float], grams: Sequence[Tensor]) -> Tensor:
+    """Return one linear layer that treats the inputs of each of several much as that layer does.
+
+    It minimises the sum over the layers of fraction * |X W' - X V'|², where a layer has the weights V and its
+    inputs are the rows of X (RegMean, Jin et al. 2023). Each Gram matrix X' X is divided by the mean of its
+    diagonal, and RIDGE times the identity is added, which averages the weights where there are no inputs.
+
+    Args:
+        layers: weights of shape (outputs, inputs).
+        fractions: one for each layer, which add up to 1.
+        grams: the Gram matrix of the inputs of each layer, of shape (inputs, inputs).
+    """
+    identity = torch.eye(len(grams[0]), dtype=torch.float64)
+    scaled = [f * (g / g.diagonal().mean() + RIDGE * identity) for f, g in zip(fractions, grams, strict=True)]
+    targets = [gram @ layer.double().T for gram, layer in zip(scaled, layers, strict=True)]
+    return torch.linalg.solve(sum(scaled, 0 * identity), torch.stack(targets).sum(0)).T
 
 
 def load_for_merge(base: str, tuned: Sequence[str]) -> tuple[CLIP, Weights, Weights]:
