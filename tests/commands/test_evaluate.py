@@ -283,18 +283,19 @@ def test_retrieval_by_the_protocol_of_papers(bundle: Path, tmp_path: Path, capsy
     (root / f"dataset_{name}.json").write_text(json.dumps({"images": entries, "dataset": name}))
     (root / "results.csv").write_text("image_name| comment_number| comment\n0.jpg| 0| one\n")
     found, _ = printed_json(capsys, "evaluate", "retrieval", bundle, f"{name}:{root}")
-    assert (found["split"], found["images"], found["captions"]) == ("test", 3, 15)
-    assert found["data"] == f"{name}:{root}"
+    assert [found[k] for k in ("data", "split", "images", "captions")] == [f"{name}:{root}", "test", 3, 15]
     clip = CLIP.from_pretrained(bundle)
-    texts = [f"a test {n} {c}" for n in (3, 4, 5) for c in range(5)]
     expected = retrieval_metrics(
         clip.embed_images([root / folder / file for file in files[3:]]),
-        clip.embed_texts(texts),
+        clip.embed_texts([f"a test {n} {c}" for n in (3, 4, 5) for c in range(5)]),
         torch.arange(3).repeat_interleave(5),
     )
     assert {metric: found[metric] for metric in expected} == pytest.approx(expected)
     every, _ = printed_json(capsys, "evaluate", "retrieval", bundle, root / f"dataset_{name}.json")
     assert every["captions"] == 5 + 6 + 7
+    (root / folder / files[5]).unlink()
+    fewer, err = printed_json(capsys, "evaluate", "retrieval", bundle, f"{name}:{root}")
+    assert fewer["images"] == 2 and "5.jpg: there is no such image" in err
 
 
 def test_linear_probe(bundle: Path, pictures: Path, capsys: Printed):

@@ -301,6 +301,7 @@ def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]
     source = find_source(place)
     source.fetch()
     captions = read_source(source, RECOGNIZED)
+    _warn_of_each("left out", captions.left_out)
     own = {image.split for image in captions.images if image.split} if captions.has_official_splits else set()
     drawn = {"train", "val", "test"} if split else set()  # as `fit` draws them by default
     chosen = _choose_split(place, split, own or drawn)
