@@ -1,17 +1,18 @@
 """`clip-lightning cache list|prune` lists the entries of the feature cache or removes old ones."""
 
-from __future__ import annotations
-
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse.typing import NonNegativeFloat
 
 from clip_lightning.arguments import print_result, run_functions
-from clip_lightning.data.features import CacheEntry, FeatureCache
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder
+
+if TYPE_CHECKING:
+    from clip_lightning.data.features import CacheEntry, FeatureCache
 
 
 def list_entries(folder: Path | None = None, json: bool = False) -> None:
@@ -35,14 +36,16 @@ def prune(*, keep_gb: NonNegativeFloat, folder: Path | None = None, json: bool =
     _show(_cache(folder).prune(keep_gb * 1e9), "removed", json)
 
 
-def _cache(folder: Path | None) -> FeatureCache:
+def _cache(folder: Path | None) -> "FeatureCache":
+    from clip_lightning.data.features import FeatureCache
+
     default = cache_folder("features")
     if folder is not None and not folder.is_dir():
         raise UserError(f"--folder {folder} does not exist; omit it to use the default folder, {default}")
     return FeatureCache(folder or default)
 
 
-def _show(entries: list[CacheEntry], title: str, as_json: bool) -> None:
+def _show(entries: "list[CacheEntry]", title: str, as_json: bool) -> None:
     rows, lines = [], []
     for entry in entries:
         kind, view, tower = entry.key.get("kind", "unknown"), entry.key.get("view"), entry.key.get("name", "")

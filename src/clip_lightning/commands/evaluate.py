@@ -1,7 +1,5 @@
 """`clip-lightning evaluate retrieval|compositional|zero-shot|linear-probe` measures models on data."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,29 +7,24 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from tqdm import tqdm
 
 from clip_lightning.arguments import check_folder, run_functions
 from clip_lightning.data.captions import CaptionedImage, Splits, split_by_image
-from clip_lightning.data.classes import ClassSet, class_names, find_classes
 from clip_lightning.data.compositional import read_choices
 from clip_lightning.data.readers import RECOGNIZED
-from clip_lightning.data.sources import find_source, read_source
 from clip_lightning.errors import UserError
-from clip_lightning.evaluation import linear_probe as probe
-from clip_lightning.evaluation.compositional import compositional_metrics
-from clip_lightning.evaluation.intervals import hits, paired_differences, recall_intervals
 from clip_lightning.evaluation.prompts import read_templates
-from clip_lightning.evaluation.retrieval import fold_metrics, retrieval_metrics, retrieval_ranks
-from clip_lightning.evaluation.zero_shot import classify
-from clip_lightning.model.clip import CLIP
-from clip_lightning.model.encode import Encoded, best_device, encode_images
-from clip_lightning.reports.tables import ClassReport, Row, print_results, write_results
 from clip_lightning.terminal import note, printable
+
+if TYPE_CHECKING:
+    from clip_lightning.data.classes import ClassSet
+    from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.encode import Encoded
+    from clip_lightning.reports.tables import ClassReport, Row
 
 Split = Literal["all", "train", "val", "test"]
 BENCHMARKS, CAPTIONS = ("coco", "flickr30k", "flickr8k"), 5  # some images of COCO have more than five
@@ -68,6 +61,11 @@ def retrieval(
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
+    import torch
+
+    from clip_lightning.evaluation.intervals import hits, paired_differences, recall_intervals
+    from clip_lightning.evaluation.retrieval import fold_metrics, retrieval_metrics, retrieval_ranks
+
     models = _listed(model)
     check_folder(out, data)
     sets = {place: _captioned(place, split) for place in _listed(data)}
@@ -119,6 +117,10 @@ def compositional(
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
+    import torch
+
+    from clip_lightning.evaluation.compositional import compositional_metrics
+
     models = _listed(model)
     check_folder(out, data)
     sets = {place: read_choices(Path(place), images) for place in _listed(data)}
@@ -177,6 +179,12 @@ def zero_shot(
             classes and confusions.
         json: print one JSON object instead, or a list for several models or data sets.
     """
+    import torch
+
+    from clip_lightning.data.classes import class_names
+    from clip_lightning.evaluation.zero_shot import classify
+    from clip_lightning.reports.tables import ClassReport
+
     models = _listed(model)
     check_folder(out, data)
     sentences = read_templates(templates)
@@ -243,6 +251,10 @@ def linear_probe(
         wandb: W&B project (or ENTITY/PROJECT) to log to, with one run per model and data set.
         json: print one JSON object instead, or a list for several models or data sets.
     """
+    import torch
+
+    from clip_lightning.evaluation import linear_probe as probe
+
     counts = [int(word) for word in shots.split(",") if word.strip().isdecimal() and int(word) > 0]
     if len(counts) != len(shots.split(",")):
         raise UserError(f"--shots {shots}: expected numbers of images separated by commas, such as 1,2,4")
@@ -276,8 +288,11 @@ def linear_probe(
 
 def _encoded(
     models: Sequence[str], sets: Mapping[str, Sequence[Any]], projects: bool = True, dims: int | None = None
-) -> Iterator[tuple[CLIP, Row, Encoded]]:
+) -> "Iterator[tuple[CLIP, Row, Encoded]]":
     """Yield each model, the beginning of its row for each data set, and its features of the images."""
+    from clip_lightning.model.clip import CLIP
+    from clip_lightning.model.encode import Encoded, best_device, encode_images
+
     for name in models:
         clip = CLIP.from_pretrained(name).to(best_device())
         clip = clip.with_dims(dims or clip.dims)
@@ -295,6 +310,8 @@ def _encoded(
 
 def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]]:
     """Return the split that was chosen, and its images."""
+    from clip_lightning.data.sources import find_source, read_source
+
     name, _, folder = place.partition(":")
     most = CAPTIONS if folder and name in BENCHMARKS else None
     place = f"{folder}/dataset_{name}.json" if most else place
@@ -309,7 +326,9 @@ def _captioned(place: str, split: str | None) -> tuple[str, list[CaptionedImage]
     return chosen, [replace(image, captions=image.captions[:most]) for image in images]
 
 
-def _class_sets(places: str) -> dict[str, ClassSet]:
+def _class_sets(places: str) -> dict[str, "ClassSet"]:
+    from clip_lightning.data.classes import find_classes
+
     sets = {place: find_classes(place) for place in _listed(places)}
     for class_set in sets.values():
         _warn_of_each("left out", class_set.left_out)
@@ -342,9 +361,11 @@ def _warn_of_each(what: str, reasons: Mapping[str, str]) -> None:
 
 
 def _finish(
-    rows: list[Row], out: Path | None, json: bool, wandb: str | None, reports: Sequence[ClassReport] = ()
+    rows: "list[Row]", out: Path | None, json: bool, wandb: str | None, reports: "Sequence[ClassReport]" = ()
 ) -> None:
     """Print, write and track the rows, each with its class report if there is one."""
+    from clip_lightning.reports.tables import print_results, write_results
+
     print_results(rows, as_json=json)  # before the disk or W&B may fail
     if out is not None:
         write_results(rows, out)

@@ -1,7 +1,5 @@
 """`clip-lightning export MODEL --to bundle|onnx|open_clip|hub` writes a model for other programs."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -82,7 +80,7 @@ def export(
     print_result({"to": to, "out": str(out.resolve()), "max_difference": difference}, text, json)
 
 
-def _short(clip: CLIP, dims: int | None) -> CLIP:
+def _short(clip: "CLIP", dims: int | None) -> "CLIP":
     """Return the model with so many dimensions, and report what this costs if its training measured it."""
     short = clip.with_dims(dims or clip.dims)
     all_of, left = (model.metadata.get("metrics", {}).get("rsum") for model in (clip, short))
