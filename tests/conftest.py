@@ -115,14 +115,36 @@ def write_bert(folder: Path, **options: Any) -> Path:
 
 
 @pytest.fixture
-def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """Runs a command with `--json`, and returns what it prints."""
+def ran(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs a command, and returns its outputs, `out` and `err`."""
     from clip_lightning.__main__ import main
 
-    def run(*words: object) -> dict[str, Any]:
+    def run(*words: object) -> Any:
         capsys.readouterr()
-        assert main([*map(str, words), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
+        assert main([*map(str, words)]) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def printed(ran: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """Runs a command with `--json`, and returns what it prints."""
+    return lambda *words: json.loads(ran(*words, "--json").out)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail with one line, the last, and returns it."""
+    from clip_lightning.__main__ import main
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        assert main([*map(str, words)]) == 2
+        out, errors = capsys.readouterr()
+        assert not out and errors.count("clip-lightning: error: ") == 1 and "Traceback" not in errors, errors
+        assert errors.splitlines()[-1].startswith("clip-lightning: error: ")
+        return errors.splitlines()[-1]
 
     return run
 

@@ -21,6 +21,7 @@ from clip_lightning.reports.tables import markdown
 
 Patch = pytest.MonkeyPatch
 Printed = pytest.CaptureFixture[str]
+Refused = Callable[..., str]
 Make = Callable[..., CLIP]
 
 
@@ -69,12 +70,12 @@ def test_zero_shot(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed
     assert json.loads((out / "results.json").read_text()) == [found]
 
 
-def test_a_model_with_nan_is_refused(make_clip: Make, scenes: Path, tmp_path: Path, capsys: Printed):
+def test_a_model_with_nan_is_refused(make_clip: Make, scenes: Path, tmp_path: Path, refused: Refused):
     clip = make_clip()
     clip.heads.text[1].weight.data[0, 0] = torch.nan
     folder = clip.save_pretrained(tmp_path / "failed")
-    assert main(["evaluate", "retrieval", str(folder), str(scenes)]) == 2
-    assert "has weights that are not finite (heads.text.1.weight)" in capsys.readouterr().err
+    said = refused("evaluate", "retrieval", folder, scenes)
+    assert "has weights that are not finite (heads.text.1.weight)" in said
 
 
 def test_zero_shot_of_several(bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed):
@@ -254,14 +255,12 @@ def test_winoground(bundle: Path, tmp_path: Path, capsys: Printed):
     ],
 )
 def test_a_broken_benchmark_is_one_line(
-    bundle: Path, tmp_path: Path, capsys: Printed, content: str | None, message: str
+    bundle: Path, tmp_path: Path, refused: Refused, content: str | None, message: str
 ):
     (tmp_path / "bad").mkdir()
     if content:
         (tmp_path / "bad" / "bad.json").write_text(content)
-    assert main(["evaluate", "compositional", str(bundle), str(tmp_path / "bad")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("clip-lightning: error: ") and message in line
+    assert message in refused("evaluate", "compositional", bundle, tmp_path / "bad")
 
 
 @pytest.mark.parametrize("name", ["coco", "flickr30k"])
@@ -349,9 +348,7 @@ def test_classify(make_clip: Make, pictures: Path, tmp_path: Path, capsys: Print
         ("retrieval M coco:D", "dataset_coco.json does not exist"),
         ("compositional M nothing", "nothing has no entry with its images"),
         ("retrieval , D", "has no model"),
-        ("retrieval M D --dims 0", "--dims: expected a whole number of 1 or more"),
         ("linear-probe M D --test_share 1", "--test_share: expected a fraction above 0 and below 1, got 1"),
-        ("linear-probe M D --seeds 0", "--seeds: expected a whole number of 1 or more"),
         ("classify M P --labels ,", "has no label"),
         ("classify M nothing.jpg --labels a", "nothing.jpg does not exist; give image files"),
         ("classify M P", "labels"),
@@ -360,14 +357,12 @@ def test_classify(make_clip: Make, pictures: Path, tmp_path: Path, capsys: Print
     ],
 )
 def test_mistakes_are_one_line(
-    bundle: Path, pictures: Path, tmp_path: Path, capsys: Printed, args: str, message: str
+    bundle: Path, pictures: Path, tmp_path: Path, refused: Refused, args: str, message: str
 ):
     (tmp_path / "file").touch()
     places = {"M": bundle, "D": pictures, "P": pictures / "green" / "0.png", "FILE": tmp_path / "file"}
     given = [str(places.get(arg, arg)) for arg in args.split()]
-    assert main(given if given[0] == "classify" else ["evaluate", *given]) == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("clip-lightning: error: ") and message in line
+    assert message in refused(*given if given[0] == "classify" else ["evaluate", *given])
 
 
 @pytest.mark.parametrize(

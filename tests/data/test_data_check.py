@@ -165,10 +165,9 @@ def test_fixed_random_splits_have_no_leaks(rows: list[Row], check: Any, tmp_path
     assert (status, found["alike_leaks"], found["official_splits"]) == (0, [], True)
 
 
-def test_text_and_page_show_the_report(rows: list[Row], check: Any, tmp_path: Path, capsys: Printed) -> None:
+def test_text_and_page_show_the_report(rows: list[Row], check: Any, tmp_path: Path, ran: Any) -> None:
     assert check(rows)[0] == 0
-    assert main(["data", "check", str(tmp_path / "data")]) == 0
-    printed = capsys.readouterr().out
+    printed = ran("data", "check", tmp_path / "data").out
     assert "12: train 10, val 2 (official splits)" in printed
     assert "read      captions.csv (12 rows), 0 rows or images left out" in printed
     assert "72 to 72 (median 72) on the short side" in printed
@@ -192,10 +191,9 @@ def test_truncated_and_unknown_captions_are_counted(rows: list[Row], bert: Path,
         assert any(warning.startswith(line) for warning in found["warnings"])
 
 
-def test_too_few_images_to_split_are_checked(tmp_path: Path, check: Any, capsys: Printed) -> None:
+def test_too_few_images_to_split_are_checked(tmp_path: Path, check: Any, ran: Any) -> None:
     write_pairs(tmp_path, 1)
-    assert main(["data", "check", str(tmp_path)]) == 0
-    assert "too few to hold out" in capsys.readouterr().err
+    assert "too few to hold out" in ran("data", "check", tmp_path).err
     for option in ("--num_workers=0", f"--out={tmp_path / '0.txt'}", f"--fix={tmp_path / '0.txt'}"):
         assert main(["data", "check", str(tmp_path), option]) == 2
     write_pairs(tmp_path, 6)
@@ -223,7 +221,7 @@ def test_a_name_that_is_not_utf8_is_left_out(tmp_path: Path, check: Any) -> None
 
 
 def test_copies_in_other_data_are_found_and_left_out(
-    rows: list[Row], check: Any, tmp_path: Path, capsys: Printed
+    rows: list[Row], check: Any, tmp_path: Path, refused: Any
 ) -> None:
     root, other = tmp_path / "data", tmp_path / "other"
     other.mkdir()
@@ -262,8 +260,7 @@ def test_copies_in_other_data_are_found_and_left_out(
     assert kept == {f"data/{number}.jpg" for number in range(6, 12)}
     page = (tmp_path / "out" / "check.html").read_text()
     assert page.count("<figure>") == 2 * 6 + 12 and "copy-cropped.jpg" in page
-    assert main(["data", "check", str(root), "--against", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    assert "nowhere" in refused("data", "check", root, "--against", tmp_path / "nowhere")
 
 
 def test_the_closest_copy_equals_that_of_a_brute_force_comparison(monkeypatch: pytest.MonkeyPatch) -> None:

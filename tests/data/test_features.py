@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_lightning.__main__ import main
 from clip_lightning.data import features as features_module
 from clip_lightning.data.captions import CaptionedImage
 from clip_lightning.data.datamodule import CaptionDataModule
@@ -462,17 +461,15 @@ def test_a_cache_that_cannot_be_written(cache: FeatureCache, tmp_path: Path, mon
 # the command
 
 
-def test_list_and_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Patch) -> None:
+def test_list_and_prune(tmp_path: Path, monkeypatch: Patch, ran: Any) -> None:
     folder = str(tmp_path / "cache")
     fill(FeatureCache(Path(folder)), "old", "new")
-    capsys.readouterr()
 
     def printed(*words: str, folder: str | None = folder) -> dict[str, Any]:
         place = [] if folder is None else ["--folder", folder]
-        assert main(["cache", *words, *place, "--json"]) == 0
-        captured = capsys.readouterr()
-        assert captured.err == ""
-        return json.loads(captured.out)
+        said = ran("cache", *words, *place, "--json")
+        assert said.err == ""
+        return json.loads(said.out)
 
     listed = printed("list")
     assert [row["tower"] for row in listed["entries"]] == ["new", "old"]
@@ -481,8 +478,7 @@ def test_list_and_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     removed = printed("prune", "--keep_gb", "15e-6")
     assert [row["tower"] for row in removed["removed"]] == ["old"]
     assert [row["tower"] for row in printed("list")["entries"]] == ["new"]
-    assert main(["cache", "list", "--folder", folder]) == 0
-    assert "1 entries" in capsys.readouterr().out
+    assert "1 entries" in ran("cache", "list", "--folder", folder).out
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     assert printed("list", folder=None) == {"entries": [], "bytes": 0}
 

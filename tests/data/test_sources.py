@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from clip_lightning import CLIP, CaptionDataModule
-from clip_lightning.__main__ import main
 from clip_lightning.data.features import CacheOptions
 from clip_lightning.data.formats import read_captions
 from clip_lightning.data.readers import ReadOptions
@@ -152,6 +151,6 @@ def test_broken_and_missing_images_are_counted(rows: list[Any], data: Callable[.
         data(records)
 
 
-def test_an_annotation_file_is_not_uploaded_alone(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "upload", str(scenes / "captions.csv"), "--artifact=scenes"]) == 2
-    assert "captions.csv is not a folder; give the folder of the data set" in capsys.readouterr().err
+def test_an_annotation_file_is_not_uploaded_alone(scenes: Path, refused: Callable[..., str]) -> None:
+    said = refused("data", "upload", scenes / "captions.csv", "--artifact=scenes")
+    assert "captions.csv is not a folder; give the folder of the data set" in said

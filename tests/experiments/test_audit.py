@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_lightning.__main__ import main
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.experiments import audit as auditing
 from clip_lightning.experiments.audit import choose_threshold, evidence, fit_heads, suspicions
@@ -149,7 +148,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_command_prints_and_writes_what_it_accuses(
-    table: Path, bundle: Path, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+    table: Path, bundle: Path, tmp_path: Path, ran: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def judged(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Accuse every fiftieth caption, the later the surer."""
@@ -159,9 +158,7 @@ def test_command_prints_and_writes_what_it_accuses(
     monkeypatch.setattr(auditing, "suspicions", judged)
     options = ["data", "audit", str(table), f"--model={bundle}", f"--cache={tmp_path / 'cache'}"]
     fixed = tmp_path / "clean.csv"
-    assert main([*options, "--json", f"--out={tmp_path / 'out'}", f"--fix={fixed}"]) == 0
-    printed = capsys.readouterr()
-    found = json.loads(printed.out)
+    found = json.loads(ran(*options, "--json", f"--out={tmp_path / 'out'}", f"--fix={fixed}").out)
     scores = [suspect["score"] for suspect in found["suspects"]]
     assert found["accused"] == len(scores) == -(-found["captions"] // 50)
     assert scores == sorted(scores, reverse=True) and 0 < scores[-1] <= scores[0] <= 1
@@ -177,11 +174,10 @@ def test_command_prints_and_writes_what_it_accuses(
     assert page.count("<article>") == found["accused"] and found["suspects"][0]["caption"] in page
     written = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert written["suspects"] == found["suspects"]
-    assert main(options) == 0
-    assert f"accused   {found['accused']} captions" in capsys.readouterr().out
+    assert f"accused   {found['accused']} captions" in ran(*options).out
 
 
-def test_wrong_input_is_one_line(table: Path, scenes: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_wrong_input_is_one_line(table: Path, scenes: Path, tmp_path: Path, refused: Any) -> None:
     existing = tmp_path / "a.csv"
     existing.write_text("")
     for arguments, expected in (
@@ -190,5 +186,4 @@ def test_wrong_input_is_one_line(table: Path, scenes: Path, tmp_path: Path, caps
         ([str(table), "--model=nothing/here"], "no model 'nothing/here'"),
         ([str(table), f"--out={table}"], "is the folder of the data"),
     ):
-        assert main(["data", "audit", *arguments]) == 2
-        assert expected in capsys.readouterr().err
+        assert expected in refused("data", "audit", *arguments)

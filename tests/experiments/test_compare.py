@@ -25,6 +25,7 @@ from clip_lightning.model.encode import encode_texts
 from clip_lightning.model.towers import TextTower
 from clip_lightning.training.cli import rehearse
 
+Refused = Callable[..., str]
 Run = Callable[..., dict]
 Printed = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -50,14 +51,6 @@ def words(bert: Path, command: Words) -> Words:
 
 def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "comparison.json").read_text())
-
-
-def complaint(arguments: list[str], capsys: Printed) -> str:
-    """The one line that refuses the arguments."""
-    assert main(arguments) == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("clip-lightning: error: ")
-    return line
 
 
 def runs_of(folder: Path) -> dict[str, Path]:
@@ -193,7 +186,7 @@ def test_ctrl_c_saves_and_is_resumed(words: Words, bert: Path, tmp_path: Path, m
 
 
 def test_scores_without_training(
-    words: Words, finished: Path, tmp_path: Path, monkeypatch: Patch, capsys: Printed, printed: Run
+    words: Words, finished: Path, tmp_path: Path, monkeypatch: Patch, ran: Any, printed: Run
 ) -> None:
     monkeypatch.setattr(backbones, "fit", lambda *_: pytest.fail("trained"))
     cache = finished.parent / "features"
@@ -208,8 +201,7 @@ def test_scores_without_training(
     assert json.loads((tmp_path / "s" / "scores.json").read_text()) == found
     entries = FeatureCache(cache).entries()
     assert {entry.key["kind"] for entry in entries if entry.path not in before} <= {"image"}
-    assert main(given) == 0
-    assert "32 images" in capsys.readouterr().out
+    assert "32 images" in ran(*given).out
     assert {entry.path for entry in FeatureCache(cache).entries()} == {entry.path for entry in entries}
 
 
@@ -255,18 +247,16 @@ def test_a_configuration_and_precedence_of_the_command_line(
         ({"image_towers": ...}, "--image_towers: expected names separated by commas"),
         ({"text_towers": "a,,b"}, "--text_towers: expected names separated by commas"),
         ({"image_towers": f"random:nosuch,{IMAGES}"}, "is not an architecture of timm"),
-        ({"seeds": 0}, "--seeds: expected a whole number of 1 or more, got 0"),
         ({"model__init_from": "bundle"}, "remove --model.init_from"),
         ({"ckpt_path": "last"}, "--ckpt_path last"),
         ({"trainer__devices": 2}, "on one device; remove --trainer.devices"),
-        ({"score": "perhaps"}, "--score: expected true or false, got perhaps"),
         ({"score": "true", "data__cache": "off"}, "remove --data.cache off"),
     ],
 )
 def test_invalid_options_print_one_line(
-    words: Words, tmp_path: Path, capsys: Printed, changes: dict[str, Any], expected: str
+    words: Words, tmp_path: Path, refused: Refused, changes: dict[str, Any], expected: str
 ) -> None:
-    assert expected in complaint(words(tmp_path / "c", **changes), capsys)
+    assert expected in refused(*words(tmp_path / "c", **changes))
 
 
 # finished runs
@@ -358,20 +348,20 @@ def test_interrupted_runs_are_marked(
     ],
 )
 def test_invalid_runs_print_one_line(
-    tmp_path: Path, monkeypatch: Patch, capsys: Any, given: list[str], expected: str
+    tmp_path: Path, monkeypatch: Patch, refused: Refused, given: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     write_run(Path("unfinished"), None)
     write_run(Path("run"), 1)
-    assert expected in complaint(["compare", *given], capsys)
+    assert expected in refused("compare", *given)
 
 
 # Weights & Biases
 
 
 def test_pairs_are_runs_of_one_group_which_can_be_compared(
-    words: Words, bert: Path, wandb_server: WandbServer, tmp_path: Path, capsys: Any, printed: Run
+    words: Words, bert: Path, wandb_server: WandbServer, tmp_path: Path, printed: Run, refused: Refused
 ) -> None:
     given = words(tmp_path / "ours", text_towers=bert, trainer__logger=..., trainer__max_epochs=2)
     assert main(given) == 0
@@ -394,8 +384,7 @@ def test_pairs_are_runs_of_one_group_which_can_be_compared(
     assert found["rows"][0]["unfinished"] == "crashed"
     assert row["places"] == [f"wandb:tester/clip-lightning/{runs[0].id}"]
     for place, group in (("tester/nosuch", []), ("tester/clip-lightning", ["--group=nosuch"])):
-        assert main([*theirs, f"wandb:{place}", *group]) == 2
-        assert f"wandb:{place}" in capsys.readouterr().err
+        assert f"wandb:{place}" in refused(*theirs, f"wandb:{place}", *group)
 
 
 # costs

@@ -11,7 +11,6 @@ from small_splits import write_classes
 
 import clip_lightning.experiments.merge as experiment
 from clip_lightning import CLIP
-from clip_lightning.__main__ import main
 from clip_lightning.experiments.merge import choose
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.model.merge import RIDGE, average, average_linear, load_for_merge
@@ -20,7 +19,7 @@ Make = Callable[..., CLIP]
 Pair = tuple[Path, Path]
 Patch = pytest.MonkeyPatch
 Run = Callable[..., dict]
-Printed = pytest.CaptureFixture[str]
+Refused = Callable[..., str]
 
 
 def changed(clip: CLIP, seed: int, parts: str = "heads") -> CLIP:
@@ -37,13 +36,6 @@ def pair(make_clip: Make, tmp_path: Path) -> Pair:
     """A model, and one with the same towers and other heads."""
     base = make_clip().save_pretrained(tmp_path / "base")
     return base, changed(make_clip(), 1).save_pretrained(tmp_path / "tuned")
-
-
-def refused(capsys: Printed, *words: object) -> str:
-    assert main(["merge", *map(str, words)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
 
 
 def test_the_average_of_every_kind_of_tensor() -> None:
@@ -87,7 +79,7 @@ def test_a_fixed_alpha_and_several_models(pair: Pair, make_clip: Make, tmp_path:
 
 
 def test_a_bundle_is_replaced_and_nothing_else(
-    pair: Pair, scenes: Path, tmp_path: Path, capsys: Printed, printed: Run
+    pair: Pair, scenes: Path, tmp_path: Path, refused: Refused, printed: Run
 ) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
     found = printed("merge", *pair, "--alpha", "auto", "--data", scenes, "--out", out)
@@ -102,7 +94,7 @@ def test_a_bundle_is_replaced_and_nothing_else(
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     for place in (other, other / "notes.txt"):
-        assert "is a file, or contains" in refused(capsys, *pair, "--out", place)
+        assert "is a file, or contains" in refused("merge", *pair, "--out", place)
     assert [*other.iterdir()] == [other / "notes.txt"]
 
 
@@ -135,7 +127,7 @@ def test_the_curve_is_what_evaluate_measures(
     assert torch.equal(*heads) == (parts == ""), "the heads of frozen towers are fitted to both data"
 
 
-def test_models_that_differ(pair: Pair, make_clip: Make, tmp_path: Path, capsys: Printed) -> None:
+def test_models_that_differ(pair: Pair, make_clip: Make, tmp_path: Path, refused: Refused) -> None:
     transformed, tokenized = make_clip(), make_clip()
     transformed.transform = type(transformed.transform)((32, 32), "bilinear", (0, 0, 0), (1, 1, 1))
     tokenized.tokenize.tokenizer.add_tokens(["unheard"])
@@ -147,7 +139,7 @@ def test_models_that_differ(pair: Pair, make_clip: Make, tmp_path: Path, capsys:
         (tokenized, "tokenizer "),
     ):
         other = clip.save_pretrained(tmp_path / "other")
-        assert f"{other} has {difference}" in refused(capsys, *pair, other, "--out", tmp_path / "out")
+        assert f"{other} has {difference}" in refused("merge", *pair, other, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -165,7 +157,7 @@ def test_adapters_are_merged_first(pair: Pair, monkeypatch: Patch) -> None:
     torch.testing.assert_close(clip.embed_texts(texts), expected)
 
 
-def test_wrong_arguments(pair: Pair, tmp_path: Path, capsys: Printed) -> None:
+def test_wrong_arguments(pair: Pair, tmp_path: Path, refused: Refused) -> None:
     for words, problem in (
         ("--alpha auto", "give --data ROOT as well"),
         ("--keep scenes", "give --data ROOT as well"),
@@ -173,7 +165,7 @@ def test_wrong_arguments(pair: Pair, tmp_path: Path, capsys: Printed) -> None:
         ("--alpha half", "--alpha: expected"),
         ("--alpha auto --data nowhere", "nowhere does not exist"),
     ):
-        assert problem in refused(capsys, *pair, "--out", tmp_path / "out", *words.split())
+        assert problem in refused("merge", *pair, "--out", tmp_path / "out", *words.split())
     assert not (tmp_path / "out").exists()
 
 

@@ -42,13 +42,6 @@ def bundle(clip: CLIP, tmp_path: Path) -> Path:
     return clip.save_pretrained(tmp_path / "model", metadata={"metrics": {"rsum": 12.5}, "license": "mit"})
 
 
-def export(capsys: Printed, *words: object) -> dict[str, Any]:
-    """The JSON object that the command prints, alone."""
-    capsys.readouterr()
-    run(["export", *map(str, words), "--json=true"])
-    return json.loads(capsys.readouterr().out)
-
-
 def assert_nothing_left(folder: Path, *expected: str) -> None:
     assert {path.name for path in folder.iterdir()} == set(expected)
 
@@ -69,8 +62,10 @@ def trained(command: Callable[..., list[str]], bert: Path, tmp_path_factory: pyt
     return run_folder
 
 
-def test_a_checkpoint_becomes_the_bundle_of_its_run(trained: Path, tmp_path: Path, capsys: Printed) -> None:
-    answer = export(capsys, trained / "checkpoints" / "best.ckpt", "--to", "bundle", "--out", tmp_path / "b")
+def test_a_checkpoint_becomes_the_bundle_of_its_run(trained: Path, tmp_path: Path, printed: Any) -> None:
+    answer = printed(
+        "export", trained / "checkpoints" / "best.ckpt", "--to", "bundle", "--out", tmp_path / "b"
+    )
     assert answer == {"to": "bundle", "out": str(tmp_path / "b"), "max_difference": None}
     for name in ("config.json", "README.md"):
         assert (tmp_path / "b" / name).read_text() == (trained / "model" / name).read_text()
@@ -85,7 +80,9 @@ def test_a_checkpoint_becomes_the_bundle_of_its_run(trained: Path, tmp_path: Pat
     assert torch.equal(of_last.heads["image"][1].weight, last["clip.heads.image.1.weight"])
 
 
-def test_a_short_bundle_tells_what_it_costs(trained: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_a_short_bundle_tells_what_it_costs(
+    trained: Path, tmp_path: Path, capsys: Printed, printed: Any
+) -> None:
     all_of = CLIP.from_pretrained(trained)
     metrics = all_of.metadata["metrics"]
     assert all_of.metadata["matryoshka"] == [4, 8]
@@ -99,7 +96,7 @@ def test_a_short_bundle_tells_what_it_costs(trained: Path, tmp_path: Path, capsy
     run(["export", str(trained), "--to", "bundle", "--out", str(tmp_path / "other"), "--dims", "5"])
     assert "dimensions" not in capsys.readouterr().err  # nobody measured it
     for to in ("onnx", "open_clip"):
-        export(capsys, trained, "--to", to, "--out", tmp_path / to, "--dims", 4)  # checks the embeddings
+        printed("export", trained, "--to", to, "--out", tmp_path / to, "--dims", 4)  # checks the embeddings
     assert json.loads((tmp_path / "onnx" / "config.json").read_text())["embed_dim"] == 4
 
 
@@ -144,10 +141,10 @@ def test_a_checkpoint_that_does_not_belong_is_refused(trained: Path, tmp_path: P
     ids=["vit", "resnet"],
 )
 def test_onnx_gives_the_same_embeddings(
-    make_clip: MakeClip, bert: Path, tmp_path: Path, capsys: Printed, image: str, pooling: str, options: Any
+    make_clip: MakeClip, bert: Path, tmp_path: Path, printed: Any, image: str, pooling: str, options: Any
 ) -> None:
     clip = make_clip(image, f"random:{bert}@{pooling}", **options)
-    answer = export(capsys, bundle(clip, tmp_path), "--to", "onnx", "--out", tmp_path / "onnx")
+    answer = printed("export", bundle(clip, tmp_path), "--to", "onnx", "--out", tmp_path / "onnx")
     assert answer["max_difference"] <= EXACT
     assert_nothing_left(tmp_path / "onnx", "image.onnx", "text.onnx", "tokenizer.json", "config.json")
     clip = CLIP.from_pretrained(tmp_path / "model")
@@ -280,7 +277,7 @@ def test_inexact_open_clip_is_refused(make_clip: MakeClip, tmp_path: Path, monke
 
 
 def test_the_hub_gets_the_bundle_and_its_card(
-    make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch, capsys: Printed
+    make_clip: MakeClip, tmp_path: Path, monkeypatch: Patch, printed: Any
 ) -> None:
     created, kept = {}, tmp_path / "hub"
 
@@ -296,7 +293,7 @@ def test_the_hub_gets_the_bundle_and_its_card(
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     model = bundle(make_clip(), tmp_path)
-    answer = export(capsys, model, "--to", "hub", "--repo", "me/scenes", "--private", "true")
+    answer = printed("export", model, "--to", "hub", "--repo", "me/scenes", "--private", "true")
     assert answer == {"to": "hub", "repo": "me/scenes", "url": "https://hub/me/scenes/commit/1"}
     assert (created["repo_id"], created["private"]) == ("me/scenes", True)
     assert {path.name for path in kept.iterdir()} == {path.name for path in model.iterdir()}

@@ -230,25 +230,20 @@ def test_without_a_layer_to_adapt_and_without_peft(
 
 
 def test_fit_validate_and_a_bundle_that_needs_no_peft(
-    command: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., list[str]], tmp_path: Path, ran: Any, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"model__optimizer__text_lr": 1e-2, "model__lora__rank": 2, "data__cache": "off"}
     _, *words = command("fit", tmp_path, **options)
     assert main(["fit", *words]) == 0
     (folder,) = tmp_path.iterdir()
     metrics = json.loads((folder / "metrics.json").read_text())
-    capsys.readouterr()
-    assert main(["validate", *words, "--ckpt_path", "best"]) == 0
-    assert f"rsum {metrics['rsum']:.1f}" in capsys.readouterr().out
-    assert main(["validate", *words, "--ckpt_path", "best", "--model.lora", "null"]) == 2
-    assert "'towers': 'text', 'rank': 2" in capsys.readouterr().err
+    assert f"rsum {metrics['rsum']:.1f}" in ran("validate", *words, "--ckpt_path", "best").out
+    said = refused("validate", *words, "--ckpt_path", "best", "--model.lora", "null")
+    assert "'towers': 'text', 'rank': 2" in said
 
     monkeypatch.setitem(sys.modules, "peft", None)
     bundle = CLIP.from_pretrained(folder / "model")
     assert not [name for name in bundle.state_dict() if "lora" in name or "base_layer" in name]
     kept = [word for word in words if not word.startswith("--model")]
-    assert main(["validate", *kept, "--model.init_from", str(folder / "model")]) == 0
-    assert f"rsum {metrics['rsum']:.1f}" in capsys.readouterr().out
+    said = ran("validate", *kept, "--model.init_from", folder / "model").out
+    assert f"rsum {metrics['rsum']:.1f}" in said

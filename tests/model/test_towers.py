@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -15,10 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from clip_lightning.errors import UserError
+from clip_lightning.model.encode import Encoded, encode_images
 from clip_lightning.model.towers import ImageTower, TextTower
 from clip_lightning.model.towers import image as image_towers
 from clip_lightning.model.towers import text as text_towers
 from clip_lightning.model.towers.base import pypi_folder
+from clip_lightning.model.towers.folding import fold_batch_norms
 
 Patch = pytest.MonkeyPatch
 TEXTS = ["a large red circle left of a small blue square", "a star", "", "🦆 unknown words"]
@@ -53,6 +56,24 @@ def save_timm(folder: Path, architecture: str, **options: Any) -> nn.Module:
 def test_what_cannot_be_had_says_what_can(kind: Any, name: str, answer: str) -> None:
     with pytest.raises(UserError, match=answer):
         kind.from_name(name)
+
+
+class Residual(nn.Module):
+    """The output of its convolution is used beside its batch norm."""
+
+    width = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        made = self.conv(pixels)
+        return (made + self.norm(made)).amax((2, 3))
+
+
+def norms_of(tower: ImageTower) -> list[nn.BatchNorm2d]:
+    return [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 class TestImageTower:
@@ -224,6 +245,29 @@ class TestImageTower:
             torch.testing.assert_close(tower(pixels), plain)
             assert (len(graphs) > 1) == (count > 1) and set(tower.state_dict()) == names
             torch._dynamo.reset()
+
+    @pytest.mark.parametrize(
+        ("name", "left"), [("test_resnet", 0), ("test_efficientnet", 0), ("resnetv2_50", 17), ("own", 1)]
+    )
+    def test_batch_norms_are_folded_where_the_features_stay_the_same(self, name: str, left: int) -> None:
+        tower = (
+            ImageTower.from_module(Residual(), 32)
+            if name == "own"
+            else ImageTower.from_name(f"random:{name}", 32)
+        )
+        for norm in norms_of(tower):
+            for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+        before = tower.eval().digest()
+        images = [image.numpy() for image in torch.randint(0, 256, (80, 32, 32, 3), dtype=torch.uint8)]
+        expected = torch.cat([Encoded.join(encode_images(tower, [image])).features for image in images])
+        folded = Mock(wraps=fold_batch_norms)
+        with Patch.context() as patch:
+            patch.setattr("clip_lightning.model.encode.fold_batch_norms", folded)
+            found = Encoded.join(encode_images(tower, images, batch_size=30)).features
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+        assert folded.call_count == 1 and len(norms_of(fold_batch_norms(tower))) == left
+        assert tower.digest() == before and fold_batch_norms(tower.train()) is tower
 
     def test_a_frozen_towers_digest_follows_loaded_weights(self) -> None:
         tower = ImageTower.from_name("random:test_resnet", 32).freeze()

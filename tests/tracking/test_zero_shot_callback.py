@@ -19,7 +19,6 @@ from small_runs import data, trainer
 from small_splits import write_classes
 from wandb_server import WandbServer
 
-from clip_lightning.__main__ import main
 from clip_lightning.errors import UserError
 from clip_lightning.tracking import zero_shot_panel as zero_shot
 from clip_lightning.tracking.logger import RunLogger
@@ -77,12 +76,11 @@ class Swap(Callback):
 
 
 def test_fit_and_evaluate_agree(
-    command: Callable[..., Any], pictures: Path, tmp_path: Path, encoded: Mock, capsys: Printed, printed: Any
+    command: Callable[..., Any], pictures: Path, tmp_path: Path, encoded: Mock, ran: Any, printed: Any
 ):
     zero_shot = [f"--zero_shot.data={pictures}", "--zero_shot.templates=none"]
     words = command("fit", tmp_path / "runs", data__cache=tmp_path / "cache", trainer__max_epochs=3)
-    assert main([*words, *zero_shot]) == 0
-    assert "zero-shot top-1" in capsys.readouterr().out
+    assert "zero-shot top-1" in ran(*words, *zero_shot).out
     images = [len(call.args[1]) for call in encoded.mock_calls]
     assert images == [21], "the frozen tower ran once for all validations"
     (run,) = (tmp_path / "runs").iterdir()
@@ -94,8 +92,8 @@ def test_fit_and_evaluate_agree(
     }
     assert (run / "zero_shot" / "classes.csv").read_text().count("\n") == 8
     best = run / "checkpoints" / "best.ckpt"
-    assert main(["validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={best}"]) == 0
-    assert f"zero-shot top-1 {metrics['zero_shot_top1']:.1f}" in capsys.readouterr().out
+    said = ran("validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={best}").out
+    assert f"zero-shot top-1 {metrics['zero_shot_top1']:.1f}" in said
 
 
 def test_every_second_validation_and_a_trained_tower(

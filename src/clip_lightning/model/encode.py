@@ -19,8 +19,10 @@ from tqdm import tqdm
 from clip_lightning.cpu import cores
 from clip_lightning.data.images import BrokenImage, to_pixels
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
+from clip_lightning.model.towers.folding import fold_batch_norms
 
 BATCH_SIZE, TEXT_BATCH_SIZE = 64, 128
+WORTH_FOLDING = 64  # images, from which on folding batch norms takes less time than it saves
 Project = Callable[[Tensor], Tensor]
 
 
@@ -82,7 +84,7 @@ def encode_images(
         except BrokenImage as error:
             return error
 
-    position, waiting = 0, iter(images)
+    position, waiting, folded = 0, iter(images), None
     chunks = iter(lambda: list(islice(waiting, batch_size)), [])
     with (
         ThreadPoolExecutor(threads or cores()) as pool,
@@ -102,7 +104,9 @@ def encode_images(
                         pixels[row] = result.permute(1, 2, 0)  # channels last, as the decoders leave them
                 ahead.extend(islice(batches, 1))
                 inputs = [torch.stack([*pixels.values()]).permute(0, 3, 1, 2)] if pixels else []
-                features = _run(tower, inputs, project, precision)
+                if position + len(pixels) >= WORTH_FOLDING:
+                    folded = folded or fold_batch_norms(tower)
+                features = _run(folded or tower, inputs, project, precision)
                 yield Encoded(len(chunk), [*pixels], features, broken)
                 position += len(chunk)
                 bar.update(len(chunk))
