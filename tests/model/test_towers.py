@@ -95,10 +95,12 @@ class TestImageTower:
         assert tower.transform.interpolation == config.interpolation
 
     def test_bytes_and_shares_are_the_same_pixels(self) -> None:
-        tower = ImageTower.from_name("random:test_resnet", 32).eval()
-        by_hand = (pixels() / 255 - tower.mean) / tower.std
-        torch.testing.assert_close(tower(pixels()), tower.backbone(by_hand))
-        torch.testing.assert_close(tower(pixels()), tower(pixels() / 255))
+        for tower in (ImageTower.from_name("random:test_resnet", 32), ImageTower.from_module(Residual(), 32)):
+            shares = pixels() / 255
+            by_hand = (shares - tower.mean) / tower.std
+            torch.testing.assert_close(tower.eval()(pixels()), tower.backbone(by_hand))
+            torch.testing.assert_close(tower(pixels()), tower(shares))
+            assert torch.equal(shares, pixels() / 255)
 
     @pytest.mark.parametrize(("name", "size"), [("test_resnet", 37), ("test_vit", 48), ("test_vit", 160)])
     def test_another_size(self, name: str, size: int) -> None:

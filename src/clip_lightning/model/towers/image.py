@@ -52,13 +52,13 @@ class ImageTower(Tower):
         backbone.train(was_training)
         self.width = shape[1]  # `num_features` is different with some poolings
         # not persistent: they are stored with the transform in config.json
-        self.register_buffer("mean", torch.tensor(transform.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(transform.std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(transform.mean).float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(transform.std).float().view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return features (B, width) of `pixel_values` (B, 3, H, W), uint8 or float in 0..1."""
         scale = 255.0 if pixel_values.dtype == torch.uint8 else 1.0
-        pixels = (pixel_values.to(self.mean.dtype) / scale - self.mean) / self.std
+        pixels = pixel_values.to(self.mean.dtype, copy=True).div_(scale).sub_(self.mean).div_(self.std)
         trained = torch.is_grad_enabled() and not self.frozen
         with torch.set_grad_enabled(trained), DepthwiseBackwardInFloat32():
             return self.backbone(pixels.contiguous(memory_format=torch.channels_last))
