@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -20,8 +21,9 @@ from clip_lightning.data.images import Augmentation, augment, decode_image
 from clip_lightning.errors import UserError
 from clip_lightning.model.checkpoint import model_identity
 from clip_lightning.model.clip import CLIP
-from clip_lightning.model.encode import Project, encode_images, encode_texts
+from clip_lightning.model.encode import WORTH_FOLDING, Project, encode_images, encode_texts
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
+from clip_lightning.model.towers.folding import fold_batch_norms
 
 # Part of every key. Raise it whenever decode_image, augment, ImageTransform, `image_features` or the pooling
 # of a tower returns different values.
@@ -136,9 +138,13 @@ class Extractor:
                 pixels = augment(pixels, tower.transform, replace(augmentation, flip=False), rng)
             return pixels.flip(-1) if augmentation.flip and view % 2 else pixels
 
+        @cache
+        def fastest() -> ImageTower:
+            return fold_batch_norms(tower) if len(images) >= WORTH_FOLDING else tower
+
         def compute(rows: range) -> np.ndarray:
             values = np.full((len(rows), tower.width), np.nan, np.float32)
-            for batch in encode_images(tower, rows, decode, precision=self.precision):
+            for batch in encode_images(fastest(), rows, decode, precision=self.precision):
                 values[batch.rows] = batch.features
             return values
 

@@ -27,8 +27,8 @@ def fold_batch_norms(tower: ImageTower) -> ImageTower:
     pixels = (torch.arange(count, device=tower.device) % 251).byte().view(1, 3, *tower.transform.size)
     folded = deepcopy(tower)
     with torch.autocast(tower.device.type, enabled=False):
-        expected = tower(pixels)
-        for convolution, name in _pairs(folded, pixels):
+        expected, pairs = _run_and_find_pairs(folded, pixels)
+        for convolution, name in pairs:
             norm: Any = folded.get_submodule(name)
             fused = fuse_conv_bn_eval(convolution, norm)
             convolution.weight, convolution.bias = fused.weight, fused.bias
@@ -38,8 +38,8 @@ def fold_batch_norms(tower: ImageTower) -> ImageTower:
     return folded if error <= LARGEST_ERROR * expected.norm() else tower
 
 
-def _pairs(tower: ImageTower, pixels: Tensor) -> list[tuple[nn.Conv2d, str]]:
-    """Run the tower, and return the convolutions whose output goes to a batch norm, with its name."""
+def _run_and_find_pairs(tower: ImageTower, pixels: Tensor) -> tuple[Tensor, list[tuple[nn.Conv2d, str]]]:
+    """Return the features, and the convolutions whose output goes to a batch norm, with its name."""
     outputs: dict[int, tuple[Any, Tensor]] = {}  # by id; the tensors are kept, so that no id occurs twice
     pairs: list[tuple[nn.Conv2d, str]] = []
     hooks = []
@@ -56,7 +56,7 @@ def _pairs(tower: ImageTower, pixels: Tensor) -> list[tuple[nn.Conv2d, str]]:
             hooks.append(module.register_forward_hook(note_output))
         elif isinstance(module, nn.BatchNorm2d):
             hooks.append(module.register_forward_pre_hook(note_pair))
-    tower(pixels)
+    features = tower(pixels)
     for hook in hooks:
         hook.remove()
-    return pairs
+    return features, pairs
