@@ -142,7 +142,7 @@ def choose(points: Sequence[Point]) -> tuple[float, str]:
     won = [_fraction(point["data"], first["data"], last["data"]) for point in points]
     kept = [_fraction(point["keep"], last["keep"], first["keep"]) for point in points]
     place = max(range(len(points)), key=lambda place: won[place] + kept[place])
-    won_here, lost = 100 * won[place], 100 * (1 - kept[place])
+    won_here, lost = 100 * won[place], 100 * max(0.0, 1 - kept[place])
     reason = f"{won_here:.0f} % of what was won on --data, and loses {lost:.0f} % of what was lost on --keep"
     return points[place]["alpha"], f"alpha {points[place]['alpha']:g} is the best compromise: it has {reason}"
 
