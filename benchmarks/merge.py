@@ -86,7 +86,7 @@ def merged(
     found = json.loads(printed.getvalue())
     sets = {"data": held_out(data[1], classes=False), "keep": held_out(keep[1], classes=True)}
     both, one = (Merger(*load_for_merge(str(models[0]), [str(other)]), sets) for other in (models[1], out))
-    base, tuned, result = both.score(0), both.score(1), one.score(1)
+    base, tuned, result = both.score(0), both.score(1), one.score(1) | {"alpha": found["alpha"]}
     return {
         "alpha": found["alpha"],
         "curve": found["curve"],

@@ -11,7 +11,7 @@ from clip_lightning.arguments import print_result, run_functions
 from clip_lightning.errors import UserError
 from clip_lightning.files import cache_folder
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # not with postponed annotations: to resolve those, jsonargparse would import these
     from clip_lightning.data.features import CacheEntry, FeatureCache
 
 

@@ -20,7 +20,7 @@ from clip_lightning.errors import UserError
 from clip_lightning.evaluation.prompts import read_templates
 from clip_lightning.terminal import note, printable
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # not with postponed annotations: to resolve those, jsonargparse would import these
     from clip_lightning.data.classes import ClassSet
     from clip_lightning.model.clip import CLIP
     from clip_lightning.model.encode import Encoded

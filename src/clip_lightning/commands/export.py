@@ -11,7 +11,7 @@ from clip_lightning.arguments import print_result, run_functions
 from clip_lightning.errors import UserError, as_user_error
 from clip_lightning.terminal import note
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # not with postponed annotations: to resolve those, jsonargparse would import these
     from clip_lightning.model.clip import CLIP
 
 

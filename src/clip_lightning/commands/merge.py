@@ -66,10 +66,10 @@ def merge(
     points = [merger.score(alpha) for alpha in alphas] if sets else []
     alpha, reason = choose(points) if alpha == "auto" else (alpha, f"alpha {alpha:g}, as given")
     merger.load(alpha)
-    record = {"base": base, "tuned": tuned, "alpha": alpha}
+    record = {"base": base, "tuned": tuned, "alpha": alpha, **places}
     clip.save_pretrained(out, metadata=record)
     scores = next((point for point in points if point["alpha"] == alpha), {})
-    record |= {"out": str(out.resolve()), "reason": reason, **places, "scores": scores, "curve": points}
+    record |= {"out": str(out.resolve()), "reason": reason, "scores": scores, "curve": points}
     write_json(out / "merge.json", record)
     (out / "merge.png").unlink(missing_ok=True)
     if points:
