@@ -28,7 +28,7 @@ quickstart: $(QUICKSTART)  ## train a small CLIP on synthetic scenes, in minutes
 	  'Then search the images, classify one, or open the search page:' \
 	  "  clip-lightning index $${run}model $(SCENES) --out quickstart-index" \
 	  '  clip-lightning search quickstart-index "a large red circle left of a small blue square"' \
-	  "  clip-lightning classify $${run}model $(SCENES)/00000.jpg --labels 'a circle,a square,a star'" \
+	  "  clip-lightning classify $${run}model $(SCENES)/00000.jpg --labels 'a triangle,a square,a star'" \
 	  '  clip-lightning app quickstart-index --open' \
 	  'Train on your own images: clip-lightning fit --config heads --data.root path/to/folder'
 

@@ -301,9 +301,7 @@ def test_linear_probe(bundle: Path, pictures: Path, capsys: Printed):
     found, _ = printed_json(capsys, "evaluate", "linear-probe", bundle, pictures, "--shots", "1,2,16")
     assert found["train_images"] == 6 and found["test_images"] == 6
     assert 0 <= found["linear_probe_top1"] <= 100
-    assert {name for name in found if name.startswith("few_shot")} == {
-        *("few_shot_1", "few_shot_1_sd", "few_shot_2"),
-    }
+    assert [name for name in found if "few_shot" in name] == ["few_shot_1", "few_shot_1_sd", "few_shot_2"]
 
 
 @pytest.mark.parametrize("bias", [None, -3.0])

@@ -77,9 +77,9 @@ def test_drawn_inverts_value(name: str, seed: int) -> None:
 @pytest.mark.parametrize(
     ("given", "value"),
     [
-        ({"values": [1, 2]}, None),
-        *(({"min": 0, "max": 3}, x) for x in (4, 0.5, "x")),
+        ({"values": [1]}, None),
         ({"min": 0.0, "max": 1}, 2),
+        *(({"min": 0, "max": 3}, x) for x in (4, 0.5, "x")),
     ],
 )
 def test_values_outside_the_space_are_rejected(given: dict[str, Any], value: Any) -> None:
@@ -135,10 +135,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "another method": (MINIMAL | {"method": "bayse"}, "method: expected grid or random or bayes, got bayse"),
     "another key": (MINIMAL | {"early_stop": 1}, "'early_stop'"),
     "nothing": (varying(), "expected `value`, `values`, or `min` and `max`"),
-    "normal": (
-        varying(distribution="normal", mu=0),
-        f"{LR}.distribution: expected .* q_uniform .*, got normal",
-    ),
+    "normal": (varying(distribution="normal", mu=0), f"{LR}.distribution: .* q_uniform .*, got normal"),
     "upside down": (varying(min=2, max=1), f"parameters.{LR}: .*2"),
     "no number": (varying(min="low", max=1), f"parameters.{LR}: min: expected a number, got 'low'"),
     "no step": (varying(min=0, max=1, q=0), f"parameters.{LR}: q: expected a number above 0, got 0"),
@@ -150,10 +147,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "an infinite grid": (MINIMAL | {"method": "grid"}, "a grid requires `values`"),
     "weights": ({"method": "bayes", "parameters": {LR: PROBABLE}}, "probabilities require method random"),
     "no fit": (MINIMAL | {"command": ["python", "train.py", "${args}"]}, "command: expected `fit`"),
-    "no iteration": (
-        MINIMAL | {"early_terminate": {"type": "hyperband"}},
-        "expected min_iter, or max_iter and s, got {'type': 'hyperband'}",
-    ),
+    "no iteration": (MINIMAL | {"early_terminate": {"type": "hyperband"}}, "expected min_iter, or max_iter"),
     "no count": (MINIMAL | {"run_cap": -1}, "run_cap: .*-1"),
 }
 
@@ -226,8 +220,7 @@ def test_a_finite_space_is_drawn_without_repetition(method: str, tmp_path: Path)
 def test_random_choices_have_their_probabilities(tmp_path: Path) -> None:
     likely = [0, 0.25, 0.7499995]  # the sum of rounded numbers is not exactly 1
     parameters = {"a": MIXED["a"], "b": {"values": ["x", "y", "z"], "probabilities": likely}}
-    drawn = [
-        values["b"] for values in draws(sweep_file(tmp_path, {**MINIMAL, "parameters": parameters}), 200)
-    ]
+    file = sweep_file(tmp_path, {**MINIMAL, "parameters": parameters})
+    drawn = [values["b"] for values in draws(file, 200)]
     assert "x" not in drawn
     assert 120 < drawn.count("z") < 180

@@ -14,7 +14,6 @@ from PIL import Image
 from clip_lightning.__main__ import main
 
 Run = Callable[..., dict]
-Printed = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")

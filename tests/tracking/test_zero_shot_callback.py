@@ -27,7 +27,6 @@ from clip_lightning.training.build import HeadOptions, TowerOptions
 from clip_lightning.training.module import CLIPModule
 
 MakeModule = Callable[..., CLIPModule]
-Printed = pytest.CaptureFixture[str]
 COLOURS = {"red": (220, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 220), "yellow": (230, 220, 0)}
 COLOURS |= {"white": (250, 250, 250), "black": (5, 5, 5), "purple": (150, 0, 160)}
 

@@ -92,12 +92,12 @@ def audit(
     fix: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Find captions that do not describe their image, such as swapped ones.
+    """Find captions that do not describe their image, and captions that fit other images, too.
 
     Frozen towers encode all images and captions once. Each caption is judged by heads that were fitted on
     other images: by its similarity to the image, and to the image's other captions. A comparison with
     captions of random other images estimates how many are wrong, and which can be accused with a precision of
-    90 %.
+    90 %. Captions that fit other images as well are false negatives of contrastive training.
 
     Args:
         root: the data, as for `fit --data.root`, with 100 images or more; all splits take part.
@@ -108,7 +108,8 @@ def audit(
         out: folder for audit.html, which shows the surest suspects with their images, and audit.json.
         fix: name of a new CSV file to write, without the accused captions; train on it with
             `fit --data.root FILE`.
-        json: print one JSON object instead, with all accused captions as `suspects`, the surest first.
+        json: print one JSON object instead, with all accused captions as `suspects`, and captions that fit
+            images other than theirs as `false_negatives`, both with the surest first.
     """
     from clip_lightning.data.check import check_new_table, write_table
     from clip_lightning.data.features import FeatureCache

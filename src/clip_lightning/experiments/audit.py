@@ -1,10 +1,11 @@
-"""Finds wrong captions with heads that are fitted on other images, on cached features of frozen towers.
+"""Finds wrong captions and false negatives with heads fitted on other images, on features of frozen towers.
 
 I images, N captions, W and V the widths of the towers, D the width of the embeddings.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ PRECISION = 0.9  # estimated fraction of the accused captions that are wrong
 TAIL = 0.4  # fraction of the mismatched captions below which the estimates are too noisy
 MOST_WRONG, MOST_CONFUSED = 0.5, 0.2
 SHOWN = 10  # accused captions in a terminal
+GIVEN, MISMATCHED, NEAREST = range(3)  # judged captions: the image's own, random ones, the best others
 Project = Callable[[Tensor], Tensor]
 
 
@@ -51,29 +53,31 @@ def audit(
         clip = CLIP.from_pretrained(model)
     clip.freeze("both")
     image, text = cached_features(clip, parts, cache)
-    pairs = [(row, caption) for row, image in enumerate(images) for caption in image.captions]
-    owner = torch.tensor([row for row, _ in pairs])
-    readable = image.isfinite().all(1)
+    readable, counts = image.isfinite().all(1), torch.tensor([len(image.captions) for image in images])
     _check_count(data, int(readable.sum()))
-    judged = readable[owner].nonzero()[:, 0]
-    owner = (readable.cumsum(0) - 1)[owner[judged]]
-    log_odds, mismatched = suspicions(image[readable], text[judged], owner)
-    fraction, threshold = choose_threshold(log_odds, mismatched)
-    order = log_odds.argsort(descending=True, stable=True)
-    names, suspects = data.names(), []
-    for place in order[log_odds[order] >= threshold].tolist():
-        row, caption = pairs[judged[place]]
-        score = float(log_odds[place].sigmoid())
-        suspects.append({"image": names[images[row].path], "caption": caption, "score": score})
+    read, names = [images[row] for row in readable.nonzero()[:, 0].tolist()], data.names()
+    pairs = [(names[image.path], caption) for image in read for caption in image.captions]
+    owner = torch.arange(len(read)).repeat_interleave(counts[readable])
+    log_odds, nearest = suspicions(image[readable], text[readable.repeat_interleave(counts)], owner)
+    fraction, threshold = choose_threshold(log_odds[GIVEN], log_odds[MISMATCHED])
+    order = log_odds[GIVEN].argsort(descending=True, stable=True)
+    suspects, negatives = [], []
+    for row in order[log_odds[GIVEN, order] >= threshold].tolist():
+        score = float(log_odds[GIVEN, row].sigmoid())
+        suspects.append({"image": pairs[row][0], "caption": pairs[row][1], "score": score})
+    for row, score in find_false_negatives(log_odds[NEAREST], owner):
+        (of, caption), name = pairs[nearest[row]], names[read[row].path]
+        negatives.append({"image": name, "caption": caption, "of": of, "score": score})
     return {
         "root": str(data.root),
         "images": len(images),
-        "captions": len(pairs),
+        "captions": len(text),
         "unreadable": int((~readable).sum()),
         "towers": [tower.spec["name"] for tower in (clip.image_tower, clip.text_tower)],
         "wrong_fraction": fraction,
         "accused": len(suspects),
         "suspects": suspects,
+        "false_negatives": negatives,
     }
 
 
@@ -86,6 +90,7 @@ def _check_count(data: CaptionSet, images: int) -> None:
 def as_text(report: Mapping[str, Any]) -> str:
     """Render a report for a terminal."""
     accused, total, suspects = report["accused"], report["captions"], report["suspects"]
+    alike = len(report["false_negatives"])
     lines = [
         report["root"],
         f"  judged    {total:,} captions of {report['images']:,} images, with {' × '.join(report['towers'])}",
@@ -93,6 +98,9 @@ def as_text(report: Mapping[str, Any]) -> str:
         f"  accused   {accused:,} captions ({accused / total:.1%}), estimated precision {PRECISION:.0%}",
         *(f"  {one['score']:.3f}     {one['image']}: {one['caption']}" for one in suspects[:SHOWN]),
     ]
+    if total > report["images"]:
+        share = f"{alike:,} images ({alike / report['images']:.1%})"
+        lines.append(f"  alike     {share} that a caption of another image fits, too")
     if report["wrong_fraction"] > MOST_WRONG:
         lines.append(
             "warning: these towers cannot tell the captions from random ones; try others with --model"
@@ -151,7 +159,7 @@ def evidence(image: Tensor, text: Tensor, features: Tensor, owner: Tensor, place
     It has the log-odds of the image against other images for the caption, those of the caption against other
     captions for the image, and the cosines with the mean of the image's other captions, of embeddings and of
     features; these are 0 without other captions. Given pairs are never among the others, since the right
-    image of a wrong caption need not be in the data.
+    image of a wrong caption need not be in the data, nor is the judged one.
 
     Args:
         image: (I, D), embeddings of the images.
@@ -164,6 +172,8 @@ def evidence(image: Tensor, text: Tensor, features: Tensor, owner: Tensor, place
     match = logits[placed, owner]
     others = logits.index_put((torch.arange(len(text)), owner), torch.tensor(-torch.inf))
     columns = [match - others.logsumexp(1)[placed], match - others.logsumexp(0)[owner]]
+    is_among = owner[placed] != owner  # of a judged pair that is not given, whose share is subtracted
+    columns = [x - torch.where(is_among, -torch.expm1(x.clamp(max=-1e-6)), 1.0).log() for x in columns]
     for rows in (text, F.normalize(features, dim=-1)):
         sums = rows.new_zeros(len(image), rows.shape[1]).index_add_(0, owner, rows)
         columns.append((rows[placed] * F.normalize(sums[owner] - rows, dim=-1)).sum(1))
@@ -171,13 +181,17 @@ def evidence(image: Tensor, text: Tensor, features: Tensor, owner: Tensor, place
 
 
 def suspicions(image: Tensor, text: Tensor, owner: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the log-odds (N,) that the given captions are random ones, and those of captions that are.
+    """Return the log-odds (3, N) that captions are wrong, and the nearest other caption of each image (I,).
 
-    The heads that judge an image were fitted without it and its captions. A logistic regression weighs the
-    evidence. `image` (I, W) and `text` (N, V) are features.
+    The captions are the given ones, and in the place of each a random one of another image and the one of up
+    to 1,000 other images that fits best. The heads that judge an image were fitted without it and its
+    captions. A logistic regression that tells given from random captions weighs the evidence. That of the
+    nearest ones leaves out the given ones that look worst, as many as are wrong, and their log-odds assume
+    that one in as many captions as they were chosen from fits. `image` (I, W) and `text` (N, V) are features.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = text.new_empty(2, len(text), 4)  # of given and of mismatched captions
+    found = text.new_empty(3, len(text), 4)
+    nearest, prior = torch.empty(len(image), dtype=torch.long), torch.zeros(3, len(text))
     for fold in torch.randperm(len(image), generator=generator).tensor_split(FOLDS):
         outside = torch.ones(len(image), dtype=torch.bool).index_fill(0, fold, False)
         kept = outside[owner]
@@ -189,17 +203,39 @@ def suspicions(image: Tensor, text: Tensor, owner: Tensor, seed: int = 0) -> tup
             placed = torch.randint(len(rows), (len(rows),), generator=generator)
             while (same := own[placed] == own).any():
                 placed[same] = torch.randint(len(rows), (int(same.sum()),), generator=generator)
-            embedded = heads[0](image[group]), heads[1](text[rows]), text[rows], own
-            found[0, rows] = evidence(*embedded, torch.arange(len(rows)))
-            found[1, rows] = evidence(*embedded, placed)
+            images, texts, given = heads[0](image[group]), heads[1](text[rows]), torch.arange(len(rows))
+            others = (SCALE * texts @ images.T).index_put((given, own), torch.tensor(-torch.inf))
+            best = (others.log_softmax(0) + others.log_softmax(1)).argmax(0)
+            nearest[group], prior[NEAREST, rows] = rows[best], math.log(len(rows))
+            for kind, judged in {GIVEN: given, MISMATCHED: placed, NEAREST: best[own]}.items():
+                found[kind, rows] = evidence(images, texts, text[rows], own, judged)
     several = (torch.bincount(owner)[owner] > 1).float()[:, None]  # a single caption has weights of its own
-    inputs = torch.cat([found * several, found[..., :2] * (1 - several), several.expand(2, -1, 1)], -1)
-    deviation, mean = torch.std_mean(inputs, (0, 1))
+    inputs = torch.cat([found * several, found[..., :2] * (1 - several), several.expand(3, -1, 1)], -1)
+    deviation, mean = torch.std_mean(inputs[:NEAREST], (0, 1))
     inputs = (inputs - mean) / deviation.clamp(min=1e-6)
-    labels = torch.arange(2).repeat_interleave(len(text))
-    weight, bias = logistic_regression(inputs.flatten(0, 1), labels, 2, PENALTY)
-    given, mismatched = inputs @ (weight[1] - weight[0]) + (bias[1] - bias[0])
-    return given, mismatched
+
+    def weigh(rows: Tensor) -> Tensor:
+        labels = torch.arange(2).repeat_interleave(len(rows))
+        weight, bias = logistic_regression(inputs[:NEAREST, rows].flatten(0, 1), labels, 2, PENALTY)
+        return inputs @ (weight[1] - weight[0]) + (bias[1] - bias[0]) + prior
+
+    log_odds = weigh(torch.arange(len(text)))
+    wrong = int(len(text) * choose_threshold(log_odds[GIVEN], log_odds[MISMATCHED])[0])
+    log_odds[NEAREST] = weigh(log_odds[GIVEN].argsort()[: len(text) - wrong])[NEAREST]
+    return log_odds, nearest
+
+
+def find_false_negatives(log_odds: Tensor, owner: Tensor) -> list[tuple[int, float]]:
+    """Return images that their nearest other caption probably fits, with the probability, the surest first.
+
+    `log_odds` (N,) are those that it is wrong in the place of each caption of the image; their mean counts.
+    A single caption is too little evidence.
+    """
+    counts = torch.bincount(owner)
+    means = torch.zeros(len(counts)).index_add_(0, owner, log_odds) / counts
+    means = means.masked_fill(counts < 2, torch.inf)
+    order = means.argsort(stable=True)[: int((means < 0).sum())]
+    return list(zip(order.tolist(), means[order].neg().sigmoid().tolist(), strict=True))
 
 
 def choose_threshold(given: Tensor, mismatched: Tensor) -> tuple[float, float]:
