@@ -66,6 +66,8 @@ def test_clean_and_unrelated_captions_are_not_accused() -> None:
     (log_odds, mismatched, nearest), _ = suspicions(image, text, owner)
     assert not auditing.find_false_negatives(nearest, owner)
     assert (log_odds >= choose_threshold(log_odds, mismatched)[1]).float().mean() <= 0.01
+    (log_odds, mismatched, _), _ = suspicions(torch.ones(500, 40), text, owner)
+    assert choose_threshold(log_odds, mismatched)[1] == float("inf")
     noise = torch.randn(500, 30, generator=torch.Generator().manual_seed(3))
     (log_odds, mismatched, _), _ = suspicions(image, noise, torch.arange(500))
     assert choose_threshold(log_odds, mismatched)[1] == float("inf")

@@ -140,7 +140,7 @@ def fit_heads(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Project, Proj
 
     def whitening(total: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(total.double() / len(text))
-        return (vectors * (values + RIDGE * values.mean()).rsqrt()) @ vectors.T
+        return (vectors * (values + RIDGE * values.mean()).clamp(min=1e-12).rsqrt()) @ vectors.T
 
     whiten_image, whiten_text = whitening((image.T * counts) @ image), whitening(text.T @ text)
     cross = whiten_image @ (image.T @ sums).double() @ whiten_text / len(text)
@@ -220,7 +220,8 @@ def suspicions(image: Tensor, text: Tensor, owner: Tensor, seed: int = 0) -> tup
         return inputs @ (weight[1] - weight[0]) + (bias[1] - bias[0]) + prior
 
     log_odds = weigh(torch.arange(len(text)))
-    wrong = int(len(text) * choose_threshold(log_odds[GIVEN], log_odds[MISMATCHED])[0])
+    fraction, _ = choose_threshold(log_odds[GIVEN], log_odds[MISMATCHED])
+    wrong = int(len(text) * min(fraction, MOST_WRONG))
     log_odds[NEAREST] = weigh(log_odds[GIVEN].argsort()[: len(text) - wrong])[NEAREST]
     return log_odds, nearest
 
