@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from trainer import plain_trainer
 
-from clip_lightning import CLIPModule
+from clip_lightning import CaptionDataModule, CLIPModule
 from clip_lightning.data.features import FeatureCache
+from clip_lightning.data.scenes import write_scenes
 from clip_lightning.evaluation.retrieval import retrieval_ranks
 from clip_lightning.model.lora import LoRAConfig
 from clip_lightning.training import losses
@@ -75,13 +77,10 @@ class Checks:
             scale = torch.tensor(20.0, device=device, dtype=dtype)
             offset = None if bias is None else torch.tensor(bias, device=device, dtype=dtype)
             autocast = contextlib.nullcontext() if device == "cpu" else torch.autocast(device, torch.bfloat16)
-            before, losses.BLOCK = losses.BLOCK, size
-            try:
+            with mock.patch.multiple(losses, BLOCK=size, GPU_BLOCK=size):
                 with autocast:
                     value = loss.rows(own, own, scale, offset)
                 value.backward()
-            finally:
-                losses.BLOCK = before
             results.append((value.detach(), image.grad, text.grad))
         return " ".join(near(ours, exact, 2e-4) for exact, ours in zip(*results, strict=True))
 
@@ -138,13 +137,33 @@ class Checks:
                 found.append(torch.as_tensor(features.rows(range(len(captions)))))
         return near(found[1], found[0], 2e-2)
 
+    def heads(self) -> str:
+        """Train heads on cached features, which stay on the GPU, and compare with the CPU."""
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            write_scenes(Path(folder, "scenes"), count=200, size=32, seed=0)
+            for accelerator in ("cpu", "gpu" if DEVICE == "cuda" else "cpu"):
+                module = self.build(freeze="both")
+                cache = str(Path(folder, f"cache-{len(found)}"))
+                inputs = module.transform, module.tokenize
+                data = CaptionDataModule(*inputs, root=f"{folder}/scenes", batch_size=32, cache=cache)
+                trainer = plain_trainer(accelerator=accelerator, devices=1, precision="32-true", max_epochs=2)
+                start = weights(module)
+                trainer.fit(module, data)
+                found.append(weights(module))
+                on_gpu = next(iter(data.train_dataloader()))["image_features"].is_cuda
+                assert on_gpu == (accelerator == "gpu")
+        return distance(found[1], found[0], start, most=0.03)
+
     def ranks(self) -> None:
         generator = torch.Generator().manual_seed(0)
         image, text = (F.normalize(torch.randn(n, 64, generator=generator), dim=-1) for n in (300, 1500))
         owner = torch.arange(300).repeat_interleave(5)
-        exact = retrieval_ranks(image, text, owner)
-        ours = retrieval_ranks(image.to(DEVICE), text.to(DEVICE), owner.to(DEVICE))
-        assert all(torch.equal(one.cpu(), other) for one, other in zip(ours, exact, strict=True))
+        with mock.patch("torch.cuda.is_available", return_value=False):
+            exact = retrieval_ranks(image, text, owner)
+        for device in ("cpu", DEVICE):  # from the CPU, they are computed on the GPU, too
+            ours = retrieval_ranks(image.to(device), text.to(device), owner.to(device))
+            assert all(torch.equal(one.cpu(), other) for one, other in zip(ours, exact, strict=True))
 
     def waits(self) -> str:
         """Count what makes the host wait for the device, per step, in steps 5 to 9."""
@@ -226,6 +245,7 @@ def main() -> None:
         for name, options in settings.items():
             checks.run(f"the loss of one batch falls in 25 steps: {name}", checks.loss_falls, **options)
         checks.run("features in bf16 are those of the CPU in fp32, within 2 %", checks.feature_cache)
+        checks.run("heads on features that stay on the GPU end at the weights of the CPU", checks.heads)
         checks.run("retrieval ranks are those of the CPU", checks.ranks)
         checks.run("no wait for the device between logged steps", checks.waits)
     print("failed:", ", ".join(checks.failed) or "nothing")

@@ -1,13 +1,15 @@
 """Types of search index on a million vectors: recall, time of a query on one thread, building, disk, memory.
 
     python benchmarks/search_index.py [--vectors 1000000 --width 512 --types flat ivfpq --queries 200]
+    python benchmarks/search_index.py --sets photographs --root FLICKR8K --model MODEL --vectors 100000
 
-Two sets. `random`: vectors and queries are uniform on the sphere, the hardest case there is: nothing is close
-to anything (the best of a million has a cosine of 0.21), so that no index can leave a part of them out.
+Three sets. `random`: vectors and queries are uniform on the sphere, the hardest case there is: nothing is
+close to anything (the best of a million has a cosine of 0.21), so that no index can leave a part of them out.
 `clustered`: 20,000 subjects of uneven size, in a space whose variance falls as in trained embeddings; queries
-lie as far from a picture as sentences do (their cosine is 0.44). Each build and each search runs in a process
-of its own, for its memory. Vectors and indexes go to --work, a temporary folder by default (5 GB for a
-million).
+lie as far from a picture as sentences do (their cosine is 0.44). `photographs`: all images of a data set and
+random crops of them (30 to 100 % of the area), as a trained model embeds them, and captions of its val split.
+Each build and each search runs in a process of its own, for its memory. Vectors and indexes go to --work, a
+temporary folder by default (5 GB for a million).
 Writes Markdown and JSON into benchmarks/results.
 """
 
@@ -27,7 +29,7 @@ import report
 
 from clip_lightning.search import vectors
 
-SETS = ("random", "clustered")
+SETS = ("random", "clustered", "photographs")
 SUBJECTS, BLOCK, K = 20_000, 50_000, 10
 WARM_UP = 10  # queries
 SECONDS = 30  # of passes over the queries; two passes at least
@@ -71,11 +73,44 @@ def clustered_set(count: int, width: int, queries: int, path: Path, seed: int) -
     return unit(wanted + 2.0 * draw(queries, spread**0.7) @ turn)
 
 
+def photograph_set(args: argparse.Namespace, path: Path) -> np.ndarray:
+    """Write embeddings of images and of their crops, and return those of captions."""
+    import torch
+
+    from clip_lightning import CLIP
+    from clip_lightning.data.captions import split_by_image
+    from clip_lightning.data.formats import read_captions
+    from clip_lightning.data.images import Augmentation, augment, decode_image
+    from clip_lightning.data.readers import RECOGNIZED
+    from clip_lightning.model.encode import Encoded, encode_images
+
+    clip, data = CLIP.from_pretrained(args.model).eval(), read_captions(args.root)
+    paths = [image.path for image in data.images]
+
+    def decode(number: int) -> torch.Tensor:
+        view, row = divmod(number, len(paths))
+        crop = Augmentation(min_scale=0.3 if view else 1.0, flip=view > 0)
+        rng = np.random.default_rng((args.seed, view, row))
+        return augment(decode_image(paths[row]), clip.image_tower.transform, crop, rng)
+
+    fast = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    options = {"project": clip.project_image, "precision": fast, "progress": "images"}
+    batches = encode_images(clip.image_tower, range(args.vectors), decode, **options)
+    np.save(path, Encoded.join(batches).features.numpy().astype(np.float16))
+    val = split_by_image(data, RECOGNIZED.splits)["val"]
+    captions = [caption for image in val for caption in image.captions]
+    chosen = np.random.default_rng(args.seed).choice(len(captions), args.queries, replace=False)
+    return clip.embed_texts([captions[row] for row in chosen]).numpy()
+
+
 def make(args: argparse.Namespace) -> dict[str, object]:
     """Write a set, its queries and, by brute force, the K best rows of each."""
     folder = args.work
-    draw = random_set if args.set == "random" else clustered_set
-    queries = draw(args.vectors, args.width, args.queries, folder / "vectors.npy", args.seed)
+    if args.set == "photographs":
+        queries = photograph_set(args, folder / "vectors.npy")
+    else:
+        draw = random_set if args.set == "random" else clustered_set
+        queries = draw(args.vectors, args.width, args.queries, folder / "vectors.npy", args.seed)
     stored = np.load(folder / "vectors.npy", mmap_mode="r")
     scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for start in range(0, len(stored), BLOCK):
@@ -85,7 +120,8 @@ def make(args: argparse.Namespace) -> dict[str, object]:
         best = np.argsort(-scores, axis=1)[:, :K]
         scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
     np.savez(folder / "queries.npz", queries=queries, best=rows)
-    return {"best": float(scores[:, 0].mean()), "tenth": float(scores[:, -1].mean())}
+    cosines = {"best": float(scores[:, 0].mean()), "tenth": float(scores[:, -1].mean())}
+    return {**cosines, "width": stored.shape[1]}
 
 
 def build(args: argparse.Namespace) -> dict[str, object]:
@@ -94,7 +130,7 @@ def build(args: argparse.Namespace) -> dict[str, object]:
     faiss.omp_set_num_threads(args.threads)
     stored = np.load(args.work / "vectors.npy").astype(np.float32)
     began = time.perf_counter()
-    index = faiss.IndexFlatIP(args.width) if args.type == "flat" else vectors.build(stored)
+    index = faiss.IndexFlatIP(stored.shape[1]) if args.type == "flat" else vectors.build(stored)
     if args.type == "flat":
         index.add(stored)
     seconds = time.perf_counter() - began
@@ -155,7 +191,9 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--types", nargs="+", default=["flat", "ivfpq"])
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--sets", nargs="+", default=list(SETS[:2]), choices=SETS)
+    parser.add_argument("--root", type=Path, default=".", help="of the photographs")
+    parser.add_argument("--model", type=Path, default=".", help="of the photographs")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2, help="of the build; a query has one")
     parser.add_argument("--seed", type=int, default=1, help="0 is what the settings were chosen on")
@@ -176,7 +214,7 @@ def main() -> None:
 def measure_set(args: argparse.Namespace, kind: str, work: Path) -> dict[str, object]:
     def step(name: str, *more: str) -> dict[str, object]:
         command = [sys.executable, __file__, "--step", name, "--set", kind, "--work", str(work), *more]
-        for option in ("vectors", "width", "queries", "threads", "seed"):
+        for option in ("vectors", "width", "queries", "threads", "seed", "root", "model"):
             command += [f"--{option}", str(getattr(args, option))]
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
@@ -212,7 +250,7 @@ def write(kind: str, found: dict, args: argparse.Namespace) -> None:
         "",
         report.provenance(header),
         "",
-        f"{args.vectors:,} unit vectors of width {args.width}; {args.queries} queries one by one on one",
+        f"{args.vectors:,} unit vectors of width {found['width']}; {args.queries} queries one by one on one",
         f"thread, k = {K}, the fastest pass of those in {SECONDS} s; built with {args.threads} threads.",
         f"Cosine of the best vector {found['best']:.2f}, of the tenth {found['tenth']:.2f}. By hand:",
         "`index.search` of FAISS on the same index, where it gives the same rows. Memory: of the process",

@@ -87,10 +87,7 @@ class EndsAt(Callback):
 
 
 class At(Callback):
-    """At a step, stops now, or presses Ctrl-C.
-
-    Ctrl-C may also come within a validation, or while the gradients of that step are accumulated.
-    """
+    """At a step, stops now, or presses Ctrl-C, also in a validation, or while gradients are accumulated."""
 
     def __init__(self, step: int, press: str = "now") -> None:
         self.step, self.press = step, press

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-PARTS = ("preparation", "waiting_for_data", "towers", "loss", "optimiser", "evaluation", "other")
+PARTS_OF_STEP = ("towers", "loss", "optimiser")
+PARTS = ("preparation", "waiting_for_data", *PARTS_OF_STEP, "evaluation", "other")
 
 
 class Stopwatch:
@@ -26,4 +27,4 @@ class Stopwatch:
     @property
     def step_seconds(self) -> float:
         """Seconds spent in training steps, without waiting for data."""
-        return sum(self.seconds[part] for part in ("towers", "loss", "optimiser"))
+        return sum(self.seconds[part] for part in PARTS_OF_STEP)

@@ -40,9 +40,8 @@ def parquet(**columns: list[Any]) -> bytes:
 
 
 TWICE = io.BytesIO()
-pyarrow.parquet.write_table(
-    pyarrow.Table.from_arrays([pyarrow.array(["a.jpg"])] * 3, ["image", "caption", "caption"]), TWICE
-)
+_ROWS = pyarrow.Table.from_arrays([pyarrow.array(["a.jpg"])] * 3, ["image", "caption", "caption"])
+pyarrow.parquet.write_table(_ROWS, TWICE)
 
 
 def content(captions: CaptionSet) -> dict[str, tuple[tuple[str, ...], str | None]]:

@@ -130,7 +130,6 @@ def test_templates_by_name_and_of_a_file(tmp_path: Path):
         ("wire-haired_fox_terrier", "wire-haired fox terrier"),
         ("n02123045", "n02123045"),
         ("7", "7"),
-        ("2_3", "2 3"),
         ("_", "_"),
         ("BMW", "BMW"),
         ("苹果_1", "苹果 1"),

@@ -87,9 +87,6 @@ def test_values_outside_the_space_are_rejected(given: dict[str, Any], value: Any
         Parameter(**given).drawn(value)
 
 
-# files
-
-
 def sweep_file(folder: Path, content: Any) -> SweepFile:
     file = folder / "x.yaml"
     file.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
@@ -172,9 +169,6 @@ def test_shipped_files(path: Path, tmp_path: Path) -> None:
     point = base_point(file, arguments)
     assert point is not None
     assert rehearse([*arguments, *file.arguments(point)]).config_to_save == rehearse(arguments).config_to_save
-
-
-# draws
 
 
 def draws(file: SweepFile, count: int, study: optuna.Study | None = None) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from unittest.mock import DEFAULT, Mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -22,7 +23,7 @@ import clip_lightning.model.bundle as bundle_module
 from clip_lightning.data.images import BrokenImage, decode_image
 from clip_lightning.errors import UserError
 from clip_lightning.model.checkpoint import model_identity
-from clip_lightning.model.clip import CLIP, Dropout, ResidualMLPHead
+from clip_lightning.model.clip import CLIP, Dropout, ResidualMLPHead, unit_length
 from clip_lightning.training.losses import info_nce
 
 Logged = pytest.LogCaptureFixture
@@ -56,6 +57,13 @@ def test_embeddings_have_unit_length_in_fp32(make_clip: MakeClip, pictures: list
         assert embeddings.dtype == torch.float32
         torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(count), rtol=1e-5, atol=0)
     assert clip.embed_images([]).shape == clip.embed_texts([]).shape == (0, 16)
+
+
+def test_unit_length_has_the_gradient_of_normalize() -> None:
+    rows = [torch.tensor([[3.0, -4.0], [0.0, 0.0]]).requires_grad_() for _ in range(2)]
+    for each, normalize in zip(rows, (unit_length, F.normalize), strict=True):
+        (normalize(each) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+    torch.testing.assert_close(rows[0].grad, rows[1].grad)
 
 
 def test_embeddings_do_not_depend_on_the_batch(make_clip: MakeClip, pictures: list[Path]) -> None:

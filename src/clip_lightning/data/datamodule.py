@@ -81,7 +81,8 @@ class CaptionDataModule(LightningDataModule):
                 folder, URL or pattern of tars; or `scenes` for synthetic scenes. Downloads are cached.
             read: layout, columns and splits, if they are not recognized.
             batch_size: number of images per rank and step.
-            num_workers: number of loader processes per rank; by default one per usable core, at most 8.
+            num_workers: number of loader processes per rank; by default one per usable core, at most 8. With
+                GPUs, each has an equal share of the cores by default, less one for the rank itself.
             captions_per_image: number of different captions per image in a training batch.
             augmentation: flips, crops and color changes; by default only flips, and none for `scenes`, whose
                 captions mention left and right.
@@ -107,7 +108,10 @@ class CaptionDataModule(LightningDataModule):
         self.transform, self.tokenize = transform, tokenize
         self.read, self.shards, self.cache_options = read, shards, cache_options
         self.batch_size, self.captions_per_image = batch_size, captions_per_image
-        self.num_workers = min(8, cores()) if num_workers is None else num_workers
+        if num_workers is None:
+            gpus = torch.cuda.device_count()
+            num_workers = max(1, cores() // gpus - 1) if gpus else min(8, cores())
+        self.num_workers = num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._tars = str(root) if names_tars(root) else ""
         is_streamed = self._tars or shards.sources
@@ -326,7 +330,7 @@ class CaptionDataModule(LightningDataModule):
             collate_fn=collate,
             worker_init_fn=_start_worker,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and not (texts and texts.device.type == "cuda"),
         )
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:

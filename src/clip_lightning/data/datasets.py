@@ -120,7 +120,8 @@ class TrainDataset(_CaptionedImages):
             return [pixels[row] for row in range(len(places))]
         view, index = self._view(places), places[:, 1]
         rows = [features.rows(index[view == number]) for number, features in enumerate(self.views)]
-        return torch.cat(rows)[view.argsort(kind="stable").argsort()]
+        order = torch.from_numpy(view.argsort(kind="stable").argsort())
+        return torch.cat(rows).index_select(0, order.to(rows[0].device, non_blocking=True))
 
     def _view(self, places: np.ndarray) -> np.ndarray:
         return (_random_words(self.seed, places, 1)[:, 0] % len(self.views)).astype(np.int64)

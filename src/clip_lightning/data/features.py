@@ -54,23 +54,38 @@ class Features:
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._paths, parts = shards, [*map(_map, shards)] or [torch.empty(0, 0)]
-        fits = sum(part.nbytes for part in parts) * LEAST_FREE < psutil.virtual_memory().available
-        self._parts = [torch.cat(parts)] if fits else parts
+        self._parts = parts
+        if self.nbytes * LEAST_FREE < psutil.virtual_memory().available:
+            self.move_to(torch.device("cpu"))
 
     def __reduce__(self) -> tuple[type[Features], tuple[Sequence[Path]]]:
         """Pickle only the paths, so that loader workers map the files themselves."""
         return Features, (self._paths,)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the rows in bytes."""
+        return sum(part.nbytes for part in self._parts)
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the rows are."""
+        return self._parts[0].device
+
+    def move_to(self, device: torch.device) -> None:
+        """Copy all rows to a device."""
+        self._parts = [torch.cat(self._parts).to(device)]
+
     @cached_property
     def broken(self) -> np.ndarray:
         """(R,) whether the row is NaN: its image could not be decoded when it was cached."""
-        return torch.cat([part.isnan().any(dim=1) for part in self._parts]).numpy()
+        return torch.cat([part.isnan().any(dim=1) for part in self._parts]).cpu().numpy()
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> Tensor:
-        """Return the features (len(rows), D) in float32."""
+        """Return the features (len(rows), D) in float32, on the device of all rows."""
         wanted = torch.as_tensor(rows, dtype=torch.int64)
         if len(self._parts) == 1:
-            return self._parts[0].index_select(0, wanted).float()
+            return self._parts[0].index_select(0, wanted.to(self.device, non_blocking=True)).float()
         picked = torch.empty(len(wanted), self._parts[0].shape[1])
         for number in (shards := wanted // SHARD_ROWS).unique().tolist():
             places = shards == number

@@ -16,11 +16,12 @@ from typing import Any, Literal, TypedDict, Unpack, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from clip_lightning.data.images import BrokenImage, ImageTransform
 from clip_lightning.errors import UserError, check_option
 from clip_lightning.model.bundle import BUNDLE_FORMAT, write_bundle
-from clip_lightning.model.encode import BATCH_SIZE, TEXT_BATCH_SIZE, encode_images, encode_texts, one_or_many
+from clip_lightning.model.encode import encode_images, encode_texts, one_or_many
 from clip_lightning.model.lora import LoRAConfig, add_lora, merged_state
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
 
@@ -52,6 +53,30 @@ class Dropout(nn.Dropout):
         drawn = bits.view(torch.int16)[: input.numel()].view(input.shape)  # -2^15 to 2^15
         dropped = int(self.p * 2**16)
         return input * (drawn >= dropped - 2**15) * (2**16 / (2**16 - dropped))
+
+
+class _UnitLength(torch.autograd.Function):
+    """`F.normalize` of rows, with a backward pass that takes a third of the time on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        norm = rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        unit = rows / norm
+        ctx.save_for_backward(unit, norm)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        unit, norm = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, unit)[..., None]
+        return torch.addcmul(grad, unit, along, value=-1).div_(norm)
+
+
+def unit_length(rows: Tensor) -> Tensor:
+    """Return rows (..., D) divided by their norms."""
+    unit: Tensor = _UnitLength.apply(rows) if rows.requires_grad else F.normalize(rows, dim=-1)
+    return unit
 
 
 class ResidualMLPHead(nn.Module):
@@ -238,11 +263,11 @@ class CLIP(nn.Module):
 
     def project_image(self, features: Tensor) -> Tensor:
         """Return unit-length embeddings (B, D) fp32 of the image tower's features (B, width)."""
-        return F.normalize(self.heads["image"](features).float()[..., : self.dims], dim=-1)
+        return unit_length(self.heads["image"](features).float()[..., : self.dims])
 
     def project_text(self, features: Tensor) -> Tensor:
         """Return unit-length embeddings (N, D) fp32 of the text tower's features (N, width)."""
-        return F.normalize(self.heads["text"](features).float()[..., : self.dims], dim=-1)
+        return unit_length(self.heads["text"](features).float()[..., : self.dims])
 
     def with_dims(self, dims: int) -> CLIP:
         """Return this model with the first `dims` numbers of its embeddings, normalized again.
@@ -277,7 +302,7 @@ class CLIP(nn.Module):
     def embed_images(
         self,
         images: Any,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         errors: Errors = "raise",
         progress: bool = False,
     ) -> Tensor:
@@ -288,7 +313,7 @@ class CLIP(nn.Module):
                 file, the content of a file as bytes, a file object, a PIL image, a uint8 array (H, W, 3) in
                 RGB, or a uint8 tensor (3, H, W). Arrays (B, H, W, 3) and tensors (B, 3, H, W) are several
                 images.
-            batch_size: number of images per forward pass.
+            batch_size: number of images per forward pass; by default 64, or 512 on a GPU.
             errors: `raise`, or `skip` to leave out images that cannot be read and log a warning for each.
             progress: whether to show a progress bar.
 
@@ -312,14 +337,15 @@ class CLIP(nn.Module):
     def embed_texts(
         self,
         texts: str | Iterable[str],
-        batch_size: int = TEXT_BATCH_SIZE,
+        batch_size: int | None = None,
         errors: Errors = "raise",
         progress: bool = False,
     ) -> Tensor:
         """Return unit-length embeddings (N, D) of texts, on the CPU.
 
         `texts` is one text, or any iterable of texts. `errors="skip"` leaves out items that are not strings,
-        and logs a warning for each; the other arguments are those of `embed_images`.
+        and logs a warning for each; the other arguments are those of `embed_images`. By default, 128 texts
+        are encoded at a time, or 512 on a GPU.
 
         Raises:
             TypeError: an item is not a string.

@@ -21,7 +21,7 @@ from clip_lightning.data.images import BrokenImage, to_pixels
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
 from clip_lightning.model.towers.folding import fold_batch_norms
 
-BATCH_SIZE, TEXT_BATCH_SIZE = 64, 128
+BATCH_SIZE, TEXT_BATCH_SIZE, GPU_BATCH_SIZE = 64, 128, 512
 WORTH_FOLDING = 64  # images, from which on folding batch norms takes less time than it saves
 Project = Callable[[Tensor], Tensor]
 
@@ -54,7 +54,7 @@ def encode_images(
     decode: Callable[[Any], Tensor | None] | None = None,
     *,
     project: Project | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     threads: int | None = None,
     precision: torch.dtype | None = None,
     progress: str = "",
@@ -70,12 +70,12 @@ def encode_images(
             or raises `BrokenImage`; any other exception stops the iteration. It is called in threads. By
             default, images are read by `to_pixels` and transformed as the tower expects.
         project: function that turns features into embeddings, such as `CLIP.project_image`.
-        batch_size: number of images per forward pass.
+        batch_size: number of images per forward pass; by default 64, or 512 on a GPU.
         threads: number of decoding threads; by default, one per core.
         precision: data type for autocast; by default, fp32.
         progress: title of a progress bar, if there is to be one.
     """
-    _check_batch_size(batch_size)
+    batch_size = _checked_batch_size(batch_size, tower, BATCH_SIZE)
     decode = decode or (lambda image: tower.transform(to_pixels(image)))
 
     def attempt(image: Any) -> Tensor | BrokenImage | None:
@@ -119,15 +119,15 @@ def encode_texts(
     texts: Sequence[str],
     *,
     project: Project | None = None,
-    batch_size: int = TEXT_BATCH_SIZE,
+    batch_size: int | None = None,
     precision: torch.dtype | None = None,
     progress: str = "",
 ) -> Tensor:
     """Return features or embeddings (N, D) of texts, float32 on the CPU; the arguments are the same.
 
-    Texts of similar length are encoded together to reduce padding.
+    Texts of similar length are encoded together to reduce padding; by default 128, or 512 on a GPU.
     """
-    _check_batch_size(batch_size)
+    batch_size = _checked_batch_size(batch_size, tower, TEXT_BATCH_SIZE)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     parts = [_run(tower, [], project, precision)]
     with tqdm(texts, desc=progress, disable=not progress) as bar:
@@ -139,9 +139,12 @@ def encode_texts(
     return torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
 
 
-def _check_batch_size(batch_size: int) -> None:
+def _checked_batch_size(batch_size: int | None, tower: Tower, default: int) -> int:
+    if batch_size is None:
+        return default if tower.device.type == "cpu" else GPU_BATCH_SIZE
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected 1 or more")
+    return batch_size
 
 
 @torch.inference_mode()

@@ -55,7 +55,7 @@ class Options:
         onnx: store the text tower as ONNX in the index, so that search answers a sentence within a second or
             two without loading the model; by default if onnxruntime is installed and the tower can be
             exported.
-        batch_size: number of images or captions per forward pass.
+        batch_size: number of images or captions per forward pass; by default 64 and 128, or 512 on a GPU.
         num_workers: number of threads that read and decode images; by default one per core.
         what: images, captions, or both; by default what the folder has, or images for a new folder.
         shard_size: number of rows per file; by default as in the folder, or 1024.
@@ -67,7 +67,7 @@ class Options:
 
     type: Literal["auto", "flat", "ivfpq"] = "auto"
     onnx: bool | None = None
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt | None = None
     num_workers: PositiveInt | None = None
     what: Literal["images", "captions", "both"] | None = None
     shard_size: PositiveInt | None = None

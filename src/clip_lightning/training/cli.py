@@ -38,6 +38,7 @@ from clip_lightning.model.checkpoint import read_checkpoint
 from clip_lightning.model.clip import parameter_counts
 from clip_lightning.run_folder import LAST, RunFolder
 from clip_lightning.terminal import note, public
+from clip_lightning.timing import PARTS_OF_STEP
 from clip_lightning.tracking import zero_shot_panel
 from clip_lightning.tracking.lineage import Alerts, Lineage
 from clip_lightning.tracking.logger import RunLogger, finished_run, go_back, history_file
@@ -276,8 +277,12 @@ class RunCLI(LightningCLI):
         else:
             note("no epoch was validated, so model/ has the last weights")
         print("run folder:", self.run.path)
-        parts = (f"{name} {spent:.0f} s" for name, spent in recorder.stopwatch.seconds.items())
-        print("time:", ", ".join(parts).replace("_", " "))
+        seconds = recorder.stopwatch.seconds
+        if self.trainer.strategy.root_device.type == "cuda":
+            seconds = {name: spent for name, spent in seconds.items() if name not in PARTS_OF_STEP}
+            seconds["steps"] = recorder.stopwatch.step_seconds
+        parts = ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items())
+        print("time:", parts.replace("_", " "))
 
     def after_validate(self) -> None:
         """Print and store the scores; Lightning's own table is part of the progress bar."""

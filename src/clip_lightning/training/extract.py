@@ -28,6 +28,8 @@ from clip_lightning.model.towers.folding import fold_batch_norms
 # Part of every key. Raise it whenever decode_image, augment, ImageTransform, `image_features` or the pooling
 # of a tower returns different values.
 VERSION = 1
+GPU_LEAST_FREE = 4
+"""Features for training are kept on the GPU if this many times their size is free."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,16 @@ class Extractor:
             ]
         if clip.text_tower.frozen:
             text_features = self.text_features(clip.text_tower, data.captions(split), f"{split} captions")
+        if split == "train" and image_features and text_features:
+            self._keep_on_gpu([*image_features, text_features])
         data.use_features(split, images=image_features, texts=text_features)
+
+    def _keep_on_gpu(self, entries: Sequence[Features]) -> None:
+        """Copy the entries to the GPU, if there is one, as long as they leave most of its memory free."""
+        size = sum(features.nbytes for features in entries)
+        if self.device.type == "cuda" and size * GPU_LEAST_FREE <= torch.cuda.mem_get_info(self.device)[0]:
+            for features in entries:
+                features.move_to(self.device)
 
     def cache_teacher(self, teacher: CLIP, data: Any) -> None:
         """Pass a teacher's embeddings of all training images and captions to a `CaptionDataModule`.

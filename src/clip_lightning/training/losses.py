@@ -20,10 +20,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from clip_lightning.errors import UserError
+from clip_lightning.model.clip import unit_length
 
 Scalar = Tensor | float
-BLOCK = 2**22
-"""Similarities in memory at a time: 16 MB per array, and a loss needs two to seven arrays."""
+BLOCK, GPU_BLOCK = 2**22, 2**26
+"""Similarities in memory at a time: 16 MB per array, or 256 MB on a GPU. A loss needs two to seven arrays."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Pairs:
 
     def shortened(self, dims: int) -> Pairs:
         """Keep the first `dims` numbers of each embedding, with unit length."""
-        image, text = (F.normalize(rows[:, :dims], dim=-1) for rows in (self.image, self.text))
+        image, text = (unit_length(rows[:, :dims]) for rows in (self.image, self.text))
         return replace(self, image=image, text=text)
 
 
@@ -253,7 +254,7 @@ class SigLIP(ContrastiveLoss):
             sign = (image_id[:, None] == everyone.text_image_id).to(logits.dtype) * 2 - 1
             return -F.logsigmoid(sign * logits).sum()
 
-        size = max(1, BLOCK // max(1, len(everyone.text)))
+        size = max(1, _block(everyone.text) // max(1, len(everyone.text)))
         if len(own.image) <= size:
             return total(own.image, own.image_id) / len(own.image)
         # the backward pass computes each block again instead of storing its activations
@@ -302,7 +303,11 @@ def _similarities(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _is_one_block(rows: Tensor, columns: Tensor) -> bool:
-    return len(rows) * len(columns) <= BLOCK
+    return len(rows) * len(columns) <= _block(rows)
+
+
+def _block(embeddings: Tensor) -> int:
+    return GPU_BLOCK if embeddings.is_cuda else BLOCK
 
 
 def _log_sum_exp(rows: Tensor, columns: Tensor) -> Tensor:
@@ -344,7 +349,7 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of rows, and their rows of a bᵀ."""
-        size = min(len(a), max(1, BLOCK // len(b)))
+        size = min(len(a), max(1, _block(b) // len(b)))
         space = a.new_empty(size, len(b))
         for start in range(0, len(a), size):
             block = slice(start, start + size)
