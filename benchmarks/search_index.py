@@ -78,12 +78,14 @@ def photograph_set(args: argparse.Namespace, path: Path) -> np.ndarray:
     import torch
 
     from clip_lightning import CLIP
+    from clip_lightning.cpu import keep_freed_memory
     from clip_lightning.data.captions import split_by_image
     from clip_lightning.data.formats import read_captions
     from clip_lightning.data.images import Augmentation, augment, decode_image
     from clip_lightning.data.readers import RECOGNIZED
     from clip_lightning.model.encode import Encoded, encode_images
 
+    keep_freed_memory()
     clip, data = CLIP.from_pretrained(args.model).eval(), read_captions(args.root)
     paths = [image.path for image in data.images]
 
@@ -243,8 +245,8 @@ def cells(row: dict) -> list[str]:
 
 
 def write(kind: str, found: dict, args: argparse.Namespace) -> None:
-    sizes = {name: getattr(args, name) for name in ("vectors", "width", "queries", "threads", "seed")}
-    header = report.header("faiss-cpu", "numpy", set=kind, **sizes)
+    sizes = {name: getattr(args, name) for name in ("vectors", "queries", "threads", "seed")}
+    header = report.header("faiss-cpu", "numpy", set=kind, width=found["width"], **sizes)
     lines = [
         f"# Types of search index: {kind} vectors",
         "",

@@ -69,7 +69,7 @@ class _UnitLength(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         unit, norm = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, unit)[..., None]
+        along = (grad * unit).sum(dim=-1, keepdim=True)  # in fp32 also under autocast, unlike `vecdot`
         return torch.addcmul(grad, unit, along, value=-1).div_(norm)
 
 
