@@ -32,9 +32,9 @@ To get started, run clip-lightning fit --config quickstart.
 
 
 def run_process() -> int:
-    """Run the command of this process, which then ends without freeing its memory object by object.
+    """Run the command of this process, which then ends at once.
 
-    That takes two seconds. What others registered to be called when Python exits is called.
+    Python would free its memory object by object for two seconds. Functions of `atexit` are called as usual.
     """
     status = 1
 

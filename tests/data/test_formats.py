@@ -386,7 +386,7 @@ WRONG: dict[str, tuple[Files, str]] = {
     "half a character": ({"x.jsonl": '{"image": "a.jpg", "caption": "\\ud800"}'}, "row 1: it has invalid"),
     "NUL in a folder's name": ({"x.csv": "image,caption\nx\0/a.jpg,y\n"}, "row 1: it has invalid"),
     "deep Karpathy": ({"dataset_coco.json": b'{"images": ' + b"[" * 100_000}, "begins with .*RecursionError"),
-    "Karpathy": (
+    "a number as a sentence": (
         {"dataset_x.json": '{"images": [{"filename": "a", "sentences": [{"raw": 1}]}]}'},
         "str, list",
     ),

@@ -77,7 +77,7 @@ def test_drawn_inverts_value(name: str, seed: int) -> None:
 @pytest.mark.parametrize(
     ("given", "value"),
     [
-        ({"values": [1]}, None),
+        ({"values": [1, 2]}, None),
         ({"min": 0.0, "max": 1}, 2),
         *(({"min": 0, "max": 3}, x) for x in (4, 0.5, "x")),
     ],

@@ -20,7 +20,6 @@ from clip_lightning.evaluation.metrics import DIRECTIONS, KS, MEASURES, recall_a
 # Scores that differ by less than this are ties. They are computed in float64, whose rounding error (1e-16)
 # is far smaller, so neither the chunk size nor the order of the rows can change a rank.
 TIE = 1e-9
-GPU_LEAST_FREE = 4  # times the size of the embeddings in fp64, for ranks to be computed on the GPU
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,8 @@ def retrieval_ranks(
     if image_id is None:
         image_id = torch.arange(len(image), device=image.device)
     _check(image, text, text_image_id, image_id, chunk_size)
-    given = image.device
-    device = torch.device("cpu") if given.type == "mps" else given  # no float64 on mps
-    size = 8 * (image.numel() + text.numel())
-    if torch.cuda.is_available() and GPU_LEAST_FREE * size <= torch.cuda.mem_get_info()[0]:
-        device = torch.device("cuda")
-    image, text, text_image_id, image_id = (t.to(device) for t in (image, text, text_image_id, image_id))
+    if image.device.type == "mps":  # no float64 there
+        image, text, text_image_id, image_id = (t.cpu() for t in (image, text, text_image_id, image_id))
     image, text = image.double(), text.double()
 
     owner = rows_of(text_image_id, image_id)
@@ -123,7 +118,7 @@ def retrieval_ranks(
         text_rank += (scores >= right - TIE).sum(0)  # from 1: it counts the right image
         image_rank[rows] = (scores >= best[rows, None] - TIE).sum(1)
     image_rank += best.isfinite().long() - torch.bincount(owner[tied_right], minlength=len(image))
-    return text_rank.to(given), image_rank.to(given)
+    return text_rank, image_rank
 
 
 def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -> dict[str, float]:

@@ -5,7 +5,6 @@ I images, N captions, W and V the widths of the towers, D the width of the embed
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,7 +190,7 @@ def suspicions(image: Tensor, text: Tensor, owner: Tensor, seed: int = 0) -> tup
     """
     generator = torch.Generator().manual_seed(seed)
     found = text.new_empty(3, len(text), 4)
-    nearest, prior = torch.empty(len(image), dtype=torch.long), torch.zeros(3, len(text))
+    nearest, compared = torch.empty(len(image), dtype=torch.long), torch.empty(len(text))
     for fold in torch.randperm(len(image), generator=generator).tensor_split(FOLDS):
         outside = torch.ones(len(image), dtype=torch.bool).index_fill(0, fold, False)
         kept = outside[owner]
@@ -206,7 +205,7 @@ def suspicions(image: Tensor, text: Tensor, owner: Tensor, seed: int = 0) -> tup
             images, texts, given = heads[0](image[group]), heads[1](text[rows]), torch.arange(len(rows))
             others = (SCALE * texts @ images.T).index_put((given, own), torch.tensor(-torch.inf))
             best = (others.log_softmax(0) + others.log_softmax(1)).argmax(0)
-            nearest[group], prior[NEAREST, rows] = rows[best], math.log(len(rows))
+            nearest[group], compared[rows] = rows[best], len(rows)
             for kind, judged in {GIVEN: given, MISMATCHED: placed, NEAREST: best[own]}.items():
                 found[kind, rows] = evidence(images, texts, text[rows], own, judged)
     several = (torch.bincount(owner)[owner] > 1).float()[:, None]  # a single caption has weights of its own
@@ -217,12 +216,13 @@ def suspicions(image: Tensor, text: Tensor, owner: Tensor, seed: int = 0) -> tup
     def weigh(rows: Tensor) -> Tensor:
         labels = torch.arange(2).repeat_interleave(len(rows))
         weight, bias = logistic_regression(inputs[:NEAREST, rows].flatten(0, 1), labels, 2, PENALTY)
-        return inputs @ (weight[1] - weight[0]) + (bias[1] - bias[0]) + prior
+        return inputs @ (weight[1] - weight[0]) + (bias[1] - bias[0])
 
     log_odds = weigh(torch.arange(len(text)))
     fraction, _ = choose_threshold(log_odds[GIVEN], log_odds[MISMATCHED])
     wrong = int(len(text) * min(fraction, MOST_WRONG))
-    log_odds[NEAREST] = weigh(log_odds[GIVEN].argsort()[: len(text) - wrong])[NEAREST]
+    likely_right = log_odds[GIVEN].argsort()[: len(text) - wrong]
+    log_odds[NEAREST] = weigh(likely_right)[NEAREST] + compared.log()
     return log_odds, nearest
 
 
