@@ -56,7 +56,7 @@ class Dropout(nn.Dropout):
 
 
 class _UnitLength(torch.autograd.Function):
-    """`F.normalize` of rows, with a backward pass that reads the rows less often, which is faster on a CPU."""
+    """`F.normalize` of rows, with a backward pass that reads the rows less often."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
