@@ -141,7 +141,7 @@ def test_offline_and_synced_later(wandb_server: WandbServer, uploaded: str, fit:
     sync(run)
     online = wandb_server.runs["tester", "clip-lightning", run.name]
     data = wandb_server.artifact(uploaded)
-    assert data.used_by == [online.key]
+    assert (online.state, data.used_by) == ("finished", [online.key])
     assert len(data.home.versions) == 1  # recognized, not uploaded again
     model = wandb_server.artifact(f"tester/clip-lightning/model-{run.name}:best")
     assert (model.logged_by, model.metadata["data_artifact"]) == (online.key, uploaded)

@@ -390,7 +390,9 @@ def changed_options(before: str, now: str) -> list[str]:
 
 def run(args: list[str]) -> None:
     """Run `fit`, `validate` or `test`, the first of the arguments."""
-    with plain_errors():
+    # W&B ends a run when its service ends, which outlives this process if `wandb agent` has started it
+    finished = finished_run() if "WANDB_SERVICE" in os.environ else contextlib.nullcontext()
+    with finished, plain_errors():
         RunCLI(args)
 
 
