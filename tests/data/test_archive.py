@@ -159,9 +159,6 @@ def server() -> Iterator[Server]:
         server.shutdown()
 
 
-# The folder ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
 def test_archives_are_unpacked_and_read(kind: str, server: Server, cache: Path):
     around = {f"./pets/{name}": data for name, data in FILES.items()}  # a folder that is taken off
@@ -208,9 +205,6 @@ def test_an_invalid_url_is_one_line_without_credentials(url: str):
     assert "\n" not in str(raised.value) and "secret" not in str(raised.value)
 
 
-# The connection -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("faults", [["status 503", "cut 1000", "wait"], ["cut 0"]])
 def test_a_broken_or_stalled_download_is_retried(faults: list[str], server: Server, monkeypatch: Patch):
     monkeypatch.setattr(storage, "SILENCE", 0.5)
@@ -249,9 +243,6 @@ def test_credentials_are_sent_only_to_their_server(server: Server):
         other.shutdown()
     assert server.credentials == [f"Basic {base64.b64encode(b'me:a@secret').decode()}"] * 2
     assert other.credentials == [None]
-
-
-# Harm ---------------------------------------------------------------------------------------------------
 
 
 def encrypted_zip() -> bytes:
@@ -344,8 +335,6 @@ def test_links_within_an_archive_become_files(local: Fetch):
     assert not any(path.stat().st_mode & (stat.S_ISUID | stat.S_ISGID) for path in folder.rglob("*"))
 
 
-# Kills and rivals ---------------------------------------------------------------------------------------
-
 FETCH = """
 import sys
 from clip_lightning.data import sources
@@ -368,10 +357,8 @@ def fetching(server: Server, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", FETCH, f"{server.url}#sha256={digest(server.data)}", *words]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, text=True, **pipes)
-    assert [process.stdout.readline() for _ in ["begun", *words]] == [
-        "begun\n",
-        *["unpacked\n" for _ in words],
-    ]
+    for word in ("begun", *("unpacked" for _ in words)):
+        assert process.stdout.readline() == f"{word}\n"
     return process
 
 

@@ -146,9 +146,6 @@ def test_a_bundle_of_impossible_values_with_checksums_that_fit(
         CLIP.from_pretrained(folder)
 
 
-# The cache ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("examples", BOTH)
 def test_a_cache_with_other_bytes_gives_what_was_computed(examples: settings, tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
@@ -173,9 +170,6 @@ def test_a_cache_with_other_bytes_gives_what_was_computed(examples: settings, tm
     check_copies(examples, tmp_path, check, file=st.sampled_from(files), edits=EDITS, value=JSON)
 
 
-# Checkpoints --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("examples", BOTH)
 def test_a_checkpoint_with_other_bytes(examples: settings, tmp_path: Path) -> None:
     content = {"weights": torch.arange(50.0), "step": 3}
@@ -196,9 +190,6 @@ def test_a_checkpoint_with_other_bytes(examples: settings, tmp_path: Path) -> No
             assert torch.equal(found["weights"], content["weights"]) and found["step"] == content["step"]
 
     check()
-
-
-# The index ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("examples", BOTH)

@@ -21,6 +21,7 @@ from clip_lightning import CLIP, ImageIndex
 from clip_lightning.data.images import BrokenImage
 from clip_lightning.data.scenes import draw
 from clip_lightning.errors import UserError
+from clip_lightning.model.export.onnx import write_text_tower
 from clip_lightning.search import vectors
 from clip_lightning.search.build import build_index, tower_digest
 from clip_lightning.search.folder import EmbeddingsFolder, Manifest, Options
@@ -346,6 +347,7 @@ def test_killed_anywhere_the_index_is_the_old_or_the_new_one(
     clip: CLIP, scenes: Path, photos: Path, tmp_path: Path, monkeypatch: Patch, first: bool
 ) -> None:
     monkeypatch.setattr(WRITER, stand_in)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # the stand-in must not be kept
     captions = (scenes / "captions.csv").read_text()
     for number, name in enumerate(sorted(scenes.glob("*.*g"))[:9]):
         captions = captions.replace(name.name, f"{number}.png")
@@ -454,19 +456,29 @@ def test_updates_keep_and_repair_the_text_tower(exported: Path, tmp_path: Path, 
         patch.delattr(WRITER)  # it need not be written again
         assert update(model, photos, index, onnx=None)["text_tower"] == "onnx"
     assert tower_of(index) == file.parent and file.stat().st_ino == before
-    for change in (lambda: file.write_bytes(b"another tower"), file.unlink):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    writer = Mock(wraps=write_text_tower)
+    monkeypatch.setattr(WRITER, writer)
+
+    def damage_both() -> None:
+        for damaged in (file, *tmp_path.rglob("text_tower/*/text.onnx")):
+            damaged.write_bytes(b"another tower")
+
+    for change, written in ((lambda: file.write_bytes(b"another"), 1), (file.unlink, 1), (damage_both, 2)):
         change()
         with pytest.raises(UserError, match=r"idx is damaged"):
             ImageIndex.load(index).search("a star")
         assert ImageIndex.load(index, model).search("a star")
         assert update(model, photos, index, onnx=None)["text_tower"] == "onnx"
         assert tower_of(index) and ImageIndex.load(index).search("a star")
+        assert writer.call_count == written  # else it was copied from the cache
     assert update(model, photos, index, onnx=False)["text_tower"] == "--onnx false"
     assert not file.parent.exists() and not manifest_of(index).text_tower
 
 
 def test_a_tower_without_an_export(clip: CLIP, photos: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(WRITER, Mock(side_effect=UserError("not this one")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert update(clip, photos, tmp_path / "idx", onnx=None)["text_tower"] == "not this one"
     with pytest.raises(UserError, match="--onnx true: not this one"):
         update(clip, photos, tmp_path / "idx", onnx=True)

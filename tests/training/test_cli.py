@@ -330,9 +330,6 @@ def test_a_signal_saves_the_run_which_is_resumed(
     assert metrics_of(folder)["seconds"] > before["seconds"]
 
 
-# invalid input
-
-
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "absent loss": ({"model__loss": "myloss.Focal"}, r"loss: cannot import myloss\.Focal: No module"),
     "no loss": ({"model__loss": "torch.nn.Linear"}, r"loss: torch\.nn\.Linear is not a ContrastiveLoss"),
@@ -419,9 +416,6 @@ def test_too_many_broken_images(command: Command, scenes: Path, tmp_path: Path, 
         assert main(command("fit", tmp_path / "mild", data__root=folder, data__read__max_broken=0.1)) == 0
     broken = json.loads((the_run(tmp_path / "mild") / "broken.json").read_text())
     assert sorted(Path(path).name for path in broken) == ["00000.jpg", "00001.jpg"]
-
-
-# resuming with other options
 
 
 validated: list[int] = []

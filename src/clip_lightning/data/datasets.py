@@ -21,6 +21,8 @@ from clip_lightning.data.images import Augmentation, BrokenImage, ImageTransform
 from clip_lightning.errors import UserError
 
 MOST_BROKEN_IN_A_ROW = 100
+MANY_TEXTS, TEXT_GROUPS = 1024, 4  # so many texts are padded in so many groups of similar length
+TEXT_FIELDS = {"input_ids", "attention_mask", "text_image_id", "text_id", "teacher_text"}
 _NOT_CACHED = BrokenImage("it could not be decoded when its features were cached")
 
 
@@ -217,7 +219,9 @@ class Collate:
         It has `pixel_values` uint8 (B, 3, H, W) or `image_features` (B, D); `input_ids` and `attention_mask`
         (N, L) or `text_features` (N, D); `image_id` (B,), `text_image_id` (N,) and `text_id` (N,), the rows
         of the captions, all int64; `broken`, path → reason; for tars B `names`; and with a teacher
-        `teacher_image` (B, D) and `teacher_text` (N, D). If every image is broken, B and N are 0.
+        `teacher_image` (B, D) and `teacher_text` (N, D). If every image is broken, B and N are 0. From
+        1,024 tokenized texts on, they are sorted by length, and `text_lengths` has the number of tokens,
+        with padding to a multiple of 8, that each quarter of them needs.
         """
         images = samples.images
         if not len(images):  # nothing can be stacked or tokenized, so add an image and drop it
@@ -246,4 +250,18 @@ class Collate:
             tokens = self.tokenize(samples.captions or [""])
             for name in ("input_ids", "attention_mask"):
                 batch[name] = tokens[name][: len(samples.captions)]
+            if len(samples.captions) >= MANY_TEXTS:
+                _group_by_length(batch)
         return batch
+
+
+def _group_by_length(batch: dict[str, Any]) -> None:
+    """Sort the texts of a batch by length, and add `text_lengths`, the tokens that each part of them needs.
+
+    The parts are those of `Tensor.chunk`.
+    """
+    lengths, order = batch["attention_mask"].sum(dim=1).sort(stable=True)
+    for name in TEXT_FIELDS & batch.keys():
+        batch[name] = batch[name][order]
+    longest = (int(part[-1]) for part in lengths.chunk(TEXT_GROUPS))
+    batch["text_lengths"] = [8 * max(1, -(-length // 8)) for length in longest]

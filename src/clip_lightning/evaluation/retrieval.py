@@ -6,7 +6,7 @@ Dimensions: I images, N captions, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
 
@@ -31,6 +31,10 @@ class Embeddings:
     image_id: Tensor  # (I,) int64, position of each image in the split
     text_image_id: Tensor  # (N,) int64, the image that each caption belongs to
     text_id: Tensor  # (N,) int64, position of each caption among all captions of the split
+
+    def to(self, device: torch.device) -> Embeddings:
+        """Return them on a device."""
+        return Embeddings(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @torch.no_grad()
@@ -136,15 +140,19 @@ def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -
     return {f"fold{fold}_{name}": fmean(metrics[name] for metrics in folds) for name in names}
 
 
-def prefix_metrics(embeddings: Embeddings, prefixes: Iterable[int]) -> dict[str, float]:
-    """Compute R@1 in both directions and rsum with the first numbers of the embeddings, normalized again.
+def split_metrics(embeddings: Embeddings, prefixes: Iterable[int] = ()) -> dict[str, float]:
+    """Compute `retrieval_metrics` of a split, and R@1 and rsum with the first numbers of the embeddings.
 
-    Return them as `dims128_rsum` and so on for each of the prefixes.
+    The latter are normalized again, and called `dims128_rsum` and so on for each of the prefixes.
     """
-    found: dict[str, float] = {}
+
+    def metrics_of(image: Tensor, text: Tensor) -> dict[str, float]:
+        return retrieval_metrics(image, text, embeddings.text_image_id, image_id=embeddings.image_id)
+
+    found = metrics_of(embeddings.image, embeddings.text)
     for dims in prefixes:
-        image, text = (F.normalize(rows[:, :dims], dim=-1) for rows in (embeddings.image, embeddings.text))
-        metrics = retrieval_metrics(image, text, embeddings.text_image_id, image_id=embeddings.image_id)
+        shorter = (F.normalize(rows[:, :dims], dim=-1) for rows in (embeddings.image, embeddings.text))
+        metrics = metrics_of(*shorter)
         found |= {f"dims{dims}_{name}": metrics[name] for name in (*(f"{d}_R@1" for d in DIRECTIONS), "rsum")}
     return found
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -17,11 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from clip_lightning import __version__
 from clip_lightning.data.formats import NothingFound, read_captions
 from clip_lightning.data.image_formats import READ_SUFFIXES, counted, is_image, walk
 from clip_lightning.data.images import UnreadableFile, decode_bytes, read_file
 from clip_lightning.errors import UserError
-from clip_lightning.files import complete_file, whole_folder, write_json
+from clip_lightning.files import cache_folder, complete_file, whole_folder, write_json
 from clip_lightning.model.checkpoint import model_identity
 from clip_lightning.model.clip import CLIP
 from clip_lightning.model.encode import best_device, encode_images, encode_texts
@@ -276,12 +279,31 @@ def _with_text_tower(
     if tower_digest(place) != manifest.text_tower:
         try:
             with whole_folder(place) as draft:
-                write_text_tower(clip, draft)
+                _write_text_tower(clip, manifest.identity, draft)
         except UserError as error:
             if wanted:
                 raise UserError(f"--onnx true: {error}") from error
             return replace(manifest, text_tower=""), str(error)
     return replace(manifest, text_tower=tower_digest(place)), "onnx"
+
+
+def _write_text_tower(clip: CLIP, identity: str, out: Path) -> None:
+    """Write the text tower as ONNX, or copy it from the cache, which has the last one that was written.
+
+    Exporting takes as long as embedding hundreds of images.
+    """
+    cache = cache_folder("text_tower")
+    key = digest([f"{identity} {torch.__version__} {__version__}".encode()])
+    with contextlib.suppress(OSError):  # another process may replace it
+        for folder in cache.glob(f"{key}-*"):
+            if folder.name == f"{key}-{tower_digest(folder)}":  # else it is damaged
+                shutil.copytree(folder, out, dirs_exist_ok=True)
+                return
+    write_text_tower(clip, out)
+    with contextlib.suppress(OSError):  # the disk is full, for example
+        shutil.rmtree(cache, ignore_errors=True)
+        with whole_folder(cache / f"{key}-{tower_digest(out)}") as draft:
+            shutil.copytree(out, draft, dirs_exist_ok=True)
 
 
 def tower_digest(folder: Path) -> str:

@@ -34,7 +34,7 @@ def encode_in_micro_batches(
     Each embedding may depend only on its own row, except for batch norm in training mode: its statistics are
     those of the micro-batch, and those of `module` are not updated again in the backward pass.
     """
-    if not torch.is_grad_enabled() or len(inputs[0]) <= micro_batch_size:
+    if not torch.is_grad_enabled():
         return encode(*inputs)
     norms = training_norms(module)
     recomputed = partial(

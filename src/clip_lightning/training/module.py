@@ -20,13 +20,7 @@ from torch import Tensor
 
 from clip_lightning.data.images import ImageTransform
 from clip_lightning.errors import Diverged, UserError, as_user_error
-from clip_lightning.evaluation.retrieval import (
-    Embeddings,
-    join_parts,
-    part_of_split,
-    prefix_metrics,
-    retrieval_metrics,
-)
+from clip_lightning.evaluation.retrieval import Embeddings, join_parts, part_of_split, split_metrics
 from clip_lightning.model import checkpoint as checkpoint_content
 from clip_lightning.model.clip import CLIP, Freeze
 from clip_lightning.model.lora import LoRAConfig
@@ -60,6 +54,7 @@ class CLIPModule(LightningModule):
     (N, L), or as cached `text_features` (N, width). `image_id` (B,) identifies the images, and
     `text_image_id` (N,) the image that each text describes. `text_id` (N,) is optional and identifies the
     texts of an evaluation: a text that a sampler repeats, so that all ranks have equally many, counts once.
+    `text_lengths` is optional: a list of the tokens that each part of the texts (`Tensor.chunk`) needs.
     With a teacher, `teacher_image` (B, D') and `teacher_text` (N, D') are its embeddings.
 
     Attributes:
@@ -253,10 +248,10 @@ class CLIPModule(LightningModule):
                     f"{kind} embeddings are not finite; lower --model.optimizer.lr, image_lr and text_lr"
                 )
         self.validation_embeddings = embeddings
-        metrics = retrieval_metrics(
-            embeddings.image, embeddings.text, embeddings.text_image_id, image_id=embeddings.image_id
-        )
-        metrics |= prefix_metrics(embeddings, self.matryoshka)
+        try:
+            metrics = split_metrics(embeddings.to(self.device), self.matryoshka)
+        except torch.OutOfMemoryError:  # of the GPU; the metrics are the same on every device
+            metrics = split_metrics(embeddings, self.matryoshka)
         split = "test" if self.trainer.testing else "val"
         # the values are equal on all ranks; sync_dist only avoids Lightning's warning
         self.log_dict({f"{split}/{name}": value for name, value in metrics.items()}, sync_dist=True)
@@ -366,16 +361,25 @@ class CLIPModule(LightningModule):
         if "image_features" in batch:
             image = clip.project_image(batch["image_features"])
         else:
-            image = self._tower(clip.image_tower, clip.encode_image, batch["pixel_values"])
+            pixels = batch["pixel_values"]
+            image = self._tower(clip.image_tower, len(pixels), clip.encode_image, pixels)
         if "text_features" in batch:
             return image, clip.project_text(batch["text_features"])
-        return image, self._tower(
-            clip.text_tower, clip.encode_text, batch["input_ids"], batch["attention_mask"]
-        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        lengths = batch.get("text_lengths", ids.shape[1:])
+        parts = zip(ids.chunk(len(lengths)), mask.chunk(len(lengths)), lengths, strict=True)
+        texts = [
+            self._tower(clip.text_tower, len(ids), clip.encode_text, part[:, :length], own_mask[:, :length])
+            for part, own_mask, length in parts
+        ]
+        return image, torch.cat(texts)
 
-    def _tower(self, tower: Tower, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Encode the inputs at once, or in micro-batches if the tower is trained."""
-        if not isinstance(self.micro_batch_size, int) or tower.frozen:
+    def _tower(self, tower: Tower, rows: int, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Encode inputs, which are all `rows` of the batch or a part of them.
+
+        If the tower is trained and there are more rows than a micro-batch, it is encoded in micro-batches.
+        """
+        if not isinstance(self.micro_batch_size, int) or tower.frozen or rows <= self.micro_batch_size:
             return encode(*inputs)
         return encode_in_micro_batches(encode, inputs, self.micro_batch_size, tower)
 
