@@ -390,7 +390,7 @@ def changed_options(before: str, now: str) -> list[str]:
 
 def run(args: list[str]) -> None:
     """Run `fit`, `validate` or `test`, the first of the arguments."""
-    # W&B ends a run when its service ends, which outlives this process if `wandb agent` has started it
+    # W&B ends a run when its service ends, which outlives this process if a parent process has started it
     finished = finished_run() if "WANDB_SERVICE" in os.environ else contextlib.nullcontext()
     with finished, plain_errors():
         RunCLI(args)
