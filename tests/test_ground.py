@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,15 @@ def test_freed_memory_is_used_again_without_asking_the_kernel() -> None:
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         faults[keep] = int(result.stdout)
     assert faults[True] * 10 < faults[False]
+
+
+@pytest.mark.parametrize("output", ["1>&2", "1>&-"])  # `sys.stdout` is None if it is closed
+def test_a_process_ends_with_its_files_written(tmp_path: Path, output: str) -> None:
+    program = "import sys, clip_lightning.__main__ as main; left_open = open(sys.argv.pop(), 'w')"
+    program += "; print('kept', end='', file=left_open); sys.exit(main.run_process())"
+    words = shlex.join([sys.executable, "-c", program, "--version", str(tmp_path / "file")])
+    done = subprocess.run(f"{words} {output}", shell=True, capture_output=True, check=False)
+    assert (done.returncode, (tmp_path / "file").read_text()) == (0, "kept"), done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no CPU affinity")

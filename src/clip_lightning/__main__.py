@@ -34,18 +34,26 @@ To get started, run clip-lightning fit --config quickstart.
 def run_process() -> int:
     """Run the command of this process, which then ends at once.
 
-    Python would free its memory object by object for two seconds. Functions of `atexit` are called as usual.
+    Python would free its memory object by object for two seconds. Functions that commands and their modules
+    have registered with `atexit` are called as usual.
     """
     status = 1
 
     def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush_files()
         os._exit(status)
 
     atexit.register(leave)  # the first one to be registered is called last
     status = main()
     return status
+
+
+def _flush_files() -> None:
+    """Write what is in the buffers of open files, such as those of callbacks, as Python does when it ends."""
+    kinds = io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom  # the first one flushes its buffer, too
+    for file in [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]:
+        with contextlib.suppress(OSError, ValueError):  # it is closed, for example
+            file.flush()
 
 
 def main(args: list[str] | None = None) -> int:
@@ -73,7 +81,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         with _without_stderr() if len(args) < len(given) else contextlib.nullcontext():
             _run(args)
-            sys.stdout.flush()
+            print(end="", flush=True)
     except UserError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:

@@ -173,19 +173,15 @@ def test_evaluation_has_all_images_and_captions(tmp_path: Path) -> None:
     assert torch.equal(batch["pixel_values"][1], dataset.__getitems__([1]).images[0])
 
 
-def test_many_texts_are_sorted_by_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_texts_are_grouped_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "MANY_TEXTS", 8)
     texts = ["x" * length for length in (30, 3, 9, 1, 17, 8, 2, 16)]
-    rows = cached(tmp_path, np.arange(8, dtype=np.float32)[:, None])
     pixels = [torch.zeros(3, 4, 4, dtype=torch.uint8)] * 4
     samples = Samples(pixels, np.arange(4), np.full(4, 2), texts, np.arange(8), {})
-    batch = Collate(tokenize, teacher=(rows, rows))(samples)
-    order = [3, 6, 1, 5, 2, 7, 4, 0]
+    batch = Collate(tokenize)(samples)
     assert batch["text_lengths"] == [8, 8, 16, 32]
-    assert batch["text_id"].tolist() == batch["teacher_text"][:, 0].tolist() == order
-    assert batch["text_image_id"].tolist() == [row // 2 for row in order]
-    for tokens in (batch["attention_mask"], batch["input_ids"] > 0):
-        assert tokens.sum(dim=1).tolist() == [len(texts[row]) for row in order]
+    assert batch["text_order"].tolist() == [3, 6, 1, 5, 2, 7, 4, 0]
+    assert batch["attention_mask"].sum(dim=1).tolist() == list(map(len, texts))
 
 
 def test_a_batch_of_broken_images_is_empty(tmp_path: Path) -> None:

@@ -79,9 +79,6 @@ def forward(clip: CLIP, pictures: list[CaptionedImage], *, mirrored: bool = Fals
     return clip.image_tower(pixels.flip(-1) if mirrored else pixels)
 
 
-# values
-
-
 def test_image_features_equal_the_towers_in_half_precision(
     cache: FeatureCache, clip: CLIP, pictures: list[CaptionedImage], monkeypatch: Patch
 ) -> None:
@@ -177,9 +174,6 @@ def test_features_keep_no_file_open(cache: FeatureCache) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
-# broken pictures
-
-
 def test_broken_images_are_nan(cache: FeatureCache, clip: CLIP, pictures: list[CaptionedImage]) -> None:
     pictures[3].path.write_bytes(b"")
     stored = image_features(cache, clip, pictures)
@@ -210,9 +204,6 @@ def test_unreadable_files_are_not_cached_as_broken_images(
     away.rename(gone)
     monkeypatch.setattr("clip_lightning.data.images.time.sleep", lambda seconds: away.rename(gone))
     assert torch.equal(image_features(cache, clip, pictures), expected)
-
-
-# never stale
 
 
 def change_weight(clip: CLIP, pictures: list[CaptionedImage]) -> None:
@@ -273,9 +264,6 @@ def test_every_change_that_affects_captions_makes_a_new_entry(
     next(clip.text_tower.parameters()).data[0] += 1
     clip.text_tower.freeze()
     assert cached(clip, CAPTIONS) == 8
-
-
-# damage
 
 
 def noise(rows: range, width: int = 16) -> np.ndarray:
@@ -401,9 +389,6 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     assert torch.equal(stored.rows(range(count)), torch.from_numpy(noise(range(count))).half().float())
 
 
-# room
-
-
 def fill(cache: FeatureCache, *names: str) -> None:
     """Entries of 10 kB and a little, used one hour after another, the last of them half a day ago."""
     for hours, name in enumerate(names):
@@ -459,9 +444,6 @@ def test_a_cache_that_cannot_be_written(cache: FeatureCache, tmp_path: Path, mon
     monkeypatch.setattr(features_module, "write_atomically", Mock(side_effect=full))
     with pytest.raises(UserError, match=r"No space left on device.*free some space"):
         cache.get({}, 10, noise, "rows")
-
-
-# the command
 
 
 def test_list_and_prune(tmp_path: Path, monkeypatch: Patch, ran: Any) -> None:

@@ -50,6 +50,29 @@ def test_a_decoder_may_leave_images_out_and_end_everything(make_clip: MakeClip, 
     assert fail.called
 
 
+def test_a_batch_that_is_too_large_for_the_memory_is_halved(
+    make_clip: MakeClip, scenes: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tower, sizes, most = make_clip().eval().image_tower, list[int](), 9
+    forward, paths = tower.forward, sorted(scenes.glob("*.jpg"))[:9]
+
+    def limited(pixels: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(pixels))
+        if len(pixels) > most:
+            raise torch.OutOfMemoryError("too large")
+        return forward(pixels)
+
+    monkeypatch.setattr(tower, "forward", limited)
+    (whole,) = encode_images(tower, paths)
+    most = 3
+    (halved,) = encode_images(tower, paths)
+    torch.testing.assert_close(halved.features, whole.features)
+    assert sizes == [9, 9, 4, 2, 2, 5, 2, 3]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        list(encode_images(tower, paths))
+
+
 def test_texts_come_back_in_their_order(make_clip: MakeClip, capsys: pytest.CaptureFixture[str]):
     clip = make_clip().eval()
     texts = ["a large red circle left of a small blue square", "a star", "", "two triangles"]

@@ -64,6 +64,7 @@ def test_unit_length_has_the_gradient_of_normalize() -> None:
     for each, normalize in zip(rows, (unit_length, F.normalize), strict=True):
         (normalize(each) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
     torch.testing.assert_close(rows[0].grad, rows[1].grad)
+    assert torch.autograd.gradgradcheck(unit_length, torch.rand(3, 4).double().requires_grad_())
 
 
 def test_embeddings_do_not_depend_on_the_batch(make_clip: MakeClip, pictures: list[Path]) -> None:

@@ -109,9 +109,6 @@ def paths(found: list[Any]) -> list[str]:
     return [str(hit["path"] if isinstance(hit, dict) else hit.path) for hit in found]
 
 
-# answers
-
-
 def test_programs_get_what_the_index_says(served: Page) -> None:
     found, expected = served.api(q="a red circle", k=5)["results"], served.index.search("a red circle", 5)[0]
     plain = [json.loads(json.dumps(asdict(hit), default=str)) for hit in expected]
@@ -179,9 +176,6 @@ def test_nothing_to_search_for_and_a_mistake_of_ours(
     answer = served.api(q="a")
     assert (answer["status"], "internal error" in answer["error"]) == (500, True)
     assert capfd.readouterr().err == "clip-lightning app: ZeroDivisionError: division by zero\n"
-
-
-# what is served
 
 
 @pytest.mark.parametrize("prefix", ["/", "/static/", "/image/", "/thumbnail/", "/photos/static/", "/run/"])
@@ -277,9 +271,6 @@ def test_the_page_works_behind_a_proxy_with_a_path(served: Page, keeps_path: boo
     assert (answer.status, answer.headers["Location"]) == (307, "/photos/")
 
 
-# the page
-
-
 def test_text_of_the_data_is_text_and_no_other_host_is_named(served: Page) -> None:
     page = served.ask(f"/?{urlencode({'q': HOSTILE})}")
     assert page.text.count("<img ") == 1 + 2 * 12
@@ -298,9 +289,6 @@ def test_an_image_that_is_gone_is_said_to_be(make_clip: MakeClip, tmp_path: Path
         assert "file not found" in page.ask("/?q=a").text
         id = page.api(q="a")["results"][0]["id"]
         assert all("No such file" in page.ask(path).text for path in (f"/image/{id}", f"/?image={id}"))
-
-
-# the command
 
 
 def test_by_which_names_the_page_may_be_asked() -> None:
@@ -334,9 +322,6 @@ def test_from_a_folder_to_a_page_until_it_is_stopped(served: Page, tmp_path: Pat
     text = log.read_text()
     assert "Traceback" not in text and text.count("without a login") == 1
     assert f"is stored in {cache}/clip-lightning/indexes/photos-" in text and "12 images (" in text
-
-
-# in a browser
 
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "color_scheme": "dark"}

@@ -80,9 +80,6 @@ def files(hits: list[FoundImage]) -> list[Path]:
     return [hit.path for hit in hits]
 
 
-# finding
-
-
 def test_flat_finds_what_brute_force_finds(clip: CLIP, photos: Path, tmp_path: Path) -> None:
     index = built(clip, photos, tmp_path / "idx", batch_size=5)
     paths = sorted(path for path in photos.rglob("*") if path.is_file())
@@ -166,9 +163,6 @@ def test_an_approximate_index_embeds_nothing_again_and_is_repaired(
         update(clip, scenes, out)  # a flat one does not
         assert ImageIndex.load(out, clip).search(SENTENCES, 5) == expected
     assert not [*out.glob("*.faiss")]
-
-
-# bringing up to date
 
 
 def test_new_changed_and_deleted_files(clip: CLIP, photos: Path, tmp_path: Path) -> None:
@@ -324,9 +318,6 @@ def test_manifests_of_other_versions(clip: CLIP, photos: Path, tmp_path: Path) -
             attempt()
 
 
-# being killed
-
-
 def stand_in(clip: CLIP, folder: Path) -> float:
     """Files where the text tower's would be, in no time."""
     (folder / "text.onnx").write_bytes(b"tower")
@@ -393,9 +384,6 @@ def test_killed_anywhere_the_index_is_the_old_or_the_new_one(
     assert number > 15
     assert states == sorted(states, key=lambda state: state == "new")
     assert {*states} == ({"none"} if first else {"old", "new"})  # a new index is complete with its last file
-
-
-# the text tower in the index
 
 
 @pytest.fixture(scope="module")
@@ -474,6 +462,16 @@ def test_updates_keep_and_repair_the_text_tower(exported: Path, tmp_path: Path, 
         assert writer.call_count == written  # else it was copied from the cache
     assert update(model, photos, index, onnx=False)["text_tower"] == "--onnx false"
     assert not file.parent.exists() and not manifest_of(index).text_tower
+
+
+def test_a_kept_text_tower_has_as_many_dims(
+    make_clip: Callable[..., CLIP], photos: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for dims in (16, 8):
+        out = tmp_path / str(dims)
+        assert update(make_clip(head="mlp"), photos, out, onnx=True, dims=dims)["width"] == dims
+        assert ImageIndex.load(out).search("a star")
 
 
 def test_a_tower_without_an_export(clip: CLIP, photos: Path, tmp_path: Path, monkeypatch: Patch) -> None:

@@ -82,7 +82,7 @@ class CaptionDataModule(LightningDataModule):
             read: layout, columns and splits, if they are not recognized.
             batch_size: number of images per rank and step.
             num_workers: number of loader processes per rank; by default one per usable core, at most 8. With
-                GPUs, each has an equal share of the cores by default, less one for the rank itself.
+                GPUs, each has an equal share of the cores, less one for the rank itself, and at most 16.
             captions_per_image: number of different captions per image in a training batch.
             augmentation: flips, crops and color changes; by default only flips, and none for `scenes`, whose
                 captions mention left and right.
@@ -110,7 +110,8 @@ class CaptionDataModule(LightningDataModule):
         self.batch_size, self.captions_per_image = batch_size, captions_per_image
         if num_workers is None:
             gpus = torch.cuda.device_count()
-            num_workers = max(1, cores() // gpus - 1) if gpus else min(8, cores())
+            ranks = 1 if "SLURM_PROCID" in os.environ else gpus  # SLURM gives each rank cores of its own
+            num_workers = min(16, max(1, cores() // ranks - 1)) if gpus else min(8, cores())
         self.num_workers = num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._tars = str(root) if names_tars(root) else ""

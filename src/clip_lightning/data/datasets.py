@@ -22,7 +22,6 @@ from clip_lightning.errors import UserError
 
 MOST_BROKEN_IN_A_ROW = 100
 MANY_TEXTS, TEXT_GROUPS = 1024, 4  # so many texts are padded in so many groups of similar length
-TEXT_FIELDS = {"input_ids", "attention_mask", "text_image_id", "text_id", "teacher_text"}
 _NOT_CACHED = BrokenImage("it could not be decoded when its features were cached")
 
 
@@ -220,8 +219,8 @@ class Collate:
         (N, L) or `text_features` (N, D); `image_id` (B,), `text_image_id` (N,) and `text_id` (N,), the rows
         of the captions, all int64; `broken`, path → reason; for tars B `names`; and with a teacher
         `teacher_image` (B, D) and `teacher_text` (N, D). If every image is broken, B and N are 0. From
-        1,024 tokenized texts on, they are sorted by length, and `text_lengths` has the number of tokens,
-        with padding to a multiple of 8, that each quarter of them needs.
+        1,024 tokenized texts on, `text_order` (N,) sorts them by length, and `text_lengths` is a list with
+        the number of tokens, rounded up to a multiple of 8, that each quarter of them (`Tensor.chunk`) needs.
         """
         images = samples.images
         if not len(images):  # nothing can be stacked or tokenized, so add an image and drop it
@@ -251,17 +250,7 @@ class Collate:
             for name in ("input_ids", "attention_mask"):
                 batch[name] = tokens[name][: len(samples.captions)]
             if len(samples.captions) >= MANY_TEXTS:
-                _group_by_length(batch)
+                needed, batch["text_order"] = tokens["attention_mask"].sum(dim=1).sort(stable=True)
+                longest = (int(part[-1]) for part in needed.chunk(TEXT_GROUPS))
+                batch["text_lengths"] = [8 * max(1, -(-length // 8)) for length in longest]
         return batch
-
-
-def _group_by_length(batch: dict[str, Any]) -> None:
-    """Sort the texts of a batch by length, and add `text_lengths`, the tokens that each part of them needs.
-
-    The parts are those of `Tensor.chunk`.
-    """
-    lengths, order = batch["attention_mask"].sum(dim=1).sort(stable=True)
-    for name in TEXT_FIELDS & batch.keys():
-        batch[name] = batch[name][order]
-    longest = (int(part[-1]) for part in lengths.chunk(TEXT_GROUPS))
-    batch["text_lengths"] = [8 * max(1, -(-length // 8)) for length in longest]

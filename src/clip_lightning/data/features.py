@@ -74,7 +74,7 @@ class Features:
 
     def move_to(self, device: torch.device) -> None:
         """Copy all rows to a device."""
-        self._parts = [torch.cat(self._parts).to(device)]
+        self._parts = [torch.cat([part.to(device) for part in self._parts])]
 
     @cached_property
     def broken(self) -> np.ndarray:

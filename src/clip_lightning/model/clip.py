@@ -16,7 +16,6 @@ from typing import Any, Literal, TypedDict, Unpack, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from clip_lightning.data.images import BrokenImage, ImageTransform
 from clip_lightning.errors import UserError, check_option
@@ -62,13 +61,15 @@ class _UnitLength(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         norm = rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         unit = rows / norm
-        ctx.save_for_backward(unit, norm)
+        ctx.save_for_backward(rows, unit, norm)
         return unit
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        unit, norm = ctx.saved_tensors
+        rows, unit, norm = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives, these must depend on the rows
+            norm = rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            unit = rows / norm
         along = (grad * unit).sum(dim=-1, keepdim=True)  # in fp32 also under autocast, unlike `vecdot`
         return torch.addcmul(grad, unit, along, value=-1).div_(norm)
 

@@ -21,7 +21,7 @@ from clip_lightning.data.images import BrokenImage, to_pixels
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
 from clip_lightning.model.towers.folding import fold_batch_norms
 
-BATCH_SIZE, TEXT_BATCH_SIZE, GPU_BATCH_SIZE = 64, 128, 512
+BATCH_SIZE, TEXT_BATCH_SIZE, GPU_BATCH_SIZE = 64, 128, 256
 WORTH_FOLDING = 64  # images, from which on folding batch norms takes less time than it saves
 Project = Callable[[Tensor], Tensor]
 
@@ -70,7 +70,7 @@ def encode_images(
             or raises `BrokenImage`; any other exception stops the iteration. It is called in threads. By
             default, images are read by `to_pixels` and transformed as the tower expects.
         project: function that turns features into embeddings, such as `CLIP.project_image`.
-        batch_size: number of images per forward pass; by default 64, or 512 on a GPU.
+        batch_size: number of images per forward pass; by default 64, or 256 on a GPU.
         threads: number of decoding threads; by default, one per core.
         precision: data type for autocast; by default, fp32.
         progress: title of a progress bar, if there is to be one.
@@ -125,7 +125,7 @@ def encode_texts(
 ) -> Tensor:
     """Return features or embeddings (N, D) of texts, float32 on the CPU; the arguments are the same.
 
-    Texts of similar length are encoded together to reduce padding; by default 128, or 512 on a GPU.
+    Texts of similar length are encoded together to reduce padding; by default 128, or 256 on a GPU.
     """
     batch_size = _checked_batch_size(batch_size, tower, TEXT_BATCH_SIZE)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
@@ -141,7 +141,7 @@ def encode_texts(
 
 def _checked_batch_size(batch_size: int | None, tower: Tower, default: int) -> int:
     if batch_size is None:
-        return default if tower.device.type == "cpu" else GPU_BATCH_SIZE
+        return GPU_BATCH_SIZE if tower.device.type == "cuda" else default
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected 1 or more")
     return batch_size
@@ -151,14 +151,23 @@ def _checked_batch_size(batch_size: int | None, tower: Tower, default: int) -> i
 def _run(
     tower: Tower, inputs: Collection[Tensor], project: Project | None, precision: torch.dtype | None
 ) -> Tensor:
-    """Return the features or embeddings of a batch, or (0, D) if there are no inputs."""
+    """Return the features or embeddings of a batch, or (0, D) if there are no inputs.
+
+    A batch for which the GPU has too little memory is halved.
+    """
     device = tower.device
-    with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
-        if inputs:
-            features = tower(*(tensor.to(device, non_blocking=True) for tensor in inputs))
-        else:
-            features = torch.empty(0, tower.width, device=device)
-        return (features if project is None else project(features)).float().cpu()
+    try:
+        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+            if inputs:
+                features = tower(*(tensor.to(device, non_blocking=True) for tensor in inputs))
+            else:
+                features = torch.empty(0, tower.width, device=device)
+            return (features if project is None else project(features)).float().cpu()
+    except torch.OutOfMemoryError:
+        if not (half := len(next(iter(inputs), ())) // 2):
+            raise
+    parts = ([tensor[rows] for tensor in inputs] for rows in (slice(half), slice(half, None)))
+    return torch.cat([_run(tower, part, project, precision) for part in parts])
 
 
 def best_device() -> torch.device:

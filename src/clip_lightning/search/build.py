@@ -293,11 +293,12 @@ def _write_text_tower(clip: CLIP, identity: str, out: Path) -> None:
     Exporting takes as long as embedding hundreds of images.
     """
     cache = cache_folder("text_tower")
-    key = digest([f"{identity} {torch.__version__} {__version__}".encode()])
-    with contextlib.suppress(OSError):  # another process may replace it
+    # heads of several layers have the same weights for all dims
+    key = digest([f"{identity} {clip.dims} {torch.__version__} {__version__}".encode()])
+    with contextlib.suppress(OSError):  # another process may be replacing it
         for folder in cache.glob(f"{key}-*"):
-            if folder.name == f"{key}-{tower_digest(folder)}":  # else it is damaged
-                shutil.copytree(folder, out, dirs_exist_ok=True)
+            shutil.copytree(folder, out, dirs_exist_ok=True)
+            if folder.name == f"{key}-{tower_digest(out)}":  # else it is damaged
                 return
     write_text_tower(clip, out)
     with contextlib.suppress(OSError):  # the disk is full, for example

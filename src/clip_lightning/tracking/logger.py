@@ -297,6 +297,12 @@ def finished_run() -> Iterator[None]:
     """Finish the W&B run at the end of the block, so that the next one is a new run."""
     import wandb
 
-    with contextlib.ExitStack() as at_end:
-        at_end.push(lambda error, *_: wandb.finish(int(error is not None)))
+    status = 1
+    try:
         yield
+        status = 0
+    finally:
+        try:
+            wandb.finish(status)
+        except Exception as error:  # of its service, which has ended
+            rank_zero_warn(f"W&B failed to finish the run ({reason_of(error)})")

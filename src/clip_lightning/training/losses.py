@@ -23,8 +23,8 @@ from clip_lightning.errors import UserError
 from clip_lightning.model.clip import unit_length
 
 Scalar = Tensor | float
-BLOCK, GPU_BLOCK = 2**22, 2**26
-"""Similarities in memory at a time: 16 MB per array, or 256 MB on a GPU. A loss needs two to seven arrays."""
+BLOCK, GPU_BLOCK = 2**22, 2**25
+"""Similarities in memory at a time: 16 MB per array, or 128 MB on a GPU. A loss needs two to seven arrays."""
 
 
 @dataclass(frozen=True)

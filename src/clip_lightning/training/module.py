@@ -54,8 +54,8 @@ class CLIPModule(LightningModule):
     (N, L), or as cached `text_features` (N, width). `image_id` (B,) identifies the images, and
     `text_image_id` (N,) the image that each text describes. `text_id` (N,) is optional and identifies the
     texts of an evaluation: a text that a sampler repeats, so that all ranks have equally many, counts once.
-    `text_lengths` is optional: a list of the tokens that each part of the texts (`Tensor.chunk`) needs.
-    With a teacher, `teacher_image` (B, D') and `teacher_text` (N, D') are its embeddings.
+    `text_order` and `text_lengths` are optional, and divide many texts by length (`Collate`). With a teacher,
+    `teacher_image` (B, D') and `teacher_text` (N, D') are its embeddings.
 
     Attributes:
         clip: the model.
@@ -366,13 +366,14 @@ class CLIPModule(LightningModule):
         if "text_features" in batch:
             return image, clip.project_text(batch["text_features"])
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        lengths = batch.get("text_lengths", ids.shape[1:])
-        parts = zip(ids.chunk(len(lengths)), mask.chunk(len(lengths)), lengths, strict=True)
+        if "text_order" not in batch:
+            return image, self._tower(clip.text_tower, len(ids), clip.encode_text, ids, mask)
+        order, lengths = batch["text_order"], batch["text_lengths"]
         texts = [
-            self._tower(clip.text_tower, len(ids), clip.encode_text, part[:, :length], own_mask[:, :length])
-            for part, own_mask, length in parts
+            self._tower(clip.text_tower, len(ids), clip.encode_text, ids[rows, :length], mask[rows, :length])
+            for rows, length in zip(order.chunk(len(lengths)), lengths, strict=True)
         ]
-        return image, torch.cat(texts)
+        return image, torch.cat(texts)[order.argsort()]
 
     def _tower(self, tower: Tower, rows: int, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Encode inputs, which are all `rows` of the batch or a part of them.
