@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from trainer import plain_trainer
 
 from clip_lightning import CaptionDataModule, CLIPModule
+from clip_lightning.data import datasets
 from clip_lightning.data.features import FeatureCache
 from clip_lightning.data.scenes import write_scenes
 from clip_lightning.evaluation.retrieval import retrieval_ranks
@@ -163,6 +164,17 @@ class Checks:
         ours = retrieval_ranks(image.to(DEVICE), text.to(DEVICE), owner.to(DEVICE))
         assert all(torch.equal(one.cpu(), other) for one, other in zip(ours, exact, strict=True))
 
+    def text_groups(self) -> str:
+        module = self.build().to(DEVICE).eval()
+        batch = random_batch(64, PIXELS, 32, device="cpu")
+        with mock.patch.object(datasets, "MANY_TEXTS", 1):
+            groups = datasets.length_groups(batch["attention_mask"])
+        batch = {name: value.to(DEVICE) for name, value in batch.items()}
+        order = groups["text_order"].to(DEVICE)
+        with torch.no_grad():
+            texts = [module._encode(batch | more)[1] for more in ({}, {**groups, "text_order": order})]
+        return near(texts[1], texts[0], 1e-3)
+
     def waits(self) -> str:
         """Count what makes the host wait for the device, per step, in steps 5 to 9."""
         if DEVICE == "cpu":
@@ -245,6 +257,7 @@ def main() -> None:
         checks.run("features in bf16 are those of the CPU in fp32, within 2 %", checks.feature_cache)
         checks.run("heads on features that stay on the GPU end at the weights of the CPU", checks.heads)
         checks.run("retrieval ranks are those of the CPU", checks.ranks)
+        checks.run("texts in groups of similar length have the same embeddings", checks.text_groups)
         checks.run("no wait for the device between logged steps", checks.waits)
     print("failed:", ", ".join(checks.failed) or "nothing")
     sys.exit(bool(checks.failed))

@@ -218,14 +218,13 @@ class Collate:
         It has `pixel_values` uint8 (B, 3, H, W) or `image_features` (B, D); `input_ids` and `attention_mask`
         (N, L) or `text_features` (N, D); `image_id` (B,), `text_image_id` (N,) and `text_id` (N,), the rows
         of the captions, all int64; `broken`, path → reason; for tars B `names`; and with a teacher
-        `teacher_image` (B, D) and `teacher_text` (N, D). If every image is broken, B and N are 0. From
-        1,024 tokenized texts on, `text_order` (N,) sorts them by length, and `text_lengths` is a list with
-        the number of tokens, rounded up to a multiple of 8, that each quarter of them (`Tensor.chunk`) needs.
+        `teacher_image` (B, D) and `teacher_text` (N, D). If every image is broken, B and N are 0. Many
+        tokenized texts have `length_groups`, too.
         """
         images = samples.images
         if not len(images):  # nothing can be stacked or tokenized, so add an image and drop it
             images = [torch.empty((3, 0, 0), dtype=torch.uint8)]
-        batch = {
+        batch: dict[str, Any] = {
             "image_id": torch.from_numpy(samples.image_id),
             "text_image_id": torch.from_numpy(samples.image_id.repeat(samples.counts)),
             "text_id": torch.from_numpy(samples.caption_rows),
@@ -249,8 +248,18 @@ class Collate:
             tokens = self.tokenize(samples.captions or [""])
             for name in ("input_ids", "attention_mask"):
                 batch[name] = tokens[name][: len(samples.captions)]
-            if len(samples.captions) >= MANY_TEXTS:
-                needed, batch["text_order"] = tokens["attention_mask"].sum(dim=1).sort(stable=True)
-                longest = (int(part[-1]) for part in needed.chunk(TEXT_GROUPS))
-                batch["text_lengths"] = [8 * max(1, -(-length // 8)) for length in longest]
+            batch |= length_groups(batch["attention_mask"])
         return batch
+
+
+def length_groups(attention_mask: Tensor) -> dict[str, Any]:
+    """Return `text_order` and `text_lengths` of texts (N, L), or nothing if there are fewer than 1,024.
+
+    `text_order` (N,) sorts them by length. `text_lengths` is a list of the number of tokens, rounded up to a
+    multiple of 8, that each quarter of them (`Tensor.chunk`) needs.
+    """
+    if len(attention_mask) < MANY_TEXTS:
+        return {}
+    needed, order = attention_mask.sum(dim=1).sort(stable=True)
+    longest = (int(part[-1]) for part in needed.chunk(TEXT_GROUPS))
+    return {"text_order": order, "text_lengths": [8 * max(1, -(-length // 8)) for length in longest]}

@@ -54,8 +54,8 @@ class CLIPModule(LightningModule):
     (N, L), or as cached `text_features` (N, width). `image_id` (B,) identifies the images, and
     `text_image_id` (N,) the image that each text describes. `text_id` (N,) is optional and identifies the
     texts of an evaluation: a text that a sampler repeats, so that all ranks have equally many, counts once.
-    `text_order` and `text_lengths` are optional, and divide many texts by length (`Collate`). With a teacher,
-    `teacher_image` (B, D') and `teacher_text` (N, D') are its embeddings.
+    `text_order` and `text_lengths` are optional, and divide many texts by length (`length_groups`). With a
+    teacher, `teacher_image` (B, D') and `teacher_text` (N, D') are its embeddings.
 
     Attributes:
         clip: the model.
