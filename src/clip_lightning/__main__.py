@@ -50,10 +50,11 @@ def run_process() -> int:
 
 def _flush_files() -> None:
     """Write what is in the buffers of open files, such as those of callbacks, as Python does when it ends."""
-    kinds = io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom  # the first one flushes its buffer, too
-    for file in [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]:
-        with contextlib.suppress(OSError, ValueError):  # it is closed, for example
-            file.flush()
+    kinds = io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom
+    for thing in gc.get_objects():
+        if issubclass(type(thing), kinds):  # `isinstance` makes some objects warn, as it reads an attribute
+            with contextlib.suppress(OSError, ValueError):  # it is closed, for example
+                thing.flush()
 
 
 def main(args: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ Dimensions: I images, N captions, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -34,7 +34,7 @@ class Embeddings:
 
     def to(self, device: torch.device) -> Embeddings:
         """Return them on a device."""
-        return Embeddings(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Embeddings(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def fold_metrics(image: Tensor, text: Tensor, owner: Tensor, fold: int = 1000) -
     return {f"fold{fold}_{name}": fmean(metrics[name] for metrics in folds) for name in names}
 
 
-def split_metrics(embeddings: Embeddings, prefixes: Iterable[int] = ()) -> dict[str, float]:
+def split_metrics(embeddings: Embeddings, prefixes: Iterable[int]) -> dict[str, float]:
     """Compute `retrieval_metrics` of a split, and R@1 and rsum with the first numbers of the embeddings.
 
     The latter are normalized again, and called `dims128_rsum` and so on for each of the prefixes.

@@ -21,7 +21,8 @@ from clip_lightning.data.images import BrokenImage, to_pixels
 from clip_lightning.model.towers import ImageTower, TextTower, Tower
 from clip_lightning.model.towers.folding import fold_batch_norms
 
-BATCH_SIZE, TEXT_BATCH_SIZE, GPU_BATCH_SIZE = 64, 128, 256
+BATCH_SIZE, TEXT_BATCH_SIZE = 64, 128
+GPU_BATCH_SIZE = 256  # a half of what the feature cache asks for, so that one half is decoded ahead
 WORTH_FOLDING = 64  # images, from which on folding batch norms takes less time than it saves
 Project = Callable[[Tensor], Tensor]
 
